@@ -1,0 +1,47 @@
+# Each target sets everything up by itself: a virtual environment in .venv with the tested versions, re-used the next time.
+#   make demo      distil the builtin teacher on this machine, ends with a table and runs/demo/report.html
+#   make test      the test suite
+#   make lint      ruff, mypy, and the floors of the house
+#   make results   docs/results.md and the README's table, from results/*.json
+#   make clean     remove what these leave behind
+# Settings: PYTHON=python3.12 (any 3.10 to 3.13), VENV=folder, PIP_ARGS='--index-url ...' (a CPU-only index saves gigabytes of CUDA)
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint results clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy d2o
+	$(BIN)/lint-imports --no-logo
+
+results: $(READY)
+	$(BIN)/python tools/results.py
+
+# What the tools and the demo leave behind; the virtual environment stays (rm -r .venv to start over).
+clean:
+	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp comes last: an interrupted installation is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "d2o needs Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[eval,export,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Floor 1: augmentations of images inside the training graph."""

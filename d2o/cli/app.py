@@ -1,0 +1,76 @@
+"""The `d2o` command. Command modules import what is heavy inside their functions, so that --help needs no torch."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from d2o import __version__
+from d2o.cli import console
+from d2o.cli.eval import evaluate
+from d2o.cli.export import export
+from d2o.cli.pairs import pairs
+from d2o.cli.sample import sample
+from d2o.cli.train import finetune, train
+from d2o.errors import UserError
+from d2o.runtime import Stopped
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+
+
+# click's ClickException, wherever this typer keeps click (since 0.2x inside itself).
+CLICK_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"d2o {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (goes before the command: d2o --debug train ...)."),
+) -> None:
+    """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
+
+
+app.command()(pairs)
+app.command()(train)
+app.command()(finetune)
+app.command()(sample)
+app.command(name="eval")(evaluate)
+app.command()(export)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="d2o")
+        sys.exit(code if isinstance(code, int) else 0)
+    except (typer.Abort, KeyboardInterrupt):
+        console.err.print("stopped")
+        sys.exit(130)
+    except Stopped as stop:
+        console.err.print(stop.message, markup=False)
+        sys.exit(stop.exit_code)
+    except UserError as error:
+        if debug:
+            raise
+        console.error(error.message, error.hint)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if isinstance(error, CLICK_ERROR):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(error.exit_code)  # type: ignore[attr-defined]
+        if debug:
+            raise
+        console.error(f"{type(error).__name__}: {error}", "this is a fault of d2o or its surroundings; run `d2o --debug ...` for the traceback")
+        sys.exit(1)

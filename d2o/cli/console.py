@@ -1,0 +1,70 @@
+"""Where the command line writes: results to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from d2o.runtime import worker
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One line about what is going on (stderr, first worker only)."""
+    if worker()[0] == 0:
+        err.print(escape(message))
+
+
+def error(message: str, hint: str = "") -> None:
+    err.print(f"[bold red]error:[/] {escape(message)}")
+    if hint:
+        err.print(f"  {escape(hint)}")
+
+
+class Meter:
+    """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. Silent on all workers but the first."""
+
+    def __init__(self, title: str, total: int, unit: str = "images", done: int = 0):
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.start, self.first, self.printed = time.perf_counter(), done, time.perf_counter()
+        self.quiet = worker()[0] != 0
+        self.progress = None
+        if not self.quiet and sys.stderr.isatty():
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                       TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
+            self.progress = Progress(*columns, console=err)
+            self.task = self.progress.add_task(title, total=total, completed=done, rate="", note="")
+            self.progress.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` units so far; `note` is shown behind (losses and the like)."""
+        self.done = done
+        now = time.perf_counter()
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", note=note)
+        elif not self.quiet and (now - self.printed > 5 or done >= self.total):
+            self.printed = now
+            left = (self.total - done) / max(rate, 1e-9)
+            err.print(escape(f"{self.title} {done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s, {left:,.0f} s left  {note}".rstrip()))
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+@contextmanager
+def meter(title: str, total: int, unit: str = "images", done: int = 0) -> Iterator[Meter]:
+    bar = Meter(title, total, unit, done)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,60 @@
+"""`d2o export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from d2o.cli import console
+
+CHECKPOINT = typer.Argument(
+    help="A student's or teacher's .safetensors checkpoint, a run folder (its best checkpoint, else its last), or a builtin teacher.",
+    show_default=False,
+)
+FORMAT = typer.Option(
+    "onnx", "--format", help="onnx (for onnxruntime), program (torch.export, .pt2) or safetensors (a d2o checkpoint in another precision)."
+)
+OUT = typer.Option(
+    None,
+    "--out",
+    help="File (.onnx, .pt2, .safetensors) or existing folder. Default: the checkpoint's name, beside it.",
+    show_default=False,
+)
+OPSET = typer.Option(None, "--opset", min=1, help="ONNX operator set, 18 or later. Default: 18, which most runtimes read.", show_default=False)
+DTYPE = typer.Option(None, "--dtype", help="Precision of the weights, for safetensors: fp32 (default), fp16 or bf16.", show_default=False)
+CHECK_N = typer.Option(16, "--check-n", min=1, help="Samples compared with the network, in one batch; one sample is compared alone, too.")
+TOLERANCE = typer.Option(
+    None,
+    "--tolerance",
+    help="Largest accepted absolute difference; outputs are about -1 to 1. Default: 1e-4; 0.02 for fp16, 0.1 for bf16.",
+    show_default=False,
+)
+FORCE = typer.Option(False, "--force", help="Overwrite another file or model card of that name.")
+
+
+def export(
+    checkpoint: str = CHECKPOINT,
+    format_: str = FORMAT,
+    out: Path = OUT,
+    opset: int = OPSET,
+    dtype: str = DTYPE,
+    check_n: int = CHECK_N,
+    tolerance: float = TOLERANCE,
+    force: bool = FORCE,
+) -> None:
+    """Write a student as ONNX, as a torch.export program or as weights in another precision, compare it with the student, add a model card.
+
+    The batch size stays free. A teacher exports as its denoiser D(x, sigma, label). Above --tolerance the file is not kept.
+    """
+    from d2o.export.exporter import export_checkpoint
+
+    done = export_checkpoint(checkpoint, format_, out, opset=opset, dtype=dtype, check_n=check_n, tolerance=tolerance, force=force, say=console.say)
+    lines = [
+        f"{'unchanged' if done.unchanged else 'wrote'} {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)",
+        f"card {done.card}",
+        f"parity: {done.parity}",
+        f"licence: {done.licence} (teacher: {done.teacher})",
+    ]
+    for line in lines:
+        console.out.print(line, markup=False)

@@ -1,0 +1,88 @@
+"""`d2o sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from d2o.cli import console
+from d2o.cli.pairs import open_device, progress_bar
+from d2o.errors import UserError
+
+if TYPE_CHECKING:
+    from d2o.students.generate import Sampler
+
+
+def sample(
+    checkpoint: Path = typer.Argument(None, help="A student's .safetensors checkpoint, or a run folder (its best, else last checkpoint).",
+                                      show_default=False),
+    n: int = typer.Option(None, "--n", help="Number of images.", show_default=False),
+    out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file.", show_default=False),
+    seed: int = typer.Option(0, "--seed", help="Seed of the first image; image i has seed + i."),
+    labels: str = typer.Option("random", "--labels", help="Classes: random (from the image's seed), balanced, or indices in turn: 0,1,2."),
+    batch: int = typer.Option(None, "--batch", help="Images per call (256); a begun output keeps its own.", show_default=False),
+    grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, one row per label.",
+                              show_default=False),
+    teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: digits, or a teacher's .safetensors. "
+                                "Equal seeds give equal noise, so that both can be compared.", show_default=False),
+    solver: str = typer.Option("heun", "--solver", help="ODE solver of the teacher: heun or euler."),
+    steps: int = typer.Option(18, "--steps", help="Solver steps of the teacher."),
+    cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
+    device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
+    threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False),
+    chunk: int = typer.Option(None, "--chunk", help="Images per part, the unit of work that an interruption can lose. Default 1024.",
+                              show_default=False),
+) -> None:  # fmt: skip
+    """Write images of a student (or of a teacher, for comparison) to a folder, zip, tar or npz.
+
+    Image i depends on seed + i and its label alone; equal seeds give files of equal bytes. The same command again continues what was
+    interrupted. Several workers may run it at once (started twice, or under torchrun) and share the work.
+    """
+    example = "for example: d2o sample runs/quickstart --n 1000 --out x.zip"
+    if (checkpoint is None) == (teacher is None):
+        raise UserError("give a student's checkpoint or --teacher, one of them", example)
+    for name, value in (("--n", n), ("--out", out)):
+        if value is None:
+            raise UserError(f"{name} is missing", example)
+    if checkpoint is not None and (solver, steps, cfg) != ("heun", 18, 1.0):
+        raise UserError("--solver, --steps and --cfg are a teacher's; a student makes an image in one call", "leave them away")
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise UserError(f"--grid {grid}: expected the name of a .png file")
+
+    from d2o.runtime import stop_flag, worker
+    from d2o.students.generate import SampleSettings, make_samples
+
+    sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, device), SampleSettings(n, seed, labels)
+    with stop_flag() as stop, progress_bar("sample", "images") as progress:
+        record = make_samples(
+            sampler, out, settings, batch=batch, threads=threads, chunk=chunk, say=console.say, progress=progress, stop=stop
+        )  # fmt: skip
+    if grid is not None and worker()[0] == 0:
+        _write_grid(grid, sampler, record)
+    console.say(f"{out}: {n:,} images, {sampler.record['nfe']} network {'call' if sampler.record['nfe'] == 1 else 'calls'} each")
+
+
+def _sampler(checkpoint: Path | None, teacher: str | None, solver: str, steps: int, cfg: float, device: str | None) -> Sampler:
+    from d2o.export.source import find_checkpoint
+    from d2o.students.base import load_student
+    from d2o.students.generate import student_sampler, teacher_sampler
+    from d2o.teachers.registry import load_teacher
+
+    if teacher is not None:
+        return teacher_sampler(load_teacher(teacher, open_device(device)), solver, steps, cfg)
+    assert checkpoint is not None
+    return student_sampler(load_student(find_checkpoint(checkpoint), open_device(device)))
+
+
+def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
+    from d2o.data.images import image_grid
+    from d2o.interop.safetensors_io import atomic_path
+    from d2o.students.generate import first_images, label_rows
+
+    images, columns = label_rows(*first_images(sampler, record, 64))
+    picture = image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "png")
+    console.say(f"wrote {path}")

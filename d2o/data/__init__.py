@@ -1,0 +1,1 @@
+"""Images, pairs, prompts: everything that is read from or written to disk as training data."""

@@ -1,0 +1,167 @@
+"""A model card in Hugging Face format beside an exported file. It says what the checkpoint's metadata says, and what that does not say."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from d2o import __version__
+from d2o.export import snippets
+from d2o.export.parity import Parity
+from d2o.export.source import Source
+
+# Licence identifiers that the Hugging Face Hub knows, of those that models and image data come with.
+HUB_LICENCES = {
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
+    "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "openrail++", "creativeml-openrail-m",
+}  # fmt: skip
+FORMATS = {"onnx": "ONNX", "program": "torch.export program", "safetensors": "d2o checkpoint (safetensors)"}
+
+
+def card(source: Source, file_name: str, file_format: str, detail: str, parity: Parity, source_name: str) -> str:
+    """The text of the card. `detail` is the opset or the dtype; `source_name` the checkpoint's file name."""
+    meta = source.meta
+    sections = [
+        _front_matter(source, file_format),
+        f"# {_text(file_name)}",
+        _what(source, file_format, detail, source_name),
+        "## Teacher and licence", _teacher(source),
+        "## Recipe", _block(meta.get("recipe"), "The checkpoint records no recipe."),
+        "## Metrics", _metrics(meta),
+        "## Provenance", _provenance(meta),
+        "## How to use", snippets.usage(source, file_name, file_format),
+        "## Numerical parity", _parity(parity),
+        "## Limitations", _limitations(source, file_format),
+    ]  # fmt: skip
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(source: Source, file_format: str) -> str:
+    stated = source.licence
+    front: dict[str, Any] = {"license": stated.lower()}
+    if stated == "unstated":
+        front = {"license": "unknown"}
+    elif stated.lower() not in HUB_LICENCES:
+        front = {"license": "other", "license_name": _slug(stated)}
+    front["library_name"] = "d2o"
+    if source.spec.condition == "none" and source.kind == "student":
+        front["pipeline_tag"] = "unconditional-image-generation"
+    one_step = ["one-step", "distillation"] if source.kind == "student" else ["teacher"]
+    front["tags"] = ["d2o", "diffusion", "image-generation", *one_step, {"program": "torch-export"}.get(file_format, file_format)]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---"
+
+
+def _what(source: Source, file_format: str, detail: str, source_name: str) -> str:
+    meta, spec = source.meta, source.spec
+    if source.kind == "student":
+        known = source.teacher != "unstated"
+        origin = f"distilled from the diffusion model {_code(source.teacher)}" if known else "from a teacher that the checkpoint does not name"
+        what = f"A one-step generator (one network call from noise to {'image' if spec.space == 'pixel' else 'latent'}), {origin}."
+    else:
+        what = f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that make an image."
+    labels = f"class label, {spec.classes} classes" if spec.condition == "label" else "none"
+    rows = {
+        "format": f"{FORMATS[file_format]}, {detail}",
+        "made from": f"{_code(source_name)}, weights sha256 {_code(source.fingerprint)}",
+        "output": f"{' x '.join(map(str, spec.shape))} (channels, height, width), {spec.space} space",
+        "condition": labels,
+        "network": _code((meta.get("network") or {}).get("arch", "not recorded")),
+        "parameters": f"{sum(p.numel() for p in source.network.parameters()):,}",
+        "images trained on": f"{meta['images']:,}" if isinstance(meta.get("images"), int) else "not recorded",
+        "d2o version": f"{_text(meta.get('d2o', 'not recorded'))} (checkpoint), {__version__} (export)",
+    }
+    return what + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _teacher(source: Source) -> str:
+    licence = "The checkpoint states no licence: find out under which terms the teacher may be used before you use or share this file."
+    if source.licence != "unstated":
+        licence = f"Licence as the checkpoint states it: {_code(source.licence)}. Read its terms before you use or share this file."
+    if source.kind == "teacher":
+        return f"This file is itself a teacher, {_code(source.spec.name)}.\n\n{licence}"
+    record = source.made_from
+    if not record.get("name"):
+        return f"The checkpoint does not name its teacher.\n\n{licence}"
+    digest = f"weights sha256 {_code(record['sha256'])}" if record.get("sha256") else "weights sha256 not recorded"
+    return f"Teacher: {_code(record['name'])}, {digest}.\n\n{licence}"
+
+
+def _metrics(meta: dict[str, Any]) -> str:
+    metrics = meta.get("metrics")
+    if not isinstance(metrics, dict) or not metrics:
+        return "The checkpoint records no metrics."
+    plain = {key: value for key, value in metrics.items() if not isinstance(value, dict | list)}
+    rest = {key: value for key, value in metrics.items() if key not in plain}
+    parts = ["As the checkpoint records them; measured before export, not on this file."]
+    if plain:
+        rows = [f"| {_code(key)} | {f'{value:.4g}' if isinstance(value, float) else _text(value)} |" for key, value in plain.items()]
+        parts.append("| metric | value |\n|---|---|\n" + "\n".join(rows))
+    if rest:
+        parts.append(_block(rest, ""))
+    if "protocol" not in metrics:
+        recipe = meta.get("recipe")
+        protocol = recipe.get("eval") if isinstance(recipe, dict) else None
+        absent = "The checkpoint records no protocol with them."
+        parts.append(f"Protocol, from the recipe (`eval`):\n\n{_block(protocol, '')}" if protocol else absent)
+    return "\n\n".join(parts)
+
+
+def _provenance(meta: dict[str, Any]) -> str:
+    chain = meta.get("provenance")
+    if not isinstance(chain, list) or not chain:
+        return "The checkpoint records no provenance."
+    steps = [", ".join(f"{_text(k)}: {_code(v)}" for k, v in step.items()) if isinstance(step, dict) else _code(step) for step in chain]
+    return "Oldest first.\n\n" + "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
+
+
+def _parity(parity: Parity) -> str:
+    record = {
+        "max_abs_difference": float(f"{parity.difference:.3g}"),
+        "tolerance": parity.tolerance,
+        "largest_output": float(f"{parity.largest:.3g}"),
+        "batch_sizes": list(parity.batch_sizes),
+        "compared_in": parity.runtime,
+    }
+    return f"This file against the network it was made from, on the same inputs:\n\n{_block(record, '')}"
+
+
+def _limitations(source: Source, file_format: str) -> str:
+    spec = source.spec
+    points = [f"The size is fixed: {' x '.join(map(str, spec.shape))}; the batch size is free."]
+    if spec.condition == "label":
+        points.append(f'Labels are 0 to {spec.classes - 1}; -1 means "no class", of use only to a network trained with dropped labels.')
+        silent = "This file does not check labels: any other label acts as -1, without an error."
+        points.append("d2o refuses any other label that it is given on the CPU." if file_format == "safetensors" else silent)
+    if source.kind == "student":
+        points.append("Noise level and guidance are fixed at those of training; more network calls do not improve an image.")
+    if spec.space == "pixel":
+        points.append(f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little.")
+    else:
+        points.append("Outputs are latents: the teacher's decoder, which is not in this file, turns them into images.")
+    points.append("Parity was measured on a CPU in float32; GPUs with TF32 or half precision differ more.")
+    points.append("It may repeat faults and biases of its teacher and training data; nothing was measured beyond what stands above.")
+    return "\n".join(f"- {point}" for point in points)
+
+
+def _block(data: Any, absent: str) -> str:
+    """YAML in a fence longer than any run of backticks inside, or the sentence that says it is absent."""
+    if data in (None, {}, [], ""):
+        return absent
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120).strip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text}\n{fence}"
+
+
+def _text(value: Any) -> str:
+    """One line of table-safe text: what stands in a checkpoint cannot break the card."""
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").replace("<", "&lt;").strip()
+
+
+def _code(value: Any) -> str:
+    return "`" + re.sub(r"\s+", " ", str(value)).replace("`", "'").replace("|", "\\|").strip() + "`"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-") or "other"

@@ -1,0 +1,133 @@
+"""Export a checkpoint: write in the chosen format, load back, compare with the network, keep it with a model card."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2o import __version__
+from d2o.errors import UserError, unknown
+from d2o.export.card import card
+from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
+from d2o.export.parity import Parity, Runner, compare
+from d2o.export.program import open_program, write_program
+from d2o.export.source import Source, open_source
+from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
+from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
+
+SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states, else "unstated"."""
+
+    path: Path
+    card: Path
+    parity: Parity
+    licence: str
+    teacher: str
+    unchanged: bool
+
+
+def export_checkpoint(
+    checkpoint: str | Path, file_format: str, out: str | Path | None = None, *, opset: int | None = None, dtype: str | None = None,
+    check_n: int = 16, tolerance: float | None = None, force: bool = False, say: Callable[[str], None] = lambda message: None,
+) -> Exported:  # fmt: skip
+    """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program or safetensors.
+
+    `out`: a file with the format's ending, or a folder; default the checkpoint's name beside it. `opset`: ONNX only, default 18. `dtype`:
+    safetensors only, fp32, fp16 or bf16. The file is compared with the network at batch sizes 1 and `check_n`; `tolerance` (largest
+    absolute difference of outputs in -1 to 1) is 1e-4 by default, 0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with the
+    input, a missing package, a difference above the tolerance, or another file of that name (unless `force`); nothing is written then.
+    """
+    if file_format not in SUFFIX:
+        raise unknown("format", file_format, SUFFIX)
+    if opset is not None and file_format != "onnx":
+        raise UserError(f"--opset is for --format onnx, not {file_format}")
+    if dtype is not None and file_format != "safetensors":
+        raise UserError(f"--dtype is for --format safetensors; {file_format} keeps the network's float32")
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if check_n < 1:
+        raise UserError(f"--check-n {check_n}: expected at least 1 sample")
+    precision, opset = dtype or "fp32", OPSET if opset is None else opset
+    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise UserError(f"--tolerance {tolerance}: expected a positive number")
+    source = open_source(checkpoint)
+    target = _target(source, checkpoint, file_format, precision, out)
+    if file_format == "onnx":
+        check_onnx(source, opset)
+    detail = {"onnx": f"opset {opset}", "program": f"torch {torch.__version__}", "safetensors": precision}[file_format]
+    card_path = target.with_name(target.name + ".md")
+    say(f"exporting {source.path.name} ({source.kind}) as {file_format}, {detail}")
+    with atomic_path(target) as temporary:
+        run, runtime = _write(source, temporary, file_format, _record(source, file_format, detail), opset, precision)
+        parity = compare(source, run, check_n, tolerance, runtime)
+        text = card(source, target.name, file_format, detail, parity, source.path.name)
+        unchanged = target.exists() and _same(temporary, target)
+        if not force:
+            if target.exists() and not unchanged:
+                raise UserError(f"{target} exists and is another file", "--force overwrites it; --out names another")
+            if card_path.exists() and not unchanged and card_path.read_text(encoding="utf-8", errors="replace") != text:
+                raise UserError(f"{card_path} exists and is another file", "--force overwrites it; --out names another")
+    if force or not (unchanged and card_path.exists()):  # beside the same file, a card may have been edited: leave it
+        atomic_write(card_path, text)
+    return Exported(target, card_path, parity, source.licence, source.teacher, unchanged)
+
+
+def _write(source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str) -> tuple[Runner, str]:
+    """Write the file and open it again: (the file as a function, what runs it)."""
+    torch_version = f"torch {torch.__version__} on the CPU"
+    if file_format == "onnx":
+        write_onnx(source, path, record, opset)
+        return open_onnx(path, source.inputs), f"onnxruntime {need('onnxruntime').__version__} against {torch_version}"
+    if file_format == "program":
+        write_program(source, path, record)
+        return open_program(path), f"torch.export.load against the network, {torch_version}"
+    write_weights(source, path, record, dtype)
+    return open_weights(source, path), f"d2o.load_{source.kind} (computes in float32) against the network, {torch_version}"
+
+
+def _record(source: Source, file_format: str, detail: str) -> dict[str, Any]:
+    """The checkpoint's metadata, with this export as the last step of its provenance."""
+    step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
+    before = source.meta.get("provenance")
+    return {**source.meta, "provenance": [*(before if isinstance(before, list) else []), step]}
+
+
+def _target(source: Source, checkpoint: str | Path, file_format: str, dtype: str, out: str | Path | None) -> Path:
+    """Where to write. UserError: another ending than the format's, or the checkpoint itself."""
+    suffix = SUFFIX[file_format]
+    stem = source.path.stem + (f"-{dtype}" if file_format == "safetensors" else "")
+    given = Path(checkpoint)
+    if out is None:  # beside the checkpoint, or in the run folder; a builtin teacher's goes where the user is
+        target = (given if given.is_dir() else given.parent) / (stem + suffix)
+    else:
+        target = Path(out) / (stem + suffix) if Path(out).is_dir() else Path(out)
+    if target.suffix != suffix:
+        raise UserError(f"--out {target}: a file of format {file_format} ends in {suffix}")
+    if target.exists() and target.resolve() == source.path.resolve():
+        raise UserError(f"--out {target} is the checkpoint itself", "choose another --out")
+    return target
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Equal content: equal bytes, or for zips (.pt2; older versions of torch put the time inside) equal members."""
+    if not b.is_file():
+        return False
+    if zipfile.is_zipfile(a) and zipfile.is_zipfile(b):
+        return _members(a) == _members(b)
+    return file_sha256(a) == file_sha256(b)
+
+
+def _members(path: Path) -> list[tuple[str, int]]:
+    with zipfile.ZipFile(path) as archive:
+        return sorted((member.filename, member.CRC) for member in archive.infolist())

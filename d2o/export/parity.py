@@ -1,0 +1,55 @@
+"""How far an exported file is from the network it was made from: the same inputs through both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2o.errors import UserError
+from d2o.export.source import Source
+
+Runner = Callable[[tuple[Tensor, ...]], Tensor]
+"""An exported file, loaded back: inputs in the order of Source.inputs -> output."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """`difference`: largest absolute difference over all outputs; `largest`: largest absolute value of the network's own output."""
+
+    difference: float
+    largest: float
+    batch_sizes: tuple[int, ...]
+    tolerance: float
+    runtime: str
+
+    def __str__(self) -> str:
+        sizes = " and ".join(str(n) for n in self.batch_sizes)
+        against = f"largest output {self.largest:.2f}, tolerance {self.tolerance:g}"
+        return f"max abs difference {self.difference:.1e} ({against}) at batch size {sizes}; {self.runtime}"
+
+
+@torch.inference_mode()
+def compare(source: Source, run: Runner, n: int, tolerance: float, runtime: str) -> Parity:
+    """Run both at batch sizes 1 and n. UserError: the largest difference is above `tolerance` (units of the output) or not a number."""
+    difference = largest = 0.0
+    sizes = (1, n) if n > 1 else (1,)
+    for size in sizes:
+        inputs = source.example(size)
+        expected = source.call(*inputs)
+        try:
+            found = run(inputs)
+        except Exception as error:  # each runtime has its own kinds
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the exported file does not run at batch size {size}, so it is not kept: {why}") from error
+        if found.shape != expected.shape:
+            raise UserError(f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}; the file is not kept")
+        worst = (found.to(torch.float32) - expected).abs().max().item()
+        difference = worst if worst != worst else max(difference, worst)  # a NaN stays
+        largest = max(largest, expected.abs().max().item())
+        if not difference <= tolerance:
+            found_text = f"the exported file differs from the network by {difference:.2e} at batch size {size}"
+            raise UserError(f"{found_text}: above the tolerance {tolerance:g}; the file is not kept", "--tolerance sets what is accepted")
+    return Parity(difference, largest, sizes, tolerance, runtime)

@@ -1,0 +1,67 @@
+"""torch.export: the network as one graph with a dynamic batch, in a .pt2 file that needs torch but not d2o."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2o.errors import UserError
+from d2o.export.parity import Runner
+from d2o.export.source import Source
+from d2o.interop.safetensors_io import META_KEY
+
+RECORD = f"{META_KEY}.json"
+"""The extra file inside a .pt2 that holds the checkpoint's metadata as JSON."""
+
+
+def trace(source: Source) -> torch.export.ExportedProgram:
+    """The graph, batch size free (1 and up). UserError: this torch cannot export the network.
+
+    The range check of labels is data-dependent Python and not part of the graph: a label out of range acts as -1, "no class".
+    """
+    batch = torch.export.Dim("batch", min=1)
+    example = source.example(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own internals
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            # Strict: Dynamo keeps len(x) symbolic, where plain tracing would freeze the batch size.
+            return torch.export.export(source.call, example, dynamic_shapes=tuple({0: batch} for _ in example), strict=True)
+        except Exception as error:
+            raise cannot("torch.export", error) from error
+
+
+def cannot(what: str, error: Exception) -> UserError:
+    """The one-line form of a failed export: torch's own messages are pages long."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"{what} of torch {torch.__version__} cannot export this network: {lines[0]}", "another version of torch may")
+
+
+def write_program(source: Source, path: Path, record: dict[str, Any]) -> None:
+    """Write a .pt2 with `record` inside. Equal networks give equal contents, and the file names no folder of this machine."""
+    program = trace(source)
+    for node in program.graph.nodes:  # the rest (stack traces, object ids) differs from run to run and shows paths
+        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={RECORD: json.dumps(record, sort_keys=True)})
+    path.write_bytes(buffer.getbuffer())
+
+
+def open_program(path: Path) -> Runner:
+    """A .pt2 file as a function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    return lambda inputs: module(*inputs)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The metadata that `write_program` stored."""
+    extra: dict[str, Any] = {RECORD: ""}
+    torch.export.load(io.BytesIO(Path(path).read_bytes()), extra_files=extra)
+    return json.loads(extra[RECORD])

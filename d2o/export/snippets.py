@@ -1,0 +1,92 @@
+"""The Python lines of a model card. They run as they stand, in the folder of the exported file (tests execute them)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from d2o.export.source import Source
+
+BATCH = 4
+
+
+def usage(source: Source, file_name: str, file_format: str) -> str:
+    """Text and one code block for this file."""
+    lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors}[file_format](source, file_name)
+    needs = {
+        "onnx": "`pip install onnxruntime numpy`; d2o and torch are not needed.",
+        "program": f"`pip install torch` ({torch.__version__.split('+')[0]} wrote the file; a later one reads it); d2o is not needed.",
+        "safetensors": "`pip install d2o`.",
+    }[file_format]
+    return f"{needs} {_about(source, file_format)}\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _about(source: Source, file_format: str) -> str:
+    shape = f"[N, {', '.join(map(str, source.spec.shape))}] float32"
+    label = "; `label`: class indices [N] int64" if source.spec.condition == "label" else ""
+    given = f"`noise`: {shape}, standard normal"
+    if source.kind == "teacher" and file_format != "safetensors":
+        given = f"`noisy`: {shape}, an image plus `sigma` times standard normal noise; `sigma`: noise levels [N] float32"
+    return f"{given}{label}; result: {shape}."
+
+
+def _onnx(source: Source, file_name: str) -> list[str]:
+    feeds = ", ".join(f'"{name}": {name}' for name in source.inputs)
+    lines = ["import numpy as np", "import onnxruntime", "",
+             f"session = onnxruntime.InferenceSession({json.dumps(file_name)}, providers=[\"CPUExecutionProvider\"])",
+             f"noise = np.random.default_rng(0).standard_normal({_shape(source)}, dtype=np.float32)"]  # fmt: skip
+    if source.kind == "teacher":
+        lines += [f"sigma = np.full({BATCH}, {source.spec.sigma_max}, dtype=np.float32)", "noisy = sigma[:, None, None, None] * noise"]
+    if source.spec.condition == "label":
+        lines.append(f"label = np.array({_labels(source)}, dtype=np.int64)")
+    lines.append(f'{source.output} = session.run(["{source.output}"], {{{feeds}}})[0]  # {_shape(source)}')
+    if _pixels(source):
+        lines.append(f"pixels = np.clip({source.output} * 127.5 + 128, 0, 255).astype(np.uint8)")
+    return lines
+
+
+def _program(source: Source, file_name: str) -> list[str]:
+    lines = ["import torch", "", f"network = torch.export.load({json.dumps(file_name)}).module()", *_torch_inputs(source)]
+    if source.kind == "teacher":
+        lines += [f"sigma = torch.full(({BATCH},), {source.spec.sigma_max})", "noisy = sigma[:, None, None, None] * noise"]
+    return [*lines, f"{source.output} = network({', '.join(source.inputs)})  # {_shape(source)}", *_torch_pixels(source, source.output)]
+
+
+def _safetensors(source: Source, file_name: str) -> list[str]:
+    label = ", label" if source.spec.condition == "label" else ""
+    lines = ["import torch", "", "import d2o", ""]
+    if source.kind == "student":
+        lines += [
+            f"student = d2o.load_student({json.dumps(file_name)})",
+            *_torch_inputs(source),
+            f"image = student(noise{label})  # {_shape(source)}",
+        ]
+    else:
+        lines += [
+            f"teacher = d2o.load_teacher({json.dumps(file_name)})",
+            *_torch_inputs(source),
+            f"image = teacher.sample(noise{label}, steps=18)  # {_shape(source)}",
+        ]
+    return [*lines, *_torch_pixels(source, "image")]
+
+
+def _torch_inputs(source: Source) -> list[str]:
+    lines = [f"noise = torch.randn({_shape(source)}, generator=torch.Generator().manual_seed(0))"]
+    return [*lines, f"label = torch.tensor({_labels(source)})"] if source.spec.condition == "label" else lines
+
+
+def _torch_pixels(source: Source, name: str) -> list[str]:
+    return [f"pixels = ({name} * 127.5 + 128).clamp(0, 255).to(torch.uint8)"] if _pixels(source) else []
+
+
+def _pixels(source: Source) -> bool:
+    return source.spec.space == "pixel" and tuple(source.spec.value_range) == (-1.0, 1.0)
+
+
+def _shape(source: Source) -> str:
+    return str((BATCH, *source.spec.shape))
+
+
+def _labels(source: Source) -> str:
+    return str([i % source.spec.classes for i in range(BATCH)])

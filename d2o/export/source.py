@@ -1,0 +1,130 @@
+"""What is exported: a checkpoint as one callable module with named inputs, and example inputs to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2o.diffusion.noise import noise_and_labels
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import read_meta
+from d2o.students.base import Student, load_student
+from d2o.teachers.base import Spec
+from d2o.teachers.registry import BUILTIN, asset, load_teacher
+
+
+class StudentCall(nn.Module):
+    """forward(noise [N, C, H, W], label [N] int64 if conditional) -> image [N, C, H, W] float32: the student as it is, unclipped."""
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.student(noise, label)
+
+
+class DenoiserCall(nn.Module):
+    """forward(noisy [N, C, H, W], sigma [N] > 0, label [N] int64 if conditional) -> denoised [N, C, H, W] float32: D(x; sigma)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, noisy: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.network(noisy, sigma, label)
+
+
+@dataclass
+class Source:
+    """A loaded checkpoint. `kind` "student" or "teacher"; `network` holds the file's weights; `call(*inputs)` is what is exported."""
+
+    path: Path
+    kind: str
+    spec: Spec
+    meta: dict[str, Any]
+    network: nn.Module
+    fingerprint: str
+    call: nn.Module
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        first = ("noise",) if self.kind == "student" else ("noisy", "sigma")
+        return first if self.spec.condition == "none" else (*first, "label")
+
+    @property
+    def output(self) -> str:
+        return "image" if self.kind == "student" else "denoised"
+
+    @property
+    def licence(self) -> str:
+        """The teacher's licence as the checkpoint states it, or "unstated"."""
+        stated = self.made_from.get("licence") if self.kind == "student" else None
+        return str(stated if stated not in (None, "", "unstated") else self.spec.licence or "unstated")
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name as the checkpoint states it (its own for a teacher), or "unstated"."""
+        if self.kind == "teacher":
+            return self.spec.name
+        return str(self.made_from.get("name") or "unstated")
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The checkpoint's record of its teacher (name, sha256, licence); empty when there is none."""
+        record = self.meta.get("teacher")
+        return record if isinstance(record, dict) else {}
+
+    def example(self, n: int) -> tuple[Tensor, ...]:
+        """Inputs for n samples: seeds 0 to n-1, random labels; for a teacher noise levels spread over its range."""
+        noise, labels = noise_and_labels(range(n), self.spec.shape, self.spec.classes)
+        given: tuple[Tensor, ...] = (noise,)
+        if self.kind == "teacher":
+            low, high = torch.tensor([max(self.spec.sigma_min, 0.002), self.spec.sigma_max]).log()
+            sigma = torch.lerp(low, high, (torch.arange(n) + 0.5) / n).exp()
+            given = (noise * sigma[:, None, None, None], sigma)
+        return given if self.spec.condition == "none" else (*given, labels)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint's file: the file itself, a run folder's best (else last) checkpoint, or a builtin teacher's. UserError: none there."""
+    if str(path) in BUILTIN and not Path(path).exists():
+        return asset(BUILTIN[str(path)])
+    path = Path(path)
+    if not path.is_dir():
+        return path  # a missing file is reported where it is read
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / "checkpoints" / name).is_file():
+            return path / "checkpoints" / name
+    raise UserError(f"{path} is a folder without a checkpoint (checkpoints/best.safetensors or checkpoints/last.safetensors)",
+                    "give a .safetensors checkpoint or a run folder of `d2o train`")  # fmt: skip
+
+
+def open_source(path: str | Path) -> Source:
+    """Load a student or teacher checkpoint on the CPU. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
+    path = find_checkpoint(path)
+    meta = read_meta(path)
+    kind = meta.get("kind") if isinstance(meta, dict) else None
+    if kind not in ("student", "teacher"):
+        raise UserError(f"{path} holds {f'a d2o {kind}' if kind else 'no d2o checkpoint'}; only students and teachers can be exported")
+    try:
+        network, spec, fingerprint, call = (_student if kind == "student" else _teacher)(path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a d2o record with parts missing or of the wrong type
+        raise UserError(f"{path}: its metadata is incomplete ({type(error).__name__}: {error})", "expected a file made by `d2o`") from error
+    if spec.condition == "text":
+        raise UserError(f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported")
+    return Source(path, kind, spec, meta, network, fingerprint, call.eval())
+
+
+def _student(path: Path) -> tuple[nn.Module, Spec, str, nn.Module]:
+    student = load_student(path)
+    return student.network, student.spec, student.fingerprint, StudentCall(student)
+
+
+def _teacher(path: Path) -> tuple[nn.Module, Spec, str, nn.Module]:
+    teacher = load_teacher(path)
+    return teacher.network, teacher.spec, teacher.fingerprint, DenoiserCall(teacher.network)

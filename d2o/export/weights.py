@@ -1,0 +1,39 @@
+"""Weights alone, in a chosen precision: a d2o checkpoint like the one it came from, smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2o.errors import UserError
+from d2o.export.parity import Runner
+from d2o.export.source import Source
+from d2o.interop.safetensors_io import load_file, save_file
+from d2o.students.base import load_student
+from d2o.teachers.registry import load_teacher
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
+"""What rounding the weights may change in an output of -1 to 1, unless the user says otherwise."""
+
+
+def write_weights(source: Source, path: Path, record: dict[str, Any], dtype: str) -> None:
+    """Write the parameters as `dtype` (fp32, fp16, bf16); buffers (filters, fixed frequencies) keep theirs. UserError: fp16 overflow."""
+    parameters = {name for name, _ in source.network.named_parameters()}
+    tensors = {}
+    for name, tensor in load_file(source.path)[0].items():
+        tensors[name] = tensor.to(DTYPES[dtype]) if name in parameters and tensor.is_floating_point() else tensor
+        if not tensors[name].isfinite().all() and tensor.isfinite().all():
+            raise UserError(f"{name} of {source.path} holds values that {dtype} cannot", "use --dtype bf16 or fp32")
+    save_file(path, tensors, record)
+
+
+def open_weights(source: Source, path: Path) -> Runner:
+    """The file through d2o's own loader: the weights are rounded, the arithmetic is float32."""
+    if source.kind == "student":
+        student = load_student(path)
+        return lambda inputs: student(*inputs)
+    teacher = load_teacher(path)
+    return lambda inputs: teacher.denoise(*inputs)

@@ -1,0 +1,142 @@
+"""Safetensors files with one JSON metadata record, written atomically. Every checkpoint, shard and training state goes through here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as _serialise
+
+from d2o.errors import UserError
+
+META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, and equal content must give equal bytes
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s name, on failure it is removed.
+
+    Raises UserError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
+
+
+def write_error(path: str | os.PathLike, error: OSError) -> UserError:
+    """The one-line form of a failed write."""
+    reasons = {
+        errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied", errno.EROFS: "the file system is read-only",
+        errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "a file of that name is in the way",
+        errno.EISDIR: "a folder of that name is in the way",
+    }  # fmt: skip
+    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    return UserError(f"cannot write {path}: {reason}", "choose another --out, or make room and run again")
+
+
+def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write the whole file or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able record. Equal content gives equal bytes."""
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    data = _serialise(plain, {META_KEY: json.dumps(meta, sort_keys=True)})
+    atomic_write(path, data)
+
+
+def read_meta(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON record of a file that d2o wrote. UserError: missing, truncated, or not one of ours."""
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+    if META_KEY not in metadata:
+        raise UserError(f"{path} is a safetensors file, but not one of d2o's (no {META_KEY!r} metadata)", "expected a file made by `d2o`")
+    try:
+        return json.loads(metadata[META_KEY])
+    except ValueError as error:
+        raise UserError(f"{path}: its {META_KEY!r} metadata is not JSON ({error})") from error
+
+
+def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors and the JSON record. Errors as `read_meta`."""
+    meta = read_meta(path)
+    with _open(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such file: {path}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def resolve_checkpoint(path: str | os.PathLike) -> Path:
+    """A checkpoint's own path, or of a run folder its `best` checkpoint, else its `last`. UserError: a folder that is no run."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("best", "last"):
+        if (file := path / "checkpoints" / f"{name}.safetensors").is_file():
+            return file
+    raise UserError(f"{path} is a folder, but no run with a checkpoint", "expected a .safetensors file, or a folder that `d2o train` wrote")
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Hex digest of names, dtypes, shapes and values, in sorted order: the fingerprint of a network."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

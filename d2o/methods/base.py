@@ -1,0 +1,170 @@
+"""The method contract: one iteration of a paper's algorithm box, and what the loop offers it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from d2o.data.images import ImageSet
+from d2o.data.pairs import PairStore
+from d2o.errors import UserError, unknown
+from d2o.students.base import Student
+from d2o.teachers.base import Spec, Teacher
+
+METHODS = {"edm": "d2o.methods.edm", "ode": "d2o.methods.ode", "classifier": "d2o.methods.classifier"}
+"""Name -> module, which has a class `METHOD`."""
+
+
+class Options(BaseModel):
+    """A method's own section of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def method_names() -> list[str]:
+    return sorted(METHODS)
+
+
+def get_method(name: str) -> type[Method]:
+    """The method's class. UserError names the known ones."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return import_module(METHODS[name]).METHOD
+
+
+@dataclass
+class Setup:
+    """What a method is built from. `network` and `student` are the recipe's sections of that name; `start` is the student that
+    `d2o finetune --from` starts from."""
+
+    options: Any
+    teacher: Teacher | None = None
+    network: dict[str, Any] | None = None
+    student: Any = None
+    images: ImageSet | None = None
+    pairs: PairStore | None = None
+    start: Student | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    name: str = "model"
+    seed: int = 0
+
+    def need_network(self) -> dict[str, Any]:
+        if not self.network:
+            raise UserError("the recipe has no `network:` section, and this method trains one from scratch")
+        return self.network
+
+
+@dataclass
+class Batch:
+    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1], labels. Tensors [B, ...] on the device; labels int64 or None."""
+
+    labels: Tensor | None = None
+    noise: Tensor | None = None
+    target: Tensor | None = None
+    images: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> Batch:
+        return Batch(*(None if t is None else t[start:stop] for t in (self.labels, self.noise, self.target, self.images)))
+
+
+class Draws:
+    """Random numbers for one micro-batch: a slice of those of the whole global batch, so that neither the number of processes nor gradient
+    accumulation changes them. Calls must come in the same order in every micro-batch."""
+
+    def __init__(self, seed: int, start: int, count: int, total: int, device: torch.device):
+        self.start, self.count, self.total, self.device = start, count, total, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal [count, *shape]."""
+        return self._mine(torch.randn(self.total, *shape, generator=self.generator, device=self.device))
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform on [0, 1) [count, *shape]."""
+        return self._mine(torch.rand(self.total, *shape, generator=self.generator, device=self.device))
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        """Uniform integers of {low, ..., high - 1} [count, *shape]."""
+        return self._mine(torch.randint(low, high, (self.total, *shape), generator=self.generator, device=self.device))
+
+    def _mine(self, x: Tensor) -> Tensor:
+        return x[self.start : self.start + self.count]
+
+
+class Loop(Protocol):
+    """What the training loop does for every method."""
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Draws]]:
+        """The process's share of the global batch, in parts that fit the memory, each with its random numbers."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss; all micro-batches and processes together give that of the global mean."""
+        ...
+
+    def update(self, name: str) -> None:
+        """Sanitise, clip, optimiser step, zero the gradients of the network of that name; EMA where it is the product."""
+        ...
+
+    def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
+        """The network of that name with its parameters held fixed (gradients still flow to its inputs)."""
+        ...
+
+    def net(self, name: str) -> nn.Module:
+        """The network of that name as it is to be called in training (wrapped for several processes)."""
+        ...
+
+    def mean(self, values: list[Tensor]) -> Tensor:
+        """Mean over micro-batches, detached."""
+        ...
+
+
+class Method(ABC):
+    """A way of training. It never opens files, parses YAML, prints or saves."""
+
+    Options: ClassVar[type[Options]] = Options
+    data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none"
+    product: ClassVar[str] = "student"  # which of networks() is the result
+    train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
+
+    @abstractmethod
+    def __init__(self, setup: Setup): ...
+
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that are trained, by name."""
+
+    @abstractmethod
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Exactly one iteration of the algorithm; returns scalars for the log (detached tensors, not read here)."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The product's part of a checkpoint's metadata: kind, network, and spec or student where it has one."""
+
+    def spec(self) -> Spec | None:
+        """Shape and condition of what the product generates; None if it generates nothing."""
+        return None
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Images in [-1, 1] from noise [B, C, H, W] by the product (or its EMA copy)."""
+        raise UserError("this method's product generates no images")
+
+    def nfe(self) -> int:
+        """Network calls of one generated sample."""
+        return 1
+
+    def validate(self, product: nn.Module) -> dict[str, float]:
+        """Numbers about the product that need no generated images."""
+        return {}
+
+
+Generate = Callable[[Tensor, Tensor | None], Tensor]

@@ -1,0 +1,85 @@
+"""EDM: denoising score matching on real images. It trains teachers (Karras et al. 2022, section 5, Table 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from d2o.errors import UserError
+from d2o.methods.base import Batch, Loop, Method, Options, Setup
+from d2o.networks.build import build_network
+from d2o.networks.edm_unet import EDMPrecond
+from d2o.teachers.base import Spec, Teacher
+
+
+class EDMOptions(Options):
+    p_mean: float = Field(-1.2, description="mean of ln sigma")
+    p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma")
+    label_dropout: float = Field(0.0, ge=0, le=1, description="share of samples trained without their class (for classifier-free guidance)")
+    steps: int = Field(18, ge=1, description="Heun steps of previews and metrics")
+    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
+
+
+class EDM(Method):
+    Options = EDMOptions
+    data = "images"
+    product = "denoiser"
+
+    def __init__(self, setup: Setup):
+        assert setup.images is not None
+        self.options: EDMOptions = setup.options
+        channels, resolution, _ = setup.images.shape
+        config = {"img_resolution": resolution, "img_channels": channels, "label_dim": setup.images.classes, **setup.need_network()}
+        if config.get("arch") == "classifier":
+            raise UserError("network.arch: a classifier is not a denoiser; method edm trains ddpmpp, ncsnpp or adm")
+        denoiser = build_network(config)
+        assert isinstance(denoiser, EDMPrecond)
+        self.denoiser, self.sigma_data = denoiser, denoiser.sigma_data
+        classes = config["label_dim"]
+        if (channels, resolution, classes) != (self.denoiser.img_channels, self.denoiser.img_resolution, setup.images.classes):
+            have = f"{channels} x {resolution} x {resolution}, {classes} classes"
+            raise UserError(f"the network section asks for other images than the data has ({have})")
+        self._spec = Spec(setup.name, (channels, resolution, resolution), condition="label" if classes else "none", classes=classes,
+                          licence=self.options.licence)  # fmt: skip
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.denoiser}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        losses = []
+        for micro, draw in loop.micro_batches(batch):
+            y, labels = micro.images, micro.labels
+            assert y is not None
+            sigma = (self.options.p_mean + self.options.p_std * draw.randn(1, 1, 1)).exp()
+            noise = sigma * draw.randn(*y.shape[1:])
+            if labels is not None and self.options.label_dropout:
+                labels = torch.where(draw.rand() < self.options.label_dropout, -1, labels)
+            weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2  # lambda(sigma)
+            denoised = loop.net("denoiser")(y + noise, sigma.flatten(), labels)
+            loss = (weight * (denoised - y) ** 2).mean()  # eq. 2 with the weights of Table 1
+            loop.backward(loss)
+            losses.append(loss)
+        loop.update("denoiser")
+        return {"loss": loop.mean(losses)}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "teacher", "network": self.denoiser.config, "spec": self._spec}
+
+    def spec(self) -> Spec:
+        return self._spec
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        training = product.training
+        teacher = Teacher(product, self._spec, noise.device)
+        images = teacher.decode(teacher.sample(noise, labels, "heun", self.options.steps))
+        product.train(training)
+        return images
+
+    def nfe(self) -> int:
+        return 2 * self.options.steps - 1
+
+
+METHOD = EDM

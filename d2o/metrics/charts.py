@@ -1,0 +1,116 @@
+"""Line charts as inline SVG: no library, no script, coloured by the page's style sheet (classes s0, s1, ...)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 44
+MAX_POINTS = 400
+COLOURS = 6
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line through (x, y). `smooth` draws its exponential average over the faint raw line; `marks` puts a dot on each point."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    smooth: bool = False
+    marks: bool = False
+
+
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
+    """One SVG element. Points that are not finite (or not positive on a log axis) are left out; an empty string when none remain."""
+    lines = [_clean(s, log_y) for s in series]
+    points = [p for _, p in lines if p]
+    if not points:
+        return ""
+    x_low, x_high = _span([x for p in points for x, _ in p])
+    y_low, y_high = _span([math.log10(y) if log_y else y for p in points for _, y in p])
+    pad = 0.05 * (y_high - y_low)
+    y_low, y_high = y_low - pad, y_high + pad
+
+    def sx(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def sy(y: float) -> float:
+        return HEIGHT - BOTTOM - ((math.log10(y) if log_y else y) - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    body = []
+    for tick in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high):
+        body.append(f'<line class="tick" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(tick):.1f}" y2="{sy(tick):.1f}"/>')
+        body.append(f'<text x="{LEFT - 8}" y="{sy(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+    for tick in _ticks(x_low, x_high):
+        body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(tick)}</text>')
+    body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    body.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    for i, (s, p) in enumerate(lines):
+        raw = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in p)
+        body.append(f'<polyline class="s{i % COLOURS}{" faint" if s.smooth else ""}" points="{raw}"/>')
+        if s.smooth:
+            average = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in _average(p, log_y))
+            body.append(f'<polyline class="s{i % COLOURS}" points="{average}"/>')
+        if s.marks:
+            body += [
+                f'<circle class="s{i % COLOURS}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="3.5"><title>{short(x)}: {short(y)}</title></circle>'
+                for x, y in p
+            ]
+    title = f"{escape(y_label)} against {escape(x_label)}"
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(body)}</svg>'
+
+
+def short(value: float) -> str:
+    """A number for a tick: 0.02, 1.5, 300, 20k, 1.5M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _clean(s: Series, log_y: bool) -> tuple[Series, list[tuple[float, float]]]:
+    points = [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
+    step = -(-len(points) // MAX_POINTS) or 1
+    kept = [points[i : i + step] for i in range(0, len(points), step)]
+    return s, [(group[-1][0], sum(y for _, y in group) / len(group)) for group in kept]
+
+
+def _average(points: list[tuple[float, float]], log_y: bool) -> list[tuple[float, float]]:
+    """Exponential average over about a fifteenth of the line, free of the pull to the first value (of logarithms on a log axis)."""
+    keep = math.exp(-1 / max(len(points) / 15, 1))
+    out, total, weight = [], 0.0, 0.0
+    for x, y in points:
+        total, weight = keep * total + (math.log(y) if log_y else y), keep * weight + 1
+        out.append((x, math.exp(total / weight) if log_y else total / weight))
+    return out
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+
+
+def _ticks(low: float, high: float, count: int = 6) -> list[float]:
+    raw = (high - low) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, with 2 and 5 (or all) between where there are few. `low` and `high` are logarithms."""
+    for between in ((1,), (1, 2, 5), tuple(range(1, 10))):
+        ticks = [
+            m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in between if low <= math.log10(m * 10.0**k) <= high
+        ]
+        if len(ticks) >= 4:
+            break
+    if len(ticks) < 3:  # less than a third of a decade: even steps of the value read better
+        return _ticks(10**low, 10**high)
+    step = -(-len(ticks) // 8)
+    return ticks[::step]

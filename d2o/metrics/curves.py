@@ -1,0 +1,48 @@
+"""A run's metrics.jsonl as lines for charts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2o.errors import UserError
+
+
+@dataclass
+class Curves:
+    """What a run logged over the images it has seen: name -> [(images, value)]."""
+
+    name: str
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    scores: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def read_curves(run: str | Path) -> Curves:
+    """Losses (keys that say so) and scores (the "eval" records). A line that a kill cut short is passed over. UserError: no such log."""
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{run} is not a run folder: no readable metrics.jsonl ({error.strerror or error})", "--run takes what `d2o train --out` wrote"
+        ) from None
+    curves = Curves(Path(run).resolve().name)
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("images"), (int, float)):
+            continue
+        _collect(curves.losses, {k: v for k, v in record.items() if "loss" in k.lower()}, record["images"])
+        if isinstance(record.get("eval"), dict):
+            _collect(curves.scores, record["eval"], record["images"])
+    return curves
+
+
+def _collect(into: dict[str, list[tuple[float, float]]], values: dict[str, Any], images: float) -> None:
+    for key, value in values.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            into.setdefault(key, []).append((float(images), float(value)))

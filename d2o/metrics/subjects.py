@@ -1,0 +1,300 @@
+"""What can be evaluated, or compared with (generators, sets of images, statistics), found from what the user typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2o.data.images import open_images, to_uint8
+from d2o.diffusion.solvers import nfe
+from d2o.errors import UserError, nearest
+from d2o.interop.safetensors_io import file_sha256, read_meta
+from d2o.metrics.features import Extractor, check_shape
+from d2o.metrics.protocol import Settings
+from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
+from d2o.networks.build import count_parameters
+from d2o.students.base import load_student
+from d2o.teachers.base import Spec
+from d2o.teachers.registry import BUILTIN, asset, load_teacher, teacher_names
+
+REFERENCE_SOLVER = ("heun", 18)  # how a teacher's own samples are made where they serve as the measure of others
+Device = str | torch.device
+Generate = Callable[[Tensor, Tensor | None], Tensor]
+"""(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W], float in [-1, 1]."""
+
+
+@dataclass
+class Generator:
+    """A student or a teacher. `record`: what a result says of it (nfe, forwards, parameters, solver, ...)."""
+
+    name: str
+    source: str
+    kind: str  # "student" or "teacher"
+    spec: Spec
+    generate: Generate
+    teacher: str | None  # whose distillate, or which, it is
+    record: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+
+@dataclass
+class Pictures:
+    """A set of images. `batch(indices)` -> (uint8 [k, C, H, W], class indices [k] or None).
+
+    `classes`: how many the labels are of; None where they are plain class numbers, of which the set may hold a few.
+    """
+
+    name: str
+    source: str
+    kind: str  # "images" or "pairs"
+    shape: tuple[int, ...]
+    n: int
+    batch: Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
+    labelled: bool
+    classes: int | None
+    record: dict[str, Any]
+    teacher: str | None = None
+    resize: str = "none"
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Numbers:
+    """Statistics without images."""
+
+    name: str
+    source: str
+    statistics: Statistics
+    kind: str = "statistics"
+    teacher: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+Subject = Generator | Pictures | Numbers
+
+
+def open_subject(
+    text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse"
+) -> Subject:
+    """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu and sigma), images.
+
+    `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or foreign file.
+    """
+    path = Path(text)
+    if text.startswith("real:"):
+        return _pictures(text, settings, extractor, on_bad)
+    if text in BUILTIN:
+        return _teacher(text, text, asset(BUILTIN[text]), settings, device)
+    if any(mark in path.name for mark in "*{"):  # shards of a tar, as open_images takes them
+        return _pictures(text, settings, extractor, on_bad)
+    if not path.exists():
+        near = nearest(text, [*teacher_names(), "real:digits"])
+        raise UserError(
+            f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
+            f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
+            f"{', '.join(teacher_names())}",
+        )
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        return _checkpoint(text, _best_checkpoint(path), settings, device)
+    if path.is_dir() and _is_pair_store(path):
+        return _pairs(text, device)
+    if path.suffix == ".safetensors":
+        return _checkpoint(text, path, settings, device)
+    if path.suffix == ".npz" and is_statistics(path):
+        return Numbers(text, text, load_statistics(path))
+    return _pictures(text, settings, extractor, on_bad)
+
+
+def reference_teacher(subject: Subject, name: str | None, cfg: float, device: Device = "cpu") -> tuple[Generator | None, list[str]]:
+    """The teacher that a generator is measured against from equal noise, sampled with `REFERENCE_SOLVER`, and notes on why not or how.
+
+    `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
+    """
+    if not isinstance(subject, Generator):
+        return None, []
+    choice = name or subject.teacher
+    if choice is None or (name is None and choice not in BUILTIN and not Path(choice).exists()):
+        return None, [f"no distance to the teacher ({choice or 'not stated'}): it is not here; name it with --teacher"]
+    try:
+        teacher = open_subject(choice, reference_settings(Settings(cfg=cfg)), device)
+        if not isinstance(teacher, Generator) or teacher.kind != "teacher":
+            raise UserError(f"--teacher {choice} is not a teacher (kind: {teacher.kind})")
+        if (teacher.spec.shape, teacher.spec.classes) != (subject.spec.shape, subject.spec.classes):
+            theirs, ours = (f"{list(s.shape)} images of {s.classes} classes" for s in (teacher.spec, subject.spec))
+            raise UserError(f"teacher {choice} makes {theirs}, {subject.source} {ours}")
+    except UserError as error:
+        if name is not None:
+            raise
+        return None, [f"no distance to the teacher: {error.message}"]
+    if all(subject.record.get(key) == teacher.record[key] for key in ("sha256", "solver", "steps")):
+        return None, []  # the same samples
+    expected = subject.record.get("teacher_sha256")
+    if expected is not None and expected != teacher.record["fingerprint"]:
+        return teacher, [f"{subject.source} was distilled from another {choice} than the one measured against (weights {expected[:12]})"]
+    return teacher, []
+
+
+def reference_settings(settings: Settings) -> Settings:
+    """The settings under which a teacher serves as the measure of others: sampled well, whatever --solver and --steps say of X."""
+    solver, steps = REFERENCE_SOLVER
+    return replace(settings, solver=solver, steps=steps)
+
+
+def _teacher(text: str, label: str, path: Path, settings: Settings, device: Device) -> Generator:
+    model = load_teacher(text, device)
+    guided = settings.cfg != 1.0
+
+    def generate(noise: Tensor, labels: Tensor | None) -> Tensor:
+        return model.decode(model.sample(noise, labels, settings.solver, settings.steps, settings.cfg))
+
+    calls = nfe(settings.solver, settings.steps)
+    record = {
+        "sha256": file_sha256(path),
+        "fingerprint": model.fingerprint,
+        "parameters": count_parameters(model.network),
+        "nfe": calls,
+        "forwards": 2 * calls if guided else calls,
+        "solver": settings.solver,
+        "steps": settings.steps,
+        "cfg": settings.cfg,
+        "licence": model.spec.licence,
+    }
+    name = f"{label}, {settings.solver} {settings.steps}" + (f", cfg {settings.cfg:g}" if guided else "")
+    return Generator(name, text, "teacher", model.spec, generate, text if text in BUILTIN else model.spec.name, record)
+
+
+def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Generator:
+    kind = read_meta(path).get("kind")
+    label = path.parent.parent.name or path.stem if path.parent.name == "checkpoints" else path.stem
+    if kind == "teacher":
+        return _teacher(str(path), label, path, settings, device)
+    if kind != "student":
+        raise UserError(f"{path} holds {kind or 'something foreign'}, not a student or a teacher")
+    model = load_student(path, device)
+
+    @torch.inference_mode()
+    def generate(noise: Tensor, labels: Tensor | None) -> Tensor:
+        return model.decode(model(noise.to(device), None if labels is None else labels.to(device)))
+
+    made_from = model.meta.get("teacher") or {}
+    record = {
+        "sha256": file_sha256(path),
+        "parameters": count_parameters(model),
+        "nfe": 1,
+        "forwards": 1,
+        "recipe": (model.meta.get("recipe") or {}).get("name"),
+        "teacher": made_from.get("name"),
+        "teacher_sha256": made_from.get("sha256"),
+        "licence": model.spec.licence,
+    }
+    return Generator(
+        label, text, "student", model.spec, generate, made_from.get("name"), record, _leaks(text, model.meta.get("recipe") or {})
+    )
+
+
+def _leaks(text: str, recipe: dict[str, Any]) -> list[str]:
+    """A student trained on features looks better to a metric over the same features than it is."""
+    options = recipe.get(str(recipe.get("method")))
+    if isinstance(options, dict) and options.get("loss") == "perceptual":
+        return [
+            f"{text} was trained on features of the extractor {options.get('extractor')}: a distance over the same features flatters it"
+        ]
+    return []
+
+
+def _best_checkpoint(run: Path) -> Path:
+    for name in ("best", "last"):
+        path = run / "checkpoints" / f"{name}.safetensors"
+        if path.exists():
+            return path
+    raise UserError(f"{run} holds no checkpoints/best.safetensors or last.safetensors yet")
+
+
+def _is_pair_store(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == "d2o-pairs"
+
+
+def _pairs(text: str, device: Device) -> Pictures:
+    from d2o.data.pairs import PairStore
+
+    store = PairStore(text)
+    teacher: str = store.manifest["teacher"]["name"]
+    decode = _decoder(teacher, store.spec, device)
+
+    def batch(indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        _, labels, target = store.batch(indices)
+        return to_uint8(decode(target)), labels
+
+    images, labels = batch([0])
+    return Pictures(
+        text, text, "pairs", tuple(images.shape[1:]), len(store), batch, labels is not None, None, {"fingerprint": store.fingerprint},
+        teacher,
+    )  # fmt: skip
+
+
+def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Tensor], Tensor]:
+    """How a pair store's targets become images. Pixels need no teacher; latents do."""
+    if spec["space"] == "pixel":
+        low, high = spec["value_range"]
+        return lambda x: x.clamp(low, high)
+    model = load_teacher(teacher, device)
+    return lambda x: model.decode(x.to(model.device))
+
+
+def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad: str) -> Pictures:
+    size: dict[str, Any] = {}
+    if settings.resize == "crop" and extractor is not None:
+        size = {"channels": extractor.shape[0], "resolution": extractor.shape[-1]}
+    found = open_images(text, **size, on_bad=on_bad)
+    notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
+    # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
+    numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)
+    labels = found.labels
+    if labels is not None and numbered:
+        labels = torch.tensor([int(name) for name in found.class_names])[labels]
+
+    def batch(indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        return found.images(indices), None if labels is None else labels[torch.as_tensor(indices)]
+
+    return Pictures(
+        text,
+        text,
+        "images",
+        found.shape,
+        len(found),
+        batch,
+        labels is not None,
+        None if numbered else found.classes,
+        {"fingerprint": found.fingerprint},
+        resize="lanczos+centre_crop" if size else "none",
+        notes=notes,
+    )
+
+
+def shape_of(subject: Subject) -> tuple[int, ...] | None:
+    """(C, H, W) of the images; None for statistics."""
+    return None if isinstance(subject, Numbers) else tuple(subject.shape)
+
+
+def check_subject(subject: Subject, extractor: Extractor) -> None:
+    """UserError unless the extractor can take the subject's images."""
+    if isinstance(subject, Generator) and subject.spec.space == "latent":
+        return  # decoded images have another size; the extractor checks them
+    shape = shape_of(subject)
+    if shape is not None:
+        check_shape(shape, extractor, of=f"the images of {subject.source}")

@@ -1,0 +1,1 @@
+"""Floor 5: what a run is: the typed schema of a recipe, loading, planning."""

@@ -1,0 +1,193 @@
+"""What a recipe will build and cost, found out without training: the method's own step runs once on the meta device, which computes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2o.data.images import open_images
+from d2o.diffusion.solvers import nfe
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
+from d2o.methods.base import Batch, Draws, Method, Setup, get_method
+from d2o.metrics.features import load_extractor
+from d2o.networks.build import build_network, count_parameters
+from d2o.students.base import Student
+from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.registry import BUILTIN, asset
+from d2o.training.setup import pair_folder
+
+META = torch.device("meta")
+MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
+
+
+@dataclass
+class Plan:
+    """Parameters by network, bytes of memory and disk by part, network calls by phase, and what is missing."""
+
+    networks: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    iterations: int = 0
+
+
+def make_plan(recipe: Any, start: Path | None = None) -> Plan:
+    """Never raises for things that are merely absent: they are listed in `missing`."""
+    plan = Plan(iterations=-(-recipe.images // recipe.batch))
+    method_class = get_method(recipe.method)
+    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed)
+    setup.teacher = _attempt(plan, lambda: _teacher(recipe.teacher)) if recipe.teacher else None
+    if start is not None:
+        setup.start = _attempt(plan, lambda: _student(start))
+    if method_class.data == "images":
+        if recipe.data is None:
+            plan.missing.append("images: give --data PATH or a `data:` section")
+        else:
+            d = recipe.data
+            setup.images = _attempt(plan, lambda: open_images(d.path, resolution=d.resolution, channels=d.channels, on_bad=d.on_bad))
+    if recipe.eval and method_class.product != "classifier":
+        _attempt(plan, lambda: load_extractor(recipe.eval.extractor))
+    if setup.teacher is not None:
+        plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
+        plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
+        if recipe.pairs:
+            _plan_pairs(plan, recipe, setup.teacher.spec)
+    if (recipe.teacher and setup.teacher is None) or (method_class.data == "images" and setup.images is None):
+        return plan
+    method = _attempt(plan, lambda: _build(method_class, setup))
+    if method is not None:
+        _plan_training(plan, recipe, method, setup)
+    return plan
+
+
+def _build(method_class: type[Method], setup: Setup) -> Method:
+    with META:
+        return method_class(setup)
+
+
+def _attempt(plan: Plan, make: Any) -> Any:
+    try:
+        return make()
+    except UserError as error:
+        plan.missing.append(str(error).replace("\n", "; "))
+        return None
+
+
+def _teacher(name: str) -> Teacher:
+    path = asset(BUILTIN[name]) if name in BUILTIN else resolve_checkpoint(name)
+    meta = read_meta(path)
+    if meta.get("kind") != "teacher":
+        raise UserError(f"{path} is not a teacher")
+    with META:
+        return Teacher(build_network(meta["network"]), Spec.from_dict(meta["spec"]), META)
+
+
+def _student(path: Path) -> Student:
+    meta = read_meta(resolve_checkpoint(path))
+    if meta.get("kind") != "student":
+        raise UserError(f"{path} is not a student")
+    with META:
+        return Student(build_network(meta["network"]), Spec.from_dict(meta["spec"]), meta["student"]["sigma"])
+
+
+def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:
+    pairs, folder = recipe.pairs, pair_folder(recipe)
+    if (folder / "manifest.json").exists():
+        return
+    plan.missing.append(f"the pair store {folder} (training makes it first)")
+    plan.calls["making pairs"] = pairs.n * nfe(pairs.solver, pairs.steps)
+    plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * 4 * (2 if pairs.store_noise else 1)
+
+
+def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup) -> None:
+    trained = 0
+    for name, network in method.networks().items():
+        plan.networks[name] = count_parameters(network)
+        trained += 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
+    product = 4 * count_parameters(method.networks()[method.product])
+    plan.memory["trained weights"] = 4 * sum(count_parameters(n) for n in method.networks().values())
+    plan.memory["gradients"] = trained
+    plan.memory[f"optimiser ({recipe.optim.name})"] = trained * MOMENTS[recipe.optim.name]
+    plan.memory["EMA"] = product
+    micro = min(recipe.micro_batch or recipe.batch, recipe.batch)
+    loop = _CountingLoop(method, micro)
+    loop.run(method, _meta_batch(method, setup, micro))
+    plan.memory[f"activations (micro-batch {micro})"] = loop.bytes // (2 if recipe.precision == "bf16" else 1)
+    plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
+    states = plan.memory["trained weights"] + plan.memory[f"optimiser ({recipe.optim.name})"] + product
+    plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))
+
+
+def _meta_batch(method: Method, setup: Setup, n: int) -> Batch:
+    spec = setup.teacher.spec if setup.teacher else method.spec()
+    shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
+    classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
+    x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
+    return Batch(labels=labels, noise=x, target=x, images=x)
+
+
+class _MetaDraws(Draws):
+    def __init__(self, count: int):
+        self.count = count
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape, device=META)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape, device=META)
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape, dtype=torch.int64, device=META)
+
+
+class _CountingLoop:
+    """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the backward pass."""
+
+    def __init__(self, method: Method, micro: int):
+        self.networks, self.micro, self.calls, self.bytes = method.networks(), micro, 0, 0
+        self.seen: set[int] = set()
+        self.kept: list[Tensor] = []
+
+    def run(self, method: Method, batch: Batch) -> None:
+        handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
+        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
+            method.step(self, batch, 0)
+        for handle in handles:
+            handle.remove()
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.kept.append(tensor)  # alive, so that its address is not used again
+            self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Draws]]:
+        yield batch, _MetaDraws(self.micro)
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def update(self, name: str) -> None: ...
+
+    def net(self, name: str) -> nn.Module:
+        return self.networks[name]
+
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[nn.Module]:
+        yield self.networks[name]
+
+    def mean(self, values: list[Tensor]) -> Tensor:
+        return values[0]

@@ -1,0 +1,74 @@
+"""The student contract: student(noise, condition) -> x in one network call, and its self-describing checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2o import __version__
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
+from d2o.networks.build import build_network, network_config
+from d2o.teachers.base import Spec, check_labels
+from d2o.teachers.registry import load_weights
+
+
+class Student(nn.Module):
+    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
+
+    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config` rebuilds it.
+    """
+
+    def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
+        super().__init__()
+        self.network, self.spec, self.sigma = network, spec, float(sigma)
+        self.meta: dict[str, Any] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"student": "denoiser", "sigma": self.sigma, "network": network_config(self.network)}
+
+    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        condition = check_labels(self.spec, condition, len(noise))
+        return self.network(noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Diffusion space -> images in [-1, 1]."""
+        return x.clamp(*self.spec.value_range)
+
+    @property
+    def fingerprint(self) -> str:
+        return tensors_sha256(self.network.state_dict())
+
+
+def build_student(config: dict[str, Any], spec: Spec) -> Student:
+    """The untrained student that `config` describes."""
+    return Student(build_network(config["network"]), spec, config["sigma"])
+
+
+def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **more: Any) -> dict[str, Any]:
+    """The metadata of a checkpoint: what it is, and what made it."""
+    record = {"format": "d2o", "version": 1, "kind": kind, "network": network, "d2o": __version__, **more}
+    if spec is not None:
+        record["spec"] = spec.to_dict()
+    return record
+
+
+def save_student(path: str | Path, student: Student, **more: Any) -> None:
+    """Write weights and everything needed to rebuild and trace the student."""
+    meta = checkpoint_meta("student", network_config(student.network), student.spec, student={"kind": "denoiser", "sigma": student.sigma}, **more)
+    save_file(path, student.network.state_dict(), meta)
+
+
+def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
+    """A student from its checkpoint or run folder, in eval mode. UserError: missing, truncated or foreign file, or not a student."""
+    path = resolve_checkpoint(path)
+    tensors, meta = load_file(path)
+    if meta.get("kind") != "student":
+        raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a student", "teachers are loaded with d2o.load_teacher")
+    student = Student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"]["sigma"])
+    student.meta = meta
+    return student.to(device).eval().requires_grad_(False)

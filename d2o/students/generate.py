@@ -1,0 +1,271 @@
+"""Sampling to a file: images of a student, or of a teacher from the same noise. Image i depends on seed + i (and its label) alone.
+
+The work is cut into chunks that any number of workers make in any order (see data/work.py). They are kept as finished parts in `OUT.parts`
+and joined at the end, so that OUT is there as a whole or not at all (a folder is filled in place, and finished when it has samples.json).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2o import __version__
+from d2o.data.archive import RECORD, Archive, Part, archive_for, check_free, join_pieces
+from d2o.data.draws import check_range, draw, label_mode
+from d2o.data.images import to_uint8
+from d2o.data.work import Unit, Vanished, WorkFolder, ahead, cut, fill
+from d2o.diffusion.solvers import nfe
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import load_file, save_file, write_error
+from d2o.runtime import StopFlag, Stopped
+from d2o.students.base import Student
+from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.generate import Progress, Say, check_finite, describe_compute, join_compute, torch_threads
+
+CHUNK = 1024
+ENCODE_BYTES = 2**20
+"""Pixels that one thread encodes at a time."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """`n` images of seeds `seed` .. `seed + n - 1`; `labels` as `draws.label_mode` takes it."""
+
+    n: int
+    seed: int = 0
+    labels: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what it is."""
+
+    call: Callable[[Tensor, Tensor | None], Tensor]
+    spec: Spec
+    device: torch.device
+    record: dict[str, Any]
+
+
+def student_sampler(student: Student) -> Sampler:
+    """One call of the student."""
+    device = next(student.parameters()).device
+
+    def call(noise: Tensor, labels: Tensor | None) -> Tensor:
+        return student.decode(student(noise.to(device), None if labels is None else labels.to(device)))
+
+    about = student.meta.get("student")
+    record = {"kind": "student", "sha256": student.fingerprint, "student": about, "nfe": 1, "checkpoint": student.meta}
+    return Sampler(call, student.spec, device, record)
+
+
+def teacher_sampler(teacher: Teacher, solver: str = "heun", steps: int = 18, cfg: float = 1.0) -> Sampler:
+    """The teacher's whole solver. UserError: unknown solver, steps below 1, guidance of an unconditional teacher."""
+    calls = nfe(solver, steps) * (1 if cfg == 1 else 2)
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, not {steps}")
+    if cfg != 1 and teacher.spec.condition == "none":
+        raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {teacher.spec.name!r} takes none")
+    record = {"kind": "teacher", "name": teacher.spec.name, "sha256": teacher.fingerprint, "licence": teacher.spec.licence,
+              "solver": solver, "steps": steps, "cfg": cfg, "nfe": calls}  # fmt: skip
+
+    def call(noise: Tensor, labels: Tensor | None) -> Tensor:
+        return teacher.decode(teacher.sample(noise, labels, solver, steps, cfg))
+
+    return Sampler(call, teacher.spec, teacher.device, record)
+
+
+def make_samples(
+    sampler: Sampler,
+    out: str | Path,
+    settings: SampleSettings,
+    *,
+    batch: int | None = None,
+    threads: int | None = None,
+    chunk: int | None = None,
+    say: Say = lambda message: None,
+    progress: Progress = lambda done, total, note: None,
+    stop: StopFlag | None = None,
+) -> dict[str, Any]:
+    """Make or continue `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns its record (samples.json).
+
+    `batch` images per call (256), `threads` of torch and `chunk` images per part (1024, rounded up to whole batches) hold for a new output;
+    one that was begun keeps its own. Raises UserError: bad settings, something else at `out`, unwritable, an image that is not finite
+    (named by its seed); Stopped: `stop` was set; finished parts are kept.
+    """
+    check_range(settings.n, settings.seed)
+    out, archive = Path(out), archive_for(out)
+    parts = WorkFolder(out.with_name(out.name + ".parts"), "d2o-sample-parts", "parts")
+    mine = new_record(sampler, settings, batch, threads, chunk)
+
+    if (done := _finished(archive, parts)) is None:
+        manifest = parts.open({"format": parts.kind, "version": 1, "record": mine, "parts": []})
+        done = _finished(archive, parts)  # again: others may have finished, and removed their parts, before we opened ours
+    if done is not None:
+        _refuse_other(done, mine, out, "choose another --out, or move it away")
+        _discard(parts)
+        say(f"{out} holds all {settings.n:,} images already; nothing to do")
+        return done
+    record = manifest["record"]
+    _refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
+    compute = join_compute(record["compute"], mine["compute"], str(out), say if batch or threads or chunk else None)
+    units = cut(settings.n, compute["chunk"], "part-{:05d}.safetensors")
+
+    with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:
+
+        shown = 0
+
+        def make(unit: Unit, before: int) -> list[Future[Part]] | None:
+            nonlocal shown
+            pieces = []
+            for start, images, labels in _images(sampler, record, unit.start, unit.n):
+                pieces += _encode(encoders, archive, start, images, labels)
+                made = start + len(images) - unit.start
+                shown = before + made
+                progress(shown, settings.n, "")
+                if stop and made < unit.n:
+                    return None
+            return pieces
+
+        def write(unit: Unit, pieces: list[Future[Part]]) -> dict[str, Any]:
+            try:
+                save_file(parts.path / unit.file, join_pieces([piece.result() for piece in pieces]), {"start": unit.start, "n": unit.n})
+            except OSError as error:
+                raise write_error(out, error) from error
+            return {"file": unit.file, "start": unit.start, "n": unit.n, "bytes": (parts.path / unit.file).stat().st_size}
+
+        try:
+            if not fill(parts, units, make, write, stop):
+                kept = settings.n - sum(unit.n for unit in parts.left(units))
+                number = stop.received if stop is not None else 0
+                raise Stopped(f"stopped with {kept:,} of {settings.n:,} images; run the same command again to continue {out}", number)
+            with parts.locked("join"):
+                if _finished(archive, parts) is None:
+                    _join(archive, parts, units, record)
+        except Vanished:
+            if _finished(archive, parts) is None:
+                raise
+    _discard(parts)
+    if shown < settings.n:  # others made the rest
+        progress(settings.n, settings.n, "")
+    return _public(record)
+
+
+def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tensor, Tensor | None]:
+    """The first n images of the output with that record, made again: uint8 [n, C, H, W] and their labels."""
+    batch = record["compute"]["batch"]
+    count = min(-(-n // batch) * batch, record["settings"]["n"])  # whole batches, as they were, for the same last bits
+    with torch_threads(record["compute"]["threads"]):
+        made = list(_images(sampler, record, 0, count))
+    images = torch.cat([images for _, images, _ in made])[:n]
+    labels = [labels for _, _, labels in made if labels is not None]
+    return images, torch.cat(labels)[:n] if labels else None
+
+
+def label_rows(images: Tensor, labels: Tensor | None, columns: int = 8, most: int = 16) -> tuple[Tensor, int]:
+    """Images in an order to be shown in that many columns: one row for each label, filled up with white; as they are if unlabelled or of
+    more than `most` classes."""
+    if labels is None or len(labels.unique()) > most:
+        return images, columns
+    counts = [int((labels == label).sum()) for label in labels.unique()]
+    rows = images.new_full((len(counts), max(counts), *images.shape[1:]), 255)
+    for row, label, count in zip(rows, labels.unique(), counts, strict=True):
+        row[:count] = images[labels == label]
+    return rows.flatten(0, 1), max(counts)
+
+
+def new_record(sampler: Sampler, settings: SampleSettings, batch: int | None, threads: int | None, chunk: int | None) -> dict[str, Any]:
+    """What an output says about itself (and `chunk`, which it does not: it has no influence)."""
+    if chunk is not None and chunk < 1:
+        raise UserError(f"chunk must be at least 1, not {chunk}")
+    compute = describe_compute(batch, settings.n, threads, sampler.device)
+    batches = -(-(chunk or CHUNK) // compute["batch"])
+    labels = label_mode(settings.labels, sampler.spec.classes, sampler.spec.name)
+    return {
+        "format": "d2o-samples",
+        "version": 1,
+        "d2o": __version__,
+        "settings": {**asdict(settings), "labels": labels},
+        "source": sampler.record,
+        "compute": {**compute, "chunk": batches * compute["batch"]},
+    }
+
+
+def _images(sampler: Sampler, record: dict[str, Any], start: int, n: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(number of the first, uint8 [k, C, H, W], labels) in batches cut at multiples of the batch size."""
+    settings, batch = record["settings"], record["compute"]["batch"]
+    cuts = [(first, min(batch, start + n - first)) for first in range(start, start + n, batch)]
+    drawn = ahead(lambda cut: draw(settings["seed"], *cut, sampler.spec.shape, sampler.spec.classes, settings["labels"]), cuts)
+    for (first, _), (noise, labels) in zip(cuts, drawn, strict=True):
+        with torch.inference_mode():
+            x = sampler.call(noise, labels)
+            check_finite(x, settings["seed"] + first, f"the {record['source']['kind']}")
+            images = to_uint8(x).cpu()
+        yield first, images, labels
+
+
+def _encode(encoders: ThreadPoolExecutor, archive: Archive, start: int, images: Tensor, labels: Tensor | None) -> list[Future[Part]]:
+    """Begin to encode, in pieces that keep several threads busy when images are large."""
+
+    def encode(first: int, images: Tensor, labels: Tensor | None) -> Part:
+        return archive.encode(first, images, labels) | ({} if labels is None else {"label": labels})
+
+    size = max(1, ENCODE_BYTES // images[0].numel())
+    cuts = range(0, len(images), size)
+    return [encoders.submit(encode, start + i, images[i : i + size], None if labels is None else labels[i : i + size]) for i in cuts]
+
+
+def _join(archive: Archive, parts: WorkFolder, units: list[Unit], record: dict[str, Any]) -> None:
+    def load() -> Iterator[Part]:
+        return (load_file(parts.path / unit.file)[0] for unit in units)
+
+    labels = None if record["settings"]["labels"] == "none" else torch.cat([part["label"] for part in load()])
+    target, final = parts.path / "joined", archive.out / RECORD if archive.in_place else archive.out
+    try:
+        archive.join(target, load, labels, record["settings"]["n"], _public(record))
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(target, final)
+    except OSError as error:
+        raise write_error(archive.out, error) from error
+
+
+def _finished(archive: Archive, parts: WorkFolder) -> dict[str, Any] | None:
+    """The record of the finished output; None if there is none. UserError: something else is in its place."""
+    if archive.in_place and archive.out.is_dir() and any(archive.out.iterdir()):
+        # In this order: the first worker writes the parts' manifest before the first image, and the record before the parts go.
+        if parts.manifest() is not None and not (archive.out / RECORD).exists():
+            return None
+    return check_free(archive)
+
+
+def _public(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "compute": {name: value for name, value in record["compute"].items() if name != "chunk"}}
+
+
+def _refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str) -> None:
+    """UserError when the output is of other settings or another network, naming each difference."""
+    was, now = ({**record["source"], **record["settings"]} for record in (old, new))
+    names = [name for name in [*was, *now] if name not in ("checkpoint", "licence", "nfe")] if was["kind"] == now["kind"] else ["kind"]
+    different = [f"{name}: {was.get(name)} -> {now.get(name)}" for name in dict.fromkeys(names) if was.get(name) != now.get(name)]
+    if different:
+        raise UserError(f"{out} holds samples of other settings:\n  " + "\n  ".join(different), hint)
+
+
+def _discard(parts: WorkFolder) -> None:
+    """Remove the parts of a finished output. Renamed first, so that no worker meets half of them."""
+    gone = parts.path.with_name(parts.path.name + ".done")
+    shutil.rmtree(gone, ignore_errors=True)
+    if parts.path.is_dir() and (parts.manifest() is not None or {p.name for p in parts.path.iterdir()} <= {".locks"}):
+        try:
+            os.replace(parts.path, gone)
+        except FileNotFoundError:
+            return  # another worker did it
+        shutil.rmtree(gone, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""Batches as a pure function of (seed, iteration): any process can draw any of them, in any order, again."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from d2o.data.images import ImageSet, to_float
+from d2o.data.pairs import PairStore
+from d2o.methods.base import Batch
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from several numbers or words."""
+    return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Batches:
+    """Shuffled without replacement within each epoch. `share` (start, stop) is this process's part of the global batch.
+
+    The next batch is read by a thread while the current one is computed.
+    """
+
+    def __init__(self, source: ImageSet | PairStore | None, batch: int, seed: int, share: tuple[int, int], device: torch.device,
+                 indices: Tensor | None = None, xflip: bool = False):  # fmt: skip
+        self.source, self.batch, self.seed, self.share, self.device, self.xflip = source, batch, seed, share, device, xflip
+        self.indices = torch.arange(len(source)) if indices is None and source is not None else indices
+        self.epochs: dict[int, Tensor] = {}
+        self.ahead: tuple[int, Future[Batch]] | None = None
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def get(self, iteration: int) -> Batch:
+        """This process's share of the batch of that iteration, on the device."""
+        if self.source is None:
+            return Batch()
+        ready = self.ahead[1] if self.ahead is not None and self.ahead[0] == iteration else self.reader.submit(self.read, iteration)
+        batch = ready.result()
+        self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
+        return Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in (batch.labels, batch.noise, batch.target, batch.images)))
+
+    def close(self) -> None:
+        self.reader.shutdown(cancel_futures=True)
+
+    def positions(self, iteration: int) -> Tensor:
+        """Which samples this process takes in that iteration."""
+        assert self.indices is not None
+        n = len(self.indices)
+        place = iteration * self.batch + torch.arange(*self.share)
+        out = torch.empty_like(place)
+        for epoch in (place // n).unique().tolist():
+            if epoch not in self.epochs:
+                self.epochs = {e: order for e, order in self.epochs.items() if e >= epoch - 1}
+                self.epochs[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(mix(self.seed, "epoch", epoch)))
+            inside = place // n == epoch
+            out[inside] = self.indices[self.epochs[epoch][place[inside] % n]]
+        return out
+
+    def read(self, iteration: int) -> Batch:
+        index = self.positions(iteration)
+        if isinstance(self.source, PairStore):
+            noise, labels, target = self.source.batch(index)
+            return Batch(labels=labels, noise=noise, target=target)
+        assert self.source is not None
+        images = to_float(self.source.images(index))
+        if self.xflip:
+            generator = torch.Generator().manual_seed(mix(self.seed, "xflip", iteration))
+            flip = torch.rand(self.batch, generator=generator)[self.share[0] : self.share[1]] < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        return Batch(images=images, labels=None if self.source.labels is None else self.source.labels[index])

@@ -1,0 +1,258 @@
+"""The one training loop. It knows no method: a method's `step` is one iteration, everything around it is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import save_file
+from d2o.methods.base import Batch, Draws, Method, Setup, get_method
+from d2o.metrics.evaluate import quick_fd
+from d2o.runtime import StopFlag, Stopped
+from d2o.students.base import Student, checkpoint_meta
+from d2o.training import distributed
+from d2o.training.batches import Batches, mix
+from d2o.training.checkpoint import keep_newest, load_state, save_state
+from d2o.training.ema import EMA
+from d2o.training.logging import RunLog
+from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate
+from d2o.training.preview import Preview
+
+Progress = Callable[[int, str], None]
+HIGHER_IS_BETTER = {"accuracy"}
+
+
+class Trainer:
+    """Runs a recipe in a run folder. Implements `d2o.methods.base.Loop` for the method.
+
+    Everything random is a function of (seed, iteration), everything else is in `checkpoints/state.safetensors`; so a resumed run ends with the
+    same bytes as one that was never interrupted.
+    """
+
+    def __init__(self, recipe: Any, setup: Setup, folder: Path, rank: int = 0, world: int = 1, start: Path | None = None,
+                 provenance: list[dict] | None = None):  # fmt: skip
+        self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, setup.device
+        self.setup, self.start, self.provenance = setup, str(start) if start else None, provenance or []
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        self.local = self.share()
+        torch.manual_seed(mix(recipe.seed, "init"))
+        self.method: Method = get_method(recipe.method)(setup)
+        self.networks = {name: net.to(self.device).train() for name, net in self.method.networks().items()}
+        if recipe.channels_last:
+            for net in self.networks.values():
+                net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = EMA(self.networks[self.method.product], recipe.ema.half_life, recipe.ema.decay, recipe.ema.ramp)
+        self.options = {name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim for name in self.networks}
+        self.parameters = {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
+        self.optimizers = {name: build_optimizer(self.parameters[name], self.options[name]) for name in self.networks}
+        self.guards = {name: GradientGuard(recipe.bad_gradients, self.device) for name in self.networks}
+        self.wrapped = {name: distributed.wrap(net, self.device, world) for name, net in self.networks.items()}
+        if recipe.compile:
+            for net in self.networks.values():
+                net.compile()
+        source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.data]
+        flip = bool(recipe.data and recipe.data.xflip)
+        self.batches = Batches(source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip)
+        self.iterations = -(-recipe.images // recipe.batch)
+        self.iteration = 0  # done so far
+        self.best: dict[str, Any] | None = None
+        self.scores: dict[str, float] = {}
+
+    def share(self) -> tuple[int, int]:
+        """This process's part of the global batch, and the micro-batch within it."""
+        batch, world = self.recipe.batch, self.world
+        if batch % world:
+            raise UserError(f"batch: {batch} does not divide among {world} processes")
+        size = batch // world
+        self.micro = min(self.recipe.micro_batch or size, size)
+        if size % self.micro:
+            raise UserError(f"micro_batch: {self.micro} does not divide the {size} samples of each process")
+        return self.rank * size, (self.rank + 1) * size
+
+    # What methods use ------------------------------------------------------------------------------------------------------------------
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Draws]]:
+        start, stop = self.local
+        parts = range(0, stop - start, self.micro)
+        for begin in parts:
+            with ExitStack() as stack:
+                if begin != parts[-1]:  # gradients are exchanged with the last micro-batch only
+                    for net in self.wrapped.values():
+                        if isinstance(net, nn.parallel.DistributedDataParallel):
+                            stack.enter_context(net.no_sync())
+                seed = mix(self.recipe.seed, "draws", self.iteration)
+                yield batch.part(begin, begin + self.micro), Draws(seed, start + begin, self.micro, self.recipe.batch, self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * (self.micro / (self.local[1] - self.local[0]))).backward()
+
+    def update(self, name: str) -> None:
+        options, optimizer, parameters = self.options[name], self.optimizers[name], self.parameters[name]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.guards[name].admit(gradients, self.iteration):
+            clip(parameters, options)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(options, self.iteration, self.iterations)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if name == self.method.product:
+            self.ema.update(self.networks[name], self.iteration * self.recipe.batch, self.recipe.batch)
+
+    def net(self, name: str) -> nn.Module:
+        return self.wrapped[name]
+
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[nn.Module]:
+        network = self.networks[name]
+        for p in self.parameters[name]:
+            p.requires_grad_(False)
+        try:
+            yield network
+        finally:
+            for p in self.parameters[name]:
+                p.requires_grad_(True)
+
+    def mean(self, values: list[Tensor]) -> Tensor:
+        return torch.stack([v.detach().float() for v in values]).mean()
+
+    # The run ---------------------------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the run folder's state, if it has one."""
+        path = self.state_path
+        if path.exists():
+            record = load_state(path, self.networks, self.ema.network, self.optimizers)
+            self.iteration, self.best, self.scores = record["iteration"], record["best"], record["scores"]
+            for name, count in record["bad_gradients"].items():
+                self.guards[name].count += count
+
+    def run(self, progress: Progress, stop: StopFlag) -> None:
+        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`."""
+        recipe, log = self.recipe, RunLog(self.folder, self.iteration) if self.rank == 0 else None
+        preview = self.make_preview() if self.rank == 0 else None
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+        collected: list[dict[str, Tensor]] = []
+        clock, since = time.perf_counter(), self.iteration
+        finished = self.iteration == self.iterations  # resumed after the last step: only the checkpoints may be missing
+        try:
+            if preview and self.iteration == 0:
+                preview.write(0, self.generate)
+            while self.iteration < self.iterations:
+                batch = self.batches.get(self.iteration)
+                torch.manual_seed(mix(recipe.seed, "step", self.iteration, self.rank))  # dropout
+                with half:
+                    collected.append(self.method.step(self, batch, self.iteration))
+                self.iteration += 1
+                images = min(self.iteration * recipe.batch, recipe.images)
+                last = self.iteration == self.iterations
+                stopping = distributed.any_process(bool(stop), self.device, self.world)
+                if self.iteration % recipe.log_every == 0 or last or stopping:
+                    values = self.read(collected)
+                    speed = (self.iteration - since) * recipe.batch / (time.perf_counter() - clock)
+                    if log:
+                        rate = self.optimizers[self.method.product].param_groups[0]["lr"]
+                        log.write(self.iteration, images, **values, lr=rate, images_per_s=round(speed, 1))
+                    progress(images, "  ".join(f"{key} {value:.4g}" for key, value in {**values, **self.scores}.items()))
+                    collected, clock, since = [], time.perf_counter(), self.iteration
+                if recipe.eval and (self.due(recipe.eval.every) or last):
+                    self.evaluate(log, images)
+                    clock, since = time.perf_counter(), self.iteration
+                if preview and recipe.preview and (self.due(recipe.preview.every) or last):
+                    preview.write(images, self.generate)
+                if self.due(recipe.checkpoint.every) or last or stopping:
+                    self.save(images)
+                if stopping and not last:
+                    raise Stopped(f"stopped after {images:,} images, saved; `--resume` with the same command continues", stop.received or 2)
+            if finished:
+                self.save(recipe.images)
+        finally:
+            self.batches.close()
+            if log:
+                log.close()
+
+    def due(self, every: int) -> bool:
+        """True in the iteration in which the count of images passes a multiple of `every`."""
+        batch = self.recipe.batch
+        return self.iteration * batch // every > (self.iteration - 1) * batch // every
+
+    def read(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Mean of the scalars since the last reading; the only place that waits for the device. Bad gradients are counted or refused here."""
+        values = {}
+        for key in collected[-1] if collected else ():
+            mean = torch.stack([scalars[key].float() for scalars in collected if key in scalars]).mean()
+            values[key] = float(distributed.mean_over_processes(mean, self.world))
+        for name, guard in self.guards.items():
+            if count := guard.check(name):
+                values["bad_gradients" if len(self.guards) == 1 else f"bad_gradients_{name}"] = count
+        return values
+
+    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.inference_mode():
+            return self.method.generate(self.ema.network, noise, labels)
+
+    def make_preview(self) -> Preview | None:
+        recipe, spec = self.recipe, self.method.spec()
+        if recipe.preview is None or spec is None:
+            return None
+        steps = recipe.pairs.steps if recipe.pairs else 18
+        return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, self.setup.images, steps, self.device)
+
+    def evaluate(self, log: RunLog | None, images: int) -> None:
+        """Score the EMA product; keep it as `best` if it is. On the first process; the others wait at the next exchange."""
+        if self.rank == 0:
+            e, scores = self.recipe.eval, dict(self.method.validate(self.ema.network))
+            spec = self.method.spec()
+            if spec is not None:
+                scores |= quick_fd(self.generate, spec, e.extractor, e.reference, n=e.n, seed=e.seed, batch=e.batch, device=str(self.device))
+            if e.metric not in scores:
+                raise UserError(f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}")
+            if log:
+                log.write(self.iteration, images, eval=scores)
+            self.scores = scores
+            sign = -1 if e.metric in HIGHER_IS_BETTER else 1
+            if self.best is None or sign * scores[e.metric] < sign * self.best[e.metric]:
+                self.best = {**scores, "iteration": self.iteration, "images": images}
+                self.save_product(self.folder / "checkpoints" / "best.safetensors", images)
+        distributed.barrier(self.world)
+
+    def save(self, images: int) -> None:
+        """State first, then the checkpoints that follow from it."""
+        if self.rank == 0:
+            bad = {name: guard.check(name) for name, guard in self.guards.items()}
+            record = {"iteration": self.iteration, "images": images, "best": self.best, "scores": self.scores, "bad_gradients": bad,
+                      "recipe": self.recipe.resolved(), "start": self.start}  # fmt: skip
+            save_state(self.state_path, self.networks, self.ema.network, self.optimizers, record)
+            folder = self.folder / "checkpoints"
+            self.save_product(folder / "last.safetensors", images)
+            if self.recipe.checkpoint.keep:
+                self.save_product(folder / f"images-{images:012d}.safetensors", images)
+                keep_newest(folder, "images-*.safetensors", self.recipe.checkpoint.keep)
+        distributed.barrier(self.world)
+
+    def save_product(self, path: Path, images: int) -> None:
+        """The EMA product as a self-describing checkpoint."""
+        described = self.method.describe()
+        teacher = self.setup.teacher
+        made_from = None if teacher is None else {"name": str(self.recipe.teacher), "sha256": teacher.fingerprint, "licence": teacher.spec.licence}
+        source = self.setup.pairs or self.setup.images
+        data = None if source is None else source.fingerprint
+        made = {"method": self.recipe.method, "recipe": self.recipe.name, "images": images, "data": data}
+        meta = checkpoint_meta(
+            described.pop("kind"), described.pop("network"), described.pop("spec", None), **described, recipe=self.recipe.resolved(), teacher=made_from,
+            metrics=self.scores, images=images, provenance=[*self.provenance, made],
+        )  # fmt: skip
+        network = self.ema.network
+        save_file(path, (network.network if isinstance(network, Student) else network).state_dict(), meta)
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "checkpoints" / "state.safetensors"
+

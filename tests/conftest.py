@@ -1,0 +1,19 @@
+"""The same surroundings for every test, on any machine."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything is imported that reads them. Commands are tested through their output: no colours, one width.
+os.environ.update(NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    os.environ.pop(_name, None)
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Tiny networks gain nothing from more threads, and sums come out the same on small and large machines.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+settings.register_profile("d2o", deadline=None, derandomize=True)  # a slow machine is no failure; the same examples every time
+settings.load_profile("d2o")

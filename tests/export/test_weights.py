@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+import d2o
+from d2o.errors import UserError
+from d2o.export.exporter import export_checkpoint
+from d2o.interop.safetensors_io import load_file, save_file
+from d2o.students.base import Student, checkpoint_meta, save_student
+from tests.helpers import SPEC, tiny_network
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_fp16_student_is_the_student_with_rounded_weights(folder, student_fp16, n):
+    student, rounded = d2o.load_student(folder / "student.safetensors"), d2o.load_student(student_fp16.path)
+    for p in student.network.parameters():
+        p.copy_(p.half())
+    noise, label = torch.randn(n, 1, 8, 8), torch.arange(n)
+    assert torch.equal(rounded(noise, label), student(noise, label))
+    assert all(t.dtype == torch.float16 for t in load_file(student_fp16.path)[0].values())
+    assert student_fp16.path.name == "student-fp16.safetensors"
+    assert 0 < student_fp16.parity.difference < 0.02
+
+
+def test_metadata_is_kept_and_the_export_is_the_last_step(folder, student_fp16):
+    before, after = (load_file(path)[1] for path in (folder / "student.safetensors", student_fp16.path))
+    steps = after.pop("provenance")
+    assert steps[:-1] == before.pop("provenance")
+    assert steps[-1] == {
+        "exported": "safetensors",
+        "detail": "fp16",
+        "from": d2o.load_student(folder / "student.safetensors").fingerprint,
+        "d2o": d2o.__version__,
+    }
+    assert after == before
+
+
+def test_a_teacher_stays_a_teacher(folder, teacher_bf16):
+    x, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    a, b = (d2o.load_teacher(path).denoise(x, 1.0, label) for path in (folder / "teacher.safetensors", teacher_bf16.path))
+    assert 0 < (a - b).abs().max() < 0.1
+
+
+def test_fp32_is_exact_and_the_default(folder, tmp_path):
+    done = export_checkpoint(folder / "plain.safetensors", "safetensors", tmp_path)
+    assert done.path == tmp_path / "plain-fp32.safetensors"
+    assert done.parity.difference == 0
+    noise = torch.randn(3, 2, 8, 8)
+    assert torch.equal(d2o.load_student(done.path)(noise), d2o.load_student(folder / "plain.safetensors")(noise))
+
+
+def test_buffers_keep_their_precision(tmp_path):
+    save_student(tmp_path / "s.safetensors", Student(tiny_network(1, embedding="fourier"), SPEC))
+    done = export_checkpoint(tmp_path / "s.safetensors", "safetensors", dtype="bf16")
+    tensors = load_file(done.path)[0]
+    assert tensors["model.map_noise.freqs"].dtype == torch.float32
+    assert tensors["model.map_layer0.weight"].dtype == torch.bfloat16
+
+
+def test_values_that_fp16_cannot_hold_are_refused(tmp_path):
+    network = tiny_network()
+    weights = network.state_dict()
+    weights["model.map_layer0.bias"][0] = 1e6
+    save_file(tmp_path / "t.safetensors", weights, checkpoint_meta("teacher", network.config, SPEC))
+    with pytest.raises(UserError, match=r"model\.map_layer0\.bias .* holds values that fp16 cannot"):
+        export_checkpoint(tmp_path / "t.safetensors", "safetensors", dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]

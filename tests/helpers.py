@@ -1,0 +1,40 @@
+"""Tiny networks and stores that many tests need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from d2o.interop.safetensors_io import save_file
+from d2o.networks.edm_unet import EDMPrecond
+from d2o.students.base import Student, checkpoint_meta, save_student
+from d2o.teachers.base import Spec, Teacher
+
+SPEC = Spec(name="tiny", shape=(1, 8, 8), condition="label", classes=10, licence="CC0-1.0")
+
+
+def tiny_network(seed: int = 0, **more) -> EDMPrecond:
+    """About 20 thousand parameters, with outputs that depend on all inputs."""
+    torch.manual_seed(seed)
+    config = {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (), "dropout": 0.0, **more}
+    network = EDMPrecond("ddpmpp", 8, 1, 10, **config)
+    with torch.no_grad():  # the last convolutions start at 1e-5: give the untrained network something to say
+        for name, p in network.named_parameters():
+            if "conv1" in name or "aux_conv" in name or "proj" in name:
+                p.normal_(0, 0.05)
+    return network
+
+
+def tiny_teacher(path: Path | None = None, seed: int = 0) -> Teacher:
+    network = tiny_network(seed)
+    if path is not None:
+        save_file(path, network.state_dict(), checkpoint_meta("teacher", network.config, SPEC))
+    return Teacher(network, SPEC)
+
+
+def tiny_student(path: Path | None = None, seed: int = 1) -> Student:
+    student = Student(tiny_network(seed), SPEC)
+    if path is not None:
+        save_student(path, student, recipe={}, teacher={"name": "tiny", "sha256": "0" * 64, "licence": "CC0-1.0"}, metrics={}, provenance=[])
+    return student.eval().requires_grad_(False)

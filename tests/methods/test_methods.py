@@ -1,0 +1,177 @@
+"""Each method's step against its equation, through a stand-in for the loop."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from d2o.errors import UserError
+from d2o.methods.base import METHODS, Batch, Draws, Setup, get_method
+from d2o.methods.classifier import ClassifierOptions, translate
+from d2o.methods.edm import EDMOptions
+from d2o.methods.ode import ODEOptions
+from tests.helpers import SPEC, tiny_network, tiny_student, tiny_teacher
+
+CPU = torch.device("cpu")
+NETWORK = {"arch": "ddpmpp", "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+
+
+class Images:
+    name, classes, shape, bad, notes, fingerprint = "images", 10, (1, 8, 8), [], [], "f"
+
+    def __init__(self, n=40):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(n) % 10
+        self.pixels = torch.randint(0, 256, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def images(self, index):
+        return self.pixels[index]
+
+
+class OneStep:
+    """A loop that only records."""
+
+    def __init__(self, method, batch):
+        self.networks, self.batch, self.losses, self.updated = method.networks(), batch, [], []
+
+    def micro_batches(self, batch):
+        n = len(batch.labels)
+        yield batch, Draws(3, 0, n, n, CPU)
+
+    def backward(self, loss):
+        self.losses.append(loss)
+        loss.backward()
+
+    def update(self, name):
+        self.updated.append(name)
+
+    def net(self, name):
+        return self.networks[name]
+
+    @contextmanager
+    def frozen(self, name):
+        yield self.networks[name]
+
+    def mean(self, values):
+        return torch.stack(values).mean().detach()
+
+
+def run(method, batch):
+    loop = OneStep(method, batch)
+    return method.step(loop, batch, 0), loop
+
+
+def test_edm_loss_is_table_1():
+    method = get_method("edm")(Setup(EDMOptions(), network=NETWORK, images=Images(), name="x"))
+    y, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6)
+    scalars, loop = run(method, Batch(images=y, labels=labels))
+    draw = Draws(3, 0, 6, 6, CPU)
+    sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
+    n = sigma * draw.randn(1, 8, 8)
+    weight = sigma**-2 + 0.5**-2
+    expected = (weight * (method.denoiser(y + n, sigma.flatten(), labels) - y).square()).mean()
+    assert scalars["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loop.updated == ["denoiser"]
+
+
+def test_edm_label_dropout_trains_the_unconditional_denoiser():
+    method = get_method("edm")(Setup(EDMOptions(label_dropout=1.0), network=NETWORK, images=Images(), name="x"))
+    seen = []
+    method.denoiser.register_forward_pre_hook(lambda m, args: seen.append(args[2]))
+    run(method, Batch(images=torch.zeros(4, 1, 8, 8), labels=torch.arange(4)))
+    assert torch.equal(seen[0], torch.full((4,), -1))
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(method.denoiser(x, torch.ones(4), seen[0]), method.denoiser(x, torch.ones(4), None))
+
+
+def test_edm_refuses_networks_that_are_no_denoiser_or_do_not_fit():
+    with pytest.raises(UserError, match="not a denoiser"):
+        get_method("edm")(Setup(EDMOptions(), network={"arch": "classifier", "classes": 10}, images=Images(), name="x"))
+    with pytest.raises(UserError, match="other images than the data has"):
+        get_method("edm")(Setup(EDMOptions(), network={**NETWORK, "img_channels": 3}, images=Images(), name="x"))
+    with pytest.raises(UserError, match="network"):
+        get_method("edm")(Setup(EDMOptions(), images=Images(), name="x"))
+
+
+def ode(**options):
+    return get_method("ode")(Setup(ODEOptions(**options), teacher=tiny_teacher(), student=SimpleNamespace(sigma=80.0, init="teacher")))
+
+
+@pytest.mark.parametrize(("loss", "norm"), [("mse", lambda d: d.square().mean()), ("l1", lambda d: d.abs().mean())])
+def test_ode_regresses_to_the_target_from_the_same_noise(loss, norm):
+    method = ode(loss=loss)
+    noise, target, labels = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.arange(5)
+    scalars, loop = run(method, Batch(noise=noise, target=target, labels=labels))
+    teacher = tiny_teacher()
+    assert scalars["loss"].item() == pytest.approx(norm(teacher.denoise(80 * noise, 80.0, labels) - target).item(), rel=1e-5)
+    assert loop.updated == ["student"]
+    assert all(p.grad is not None for p in method.student.parameters())
+
+
+def test_student_starts_as_one_teacher_call_or_from_a_student_or_from_scratch():
+    teacher, noise, labels = tiny_teacher(), torch.randn(3, 1, 8, 8), torch.arange(3)
+    setup = Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="teacher"))
+    method = get_method("ode")(setup)
+    once = teacher.sample(noise, labels, "euler", 1)
+    assert torch.allclose(method.student(noise, labels), once, atol=1e-5)
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+    start = tiny_student(seed=4)
+    method = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=setup.student, start=start))
+    assert torch.equal(method.student(noise, labels), start(noise, labels))
+    assert method.student is not start and all(p.requires_grad for p in method.student.parameters())
+    scratch = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="scratch")))
+    assert not torch.allclose(scratch.student(noise, labels), once, atol=1e-3)
+
+
+def test_ode_errors():
+    with pytest.raises(UserError, match="needs a `teacher:`"):
+        get_method("ode")(Setup(ODEOptions()))
+    with pytest.raises(UserError, match=r"ode\.extractor"):
+        ode(loss="perceptual")
+    with pytest.raises(UserError, match="did you mean 'ode'"):
+        get_method("od")
+    assert set(METHODS) >= {"edm", "ode", "classifier"}
+
+
+def test_classifier_learns_and_never_sees_what_it_is_tested_on():
+    images = Images(200)
+    images.pixels = (255 * torch.eye(64, dtype=torch.uint8)[images.labels * 6]).reshape(-1, 1, 8, 8)  # a class is the place of a dot
+    method = get_method("classifier")(Setup(ClassifierOptions(holdout=0.25, shift=0), network={"width": 8}, images=images))
+    train, held = set(method.train_indices.tolist()), set(method.held_indices.tolist())
+    assert len(held) == 50 and not train & held and train | held == set(range(200))
+    before = method.validate(method.classifier)["accuracy"]
+    optimizer = torch.optim.Adam(method.classifier.parameters(), 3e-3)
+    x = images.pixels[method.train_indices].float() / 127.5 - 1
+    for _ in range(40):
+        run(method, Batch(images=x, labels=images.labels[method.train_indices]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert method.validate(method.classifier)["accuracy"] > max(before, 0.6)
+    assert method.classifier.training
+
+
+def test_classifier_needs_labels():
+    images = Images()
+    images.classes, images.labels = 0, None
+    with pytest.raises(UserError, match="no labels"):
+        get_method("classifier")(Setup(ClassifierOptions(), images=images))
+
+
+def test_translate_moves_by_whole_pixels():
+    x = torch.arange(2 * 16.0).reshape(2, 1, 4, 4)
+    moved = translate(x, torch.tensor([[1, 0], [0, -1]]))
+    assert torch.equal(moved[0, 0, 1:], x[0, 0, :-1]) and torch.equal(moved[0, 0, 0], x[0, 0, 0])
+    assert torch.equal(moved[1, 0, :, :-1], x[1, 0, :, 1:])
+
+
+def test_spec_of_a_trained_teacher():
+    method = get_method("edm")(Setup(EDMOptions(licence="CC0"), network=NETWORK, images=Images(), name="mine"))
+    spec = method.spec()
+    assert (spec.name, spec.shape, spec.condition, spec.classes, spec.licence) == ("mine", (1, 8, 8), "label", 10, "CC0")
+    out = method.generate(method.denoiser, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))
+    assert out.shape == (2, 1, 8, 8) and out.abs().max() <= 1
+    assert SPEC.shape == (1, 8, 8) and tiny_network().label_dim == 10

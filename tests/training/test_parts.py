@@ -1,0 +1,171 @@
+"""EMA, schedules, gradient policies, random numbers and batches, each against its definition."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from d2o.errors import UserError
+from d2o.methods.base import Draws
+from d2o.training.batches import Batches, mix
+from d2o.training.checkpoint import pack_optimizer, unpack_optimizer
+from d2o.training.ema import EMA
+from d2o.training.optim import OPTIMIZERS, GradientGuard, build_optimizer, clip, learning_rate
+
+CPU = torch.device("cpu")
+
+
+def options(**more):
+    values = {"name": "adam", "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "schedule": "constant", "warmup": 0,
+              "final_lr": 0.0, "clip_norm": None, "clip_value": None}  # fmt: skip
+    return SimpleNamespace(**{**values, **more})
+
+
+def test_ema_half_life_is_one():
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    ema = EMA(net, half_life=1000, ramp=None)
+    nn.init.ones_(net.weight)
+    for i in range(10):
+        ema.update(net, i * 100, 100)
+    assert ema.network.weight.item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_ema_first_update_with_ramp_copies_and_constant_decay_does_not():
+    net = nn.Linear(2, 2)
+    ramped, constant = EMA(net, half_life=1000), EMA(net, decay=0.9)
+    before = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1
+    ramped.update(net, 0, 10)
+    constant.update(net, 0, 10)
+    assert torch.allclose(ramped.network.weight, net.weight)
+    assert torch.allclose(constant.network.weight, before + 0.1)
+
+
+def test_ema_without_settings_follows_and_copies_buffers():
+    net = nn.BatchNorm1d(3)
+    ema = EMA(net)
+    with torch.no_grad():
+        net.weight += 1
+        net.running_mean += 2
+    ema.update(net, 0, 1)
+    assert torch.equal(ema.network.weight, net.weight) and torch.equal(ema.network.running_mean, net.running_mean)
+
+
+def test_learning_rates():
+    o = options(lr=1.0, warmup=10, schedule="cosine", final_lr=0.1)
+    assert learning_rate(o, 0, 110) == pytest.approx(0.1)
+    assert learning_rate(o, 10, 110) == pytest.approx(1.0)
+    assert learning_rate(o, 60, 110) == pytest.approx(0.55)
+    assert learning_rate(o, 110, 110) == pytest.approx(0.1)
+    assert learning_rate(options(lr=1.0, schedule="linear"), 25, 100) == pytest.approx(0.75)
+    assert learning_rate(options(lr=1.0), 99, 100) == 1.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_loss_and_survives_packing(name):
+    torch.manual_seed(0)
+
+    def run(net, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (net(torch.ones(1, 3)) - 1).square().sum().backward()
+            optimizer.step()
+
+    a = nn.Linear(3, 2)
+    optimizer = build_optimizer(list(a.parameters()), options(name=name, lr=0.01, weight_decay=0.001))
+    start = (a(torch.ones(1, 3)) - 1).square().sum().item()
+    run(a, optimizer, 7)
+    b = nn.Linear(3, 2)
+    b.load_state_dict(a.state_dict())
+    other = build_optimizer(list(b.parameters()), options(name=name, lr=0.01, weight_decay=0.001))
+    unpack_optimizer("o", other, {k: v.clone() for k, v in pack_optimizer("o", optimizer).items()})
+    run(a, optimizer, 20)
+    run(b, other, 20)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert (a(torch.ones(1, 3)) - 1).square().sum().item() < start
+
+
+def test_clipping():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clip([p], options(clip_norm=1.0))
+    assert torch.allclose(p.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
+    clip([p], options(clip_value=0.7))
+    assert torch.allclose(p.grad, torch.tensor([0.6, 0.7]), atol=1e-4)
+
+
+def test_bad_gradients_are_refused_skipped_or_zeroed_and_counted():
+    bad, good = [torch.tensor([1.0, float("nan"), float("inf")])], [torch.ones(3)]
+    guard = GradientGuard("raise", CPU)
+    assert guard.admit(good, 0) and guard.admit([bad[0].clone()], 7) and guard.admit([bad[0].clone()], 9)
+    with pytest.raises(UserError, match=r"'student' are not finite \(first at iteration 7\)"):
+        guard.check("student")
+    guard = GradientGuard("skip", CPU)
+    assert guard.admit(good, 0) and not guard.admit([bad[0].clone()], 1) and guard.check("x") == 1
+    guard = GradientGuard("zero", CPU)
+    mended = bad[0].clone()
+    assert guard.admit([mended], 0) and guard.check("x") == 1
+    assert mended.tolist() == [1.0, 0.0, 1e5]
+
+
+def test_draws_do_not_depend_on_the_split():
+    whole = Draws(5, 0, 8, 8, CPU)
+    a, b = Draws(5, 0, 3, 8, CPU), Draws(5, 3, 5, 8, CPU)
+    for call in (lambda d: d.randn(2, 2), lambda d: d.rand(), lambda d: d.randint(0, 100, 3)):
+        assert torch.equal(call(whole), torch.cat([call(a), call(b)]))
+
+
+class Source:
+    """Stands for a set of images."""
+
+    labels = None
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def images(self, index):
+        return index[:, None, None, None].to(torch.uint8).expand(-1, 1, 2, 2)
+
+
+def seen(batches, iterations):
+    return [((batches.get(i).images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist() for i in iterations]
+
+
+def test_batches_visit_everything_once_an_epoch_and_are_a_function_of_the_iteration():
+    batches = Batches(Source(10), 4, 0, (0, 4), CPU)
+    first = seen(batches, range(10))
+    batches.close()
+    flat = [i for batch in first for i in batch]
+    for epoch in range(4):
+        assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    again = Batches(Source(10), 4, 0, (0, 4), CPU)
+    assert seen(again, [7, 3, 9]) == [first[7], first[3], first[9]]
+    halves = [seen(Batches(Source(10), 4, 0, share, CPU), [5])[0] for share in ((0, 2), (2, 4))]
+    assert halves[0] + halves[1] == first[5]
+    assert seen(Batches(Source(10), 4, 1, (0, 4), CPU), range(10)) != first
+
+
+def test_batches_can_be_bound_to_some_images_and_flipped():
+    only = Batches(Source(10), 4, 0, (0, 4), CPU, indices=torch.tensor([2, 3, 5]))
+    assert {i for batch in seen(only, range(6)) for i in batch} == {2, 3, 5}
+
+    class Sided(Source):
+        def images(self, index):
+            x = torch.zeros(len(index), 1, 1, 2, dtype=torch.uint8)
+            x[..., 1] = 255
+            return x
+
+    flipped = Batches(Sided(50), 50, 0, (0, 50), CPU, xflip=True).get(0).images[:, 0, 0, 0]
+    assert 10 < int((flipped > 0).sum()) < 40
+
+
+def test_mix_is_stable_and_spreads():
+    assert mix(0, "a") == mix(0, "a") != mix(0, "b")
+    assert len({mix(0, "draws", i) for i in range(1000)}) == 1000
