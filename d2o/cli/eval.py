@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2o.cli import console
+from d2o.cli.pairs import open_device
 from d2o.errors import UserError
 from d2o.runtime import worker
 
@@ -81,7 +82,7 @@ def evaluate(
 
         settings = Settings(n, seed, labels, batch, solver, steps, cfg, repeats, distance_n, resize)
         request = Request(
-            x, against, extractor, teacher, not no_teacher_distance, name, save_stats is None, on_bad, bool(json or report), _device(device)
+            x, against, extractor, teacher, not no_teacher_distance, name, save_stats is None, on_bad, bool(json or report), open_device(device)
         )
         records = _measure(request, settings, save_stats)
     show(records)
@@ -104,10 +105,10 @@ def show(records: list[dict[str, Any]]) -> None:
     cells = results_table(records)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(cells.headers):
-        table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=0 if i else 16)
     for row in cells.rows:
         table.add_row(*map(escape, row))
-    console.out.print(table)
+    console.out.print(table, width=None if console.out.is_terminal else 200)  # in a file or pipe nothing needs folding
     for line in cells.footer:
         console.out.print(escape(line), style="dim")
 
@@ -165,9 +166,3 @@ def _check_outputs(
             raise UserError(f"--save-stats {save_stats}: statistics are an .npz file")
         if save_stats.exists() and not is_statistics(save_stats):
             raise UserError(f"{save_stats} exists and holds no statistics: it is not overwritten", "choose another name for --save-stats")
-
-
-def _device(name: str | None) -> Any:
-    from d2o.training.distributed import pick_device
-
-    return pick_device(name)

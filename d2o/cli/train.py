@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from d2o.cli import console
+from d2o.cli.pairs import open_device, progress_bar
 from d2o.errors import UserError
 
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False)
@@ -59,9 +60,9 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         return
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
     from d2o.runtime import stop_flag
-    from d2o.training.distributed import pick_device, process_group
+    from d2o.training.distributed import process_group
 
-    device = pick_device(device_name)
+    device = open_device(device_name)
     with stop_flag() as stop, process_group(device) as (rank, world):
         if not _open_run(folder, recipe, resume, start):
             return
@@ -102,18 +103,8 @@ def _train(recipe: Any, folder: Path, device: Any, rank: int, world: int, start:
     from d2o.training.loop import Trainer
     from d2o.training.setup import prepare, provenance_of
 
-    bars: list[console.Meter] = []
-
-    def making_pairs(done: int, total: int, note: str) -> None:
-        if not bars:
-            bars.append(console.Meter("pairs", total, "pairs", done))
-        bars[0].update(done, note)
-
-    try:
-        setup = prepare(recipe, device, start, console.say, making_pairs, stop)
-    finally:
-        for bar in bars:
-            bar.close()
+    with progress_bar("pairs", "pairs") as progress:
+        setup = prepare(recipe, device, start, console.say, progress, stop)
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup))
     if rank == 0:
         atomic_write(folder / "recipe.yaml", recipe.to_yaml())

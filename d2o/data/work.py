@@ -89,9 +89,10 @@ class WorkFolder:
                 names = ", ".join(foreign[:3])
                 raise UserError(f"{self.path} holds files that are not of a {self.kind} folder ({names})", "choose an empty or new folder")
         with self.locked():
-            if self.manifest() is None:
-                self._write(record)
-        return self._present()
+            if (manifest := self.manifest()) is None:
+                manifest = json.loads(json.dumps(record))  # as it will be read
+                self._write(manifest)
+        return manifest
 
     def add(self, entry: dict[str, Any]) -> None:
         """Record a finished file (in place of an earlier record of the same file)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import read_meta
+from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.students.base import Student, load_student
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
@@ -94,14 +94,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint's file: the file itself, a run folder's best (else last) checkpoint, or a builtin teacher's. UserError: none there."""
     if str(path) in BUILTIN and not Path(path).exists():
         return asset(BUILTIN[str(path)])
-    path = Path(path)
-    if not path.is_dir():
-        return path  # a missing file is reported where it is read
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / "checkpoints" / name).is_file():
-            return path / "checkpoints" / name
-    raise UserError(f"{path} is a folder without a checkpoint (checkpoints/best.safetensors or checkpoints/last.safetensors)",
-                    "give a .safetensors checkpoint or a run folder of `d2o train`")  # fmt: skip
+    return resolve_checkpoint(path)
 
 
 def open_source(path: str | Path) -> Source:

@@ -47,7 +47,7 @@ STORAGE_MAGIC, STORAGE_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 # Limits: several times what the largest official file needs (553 tensors, about 70 thousand opcodes, 5 levels of modules).
 # References can name one thing many times, so what is walked is counted, not what is stored.
-MAX_OPCODES, MAX_STORAGE_OPCODES, MAX_ENTRIES, MAX_DEPTH, MAX_DIMENSIONS, MAX_NAME = 500_000, 500, 20_000, 16, 8, 128
+MAX_OPCODES, MAX_STORAGE_OPCODES, MAX_ENTRIES, MAX_DEPTH, MAX_DIMENSIONS, MAX_NAME = 300_000, 500, 20_000, 16, 8, 128
 
 HINT = "d2o reads the network pickles of NVIDIA's EDM family; if this is one, download it again"
 
@@ -175,7 +175,7 @@ class _StateDict:
         self.charge(len(storage.args[0]))
         raw, dtype = read_storage(storage.args[0])
         available = len(raw) // dtype.itemsize
-        if not (_sizes([offset]) and _sizes(size) and _sizes(stride) and len(size) == len(stride) <= MAX_DIMENSIONS):
+        if not (_sizes([offset]) and _sizes(size) and _sizes(stride) and len(size) == len(stride)):
             raise Malformed("has no valid shape")
         count = math.prod(size)
         if offset > available or (count and offset + sum((n - 1) * step for n, step in zip(size, stride)) >= available):
@@ -228,7 +228,7 @@ def _dict(value: Any, where: str) -> dict[Any, Any]:
 
 
 def _sizes(values: Any) -> bool:
-    return isinstance(values, tuple | list) and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**48 for n in values)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -285,7 +285,7 @@ def _edm_config(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if key in IGNORED:
             continue
         if key not in options:
-            raise Malformed(f"holds a {unet} with option {key!r}, which d2o does not know")
+            raise Malformed(f"holds a {unet} with option {key!r:.100}, which d2o does not know")
         ours, allowed = options[key]
         if not _allowed(value, allowed):
             raise Malformed(f"holds a {unet} with {key} = {value!r:.100}, which d2o does not support")

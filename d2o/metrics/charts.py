@@ -105,9 +105,7 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, with 2 and 5 (or all) between where there are few. `low` and `high` are logarithms."""
     for between in ((1,), (1, 2, 5), tuple(range(1, 10))):
-        ticks = [
-            m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in between if low <= math.log10(m * 10.0**k) <= high
-        ]
+        ticks = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in between if low <= math.log10(m * 10.0**k) <= high]
         if len(ticks) >= 4:
             break
     if len(ticks) < 3:  # less than a third of a decade: even steps of the value read better

@@ -69,9 +69,7 @@ def evaluate_one(
     return Evaluation(record, runs[0])
 
 
-def _measure(
-    x: Subject, extractor: Extractor | None, settings: Settings, device: Device, progress: Progress
-) -> tuple[list[Tally], list[Statistics]]:
+def _measure(x: Subject, extractor: Extractor | None, settings: Settings, device: Device, progress: Progress) -> tuple[list[Tally], list[Statistics]]:
     """The passes over x's images, and the feature statistics of each."""
     if isinstance(x, Numbers):
         if extractor is not None:
@@ -181,7 +179,7 @@ def _protocol(x: Subject, run: Statistics, reference: Reference | None, settings
         protocol["seeds"] = [settings.seed, settings.seed + settings.n * settings.repeats - 1]
         protocol |= {"repeats": settings.repeats, "labels": labels, "quantize": QUANTIZE}
     elif isinstance(x, Pictures):
-        protocol |= {"labels": "own" if x.labelled else None, "quantize": QUANTIZE if x.kind == "pairs" else "uint8"}
+        protocol |= {"labels": "own" if x.labelled else None, "quantize": QUANTIZE if x.kind == "pairs" else "as stored"}
     if reference is not None:
         protocol |= {"ref": reference.name, "ref_kind": reference.kind, "n_ref": reference.statistics.n, "ref_seeds": reference.seeds,
                      "ref_resize": reference.statistics.resize or None}  # fmt: skip
@@ -190,8 +188,9 @@ def _protocol(x: Subject, run: Statistics, reference: Reference | None, settings
 
 @lru_cache(maxsize=4)
 def _cached(extractor: str, reference: str, device: str) -> tuple[Extractor, Reference]:
-    network = load_extractor(extractor, device)
-    return network, load_reference(reference, network, Settings(resize="crop"), device)
+    with torch.random.fork_rng(devices=[]):  # a network draws initial weights before it takes those of its file
+        network = load_extractor(extractor, device)
+        return network, load_reference(reference, network, Settings(resize="crop"), device)
 
 
 class FrechetEvaluator:

@@ -56,9 +56,7 @@ def _subtitle(records: Sequence[Record]) -> str:
     students = [r for r in records if r["x"]["kind"] == "student"]
     makers = dict.fromkeys(r["x"]["teacher"] for r in students if r["x"].get("teacher"))
     what = f"One-step student{'s' * (len(students) != 1)} of the teacher {', '.join(makers)}" if makers else f"{len(records)} results"
-    machines = dict.fromkeys(
-        f"{r['env'].get('gpu') or r['env']['cpu']}, {r['env']['threads']} threads, torch {r['env']['torch']}" for r in records
-    )
+    machines = dict.fromkeys(f"{r['env'].get('gpu') or r['env']['cpu']}, {r['env']['threads']} threads, torch {r['env']['torch']}" for r in records)
     return " · ".join([what, *machines])
 
 
@@ -155,9 +153,7 @@ def _training(curves: Sequence[Curves]) -> str:
     for key in dict.fromkeys(key for c in curves for key in c.scores):
         series = [Series(c.name, *_xy(c.scores[key]), marks=True) for c in curves if key in c.scores]
         what = "Fréchet distance" if key == "fd" else key
-        charts.append(
-            _chart(f"{what} during training", "On the recipe's smaller n and own seeds: not comparable with the table.", series, what)
-        )
+        charts.append(_chart(f"{what} during training", "On the recipe's smaller n and own seeds: not comparable with the table.", series, what))
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""

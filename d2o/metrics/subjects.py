@@ -84,9 +84,7 @@ class Numbers:
 Subject = Generator | Pictures | Numbers
 
 
-def open_subject(
-    text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse"
-) -> Subject:
+def open_subject(text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse") -> Subject:
     """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu and sigma), images.
 
     `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or foreign file.
@@ -123,7 +121,7 @@ def reference_teacher(subject: Subject, name: str | None, cfg: float, device: De
     """
     if not isinstance(subject, Generator):
         return None, []
-    choice = name or subject.teacher
+    choice = name or (subject.source if subject.kind == "teacher" else subject.teacher)  # a teacher's few steps beside its many
     if choice is None or (name is None and choice not in BUILTIN and not Path(choice).exists()):
         return None, [f"no distance to the teacher ({choice or 'not stated'}): it is not here; name it with --teacher"]
     try:
@@ -198,18 +196,14 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "teacher_sha256": made_from.get("sha256"),
         "licence": model.spec.licence,
     }
-    return Generator(
-        label, text, "student", model.spec, generate, made_from.get("name"), record, _leaks(text, model.meta.get("recipe") or {})
-    )
+    return Generator(label, text, "student", model.spec, generate, made_from.get("name"), record, _leaks(text, model.meta.get("recipe") or {}))
 
 
 def _leaks(text: str, recipe: dict[str, Any]) -> list[str]:
     """A student trained on features looks better to a metric over the same features than it is."""
     options = recipe.get(str(recipe.get("method")))
     if isinstance(options, dict) and options.get("loss") == "perceptual":
-        return [
-            f"{text} was trained on features of the extractor {options.get('extractor')}: a distance over the same features flatters it"
-        ]
+        return [f"{text} was trained on features of the extractor {options.get('extractor')}: a distance over the same features flatters it"]
     return []
 
 

@@ -22,11 +22,12 @@ class Table:
 
 
 def results_table(records: Sequence[dict[str, Any]]) -> Table:
-    """One row for each record. Rows measured under different protocols carry different letters, explained in the footer."""
+    """One row for each record; columns that say nothing are left out. Rows measured under different protocols carry different letters,
+    explained in the footer."""
     labels = list(dict.fromkeys(r["metrics"]["fd"]["label"] for r in records if "fd" in r["metrics"]))
     lines = list(dict.fromkeys(protocol_line(r["protocol"]) for r in records))
     letters = {line: _letter(i) for i, line in enumerate(lines)}
-    headers = ["name", "n", labels[0] if len(labels) == 1 else "FD", "accuracy", "NFE", "samples/s", "distance to teacher", "protocol"]
+    headers = ["name", "n", labels[0] if len(labels) == 1 else "FD", "accuracy", "NFE", "samples/s", "to teacher", "protocol"]
     rows = [
         [r["name"], _count(r["protocol"]["n_gen"]), _fd(r, named=len(labels) > 1), _accuracy(r), _nfe(r), _speed(r), _distance(r)]
         + [letters[protocol_line(r["protocol"])]]
@@ -34,9 +35,9 @@ def results_table(records: Sequence[dict[str, Any]]) -> Table:
     ]
     footer = [f"{letters[line]}: {line}" for line in lines]
     if len(lines) == 1:
-        footer = [f"protocol: {lines[0]}"]
-        headers, rows = headers[:-1], [row[:-1] for row in rows]
-    return Table(headers, rows, [*footer, *_legend(records)])
+        footer, rows = [f"protocol: {lines[0]}"], [[*row[:-1], NONE] for row in rows]
+    told = [i for i in range(len(headers)) if i < 2 or any(row[i] != NONE for row in rows)]
+    return Table([headers[i] for i in told], [[row[i] for i in told] for row in rows], [*footer, *_legend(records)])
 
 
 def _legend(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -51,12 +52,10 @@ def _legend(records: Sequence[dict[str, Any]]) -> list[str]:
     distances = [r["metrics"]["distance"] for r in records if "distance" in r["metrics"]]
     for d in {(d["teacher"]["source"], d["teacher"]["solver"], d["teacher"]["steps"], d["n"]): d for d in distances}.values():
         t = d["teacher"]
-        lines.append(f"distance to {t['source']} ({t['solver']}, {t['steps']} steps) from equal noise: "
+        lines.append(f"to teacher: distance to {t['source']} ({t['solver']}, {t['steps']} steps) from equal noise: "
                      f"rms per pixel, values in [-1, 1], {d['n']:,} images")  # fmt: skip
     speeds = {
-        (r["env"].get("gpu") or r["env"]["cpu"], r["env"]["threads"], r["metrics"]["speed"]["batch"])
-        for r in records
-        if "speed" in r["metrics"]
+        (r["env"].get("gpu") or r["env"]["cpu"], r["env"]["threads"], r["metrics"]["speed"]["batch"]) for r in records if "speed" in r["metrics"]
     }
     for device, threads, batch in sorted(speeds):
         lines.append(f"samples/s of generating alone, batch {batch}: {device}, {threads} thread{'s' * (threads != 1)}")
@@ -70,7 +69,7 @@ def _letter(i: int) -> str:
 
 def number(value: float) -> str:
     """Three significant digits: 0.0123, 1.20, 12.3, 1,234."""
-    return "0" if value == 0 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return "0" if value == 0 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _count(n: int | None) -> str:

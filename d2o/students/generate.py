@@ -119,7 +119,6 @@ def make_samples(
     units = cut(settings.n, compute["chunk"], "part-{:05d}.safetensors")
 
     with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:
-
         shown = 0
 
         def make(unit: Unit, before: int) -> list[Future[Part]] | None:
@@ -253,7 +252,7 @@ def _public(record: dict[str, Any]) -> dict[str, Any]:
 def _refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str) -> None:
     """UserError when the output is of other settings or another network, naming each difference."""
     was, now = ({**record["source"], **record["settings"]} for record in (old, new))
-    names = [name for name in [*was, *now] if name not in ("checkpoint", "licence", "nfe")] if was["kind"] == now["kind"] else ["kind"]
+    names = [name for name in [*now, *was] if name not in ("checkpoint", "licence", "nfe")] if was["kind"] == now["kind"] else ["kind"]
     different = [f"{name}: {was.get(name)} -> {now.get(name)}" for name in dict.fromkeys(names) if was.get(name) != now.get(name)]
     if different:
         raise UserError(f"{out} holds samples of other settings:\n  " + "\n  ".join(different), hint)

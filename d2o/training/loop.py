@@ -246,8 +246,8 @@ class Trainer:
         data = None if source is None else source.fingerprint
         made = {"method": self.recipe.method, "recipe": self.recipe.name, "images": images, "data": data}
         meta = checkpoint_meta(
-            described.pop("kind"), described.pop("network"), described.pop("spec", None), **described, recipe=self.recipe.resolved(), teacher=made_from,
-            metrics=self.scores, images=images, provenance=[*self.provenance, made],
+            described.pop("kind"), described.pop("network"), described.pop("spec", None), **described, recipe=self.recipe.resolved(),
+            teacher=made_from, metrics=self.scores, images=images, provenance=[*self.provenance, made],
         )  # fmt: skip
         network = self.ema.network
         save_file(path, (network.network if isinstance(network, Student) else network).state_dict(), meta)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from d2o.data.images import ImageSet, image_grid, to_uint8
 from d2o.diffusion.noise import noise_and_labels
@@ -29,7 +30,7 @@ class Preview:
         if teacher is not None:
             self.left = to_uint8(teacher.decode(teacher.sample(self.noise, self.labels, "heun", steps)))
         elif images is not None:
-            self.left = images.images(torch.linspace(0, len(images) - 1, min(count, len(images))).long())
+            self.left = images.images(_matching(images, self.labels, count))
 
     def write(self, images_seen: int, generate: Generate) -> Path:
         """previews/<images seen>.png; returns its path."""
@@ -50,3 +51,16 @@ class Preview:
             sheet.resize((sheet.width * scale, sheet.height * scale), 0).save(temporary, format="PNG")
         return path
 
+
+
+def _matching(images: ImageSet, labels: Tensor | None, count: int) -> Tensor:
+    """Indices of real images of these classes, in this order; any images where there are no classes."""
+    if labels is None or images.labels is None:
+        return torch.arange(count) % len(images)
+    places = {c: (images.labels == c).nonzero()[:, 0] for c in labels.unique().tolist()}
+    seen = dict.fromkeys(places, 0)
+    chosen = []
+    for c in labels.tolist():
+        chosen.append(places[c][seen[c] % len(places[c])] if len(places[c]) else torch.tensor(0))
+        seen[c] += 1
+    return torch.stack(chosen)

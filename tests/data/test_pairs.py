@@ -96,7 +96,7 @@ def test_other_batch_sizes_and_shards_give_the_same_values(build):
 def test_bytes_are_the_same_after_a_kill(teacher, reference, tmp_path, die_in, die_at):
     out = tmp_path / "store"
     assert finish(start(arguments(teacher, out), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
-    with pytest.raises(UserError, match="not finished: . of 3 shards are missing"):
+    with pytest.raises(UserError, match=r"not finished: . of 3 shards are missing"):
         PairStore(out)
     settings = PairSettings(str(teacher[0]), 20, solver="euler", steps=2, shard_size=8)
     store = make_pairs(settings, out, teacher=teacher[1], threads=2, batch=5)  # what was recorded holds, not these

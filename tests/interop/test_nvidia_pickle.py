@@ -4,12 +4,12 @@ Files are written by Python's own pickler from stand-ins for the official classe
 """
 
 import copyreg
+import io
 import os
 import pickle
 import random
 import struct
 import sys
-import time
 import tracemalloc
 import types
 import warnings
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
-from d2o.interop.inert_pickle import Call, InertPickle
+from d2o.interop.inert_pickle import InertPickle
 from d2o.interop.nvidia_pickle import EXPECTED, MAX_OPCODES, STORAGE, read_nvidia_pickle, read_storage
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.teachers.registry import load_teacher
@@ -33,7 +33,14 @@ NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult
 
 
 class EasyDict(dict):
-    pass
+    __module__ = "dnnlib.util"
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError("executed")
+
+
+_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 
 
 class Persistent:
@@ -43,7 +50,7 @@ class Persistent:
         self.meta = {"type": "class", "version": 6, "module_src": "raise SystemExit", "class_name": class_name, "state": state, **meta}
 
     def __reduce__(self):
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
+        return _reconstruct_persistent_obj, (self.meta,)
 
 
 class Run:
@@ -60,16 +67,11 @@ class Run:
 def nvidia_modules(monkeypatch):
     """The names that the official pickles refer to, for the pickler to find while it writes."""
 
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("executed")
-
-    for module, thing in (("torch_utils.persistence", _reconstruct_persistent_obj), ("dnnlib.util", EasyDict)):
-        package, fake = types.ModuleType(module.split(".")[0]), types.ModuleType(module)
-        monkeypatch.setattr(thing, "__module__", module)
-        monkeypatch.setattr(thing, "__qualname__", thing.__name__)
-        setattr(fake, thing.__name__, thing)
-        monkeypatch.setitem(sys.modules, module.split(".")[0], package)
-        monkeypatch.setitem(sys.modules, module, fake)
+    for thing in (_reconstruct_persistent_obj, EasyDict):
+        module = types.ModuleType(thing.__module__)
+        setattr(module, thing.__name__, thing)
+        monkeypatch.setitem(sys.modules, thing.__module__.partition(".")[0], types.ModuleType("package"))
+        monkeypatch.setitem(sys.modules, thing.__module__, module)
 
 
 def official(module, kwargs=None):
@@ -143,16 +145,15 @@ def test_golden_file():
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
-def test_storages_agree_with_torch(monkeypatch):
+def test_storages_agree_with_torch():
     """torch.load(weights_only=True) is the reference for the storages inside."""
     reader = InertPickle(memoryview((GOLDEN / "edm-adm.pkl").read_bytes()), EXPECTED, MAX_OPCODES)
     reader.load()
-    storages = [call.args[0] for call in reader.calls if call.name == STORAGE]
-    assert len(storages) > 100
+    storages = [call.args[0] for call in reader.calls if call.name == STORAGE][::10]
+    assert len(storages) >= 15
     for blob in storages:
         raw, dtype = read_storage(blob)
-        with (open(os.devnull, "wb"), memoryview(blob) as view):
-            theirs = torch.load(__import__("io").BytesIO(view), weights_only=True, map_location="cpu")
+        theirs = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
         assert dtype == theirs.dtype and bytes(raw) == bytes(theirs.untyped())
 
 
@@ -160,7 +161,7 @@ def test_storages_agree_with_torch(monkeypatch):
                          ids=["ddpmpp", "ncsnpp", "ddpmpp-fourier", "adm"])  # fmt: skip
 def test_load_teacher_configures_the_network_from_the_file(tmp_path, kwargs):
     if kwargs["model_type"] == "DhariwalUNet":
-        kwargs = {**kwargs, "model_channels": 64}
+        kwargs = {**kwargs, "model_channels": 32}  # attention has 64 channels a head
     ours = network(kwargs).eval()
     path = tmp_path / "edm-test.pkl"
     path.write_bytes(dumps({"ema": official(ours, kwargs)}))
@@ -170,8 +171,8 @@ def test_load_teacher_configures_the_network_from_the_file(tmp_path, kwargs):
     spec = teacher.spec
     assert (spec.name, spec.shape, spec.condition, spec.classes) == ("edm-test", (1, 8, 8), "label", 3)
     assert spec.licence == "CC BY-NC-SA 4.0 (NVIDIA)" and teacher.meta["kind"] == "teacher"
-    weights = teacher.network.state_dict()
-    assert {name: t.tolist() for name, t in weights.items()} == {name: t.tolist() for name, t in ours.state_dict().items()}
+    weights, expected = teacher.network.state_dict(), ours.state_dict()
+    assert list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     with torch.inference_mode():
         assert torch.equal(teacher.denoise(x, 1.5, labels), ours(x, torch.tensor(1.5), labels))
@@ -256,7 +257,7 @@ def test_missing_and_foreign_files(tmp_path):
     for ask in (read_nvidia_pickle, load_teacher):
         with pytest.raises(UserError, match="no such file"):
             ask(tmp_path / "missing.pkl")
-        with pytest.raises(UserError, match="folder|directory"):
+        with pytest.raises(UserError, match=r"folder|directory"):
             ask(tmp_path)
     torch.save({"a": torch.ones(2)}, tmp_path / "zip.pt")
     for content in (b"", b"\x80", b"\x80\x04", b"hello", b"\x80\x09.", pickle.dumps({}, 0), (tmp_path / "zip.pt").read_bytes()):
@@ -283,7 +284,8 @@ def test_tensors_stay_inside_their_storages(tmp_path):
     assert read(tmp_path, tensor_call(1, (2,), (2,))).state_dict["w"].tolist() == [1, 3]
     assert read(tmp_path, tensor_call(0, (2, 0), (1, 1))).state_dict["w"].shape == (2, 0)
     beyond = [(0, (5,), (1,)), (4, (1,), (1,)), (0, (2,), (4,)), (5, (0,), (1,)), (0, (2, 2), (3, 1)), (2**40, (1,), (1,))]
-    invalid = [(-1, (1,), (1,)), (0, (-1,), (1,)), (0, (2,), (-1,)), (0, (2,), ()), (0, (2**60,), (0,)), (0, 4, (1,)), (0, (1.0,), (1,)), (0, (1,) * 9, (1,) * 9)]  # fmt: skip  # noqa: E501
+    invalid = [(-1, (1,), (1,)), (0, (-1,), (1,)), (0, (2,), (-1,)), (0, (2,), ()), (0, (2**60,), (0,)), (0, 4, (1,)), (0, (1.0,), (1,)),
+               (0, (1,) * 9, (1,) * 9)]  # fmt: skip
     multiplied = [(0, (2**40,), (0,)), (0, (2**20, 2**20), (0, 0))]
     for cases, message in ((beyond, "beyond its storage"), (invalid, "no valid shape"), (multiplied, "more bytes than the file")):
         for case in cases:
@@ -293,17 +295,25 @@ def test_tensors_stay_inside_their_storages(tmp_path):
 
 def test_storages_are_exactly_as_long_as_they_say(tmp_path):
     blob = storage_blob(torch.arange(4.0))
-    count = struct.pack("<q", 4)
     assert read(tmp_path, tensor_call(0, (4,), (1,), blob=blob)).state_dict["w"].tolist() == [0, 1, 2, 3]
-    for bad in (blob[:-1], blob + b"\0", blob.replace(count, struct.pack("<q", 2**60)), blob.replace(b"K\x04N", b"J\xff\xff\xff\x7fN"), b"",
-                blob.replace(b"FloatStorage", b"QInt8Storage"), blob.replace(b"little_endian\x94\x88", b"little_endian\x94\x89"), blob[2:]):  # fmt: skip
-        if bad != blob:
-            with pytest.raises(UserError, match="damaged tensor 'w'"):
-                read(tmp_path, tensor_call(0, (4,), (1,), blob=bad))
+    changes = [
+        (struct.pack("<q", 4), struct.pack("<q", 2**60)),
+        (b"K\x04Nt", b"J\xff\xff\xff\x7fNt"),
+        (b"FloatStorage", b"QInt8Storage"),
+        (b"FloatStorage", b"HalfStorage"),
+        (b"little_endianq\x02\x88", b"little_endianq\x02\x89"),
+        (b"\x8a\nl\xfc", b"\x8a\nl\xfd"),
+    ]
+    assert all(old in blob for old, _ in changes)
+    for bad in (blob[:-1], blob + b"\0", b"", *(blob.replace(*change) for change in changes)):
+        with pytest.raises(UserError, match="damaged tensor 'w'"):
+            read(tmp_path, tensor_call(0, (4,), (1,), blob=bad))
 
 
 def test_shared_storages_cannot_be_multiplied(tmp_path):
-    whole = Run(torch._utils._rebuild_tensor_v2, Run(torch.storage._load_from_bytes, storage_blob(torch.zeros(50_000))), 0, (50_000,), (1,), False, {})
+    whole = Run(
+        torch._utils._rebuild_tensor_v2, Run(torch.storage._load_from_bytes, storage_blob(torch.zeros(50_000))), 0, (50_000,), (1,), False, {}
+    )
     with pytest.raises(UserError, match="more bytes than the file"):
         read(tmp_path, small({"_parameters": {f"w{i}": whole for i in range(2000)}}))  # 400 MB of tensors in 250 KB
 
@@ -315,7 +325,6 @@ def hostile(canary):
     """name -> (content, the global or opcode that the message names). Each would create `canary` when unpickled."""
     command = f"touch {canary}"
     text = pickle.dumps(command, 4)[11:-2]  # the string alone: opcode, length, characters
-    assert text.startswith(b"\x8c")
     code = pickle.dumps(f"open({str(canary)!r}, 'w')", 4)[11:-2]
     system = "posix.system"
     bad = Run(os.system, command)
@@ -326,9 +335,9 @@ def hostile(canary):
         "obj": (b"\x80\x04(cposix\nsystem\n" + text + b"o.", system),
         "newobj": (b"\x80\x04cposix\nsystem\n" + text + b"\x85\x81.", system),
         "newobj_ex": (b"\x80\x04cposix\nsystem\n" + text + b"\x85}\x92.", system),
-        "ext1": (b"\x80\x04\x82\xf0" + text + b"\x85R.", r"opcode b'\\x82'"),
-        "ext2": (b"\x80\x04\x83\xf0\x00" + text + b"\x85R.", r"opcode b'\\x83'"),
-        "ext4": (b"\x80\x04\x84\xf0\x00\x00\x00" + text + b"\x85R.", r"opcode b'\\x84'"),
+        "ext1": (b"\x80\x04\x82\xf0" + text + b"\x85R.", r"opcode b'\x82'"),
+        "ext2": (b"\x80\x04\x83\xf0\x00" + text + b"\x85R.", r"opcode b'\x83'"),
+        "ext4": (b"\x80\x04\x84\xf0\x00\x00\x00" + text + b"\x85R.", r"opcode b'\x84'"),
         "persistent id": (b"\x80\x04" + text + b"Q.", "opcode b'Q'"),
         "eval": (b"\x80\x04cbuiltins\neval\n" + code + b"\x85R.", "builtins.eval"),
         "inst of a known global": (b"\x80\x04(" + text + b"icollections\nOrderedDict\n.", "collections.OrderedDict"),
@@ -344,8 +353,134 @@ def hostile(canary):
     }  # fmt: skip
 
 
-HOSTILE = list(hostile("x")) if sys.modules.get("torch_utils.persistence") else [
-    "reduce", "stack global", "inst", "obj", "newobj", "newobj_ex", "ext1", "ext2", "ext4", "persistent id", "eval", "inst of a known global",
-    "getattr", "in the root", "in the state", "as a parameter", "as a hook", "as the kwargs", "as a tensor's argument", "inside a storage",
-    "as source",
-]  # fmt: skip
+def test_nothing_is_executed(tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    cases = hostile(canary)
+    # os.system as an extension code, also cached: from the cache, Python's unpickler takes it past any allow-list.
+    monkeypatch.setitem(copyreg._inverted_registry, 0xF0, ("posix", "system"))
+    monkeypatch.setitem(copyreg._extension_cache, 0xF0, os.system)
+    for name in ("reduce", "stack global", "inst", "obj", "ext1"):  # the attacks work on Python's unpickler
+        pickle.loads(cases[name][0])
+        assert canary.exists(), name
+        canary.unlink()
+    for name, (content, named) in cases.items():
+        with pytest.raises(UserError) as caught:
+            read(tmp_path, content)
+        assert named in caught.value.message and "\n" not in caught.value.message, name
+        assert not canary.exists(), name
+
+
+# Nothing hangs or eats memory
+
+
+def nested(levels):
+    """A list in a list in a list ..."""
+    return b"]" * levels + b"a" * (levels - 1)
+
+
+def doubling_tuples(levels):
+    """x = (x, x), again and again: small to write, endless to hash, compare, copy or print."""
+    return b"K\x01\x94" + b"".join((b"h%c" % i) * 2 + b"\x86\x94" for i in range(levels))
+
+
+SIZES = {  # content, part of the message
+    "deep lists": (b"\x80\x04" + nested(20_000) + b".", "no network"),
+    "deep tuples": (b"\x80\x04)" + b"\x85" * 20_000 + b".", "no network"),
+    "deep dicts": (b"\x80\x04" + b"}K\x01" * 10_000 + b"N" + b"s" * 10_000 + b".", "no network"),
+    "deep calls": (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93\x94" + b"h\x00" * 10_000 + b")" + b"R\x85" * 10_000 + b".", "no network"),
+    "deep marks": (b"\x80\x04" + b"(" * 20_000 + b".", "nothing to work on"),
+    "doubling tuples as a key": (b"\x80\x04}(" + doubling_tuples(200) + b"Nu.", "a tuple that is no text"),
+    "doubling tuples in a set": (b"\x80\x04\x8f(" + doubling_tuples(200) + b"\x90.", "a tuple that is no text"),
+    "a huge number as a key": (b"\x80\x04}\x8a\x09" + b"\xff" * 8 + b"\x00Ns.", "a int that is no text"),
+    "long bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.", "truncated"),
+    "long text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.", "truncated"),
+    "long byte array": (b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"x.", "opcode"),
+    "long integer": (b"\x80\x04\x8b" + struct.pack("<I", 2**31 - 1) + b"x.", "opcode"),
+    "long frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**50) + b"N.", "truncated"),
+    "a far memo": (b"\x80\x04}r\xff\xff\xff\xff.", "no network"),
+    "an unknown memo": (b"\x80\x04j\xff\xff\xff\xff.", "no memo 4294967295"),
+    "a long name": (b"\x80\x04c" + b"a" * 5_000_000 + b"\nb\n.", "no name"),
+    "an empty stack": (b"\x80\x04\x86.", "nothing to work on"),
+    "a list in itself": (b"\x80\x04]\x94h\x00a.", "no network"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_bounded(tmp_path, name):
+    content, message = SIZES[name]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, content)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.timeout(60)
+def test_the_number_of_opcodes_is_bounded(tmp_path):
+    with pytest.raises(UserError, match="more opcodes"):
+        read(tmp_path, b"\x80\x04" + b"}0" * (MAX_OPCODES // 2) + b"}.")
+
+
+@pytest.mark.timeout(60)
+def test_references_cannot_multiply_modules(tmp_path):
+    leaf = Persistent("Linear", {"_parameters": dict.fromkeys(map(str, range(1000))), "_buffers": {}, "_modules": {}})
+    tree = leaf
+    for _ in range(10):  # 10^10 leaves
+        tree = Persistent("Block", {"_parameters": {}, "_buffers": {}, "_modules": dict.fromkeys("0123456789", tree)})
+    itself = {"_parameters": {}, "_buffers": {}, "_init_kwargs": {}}
+    itself["_modules"] = {"x": Persistent("Block", itself)}
+    for ema in (tree, Persistent("EDMPrecond", itself)):
+        ema.meta["state"]["_init_kwargs"] = {}
+        with pytest.raises(UserError, match="more modules, or nests them deeper"):
+            read(tmp_path, {"ema": ema})
+
+
+# Damage
+
+
+def outcome(path, content):
+    """Read `content` and configure a network; anything but success or UserError escapes."""
+    path.write_bytes(content)
+    try:
+        found = read_nvidia_pickle(path)
+        found.config()
+    except UserError as error:
+        assert error.message and "\n" not in error.message
+        return "refused"
+    assert sum(t.nbytes for t in found.state_dict.values()) <= len(content)
+    return "read"
+
+
+@pytest.mark.timeout(120)
+def test_truncated_files(tmp_path):
+    content = dumps(small())
+    assert outcome(tmp_path / "x.pkl", content) == "read"
+    for length in range(0, len(content), 17):
+        assert outcome(tmp_path / "x.pkl", content[:length]) == "refused"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_are_read_or_refused(tmp_path, seed):
+    content = dumps(small(), protocol=[3, 4, 4, 5][seed])
+    rng = random.Random(seed)
+    seen = set()
+    for _ in range(250):
+        damaged = bytearray(content)
+        for _ in range(rng.choice([1, 1, 1, 2, 8])):
+            place = rng.randrange(len(damaged))
+            match rng.randrange(4):
+                case 0:
+                    damaged[place] ^= 1 << rng.randrange(8)
+                case 1:
+                    damaged[place] = rng.randrange(256)
+                case 2:
+                    del damaged[place : place + rng.randrange(1, 40)]
+                case 3:
+                    other = rng.randrange(len(damaged))
+                    damaged[place:place] = damaged[other : other + rng.randrange(1, 40)]
+        seen.add(outcome(tmp_path / "x.pkl", bytes(damaged)))
+    assert seen == {"read", "refused"}

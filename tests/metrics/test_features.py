@@ -47,7 +47,7 @@ def test_maps_are_differentiable_and_the_network_is_frozen(extractor_file: Path)
 
 def test_refuses_images_it_does_not_take(extractor_file: Path) -> None:
     extractor = load_extractor(str(extractor_file))
-    with pytest.raises(UserError, match="9x9 pixels of 3 channels.*takes 8x8 pixels of 1 channel"):
+    with pytest.raises(UserError, match=r"9x9 pixels of 3 channels.*takes 8x8 pixels of 1 channel"):
         extractor.features(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
     with pytest.raises(TypeError, match="uint8"):
         extractor.features(torch.zeros(1, 1, 8, 8))

@@ -37,7 +37,7 @@ def test_files_of_other_tools(tmp_path: Path) -> None:
 
 def test_statistics_of_another_extractor_are_refused() -> None:
     one = some(feature="a", weights_sha256="1" * 64)
-    with pytest.raises(UserError, match="4 features.*5 features"):
+    with pytest.raises(UserError, match=r"4 features.*5 features"):
         one.distance(some(5))
     with pytest.raises(UserError, match="another extractor: a with weights 111111111111"):
         one.distance(some(feature="a", weights_sha256="2" * 64))

@@ -1,0 +1,107 @@
+"""`d2o eval` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from d2o.cli.eval import evaluate
+from d2o.errors import UserError
+from d2o.metrics import features
+from d2o.metrics.statistics import load_statistics
+from tests.helpers import tiny_student, tiny_teacher
+from tests.metrics.samples import make_extractor
+
+SMALL = ["--n", "20", "--batch", "10", "--distance-n", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a student and a teacher; `digits` is a tiny untrained extractor."""
+    path = make_extractor(tmp_path / "net.safetensors")
+    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda device: features.read_extractor("digits", path, device))
+    monkeypatch.chdir(tmp_path)
+    tiny_student(Path("student.safetensors"))
+    tiny_teacher(Path("teacher.safetensors"))
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    app = typer.Typer()
+    app.command()(evaluate)
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_table_json_and_report(work: Path) -> None:
+    out = run("student.safetensors", "teacher.safetensors", "--against", "real:digits", *SMALL, "--steps", "2", "--teacher", "teacher.safetensors",
+              "--name", "mine", "--name", "theirs", "--json", "e.json", "--report", "r.html")  # fmt: skip
+    assert "mine" in out and "theirs" in out and "FD(digits)" in out and "edm_round" in out and "real:digits, n = 1,797" in out
+    records = json.loads(Path("e.json").read_text())
+    assert [r["name"] for r in records] == ["mine", "theirs"] and [r["x"]["nfe"] for r in records] == [1, 3]
+    assert records[0]["grid"]["teacher_png"] and records[0]["protocol"]["n_gen"] == 20
+    assert "Samples from equal noise" in Path("r.html").read_text()
+    assert not [p for p in work.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_compare_puts_results_together(work: Path) -> None:
+    run("student.safetensors", "--against", "real:digits", *SMALL, "--json", "a.json")
+    Path("run").mkdir()
+    run("real:digits/a", "--against", "real:digits/b", "--json", "run/eval.json")
+    Path("run/metrics.jsonl").write_text('{"iteration": 1, "images": 8, "loss": 1.0}\n{"iteration": 2, "images": 16, "loss": 0.5}\n')
+    out = run("--compare", "a.json", "run", "--report", "r.html", "--run", "run", "--json", "both.json")
+    assert "student" in out and "real:digits/a" in out and "a: n = 20" in out and "b: n = 899" in out
+    assert len(json.loads(Path("both.json").read_text())) == 2 and "Training loss" in Path("r.html").read_text()
+
+
+def test_statistics_need_no_reference_and_serve_as_one(work: Path) -> None:
+    run("real:digits", "--save-stats", "ref.npz")
+    stats = load_statistics("ref.npz")
+    assert stats.n == 1797 and stats.feature == "digits" and stats.resize == "none" and len(stats.weights_sha256) == 64
+    out = run("real:digits", "--against", "ref.npz", "--json", "e.json")
+    assert json.loads(Path("e.json").read_text())["metrics"]["fd"]["value"] < 1e-6 and "FD(digits)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["student.safetensors"], "Give --against"),
+        (["digitz"], "did you mean 'digits'"),
+        (["student.safetensors", "--extractor", "inceptn", "--against", "real:digits"], "unknown extractor"),
+        (["teacher.safetensors", "--solver", "hoin", "--against", "real:digits"], "unknown solver"),
+        (["student.safetensors", "--run", "x", "--against", "real:digits"], "add --report|training curves in a report"),
+        (["student.safetensors", "digits", "--save-stats", "x.npz"], "one X"),
+        (["student.safetensors", "--save-stats", "x.txt"], "an .npz file"),
+        (["student.safetensors", "--json", "student.safetensors"], "not overwritten"),
+        (["student.safetensors", "--report", "student.safetensors"], "not overwritten"),
+        (["student.safetensors", "--report", "r.html", "--run", "."], "not a run folder"),
+        (["net.safetensors", "--against", "real:digits"], "holds extractor, not a student"),
+        (["--compare", "student.safetensors"], "not a result"),
+        (["student.safetensors", "--against", "real:digits", "--n", "0"], "--n must be at least 2"),
+    ],
+)
+def test_mistakes_are_one_clear_error(work: Path, arguments: list[str], message: str) -> None:
+    before = sorted(p.name for p in work.iterdir())
+    with pytest.raises(UserError, match=message):
+        run(*arguments)
+    assert sorted(p.name for p in work.iterdir()) == before  # nothing created
+
+
+def test_other_workers_say_and_write_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("student.safetensors", "--against", "real:digits", *SMALL, "--json", "e.json") == "" and not Path("e.json").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, d2o.cli.eval; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

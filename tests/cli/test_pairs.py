@@ -1,0 +1,78 @@
+"""`d2o pairs` on the command line."""
+
+import pytest
+
+from d2o.cli.app import main
+from d2o.data.pairs import PairStore
+from tests.helpers import tiny_teacher
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run("--n", 8, ...) -> (exit code, stdout, stderr) of `d2o pairs`, in a folder with a teacher t.safetensors."""
+    monkeypatch.chdir(tmp_path)
+    tiny_teacher(tmp_path / "t.safetensors")
+
+    def call(*words):
+        with pytest.raises(SystemExit) as end:
+            main(["pairs", *(str(word) for word in words)])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+SMALL = ["--teacher", "t.safetensors", "--n", 12, "--out", "p", "--steps", 2, "--shard-size", 4, "--device", "cpu", "--threads", 1]
+
+
+def test_make_again_verify_damage_and_repair(run, tmp_path):
+    code, out, err = run(*SMALL, "--labels", "0,1", "--cfg", 2, "--dtype", "fp16", "--seed", 9, "--solver", "euler", "--store-noise")
+    assert code == 0 and out == "" and "p: 12 pairs of 4 network calls in 3 shards" in err and "12/12" in err
+    store = PairStore(tmp_path / "p")
+    assert store.settings.command("p").endswith("--seed 9 --solver euler --steps 2 --cfg 2 --labels 0,1 --shard-size 4 --dtype fp16 --store-noise")
+    code, out, err = run(*store.settings.command("p").split()[2:])
+    assert code == 0 and "p holds all 12 pairs already; nothing to do" in err
+    code, out, err = run("--verify", "p")
+    assert code == 0 and "all 3 shards (12 pairs) are as they were made" in out
+    shard = tmp_path / "p" / "shard-00002.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    code, out, err = run("--verify", "p")
+    assert code == 2 and "shard-00002.safetensors: its checksum differs" in err
+    assert f"delete the files named, if they exist, and run: {store.settings.command('p')}" in err
+    shard.unlink()
+    assert run(*store.settings.command("p").split()[2:])[0] == 0
+    assert run("--verify", "p")[0] == 0 and shard.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n", 3, "--out", "p"], "--teacher is missing"),
+        (["--teacher", "digits", "--out", "p"], "--n is missing"),
+        (["--teacher", "digits", "--n", 3], "--out is missing"),
+        (["--teacher", "digit", "--n", 3, "--out", "p"], "did you mean 'digits'"),
+        (["--teacher", "missing.safetensors", "--n", 3, "--out", "p"], "no such file"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--solver", "eular"], "did you mean 'euler'"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"], "device 'tpu9' cannot be used"),
+        (["--teacher", "t.safetensors", "--n", "three", "--out", "p"], "integer"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "t.safetensors"], "is a file; expected a folder"),
+        (["--verify", "nowhere"], "nowhere is not a pair store"),
+    ],
+)
+def test_mistakes_are_one_line_and_create_nothing(run, tmp_path, words, message):
+    code, out, err = run(*words)
+    assert code == 2 and message in err and "Traceback" not in err and out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_other_settings_name_the_difference(run):
+    assert run(*SMALL)[0] == 0
+    code, _, err = run(*SMALL, "--seed", 1, "--labels", "balanced")
+    assert code == 2 and "seed: 0 -> 1" in err and "labels: random -> balanced" in err
+
+
+def test_other_ranks_are_silent(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*SMALL) == (0, "", "")

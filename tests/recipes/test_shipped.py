@@ -1,0 +1,98 @@
+"""The recipes and assets that ship: every one loads, plans and runs; the builtin teacher and classifier can be trained again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import d2o
+from d2o.cli.app import main
+from d2o.interop.safetensors_io import read_meta
+from d2o.metrics.features import load_extractor
+from d2o.recipes.load import find_recipe, load_recipe, recipe_names
+from d2o.recipes.plan import make_plan
+from d2o.teachers.registry import BUILTIN, asset
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in arguments])
+    return done.value.code  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("mini", [False, True])
+def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini):
+    recipe = load_recipe(name, mini=mini)
+    plan = make_plan(recipe)
+    assert recipe.name == name and sum(plan.networks.values()) > 1000
+    assert all("pair store" in reason for reason in plan.missing), plan.missing
+    head = find_recipe(name).read_text().split("name:")[0]
+    assert f"recipes/{name}.yaml" in head and "Cost" in head or "budget" in head
+    assert "mini" in find_recipe(name).read_text()
+    if mini:
+        assert recipe.images <= 40_000
+
+
+def test_plan_of_the_quickstart_by_hand():
+    plan = make_plan(load_recipe("quickstart", ["pairs.path=nowhere"]))
+    n = sum(p.numel() for p in d2o.load_teacher("digits").network.parameters())
+    assert 0.6e6 < n < 0.8e6
+    assert plan.networks == {"teacher (frozen)": n, "student": n}
+    assert plan.memory["optimiser (adam)"] == 8 * n and plan.memory["EMA"] == 4 * n
+    assert plan.calls["making pairs"] == 4096 * 35 and plan.disk["pairs (nowhere)"] == 4096 * 64 * 4
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_classifier_can_be_trained_again(tmp_path):
+    assert run("train", "classifier_digits", "--mini", "--out", tmp_path / "c") == 0
+    meta = read_meta(tmp_path / "c" / "checkpoints" / "best.safetensors")
+    assert meta["kind"] == "extractor" and meta["metrics"]["accuracy"] > 0.85
+    extractor = load_extractor(str(tmp_path / "c" / "checkpoints" / "best.safetensors"))
+    assert extractor.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 64)
+
+
+def test_the_teacher_can_be_trained_again_and_used(tmp_path):
+    out = tmp_path / "t"
+    assert run("train", "teacher_digits", "--mini", "--out", out, "--set", "images=12800", "--set", "eval={every: 6400, n: 200}") == 0
+    scores = [line["eval"] for line in log(out) if "eval" in line]
+    assert scores[-1]["fd"] < 0.6 * scores[0]["fd"]
+    teacher = d2o.load_teacher(out / "checkpoints" / "last.safetensors")
+    assert teacher.spec.classes == 10 and teacher.spec.licence == "CC-BY-4.0" and teacher.spec.name == "teacher_digits"
+    pairs = tmp_path / "pairs"
+    assert run("pairs", "--teacher", out / "checkpoints" / "last.safetensors", "--n", 8, "--steps", 3, "--out", pairs) == 0
+    assert len(d2o.PairStore(pairs)) == 8
+
+
+def test_the_perceptual_loss_trains(tmp_path):
+    small = ["--set", f"pairs.path={tmp_path / 'pairs'}", "--set", "pairs.n=128", "--set", "pairs.steps=4", "--set", "images=1280"]
+    small += ["--set", "eval={every: 1280, n: 64}", "--set", "preview=null", "--set", "log_every=2"]
+    assert run("train", "ode_digits_perceptual", "--mini", "--out", tmp_path / "r", *small) == 0
+    losses = [line["loss"] for line in log(tmp_path / "r") if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_assets_say_what_made_them_and_are_good():
+    for name in BUILTIN.values():
+        meta = read_meta(asset(name))
+        assert meta["kind"] == "teacher" and meta["recipe"]["name"] == "teacher_digits" and meta["spec"]["licence"] == "CC-BY-4.0"
+        assert asset(name).stat().st_size <= 3 * 2**20
+    meta = read_meta(asset("classifier_digits.safetensors"))
+    assert meta["recipe"]["name"] == "classifier_digits" and meta["metrics"]["accuracy"] > 0.98
+
+
+def test_the_teacher_draws_the_digit_it_is_asked_for():
+    teacher, extractor = d2o.load_teacher("digits"), load_extractor("digits")
+    labels = torch.arange(40) % 10
+    noise = torch.randn(40, *teacher.spec.shape, generator=torch.Generator().manual_seed(0))
+    images = teacher.decode(teacher.sample(noise, labels, steps=8))
+    from d2o.data.images import to_uint8
+
+    assert (extractor.logits(to_uint8(images)).argmax(1) == labels).float().mean() > 0.9
+    strong = teacher.decode(teacher.sample(noise, labels, steps=8, cfg=3.0))
+    assert (extractor.logits(to_uint8(strong)).argmax(1) == labels).float().mean() > 0.95

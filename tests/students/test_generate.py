@@ -1,0 +1,286 @@
+"""Sampling to files: image i is the network's answer to seed + i, and the bytes do not depend on how the work went."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from d2o.data.archive import archive_for, check_free
+from d2o.data.images import open_images, to_uint8
+from d2o.diffusion.noise import noise_and_labels, noise_for_seeds
+from d2o.errors import UserError
+from d2o.runtime import StopFlag, Stopped
+from d2o.students.base import Student, load_student
+from d2o.students.generate import SampleSettings, first_images, label_rows, make_samples, student_sampler, teacher_sampler
+from d2o.teachers.base import Teacher
+from tests.helpers import tiny_student, tiny_teacher
+from tests.workers import files, finish, start, wait_for
+
+SUFFIXES = ["", ".zip", ".tar", ".npz"]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    path = tmp_path_factory.mktemp("student") / "s.safetensors"
+    tiny_student(path)
+    return path
+
+
+@pytest.fixture
+def build(student, tmp_path):
+    """build("x.zip", n=..., seed=..., labels=..., how={...}) -> path: 20 images of the tiny student in parts of 8, one thread."""
+
+    def run(name="x.zip", how=None, sampler=None, **settings):
+        sampler = sampler or student_sampler(load_student(student))
+        make_samples(sampler, tmp_path / name, SampleSettings(**{"n": 20, **settings}), **{"batch": 4, "threads": 1, "chunk": 8, **(how or {})})
+        return tmp_path / name
+
+    return run
+
+
+def arguments(student, out):
+    return ["sample", student, "--n", 20, "--out", out, "--batch", 4, "--chunk", 8, "--threads", 1, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def reference(student, tmp_path_factory):
+    """suffix -> the bytes made in one go."""
+    folder = tmp_path_factory.mktemp("reference")
+    for suffix in SUFFIXES:
+        sampler = student_sampler(load_student(student))
+        make_samples(sampler, folder / f"x{suffix}", SampleSettings(20), batch=4, threads=1, chunk=8)
+    return files(folder)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_image_is_what_the_student_makes_of_its_seed(build, student, suffix):
+    found = open_images(build(f"x{suffix}", seed=50))
+    noise, labels = noise_and_labels(range(50, 70), (1, 8, 8), 10)
+    network = load_student(student)
+    x = network.decode(network(noise, labels))
+    assert torch.equal(found.labels, labels)
+    assert (found.images(range(20)).int() - to_uint8(x).int()).abs().max() <= 1  # another batch size may round to the neighbour
+
+
+def test_a_teacher_samples_from_the_same_noise(build):
+    teacher = tiny_teacher()
+    out = build(sampler=teacher_sampler(teacher, "heun", 3), seed=7)
+    noise, labels = noise_and_labels(range(7, 27), (1, 8, 8), 10)
+    expected = to_uint8(teacher.decode(teacher.sample(noise, labels, "heun", 3)))
+    found = open_images(out)
+    assert (found.images(range(20)).int() - expected.int()).abs().max() <= 1 and torch.equal(found.labels, labels)
+
+
+def test_the_record_says_what_made_the_images(build, student):
+    record = check_free(archive_for(build(seed=3, labels="balanced")))
+    assert record["settings"] == {"n": 20, "seed": 3, "labels": "balanced"}
+    assert record["source"]["kind"] == "student" and record["source"]["checkpoint"]["teacher"]["name"] == "tiny"
+    assert record["source"]["sha256"] == load_student(student).fingerprint
+    assert record["compute"]["batch"] == 4 and "chunk" not in record["compute"]
+    record = check_free(archive_for(build("t.tar", sampler=teacher_sampler(tiny_teacher(), "euler", 2, 3.0))))
+    source = {name: record["source"][name] for name in ("kind", "solver", "steps", "cfg", "nfe", "licence")}
+    assert source == {"kind": "teacher", "solver": "euler", "steps": 2, "cfg": 3.0, "nfe": 4, "licence": "CC0-1.0"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("chunk", [1, 10, 1000])
+def test_bytes_do_not_depend_on_the_parts(build, reference, tmp_path, suffix, chunk):
+    build(f"x{suffix}", {"chunk": chunk})
+    assert files(tmp_path) == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+
+
+@pytest.mark.parametrize("suffix, die_in, die_at", [(".zip", "replace", 3), (".zip", "replace", 5), (".zip", "replace", 8), (".zip", "replace", 9),
+                                                    (".npz", "record", 2), ("", "compute", 4), ("", "replace", 8), (".tar", "record", 1)])  # fmt: skip
+def test_bytes_are_the_same_after_a_kill(student, reference, build, tmp_path, suffix, die_in, die_at):
+    out = tmp_path / "work" / f"x{suffix}"
+    assert finish(start(arguments(student, out), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
+    assert not (out / "samples.json").exists() if not suffix else die_at == 9 or not out.exists()
+    build(f"work/x{suffix}", {"batch": 5, "threads": 2, "chunk": 3})  # what was recorded holds, not these
+    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_bytes_are_the_same_from_two_workers_one_of_them_killed(student, reference, tmp_path, suffix):
+    out, parts = tmp_path / "work" / f"x{suffix}", tmp_path / "work" / f"x{suffix}.parts"
+    first = start(arguments(student, out), tmp_path / "first", pause=0.1)
+    wait_for(lambda: (parts / ".locks" / "part-00000.safetensors.lock").exists())
+    second = start(arguments(student, out), tmp_path / "second", pause=0.05)
+    wait_for(lambda: (parts / ".locks" / "part-00001.safetensors.lock").exists())
+    first.kill()
+    assert finish(second) == 0
+    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_workers_that_start_and_end_together(student, reference, tmp_path, suffix):
+    out = tmp_path / "work" / f"x{suffix}"
+    workers = [start(arguments(student, out), tmp_path / f"log{i}", pause=0.01) for i in range(4)]
+    assert [finish(worker) for worker in workers] == [0] * 4
+    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+
+
+def test_a_stop_signal_keeps_the_parts_and_says_how_to_continue(student, reference, tmp_path):
+    out = tmp_path / "work" / "x.zip"
+    process = start(arguments(student, out), tmp_path / "log", pause=0.1)
+    wait_for(lambda: (tmp_path / "work" / "x.zip.parts" / "part-00000.safetensors").exists())
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == 130
+    said = (tmp_path / "log").read_text()
+    assert "stopped with 8 of 20 images; run the same command again to continue" in said and "Traceback" not in said
+    assert finish(start(arguments(student, out), tmp_path / "log")) == 0
+    assert files(tmp_path / "work") == {"x.zip": reference["x.zip"]}
+
+
+def test_a_stop_within_a_part_drops_it(build, tmp_path):
+    flag = StopFlag()
+
+    def progress(done, total, note):
+        flag.received = signal.SIGTERM if done >= 12 else 0
+
+    with pytest.raises(Stopped, match="stopped with 8 of 20 images") as stopped:
+        build(how={"progress": progress, "stop": flag})
+    assert stopped.value.exit_code == 143 and not (tmp_path / "x.zip").exists()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_finished_output_is_left_alone(build, tmp_path, suffix, monkeypatch):
+    out = build(f"x{suffix}")
+    before = {p: p.stat().st_mtime_ns for p in [out, *out.rglob("*")]}
+    monkeypatch.setattr(Student, "forward", None)
+    said = []
+    build(f"x{suffix}", {"say": said.append, "batch": 7})
+    assert said == [f"{out} holds all 20 images already; nothing to do"]
+    assert {p: p.stat().st_mtime_ns for p in [out, *out.rglob("*")]} == before
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_leftover_parts_of_a_finished_output_go(build, student, tmp_path):
+    out = build()
+    data = out.read_bytes()
+    out.unlink()
+    assert finish(start(arguments(student, out), tmp_path / "log", die_in="record", die_at=3)) == -signal.SIGKILL
+    out.write_bytes(data)  # as if killed between the last rename and the removal
+    build()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "x.zip"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip", ".tar"])
+def test_other_settings_are_refused_by_name(build, suffix, student, tmp_path):
+    out = build(f"x{suffix}")
+    before = files(tmp_path)
+    with pytest.raises(UserError) as error:
+        build(f"x{suffix}", n=21, seed=1, labels="balanced")
+    assert error.value.message == f"{out} holds samples of other settings:\n  n: 20 -> 21\n  seed: 0 -> 1\n  labels: random -> balanced"
+    with pytest.raises(UserError, match="kind: student -> teacher"):
+        build(f"x{suffix}", sampler=teacher_sampler(tiny_teacher()))
+    tiny_student(tmp_path / "other.safetensors", seed=9)
+    with pytest.raises(UserError, match="sha256: "):
+        build(f"x{suffix}", sampler=student_sampler(load_student(tmp_path / "other.safetensors")))
+    assert {name: data for name, data in files(tmp_path).items() if name != "other.safetensors"} == before
+
+
+def test_other_settings_for_unfinished_parts_are_refused(build, tmp_path):
+    flag = StopFlag()
+    flag.received = signal.SIGTERM
+    with pytest.raises(Stopped):
+        build(how={"stop": flag})
+    with pytest.raises(UserError, match="seed: 0 -> 1") as error:
+        build(seed=1)
+    assert "remove" in error.value.hint and "x.zip.parts" in error.value.hint
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_nothing_foreign_is_overwritten(build, tmp_path, suffix):
+    if suffix:
+        (tmp_path / f"x{suffix}").write_text("foreign")
+    else:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "thesis.tex").write_text("foreign")
+    with pytest.raises(UserError, match="it is left as it is"):
+        build(f"x{suffix}")
+    assert set(files(tmp_path).values()) == {b"foreign"} and len(files(tmp_path)) == 1
+    (tmp_path / "y.zip.parts").mkdir()
+    (tmp_path / "y.zip.parts" / "thesis.tex").write_text("foreign")
+    with pytest.raises(UserError, match="holds files that are not of"):
+        build("y.zip")
+
+
+@pytest.mark.parametrize("settings, message", [({"n": 0}, "n must be"), ({"seed": 2**32}, "seed"), ({"labels": "10"}, "out of range"),
+                                               ({"name": "x.rar"}, "unknown output format '.rar'"), ({"how": {"batch": 0}}, "batch must"),
+                                               ({"how": {"chunk": 0}}, "chunk must"), ({"how": {"threads": 0}}, "threads must")])  # fmt: skip
+def test_bad_settings_create_nothing(build, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        build(**settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_teacher_settings():
+    teacher = tiny_teacher()
+    for arguments, message in ((("rk4",), "unknown solver"), (("heun", 0), "steps must be")):
+        with pytest.raises(UserError, match=message):
+            teacher_sampler(teacher, *arguments)
+
+
+def test_one_image(build):
+    found = open_images(build("one.zip", n=1))
+    assert len(found) == 1 and torch.equal(found.images([0]), open_images(build("two.npz", n=1)).images([0]))
+
+
+def test_label_modes(build):
+    assert open_images(build("b.zip", labels="balanced")).labels.tolist() == [*range(10)] * 2
+    assert open_images(build("c.tar", labels="3,1")).labels.tolist() == [3, 1] * 10
+
+
+def test_values_that_are_not_finite_are_refused_with_their_seed(build, student):
+    sampler = student_sampler(load_student(student))
+
+    def broken(noise, labels):
+        x = sampler.call(noise, labels).clone()
+        x[noise[:, 0, 0, 0] == noise_for_seeds([113], (1, 8, 8))[0, 0, 0, 0]] = math.nan
+        return x
+
+    with pytest.raises(UserError, match="not finite for seed 113"):
+        build(sampler=type(sampler)(broken, sampler.spec, sampler.device, sampler.record), seed=100)
+
+
+def test_a_full_disk_is_one_line_and_the_output_goes_on_later(build, reference, monkeypatch, tmp_path):
+    real, calls = os.replace, 0
+
+    def full(*paths):
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # manifest, three parts and their records, then the joined file
+            raise OSError(28, "No space left on device")
+        return real(*paths)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*x.zip: the disk is full"):
+        build()
+    monkeypatch.setattr(os, "replace", real)
+    assert build().read_bytes() == reference["x.zip"]
+
+
+def test_the_first_images_again_are_those_of_the_file(build, student):
+    sampler = student_sampler(load_student(student))
+    out = build(n=20)
+    images, labels = first_images(sampler, check_free(archive_for(out)), 11)
+    found = open_images(out)
+    assert torch.equal(images, found.images(range(11))) and torch.equal(labels, found.labels[:11])
+    assert len(first_images(sampler, check_free(archive_for(out)), 64)[0]) == 20
+
+
+def test_rows_of_a_grid_are_labels():
+    images = torch.arange(5).reshape(5, 1, 1, 1).to(torch.uint8)
+    rows, columns = label_rows(images, torch.tensor([7, 2, 7, 7, 2]))
+    assert columns == 3 and rows.flatten().tolist() == [1, 4, 255, 0, 2, 3]
+    assert label_rows(images, None)[1] == 8 and torch.equal(label_rows(images, torch.arange(5), most=4)[0], images)
+
+
+def test_a_teacher_is_not_asked_for_gradients(build, monkeypatch):
+    seen = []
+    real = Teacher.denoise
+    monkeypatch.setattr(Teacher, "denoise", lambda self, *a: seen.append(torch.is_inference_mode_enabled()) or real(self, *a))
+    build(sampler=teacher_sampler(tiny_teacher(), "euler", 1))
+    assert seen and all(seen)
