@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -85,7 +86,6 @@ def evaluate(
             x, against, extractor, teacher, not no_teacher_distance, name, save_stats is None, on_bad, bool(json or report), open_device(device)
         )
         records = _measure(request, settings, save_stats)
-    show(records)
     if json:
         from d2o.metrics.records import save_records
 
@@ -96,6 +96,7 @@ def evaluate(
 
         write_report(report, records, run, title)
         console.say(f"wrote {report}")
+    show(records)
 
 
 def show(records: list[dict[str, Any]]) -> None:
@@ -108,7 +109,8 @@ def show(records: list[dict[str, Any]]) -> None:
         table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=0 if i else 16)
     for row in cells.rows:
         table.add_row(*map(escape, row))
-    console.out.print(table, width=None if console.out.is_terminal else 200)  # in a file or pipe nothing needs folding
+    wide = Console(file=console.out.file, width=max(console.out.width, 160), highlight=False)
+    (console.out if console.out.is_terminal else wide).print(table)  # in a file or pipe nothing needs folding
     for line in cells.footer:
         console.out.print(escape(line), style="dim")
 

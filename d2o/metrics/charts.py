@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 62, 18, 14, 50
 MAX_POINTS = 400
+FEW = 30  # points that need no smoothing
 COLOURS = 6
 
 
@@ -44,15 +45,16 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool
     body = []
     for tick in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high):
         body.append(f'<line class="tick" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(tick):.1f}" y2="{sy(tick):.1f}"/>')
-        body.append(f'<text x="{LEFT - 8}" y="{sy(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        body.append(f'<text x="{LEFT - 8}" y="{sy(tick) + 5:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in _ticks(x_low, x_high):
-        body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(tick)}</text>')
+        body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{short(tick)}</text>')
     body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     body.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     for i, (s, p) in enumerate(lines):
+        smooth = s.smooth and len(p) >= FEW
         raw = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in p)
-        body.append(f'<polyline class="s{i % COLOURS}{" faint" if s.smooth else ""}" points="{raw}"/>')
-        if s.smooth:
+        body.append(f'<polyline class="s{i % COLOURS}{" faint" if smooth else ""}" points="{raw}"/>')
+        if smooth:
             average = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in _average(p, log_y))
             body.append(f'<polyline class="s{i % COLOURS}" points="{average}"/>')
         if s.marks:
@@ -110,5 +112,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
             break
     if len(ticks) < 3:  # less than a third of a decade: even steps of the value read better
         return _ticks(10**low, 10**high)
-    step = -(-len(ticks) // 8)
-    return ticks[::step]
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or math.log10(tick / kept[-1]) >= 0.09 * (high - low):
+            kept.append(tick)
+    return kept

@@ -79,7 +79,7 @@ def _tiles(records: Sequence[Record]) -> str:
         tiles.append(("Sampling speed", f"{number(ours / theirs)}×", f"{number(ours)} images/s · teacher {number(theirs)}"))
     if "accuracy" in student["metrics"]:
         also = f"teacher {100 * teacher['metrics']['accuracy']['value']:.1f} %" if teacher and "accuracy" in teacher["metrics"] else ""
-        tiles.append(("Images of the class asked for", f"{100 * student['metrics']['accuracy']['value']:.1f} %", also))
+        tiles.append(("Class accuracy", f"{100 * student['metrics']['accuracy']['value']:.1f} %", also))
     cards = "".join(
         f'<div class="card tile"><div class="what">{escape(what)}</div><div class="value">{escape(value)}</div>'
         f'<div class="beside">{escape(also)}</div></div>'
@@ -149,11 +149,18 @@ def _figure(grid: dict[str, Any], png: str, name: str, what: str) -> str:
 
 def _training(curves: Sequence[Curves]) -> str:
     losses = [Series(_named(c, key, curves), *_xy(points), smooth=True) for c in curves for key, points in c.losses.items()]
-    charts = [_chart("Training loss", "One line for each run and loss; thin: as logged, thick: smoothed.", losses, "loss")]
+    charts = [_chart("Training loss", "As logged (thin) and smoothed (thick).", losses, "loss")]
     for key in dict.fromkeys(key for c in curves for key in c.scores):
         series = [Series(c.name, *_xy(c.scores[key]), marks=True) for c in curves if key in c.scores]
         what = "Fréchet distance" if key == "fd" else key
-        charts.append(_chart(f"{what} during training", "On the recipe's smaller n and own seeds: not comparable with the table.", series, what))
+        charts.append(
+            _chart(
+                f"{what[:1].upper()}{what[1:]} during training",
+                "On the recipe's smaller n and own seeds: not comparable with the table.",
+                series,
+                what,
+            )
+        )
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""
@@ -201,7 +208,7 @@ def _classes(records: Sequence[Record]) -> str:
 def _cell(value: float | None) -> str:
     if value is None:
         return "<td>–</td>"
-    return f'<td class="cell" style="--v:{min(max(2 * value - 1, 0), 1):.3f}">{100 * value:.1f}</td>'
+    return f'<td class="cell" style="--v:{min(max(4 * value - 3, 0), 1):.3f}">{100 * value:.1f}</td>'
 
 
 def _details(records: Sequence[Record]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,7 +71,8 @@ def make_plan(recipe: Any, start: Path | None = None) -> Plan:
 
 
 def _build(method_class: type[Method], setup: Setup) -> Method:
-    with META:
+    with META, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights that are loaded into a network on meta stay where they are: none are needed here
         return method_class(setup)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from d2o.errors import UserError, nearest
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
-from d2o.interop.safetensors_io import load_file
+from d2o.interop.safetensors_io import load_file, resolve_checkpoint
 from d2o.networks.build import build_network
 from d2o.teachers.base import Spec, Teacher
 
@@ -30,7 +31,7 @@ def asset(name: str) -> Path:
 
 
 def load_teacher(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Teacher:
-    """A builtin teacher (`digits`), a teacher checkpoint that `d2o train` wrote, or an EDM network as NVIDIA published it (`.pkl`).
+    """A builtin teacher (`digits`), a teacher's checkpoint or run folder that `d2o train` wrote, or an EDM network as NVIDIA published it (`.pkl`).
 
     `dtype` bfloat16 runs the network under autocast. UserError: unknown name (with the list), missing, truncated or foreign file.
     """
@@ -45,13 +46,14 @@ def load_teacher(name_or_path: str | Path, device: str | torch.device = "cpu", d
                 f"unknown teacher {name!r}" + (f": did you mean {near!r}?" if near else ""),
                 f"known: {', '.join(teacher_names())}; or the path of a teacher's .safetensors checkpoint or EDM's .pkl",
             )
-        if path.is_dir():
-            raise UserError(f"{name} is a folder; a teacher is a builtin name or a .safetensors checkpoint", f"known: {', '.join(teacher_names())}")
+        path = resolve_checkpoint(path)
     nvidia = path.suffix == ".pkl"
     tensors, meta = _load_nvidia(path) if nvidia else load_file(path)
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher", "students are loaded with d2o.load_student")
     spec = Spec.from_dict(meta["spec"])
+    if name in BUILTIN:
+        spec = replace(spec, name=name)
     teacher = Teacher(load_weights(meta["network"], tensors, path, assign=nvidia), spec, device, dtype)
     teacher.meta = meta
     return teacher

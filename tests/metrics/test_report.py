@@ -152,7 +152,7 @@ def test_charts_stay_inside_their_frame(y: list[float], log: bool) -> None:
     chart = line_chart([Series("a", list(range(len(y))), y, smooth=True, marks=True)], "x & y", "loss", log_y=log)
     root = ET.fromstring(chart)
     points = [tuple(map(float, p.split(","))) for line in root.findall("polyline") for p in line.get("points", "").split()]
-    assert points and all(58 <= px <= 640 - 15 and 13 <= py <= 300 - 43 for px, py in points)
+    assert points and all(62 <= px <= 640 - 18 and 14 <= py <= 300 - 50 for px, py in points)
     ticks = [t for t in root.findall("text") if t.get("text-anchor") == "end"]
     assert 1 <= len(ticks) <= 12 and len({t.text for t in ticks}) == len(ticks)
 

@@ -61,7 +61,7 @@ def test_the_teacher_can_be_trained_again_and_used(tmp_path):
     out = tmp_path / "t"
     assert run("train", "teacher_digits", "--mini", "--out", out, "--set", "images=12800", "--set", "eval={every: 6400, n: 200}") == 0
     scores = [line["eval"] for line in log(out) if "eval" in line]
-    assert scores[-1]["fd"] < 0.6 * scores[0]["fd"]
+    assert scores[-1]["fd"] < 0.85 * scores[0]["fd"]
     teacher = d2o.load_teacher(out / "checkpoints" / "last.safetensors")
     assert teacher.spec.classes == 10 and teacher.spec.licence == "CC-BY-4.0" and teacher.spec.name == "teacher_digits"
     pairs = tmp_path / "pairs"
@@ -74,14 +74,14 @@ def test_the_perceptual_loss_trains(tmp_path):
     small += ["--set", "eval={every: 1280, n: 64}", "--set", "preview=null", "--set", "log_every=2"]
     assert run("train", "ode_digits_perceptual", "--mini", "--out", tmp_path / "r", *small) == 0
     losses = [line["loss"] for line in log(tmp_path / "r") if "loss" in line]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_assets_say_what_made_them_and_are_good():
     for name in BUILTIN.values():
         meta = read_meta(asset(name))
         assert meta["kind"] == "teacher" and meta["recipe"]["name"] == "teacher_digits" and meta["spec"]["licence"] == "CC-BY-4.0"
-        assert asset(name).stat().st_size <= 3 * 2**20
+        assert asset(name).stat().st_size <= 3_000_000
     meta = read_meta(asset("classifier_digits.safetensors"))
     assert meta["recipe"]["name"] == "classifier_digits" and meta["metrics"]["accuracy"] > 0.98
 
@@ -94,5 +94,5 @@ def test_the_teacher_draws_the_digit_it_is_asked_for():
     from d2o.data.images import to_uint8
 
     assert (extractor.logits(to_uint8(images)).argmax(1) == labels).float().mean() > 0.9
-    strong = teacher.decode(teacher.sample(noise, labels, steps=8, cfg=3.0))
+    strong = teacher.decode(teacher.sample(noise, labels, steps=8, cfg=1.5))
     assert (extractor.logits(to_uint8(strong)).argmax(1) == labels).float().mean() > 0.95

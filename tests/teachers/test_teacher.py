@@ -48,7 +48,7 @@ def test_unknown_and_unfit_files_are_refused_in_words(tmp_path):
     assert "did you mean 'digits'" in str(error.value) and "digits" in teacher_names()
     with pytest.raises(UserError, match="no such file"):
         load_teacher(tmp_path / "absent.safetensors")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="folder without a checkpoint"):
         load_teacher(tmp_path)
     tiny_student(tmp_path / "s.safetensors")
     with pytest.raises(UserError, match="holds a student, not a teacher"):
