@@ -29,9 +29,7 @@ X = typer.Argument(
     "(digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or statistics (.npz). Several give one table.",
     show_default=False,
 )
-AGAINST = _optional(
-    "--against", help="The reference: images, statistics, or anything else X can be. Default for what comes of digits: real:digits."
-)
+AGAINST = _optional("--against", help="The reference: images, statistics, or anything else X can be. Default for what comes of digits: real:digits.")
 N = typer.Option(4000, "--n", help="Generated images (a set of images is used whole).")
 SEED = typer.Option(1_000_000, "--seed", help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.")
 LABELS = _optional("--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2.")

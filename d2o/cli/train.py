@@ -53,6 +53,7 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
     if on_bad is not None:
         overrides.append(f"data.on_bad={on_bad}")
     recipe = load_recipe(name, overrides, mini=mini)
+    _check_options(recipe, data or on_bad, start)
     if plan:
         from d2o.cli.plan import show_plan
 
@@ -67,6 +68,17 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         if not _open_run(folder, recipe, resume, start):
             return
         _train(recipe, folder, device, rank, world, start, stop)
+
+
+def _check_options(recipe: Any, data: str | None, start: Path | None) -> None:
+    """Refuse what the recipe's method would not use."""
+    from d2o.methods.base import get_method
+
+    method = get_method(recipe.method)
+    if data and method.data != "images":
+        raise UserError(f"--data and --on-bad: method {recipe.method} of {recipe.name} trains on {method.data}, not on images", "leave them away")
+    if start and method.product != "student":
+        raise UserError(f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student", "use `d2o train`")
 
 
 def _open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:

@@ -16,7 +16,7 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y). `smooth` draws its exponential average over the faint raw line; `marks` puts a dot on each point."""
+    """A line through (x, y). `smooth` draws its local average over the faint raw line; `marks` puts a dot on each point."""
 
     name: str
     x: Sequence[float]
@@ -82,12 +82,16 @@ def _clean(s: Series, log_y: bool) -> tuple[Series, list[tuple[float, float]]]:
 
 
 def _average(points: list[tuple[float, float]], log_y: bool) -> list[tuple[float, float]]:
-    """Exponential average over about a fifteenth of the line, free of the pull to the first value (of logarithms on a log axis)."""
-    keep = math.exp(-1 / max(len(points) / 15, 1))
-    out, total, weight = [], 0.0, 0.0
-    for x, y in points:
-        total, weight = keep * total + (math.log(y) if log_y else y), keep * weight + 1
-        out.append((x, math.exp(total / weight) if log_y else total / weight))
+    """Gaussian average over about a twentieth of the line (of logarithms on a log axis), centred, so that it doesn't lag behind a fall."""
+    width = max(len(points) / 50, 1.0)
+    weights = [math.exp(-0.5 * (k / width) ** 2) for k in range(math.ceil(3 * width) + 1)]
+    values = [math.log(y) if log_y else y for _, y in points]
+    out = []
+    for i, (x, _) in enumerate(points):
+        reach = min(len(weights) - 1, i, len(points) - 1 - i)  # symmetric, also near the ends
+        around = [(weights[abs(k)], values[i + k]) for k in range(-reach, reach + 1)]
+        mean = sum(w * v for w, v in around) / sum(w for w, _ in around)
+        out.append((x, math.exp(mean) if log_y else mean))
     return out
 
 
@@ -113,7 +117,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
     if len(ticks) < 3:  # less than a third of a decade: even steps of the value read better
         return _ticks(10**low, 10**high)
     kept: list[float] = []
-    for tick in ticks:
-        if not kept or math.log10(tick / kept[-1]) >= 0.09 * (high - low):
+    for tick in sorted(ticks, key=lambda t: (1, 5, 2, 3, 7).index(_digit(t)) if _digit(t) in (1, 5, 2, 3, 7) else 9):  # round ones first
+        if all(abs(math.log10(tick / other)) >= 0.09 * (high - low) for other in kept):
             kept.append(tick)
-    return kept
+    return sorted(kept)
+
+
+def _digit(tick: float) -> int:
+    return round(tick / 10 ** math.floor(math.log10(tick) + 1e-9))

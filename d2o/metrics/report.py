@@ -156,7 +156,7 @@ def _training(curves: Sequence[Curves]) -> str:
         charts.append(
             _chart(
                 f"{what[:1].upper()}{what[1:]} during training",
-                "On the recipe's smaller n and own seeds: not comparable with the table.",
+                "On the recipe's own n and seeds: not comparable with the table.",
                 series,
                 what,
             )

@@ -1,0 +1,33 @@
+"""The files that ship for the offline metric fit each other. Skipped only in a checkout that has yet to train them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o.data.images import open_images
+from d2o.metrics.features import load_extractor
+from d2o.metrics.frechet import FeatureStatistics
+from d2o.metrics.protocol import Settings
+from d2o.metrics.reference import SHIPPED, load_reference
+from d2o.metrics.statistics import load_statistics
+from d2o.teachers.registry import asset
+
+FILES = [asset("classifier_digits.safetensors"), asset(SHIPPED["real:digits"])]
+pytestmark = pytest.mark.skipif(not all(path.exists() for path in FILES), reason="the digits assets are not trained yet")
+
+
+def test_reference_is_of_the_shipped_classifier_and_all_digits() -> None:
+    extractor, shipped = load_extractor("digits"), load_statistics(FILES[1])
+    assert (shipped.n, shipped.feature, shipped.resize, shipped.weights_sha256) == (1797, "digits", "none", extractor.sha256)
+    stream = FeatureStatistics(extractor.dim)
+    stream.update(extractor.features(open_images("real:digits").images(slice(None))))
+    torch.testing.assert_close(shipped.mu, stream.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shipped.sigma, stream.cov, rtol=1e-3, atol=1e-3)
+    assert torch.equal(load_reference("real:digits", extractor, Settings()).statistics.mu, shipped.mu)  # it is read, not computed
+
+
+def test_classifier_knows_the_digits() -> None:
+    extractor, real = load_extractor("digits"), open_images("real:digits")
+    guess = extractor.logits(real.images(slice(None))).argmax(1)
+    assert (guess == real.labels).float().mean() > 0.97

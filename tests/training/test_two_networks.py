@@ -1,0 +1,110 @@
+"""What methods with several networks and optimisers need of the loop: a small adversarial method, registered here only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2o.methods.base import METHODS, Batch, Loop, Method, Setup
+from d2o.recipes.load import load_recipe
+from d2o.runtime import StopFlag
+from d2o.training.loop import Trainer
+
+
+class TinyGAN(Method):
+    """A generator learns the mean of N(3, 1) against a linear critic; data: none."""
+
+    data = "none"
+    product = "generator"
+
+    def __init__(self, setup: Setup):
+        self.generator, self.critic = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 1))
+        self.critic_frozen: list[bool] = []
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "critic": self.critic}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        losses = []
+        for _, draw in loop.micro_batches(batch):
+            real, z = 3 + draw.randn(1), draw.randn(1)
+            fake = loop.net("generator")(z).detach()
+            loop.backward((F.softplus(loop.net("critic")(fake)) + F.softplus(-loop.net("critic")(real))).mean())
+        loop.update("critic")
+        for _, draw in loop.micro_batches(batch):
+            with loop.frozen("critic") as critic:
+                loss = F.softplus(-critic(loop.net("generator")(draw.randn(1)))).mean()
+                loop.backward(loss)
+                self.critic_frozen.append(all(p.grad is None and not p.requires_grad for p in critic.parameters()))
+            losses.append(loss)
+        loop.update("generator")
+        return {"loss": loop.mean(losses)}
+
+    def describe(self):
+        return {"kind": "generator", "network": {}}
+
+
+RECIPE = """
+name: gan
+method: tiny-gan
+optim: {lr: 0.05, betas: [0.0, 0.9]}
+optim_critic: {name: radam, lr: 0.02}
+ema: {decay: 0.9}
+batch: 64
+images: 12800
+log_every: 10
+checkpoint: {every: 3200, keep: 0}
+threads: 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "tiny-gan", "tests.tiny_gan_method")
+    monkeypatch.setitem(sys.modules, "tests.tiny_gan_method", SimpleNamespace(METHOD=TinyGAN))
+    (tmp_path / "gan.yaml").write_text(RECIPE)
+    return lambda *overrides: load_recipe(tmp_path / "gan.yaml", list(overrides))
+
+
+def train(recipe, folder: Path, iterations: int | None = None) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(recipe, Setup(recipe.options), folder)
+    trainer.resume()
+    stop = StopFlag()
+    if iterations is not None:
+        original = trainer.method.step
+        trainer.method.step = lambda loop, batch, i: (stop.__dict__.update(received=15) if i + 1 == iterations else None, original(loop, batch, i))[1]
+        from d2o.runtime import Stopped
+
+        with pytest.raises(Stopped):
+            trainer.run(lambda done, note: None, stop)
+    else:
+        trainer.run(lambda done, note: None, stop)
+    return trainer
+
+
+def test_two_optimisers_alternate_and_the_critic_is_held_in_the_generators_turn(recipe, tmp_path):
+    trainer = train(recipe(), tmp_path / "run")
+    assert [type(o).__name__ for o in trainer.optimizers.values()] == ["Adam", "RAdam"]
+    assert all(trainer.method.critic_frozen) and all(p.requires_grad for p in trainer.method.critic.parameters())
+    assert 2 < trainer.method.generator.bias.item() < 4
+    assert trainer.ema.network.bias.item() == pytest.approx(trainer.method.generator.bias.item(), abs=0.5)
+
+
+def test_both_networks_and_optimisers_resume_to_the_same_bytes(recipe, tmp_path):
+    train(recipe(), tmp_path / "whole")
+    train(recipe(), tmp_path / "parts", iterations=77)
+    train(recipe(), tmp_path / "parts")
+    state = "checkpoints/state.safetensors"
+    assert (tmp_path / "whole" / state).read_bytes() == (tmp_path / "parts" / state).read_bytes()
+
+
+def test_without_an_own_section_the_critic_takes_the_generators_optimiser(recipe, tmp_path):
+    trainer = Trainer(recipe("optim_critic=null"), Setup(recipe().options), tmp_path)
+    assert {type(o) for o in trainer.optimizers.values()} == {torch.optim.Adam}
