@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter blocks")
     parser.add_argument("--teacher", default="digits", help="builtin teacher or checkpoint, on the CPU")
     options = parser.parse_args()
-    blocks, seconds, groups = (3, 1.0, 2) if options.quick else (9, 5.0, 4)
+    blocks, seconds, groups = (3, 1.0, 2) if options.quick else (7, 3.0, 2)
     teacher = load_teacher(options.teacher)
 
     trials = [{batch: bare_rate(teacher, batch, seconds / 5) for batch in BATCHES} for _ in range(3)]

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--suffix", default=".zip", help=".zip, .tar, .npz or nothing for a folder")
     options = parser.parse_args()
-    blocks, seconds = (3, 1.0) if options.quick else (9, 4.0)
+    blocks, seconds = (3, 2.0) if options.quick else (9, 4.0)
     if options.checkpoint:
         student = load_student(options.checkpoint)
     else:

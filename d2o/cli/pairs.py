@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def pairs(
     teacher: str = typer.Option(None, "--teacher", help="Builtin teacher (digits), or a .safetensors checkpoint.", show_default=False),
-    n: int = typer.Option(None, "--n", help="Number of pairs.", show_default=False),
+    n: int = typer.Option(None, "--n", "-n", help="Number of pairs.", show_default=False),
     out: Path = typer.Option(None, "--out", help="Folder of the store; a store that was begun there is continued.", show_default=False),
     solver: str = typer.Option("heun", "--solver", help="ODE solver: heun or euler."),
     steps: int = typer.Option(18, "--steps", help="Solver steps; heun makes 2 x steps - 1 network calls a pair, euler steps."),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def sample(
     checkpoint: Path = typer.Argument(None, help="A student's .safetensors checkpoint, or a run folder (its best, else last checkpoint).",
                                       show_default=False),
-    n: int = typer.Option(None, "--n", help="Number of images.", show_default=False),
+    n: int = typer.Option(None, "--n", "-n", help="Number of images.", show_default=False),
     out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file.", show_default=False),
     seed: int = typer.Option(0, "--seed", help="Seed of the first image; image i has seed + i."),
     labels: str = typer.Option("random", "--labels", help="Classes: random (from the image's seed), balanced, or indices in turn: 0,1,2."),

@@ -6,7 +6,9 @@
     npz     arr_0 uint8 [n, H, W, C], labels int64 [n], samples (the text of samples.json)
 
 `samples.json` records what made the images. Nothing depends on the clock: equal images and records give equal bytes.
-A part is a dict of tensors, so that it can be kept as a .safetensors file until all are there.
+A part is a dict of tensors, so that it can be kept as a .safetensors file until all are there. Parts are handled with numpy: they are made
+in threads of their own, where the first parallel torch operation would start a second set of OpenMP threads, which then spins beside the
+one that computes (measured: a third of the speed).
 """
 
 from __future__ import annotations
@@ -117,8 +119,8 @@ class Tar(Archive):
 
 class Npz(Archive):
     def encode(self, start: int, images: torch.Tensor, labels: torch.Tensor | None) -> Part:
-        pixels = images.permute(0, 2, 3, 1)
-        return {"body": pixels.reshape(-1), "shape": torch.tensor([pixels.shape[1:]])}
+        pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
+        return {"body": torch.from_numpy(pixels.reshape(-1)), "shape": torch.tensor([pixels.shape[1:]])}
 
     def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
         shape = (n, *next(parts())["shape"][0].tolist())
@@ -172,7 +174,7 @@ def archive_for(out: str | Path) -> Archive:
 
 def join_pieces(pieces: list[Part]) -> Part:
     """Parts that follow each other, as one."""
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return {name: torch.from_numpy(np.concatenate([piece[name].numpy() for piece in pieces])) for name in pieces[0]}
 
 
 def check_free(archive: Archive) -> dict[str, Any] | None:

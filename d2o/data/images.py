@@ -140,7 +140,8 @@ class ImageSet:
             raise IndexError(f"{self.name} has {len(self)} images; asked for {int(wanted.min())} to {int(wanted.max())}")
         wanted = wanted % len(self)
         if self._pixels is not None:
-            return self._pixels[wanted].contiguous()
+            # By numpy: in a thread of its own a parallel operation of torch would start a second set of OpenMP threads.
+            return torch.from_numpy(np.ascontiguousarray(self._pixels.numpy()[wanted.numpy()]))
         unique, places = torch.unique(wanted, return_inverse=True)
         out = np.empty((len(unique), *self.shape), np.uint8)
         failed = [(int(unique[k]), k) for k, why in enumerate(_threaded(self._decode_later, unique.tolist(), out)) if why]

@@ -261,7 +261,7 @@ class PairStore:
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._labelled = self.settings.labels != "none"
         self._fits = 8 * len(self) * math.prod(self.shape) <= cache_bytes
-        self._cache: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._cache: tuple[np.ndarray | None, ...] | None = None
 
     def __len__(self) -> int:
         return self.settings.n
@@ -283,9 +283,11 @@ class PairStore:
         if not self._fits:
             return self._gather(index)
         if self._cache is None:
-            self._cache = self._gather(torch.arange(len(self)))
-        noise, labels, target = self._cache
-        return noise[index], None if labels is None else labels[index], target[index]
+            # As numpy arrays: batches are read by a thread beside the one that computes, where torch would start OpenMP threads of its own.
+            self._cache = tuple(None if t is None else t.numpy() for t in self._gather(torch.arange(len(self))))
+        noise, labels, target = (None if t is None else torch.from_numpy(t[index.numpy()]) for t in self._cache)
+        assert noise is not None and target is not None
+        return noise, labels, target
 
     @property
     def fingerprint(self) -> str:

@@ -24,8 +24,9 @@ def trace(source: Source) -> torch.export.ExportedProgram:
 
     The range check of labels is data-dependent Python and not part of the graph: a label out of range acts as -1, "no class".
     """
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)  # without a maximum torch 2.6 guards against one
     example = source.example(4)
+    torch._dynamo.reset()  # torch 2.6 lets an earlier export in the same process fix the batch size of this one
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own internals
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -46,7 +47,7 @@ def write_program(source: Source, path: Path, record: dict[str, Any]) -> None:
     """Write a .pt2 with `record` inside. Equal networks give equal contents, and the file names no folder of this machine."""
     program = trace(source)
     for node in program.graph.nodes:  # the rest (stack traces, object ids) differs from run to run and shows paths
-        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={RECORD: json.dumps(record, sort_keys=True)})
     path.write_bytes(buffer.getbuffer())

@@ -115,7 +115,7 @@ def make_samples(
         return done
     record = manifest["record"]
     _refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
-    compute = join_compute(record["compute"], mine["compute"], str(out), say if batch or threads or chunk else None)
+    compute = join_compute(record["compute"], mine["compute"], str(out), say, ("batch", batch), ("threads", threads), ("chunk", chunk))
     units = cut(settings.n, compute["chunk"], "part-{:05d}.safetensors")
 
     with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:

@@ -55,13 +55,13 @@ def make_pairs(
     if different := differences(manifest, mine):
         hint = "choose another --out, or the settings it was made with"
         raise UserError(f"{out} is a pair store with other settings:\n  " + "\n  ".join(different), hint)
-    compute = join_compute(manifest["compute"], mine["compute"], str(out), say if batch or threads else None)
     settings, units = PairSettings.from_manifest(manifest), PairSettings.from_manifest(manifest).units()
     check_probe(manifest, out)
     if not folder.left(units):
         say(f"{out} holds all {settings.n:,} pairs already; nothing to do")
         folder.close()
         return PairStore(out)
+    compute = join_compute(manifest["compute"], mine["compute"], str(out), say, ("batch", batch), ("threads", threads))
     if lost := [unit.file for unit in folder.left(units) if unit.file in folder.recorded()]:
         say(f"{out}: {len(lost)} shards are missing or cut short and are made again, {lost[0]} first")
 
@@ -110,14 +110,18 @@ def describe_compute(batch: int | None, most: int, threads: int | None, device: 
     return {"batch": batch, "threads": threads, "device": device.type, "torch": torch.__version__, "processor": processor}
 
 
-def join_compute(recorded: dict[str, Any], mine: dict[str, Any], out: str, say: Say | None) -> dict[str, Any]:
-    """The recorded way to compute, which everyone who works on `out` takes. UserError: begun on another kind of device."""
+def join_compute(recorded: dict[str, Any], mine: dict[str, Any], out: str, say: Say, *asked: tuple[str, int | None]) -> dict[str, Any]:
+    """The recorded way to compute, which everyone who works on `out` takes; says so where something else was `asked` for (name, value).
+
+    UserError: begun on another kind of device.
+    """
     if recorded["device"] != mine["device"]:
         was, now = recorded["device"], mine["device"]
         raise UserError(f"{out} was begun on {was}; this would go on with {now}", f"give --device {was}, or choose another --out")
-    names = [name for name in recorded if recorded[name] != mine.get(name)]
-    if say is not None and (fixed := [name for name in names if name in ("batch", "threads", "chunk")]):
-        say(f"{out} was begun with {', '.join(f'{name} {recorded[name]}' for name in fixed)}; it goes on with that")
+    if fixed := [f"{name} {recorded[name]}" for name, value in asked if value is not None and recorded[name] != mine[name]]:
+        say(f"{out} was begun with {', '.join(fixed)}; it goes on with that")
+    if other := [f"{name} {recorded[name]} (here {mine[name]})" for name in ("torch", "processor") if recorded[name] != mine[name]]:
+        say(f"{out} was begun with {', '.join(other)}: what is made here may differ in the last digits")
     return recorded
 
 

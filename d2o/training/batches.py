@@ -39,7 +39,9 @@ class Batches:
         ready = self.ahead[1] if self.ahead is not None and self.ahead[0] == iteration else self.reader.submit(self.read, iteration)
         batch = ready.result()
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
-        return Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in (batch.labels, batch.noise, batch.target, batch.images)))
+        parts = (batch.labels, batch.noise, batch.target, batch.images)
+        labels, noise, target, images = (None if t is None else t.to(self.device, non_blocking=True) for t in parts)
+        return Batch(labels, noise, target, None if images is None else self.finish(iteration, images))
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
@@ -64,9 +66,14 @@ class Batches:
             noise, labels, target = self.source.batch(index)
             return Batch(labels=labels, noise=noise, target=target)
         assert self.source is not None
-        images = to_float(self.source.images(index))
+        return Batch(images=self.source.images(index), labels=None if self.source.labels is None else self.source.labels[index])
+
+    def finish(self, iteration: int, images: Tensor) -> Tensor:
+        """uint8 -> [-1, 1], and random flips; on the device and in the main thread: a parallel operation of torch in the reading thread would
+        start OpenMP threads of its own, which spin beside those that compute."""
+        x = to_float(images)
         if self.xflip:
             generator = torch.Generator().manual_seed(mix(self.seed, "xflip", iteration))
             flip = torch.rand(self.batch, generator=generator)[self.share[0] : self.share[1]] < 0.5
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        return Batch(images=images, labels=None if self.source.labels is None else self.source.labels[index])
+            x = torch.where(flip[:, None, None, None].to(x.device), x.flip(3), x)
+        return x

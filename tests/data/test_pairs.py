@@ -168,6 +168,27 @@ def test_the_recorded_batch_and_threads_hold(build):
     assert not any("was begun" in line for line in said)
 
 
+def test_a_store_of_another_device_is_read_but_not_continued(build):
+    store = build()
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest["compute"].update(device="cuda", processor="NVIDIA H200")
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    assert len(build()) == 20
+    (store.path / "shard-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="was begun on cuda; this would go on with cpu"):
+        build()
+
+
+def test_another_torch_is_mentioned(build):
+    store, said = build(), []
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest["compute"]["torch"] = "1.0"
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    (store.path / "shard-00001.safetensors").unlink()
+    build(how={"say": said.append})
+    assert "was begun with torch 1.0 (here" in said[0] and "last digits" in said[0]
+
+
 def test_other_settings_are_refused_by_name(build, tmp_path):
     build()
     with pytest.raises(UserError) as error:

@@ -30,7 +30,7 @@ def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini):
     assert recipe.name == name and sum(plan.networks.values()) > 1000
     assert all("pair store" in reason for reason in plan.missing), plan.missing
     head = find_recipe(name).read_text().split("name:")[0]
-    assert f"recipes/{name}.yaml" in head and "Cost" in head or "budget" in head
+    assert f"recipes/{name}.yaml" in head and ("Cost" in head or "budget" in head)
     assert "mini" in find_recipe(name).read_text()
     if mini:
         assert recipe.images <= 40_000

@@ -91,8 +91,10 @@ def test_bytes_do_not_depend_on_the_parts(build, reference, tmp_path, suffix, ch
     assert files(tmp_path) == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
 
 
-@pytest.mark.parametrize("suffix, die_in, die_at", [(".zip", "replace", 3), (".zip", "replace", 5), (".zip", "replace", 8), (".zip", "replace", 9),
-                                                    (".npz", "record", 2), ("", "compute", 4), ("", "replace", 8), (".tar", "record", 1)])  # fmt: skip
+KILLS = [(".zip", "replace", k) for k in (3, 5, 8, 9)] + [(".npz", "record", 2), ("", "compute", 4), ("", "replace", 8), (".tar", "record", 1)]
+
+
+@pytest.mark.parametrize("suffix, die_in, die_at", KILLS)
 def test_bytes_are_the_same_after_a_kill(student, reference, build, tmp_path, suffix, die_in, die_at):
     out = tmp_path / "work" / f"x{suffix}"
     assert finish(start(arguments(student, out), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
