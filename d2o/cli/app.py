@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -22,6 +23,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 # click's ClickException, wherever this typer keeps click (since 0.2x inside itself).
 CLICK_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+"""What is wrong with the disk or its permissions, and not with d2o."""
 
 
 def _version(wanted: bool) -> None:
@@ -70,6 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, CLICK_ERROR):
             error.show()  # type: ignore[attr-defined]
             sys.exit(error.exit_code)  # type: ignore[attr-defined]
+        if isinstance(error, OSError) and error.errno in SURROUNDINGS and not debug:
+            console.error(f"{error.filename or 'a file'}: {error.strerror}", "choose another place, or make room and run again")
+            sys.exit(2)
         if debug:
             raise
         console.error(f"{type(error).__name__}: {error}", "this is a fault of d2o or its surroundings; run `d2o --debug ...` for the traceback")

@@ -54,6 +54,8 @@ def _legend(records: Sequence[dict[str, Any]]) -> list[str]:
         t = d["teacher"]
         lines.append(f"to teacher: distance to {t['source']} ({t['solver']}, {t['steps']} steps) from equal noise: "
                      f"rms per pixel, values in [-1, 1], {d['n']:,} images")  # fmt: skip
+        if "samples_per_s" in t:
+            lines[-1] += f"; the teacher makes {number(t['samples_per_s'])} images/s with {t['nfe']} network calls each"
     speeds = {
         (r["env"].get("gpu") or r["env"]["cpu"], r["env"]["threads"], r["metrics"]["speed"]["batch"]) for r in records if "speed" in r["metrics"]
     }

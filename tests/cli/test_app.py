@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import typer
 from typer.main import get_command
@@ -61,6 +63,16 @@ def test_a_fault_of_ours_is_said_to_be_one(monkeypatch, capsys):
     assert run("train") == 1 and "RuntimeError: oh" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         main(["--debug", "train"])
+
+
+def test_a_full_disk_is_not_our_fault(monkeypatch, capsys):
+    import d2o.cli.app as module
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(module, "app", full)
+    assert run("train") == 2 and "runs/x/metrics.jsonl: No space left" in capsys.readouterr().err
 
 
 def test_interruption_before_anything_is_saved(monkeypatch, capsys):

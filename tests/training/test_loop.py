@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -148,7 +149,10 @@ def test_micro_batches_change_nothing(recipe, tmp_path):
 
 def test_two_processes_give_the_result_of_one(recipe, tmp_path):
     assert d2o("train", recipe, "--out", tmp_path / "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", "-m", "d2o"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "d2o"]
     done = subprocess.run([*torchrun, "train", str(recipe), "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
