@@ -97,6 +97,15 @@ def test_the_installed_command_and_module_run(installed: Path, tmp_path: Path) -
     assert run(installed / "bin" / "python", "-m", "d2o", "--version", cwd=tmp_path) == f"d2o {d2o.__version__}"
 
 
+def test_an_installed_d2o_distils_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    small = ["pairs.n=64", "pairs.steps=2", "images=256", "eval={every: 256, n: 64}", "preview=null"]
+    settings = [word for setting in small for word in ("--set", setting)]
+    run(installed / "bin" / "d2o", "train", "quickstart", "--mini", *settings, cwd=tmp_path)
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"runs/quickstart-mini/recipe.yaml", "runs/quickstart-mini/checkpoints/best.safetensors"} <= made
+    assert any(name.startswith("runs/pairs/digits-heun2-n64-seed0/") for name in made)
+
+
 def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--quiet", "--no-isolation", "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (archive,) = tmp_path.glob("d2o-*.tar.gz")

@@ -62,12 +62,12 @@ def training(run: Path) -> dict[str, Any]:
 def cells(record: dict[str, Any]) -> list[str]:
     metrics, training = record["eval"]["metrics"], record.get("training")
     speed, accuracy, distance = metrics.get("speed") or {}, metrics.get("accuracy"), metrics.get("distance") or {}
-    accuracy = accuracy.get("overall", accuracy.get("value")) if isinstance(accuracy, dict) else accuracy
+    accuracy = accuracy["value"] if accuracy else None
     return [
         record["name"],
         f"{metrics['fd']['value']:.2f}",
         "" if accuracy is None else f"{100 * accuracy:.1f} %",
-        str(speed.get("nfe", "")),
+        str(record["eval"]["x"].get("nfe", "")),
         f"{speed['samples_per_s']:,.0f}" if speed.get("samples_per_s") else "",
         f"{distance['rmse']:.3f}" if distance.get("rmse") is not None else "",
         f"{training['images']:,}" if training else "",
