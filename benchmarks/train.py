@@ -66,7 +66,7 @@ def main() -> None:
             (Path(folder) / f"run{block}").mkdir()
             trainer.run(lambda done, note: None, StopFlag())
             log = [json.loads(line) for line in (Path(folder) / f"run{block}" / "metrics.jsonl").read_text().splitlines()]
-            student = copy.deepcopy(trainer.ema.network).requires_grad_(True)
+            student = copy.deepcopy(trainer.ema.network).requires_grad_(True).train()
             assert isinstance(student, Student)
             seconds = bare(student, setup.pairs, batch, iterations)
             if block:  # the first block warms up

@@ -16,7 +16,7 @@ from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES, pseudo_huber
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.metrics.features import load_extractor
-from d2o.networks.build import build_network, network_config
+from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.students.base import Student
 from d2o.teachers.base import Spec
 
@@ -46,6 +46,8 @@ class ODE(Method):
         else:
             scratch = {**network_config(teacher.network), **(setup.network or {})}
             network = copy.deepcopy(teacher.network) if setup.student.init == "teacher" else build_network(scratch)
+            if setup.student.dropout is not None:
+                set_dropout(network, setup.student.dropout)
             self.student = Student(network, teacher.spec, setup.student.sigma)
         self.student.requires_grad_(True).train()
         if self.options.loss == "perceptual":

@@ -44,6 +44,14 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def set_dropout(module: nn.Module, p: float) -> None:
+    """Another dropout probability in every block, and in the configuration that goes into checkpoints."""
+    for part in module.modules():
+        if isinstance(getattr(part, "dropout", None), float):
+            setattr(part, "dropout", p)
+    network_config(module)["dropout"] = p
+
+
 def network_config(module: nn.Module) -> dict[str, Any]:
     """What `build_network` needs to build it again."""
     return module.config  # type: ignore[return-value]

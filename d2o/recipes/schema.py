@@ -67,6 +67,7 @@ class Student(Section):
 
     sigma: Positive = _f(80.0, "noise level at which it is called, in units of the data's [-1, 1] range")
     init: Literal["teacher", "scratch"] = _f("teacher", "start from a copy of the teacher's network, or from random weights")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = _f(None, "dropout of the student in training (default none: as the teacher's network)")
 
 
 class Pairs(Section):

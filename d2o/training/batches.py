@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class Batches:
                  indices: Tensor | None = None, xflip: bool = False):  # fmt: skip
         self.source, self.batch, self.seed, self.share, self.device, self.xflip = source, batch, seed, share, device, xflip
         self.indices = torch.arange(len(source)) if indices is None and source is not None else indices
-        self.epochs: dict[int, Tensor] = {}
+        self.epochs: dict[int, np.ndarray] = {}
         self.ahead: tuple[int, Future[Batch]] | None = None
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
@@ -36,8 +37,9 @@ class Batches:
         """This process's share of the batch of that iteration, on the device."""
         if self.source is None:
             return Batch()
-        ready = self.ahead[1] if self.ahead is not None and self.ahead[0] == iteration else self.reader.submit(self.read, iteration)
-        batch = ready.result()
+        # The first batch is read here, not in the thread: what a source prepares once may run in parallel, and a second set of OpenMP threads,
+        # once started, slows every parallel operation of this process down to the end (measured: by a third).
+        batch = self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
         parts = (batch.labels, batch.noise, batch.target, batch.images)
         labels, noise, target, images = (None if t is None else t.to(self.device, non_blocking=True) for t in parts)
@@ -47,18 +49,19 @@ class Batches:
         self.reader.shutdown(cancel_futures=True)
 
     def positions(self, iteration: int) -> Tensor:
-        """Which samples this process takes in that iteration."""
+        """Which samples this process takes in that iteration. By numpy, since it runs in the thread, see `get`."""
         assert self.indices is not None
         n = len(self.indices)
-        place = iteration * self.batch + torch.arange(*self.share)
-        out = torch.empty_like(place)
-        for epoch in (place // n).unique().tolist():
+        place = iteration * self.batch + np.arange(*self.share)
+        out = np.empty_like(place)
+        for epoch in np.unique(place // n).tolist():
             if epoch not in self.epochs:
                 self.epochs = {e: order for e, order in self.epochs.items() if e >= epoch - 1}
-                self.epochs[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(mix(self.seed, "epoch", epoch)))
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(self.seed, "epoch", epoch)))
+                self.epochs[epoch] = self.indices[order].numpy()
             inside = place // n == epoch
-            out[inside] = self.indices[self.epochs[epoch][place[inside] % n]]
-        return out
+            out[inside] = self.epochs[epoch][place[inside] % n]
+        return torch.from_numpy(out)
 
     def read(self, iteration: int) -> Batch:
         index = self.positions(iteration)
@@ -69,8 +72,7 @@ class Batches:
         return Batch(images=self.source.images(index), labels=None if self.source.labels is None else self.source.labels[index])
 
     def finish(self, iteration: int, images: Tensor) -> Tensor:
-        """uint8 -> [-1, 1], and random flips; on the device and in the main thread: a parallel operation of torch in the reading thread would
-        start OpenMP threads of its own, which spin beside those that compute."""
+        """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`."""
         x = to_float(images)
         if self.xflip:
             generator = torch.Generator().manual_seed(mix(self.seed, "xflip", iteration))

@@ -98,7 +98,7 @@ def test_edm_refuses_networks_that_are_no_denoiser_or_do_not_fit():
 
 
 def ode(**options):
-    return get_method("ode")(Setup(ODEOptions(**options), teacher=tiny_teacher(), student=SimpleNamespace(sigma=80.0, init="teacher")))
+    return get_method("ode")(Setup(ODEOptions(**options), teacher=tiny_teacher(), student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None)))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("mse", lambda d: d.square().mean()), ("l1", lambda d: d.abs().mean())])
@@ -114,7 +114,7 @@ def test_ode_regresses_to_the_target_from_the_same_noise(loss, norm):
 
 def test_student_starts_as_one_teacher_call_or_from_a_student_or_from_scratch():
     teacher, noise, labels = tiny_teacher(), torch.randn(3, 1, 8, 8), torch.arange(3)
-    setup = Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="teacher"))
+    setup = Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None))
     method = get_method("ode")(setup)
     once = teacher.sample(noise, labels, "euler", 1)
     assert torch.allclose(method.student(noise, labels), once, atol=1e-5)
@@ -123,8 +123,10 @@ def test_student_starts_as_one_teacher_call_or_from_a_student_or_from_scratch():
     method = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=setup.student, start=start))
     assert torch.equal(method.student(noise, labels), start(noise, labels))
     assert method.student is not start and all(p.requires_grad for p in method.student.parameters())
-    scratch = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="scratch")))
-    assert not torch.allclose(scratch.student(noise, labels), once, atol=1e-3)
+    scratch = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="scratch", dropout=0.25)))
+    assert not torch.allclose(scratch.student.eval()(noise, labels), once, atol=1e-3)
+    assert scratch.student.config["network"]["dropout"] == 0.25
+    assert {part.dropout for part in scratch.student.modules() if hasattr(part, "dropout")} == {0.25}
 
 
 def test_ode_errors():
