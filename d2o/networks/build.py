@@ -48,7 +48,7 @@ def set_dropout(module: nn.Module, p: float) -> None:
     """Another dropout probability in every block, and in the configuration that goes into checkpoints."""
     for part in module.modules():
         if isinstance(getattr(part, "dropout", None), float):
-            setattr(part, "dropout", p)
+            part.dropout = p  # type: ignore[assignment]
     network_config(module)["dropout"] = p
 
 
