@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from d2o.errors import UserError
 from d2o.runtime import worker
 
 
@@ -30,9 +31,11 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
 
 def pick_device(name: str | None) -> torch.device:
     """`name` (cpu, cuda, cuda:1), or the best there is; under torchrun each process takes its own GPU."""
-    if name:
+    if name and name != "cuda":
         return torch.device(name)
     if not torch.cuda.is_available():
+        if name:
+            raise UserError("--device cuda: this torch finds no CUDA device", "leave --device away, or give cpu")
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
