@@ -14,7 +14,7 @@ from torch import Tensor
 from d2o.data.images import open_images, to_uint8
 from d2o.diffusion.solvers import nfe
 from d2o.errors import UserError, nearest
-from d2o.interop.safetensors_io import file_sha256, read_meta
+from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.metrics.features import Extractor, check_shape
 from d2o.metrics.protocol import Settings
 from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
@@ -104,7 +104,7 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
             f"{', '.join(teacher_names())}",
         )
     if path.is_dir() and (path / "checkpoints").is_dir():
-        return _checkpoint(text, _best_checkpoint(path), settings, device)
+        return _checkpoint(text, resolve_checkpoint(path), settings, device)
     if path.is_dir() and _is_pair_store(path):
         return _pairs(text, device)
     if path.suffix == ".safetensors":
@@ -205,14 +205,6 @@ def _leaks(text: str, recipe: dict[str, Any]) -> list[str]:
     if isinstance(options, dict) and options.get("loss") == "perceptual":
         return [f"{text} was trained on features of the extractor {options.get('extractor')}: a distance over the same features flatters it"]
     return []
-
-
-def _best_checkpoint(run: Path) -> Path:
-    for name in ("best", "last"):
-        path = run / "checkpoints" / f"{name}.safetensors"
-        if path.exists():
-            return path
-    raise UserError(f"{run} holds no checkpoints/best.safetensors or last.safetensors yet")
 
 
 def _is_pair_store(folder: Path) -> bool:

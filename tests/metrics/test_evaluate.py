@@ -184,7 +184,7 @@ def test_pair_store(digits: Path, teacher: Path, tmp_path: Path) -> None:
 def test_run_folder_takes_best_then_last(digits: Path, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds no checkpoints/best\.safetensors"):
+    with pytest.raises(UserError, match=r"folder without a checkpoint \(checkpoints/best\.safetensors"):
         evaluate(run, against="real:digits")
     shutil.copy(student, run / "checkpoints" / "last.safetensors")
     (last,) = evaluate(run, against="real:digits")
