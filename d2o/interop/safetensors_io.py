@@ -123,7 +123,8 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     for name in ("best", "last"):
         if (file := path / "checkpoints" / f"{name}.safetensors").is_file():
             return file
-    raise UserError(f"{path} is a folder without a checkpoint (checkpoints/best.safetensors or last.safetensors)", "expected a .safetensors file, or a folder that `d2o train` wrote")
+    what = f"{path} is a folder without a checkpoint (checkpoints/best.safetensors or last.safetensors)"
+    raise UserError(what, "expected a .safetensors file, or a folder that `d2o train` wrote")
 
 
 def file_sha256(path: str | os.PathLike) -> str:
