@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 import typer
@@ -15,7 +16,7 @@ from d2o.cli.pairs import pairs
 from d2o.cli.sample import sample
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import Stopped
+from d2o.runtime import Stopped, worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
@@ -57,6 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
+        if worker()[1] > 1 and not code:
+            # All is written. Among several processes torch's communication threads can abort an interpreter that takes itself apart.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         sys.exit(code if isinstance(code, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
         console.err.print("stopped")

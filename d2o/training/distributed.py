@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     try:
         yield rank, world
     finally:
+        gc.collect()  # DDP's objects hold the group in reference cycles; they go before it does
         dist.destroy_process_group()
 
 
