@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from d2o.data.pairs import PairSettings, PairStore
+from d2o.data.pair_settings import PairSettings
+from d2o.data.pairs import PairStore
 from d2o.metrics.protocol import hardware
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag

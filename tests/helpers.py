@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.students.base import Student, checkpoint_meta, save_student
-from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.base import Spec, Teacher, Text
 
 SPEC = Spec(name="tiny", shape=(1, 8, 8), condition="label", classes=10, licence="CC0-1.0")
 
@@ -38,3 +40,28 @@ def tiny_student(path: Path | None = None, seed: int = 1) -> Student:
     if path is not None:
         save_student(path, student, recipe={}, teacher={"name": "tiny", "sha256": "0" * 64, "licence": "CC0-1.0"}, metrics={}, provenance=[])
     return student.eval().requires_grad_(False)
+
+
+class TinyText(Teacher):
+    """A text teacher without a text encoder: a prompt's "embedding" is made from its bytes, and the labels 0..9 from its length."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__(tiny_network(seed), replace(SPEC, name="tiny-text", condition="text", classes=0))
+        self.encoded: list[str] = []
+
+    def encode(self, prompts):
+        self.encoded += list(prompts)
+        return Text(torch.tensor([[[float(len(prompt) % 10)]] for prompt in prompts]))
+
+    def check_condition(self, condition, batch):
+        if condition is None or isinstance(condition, torch.Tensor):
+            raise UserError("'tiny-text' is conditioned on text")
+        text = condition if isinstance(condition, Text) else self.encode(condition)
+        assert len(text) == batch
+        return text
+
+    def unconditional(self, condition):
+        return Text(torch.full_like(condition.states, -1.0))
+
+    def predict(self, x_t, t, condition):
+        return self.network(x_t, t, condition.states[:, 0, 0].long())

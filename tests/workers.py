@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from d2o.cli import app, eval, export, pairs, sample, train  # noqa: F401  (so that the server has them)
-from d2o.data.work import WorkFolder
+from d2o.data.remote import RemoteFolder
+from d2o.data.work import WorkFolder, fill
 from d2o.export import source  # noqa: F401
 from d2o.students import generate  # noqa: F401
 from d2o.students.base import Student
@@ -78,10 +81,54 @@ def wait_for(condition, seconds: float = 30) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything in the folder, by relative name."""
+    """Everything in the folder, by relative name, but for the workers' timing."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != "timing"):
         with contextlib.suppress(FileNotFoundError):
             if path.is_file():
                 found[str(path.relative_to(folder))] = path.read_bytes()
     return found
+
+
+# Several workers on one object store: fsspec's local file system, driven as if it were one.
+
+TIMES = {"beat": 0.1, "expiry": 0.6, "settle": 0.02, "poll": 0.05}
+REMOTE_MANIFEST = {"format": "test", "version": 1, "settings": {"seed": 3}, "files": []}
+
+
+def fill_folder(folder, units, pause: float = 0.0, die_at: int = 0, say=lambda file: None) -> None:
+    """Make each unit from its number alone, `pause` seconds for each; kill -9 oneself in the middle of the `die_at`-th."""
+    made = 0
+
+    def make(unit, done):
+        nonlocal made
+        made += 1
+        say(unit.file)
+        time.sleep(pause)
+        if made == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.arange(unit.start, unit.start + unit.n, dtype=torch.float32) * 3
+
+    def write(unit, values):
+        return {"file": unit.file, "start": unit.start, "n": unit.n, **folder.save(unit.file, {"values": values}, {"start": unit.start})}
+
+    folder.open(REMOTE_MANIFEST)
+    assert fill(folder, folder.order(units), make, write)
+    folder.close()
+
+
+def _remote_worker(path: str, units: list, pause: float, die_at: int, log: str) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    def say(file: str) -> None:
+        with open(log, "a") as out:
+            out.write(file + "\n")
+
+    fill_folder(RemoteFolder(LocalFileSystem(), path, "test", "files", **TIMES), units, pause, die_at, say)
+
+
+def start_remote(path: Path, units: list, log: Path, pause: float = 0.0, die_at: int = 0):
+    """Begin `fill_folder` in a process of its own; the files it begins go to `log`, one a line."""
+    process = CONTEXT.Process(target=_remote_worker, args=(str(path), units, pause, die_at, str(log)))
+    process.start()
+    return process

@@ -14,6 +14,7 @@ from d2o.cli.eval import evaluate
 from d2o.cli.export import export
 from d2o.cli.pairs import pairs
 from d2o.cli.sample import sample
+from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
 from d2o.runtime import Stopped, worker
@@ -44,6 +45,7 @@ def common(
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
 
 
+app.command()(teachers)
 app.command()(pairs)
 app.command()(train)
 app.command()(finetune)
@@ -54,11 +56,12 @@ app.command()(export)
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
+    program = arguments is None  # the process is ours, and ends here
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
-        if worker()[1] > 1 and not code:
+        if program and worker()[1] > 1 and not code:
             # All is written. Among several processes torch's communication threads can abort an interpreter that takes itself apart.
             sys.stdout.flush()
             sys.stderr.flush()

@@ -13,16 +13,24 @@ CHECKPOINT = typer.Argument(
     show_default=False,
 )
 FORMAT = typer.Option(
-    "onnx", "--format", help="onnx (for onnxruntime), program (torch.export, .pt2) or safetensors (a d2o checkpoint in another precision)."
+    "onnx",
+    "--format",
+    help="onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or diffusers (a "
+    "text-to-image teacher as a folder for StableDiffusionPipeline).",
 )
 OUT = typer.Option(
     None,
     "--out",
-    help="File (.onnx, .pt2, .safetensors) or existing folder. Default: the checkpoint's name, beside it.",
+    help="File (.onnx, .pt2, .safetensors) or existing folder; for diffusers the folder itself. Default: the checkpoint's name, beside it.",
     show_default=False,
 )
 OPSET = typer.Option(None, "--opset", min=1, help="ONNX operator set, 18 or later. Default: 18, which most runtimes read.", show_default=False)
-DTYPE = typer.Option(None, "--dtype", help="Precision of the weights, for safetensors: fp32 (default), fp16 or bf16.", show_default=False)
+DTYPE = typer.Option(
+    None,
+    "--dtype",
+    help="Precision of the weights, for safetensors and diffusers: fp32, fp16 or bf16. Default: fp32 for safetensors, fp16 for diffusers.",
+    show_default=False,
+)
 CHECK_N = typer.Option(16, "--check-n", min=1, help="Samples compared with the network, in one batch; one sample is compared alone, too.")
 TOLERANCE = typer.Option(
     None,
@@ -45,13 +53,14 @@ def export(
 ) -> None:
     """Write a student as ONNX, as a torch.export program or as weights in another precision, compare it with the student, add a model card.
 
-    The batch size stays free. A teacher exports as its denoiser D(x, sigma, label). Above --tolerance the file is not kept.
+    The batch size stays free. A teacher exports as its denoiser D(x, sigma, label), a text-to-image teacher as a diffusers pipeline. Above
+    --tolerance the file is not kept.
     """
     from d2o.export.exporter import export_checkpoint
 
     done = export_checkpoint(checkpoint, format_, out, opset=opset, dtype=dtype, check_n=check_n, tolerance=tolerance, force=force, say=console.say)
     lines = [
-        f"{'unchanged' if done.unchanged else 'wrote'} {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)",
+        f"{'unchanged' if done.unchanged else 'wrote'} {done.path} ({done.size / 1e6:.1f} MB)",
         f"card {done.card}",
         f"parity: {done.parity}",
         f"licence: {done.licence} (teacher: {done.teacher})",

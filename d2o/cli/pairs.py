@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,64 +14,146 @@ from d2o.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from d2o.teachers.base import Teacher
+
+CHURN = "Stochastic Heun (--solver sde), Karras et al. 2022, Algorithm 2"
+RUNNING, STORE, WORKERS, TOOLS = "How the network is run", "What is stored", "Several workers", "Stores that exist"
+
 
 def pairs(
-    teacher: str = typer.Option(None, "--teacher", help="Builtin teacher (digits), or a .safetensors checkpoint.", show_default=False),
-    n: int = typer.Option(None, "--n", "-n", help="Number of pairs.", show_default=False),
-    out: Path = typer.Option(None, "--out", help="Folder of the store; a store that was begun there is continued.", show_default=False),
-    solver: str = typer.Option("heun", "--solver", help="ODE solver: heun or euler."),
-    steps: int = typer.Option(18, "--steps", help="Solver steps; heun makes 2 x steps - 1 network calls a pair, euler steps."),
+    teacher: str = typer.Option(None, "--teacher", help="Teacher: a name (digits, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
+                                "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder.", show_default=False),
+    n: int = typer.Option(None, "--n", "-n", help="Number of pairs. Default with --prompts: one for every prompt, times --per-prompt.",
+                          show_default=False),
+    out: str = typer.Option(None, "--out", help="Folder of the store, or any fsspec URL (s3://bucket/pairs); a store that was begun there is "
+                            "continued.", show_default=False),
+    solver: str = typer.Option(None, "--solver", help="heun, euler, ddim, dpmpp (DPM-Solver++ 2M) or sde (stochastic Heun). Default: the "
+                               "teacher's usual one.", show_default=False),
+    steps: int = typer.Option(None, "--steps", help="Solver steps (heun and sde evaluate the network 2 x steps - 1 times, the others steps "
+                              "times). Default: the teacher's usual number.", show_default=False),
     seed: int = typer.Option(0, "--seed", help="Seed of the first pair; pair i has seed + i."),
-    labels: str = typer.Option("random", "--labels", help="Classes: random (from the pair's seed), balanced, or indices in turn: 0,1,2."),
-    cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight; 1 is none, others call the network twice a step."),
-    batch: int = typer.Option(None, "--batch", help="Pairs per teacher call (256); a begun store keeps its own.", show_default=False),
-    shard_size: int = typer.Option(1024, "--shard-size", help="Pairs per file."),
-    dtype: str = typer.Option("fp32", "--dtype", help="Number format of the targets on disk: fp32, fp16 or bf16."),
-    store_noise: bool = typer.Option(False, "--store-noise", help="Keep the noise in the store instead of deriving it from the seeds."),
-    device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
+    cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight w of D_u + w (D_c - D_u); 1 is none, others run the network twice."),
+    labels: str = typer.Option("random", "--labels", help="Classes: random or uniform (from the pair's seed), balanced, or indices in turn: "
+                               "0,1,2."),
+    prompts: str = typer.Option(None, "--prompts", help="Prompts for teachers that take text: .txt (one a line), .jsonl or .parquet (column "
+                                "prompt, text or caption).", show_default=False),
+    per_prompt: int = typer.Option(1, "--per-prompt", help="Pairs in a row that share a prompt; after the last prompt the first follows."),
+    rewire: str = typer.Option("none", "--rewire", help="permute: give every noise the output of another one (an experiment that must fail)."),
+    spacing: str = typer.Option(None, "--spacing", help="Time steps of SD-like teachers: leading, trailing or linspace. Default: the "
+                                "teacher's own.", show_default=False),
+    final: str = typer.Option("scheduler", "--final", help="Last step of SD-like teachers: as its scheduler says (SD: a little noise stays), "
+                              "or x0 (to the predicted image itself)."),
+    eta: float = typer.Option(0.0, "--eta", help="Fresh noise in ddim, 0 (none) to 1 (DDPM's ancestral sampler)."),
+    s_churn: float = typer.Option(40.0, "--s-churn", help="Fresh noise of all steps together.", rich_help_panel=CHURN),
+    s_min: float = typer.Option(0.05, "--s-min", help="Lowest sigma at which noise is added.", rich_help_panel=CHURN),
+    s_max: float = typer.Option(50.0, "--s-max", help="Highest sigma at which noise is added.", rich_help_panel=CHURN),
+    s_noise: float = typer.Option(1.003, "--s-noise", help="Standard deviation of the added noise.", rich_help_panel=CHURN),
+    shard_size: int = typer.Option(1024, "--shard-size", help="Pairs per file.", rich_help_panel=STORE),
+    dtype: str = typer.Option("fp32", "--dtype", help="Number format of the targets on disk: fp32, fp16 or bf16.", rich_help_panel=STORE),
+    store_noise: bool = typer.Option(False, "--store-noise", help="Keep the noise in the store instead of deriving it from the seeds.",
+                                     rich_help_panel=STORE),
+    decode: bool = typer.Option(False, "--decode", help="Also decode the latents and keep the images (uint8). Without it the VAE never runs.",
+                                rich_help_panel=STORE),
+    batch: int = typer.Option(None, "--batch", help="Pairs per teacher call (256); a begun store keeps its own.", show_default=False,
+                              rich_help_panel=RUNNING),
+    precision: str = typer.Option("fp32", "--precision", help="fp32, or bf16 or fp16 inside the network.", rich_help_panel=RUNNING),
+    channels_last: bool = typer.Option(False, "--channels-last", help="Channels-last memory order of the network.", rich_help_panel=RUNNING),
+    compile: str = typer.Option("none", "--compile", help="torch.compile: none, default, or graphs (CUDA graphs).", rich_help_panel=RUNNING),
+    device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False,
+                               rich_help_panel=RUNNING),
     threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own; a begun store keeps its own.",
-                                show_default=False),
-    verify: Path = typer.Option(None, "--verify", metavar="DIR", help="Only check every checksum of the store DIR.", show_default=False),
+                                show_default=False, rich_help_panel=RUNNING),
+    worker: str = typer.Option(None, "--worker", metavar="I/N", help="Begin with the I-th of N shares (0/N to N-1/N), then help with the "
+                               "others. Default: torchrun's rank, or all.", show_default=False, rich_help_panel=WORKERS),
+    share_only: bool = typer.Option(False, "--share-only", help="End with one's own share: for machines that share no folder; --merge joins "
+                                    "what they made.", rich_help_panel=WORKERS),
+    verify: str = typer.Option(None, "--verify", metavar="STORE", help="Only check every checksum of a store.", show_default=False,
+                               rich_help_panel=TOOLS),
+    stats: str = typer.Option(None, "--stats", metavar="STORE", help="Only print what a store holds and took, as JSON.", show_default=False,
+                              rich_help_panel=TOOLS),
+    merge: list[str] = typer.Option(None, "--merge", metavar="STORE", help="Join stores into --out: parts of one store, or stores whose seeds "
+                                    "follow each other. Give it for each.", show_default=False, rich_help_panel=TOOLS),
 ) -> None:  # fmt: skip
     """Make pairs of noise and a teacher's output, to train students on.
 
-    The same command again continues a store that was interrupted in any way, and makes shards again that are missing. Several workers may
-    run it at once on the same folder (the same command started twice, or under torchrun): each takes any unfinished shard.
+    The same command again continues a store that was interrupted in any way, and makes shards again that are missing. Any number of workers
+    may run it at once on the same folder or URL (the same command started again, torchrun, a Slurm array, --worker on separate machines):
+    each takes unfinished shards, and those of a worker that died.
 
-    A pair is a function of its seed and label. With the same --batch, --threads and kind of device (kept in manifest.json and taken by
-    every worker) the files have the same bytes however many workers made them; with others the values agree to rounding, about 1e-5.
+    A pair is a function of its seed and its label or prompt. With the same --batch, --threads, precision and kind of device (kept in
+    manifest.json and taken by every worker) the files have the same bytes however many workers made them; with others the values agree to
+    rounding, about 1e-5.
     """
+    tools = {"--verify": verify, "--stats": stats, "--merge": merge}
+    if len(given := [name for name, value in tools.items() if value]) > 1:
+        raise UserError(f"{' and '.join(given)} are two different things", "give one of them")
     if verify is not None:
-        _verify(verify)
-        return
+        return _verify(verify)
+    if stats is not None:
+        return _stats(stats)
+    if merge:
+        return _merge(merge, out)
+    if prompts is not None:
+        from d2o.data.prompts import open_prompts
+
+        count = len(open_prompts(prompts))  # a mistake in it is found before the teacher is fetched
+        n = count * max(per_prompt, 1) if n is None else n
     for name, value in (("--teacher", teacher), ("--n", n), ("--out", out)):
         if value is None:
             raise UserError(f"{name} is missing", "for example: d2o pairs --teacher digits --n 8192 --out runs/pairs")
 
+    from d2o.data.pair_settings import PairSettings
     from d2o.runtime import stop_flag
-    from d2o.teachers.generate import PairSettings, make_pairs
+    from d2o.teachers.compute import Compute
+    from d2o.teachers.generate import Share, make_pairs
 
-    settings = PairSettings(teacher, n, seed, solver, steps, cfg, labels, shard_size, dtype, store_noise)
+    settings = PairSettings(
+        teacher, n, seed, solver, steps, spacing, final, eta, s_churn, s_min, s_max, s_noise, cfg, labels, prompts, per_prompt, rewire,
+        shard_size, dtype, store_noise, decode,
+    )  # fmt: skip
+    settings.check()
+    compute = Compute(batch, threads, precision, channels_last, compile)
+    share = Share.parse(worker, share_only)
     with stop_flag() as stop, progress_bar("pairs", "pairs") as progress:
-        store = make_pairs(
-            settings, out, batch=batch, threads=threads, device=open_device(device), say=console.say, progress=progress, stop=stop
-        )  # fmt: skip
-    console.say(f"{out}: {len(store):,} pairs of {store.settings.nfe} network calls in {len(store.manifest['shards'])} shards")
+        model = open_teacher(teacher, device)
+        store = make_pairs(settings, out, compute=compute, share=share, say=console.say, progress=progress, stop=stop, teacher=model)
+    if store is not None:
+        made = store.settings
+        calls = f"{made.nfe} network evaluations" + (f" ({made.forwards} passes)" if made.forwards != made.nfe else "")
+        console.say(f"{out}: {len(store):,} pairs of {calls} in {len(store.units)} shards")
 
 
-def _verify(folder: Path) -> None:
-    from d2o.data.pairs import PairSettings, store_folder, verify
+def _verify(path: str) -> None:
+    from d2o.data.pair_files import open_store
+    from d2o.data.pair_tools import verify
 
     with progress_bar("verify", "pairs") as progress:
-        problems = verify(folder, progress)
-    manifest = store_folder(folder).manifest() or {}
+        problems = verify(path, progress)
+    settings = open_store(path)[2]
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        command = PairSettings.from_manifest(manifest).command(folder)
-        hint = f"to repair: delete the files named, if they exist, and run: {command}"
-        raise UserError(f"{folder} has {len(problems)} bad shards:\n  " + "\n  ".join(problems[:20] + more), hint)
-    count = f"{len(manifest['shards'])} shards ({manifest['settings']['n']:,} pairs)"
-    console.out.print(f"{folder}: all {count} are as they were made", markup=False)
+        hint = f"to repair: delete the files named, if they exist, and run: {settings.command(path)}"
+        raise UserError(f"{path} has {len(problems)} bad shards:\n  " + "\n  ".join(problems[:20] + more), hint)
+    count = f"{len(settings.units())} shards ({settings.n:,} pairs)"
+    console.out.print(f"{path}: all {count} are as they were made", markup=False)
+
+
+def _stats(path: str) -> None:
+    import json
+
+    from d2o.data.pair_tools import stats
+
+    console.out.print_json(json.dumps(stats(path)))
+
+
+def _merge(sources: list[str], out: str | None) -> None:
+    from d2o.data.pair_tools import merge
+
+    if out is None:
+        raise UserError("--out is missing", "for example: d2o pairs --merge part1/ --merge part2/ --out whole/")
+    with progress_bar("merge", "pairs") as progress:
+        n = merge(sources, out, progress)
+    console.say(f"{out}: {n:,} pairs")
 
 
 @contextmanager
@@ -90,6 +171,16 @@ def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int, str], No
     finally:
         for bar in bars:
             bar.close()
+
+
+def open_teacher(name: str, device: str | None) -> Teacher:
+    """Load a teacher, with a bar for the download if it takes one."""
+    from d2o.teachers.registry import load_teacher
+
+    with progress_bar("download", "MB") as bar:
+        return load_teacher(
+            name, open_device(device), say=console.say, progress=lambda done, total: bar(done // 10**6, (total or done) // 10**6, "")
+        )  # fmt: skip
 
 
 def open_device(name: str | None) -> torch.device:

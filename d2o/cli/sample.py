@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from d2o.cli import console
-from d2o.cli.pairs import open_device, progress_bar
+from d2o.cli.pairs import open_device, open_teacher, progress_bar
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,15 +21,21 @@ def sample(
     n: int = typer.Option(None, "--n", "-n", help="Number of images.", show_default=False),
     out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file.", show_default=False),
     seed: int = typer.Option(0, "--seed", help="Seed of the first image; image i has seed + i."),
-    labels: str = typer.Option("random", "--labels", help="Classes: random (from the image's seed), balanced, or indices in turn: 0,1,2."),
+    labels: str = typer.Option(None, "--labels", help="Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
+                               "prompts likewise (default: balanced).", show_default=False),
     batch: int = typer.Option(None, "--batch", help="Images per call (256); a begun output keeps its own.", show_default=False),
     grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, one row per label.",
                               show_default=False),
-    teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: digits, or a teacher's .safetensors. "
-                                "Equal seeds give equal noise, so that both can be compared.", show_default=False),
-    solver: str = typer.Option("heun", "--solver", help="ODE solver of the teacher: heun or euler."),
-    steps: int = typer.Option(18, "--steps", help="Solver steps of the teacher."),
+    teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
+                                "that both can be compared.", show_default=False),
+    solver: str = typer.Option(None, "--solver", help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
+                               show_default=False),
+    steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher. Default: its usual number.", show_default=False),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
+    prompt: list[str] = typer.Option(None, "--prompt", help="A prompt for a teacher that takes text; give it several times for several, which "
+                                     "the images take in turn.", show_default=False),
+    prompts: str = typer.Option(None, "--prompts", metavar="FILE", help="The same from a .txt (one a line), .jsonl or .parquet file.",
+                                show_default=False),
     device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
     threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False),
     chunk: int = typer.Option(None, "--chunk", help="Images per part, the unit of work that an interruption can lose. Default 1024.",
@@ -46,15 +52,18 @@ def sample(
     for name, value in (("--n", n), ("--out", out)):
         if value is None:
             raise UserError(f"{name} is missing", example)
-    if checkpoint is not None and (solver, steps, cfg) != ("heun", 18, 1.0):
-        raise UserError("--solver, --steps and --cfg are a teacher's; a student makes an image in one call", "leave them away")
+    if checkpoint is not None and (solver, steps, cfg, prompt or None, prompts) != (None, None, 1.0, None, None):
+        raise UserError("--solver, --steps, --cfg and prompts are a teacher's; a student makes an image in one call", "leave them away")
+    if prompt and prompts:
+        raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
     if grid is not None and grid.suffix.lower() != ".png":
         raise UserError(f"--grid {grid}: expected the name of a .png file")
 
     from d2o.runtime import stop_flag, worker
     from d2o.students.generate import SampleSettings, make_samples
 
-    sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, device), SampleSettings(n, seed, labels)
+    texts = prompts or prompt or None
+    sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, device), SampleSettings(n, seed, labels)
     with stop_flag() as stop, progress_bar("sample", "images") as progress:
         record = make_samples(
             sampler, out, settings, batch=batch, threads=threads, chunk=chunk, say=console.say, progress=progress, stop=stop
@@ -64,14 +73,19 @@ def sample(
     console.say(f"{out}: {n:,} images, {sampler.record['nfe']} network {'call' if sampler.record['nfe'] == 1 else 'calls'} each")
 
 
-def _sampler(checkpoint: Path | None, teacher: str | None, solver: str, steps: int, cfg: float, device: str | None) -> Sampler:
+def _sampler(
+    checkpoint: Path | None, teacher: str | None, solver: str | None, steps: int | None, cfg: float, texts: str | list[str] | None,
+    device: str | None,
+) -> Sampler:  # fmt: skip
+    from d2o.data.prompts import Prompts, open_prompts
     from d2o.export.source import find_checkpoint
     from d2o.students.base import load_student
     from d2o.students.generate import student_sampler, teacher_sampler
-    from d2o.teachers.registry import load_teacher
 
     if teacher is not None:
-        return teacher_sampler(load_teacher(teacher, open_device(device)), solver, steps, cfg)
+        model = open_teacher(teacher, device)
+        prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
+        return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
     return student_sampler(load_student(find_checkpoint(checkpoint), open_device(device)))
 

@@ -17,16 +17,17 @@ SEEDS = 2**32
 def label_mode(labels: str | None, classes: int, name: str) -> str:
     """The canonical form of a `--labels` option for a generator `name` with that many classes (0: takes no labels).
 
-    "random": drawn from the sample's own seed, after the noise, as EDM does; "balanced": sample i gets class i mod classes; "3" or "0,1,2":
-    these in turn. None means "random", or "none" without classes. UserError: anything else, a class out of range, labels for no classes.
+    "random" (or "uniform"): drawn from the sample's own seed, after the noise, as EDM does; "balanced": sample i gets class i mod classes;
+    "3" or "0,1,2": these in turn. None means "random", or "none" without classes. UserError: anything else, a class out of range, labels
+    for no classes.
     """
     text = "" if labels is None else labels.replace(" ", "").lower()
     if classes == 0:
-        if text in ("", "none", "random"):  # random: what recipes say by default
+        if text in ("", "none", "random", "uniform"):  # random: what recipes say by default
             return "none"
         raise UserError(f"{name!r} is unconditional; it takes no labels (given: {labels})", "leave --labels away")
-    if text in ("", "random", "balanced"):
-        return text or "random"
+    if text in ("", "random", "uniform", "balanced"):
+        return "balanced" if text == "balanced" else "random"
     parts, hint = text.split(","), f"{name!r} has classes 0 to {classes - 1}"
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise UserError(f"labels {labels!r}: expected random, balanced, or class indices like 0,1,2", hint)
@@ -45,13 +46,17 @@ def check_range(n: int, seed: int) -> None:
 
 
 def draw(seed: int, start: int, n: int, shape: Sequence[int], classes: int, labels: str) -> tuple[Tensor, Tensor | None]:
-    """Samples start .. start + n - 1: noise [n, *shape] float32 and class indices [n] int64, or None if `labels` is "none".
+    """Samples start .. start + n - 1: noise [n, *shape] float32 and class indices [n] int64, or None if `labels` is "none" or "text".
 
     `labels` is in the form that `label_mode` returns. The noise is the same in every mode.
     """
-    seeds = range(seed + start, seed + start + n)
-    noise, drawn = noise_and_labels(seeds, shape, classes if labels == "random" else 0)
-    if labels in ("none", "random"):
+    return draw_some(seed, range(start, start + n), shape, classes, labels)
+
+
+def draw_some(seed: int, index: Sequence[int], shape: Sequence[int], classes: int, labels: str) -> tuple[Tensor, Tensor | None]:
+    """`draw` for samples of any numbers, in that order."""
+    noise, drawn = noise_and_labels([seed + i for i in index], shape, classes if labels == "random" else 0)
+    if labels in ("none", "text", "random"):
         return noise, drawn if labels == "random" else None
     cycle = torch.arange(classes) if labels == "balanced" else torch.tensor([int(part) for part in labels.split(",")])
-    return noise, cycle[torch.arange(start, start + n) % len(cycle)]
+    return noise, cycle[torch.as_tensor(index, dtype=torch.int64) % len(cycle)]

@@ -1,4 +1,4 @@
-"""A folder that any number of processes fill together without talking to each other: pair shards, parts of a sample archive.
+"""A folder on a disk that any number of processes fill together without talking to each other: pair shards, parts of a sample archive.
 
 `manifest.json` lists the finished files. A file is claimed by locking `.locks/<file>.lock`; the kernel frees the lock of a killed process,
 so its file is taken over. Every write of the manifest happens under `.locks/manifest.lock` and is atomic. When all is done, `.locks` goes.
@@ -7,25 +7,27 @@ so its file is taken over. Every write of the manifest happens under `.locks/man
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
+from d2o.data.folder import MANIFEST, POLL, TIMING, Claim, Folder, Unit, Vanished, cut, dump, note_file, read_notes
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import atomic_write, write_error
+from d2o.interop.safetensors_io import atomic_write, file_sha256, to_bytes, write_error
 from d2o.runtime import StopFlag
 
-MANIFEST, LOCKS = "manifest.json", ".locks"
-POLL = 0.1
-"""Seconds between two looks at what other workers are doing."""
+__all__ = ["MANIFEST", "POLL", "Claim", "Folder", "Unit", "Vanished", "WorkFolder", "ahead", "cut", "fill"]
+
+LOCKS = ".locks"
 BEHIND = 2
 """Finished units that may wait for the disk: this bounds the memory."""
 
@@ -34,60 +36,30 @@ B = TypeVar("B")
 Payload = TypeVar("Payload")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One file of the folder: samples `start` to `start + n - 1`."""
-
-    file: str
-    start: int
-    n: int
-
-
-def cut(n: int, size: int, pattern: str) -> list[Unit]:
-    """n samples in units of `size` (the last one shorter); `pattern` formats the unit's number."""
-    return [Unit(pattern.format(i), start, min(size, n - start)) for i, start in enumerate(range(0, n, size))]
-
-
-class Vanished(UserError):
-    """The folder was removed while it was worked on."""
-
-
-class WorkFolder:
-    """`kind` is the manifest's "format", `entries` the manifest's key that lists finished files ({"file", "start", "n", "bytes", ...})."""
+class WorkFolder(Folder):
+    """A folder on a disk that all workers see."""
 
     def __init__(self, path: str | Path, kind: str, entries: str):
-        self.path, self.kind, self.entries = Path(path), kind, entries
+        super().__init__(str(path), kind, entries)
+        self.path = Path(path)
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest, or None when there is none. UserError: damaged, of another format, or from a newer d2o."""
-        path = self.path / MANIFEST
         try:
-            record = json.loads(path.read_bytes())
+            data = (self.path / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: it is not JSON ({error})", "move it away, or choose another folder") from error
-        if not isinstance(record, dict) or record.get("format") != self.kind or not isinstance(record.get(self.entries), list):
-            raise UserError(f"{path} does not belong to a {self.kind} folder", "choose another folder")
-        if record.get("version") != 1:
-            raise UserError(f"{path} has version {record.get('version')}; this d2o reads version 1", "use the d2o that made it")
-        return record
+            raise UserError(f"cannot read {self.path / MANIFEST}: {error.strerror or error}") from error
+        return self._parse(data)
 
     def open(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Begin the folder with `record` as its manifest, or join it; returns the manifest that holds.
-
-        UserError: foreign files, unwritable.
-        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; expected a folder", "choose another --out")
         if self.path.is_dir():
             # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any other file.
-            foreign = sorted(p.name for p in self.path.iterdir() if p.name != LOCKS and not _is_temporary(p, MANIFEST))
-            if self.manifest() is None and foreign:
-                names = ", ".join(foreign[:3])
-                raise UserError(f"{self.path} holds files that are not of a {self.kind} folder ({names})", "choose an empty or new folder")
+            foreign = [p.name for p in self.path.iterdir() if p.name not in (LOCKS, TIMING) and not _is_temporary(p, MANIFEST)]
+            if self.manifest() is None:
+                self._refuse(foreign)
         with self.locked():
             if (manifest := self.manifest()) is None:
                 manifest = json.loads(json.dumps(record))  # as it will be read
@@ -95,24 +67,13 @@ class WorkFolder:
         return manifest
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Record a finished file (in place of an earlier record of the same file)."""
         with self.locked():
             manifest = self._present()
             others = [e for e in manifest[self.entries] if e["file"] != entry["file"]]
             manifest[self.entries] = sorted([*others, entry], key=lambda e: e["start"])
             self._write(manifest)
 
-    def recorded(self) -> dict[str, dict[str, Any]]:
-        """The manifest's entries by file name. Vanished: there is no manifest any more."""
-        return {entry["file"]: entry for entry in self._present()[self.entries]}
-
-    def left(self, units: Iterable[Unit]) -> list[Unit]:
-        """The units that are not recorded, or whose file is missing or cut short."""
-        recorded = self.recorded()
-        return [u for u in units if u.file not in recorded or _size(self.path / u.file) != recorded[u.file]["bytes"]]
-
     def claim(self, name: str) -> FileLock | None:
-        """The lock of a file, held until `.release()` or the death of this process; None when another worker holds it."""
         # Not thread-local: the thread that writes the file releases the lock that the computing thread took.
         lock = FileLock(self.path / LOCKS / f"{name}.lock", thread_local=False)
         try:
@@ -127,40 +88,46 @@ class WorkFolder:
             raise write_error(self.path, error) from error
         return lock
 
-    @contextlib.contextmanager
-    def locked(self, name: str = "manifest") -> Iterator[None]:
-        """Wait for a lock of the folder, and hold it in the block."""
-        while (lock := self.claim(name)) is None:
-            time.sleep(POLL / 10)
-        try:
-            yield
-        finally:
-            lock.release()
-
     def remove_temporary(self, name: str) -> None:
-        """Remove what a killed worker left of the file `name`; only for the holder of its lock."""
         for path in self.path.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """All is finished: remove the locks."""
         if (self.path / LOCKS).exists():
             with self.locked():
                 self.remove_temporary(MANIFEST)
                 shutil.rmtree(self.path / LOCKS, ignore_errors=True)
 
-    def _present(self) -> dict[str, Any]:
-        manifest = self.manifest()
-        if manifest is None:
-            raise Vanished(f"{self.path / MANIFEST} has vanished", "was the folder removed meanwhile?")
-        return manifest
+    def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+        data = to_bytes(tensors, meta)
+        atomic_write(self.path / file, data)
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def local(self, file: str) -> Path:
+        return self.path / file
+
+    def sha256(self, file: str) -> str:
+        try:
+            return file_sha256(self.path / file)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path / file}: {error.strerror or error}") from error
+
+    def sizes(self, files: Iterable[str]) -> dict[str, int]:
+        return {file: _size(self.path / file) for file in files}
+
+    def note(self, name: str, record: dict[str, Any]) -> None:
+        with contextlib.suppress(UserError):
+            atomic_write(self.path / note_file(name), json.dumps(record, sort_keys=True) + "\n")
+
+    def notes(self) -> list[dict[str, Any]]:
+        return read_notes(path.read_bytes() for path in sorted((self.path / TIMING).glob("*.json")) if not path.name.startswith("."))
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        atomic_write(self.path / MANIFEST, dump(manifest))
 
 
 def fill(
-    folder: WorkFolder,
+    folder: Folder,
     units: list[Unit],
     make: Callable[[Unit, int], Payload | None],
     write: Callable[[Unit, Payload], dict[str, Any]],
@@ -175,13 +142,13 @@ def fill(
     """
     writing: deque[tuple[Unit, Future[None]]] = deque()
 
-    def store(unit: Unit, payload: Payload, lock: FileLock) -> None:
+    def store(unit: Unit, payload: Payload, lock: Claim) -> None:
         try:
             folder.add(write(unit, payload))
         finally:
             lock.release()
 
-    def begin(unit: Unit, lock: FileLock) -> bool:
+    def begin(unit: Unit, lock: Claim) -> bool:
         """Make or adopt the unit; True when its lock went on to the writer."""
         if not folder.left([unit]):  # finished by another worker since we looked
             return False
@@ -217,21 +184,30 @@ def fill(
             if stop:
                 return not folder.left(units)
             if not claimed:
-                time.sleep(POLL)  # what is left is in other workers' hands
+                time.sleep(folder.poll)  # what is left is in other workers' hands
     return True
 
 
-def ahead(function: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
-    """function(argument) for each in order; the next one is computed in a thread while the caller uses the present one."""
+def ahead(function: Callable[[A], B], arguments: Iterable[A], depth: int = 1) -> Generator[B, None, None]:
+    """function(argument) for each in order; the next `depth` are computed in a thread while the caller uses the present one.
+
+    Depth 0 computes each one when it is asked for, without a thread.
+    """
+    if depth == 0:
+        yield from map(function, arguments)
+        return
+    waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(1, "ahead") as executor:
-        waiting: Future[B] | None = None
-        for argument in arguments:
-            following = executor.submit(function, argument)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+        try:
+            for argument in arguments:
+                waiting.append(executor.submit(function, argument))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # the caller may have stopped early
+            for future in waiting:
+                future.cancel()
 
 
 def _is_temporary(path: Path, name: str) -> bool:

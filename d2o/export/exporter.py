@@ -14,14 +14,16 @@ import torch
 from d2o import __version__
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
+from d2o.export.diffusers import write_diffusers
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
-from d2o.export.source import Source, open_source
+from d2o.export.source import Source, find_checkpoint, open_source
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
 
 SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}
+FORMATS = (*SUFFIX, "diffusers")
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,42 @@ class Exported:
     teacher: str
     unchanged: bool
 
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
 
 def export_checkpoint(
     checkpoint: str | Path, file_format: str, out: str | Path | None = None, *, opset: int | None = None, dtype: str | None = None,
     check_n: int = 16, tolerance: float | None = None, force: bool = False, say: Callable[[str], None] = lambda message: None,
 ) -> Exported:  # fmt: skip
-    """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program or safetensors.
+    """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program or safetensors; or a
+    text-to-image teacher as a diffusers folder.
 
-    `out`: a file with the format's ending, or a folder; default the checkpoint's name beside it. `opset`: ONNX only, default 18. `dtype`:
-    safetensors only, fp32, fp16 or bf16. The file is compared with the network at batch sizes 1 and `check_n`; `tolerance` (largest
-    absolute difference of outputs in -1 to 1) is 1e-4 by default, 0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with the
-    input, a missing package, a difference above the tolerance, or another file of that name (unless `force`); nothing is written then.
+    `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For diffusers: the folder
+    itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16. The file is compared
+    with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute difference of outputs in -1 to 1) is 1e-4 by default,
+    0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with the input, a missing package, a difference above the tolerance, or another
+    file of that name (unless `force`); nothing is written then.
     """
-    if file_format not in SUFFIX:
-        raise unknown("format", file_format, SUFFIX)
+    if file_format not in FORMATS:
+        raise unknown("format", file_format, FORMATS)
     if opset is not None and file_format != "onnx":
         raise UserError(f"--opset is for --format onnx, not {file_format}")
-    if dtype is not None and file_format != "safetensors":
-        raise UserError(f"--dtype is for --format safetensors; {file_format} keeps the network's float32")
+    if dtype is not None and file_format not in ("safetensors", "diffusers"):
+        raise UserError(f"--dtype is for --format safetensors and diffusers; {file_format} keeps the network's float32")
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     if check_n < 1:
         raise UserError(f"--check-n {check_n}: expected at least 1 sample")
-    precision, opset = dtype or "fp32", OPSET if opset is None else opset
+    precision, opset = dtype or ("fp16" if file_format == "diffusers" else "fp32"), OPSET if opset is None else opset
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise UserError(f"--tolerance {tolerance}: expected a positive number")
+    if file_format == "diffusers":
+        return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
     source = open_source(checkpoint)
     target = _target(source, checkpoint, file_format, precision, out)
     if file_format == "onnx":
@@ -81,6 +93,18 @@ def export_checkpoint(
     if force or not (unchanged and card_path.exists()):  # beside the same file, a card may have been edited: leave it
         atomic_write(card_path, text)
     return Exported(target, card_path, parity, source.licence, source.teacher, unchanged)
+
+
+def _diffusers(
+    checkpoint: str | Path, out: str | Path | None, dtype: str, check_n: int, tolerance: float, force: bool, say: Callable[[str], None]
+) -> Exported:
+    given = find_checkpoint(checkpoint)
+    beside = Path(checkpoint) if Path(checkpoint).is_dir() else given.parent
+    target = Path(out) if out is not None else beside / f"{given.stem}-diffusers"
+    say(f"exporting {given.name} as a diffusers folder, {dtype}")
+    parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
+    spec = meta.get("spec") or {}
+    return Exported(target, target / "README.md", parity, spec.get("licence") or "unstated", spec.get("name") or "unstated", unchanged)
 
 
 def _write(source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str) -> tuple[Runner, str]:

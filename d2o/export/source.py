@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
-from d2o.students.base import Student, load_student
+from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
+from d2o.networks.build import network_config
+from d2o.students.base import Student, checkpoint_meta, load_student
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
 
@@ -100,7 +101,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def open_source(path: str | Path) -> Source:
     """Load a student or teacher checkpoint on the CPU. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
     path = find_checkpoint(path)
-    meta = read_meta(path)
+    meta = _nvidia_meta(path) if path.suffix == ".pkl" else read_meta(path)
     kind = meta.get("kind") if isinstance(meta, dict) else None
     if kind not in ("student", "teacher"):
         raise UserError(f"{path} holds {f'a d2o {kind}' if kind else 'no d2o checkpoint'}; only students and teachers can be exported")
@@ -109,8 +110,16 @@ def open_source(path: str | Path) -> Source:
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a d2o record with parts missing or of the wrong type
         raise UserError(f"{path}: its metadata is incomplete ({type(error).__name__}: {error})", "expected a file made by `d2o`") from error
     if spec.condition == "text":
-        raise UserError(f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported")
+        what = f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported in this format"
+        raise UserError(what, "--format diffusers writes a text-to-image teacher")
     return Source(path, kind, spec, meta, network, fingerprint, call.eval())
+
+
+def _nvidia_meta(path: Path) -> dict[str, Any]:
+    """What a d2o checkpoint of a network in NVIDIA's format says of itself."""
+    teacher = load_teacher(path)
+    source = {"file": path.name, "sha256": file_sha256(path)}
+    return checkpoint_meta("teacher", network_config(teacher.network), teacher.spec, converted_from=source)
 
 
 def _student(path: Path) -> tuple[nn.Module, Spec, str, nn.Module]:

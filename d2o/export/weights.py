@@ -10,7 +10,7 @@ import torch
 from d2o.errors import UserError
 from d2o.export.parity import Runner
 from d2o.export.source import Source
-from d2o.interop.safetensors_io import load_file, save_file
+from d2o.interop.safetensors_io import save_file
 from d2o.students.base import load_student
 from d2o.teachers.registry import load_teacher
 
@@ -23,7 +23,7 @@ def write_weights(source: Source, path: Path, record: dict[str, Any], dtype: str
     """Write the parameters as `dtype` (fp32, fp16, bf16); buffers (filters, fixed frequencies) keep theirs. UserError: fp16 overflow."""
     parameters = {name for name, _ in source.network.named_parameters()}
     tensors = {}
-    for name, tensor in load_file(source.path)[0].items():
+    for name, tensor in source.network.state_dict().items():
         tensors[name] = tensor.to(DTYPES[dtype]) if name in parameters and tensor.is_floating_point() else tensor
         if not tensors[name].isfinite().all() and tensor.isfinite().all():
             raise UserError(f"{name} of {source.path} holds values that {dtype} cannot", "use --dtype bf16 or fp32")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
+from d2o.interop.nvidia_config import EDM2_CLASSES, network_config
 
 RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -36,7 +37,7 @@ CLASSES = {
     "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm",
     "PositionalEmbedding", "FourierEmbedding", "Precond", "UNet", "Block", "MPConv", "MPFourier", "AugmentPipe", "StabilityVAEEncoder",
     "StandardRGBEncoder", "EDMPrecond_EncoderDecoder", "SongUNet_EncoderDecoder", "DhariwalUNet_EncoderDecoder",
-    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder",
+    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder", "GDDPrecond",
 }  # fmt: skip
 """Objects that such files hold, besides losses (`*Loss`)."""
 
@@ -57,7 +58,7 @@ class NvidiaNetwork:
     """A network as its file describes it.
 
     `class_name` of the outermost module, e.g. EDMPrecond; the `init_kwargs` that it was made with (plain values; others appear as text);
-    `state_dict` with the official names and order, stored precision, on the CPU; `root_keys` of the file.
+    `state_dict` with the official names and order, on the CPU; `root_keys` of the file; `encoder`, the class of EDM2's image encoder.
     """
 
     path: Path
@@ -65,18 +66,38 @@ class NvidiaNetwork:
     init_kwargs: dict[str, Any]
     state_dict: dict[str, Tensor]
     root_keys: tuple[str, ...]
+    encoder: str | None = None
 
     def config(self) -> dict[str, Any]:
         """What `d2o.networks.build.build_network` takes. UserError: a class, or an option of one, that d2o has no network for."""
         try:
-            return _edm_config(self.class_name, self.init_kwargs)
+            return network_config(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
         except Malformed as error:
-            hint = "d2o runs EDM's networks: EDMPrecond around SongUNet (DDPM++, NCSN++) or DhariwalUNet (ADM)"
+            hint = "d2o runs the denoisers of EDM (SongUNet and DhariwalUNet in any of its preconditionings) and EDM2, and SiD's, SiDA's and GDD's"
             raise UserError(f"{self.path} {error}", hint) from error
 
+    @property
+    def space(self) -> str:
+        """What the network denoises: "latent" for the latents of Stable Diffusion's autoencoder (EDM2 on ImageNet-512), else "pixel"."""
+        if self.encoder is None:  # SiDA's snapshots do not say
+            return "latent" if self.class_name in EDM2_CLASSES and self.init_kwargs.get("img_channels") == 4 else "pixel"
+        return "latent" if self.encoder == "StabilityVAEEncoder" else "pixel"
 
-def read_nvidia_pickle(path: str | Path) -> NvidiaNetwork:
-    """The network under `ema`. UserError: missing, truncated or damaged file, or anything in it that such files do not hold (named)."""
+    @property
+    def steps(self) -> int:
+        """Heun steps of the papers' samplers: EDM2 32; EDM 18 up to 32x32, 40 above."""
+        if self.class_name in EDM2_CLASSES:
+            return 32
+        return 18 if self.init_kwargs.get("img_resolution", 0) <= 32 else 40
+
+
+def read_nvidia_pickle(path: str | Path, key: str = "ema", dtype: torch.dtype | None = None) -> NvidiaNetwork:
+    """The network that the file holds under `key`: "ema", its published weights; some snapshots also have "net", the weights without averaging.
+
+    `dtype`: every floating-point tensor is converted as it is read (so that only one copy of the weights is ever in memory); None keeps the
+    stored precision. UserError: missing, truncated or damaged file, no such key (with those it has), or anything in it that such files do
+    not hold (named).
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such file: {path}")
@@ -87,12 +108,14 @@ def read_nvidia_pickle(path: str | Path) -> NvidiaNetwork:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return _read(path, data)
+        return _read(path, data, key, dtype)
     except Malformed as error:
         raise UserError(f"{path} {error}", HINT) from error
 
 
-def _read(path: Path, data: memoryview) -> NvidiaNetwork:
+def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> NvidiaNetwork:
+    if bytes(data[:4]) == b"PK\x03\x04":
+        raise Malformed("is an archive as torch.save writes them (a training state?), not a network pickle")
     if bytes(data[:1]) != b"\x80" or data[1:2] not in (b"\x03", b"\x04", b"\x05"):
         raise Malformed("is not a pickle of protocol 3 to 5")
     reader = InertPickle(data, EXPECTED, MAX_OPCODES)
@@ -100,15 +123,18 @@ def _read(path: Path, data: memoryview) -> NvidiaNetwork:
     for call in reader.calls:
         if call.name == RECONSTRUCT:
             _check_persistent(call)
-    if not isinstance(root, dict) or not _is(root.get("ema"), RECONSTRUCT):
-        raise Malformed("holds no network under 'ema'")
-    meta = root["ema"].args[0]
+    if not isinstance(root, dict) or not _is(root.get(key), RECONSTRUCT):
+        others = [f"{name!r:.100}" for name, value in root.items() if _is(value, RECONSTRUCT)] if isinstance(root, dict) else []
+        raise Malformed(f"holds no network under {key!r}" + (f"; its objects are {', '.join(others[:8])}" if others else ""))
+    meta = root[key].args[0]
     attributes = _dict(meta["state"], "state")
     kwargs = _dict(attributes.get("_init_kwargs"), "_init_kwargs")
     if attributes.get("_init_args") or len(kwargs) > 64:
         raise Malformed("does not name the options that its network was made with")
-    plain = {str(key): _plain(value) for key, value in kwargs.items()}
-    return NvidiaNetwork(path, meta["class_name"], plain, _StateDict(root["ema"], len(data)).tensors, tuple(map(str, root)))
+    plain = {str(name): _plain(value) for name, value in kwargs.items()}
+    encoder = root["encoder"].args[0]["class_name"] if _is(root.get("encoder"), RECONSTRUCT) else None
+    tensors = _StateDict(root[key], len(data), dtype).tensors
+    return NvidiaNetwork(path, meta["class_name"], plain, tensors, tuple(map(str, root)), encoder)
 
 
 def _check_persistent(call: Call) -> None:
@@ -125,8 +151,9 @@ def _check_persistent(call: Call) -> None:
 class _StateDict:
     """Collects parameters, then persistent buffers, then those of the submodules, in the file's order: as torch's state_dict does."""
 
-    def __init__(self, network: Call, bytes_left: int):
+    def __init__(self, network: Call, bytes_left: int, dtype: torch.dtype | None):
         self.tensors: dict[str, Tensor] = {}
+        self.dtype = dtype
         self.bytes_left = bytes_left  # all tensors together are no larger than the file: nothing can be multiplied by reference
         self.entries_left = MAX_ENTRIES
         self.add_module(network, "", 0)
@@ -162,7 +189,8 @@ class _StateDict:
         if _is(value, PARAMETER) and value.args:
             value = value.args[0]
         try:
-            self.tensors[name] = self.tensor(value)
+            tensor = self.tensor(value)
+            self.tensors[name] = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
         except Malformed as error:
             raise Malformed(f"has a damaged tensor {name!r}: it {error}") from error
 
@@ -240,66 +268,3 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if depth < 2 and isinstance(value, dict) and len(value) <= 64:
         return {str(k): _plain(v, depth + 1) for k, v in value.items()}
     return f"<{value.name if isinstance(value, Call) else type(value).__name__}>"
-
-
-# NVIDIA's argument -> ours, and the values it may take: (type, lowest, highest), or the choices. The bounds keep a damaged file from asking
-# for a network that takes hours to build.
-OPTIONS: dict[str, tuple[str, tuple]] = {
-    "img_resolution": ("img_resolution", (int, 1, 4096)),
-    "img_channels": ("img_channels", (int, 1, 1024)),
-    "label_dim": ("label_dim", (int, 0, 10**6)),
-    "sigma_data": ("sigma_data", (float, 1e-6, 1e6)),
-    "augment_dim": ("augment_dim", (int, 0, 1024)),
-    "model_channels": ("model_channels", (int, 1, 8192)),
-    "channel_mult": ("channel_mult", (list, 1, 64)),
-    "channel_mult_emb": ("emb_mult", (int, 1, 64)),
-    "num_blocks": ("num_blocks", (int, 1, 32)),
-    "attn_resolutions": ("attn_resolutions", (list, 0, 4096)),
-    "dropout": ("dropout", (float, 0.0, 1.0)),
-}
-SONG_OPTIONS: dict[str, tuple[str, tuple]] = {
-    "embedding_type": ("embedding", ("positional", "fourier")),
-    "channel_mult_noise": ("noise_mult", (int, 1, 64)),
-    "encoder_type": ("encoder", ("standard", "residual")),
-    "resample_filter": ("fir", (list, 0, 4096)),
-    "decoder_type": ("", ("standard",)),
-}
-SONG_DEFAULTS = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "resample_filter": [1, 1]}
-IGNORED = {"model_type", "use_fp16", "sigma_min", "sigma_max", "label_dropout"}
-"""Not part of the architecture."""
-
-
-def _edm_config(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    unet = kwargs.get("model_type", "DhariwalUNet") if class_name == "EDMPrecond" else None
-    if unet not in ("SongUNet", "DhariwalUNet"):
-        raise Malformed(f"holds a network of class {class_name}{f' around {unet!r:.100}' if unet else ''}, which d2o cannot run yet")
-    options = OPTIONS
-    config: dict[str, Any] = {"arch": "adm"}
-    if unet == "SongUNet":
-        options, kwargs = {**OPTIONS, **SONG_OPTIONS}, {**SONG_DEFAULTS, **kwargs}
-        config["arch"] = "ncsnpp" if kwargs["encoder_type"] == "residual" else "ddpmpp"
-    for key in ("img_resolution", "img_channels"):
-        if key not in kwargs:
-            raise Malformed(f"holds a {unet} without {key!r}")
-    for key, value in kwargs.items():
-        if key in IGNORED:
-            continue
-        if key not in options:
-            raise Malformed(f"holds a {unet} with option {key!r:.100}, which d2o does not know")
-        ours, allowed = options[key]
-        if not _allowed(value, allowed):
-            raise Malformed(f"holds a {unet} with {key} = {value!r:.100}, which d2o does not support")
-        if ours:
-            config[ours] = value
-    return config
-
-
-def _allowed(value: Any, allowed: tuple) -> bool:
-    kind, *bounds = allowed
-    if kind is list:
-        return isinstance(value, list) and len(value) <= 8 and all(_allowed(v, (int, *bounds)) for v in value)
-    if kind is int:
-        return type(value) is int and bounds[0] <= value <= bounds[1]
-    if kind is float:
-        return type(value) in (int, float) and bounds[0] <= value <= bounds[1]
-    return value in allowed

@@ -75,9 +75,13 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
 
 def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and a JSON-able record. Equal content gives equal bytes."""
+    atomic_write(path, to_bytes(tensors, meta))
+
+
+def to_bytes(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> bytes:
+    """The bytes of the file that `save_file` writes."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    data = _serialise(plain, {META_KEY: json.dumps(meta, sort_keys=True)})
-    atomic_write(path, data)
+    return _serialise(plain, {META_KEY: json.dumps(meta, sort_keys=True)})
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from d2o.errors import UserError, unknown
 from d2o.students.base import Student
 from d2o.teachers.base import Spec, Teacher
 
-METHODS = {"edm": "d2o.methods.edm", "ode": "d2o.methods.ode", "classifier": "d2o.methods.classifier"}
+METHODS = {
+    "edm": "d2o.methods.edm",
+    "ode": "d2o.methods.ode",
+    "classifier": "d2o.methods.classifier",
+    "autoencoder": "d2o.methods.autoencoder",
+    "latent-diffusion": "d2o.methods.latent_diffusion",
+}
 """Name -> module, which has a class `METHOD`."""
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.build import build_network
-from d2o.networks.edm_unet import EDMPrecond
+from d2o.networks.edm2_unet import EDM2Precond
+from d2o.networks.precond import Denoiser
 from d2o.teachers.base import Spec, Teacher
 
 
@@ -34,9 +35,9 @@ class EDM(Method):
         channels, resolution, _ = setup.images.shape
         config = {"img_resolution": resolution, "img_channels": channels, "label_dim": setup.images.classes, **setup.need_network()}
         if config.get("arch") == "classifier":
-            raise UserError("network.arch: a classifier is not a denoiser; method edm trains ddpmpp, ncsnpp or adm")
+            raise UserError("network.arch: a classifier is not a denoiser; method edm trains ddpmpp, ncsnpp, adm or edm2")
         denoiser = build_network(config)
-        assert isinstance(denoiser, EDMPrecond)
+        assert isinstance(denoiser, Denoiser)
         self.denoiser, self.sigma_data = denoiser, denoiser.sigma_data
         classes = config["label_dim"]
         if (channels, resolution, classes) != (self.denoiser.img_channels, self.denoiser.img_resolution, setup.images.classes):
@@ -63,6 +64,8 @@ class EDM(Method):
             loop.backward(loss)
             losses.append(loss)
         loop.update("denoiser")
+        if isinstance(self.denoiser, EDM2Precond):
+            self.denoiser.normalize_weights()  # EDM2's forced weight normalisation (Karras et al. 2024, section 2.3)
         return {"loss": loop.mean(losses)}
 
     def describe(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from d2o.losses.regression import LOSSES, pseudo_huber
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.metrics.features import load_extractor
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.precond import Denoiser
 from d2o.students.base import Student
 from d2o.teachers.base import Spec
 
@@ -38,6 +39,8 @@ class ODE(Method):
         if setup.teacher is None:
             raise UserError("method ode needs a `teacher:`")
         teacher = setup.teacher
+        if not isinstance(teacher.network, Denoiser):
+            raise UserError(f"method ode trains students of the EDM family; teacher {teacher.spec.name!r} ({teacher.spec.condition}) is of another")
         if setup.start is not None:
             self.student = copy.deepcopy(setup.start)
             if self.student.spec.shape != teacher.spec.shape or self.student.spec.classes != teacher.spec.classes:

@@ -92,8 +92,8 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
     path = Path(text)
     if text.startswith("real:"):
         return _pictures(text, settings, extractor, on_bad)
-    if text in BUILTIN:
-        return _teacher(text, text, asset(BUILTIN[text]), settings, device)
+    if text in teacher_names() and not path.exists():
+        return _teacher(text, text, asset(BUILTIN[text]) if text in BUILTIN else None, settings, device)
     if any(mark in path.name for mark in "*{"):  # shards of a tar, as open_images takes them
         return _pictures(text, settings, extractor, on_bad)
     if not path.exists():
@@ -149,7 +149,7 @@ def reference_settings(settings: Settings) -> Settings:
     return replace(settings, solver=solver, steps=steps)
 
 
-def _teacher(text: str, label: str, path: Path, settings: Settings, device: Device) -> Generator:
+def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
     model = load_teacher(text, device)
     guided = settings.cfg != 1.0
 
@@ -158,7 +158,7 @@ def _teacher(text: str, label: str, path: Path, settings: Settings, device: Devi
 
     calls = nfe(settings.solver, settings.steps)
     record = {
-        "sha256": file_sha256(path),
+        "sha256": file_sha256(path) if path is not None and path.is_file() else model.fingerprint,
         "fingerprint": model.fingerprint,
         "parameters": count_parameters(model.network),
         "nfe": calls,

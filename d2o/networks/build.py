@@ -9,34 +9,56 @@ from torch import nn
 
 from d2o.errors import UserError, nearest, unknown
 from d2o.networks.classifier import Classifier
+from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
+from d2o.networks.latent import Autoencoder, TextToImage
+
+NETWORKS = (*ARCHITECTURES, "edm2", "classifier", "autoencoder_kl", "text_to_image")
 
 
-def build_network(config: dict[str, Any]) -> EDMPrecond | Classifier:
-    """`config` holds `arch` (ddpmpp, ncsnpp, adm, classifier) and that network's arguments. UserError: unknown arch or argument, bad value."""
+def build_network(config: dict[str, Any]) -> EDMPrecond | EDM2Precond | Classifier | Autoencoder | TextToImage:
+    """`config` holds `arch` (ddpmpp, ncsnpp, adm, edm2, classifier, autoencoder_kl, text_to_image) and that network's arguments.
+
+    edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace.
+    UserError: unknown arch, preset or argument, bad value.
+    """
     config = dict(config)
     arch = config.pop("arch", None)
     if arch is None:
-        raise UserError("network: no `arch` given", f"known: {', '.join([*ARCHITECTURES, 'classifier'])}")
+        raise UserError("network: no `arch` given", f"known: {', '.join(NETWORKS)}")
+    if arch not in NETWORKS:
+        raise unknown("network architecture", arch, NETWORKS)
+    if arch == "autoencoder_kl":
+        return Autoencoder(**config)  # it checks its arguments itself: they are those of diffusers
     if arch in ARCHITECTURES:
-        known = {*_arguments(EDMPrecond), *_arguments(ARCHITECTURES[arch])} - {"arch", "unet", "in_channels", "out_channels"}
-    elif arch == "classifier":
-        known = _arguments(Classifier)
+        known = _arguments(EDMPrecond, ARCHITECTURES[arch]) - {"arch", "in_channels", "out_channels"}
+    elif arch == "edm2":
+        known = _arguments(EDM2Precond, UNet) | {"preset"}
+    elif arch == "text_to_image":
+        known = _arguments(TextToImage) | {"unet"}
     else:
-        raise unknown("network architecture", arch, [*ARCHITECTURES, "classifier"])
+        known = _arguments(Classifier)
     for key in config:
         if key not in known:
             near = nearest(key, known)
             advice = f"; did you mean {near!r}?" if near else ""
             raise UserError(f"network.{key}: unknown key for {arch}{advice}", f"known: {', '.join(sorted(known))}")
+    if arch == "edm2" and (preset := config.pop("preset", None)) is not None:
+        if not isinstance(preset, str) or preset not in EDM2_SIZES:
+            raise unknown("network.preset", preset, EDM2_SIZES)
+        config = {**EDM2_SIZES[preset], **config}
     try:
-        return EDMPrecond(arch, **config) if arch in ARCHITECTURES else Classifier(**config)
+        if arch in ARCHITECTURES:
+            return EDMPrecond(arch, **config)
+        if arch == "text_to_image":
+            return TextToImage(**config)
+        return EDM2Precond(**config) if arch == "edm2" else Classifier(**config)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"network: cannot build {arch} from {config}: {error}") from error
 
 
-def _arguments(cls: type) -> set[str]:
-    return set(inspect.signature(cls).parameters)
+def _arguments(*classes: type) -> set[str]:
+    return {name for cls in classes for name in inspect.signature(cls).parameters} - {"unet"}
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from d2o.data.images import open_images
-from d2o.diffusion.solvers import nfe
+from d2o.data.pair_files import store_folder
+from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.features import load_extractor
 from d2o.networks.build import build_network, count_parameters
 from d2o.students.base import Student
+from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
-from d2o.teachers.registry import BUILTIN, asset
+from d2o.teachers.registry import BUILTIN, asset, load_teacher
 from d2o.training.setup import pair_folder
 
 META = torch.device("meta")
@@ -55,7 +57,7 @@ def make_plan(recipe: Any, start: Path | None = None) -> Plan:
         else:
             d = recipe.data
             setup.images = _attempt(plan, lambda: open_images(d.path, resolution=d.resolution, channels=d.channels, on_bad=d.on_bad))
-    if recipe.eval and method_class.product != "classifier":
+    if recipe.eval and recipe.eval.extractor:
         _attempt(plan, lambda: load_extractor(recipe.eval.extractor))
     if setup.teacher is not None:
         plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
@@ -85,7 +87,16 @@ def _attempt(plan: Plan, make: Any) -> Any:
 
 
 def _teacher(name: str) -> Teacher:
-    path = asset(BUILTIN[name]) if name in BUILTIN else resolve_checkpoint(name)
+    published = catalogue.find(name)
+    if published is not None and not Path(name).exists() and catalogue.local_path(published) is None:
+        raise UserError(f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})")
+    path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
+    if published is not None or path.suffix == ".pkl" or (path / "model_index.json").is_file():
+        teacher = load_teacher(name)
+        teacher.network.to(META)
+        teacher.device = META
+        return teacher
+    path = resolve_checkpoint(path)
     meta = read_meta(path)
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} is not a teacher")
@@ -103,11 +114,11 @@ def _student(path: Path) -> Student:
 
 def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:
     pairs, folder = recipe.pairs, pair_folder(recipe)
-    if (folder / "manifest.json").exists():
+    if store_folder(folder).manifest() is not None:
         return
     plan.missing.append(f"the pair store {folder} (training makes it first)")
-    plan.calls["making pairs"] = pairs.n * nfe(pairs.solver, pairs.steps)
-    plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * 4 * (2 if pairs.store_noise else 1)
+    plan.calls["making pairs"] = pairs.n * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
+    plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
 
 
 def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup) -> None:

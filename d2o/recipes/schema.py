@@ -75,13 +75,22 @@ class Pairs(Section):
 
     path: Text | None = _f(None, "folder of the store (default none: derived from the settings)")
     n: Count = _f(..., "number of pairs")
-    solver: Text = _f("heun", "ODE solver of the teacher")
+    solver: Text = _f("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
     steps: Count = _f(18, "solver steps; heun makes 2 * steps - 1 network calls")
+    spacing: Literal["leading", "trailing", "linspace"] | None = _f(None, "time steps of SD-like teachers (default none: the teacher's own)")
+    final: Literal["scheduler", "x0"] = _f("scheduler", "last step of SD-like teachers: as its scheduler says, or to the predicted image itself")
+    eta: float = _f(0.0, "fresh noise in ddim, 0 to 1", ge=0, le=1)
     seed: Seed = _f(0, "seed of the first pair; pair i has seed + i")
     batch: Count = _f(256, "pairs per teacher call")
     shard_size: Count = _f(1024, "pairs per file of the store")
     labels: Text = _f("random", "which classes, as `d2o pairs --labels` takes it")
     cfg: float = _f(1.0, "guidance weight of the teacher; 1 is none", ge=0)
+    prompts: Text | None = _f(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
+    per_prompt: Count = _f(1, "pairs in a row that share a prompt")
+    rewire: Literal["none", "permute"] = _f("none", "permute: give every noise the output of another one (an experiment that must fail)")
+    dtype: Literal["fp32", "fp16", "bf16"] = _f("fp32", "number format of the targets on disk")
+    precision: Literal["fp32", "bf16", "fp16"] = _f("fp32", "precision of the teacher's network while pairs are made")
+    channels_last: bool = _f(False, "channels-last memory order of the teacher's network while pairs are made")
     store_noise: bool = _f(False, "keep the noise in the store instead of deriving it from the seeds")
 
 

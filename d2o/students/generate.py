@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from d2o import __version__
 from d2o.data.archive import RECORD, Archive, Part, archive_for, check_free, join_pieces
 from d2o.data.draws import check_range, draw, label_mode
 from d2o.data.images import to_uint8
+from d2o.data.prompts import Prompts
 from d2o.data.work import Unit, Vanished, WorkFolder, ahead, cut, fill
-from d2o.diffusion.solvers import nfe
+from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, save_file, write_error
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student
-from d2o.teachers.base import Spec, Teacher
-from d2o.teachers.generate import Progress, Say, check_finite, describe_compute, join_compute, torch_threads
+from d2o.teachers.base import Condition, Spec, Teacher
+from d2o.teachers.compute import Compute, join_compute, torch_threads
+from d2o.teachers.generate import Progress, Say, check_finite
 
 CHUNK = 1024
 ENCODE_BYTES = 2**20
@@ -66,20 +68,35 @@ def student_sampler(student: Student) -> Sampler:
     return Sampler(call, student.spec, device, record)
 
 
-def teacher_sampler(teacher: Teacher, solver: str = "heun", steps: int = 18, cfg: float = 1.0) -> Sampler:
-    """The teacher's whole solver. UserError: unknown solver, steps below 1, guidance of an unconditional teacher."""
-    calls = nfe(solver, steps) * (1 if cfg == 1 else 2)
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, not {steps}")
-    if cfg != 1 and teacher.spec.condition == "none":
-        raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {teacher.spec.name!r} takes none")
-    record = {"kind": "teacher", "name": teacher.spec.name, "sha256": teacher.fingerprint, "licence": teacher.spec.licence,
-              "solver": solver, "steps": steps, "cfg": cfg, "nfe": calls}  # fmt: skip
+def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float = 1.0, prompts: Prompts | None = None) -> Sampler:
+    """The teacher's whole solver (its usual one if None). With `prompts` their numbers are the classes: image i has prompt i mod their number.
+
+    UserError: a solver that does not fit, guidance of an unconditional teacher, no prompts for a teacher that takes text, or the reverse.
+    """
+    solver, spec = solver or teacher.solver(), teacher.spec
+    solver.check()
+    teacher.schedule.grid(solver.steps, solver.spacing, solver.final)
+    if solver.stochastic:
+        raise UserError(f"sampling to a file is deterministic; {solver.name} is not", "make pairs with it: d2o pairs --solver ...")
+    if cfg != 1 and spec.condition == "none":
+        raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {spec.name!r} takes none")
+    if (spec.condition == "text") != (prompts is not None):
+        takes = "is conditioned on text; give --prompt or --prompts" if prompts is None else f"takes no prompts (condition: {spec.condition})"
+        raise UserError(f"teacher {spec.name!r} {takes}")
+    record = {"kind": "teacher", "name": spec.name, "sha256": teacher.fingerprint, "licence": spec.licence, "solver": solver.name,
+              "steps": solver.steps, "options": solver.to_dict(), "cfg": cfg, "nfe": solver.nfe, "forwards": solver.forwards(cfg)}  # fmt: skip
+    if prompts is not None:
+        record["prompts"] = {"sha256": prompts.sha256, "count": len(prompts)}
+        spec = replace(spec, condition="label", classes=len(prompts))
 
     def call(noise: Tensor, labels: Tensor | None) -> Tensor:
-        return teacher.decode(teacher.sample(noise, labels, solver, steps, cfg))
+        condition: Condition = labels
+        if prompts is not None:
+            assert labels is not None
+            condition = prompts.many(labels.tolist())
+        return teacher.decode(teacher.sample(noise, condition, solver, cfg=cfg))
 
-    return Sampler(call, teacher.spec, teacher.device, record)
+    return Sampler(call, spec, teacher.device, record)
 
 
 def make_samples(
@@ -115,7 +132,8 @@ def make_samples(
         return done
     record = manifest["record"]
     _refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
-    compute = join_compute(record["compute"], mine["compute"], str(out), say, ("batch", batch), ("threads", threads), ("chunk", chunk))
+    asked = [name for name, value in (("batch", batch), ("threads", threads), ("chunk", chunk)) if value is not None]
+    compute = join_compute(record["compute"], mine["compute"], str(out), say, asked)
     units = cut(settings.n, compute["chunk"], "part-{:05d}.safetensors")
 
     with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:
@@ -184,9 +202,10 @@ def new_record(sampler: Sampler, settings: SampleSettings, batch: int | None, th
     """What an output says about itself (and `chunk`, which it does not: it has no influence)."""
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, not {chunk}")
-    compute = describe_compute(batch, settings.n, threads, sampler.device)
+    compute = Compute(batch, threads).describe(settings.n, sampler.device)
     batches = -(-(chunk or CHUNK) // compute["batch"])
-    labels = label_mode(settings.labels, sampler.spec.classes, sampler.spec.name)
+    wanted = settings.labels or ("balanced" if "prompts" in sampler.record else None)
+    labels = label_mode(wanted, sampler.spec.classes, sampler.spec.name)
     return {
         "format": "d2o-samples",
         "version": 1,
@@ -252,7 +271,8 @@ def _public(record: dict[str, Any]) -> dict[str, Any]:
 def _refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str) -> None:
     """UserError when the output is of other settings or another network, naming each difference."""
     was, now = ({**record["source"], **record["settings"]} for record in (old, new))
-    names = [name for name in [*now, *was] if name not in ("checkpoint", "licence", "nfe")] if was["kind"] == now["kind"] else ["kind"]
+    said = ("checkpoint", "licence", "nfe", "forwards", "options")  # by others, or of no consequence
+    names = [name for name in [*now, *was] if name not in said] if was["kind"] == now["kind"] else ["kind"]
     different = [f"{name}: {was.get(name)} -> {now.get(name)}" for name in dict.fromkeys(names) if was.get(name) != now.get(name)]
     if different:
         raise UserError(f"{out} holds samples of other settings:\n  " + "\n  ".join(different), hint)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2o.diffusion.schedules import EDMSchedule, karras_sigmas
-from d2o.diffusion.solvers import get_solver
+from d2o.diffusion.schedules import EDMSchedule, Schedule
+from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import tensors_sha256
 
@@ -17,7 +19,7 @@ from d2o.interop.safetensors_io import tensors_sha256
 @dataclass(frozen=True)
 class Spec:
     """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space` "pixel" or "latent"; `condition` "none", "label", "text";
-    `classes` 0 unless labels; values in `value_range` (pixel space)."""
+    `classes` 0 unless labels; values in `value_range` (pixel space); `solver`, `steps` and `cfg` as the teacher is usually sampled."""
 
     name: str
     shape: tuple[int, int, int]
@@ -28,6 +30,9 @@ class Spec:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     licence: str = "unstated"
+    solver: str = "heun"
+    steps: int = 18
+    cfg: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -42,11 +47,33 @@ class Spec:
         return self.shape[-1]
 
 
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts: `states` [B, L, D] of the text encoder, and `pooled` [B, P] for networks that take one vector per prompt as well."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index: Any) -> Text:
+        return Text(self.states[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, device: torch.device) -> Text:
+        return Text(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+
+
+Condition = Tensor | Text | Sequence[str] | None
+"""Class indices [B] int64 (-1: no class), encoded prompts, prompts, or nothing."""
+
+
 class Teacher:
     """A frozen denoiser with its schedule and solvers.
 
-    `denoise(x_t, t, condition)`: x_t [B, C, H, W], t the noise level (EDM family: sigma) scalar or [B], condition class indices [B] or None
-    -> x_0 prediction [B, C, H, W] float32.
+    `denoise(x_t, t, condition)`: x_t [B, C, H, W], t the schedule's time (EDM family: sigma; SD: 0 .. 999; flow: 0 .. 1) scalar or [B] -> x_0
+    prediction [B, C, H, W] float32. `network` is what students start from; this class calls it as `network(x_t, sigma, labels)`, a denoiser
+    of the EDM family; other families override `predict`, `unconditional`, `check_condition` and `decode`.
     """
 
     def __init__(self, network: nn.Module, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
@@ -55,42 +82,75 @@ class Teacher:
         self.dtype = dtype
         self.meta: dict[str, Any] = {}
         self.network = network.to(self.device).eval().requires_grad_(False)
-        self.schedule = EDMSchedule(spec.sigma_min, spec.sigma_max)
+        self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
+        self.call: Any = self.network  # what is called in its place: the same network, compiled
 
-    def denoise(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition = None) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        condition = self.check_condition(condition, len(x_t))
+        checked = self.check_condition(condition, len(x_t))
         half = self.dtype is not None and self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
-            return self.network(x_t, t, condition)
+        with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
+            return self.predict(x_t, t, checked)
 
-    def guided(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None, cfg: float = 1.0) -> Tensor:
-        """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the plain conditional call."""
+    def predict(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """`denoise` after its arguments were checked and spread: t [B] float32; under autocast where the teacher runs in half precision."""
+        return self.call(x_t, t, condition)
+
+    def unconditional(self, condition: Any) -> Any:
+        """The empty condition, of the same kind and length as `condition`."""
+        return torch.full_like(condition, -1)
+
+    def guided(self, x_t: Tensor, t: Tensor | float, condition: Condition = None, cfg: float = 1.0) -> Tensor:
+        """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the plain conditional call.
+
+        For one x_t this is the same as guiding the noise prediction. UserError: nothing to guide by.
+        """
         if cfg == 1.0:
             return self.denoise(x_t, t, condition)
-        if condition is None:
-            raise UserError(f"guidance (cfg {cfg}) needs a condition, but teacher {self.spec.name!r} was given none")
+        if condition is None or self.spec.condition == "none":
+            raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} was given none")
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        self.check_condition(condition, len(x_t))
-        both = torch.cat([condition, torch.full_like(condition, -1)])
+        checked = self.check_condition(condition, len(x_t))
+        both = join(checked, self.unconditional(checked))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return d_u + cfg * (d_c - d_u)
+        return torch.lerp(d_u, d_c, cfg)
 
     @torch.inference_mode()
-    def sample(self, noise: Tensor, condition: Tensor | None = None, solver: str = "heun", steps: int = 18, cfg: float = 1.0) -> Tensor:
-        """Standard normal noise [B, C, H, W] -> samples [B, C, H, W] float32, by the deterministic `solver` in `steps` steps."""
-        run = get_solver(solver)
+    def sample(
+        self, noise: Tensor, condition: Condition = None, solver: str | Solver | None = None, steps: int | None = None, cfg: float = 1.0,
+        randn: Randn | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Standard normal noise [B, C, H, W] -> samples [B, C, H, W] float32 in the diffusion space.
+
+        `solver` and `steps`: the teacher's usual ones if left away. `randn` gives the fresh noise of a stochastic solver (`StepNoise`).
+        UserError: unknown solver, a condition that does not fit, guidance without a condition.
+        """
+        run = solver if isinstance(solver, Solver) else self.solver(solver)
+        run = run if steps is None else replace(run, steps=steps)
         noise = noise.to(self.device)
-        condition = None if condition is None else torch.as_tensor(condition).to(self.device)
-        sigmas = karras_sigmas(steps, max(0.002, self.spec.sigma_min), min(80.0, self.spec.sigma_max)).to(self.device)
-        # The solver converts between float64 and float32 itself, so all it needs is x_0 = sigma_max * noise.
-        return run(lambda x, t: self.guided(x, t, condition, cfg), noise.to(torch.float64) * sigmas[0], sigmas).to(torch.float32)
+        if isinstance(condition, (Tensor, Text)):
+            condition = condition.to(self.device)
+        condition = self.prepare(self.check_condition(condition, len(noise)))
+        return run.run(lambda x, t: self.guided(x, t, condition, cfg), noise, self.schedule, randn).to(torch.float32)
+
+    def prepare(self, condition: Any) -> Any:
+        """Called once before many calls with one condition: the place for what does not change between them."""
+        return condition
+
+    def solver(self, name: str | None = None, steps: int | None = None) -> Solver:
+        """A solver by name, or the teacher's usual one; with the teacher's usual number of steps unless given."""
+        usual = Solver(self.spec.solver, self.spec.steps)
+        return replace(usual, name=name or usual.name, steps=steps if steps is not None else usual.steps)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Prompts for the network. UserError: this teacher takes no text."""
+        raise UserError(f"teacher {self.spec.name!r} takes no prompts (condition: {self.spec.condition})", "leave --prompts away")
 
     def decode(self, x: Tensor) -> Tensor:
         """Diffusion space -> images in [-1, 1]; in pixel space x itself, clipped."""
         return x.clamp(*self.spec.value_range)
 
-    def check_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
+    def check_condition(self, condition: Any, batch: int) -> Any:
         """The condition if it fits. UserError: labels for an unconditional teacher, none for a conditional one, out of range."""
         return check_labels(self.spec, condition, batch)
 
@@ -102,7 +162,15 @@ class Teacher:
         return self._fingerprint
 
 
-def check_labels(spec: Spec, labels: Tensor | None, batch: int) -> Tensor | None:
+def join(first: Any, second: Any) -> Any:
+    """Two conditions of one kind, one after the other."""
+    if isinstance(first, Text):
+        pooled = None if first.pooled is None else torch.cat([first.pooled, second.pooled])
+        return Text(torch.cat([first.states, second.states]), pooled)
+    return torch.cat([first, second])
+
+
+def check_labels(spec: Spec, labels: Any, batch: int) -> Tensor | None:
     """Class indices fit for `spec`: None stays None without classes. -1 means "no class". UserError otherwise."""
     if spec.condition == "none":
         if labels is not None:
@@ -110,6 +178,8 @@ def check_labels(spec: Spec, labels: Tensor | None, batch: int) -> Tensor | None
         return None
     if labels is None:
         raise UserError(f"{spec.name!r} is conditioned on {spec.classes} classes; give labels [n] of class indices")
+    if not isinstance(labels, Tensor):
+        raise UserError(f"{spec.name!r} is conditioned on {spec.classes} classes; it takes class indices, not prompts")
     if labels.shape[0] != batch:
         raise UserError(f"{len(labels)} labels for a batch of {batch}")
     if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and labels.numel() and labels.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
@@ -9,20 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2o.errors import UserError, nearest
+from d2o.interop.download import verify
+from d2o.interop.hub import hub_snapshot
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint
 from d2o.networks.build import build_network
+from d2o.networks.latent import TextToImage
+from d2o.networks.precond import Denoiser
+from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.catalogue import NVIDIA_LICENCE, Published
+from d2o.teachers.edm2_latents import EDM2LatentTeacher
+from d2o.teachers.latent import text_to_image_teacher
 
-BUILTIN = {"digits": "teacher_digits.safetensors"}
-"""Name -> file in d2o/assets."""
-NVIDIA_LICENCE = "CC BY-NC-SA 4.0 (NVIDIA)"
+BUILTIN = {"digits": "teacher_digits.safetensors", "tiny-sd": "tiny-sd"}
+"""Name -> file or diffusers folder in d2o/assets."""
+TINY_SD_LICENCE = "CC-BY-4.0"
+Say = Callable[[str], None]
+Progress = Callable[[int, int | None], None]
 
 
 def teacher_names() -> list[str]:
-    return sorted(BUILTIN)
+    return sorted([*BUILTIN, *catalogue.names()])
 
 
 def asset(name: str) -> Path:
@@ -30,47 +42,105 @@ def asset(name: str) -> Path:
     return Path(str(resources.files("d2o") / "assets" / name))
 
 
-def load_teacher(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Teacher:
-    """A builtin teacher (`digits`), a teacher's checkpoint or run folder that `d2o train` wrote, or an EDM network as NVIDIA published it (`.pkl`).
+def load_teacher(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    say: Say | None = None,
+    progress: Progress | None = None,
+) -> Teacher:
+    """A teacher by name (`digits`, `tiny-sd`, `sd15`, `edm-cifar10-cond-vp`, ...: `teacher_names()`), or from where it lies: a checkpoint or
+    run folder of `d2o train`, a network as NVIDIA published it (`.pkl`), a folder in diffusers' layout, a repository of the hub (owner/name).
 
-    `dtype` bfloat16 runs the network under autocast. UserError: unknown name (with the list), missing, truncated or foreign file.
+    `dtype` bfloat16 runs the network under autocast. `say` is told of licences, `progress(bytes done, total)` of downloads. UserError: unknown
+    name (with the nearest), missing, truncated or foreign file, no network to download with (which says what to put where).
     """
     name = str(name_or_path)
     if name in BUILTIN:
         path = asset(BUILTIN[name])
-    else:
-        path = Path(name)
-        if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
-            near = nearest(name, BUILTIN)
-            raise UserError(
-                f"unknown teacher {name!r}" + (f": did you mean {near!r}?" if near else ""),
-                f"known: {', '.join(teacher_names())}; or the path of a teacher's .safetensors checkpoint or EDM's .pkl",
-            )
-        path = resolve_checkpoint(path)
-    nvidia = path.suffix == ".pkl"
-    tensors, meta = _load_nvidia(path) if nvidia else load_file(path)
+        if path.is_dir():
+            return _diffusers(path, name, device, dtype, licence=TINY_SD_LICENCE)
+        return _checkpoint(path, device, dtype, name=name)
+    published = catalogue.find(name)
+    if published is not None and not Path(name).exists():
+        path = catalogue.fetch(published, progress, say)
+        if published.kind == "nvidia":
+            return _nvidia(verify(path, published.sha256, published.bytes), device, dtype, published)
+        teacher = _diffusers(path, name, device, dtype, licence=published.licence)
+        teacher.spec = replace(teacher.spec, solver=published.solver, steps=published.steps)
+        return teacher
+    path = Path(name)
+    if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
+        return _diffusers(_from_hub(name), name, device, dtype)
+    if (path / "model_index.json").is_file():
+        return _diffusers(path, path.name, device, dtype)
+    path = resolve_checkpoint(path)
+    return _nvidia(path, device, dtype) if path.suffix == ".pkl" else _checkpoint(path, device, dtype)
+
+
+def _diffusers(path: Path, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str = "unstated") -> Teacher:
+    from d2o.teachers.diffusers_folder import load_diffusers  # brings diffusers and transformers, which are slow to import
+
+    return load_diffusers(path, name, device, dtype, licence=stated_licence(path) if licence == "unstated" else licence)
+
+
+def stated_licence(folder: Path) -> str:
+    """The `license` in the head of a folder's README.md, as the hub's model cards have it, else "unstated"."""
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:10_000]
+    except OSError:
+        return "unstated"
+    parts = head.split("---", 2)
+    lines = parts[1].splitlines() if len(parts) == 3 and not parts[0].strip() else []
+    stated = {key.strip(): value.strip().strip("'\"") for key, _, value in (line.partition(":") for line in lines)}
+    return stated.get("license_name") or stated.get("license") or "unstated"
+
+
+def _from_hub(name: str) -> Path:
+    """The snapshot of a repository owner/name. UserError: not the form of one, or not to be had."""
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+        return hub_snapshot(name)
+    near = nearest(name, teacher_names())
+    raise UserError(
+        f"unknown teacher {name!r}" + (f": did you mean {near!r}?" if near else ""),
+        f"known: {', '.join(teacher_names())}; or a path (.safetensors, run folder, NVIDIA's .pkl, diffusers folder), or owner/name on the hub",
+    )
+
+
+def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None, name: str | None = None) -> Teacher:
+    tensors, meta = load_file(path)
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher", "students are loaded with d2o.load_student")
     spec = Spec.from_dict(meta["spec"])
-    if name in BUILTIN:
+    if name is not None:
         spec = replace(spec, name=name)
-    teacher = Teacher(load_weights(meta["network"], tensors, path, assign=nvidia), spec, device, dtype)
+    network = load_weights(meta["network"], tensors, path)
+    teacher = Teacher(network, spec, device, dtype) if not isinstance(network, TextToImage) else text_to_image_teacher(network, spec, device, dtype)
     teacher.meta = meta
     return teacher
 
 
-def _load_nvidia(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An EDM `.pkl` in the form in which `load_file` gives a teacher's checkpoint."""
-    found = read_nvidia_pickle(path)
-    network = found.config()
-    size, classes = network["img_resolution"], network.get("label_dim", 0)
-    shape = (network["img_channels"], size, size)
-    spec = Spec(path.stem, shape, condition="label" if classes else "none", classes=classes, licence=NVIDIA_LICENCE)
-    tensors = {name: tensor.to(torch.float32) for name, tensor in found.state_dict.items()}
-    return tensors, {"format": "nvidia", "kind": "teacher", "network": network, "spec": spec.to_dict()}
+def _nvidia(path: Path, device: str | torch.device, dtype: torch.dtype | None, published: Published | None = None) -> Teacher:
+    """A network of the EDM family, pixel space or (EDM2 with four channels) the latents of sd-vae-ft-mse."""
+    found = read_nvidia_pickle(path, dtype=torch.float32)
+    config = found.config()
+    network = load_weights(config, found.state_dict, path, assign=True)
+    assert isinstance(network, Denoiser)
+    size, classes = config["img_resolution"], config.get("label_dim", 0)
+    latent = found.space == "latent"
+    spec = Spec(
+        published.name if published else path.stem, (config["img_channels"], size, size), found.space, "label" if classes else "none", classes,
+        sigma_min=max(0.002, network.sigma_min), sigma_max=min(80.0, network.sigma_max), licence=NVIDIA_LICENCE,
+        steps=published.steps if published else found.steps,
+    )  # fmt: skip
+    teacher = EDM2LatentTeacher(network, spec, device, dtype) if latent else Teacher(network, spec, device, dtype)
+    teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
+    return teacher
 
 
-def load_weights(network: dict[str, Any], tensors: dict[str, torch.Tensor], path: str | Path, assign: bool = False) -> torch.nn.Module:
+def load_weights(network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> torch.nn.Module:
     """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit.
 
     `assign`: the tensors become the weights, uncopied; nothing is allocated for a network that they do not fit.

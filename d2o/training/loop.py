@@ -210,7 +210,7 @@ class Trainer:
         if self.rank == 0:
             e, scores = self.recipe.eval, dict(self.method.validate(self.ema.network))
             spec = self.method.spec()
-            if spec is not None:
+            if spec is not None and e.extractor is not None:
                 scores |= quick_fd(self.generate, spec, e.extractor, e.reference, n=e.n, seed=e.seed, batch=e.batch, device=str(self.device))
             if e.metric not in scores:
                 raise UserError(f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}")

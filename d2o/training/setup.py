@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2o.data.images import open_images
+from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError
 from d2o.methods.base import Setup, get_method
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
-from d2o.teachers.generate import PairSettings, make_pairs
+from d2o.teachers.compute import Compute
+from d2o.teachers.generate import make_pairs
 from d2o.teachers.registry import load_teacher
 
 Report = Callable[[str], None]
 
 
-def pair_folder(recipe: Any) -> Path:
+def pair_folder(recipe: Any) -> Path | str:
     """Where the recipe's pairs are, or will be: `pairs.path`, or a name made of the settings under runs/pairs."""
     pairs = recipe.pairs
     if pairs.path:
-        return Path(pairs.path)
-    teacher = Path(str(recipe.teacher)).stem
-    cfg = "" if pairs.cfg == 1.0 else f"-cfg{pairs.cfg:g}"
-    labels = "" if pairs.labels == "random" else f"-{pairs.labels.replace(',', '_')}"
-    return Path("runs") / "pairs" / f"{teacher}-{pairs.solver}{pairs.steps}{cfg}{labels}-n{pairs.n}-seed{pairs.seed}"
+        return pairs.path if "://" in pairs.path else Path(pairs.path)
+    words = [Path(str(recipe.teacher)).stem, f"{pairs.solver}{pairs.steps}"]
+    words += [pairs.spacing] if pairs.spacing else []
+    words += ["x0"] if pairs.final != "scheduler" else []
+    words += [f"eta{pairs.eta:g}"] if pairs.eta else []
+    words += [] if pairs.cfg == 1.0 else [f"cfg{pairs.cfg:g}"]
+    words += [] if pairs.labels == "random" else [pairs.labels.replace(",", "_")]
+    words += [Path(pairs.prompts).stem + (f"x{pairs.per_prompt}" if pairs.per_prompt > 1 else "")] if pairs.prompts else []
+    words += [] if pairs.rewire == "none" else [pairs.rewire]
+    words += [word for word, plain in ((pairs.dtype, "fp32"), (f"net_{pairs.precision}", "net_fp32")) if word != plain]
+    return Path("runs") / "pairs" / "-".join([*words, f"n{pairs.n}", f"seed{pairs.seed}"])
 
 
 def pair_settings(recipe: Any) -> PairSettings:
     pairs = recipe.pairs
-    return PairSettings(
-        teacher=recipe.teacher, n=pairs.n, seed=pairs.seed, solver=pairs.solver, steps=pairs.steps, cfg=pairs.cfg, labels=pairs.labels,
-        shard_size=pairs.shard_size, store_noise=pairs.store_noise,
-    )  # fmt: skip
+    names = [field.name for field in fields(PairSettings) if field.name != "teacher" and hasattr(pairs, field.name)]
+    return PairSettings(recipe.teacher, **{name: getattr(pairs, name) for name in names})
 
 
 def prepare(
@@ -46,7 +53,7 @@ def prepare(
     method = get_method(recipe.method)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed)
     if recipe.teacher is not None:
-        setup.teacher = load_teacher(recipe.teacher, device)
+        setup.teacher = load_teacher(recipe.teacher, device, say=say)
     if start is not None:
         setup.start = load_student(start, device)
     if method.data == "images":
@@ -60,8 +67,9 @@ def prepare(
     if method.data == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
-        folder = pair_folder(recipe)
-        make_pairs(pair_settings(recipe), folder, batch=recipe.pairs.batch, device=device, say=say, progress=progress, stop=stop)
+        folder, p = pair_folder(recipe), recipe.pairs
+        compute = Compute(p.batch, precision=p.precision, channels_last=p.channels_last)
+        make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
         setup.pairs = PairStore(folder)
     return setup
 

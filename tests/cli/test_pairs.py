@@ -1,5 +1,10 @@
 """`d2o pairs` on the command line."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from d2o.cli.app import main
@@ -27,7 +32,7 @@ SMALL = ["--teacher", "t.safetensors", "--n", 12, "--out", "p", "--steps", 2, "-
 
 def test_make_again_verify_damage_and_repair(run, tmp_path):
     code, out, err = run(*SMALL, "--labels", "0,1", "--cfg", 2, "--dtype", "fp16", "--seed", 9, "--solver", "euler", "--store-noise")
-    assert code == 0 and out == "" and "p: 12 pairs of 4 network calls in 3 shards" in err and "12/12" in err
+    assert code == 0 and out == "" and "p: 12 pairs of 2 network evaluations (4 passes) in 3 shards" in err and "12/12" in err
     store = PairStore(tmp_path / "p")
     assert store.settings.command("p").endswith("--seed 9 --solver euler --steps 2 --cfg 2 --labels 0,1 --shard-size 4 --dtype fp16 --store-noise")
     code, out, err = run(*store.settings.command("p").split()[2:])
@@ -58,6 +63,15 @@ def test_make_again_verify_damage_and_repair(run, tmp_path):
         (["--teacher", "t.safetensors", "--n", "three", "--out", "p"], "integer"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "t.safetensors"], "is a file; expected a folder"),
         (["--verify", "nowhere"], "nowhere is not a pair store"),
+        (["--stats", "nowhere"], "nowhere is not a pair store"),
+        (["--stats", "a", "--verify", "a"], "two different things"),
+        (["--merge", "nowhere"], "--out is missing"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--worker", "3/3"], "expected INDEX/COUNT"),
+        (["--teacher", "t.safetensors", "--out", "p", "--prompts", "none.txt"], "none.txt"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "nosuch://p"], "nosuch"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--compile", "all"], "unknown compile 'all'"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--spacing", "leading"], "takes Karras' steps"),
     ],
 )
 def test_mistakes_are_one_line_and_create_nothing(run, tmp_path, words, message):
@@ -76,3 +90,48 @@ def test_other_ranks_are_silent(run, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(*SMALL) == (0, "", "")
+
+
+def test_shares_stats_and_merge(run, tmp_path):
+    words = [word if word != "p" else None for word in SMALL]
+    for index in range(2):
+        part = [f"part{index}" if word is None else word for word in words]
+        code, _, err = run(*part, "--worker", f"{index}/2", "--share-only", "--steps", 3, "--solver", "dpmpp", "--rewire", "permute")
+        assert code == 0 and f"share {index}/2 is finished; {index + 1} of 3 shards are other workers'" in err
+    code, out, _ = run("--stats", "part0")
+    assert code == 0 and json.loads(out)["pairs"] == 8 and json.loads(out)["nfe_per_pair"] == 3
+    assert run("--merge", "part0", "--merge", "part1", "--out", "whole")[0] == 0
+    assert run("--verify", "whole")[0] == 0 and len(PairStore(tmp_path / "whole")) == 12
+
+
+PEAK = """
+import resource, sys
+from d2o.cli.app import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
+    tiny_teacher(tmp_path / "t.safetensors")
+
+    def peak(n):
+        words = ["--teacher", tmp_path / "t.safetensors", "--n", n, "--out", tmp_path / f"p{n}", "--steps", 1, "--shard-size", 256, "--device", "cpu"]
+        command = [sys.executable, "-c", PEAK, "pairs", *map(str, words)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert peak(10_000) < peak(1_000) + 25  # MiB
+    assert len(PairStore(tmp_path / "p10000")) == 10_000
+
+
+def test_teachers_are_listed(run, capsys):
+    for name, expected in (([], "edm2-img512-xxl"), (["sd15"], "CreativeML OpenRAIL-M"), (["tiny-sd"], "ships with d2o")):
+        with pytest.raises(SystemExit) as end:
+            main(["teachers", *name])
+        assert end.value.code == 0 and expected in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["teachers", "sd14"])
+    assert end.value.code == 2 and "did you mean 'sd15'" in capsys.readouterr().err

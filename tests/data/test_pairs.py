@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from d2o.data.pairs import PairSettings, PairStore, store_folder, verify
+from d2o.data.pair_files import store_folder
+from d2o.data.pair_settings import PairSettings
+from d2o.data.pair_tools import verify
+from d2o.data.pairs import PairStore
 from d2o.diffusion.noise import noise_and_labels, noise_for_seeds
 from d2o.errors import UserError
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.runtime import StopFlag, Stopped
 from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from tests.helpers import tiny_teacher
 from tests.workers import files, finish, start, wait_for
@@ -34,7 +38,8 @@ def build(teacher, tmp_path):
     def run(name="store", how=None, **settings):
         settings = {"n": 20, "solver": "euler", "steps": 2, "shard_size": 8, **settings}
         how = {"batch": 4, "threads": 1, "teacher": teacher[1], **(how or {})}
-        return make_pairs(PairSettings(str(teacher[0]), **settings), tmp_path / name, **how)
+        compute = Compute(**{name: how.pop(name) for name in [*how] if name in Compute.__dataclass_fields__})
+        return make_pairs(PairSettings(str(teacher[0]), **settings), tmp_path / name, compute=compute, **how)
 
     return run
 
@@ -48,7 +53,7 @@ def arguments(teacher, out, **more):
 def reference(teacher, tmp_path_factory):
     """The files of a store made in one go."""
     out = tmp_path_factory.mktemp("reference") / "store"
-    make_pairs(PairSettings(str(teacher[0]), 20, solver="euler", steps=2, shard_size=8), out, batch=4, threads=1, teacher=teacher[1])
+    make_pairs(PairSettings(str(teacher[0]), 20, solver="euler", steps=2, shard_size=8), out, compute=Compute(4, 1), teacher=teacher[1])
     return files(out)
 
 
@@ -99,7 +104,7 @@ def test_bytes_are_the_same_after_a_kill(teacher, reference, tmp_path, die_in, d
     with pytest.raises(UserError, match=r"not finished: . of 3 shards are missing"):
         PairStore(out)
     settings = PairSettings(str(teacher[0]), 20, solver="euler", steps=2, shard_size=8)
-    store = make_pairs(settings, out, teacher=teacher[1], threads=2, batch=5)  # what was recorded holds, not these
+    store = make_pairs(settings, out, teacher=teacher[1], compute=Compute(5, 2))  # what was recorded holds, not these
     assert files(out) == reference and store.verify() == []
 
 
@@ -328,7 +333,7 @@ def test_guidance(build, teacher):
     noise, labels, target = store.batch(range(4))
     assert torch.allclose(target, teacher[1].sample(noise, labels, "euler", 2, cfg=3.0), atol=1e-4)
     assert not torch.allclose(target, teacher[1].sample(noise, labels, "euler", 2), atol=1e-2)
-    assert store.settings.nfe == 4
+    assert (store.settings.nfe, store.settings.forwards) == (2, 4)
 
 
 @pytest.mark.parametrize("dtype, error", [("fp16", 2e-3), ("bf16", 2e-2)])
@@ -343,8 +348,8 @@ def test_number_formats(build, dtype, error):
 def test_values_that_are_not_finite_are_refused_with_their_seed(build, teacher, monkeypatch, tmp_path):
     sample = Teacher.sample
 
-    def broken(self, noise, *rest):
-        x = sample(self, noise, *rest).clone()
+    def broken(self, noise, *rest, **more):
+        x = sample(self, noise, *rest, **more).clone()
         x[noise[:, 0, 0, 0] == noise_for_seeds([1013], (1, 8, 8))[0, 0, 0, 0]] = bad
         return x
 
@@ -379,7 +384,7 @@ def test_a_full_disk_is_one_line_and_the_store_goes_on_later(build, reference, m
 def test_settings_in_words_and_back(tmp_path):
     settings = PairSettings("digits", 7, seed=3, cfg=2.5, labels="1,2", store_noise=True, dtype="bf16", steps=4)
     manifest = {"settings": settings.to_dict()}
-    assert PairSettings.from_manifest(manifest) == settings and settings.nfe == 14
+    assert PairSettings.from_manifest(manifest) == settings and (settings.nfe, settings.forwards) == (7, 14)
     assert settings.command("my pairs") == (
         "d2o pairs --teacher digits --n 7 --out 'my pairs' --seed 3 --steps 4 --cfg 2.5 --labels 1,2 --dtype bf16 --store-noise"
     )

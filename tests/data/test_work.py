@@ -4,9 +4,11 @@ import threading
 import time
 
 import pytest
+import torch
 
 from d2o.data.work import BEHIND, Unit, Vanished, WorkFolder, ahead, cut, fill
 from d2o.errors import UserError
+from d2o.interop.safetensors_io import file_sha256, load_file, save_file
 
 MANIFEST = {"format": "test", "version": 1, "files": []}
 
@@ -51,6 +53,49 @@ def test_a_unit_is_left_until_its_whole_file_is_there(folder):
     assert folder.left(units) == units[1:]
     (folder.path / "u0").write_text("ab")
     assert folder.left(units) == units
+
+
+def test_files_are_saved_whole_and_described(folder, tmp_path):
+    tensors = {"x": torch.arange(6.0).view(2, 3), "y": torch.ones(3, dtype=torch.bfloat16)}
+    saved = folder.save("u0.safetensors", tensors, {"b": 1, "a": 2})
+    save_file(tmp_path / "same.safetensors", tensors, {"a": 2, "b": 1})
+    path = folder.local("u0.safetensors")
+    assert path.read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+    assert saved == {"bytes": path.stat().st_size, "sha256": file_sha256(path)} and folder.sha256("u0.safetensors") == saved["sha256"]
+    assert torch.equal(load_file(path)[0]["x"], tensors["x"])
+    assert folder.size("u0.safetensors") == saved["bytes"] and folder.exists("u0.safetensors")
+    assert folder.size("u1.safetensors") == -1 and not folder.exists("u1.safetensors")
+    assert folder.sizes(["u1.safetensors", "u0.safetensors"]) == {"u0.safetensors": saved["bytes"], "u1.safetensors": -1}
+    with pytest.raises(UserError, match="cannot read .*u1.safetensors"):
+        folder.sha256("u1.safetensors")
+
+
+def test_a_file_that_cannot_be_written_leaves_no_trace(folder):
+    (folder.path / "u0").mkdir()
+    with pytest.raises(UserError, match="cannot write .*u0: a folder of that name is in the way"):
+        folder.save("u0", {"x": torch.ones(1)}, {})
+    assert sorted(p.name for p in folder.path.iterdir() if p.name != ".locks") == ["manifest.json", "u0"]
+
+
+def test_notes_lie_beside_the_work_and_never_stop_it(tmp_path):
+    folder = WorkFolder(tmp_path / "work", "test", "files")
+    folder.note("node7/rank 1", {"pairs": 3})
+    assert [p.name for p in (folder.path / "timing").iterdir()] == ["node7-rank-1.json"]
+    folder.open(MANIFEST)  # a folder with nothing but notes is as good as empty
+    folder.note("node7/rank 1", {"pairs": 4})
+    folder.note("node6", {"pairs": 1})
+    (folder.path / "timing" / "node5.json").write_text("{")
+    assert folder.notes() == [{"pairs": 1}, {"pairs": 4}]
+    blocked = WorkFolder(tmp_path / "file", "test", "files")
+    (tmp_path / "file").write_text("")
+    blocked.note("a", {})
+    assert blocked.notes() == []
+
+
+def test_foreign_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("!")
+    with pytest.raises(UserError, match=r"holds files that are not of a test folder \(thesis.tex\)"):
+        WorkFolder(tmp_path, "test", "files").open(MANIFEST)
 
 
 def test_writing_overlaps_making_within_bounds(folder):
@@ -135,6 +180,24 @@ def test_ahead_keeps_the_order_and_computes_one_in_advance():
     time.sleep(0.05)
     assert begun == [1, 2]
     assert list(results) == [4, 6] and list(ahead(double, [])) == []
+
+
+@pytest.mark.parametrize("depth, most", [(0, 1), (1, 2), (3, 4)])
+def test_ahead_is_no_further_ahead_than_it_should(depth, most):
+    begun = []
+
+    def note(x):
+        begun.append(x)
+        return x
+
+    results = ahead(note, range(100), depth)
+    for k in range(5):
+        assert next(results) == k
+        time.sleep(0.02)
+        assert len(begun) == k + most
+    before = threading.active_count()
+    results.close()
+    assert len(begun) <= 4 + most and threading.active_count() == before - (depth > 0)
 
 
 def test_ahead_passes_errors_on():

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from d2o.diffusion.noise import noise_and_labels, noise_for_seeds
+from d2o.diffusion.noise import StepNoise, noise_and_labels, noise_for_seeds
 
 
 def test_a_samples_noise_depends_on_its_seed_alone():
@@ -55,3 +56,31 @@ def test_noise_is_standard_normal_and_labels_uniform():
 def test_no_seeds_no_noise():
     noise, labels = noise_and_labels([], (1, 4, 4), 10)
     assert noise.shape == (0, 1, 4, 4) and labels.shape == (0,)
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_steps_noise_goes_on_where_the_start_noise_ended(classes):
+    """EDM's order in every sample's generator: float32 noise, the label if there are classes, then float64 noise for each step."""
+    seeds, shape = [7, 0, 2**32 + 5], (1, 3, 5)
+    steps = StepNoise(seeds, shape, classes)
+    draws = [steps() for _ in range(3)]
+    noise, labels = noise_and_labels(seeds, shape, classes)
+    for i, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed % 2**32)
+        assert torch.equal(noise[i], torch.randn(shape, generator=generator))
+        if classes:
+            assert labels[i] == torch.randint(classes, (), generator=generator)
+        for draw in draws:
+            assert draw.dtype == torch.float64 and torch.equal(draw[i], torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def test_steps_noise_depends_on_the_seed_alone_and_is_fresh():
+    together = StepNoise(range(400), (2, 8), 10)
+    alone = StepNoise([123], (2, 8), 10)
+    first, second = together(), together()
+    assert torch.equal(alone()[0], first[123]) and torch.equal(alone()[0], second[123])
+    start = noise_for_seeds(range(400), (2, 8)).double()
+    for a, b in ((first, second), (first, start), (second, start)):
+        assert abs((a * b).mean()) < 0.05  # four standard errors
+    assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.04
+    assert StepNoise([], (2, 8))().shape == (0, 2, 8)

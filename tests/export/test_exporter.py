@@ -28,7 +28,7 @@ def names(folder):
 def test_an_unknown_format_or_dtype_lists_the_known_and_the_nearest(student):
     with pytest.raises(UserError, match="unknown format 'onx': did you mean 'onnx'") as caught:
         export_checkpoint(student, "onx")
-    assert caught.value.hint == "known: onnx, program, safetensors"
+    assert caught.value.hint == "known: diffusers, onnx, program, safetensors"
     with pytest.raises(UserError, match="unknown dtype 'fp61': did you mean 'fp16'"):
         export_checkpoint(student, "safetensors", dtype="fp61")
 

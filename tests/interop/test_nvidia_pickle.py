@@ -9,9 +9,7 @@ import os
 import pickle
 import random
 import struct
-import sys
 import tracemalloc
-import types
 import warnings
 from pathlib import Path
 
@@ -25,64 +23,13 @@ from d2o.interop.inert_pickle import InertPickle
 from d2o.interop.nvidia_pickle import EXPECTED, MAX_OPCODES, STORAGE, read_nvidia_pickle, read_storage
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.teachers.registry import load_teacher
+from tests.interop.nvidia_writer import EasyDict, Persistent, Run, damage, dumps, official, outcome
 
+pytestmark = pytest.mark.usefixtures("nvidia_modules")
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
 SONG = {"img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 16, "channel_mult": [1, 2],
         "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1, "augment_dim": 9}  # fmt: skip
 NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
-
-
-class EasyDict(dict):
-    __module__ = "dnnlib.util"
-
-
-def _reconstruct_persistent_obj(meta):
-    raise AssertionError("executed")
-
-
-_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-
-
-class Persistent:
-    """Pickles as NVIDIA's persistent classes do."""
-
-    def __init__(self, class_name, state, **meta):
-        self.meta = {"type": "class", "version": 6, "module_src": "raise SystemExit", "class_name": class_name, "state": state, **meta}
-
-    def __reduce__(self):
-        return _reconstruct_persistent_obj, (self.meta,)
-
-
-class Run:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.fixture(autouse=True)
-def nvidia_modules(monkeypatch):
-    """The names that the official pickles refer to, for the pickler to find while it writes."""
-
-    for thing in (_reconstruct_persistent_obj, EasyDict):
-        module = types.ModuleType(thing.__module__)
-        setattr(module, thing.__name__, thing)
-        monkeypatch.setitem(sys.modules, thing.__module__.partition(".")[0], types.ModuleType("package"))
-        monkeypatch.setitem(sys.modules, thing.__module__, module)
-
-
-def official(module, kwargs=None):
-    """A module of ours as the official code would pickle its counterpart."""
-    state = {**module.__dict__, "_init_args": (), "_init_kwargs": kwargs or {}, "skip_scale": np.float64(0.5)}
-    state["_modules"] = {name: child if child is None else official(child) for name, child in module._modules.items()}
-    if isinstance(module, nn.ModuleDict):
-        container = nn.ModuleDict()
-        container._modules = state["_modules"]
-        return container
-    return Persistent(type(module).__name__, state)
 
 
 def network(kwargs):
@@ -91,12 +38,6 @@ def network(kwargs):
     arch = "adm" if kwargs["model_type"] == "DhariwalUNet" else "ncsnpp" if kwargs.get("encoder_type") == "residual" else "ddpmpp"
     torch.manual_seed(0)
     return EDMPrecond(arch, **{ours.get(k, k): v for k, v in kwargs.items() if k != "model_type"})
-
-
-def dumps(root, protocol=4):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: TypedStorage is deprecated
-        return pickle.dumps(root, protocol=protocol)
 
 
 def small(state=None, root=None, **kwargs):
@@ -186,15 +127,6 @@ def test_half_precision_weights_become_float32_and_no_classes_no_labels(tmp_path
     teacher = load_teacher(path)
     assert teacher.spec.condition == "none" and teacher.spec.classes == 0
     assert {t.dtype for t in teacher.network.state_dict().values()} == {torch.float32}
-
-
-@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "EDM_2_Precond_Generator"])
-def test_other_networks_are_read_but_not_run(tmp_path, name):
-    path = tmp_path / "other.pkl"
-    path.write_bytes(dumps({"ema": Persistent(name, small()["ema"].meta["state"])}))
-    assert read_nvidia_pickle(path).class_name == name
-    with pytest.raises(UserError, match=f"class {name}.*cannot run yet"):
-        load_teacher(path)
 
 
 def test_values_that_we_have_no_use_for_are_passed_over(tmp_path):
@@ -441,19 +373,6 @@ def test_references_cannot_multiply_modules(tmp_path):
 # Damage
 
 
-def outcome(path, content):
-    """Read `content` and configure a network; anything but success or UserError escapes."""
-    path.write_bytes(content)
-    try:
-        found = read_nvidia_pickle(path)
-        found.config()
-    except UserError as error:
-        assert error.message and "\n" not in error.message
-        return "refused"
-    assert sum(t.nbytes for t in found.state_dict.values()) <= len(content)
-    return "read"
-
-
 @pytest.mark.timeout(120)
 def test_truncated_files(tmp_path):
     content = dumps(small())
@@ -469,18 +388,5 @@ def test_damaged_files_are_read_or_refused(tmp_path, seed):
     rng = random.Random(seed)
     seen = set()
     for _ in range(250):
-        damaged = bytearray(content)
-        for _ in range(rng.choice([1, 1, 1, 2, 8])):
-            place = rng.randrange(len(damaged))
-            match rng.randrange(4):
-                case 0:
-                    damaged[place] ^= 1 << rng.randrange(8)
-                case 1:
-                    damaged[place] = rng.randrange(256)
-                case 2:
-                    del damaged[place : place + rng.randrange(1, 40)]
-                case 3:
-                    other = rng.randrange(len(damaged))
-                    damaged[place:place] = damaged[other : other + rng.randrange(1, 40)]
-        seen.add(outcome(tmp_path / "x.pkl", bytes(damaged)))
+        seen.add(outcome(tmp_path / "x.pkl", damage(content, rng)))
     assert seen == {"read", "refused"}

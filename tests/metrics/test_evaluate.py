@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2o.data.draws import draw
 from d2o.data.images import open_images, to_uint8
-from d2o.data.pairs import PairSettings
+from d2o.data.pair_settings import PairSettings
 from d2o.errors import UserError
 from d2o.metrics import reference, subjects
 from d2o.metrics.evaluate import FrechetEvaluator, quick_fd

@@ -27,8 +27,9 @@ def run(*arguments: object) -> int:
 def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini):
     recipe = load_recipe(name, mini=mini)
     plan = make_plan(recipe)
-    assert recipe.name == name and sum(plan.networks.values()) > 1000
-    assert all("pair store" in reason for reason in plan.missing), plan.missing
+    assert recipe.name == name and (sum(plan.networks.values()) > 1000 or plan.missing)
+    brought = "cifar10-train.zip"  # data that the user brings
+    assert all("pair store" in reason or brought in reason for reason in plan.missing), plan.missing
     head = find_recipe(name).read_text().split("name:")[0]
     assert f"recipes/{name}.yaml" in head and ("Cost" in head or "budget" in head)
     assert "mini" in find_recipe(name).read_text()

@@ -9,7 +9,9 @@ import torch
 
 from d2o.data.archive import archive_for, check_free
 from d2o.data.images import open_images, to_uint8
+from d2o.data.prompts import Prompts
 from d2o.diffusion.noise import noise_and_labels, noise_for_seeds
+from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, load_student
@@ -66,7 +68,7 @@ def test_an_image_is_what_the_student_makes_of_its_seed(build, student, suffix):
 
 def test_a_teacher_samples_from_the_same_noise(build):
     teacher = tiny_teacher()
-    out = build(sampler=teacher_sampler(teacher, "heun", 3), seed=7)
+    out = build(sampler=teacher_sampler(teacher, Solver("heun", 3)), seed=7)
     noise, labels = noise_and_labels(range(7, 27), (1, 8, 8), 10)
     expected = to_uint8(teacher.decode(teacher.sample(noise, labels, "heun", 3)))
     found = open_images(out)
@@ -79,9 +81,9 @@ def test_the_record_says_what_made_the_images(build, student):
     assert record["source"]["kind"] == "student" and record["source"]["checkpoint"]["teacher"]["name"] == "tiny"
     assert record["source"]["sha256"] == load_student(student).fingerprint
     assert record["compute"]["batch"] == 4 and "chunk" not in record["compute"]
-    record = check_free(archive_for(build("t.tar", sampler=teacher_sampler(tiny_teacher(), "euler", 2, 3.0))))
-    source = {name: record["source"][name] for name in ("kind", "solver", "steps", "cfg", "nfe", "licence")}
-    assert source == {"kind": "teacher", "solver": "euler", "steps": 2, "cfg": 3.0, "nfe": 4, "licence": "CC0-1.0"}
+    record = check_free(archive_for(build("t.tar", sampler=teacher_sampler(tiny_teacher(), Solver("euler", 2), 3.0))))
+    source = {name: record["source"][name] for name in ("kind", "solver", "steps", "cfg", "nfe", "forwards", "licence")}
+    assert source == {"kind": "teacher", "solver": "euler", "steps": 2, "cfg": 3.0, "nfe": 2, "forwards": 4, "licence": "CC0-1.0"}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -220,9 +222,12 @@ def test_bad_settings_create_nothing(build, tmp_path, settings, message):
 
 def test_bad_teacher_settings():
     teacher = tiny_teacher()
-    for arguments, message in ((("rk4",), "unknown solver"), (("heun", 0), "steps must be")):
+    for solver, message in ((Solver("rk4"), "unknown solver"), (Solver("heun", 0), "steps must be"), (Solver("sde", 4), "is deterministic"),
+                            (Solver("heun", 4, spacing="leading"), "takes Karras' steps")):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            teacher_sampler(teacher, *arguments)
+            teacher_sampler(teacher, solver)
+    with pytest.raises(UserError, match="takes no prompts"):
+        teacher_sampler(teacher, prompts=Prompts.from_list(["a seven"]))
 
 
 def test_one_image(build):
@@ -284,5 +289,5 @@ def test_a_teacher_is_not_asked_for_gradients(build, monkeypatch):
     seen = []
     real = Teacher.denoise
     monkeypatch.setattr(Teacher, "denoise", lambda self, *a: seen.append(torch.is_inference_mode_enabled()) or real(self, *a))
-    build(sampler=teacher_sampler(tiny_teacher(), "euler", 1))
+    build(sampler=teacher_sampler(tiny_teacher(), Solver("euler", 1)))
     assert seen and all(seen)

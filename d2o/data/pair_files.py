@@ -1,0 +1,114 @@
+"""The shards of a pair store: what is in one, how it is written, and how one is recognised that a killed worker left behind."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2o.data.folder import Folder
+from d2o.data.pair_settings import DTYPES, FORMAT, PairSettings
+from d2o.data.prompts import pack, unpack
+from d2o.data.remote import open_folder
+from d2o.data.work import MANIFEST, Unit
+from d2o.diffusion.noise import noise_for_seeds
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import load_file
+
+
+@dataclass
+class Made:
+    """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype, class indices [n] or
+    prompts, and `image` uint8 [n, 3, H, W] if decoded."""
+
+    noise: Tensor
+    target: Tensor
+    labels: Tensor | None = None
+    prompts: list[str] | None = None
+    image: Tensor | None = None
+
+
+def store_folder(path: Any) -> Folder:
+    return open_folder(str(path), FORMAT, "shards")
+
+
+def open_store(path: str | Path) -> tuple[Folder, dict[str, Any], PairSettings]:
+    """(folder, manifest, settings) of a store, finished or not. UserError: no store there, or its manifest is damaged."""
+    folder = store_folder(path)
+    manifest = folder.manifest()
+    if manifest is None:
+        raise UserError(f"{path} is not a pair store (no {MANIFEST})", f"make one: d2o pairs --teacher digits --n 8192 --out {path}")
+    try:
+        return folder, manifest, PairSettings.from_manifest(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder.url}/{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+
+
+def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
+    """The metadata of a shard: what its content depends on, nothing else (not the teacher's path, nor how many pairs follow)."""
+    settings, compute = PairSettings.from_manifest(manifest), manifest["compute"]
+    made: dict[str, Any] = {"solver": settings.ode.to_dict()}
+    made |= {name: getattr(settings, name) for name in ("seed", "cfg", "labels", "rewire", "dtype", "store_noise", "decode")}
+    made |= {name: compute[name] for name in compute if name not in ("torch", "processor")}
+    made |= {"start": unit.start, "n": unit.n, "teacher_sha256": manifest["teacher"]["sha256"]}
+    if "prompts" in manifest:
+        made |= {"prompts_sha256": manifest["prompts"]["sha256"], "per_prompt": settings.per_prompt}
+    if settings.rewire != "none":
+        made["permuted"] = settings.n  # the permutation is over all pairs
+    return {"format": FORMAT + "-shard", "version": 1, **made}
+
+
+def write_shard(folder: Folder, manifest: dict[str, Any], unit: Unit, made: Made) -> dict[str, Any]:
+    """Write the shard; returns its entry for the manifest."""
+    tensors = {"target": made.target}
+    if made.labels is not None:
+        tensors["label"] = made.labels
+    if made.prompts is not None:
+        tensors |= pack(made.prompts)
+    if made.image is not None:
+        tensors["image"] = made.image
+    if manifest["settings"]["store_noise"]:
+        tensors["noise"] = made.noise
+    return _entry(unit, folder.save(unit.file, tensors, shard_record(manifest, unit)), made.noise)
+
+
+def adopt_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[str, Any] | None:
+    """The entry of a shard whose file is there but not recorded (its worker was killed in between); None if missing or not trusted."""
+    if folder.size(unit.file) < 0:
+        return None
+    try:
+        path = folder.local(unit.file)
+        tensors, meta = load_file(path)
+    except UserError:
+        return None
+    shape, dtype = (unit.n, *manifest["spec"]["shape"]), DTYPES[manifest["settings"]["dtype"]]
+    target = tensors.get("target")
+    if meta != shard_record(manifest, unit) or target is None or tuple(target.shape) != shape or target.dtype != dtype:
+        return None
+    noise = unit_noise(manifest, unit)
+    if "noise" in tensors and not torch.equal(tensors["noise"], noise):
+        return None
+    return _entry(unit, {"bytes": path.stat().st_size, "sha256": folder.sha256(unit.file)}, noise)
+
+
+def _entry(unit: Unit, saved: dict[str, Any], noise: Tensor) -> dict[str, Any]:
+    return {"file": unit.file, "start": unit.start, "n": unit.n, **saved, "noise_sha256": noise_sha256(noise)}
+
+
+def unit_noise(manifest: dict[str, Any], unit: Unit) -> Tensor:
+    """The noise of the unit's pairs, derived from their seeds."""
+    first = manifest["settings"]["seed"] + unit.start
+    return noise_for_seeds(range(first, first + unit.n), manifest["spec"]["shape"])
+
+
+def noise_sha256(noise: Tensor) -> str:
+    return hashlib.sha256(noise.contiguous().numpy().data).hexdigest()
+
+
+def prompts_of(tensors: dict[str, Tensor], rows: Tensor | None = None) -> list[str]:
+    """The prompts of a shard's rows (all by default)."""
+    return unpack(tensors, torch.arange(len(tensors["prompt_ends"])) if rows is None else rows)

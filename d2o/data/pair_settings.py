@@ -1,0 +1,185 @@
+"""What a pair store holds: the settings it was made with, and its manifest."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2o import __version__
+from d2o.data.draws import check_range, label_mode
+from d2o.data.work import Unit, cut
+from d2o.diffusion.noise import noise_for_seeds
+from d2o.diffusion.solvers import Solver
+from d2o.errors import UserError, unknown
+
+FORMAT = "d2o-pairs"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REWIRES = ("none", "permute")
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What a store holds: `n` pairs with seeds `seed` .. `seed + n - 1`.
+
+    `solver`, `steps`: the teacher's usual ones if None; the options behind them are those of `diffusion.solvers.Solver`. `cfg` 1 is no
+    guidance; `labels` as `draws.label_mode` takes it; `prompts` a file (txt, jsonl, parquet), of which pair i has line (i // per_prompt) mod
+    their number; `rewire` "permute" gives every noise the output of another one (Kang et al. 2024, appendix D: a student learns nothing from
+    it); `dtype` of the targets on disk: fp32, fp16 or bf16; `decode` keeps the images, as uint8, beside the latents.
+    """
+
+    teacher: str
+    n: int
+    seed: int = 0
+    solver: str | None = None
+    steps: int | None = None
+    spacing: str | None = None
+    final: str = "scheduler"
+    eta: float = 0.0
+    s_churn: float = 40.0
+    s_min: float = 0.05
+    s_max: float = 50.0
+    s_noise: float = 1.003
+    cfg: float = 1.0
+    labels: str = "random"
+    prompts: str | None = None
+    per_prompt: int = 1
+    rewire: str = "none"
+    shard_size: int = 1024
+    dtype: str = "fp32"
+    store_noise: bool = False
+    decode: bool = False
+
+    def check(self) -> None:
+        """UserError: a value out of range. (Whether labels, prompts and solver fit is known only with the teacher.)"""
+        check_range(self.n, self.seed)
+        self.ode.check()
+        for name in ("shard_size", "per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not (math.isfinite(self.cfg) and self.cfg >= 0):
+            raise UserError(f"cfg must be a number from 0 up, not {self.cfg}", "1 is no guidance")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.rewire not in REWIRES:
+            raise unknown("rewire", self.rewire, REWIRES)
+
+    def resolved(self, solver: str, steps: int) -> PairSettings:
+        """With the teacher's usual solver and steps where none were given."""
+        return replace(self, solver=self.solver or solver, steps=self.steps if self.steps is not None else steps)
+
+    @property
+    def ode(self) -> Solver:
+        """The solver. Its name and steps are Solver's own defaults as long as the settings are not `resolved`."""
+        given = {name: getattr(self, name) for name in ("spacing", "final", "eta", "s_churn", "s_min", "s_max", "s_noise")}
+        given |= {"name": self.solver} if self.solver is not None else {}
+        given |= {"steps": self.steps} if self.steps is not None else {}
+        return Solver(**given)
+
+    @property
+    def nfe(self) -> int:
+        """Denoiser evaluations for one pair as the papers count them: a guided one counts once."""
+        return self.ode.nfe
+
+    @property
+    def forwards(self) -> int:
+        """Network passes for one pair: a guided evaluation makes two."""
+        return self.ode.forwards(self.cfg)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "nfe": self.nfe, "forwards": self.forwards}
+
+    @classmethod
+    def from_manifest(cls, manifest: dict[str, Any]) -> PairSettings:
+        """The settings that a store was made with; an older one's lack what was the default then and is now. KeyError: not settings."""
+        recorded = manifest["settings"]
+        return cls(**{f.name: recorded[f.name] if f.default is MISSING else recorded.get(f.name, f.default) for f in fields(cls)})
+
+    def differences(self, other: PairSettings) -> list[str]:
+        """Each setting in which `other` differs from these, as "steps: 18 -> 9". Teachers differ by weights, prompts by content: below."""
+        names = [field.name for field in fields(self) if field.name not in ("teacher", "prompts")]
+        return [f"{name}: {getattr(self, name)} -> {getattr(other, name)}" for name in names if getattr(self, name) != getattr(other, name)]
+
+    def command(self, out: str | Path) -> str:
+        """The command line that makes or continues the store."""
+        words = ["d2o", "pairs", "--teacher", self.teacher, "--n", str(self.n), "--out", str(out)]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("teacher", "n") and value != field.default and not (field.name == "labels" and value in ("none", "text")):
+                option = "--" + field.name.replace("_", "-")
+                words += [option] if value is True else [option, f"{value:g}" if isinstance(value, float) else str(value)]
+        return shlex.join(words)
+
+    def units(self) -> list[Unit]:
+        return cut(self.n, self.shard_size, "shard-{:05d}.safetensors")
+
+    def prompt_numbers(self, start: int, n: int, count: int) -> np.ndarray:
+        """Which of `count` prompts the pairs start .. start + n - 1 have."""
+        return (np.arange(start, start + n) // self.per_prompt) % count
+
+    def sources(self, start: int, n: int) -> np.ndarray:
+        """The pairs whose noise (and label, or prompt) the targets of pairs start .. start + n - 1 were made from: their own, unless rewired."""
+        if self.rewire == "none":
+            return np.arange(start, start + n)
+        return _permutation(self.n, self.seed)[start : start + n]
+
+
+@functools.lru_cache(maxsize=1)
+def _permutation(n: int, seed: int) -> np.ndarray:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two manifests that matters: other settings, another teacher, or other prompts."""
+    found = PairSettings.from_manifest(old).differences(PairSettings.from_manifest(new))
+    was, now = old["teacher"], new["teacher"]
+    if was["sha256"] != now["sha256"]:
+        name = f"{was['name']} -> {now['name']}" if was["name"] != now["name"] else was["name"]
+        found.insert(0, f"teacher: {name} (weights {was['sha256'][:12]} -> {now['sha256'][:12]})")
+    before, after = old.get("prompts"), new.get("prompts")
+    if (before or {}).get("sha256") != (after or {}).get("sha256"):
+        found.append("prompts: " + " -> ".join(f"{p['path']} (sha256 {p['sha256'][:12]}, {p['count']:,})" if p else "none" for p in (before, after)))
+    return found
+
+
+def new_manifest(
+    settings: PairSettings, teacher: dict[str, Any], spec: dict[str, Any], compute: dict[str, Any], prompts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The manifest of a store without any shards yet. `teacher`: name, sha256, licence; `prompts`: path, sha256, count."""
+    labels = "text" if spec["condition"] == "text" else label_mode(settings.labels, spec["classes"], teacher["name"])
+    record = {
+        "format": FORMAT,
+        "version": 1,
+        "d2o": __version__,
+        "settings": {**settings.to_dict(), "labels": labels},
+        "teacher": teacher,
+        "spec": spec,
+        "compute": compute,
+        "noise_probe": probe(settings.seed, spec["shape"]),
+        "shards": [],
+    }
+    return record if prompts is None else {**record, "prompts": prompts}
+
+
+def probe(seed: int, shape: Sequence[int]) -> list[float]:
+    """The first few numbers of the first sample's noise."""
+    return noise_for_seeds([seed], shape).flatten()[:8].tolist()
+
+
+def check_probe(manifest: dict[str, Any], path: str | Path) -> None:
+    """UserError when this torch draws other random numbers than the one that made the store. Rounding (another processor) is no matter."""
+    settings = PairSettings.from_manifest(manifest)
+    now = probe(settings.seed, manifest["spec"]["shape"])
+    if not settings.store_noise and not np.allclose(now, manifest["noise_probe"], rtol=0, atol=1e-4):
+        maker = manifest["compute"]["torch"]
+        raise UserError(
+            f"{path} was made by torch {maker}; this torch, {torch.__version__}, draws other noise from the store's seeds",
+            "use that torch, or make the store again (with --store-noise the noise is kept and never derived)",
+        )

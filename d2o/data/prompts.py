@@ -1,0 +1,299 @@
+"""Prompt files of any length: .txt (one prompt a line), .jsonl and .parquet, read where they lie. In memory are sixteen bytes a prompt."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import mmap
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2o.data.objects import filesystem, local_path, whole_url
+from d2o.errors import UserError
+from d2o.interop.download import download, home
+from d2o.interop.safetensors_io import file_sha256
+
+COLUMNS = ("prompt", "text", "caption")
+"""Where .jsonl and .parquet files have their prompts: the first of these that the first line, or the table, has."""
+CHUNK = 2**24
+GROUPS = 2
+"""Row groups of a .parquet file that are kept in memory."""
+
+
+class Prompts(ABC):
+    """len(prompts), prompts[i] (counted from the end when negative), prompts.many(indices). Threads may share it; it can be pickled.
+
+    `path` is the file, or None; `sha256` the checksum of its bytes (without a file, of what `pack` makes of the prompts).
+    """
+
+    path: Path | None
+    sha256: str
+
+    @staticmethod
+    def from_list(prompts: Sequence[str]) -> Prompts:
+        """Prompts that are in no file. UserError: none, or not strings."""
+        return _Listed(prompts)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def many(self, indices: Iterable[int]) -> list[str]:
+        """The prompts of these numbers, in their order. IndexError: out of range."""
+
+    def __getitem__(self, index: int) -> str:
+        return self.many([index])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), 1024):
+            yield from self.many(range(first, min(first + 1024, len(self))))
+
+    def __reduce__(self) -> tuple[Callable[..., Prompts], tuple[Any, ...]]:
+        return open_prompts, (str(self.path),)
+
+    def _numbers(self, indices: Iterable[int]) -> list[int]:
+        whole = range(len(self))
+        return [whole[int(index)] for index in indices]
+
+
+def open_prompts(path: str | os.PathLike) -> Prompts:
+    """A prompt file, checked from beginning to end; an fsspec URL is copied into the cache first ($D2O_HOME), once for each of its versions.
+
+    .txt is UTF-8 with one prompt a line; the lines of .jsonl and the rows of .parquet have it under "prompt", else "text", else "caption".
+    Nothing is trimmed or changed but a byte order mark and the carriage returns of Windows. UserError: missing, empty, another format, not
+    UTF-8, a blank line that is not the last, a line without a prompt (told by its number); .parquet without pyarrow.
+    """
+    if (local := local_path(path)) is None:
+        local = str(_copied(whole_url(path)))
+    file = Path(local)
+    kinds: dict[str, Callable[[Path], Prompts]] = {".txt": _Lines, ".jsonl": _JsonLines, ".parquet": _Table}
+    if file.suffix.lower() not in kinds:
+        raise UserError(f"{path}: prompts come as {', '.join(kinds)}", "one prompt a line in a .txt is the simplest")
+    if not file.is_file():
+        raise UserError(f"no such file: {path}" if not file.exists() else f"{path} is a folder; expected a file of prompts")
+    try:
+        return kinds[file.suffix.lower()](file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _copied(url: str) -> Path:
+    """The local copy of that URL's present version."""
+    fs, path = filesystem(url)
+    try:
+        version = "" if url.startswith("http") else fs.ukey(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {url}") from error
+    except Exception as error:  # each backend has its own kinds
+        raise UserError(f"cannot read {url}: {error or type(error).__name__}", "check the address, the permissions and the network") from error
+    folder = hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:16]
+    return download(url, home() / "prompts" / folder / PurePosixPath(url.partition("?")[0]).name)
+
+
+class _Lines(Prompts):
+    """Lines of a mapped file. `_starts` and `_ends` are their places in it."""
+
+    def __init__(self, path: Path):
+        self.path, self.sha256 = path, file_sha256(path)
+        if not path.stat().st_size:
+            raise UserError(f"{path} holds no prompts: it is empty")
+        with open(path, "rb") as file:
+            self._data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._starts, self._ends = _cut_lines(path, self._data)
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def many(self, indices: Iterable[int]) -> list[str]:
+        return [self._prompt(i) for i in self._numbers(indices)]
+
+    def _prompt(self, i: int) -> str:
+        return self._text(i)
+
+    def _text(self, i: int) -> str:
+        try:
+            return self._data[self._starts[i] : self._ends[i]].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}, line {i + 1}: not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+
+    def _check(self) -> None:
+        """UserError: a line without a prompt, or not UTF-8."""
+        for first in range(0, len(self), 4096):
+            last = min(first + 4096, len(self)) - 1
+            try:
+                self._data[self._starts[first] : self._ends[last]].decode()
+            except UnicodeDecodeError:
+                for i in range(first, last + 1):
+                    self._text(i)
+
+
+def _cut_lines(path: Path, data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where each line starts and ends, int64. UserError: blank lines that are not the last."""
+    begin = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+    found = [np.flatnonzero(np.frombuffer(data[first : first + CHUNK], np.uint8) == 10) + first for first in range(0, len(data), CHUNK)]
+    ends = np.concatenate(found)
+    if data[-1:] != b"\n":
+        ends = np.append(ends, len(data))
+    starts = np.concatenate(([begin], ends[:-1] + 1))
+    content = np.frombuffer(data, np.uint8)
+    returns = (ends > starts) & (content[ends - 1] == 13)  # ends - 1 is -1 only for a line that is empty anyway
+    ends = ends - returns
+    blank = ends == starts
+    for i in np.flatnonzero(~blank & np.isin(content[np.minimum(starts, len(data) - 1)], (9, 32))):  # perhaps nothing but white space
+        blank[i] = not data[starts[i] : ends[i]].strip()
+    filled = np.flatnonzero(~blank)
+    if not len(filled):
+        raise UserError(f"{path} holds no prompts: its lines are blank")
+    count = int(filled[-1]) + 1
+    if blank[:count].any():
+        raise UserError(f"{path}, line {int(np.argmax(blank)) + 1} is blank", "remove it; every line is a prompt")
+    return starts[:count], ends[:count]
+
+
+class _JsonLines(_Lines):
+    def _check(self) -> None:
+        first = self._record(0)
+        self._column = next((name for name in COLUMNS if name in first), "")
+        if not self._column:
+            raise UserError(f"{self.path}, line 1: no {_either()}; it has {', '.join(first) or 'nothing'}")
+        for i in range(len(self)):
+            self._prompt(i)
+
+    def _record(self, i: int) -> dict[str, Any]:
+        text = self._text(i)
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path}, line {i + 1}: not JSON ({error})", "every line is an object on its own") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{self.path}, line {i + 1}: not an object with a {_either()}")
+        return record
+
+    def _prompt(self, i: int) -> str:
+        prompt = self._record(i).get(self._column)
+        if not isinstance(prompt, str):
+            raise UserError(f"{self.path}, line {i + 1}: its {self._column!r} is {'missing' if prompt is None else 'not a string'}")
+        return _whole_text(prompt, f"{self.path}, line {i + 1}")
+
+
+class _Table(Prompts):
+    """A column of a .parquet file; the row groups used last stay in memory."""
+
+    def __init__(self, path: Path):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{path}: reading .parquet takes pyarrow", "pip install 'd2o[pairs]'") from error
+        self.path, self.sha256 = path, file_sha256(path)
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path} is truncated or not a parquet file ({error})") from error
+        schema = self._file.schema_arrow
+        self._column = next((name for name in COLUMNS if name in schema.names), "")
+        if not self._column:
+            raise UserError(f"{path}: no column {_either()}; it has {', '.join(schema.names) or 'none'}")
+        rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._starts = [0, *np.cumsum(rows, dtype=np.int64).tolist()]
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        kind = schema.field(self._column).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UserError(f"{path}: its column {self._column!r} holds {kind}, not strings")
+        if not len(self):
+            raise UserError(f"{path} holds no prompts: it has no rows")
+        for group, start in enumerate(self._starts[:-1]):
+            values = self._values(group)
+            if values.null_count:
+                raise UserError(f"{path}, row {start + values.is_null().index(True).as_py() + 1}: its {self._column!r} is missing")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def many(self, indices: Iterable[int]) -> list[str]:
+        numbers = self._numbers(indices)
+        groups = [bisect.bisect_right(self._starts, i) - 1 for i in numbers]
+        found = [""] * len(numbers)
+        for group in sorted(set(groups)):  # each is read once
+            values = self._values(group)
+            for place in (k for k, g in enumerate(groups) if g == group):
+                found[place] = values[numbers[place] - self._starts[group]].as_py()
+        return found
+
+    def _values(self, group: int) -> Any:
+        with self._lock:
+            if group not in self._groups:
+                import pyarrow
+
+                try:
+                    self._groups[group] = self._file.read_row_group(group, columns=[self._column]).column(0)
+                except (pyarrow.ArrowInvalid, OSError) as error:
+                    raise UserError(f"{self.path} is damaged ({error})") from error
+                if len(self._groups) > GROUPS:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            return self._groups[group]
+
+
+class _Listed(Prompts):
+    path = None
+
+    def __init__(self, prompts: Sequence[str]):
+        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError("prompts: expected a list of at least one string")
+        self._tensors = pack(prompts)
+        digest = hashlib.sha256()
+        for tensor in self._tensors.values():
+            digest.update(tensor.numpy().tobytes())
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._tensors["prompt_ends"])
+
+    def many(self, indices: Iterable[int]) -> list[str]:
+        return unpack(self._tensors, self._numbers(indices))
+
+    def __reduce__(self) -> tuple[Callable[..., Prompts], tuple[Any, ...]]:
+        return Prompts.from_list, (list(self),)
+
+
+def pack(prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts as a shard holds them: `prompt_bytes` uint8, all their UTF-8 one after the other, and `prompt_ends` int64 [n], where each ends."""
+    texts = [_whole_text(prompt, f"prompt {i}").encode() for i, prompt in enumerate(prompts)]
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    return {"prompt_bytes": torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy()), "prompt_ends": torch.from_numpy(ends)}
+
+
+def unpack(tensors: dict[str, Tensor], indices: Iterable[int] | Tensor | np.ndarray) -> list[str]:
+    """The prompts with these numbers (from 0 up) of what `pack` made; other tensors may be beside them."""
+    data, ends = tensors["prompt_bytes"].numpy(), tensors["prompt_ends"].numpy()
+    index = np.asarray(indices if isinstance(indices, (Tensor, np.ndarray)) else list(indices), dtype=np.int64)
+    stops = ends[index]
+    starts = np.where(index > 0, ends[index - 1], 0)
+    return [data[start:stop].tobytes().decode() for start, stop in zip(starts.tolist(), stops.tolist())]
+
+
+def _whole_text(prompt: str, where: str) -> str:
+    """UserError: half a character, which JSON can spell and UTF-8 cannot."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: not Unicode text ({error.reason})") from error
+    return prompt
+
+
+def _either() -> str:
+    return ", ".join(repr(name) for name in COLUMNS[:-1]) + f" or {COLUMNS[-1]!r}"

@@ -1,0 +1,213 @@
+"""A text-to-image teacher as a diffusers folder: what `StableDiffusionPipeline.from_pretrained` reads, with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from d2o import __version__
+from d2o.errors import UserError
+from d2o.export.card import HUB_LICENCES
+from d2o.export.parity import Parity
+from d2o.interop import torchvision_compat
+from d2o.interop.safetensors_io import atomic_write, file_sha256, resolve_checkpoint, write_error
+from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DIGITS = "1,797 images of the UCI digits by E. Alpaydin and C. Kaynak, 1998, as scikit-learn ships them, CC-BY-4.0"
+PROMPTS = ("", "a photo of a dog")  # any text is a prompt; what the model makes of it must not change
+
+
+def write_diffusers(
+    checkpoint: str | Path, target: Path, dtype: str, check_n: int, tolerance: float, force: bool
+) -> tuple[Parity, dict[str, Any], bool]:
+    """Write `checkpoint` (a run folder or .safetensors of method latent-diffusion) as the folder `target`, weights in `dtype`.
+
+    The folder is read back by diffusers and compared in float32; it appears whole or not at all. Returns the comparison, the checkpoint's
+    metadata, and whether the same folder was there already. UserError: another kind of checkpoint, values that `dtype` cannot hold, a
+    difference above `tolerance`, or something else of that name (`force` replaces a diffusers folder, never anything else).
+    """
+    path = resolve_checkpoint(checkpoint)
+    model, meta = load_text_to_image(path)
+    if target.exists() and not _replaceable(target):
+        raise UserError(f"{target} exists and is not a diffusers folder", "--out names another")
+    with _beside(target) as folder:
+        _write(model, folder, dtype)
+        parity = _compare(model, folder, check_n, tolerance)
+        atomic_write(folder / "README.md", _card(meta, model, target.name, dtype, parity))
+        unchanged = _contents(folder) == _contents(target)
+        if not unchanged:
+            if _contents(target) and not force:
+                raise UserError(f"{target} exists and holds another model", "--force replaces it; --out names another")
+            _put(folder, target)
+        elif not (target / "README.md").exists():
+            (folder / "README.md").rename(target / "README.md")
+    return parity, meta, unchanged
+
+
+def _write(model: TextToImage, folder: Path, dtype: str) -> None:
+    import diffusers
+
+    parts = {name: ["diffusers", type(getattr(model, name)).__name__] for name in ("unet", "vae")}
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, "feature_extractor": [None, None],
+        "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], **parts,
+    }  # fmt: skip
+    atomic_write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    diffusers.DDIMScheduler(**SD_SCHEDULER).save_pretrained(folder / "scheduler")
+    for name, text in model.tokens.files().items():
+        atomic_write(folder / "tokenizer" / name, text)
+    for name in ("unet", "vae"):
+        part = getattr(model, name)
+        part.save_config(folder / name)
+        _save(part.state_dict(), folder / name / "diffusion_pytorch_model.safetensors", dtype)
+    encoder: Any = model.text_encoder
+    config = {**json.loads(encoder.config.to_json_string(use_diff=True)), "architectures": ["CLIPTextModel"]}
+    config = {key: value for key, value in config.items() if key not in ("dtype", "_name_or_path")}
+    config["torch_dtype"] = "float32"  # else transformers 5 keeps what is on disk, while diffusers makes float32 of the other parts
+    atomic_write(folder / "text_encoder" / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # Under the names that all published text encoders have; transformers 5 leaves `text_model.` away but reads it.
+    named = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in model.text_encoder.state_dict().items()}
+    _save({name: t for name, t in named.items() if t.is_floating_point()}, folder / "text_encoder" / "model.safetensors", dtype)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
+    cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path.parent.name}.{name} holds values that {dtype} cannot", "use --dtype bf16 or fp32")
+    atomic_write(path, save(cast, {"format": "pt"}))
+
+
+def open_pipeline(folder: Path) -> Any:
+    """The folder as diffusers' StableDiffusionPipeline, in float32, without a word about progress or missing accelerators."""
+    torchvision_compat.ensure()
+    import diffusers
+    import transformers
+
+    talk = [library.utils.logging for library in (diffusers, transformers)]
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in talk]
+    try:
+        for log in talk:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        return diffusers.StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+    finally:
+        for log, verbosity, bars in before:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
+
+
+@torch.inference_mode()
+def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Parity:
+    """Noise predictions and decoded images of the folder against the checkpoint's, on the same inputs, prompts as text."""
+    pipeline = open_pipeline(folder)
+    worst = largest = 0.0
+    sizes = (1, n) if n > 1 else (1,)
+    for size in sizes:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(size, *model.latent_shape, generator=generator)
+        t = torch.randint(0, 1000, (size,), generator=generator)
+        prompts = [PROMPTS[i % 2] for i in range(size)]
+        expected = [model(x, t, model.tokens.encode(prompts)), model.decode(x)]
+        ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        states = pipeline.text_encoder(ids)[0]
+        found = [pipeline.unet(x, t, states).sample, pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample]
+        for a, b in zip(found, expected):
+            worst, largest = max(worst, float((a - b).abs().max())), max(largest, float(b.abs().max()))
+    if not worst <= tolerance:
+        text = f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance {tolerance:g}; it is not kept"
+        raise UserError(text, "--tolerance sets what is accepted, --dtype fp32 rounds nothing")
+    import diffusers
+
+    return Parity(worst, largest, sizes, tolerance, f"diffusers {diffusers.__version__} in float32 against the checkpoint, torch {torch.__version__}")
+
+
+def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parity: Parity) -> str:
+    recipe = meta.get("recipe") or {}
+    data = str((recipe.get("data") or {}).get("path", "not recorded"))
+    licence = str((meta.get("spec") or {}).get("licence") or "unstated")
+    front: dict[str, Any] = {"license": licence.lower()}
+    if licence == "unstated":
+        front = {"license": "unknown"}
+    elif licence.lower() not in HUB_LICENCES:
+        front = {"license": "other", "license_name": licence}
+    tags = ["d2o", "diffusion", "stable-diffusion", "text-to-image", "teacher"]
+    front |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    options = recipe.get("latent_diffusion") or {}
+    prompt = (options.get("templates") or ["{name}"])[0].replace("{name}", "seven" if data.startswith("real:digits") else "...")
+    counted: list[tuple[str, nn.Module]] = [("U-Net", model.unet), ("text encoder", model.text_encoder), ("autoencoder", model.vae)]
+    sizes = ", ".join(f"{what} {sum(p.numel() for p in part.parameters()):,}" for what, part in counted)
+    size, channels = model.unet.config.sample_size, model.latent_shape[0]
+    metrics = "\n".join(f"- {key}: {value:.4g}" for key, value in (meta.get("metrics") or {}).items()) or "- none recorded"
+    source = f" ({DIGITS})" if data.startswith("real:digits") else ""
+    sampled = f"{options.get('steps')} DDIM steps, guidance {options.get('cfg')}, measured before rounding to {dtype}"
+    compared = f"Largest difference from the checkpoint {parity.difference:.1e} (largest value {parity.largest:.2f}), {parity.runtime}."
+    return "\n\n".join([
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {name}",
+        f"A text-to-image latent diffusion model in the form of Stable Diffusion 1.5, trained by d2o {meta.get('d2o', '')}: latents "
+        f"{channels} x {size} x {size}, images of {model.vae.config.sample_size} pixels. Parameters: {sizes}. Weights in {dtype}.",
+        f"## Licence\n\n`{licence}`. The U-Net and the text encoder started from random weights, the autoencoder is that of `{options.get('vae')}`.",
+        f"## Data\n\n`{data}`{source}. Captions were made from the class labels; {meta.get('images', 0):,} images were seen in training.",
+        "## How to use\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
+        f'pipeline = StableDiffusionPipeline.from_pretrained("{name}")\n'
+        f'image = pipeline("{prompt}", num_inference_steps=50, guidance_scale=3.0).images[0]\n```',
+        f"## Metrics\n\n{metrics}\n\nAs the checkpoint records them: {sampled}.",
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, width=130).strip()}\n```",
+        f"## Numerical parity\n\n{compared}",
+        "## Limitations\n\nIt knows the words of its captions and nothing else. There is no safety checker: it can only draw what it was "
+        f"trained on. Exported by d2o {__version__}.",
+    ]) + "\n"  # fmt: skip
+
+
+def _replaceable(target: Path) -> bool:
+    return target.is_dir() and (not any(target.iterdir()) or (target / "model_index.json").is_file())
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file by its path, model cards aside: one may have been edited."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk, removed whatever happens."""
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise write_error(target, error) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise write_error(target, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(folder: Path, target: Path) -> None:
+    """Rename into place; what was there goes away afterwards."""
+    new = folder / "new"
+    new.mkdir()
+    for path in list(folder.iterdir()):
+        if path != new:
+            path.rename(new / path.name)
+    if target.exists():
+        target.rename(folder / "old")
+    new.rename(target)
+    target.chmod(0o755)

@@ -1,0 +1,133 @@
+"""The text side of teachers: prompts -> `Text`, every distinct prompt encoded once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2o.errors import UserError
+from d2o.teachers.base import Text
+
+CACHE_BYTES = 256 * 2**20
+EncodeOne = Callable[[str], Text]
+"""One prompt -> Text of length 1."""
+
+
+class PromptCache:
+    """Prompts -> Text, by way of a store of the prompts seen last, at most `limit` bytes of it (and always one).
+
+    Prompts go through the text encoder one at a time: in a batch, the last bits of an embedding depend on how many others there are and on its
+    place among them, and two workers who meet a prompt in different company must get the same bytes. Against the network calls of a sample
+    this costs little.
+    """
+
+    def __init__(self, encode_one: EncodeOne, limit: int = CACHE_BYTES):
+        self.encode_one, self.limit = encode_one, limit
+        self.encoded = 0  # prompts that the text encoder was called for
+        self._kept: OrderedDict[str, Text] = OrderedDict()
+        self._bytes = 0
+        self._empty: Text | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """UserError: a single str in place of a list, something that is no str, or nothing at all."""
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError("prompts must be a list of strings")
+        if not prompts:
+            raise UserError("no prompts: there is nothing to encode")
+        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        found = [self._get(prompt) for prompt in row]
+        pooled = None if found[0].pooled is None else torch.cat([text.pooled for text in found if text.pooled is not None])
+        return Text(torch.cat([text.states for text in found]), pooled)[torch.tensor([row[prompt] for prompt in prompts])]
+
+    @property
+    def empty(self) -> Text:
+        """The encoded empty prompt, kept for good."""
+        if self._empty is None:
+            self._empty = self._encode("")
+        return self._empty
+
+    def _get(self, prompt: str) -> Text:
+        if prompt == "":
+            return self.empty
+        if prompt in self._kept:
+            self._kept.move_to_end(prompt)
+            return self._kept[prompt]
+        text = self._kept[prompt] = self._encode(prompt)
+        self._bytes += _size(text)
+        while self._bytes > self.limit and len(self._kept) > 1:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return text
+
+    def _encode(self, prompt: str) -> Text:
+        self.encoded += 1
+        # Sampling runs in inference mode, whose tensors are of no use to a student in training; what is kept must serve both.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.encode_one(prompt)
+
+
+def _size(text: Text) -> int:
+    return text.states.nbytes + (0 if text.pooled is None else text.pooled.nbytes)
+
+
+def token_ids(tokenizer: Any, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+    """Token indices and mask [1, length], padded and cut to `length`."""
+    found = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return found["input_ids"], found["attention_mask"]
+
+
+def clip_length(encoder: Any, tokenizer: Any) -> int:
+    """77 for CLIP as published. A tokenizer that does not say takes what its encoder has positions for."""
+    return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+
+
+def last_states(encoder: Any, tokenizer: Any, device: torch.device) -> EncodeOne:
+    """Stable Diffusion 1 and 2: the last hidden states with the final norm, [1, 77, D]."""
+
+    def encode(prompt: str) -> Text:
+        ids, mask = token_ids(tokenizer, prompt, clip_length(encoder, tokenizer))
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        return Text(encoder(ids.to(device), attention_mask=mask.to(device) if masked else None)[0].float())
+
+    return encode
+
+
+def penultimate(encoder: Any, tokenizer: Any, prompt: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The last hidden states but one [1, 77, D], and the projected vector [1, P] of an encoder that has one."""
+    ids, _ = token_ids(tokenizer, prompt, clip_length(encoder, tokenizer))
+    out = encoder(ids.to(device), output_hidden_states=True)
+    pooled = getattr(out, "text_embeds", None)
+    return out.hidden_states[-2].float(), None if pooled is None else pooled.float()
+
+
+def joined_states(encoders: Sequence[nn.Module], tokenizers: Sequence[Any], device: torch.device) -> EncodeOne:
+    """SDXL: the penultimate states of both encoders side by side, [1, 77, D_1 + D_2], and the second one's projected vector."""
+
+    def encode(prompt: str) -> Text:
+        found = [penultimate(encoder, tokenizer, prompt, device) for encoder, tokenizer in zip(encoders, tokenizers, strict=True)]
+        return Text(torch.cat([states for states, _ in found], dim=-1), found[-1][1])
+
+    return encode
+
+
+def joined_states_and_t5(
+    encoders: Sequence[nn.Module], tokenizers: Sequence[Any], t5: tuple[nn.Module, Any] | None, width: int, length: int, device: torch.device
+) -> EncodeOne:
+    """SD3: both CLIPs' penultimate states side by side, filled up with zeros to `width`, followed by `length` states of T5 (zeros without one):
+    [1, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix B.3 and figure 2)."""
+
+    def encode(prompt: str) -> Text:
+        clip = [penultimate(encoder, tokenizer, prompt, device) for encoder, tokenizer in zip(encoders, tokenizers, strict=True)]
+        states = torch.cat([states for states, _ in clip], dim=-1)
+        states = F.pad(states, (0, width - states.shape[-1]))
+        if t5 is None:
+            more = states.new_zeros(1, length, width)
+        else:
+            more = t5[0](token_ids(t5[1], prompt, length)[0].to(device))[0].float()
+        return Text(torch.cat([states, more], dim=1), torch.cat([pooled for _, pooled in clip if pooled is not None], dim=-1))
+
+    return encode

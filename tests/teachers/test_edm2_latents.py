@@ -1,0 +1,57 @@
+"""EDM2's latent space: the published statistics, and the autoencoder on pixels in [0, 1]."""
+
+import pytest
+import torch
+
+from d2o.interop.torchvision_compat import ensure
+from d2o.teachers.edm2_latents import decode, draw, encode, from_diffusion, to_diffusion
+
+
+@pytest.fixture(scope="module")
+def vae():
+    ensure()
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **kinds).eval()
+
+
+def test_the_published_numbers():
+    """raw * scale + bias with scale = 0.5 / [4.17, 4.62, 3.71, 3.28], bias = -[5.81, 3.25, 0.12, -2.15] * scale (EDM2)."""
+    raw = torch.ones(1, 4, 1, 1, dtype=torch.float64)
+    expected = [0.5 * (1 - 5.81) / 4.17, 0.5 * (1 - 3.25) / 4.62, 0.5 * (1 - 0.12) / 3.71, 0.5 * (1 + 2.15) / 3.28]
+    torch.testing.assert_close(to_diffusion(raw).flatten(), torch.tensor(expected, dtype=torch.float64))
+    mean, std = torch.tensor([5.81, 3.25, 0.12, -2.15]), torch.tensor([4.17, 4.62, 3.71, 3.28])
+    latents = mean.view(1, 4, 1, 1) + std.view(1, 4, 1, 1) * torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = to_diffusion(latents)
+    assert x.mean().abs() < 0.01 and abs(x.std() - 0.5) < 0.01  # sigma_data
+    torch.testing.assert_close(from_diffusion(x), latents)
+
+
+def test_decoding(vae):
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.5
+    images = decode(vae, x)
+    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.float32 and images.min() >= -1 and images.max() <= 1
+    with torch.no_grad():
+        pixels = vae.decode(from_diffusion(x)).sample  # the autoencoder's own range here is [0, 1]; its scaling factor plays no part
+    torch.testing.assert_close(images, pixels.clamp(0, 1) * 2 - 1)
+    assert (pixels < 0).any()  # so that the clamp is put to the test
+    torch.testing.assert_close(decode(vae.to(torch.float64), x), images)
+    vae.to(torch.float32)
+
+
+def test_encoding(vae):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    mean, std = encode(vae, images)
+    with torch.no_grad():
+        expected = vae.encode((images + 1) / 2).latent_dist
+    torch.testing.assert_close(mean, expected.mean)
+    torch.testing.assert_close(std, expected.std)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(from_diffusion(draw(mean, std, noise)), mean + std * noise)
+
+
+def test_latents_of_another_shape():
+    with pytest.raises(ValueError, match=r"\[B, 4, h, w\], not \[4, 8, 8\]"):
+        to_diffusion(torch.zeros(4, 8, 8))

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from d2o.diffusion.schedules import FlowSchedule
+from d2o.errors import UserError
+from d2o.teachers.base import Spec, Text
+from d2o.teachers.flow import StableDiffusion3Teacher
+from tests.teachers import pipelines
+
+PROMPTS = ["a handwritten seven", "", "nine of hearts"]
+SPEC = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="euler", steps=28)
+
+
+def teacher_of(pipe, **options):
+    encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    return StableDiffusion3Teacher(
+        pipe.transformer, pipe.vae, encoders, [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3],
+        FlowSchedule(pipe.scheduler.config.shift), SPEC, scaling_factor=pipe.vae.config.scaling_factor, shift_factor=pipe.vae.config.shift_factor,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return pipelines.stable_diffusion_3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("t5", "shift", "cfg"), [(False, 3.0, 1.0), (False, 3.0, 7.0), (True, 1.0, 5.0)])
+def test_samples_are_those_of_diffusers_pipeline(tmp_path, noise, t5, shift, cfg):
+    pipe = pipelines.stable_diffusion_3(tmp_path, t5=t5, shift=shift)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"latents": noise, "num_inference_steps": 6, "height": 16, "width": 16, "guidance_scale": cfg}
+    theirs, images = (pipe(PROMPTS, output_type=kind, **options).images for kind in ("latent", "pt"))
+    teacher = teacher_of(pipe)
+    ours = teacher.sample(noise, PROMPTS, steps=6, cfg=cfg)
+    assert torch.allclose(ours, theirs, atol=2e-5), float((ours - theirs).abs().max())
+    assert torch.allclose(teacher.decode(ours), images * 2 - 1, atol=5e-5)
+    assert not torch.allclose(teacher.sample(noise, PROMPTS[::-1], steps=6, cfg=cfg), theirs, atol=0.01), "the prompts do nothing: the test is blind"
+
+
+def test_the_network_is_told_the_time_in_thousandths(pipe, noise):
+    teacher, seen = teacher_of(pipe), []
+    teacher.call = lambda x, **options: (seen.append(options["timestep"]), teacher.network(x, **options))[1]
+    x = teacher.denoise(noise, 0.7501, PROMPTS)
+    assert torch.allclose(seen[0], torch.full((3,), 750.1)) and seen[0].dtype == torch.float32
+    text = teacher.encode(PROMPTS)
+    v = pipe.transformer(noise, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=seen[0]).sample
+    assert torch.allclose(x, noise - 0.7501 * v, atol=1e-6)
+    assert text.states.shape == (3, 77 + 256, 80) and text.pooled.shape == (3, 40)
+    assert text.states[:, 77:].abs().max() == 0 == text.states[:, :, 64:].abs().max()
+
+
+def test_conditions_and_components_that_do_not_fit_are_refused(pipe, noise):
+    teacher = teacher_of(pipe)
+    with pytest.raises(UserError, match="prompts, not class labels"):
+        teacher.sample(noise, torch.tensor([0, 1, 2]))
+    with pytest.raises(UserError, match="pooled"):
+        teacher.sample(noise, Text(torch.zeros(3, 333, 80)))
+    with pytest.raises(UserError, match="spacing"):
+        teacher.schedule.grid(5, "leading")
+    with pytest.raises(UserError, match="two CLIP text encoders"):
+        StableDiffusion3Teacher(pipe.transformer, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], FlowSchedule(), SPEC)
