@@ -50,15 +50,19 @@ class Meter:
         now = time.perf_counter()
         rate = (done - self.first) / max(now - self.start, 1e-9)
         if self.progress is not None:
-            self.progress.update(self.task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", note=note)
+            self.progress.update(self.task, completed=done, rate=f"{_speed(rate)} {self.unit}/s" if rate else "", note=note)
         elif not self.quiet and (now - self.printed > 5 or done >= self.total):
             self.printed = now
-            left = (self.total - done) / max(rate, 1e-9)
-            err.print(escape(f"{self.title} {done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s, {left:,.0f} s left  {note}".rstrip()))
+            speed = f", {_speed(rate)}/s, {(self.total - done) / rate:,.0f} s left" if rate else ""
+            err.print(escape(f"{self.title} {done:,}/{self.total:,} {self.unit}{speed}  {note}".rstrip()))
 
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
 
 
 @contextmanager

@@ -103,6 +103,8 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
             f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
             f"{', '.join(teacher_names())}",
         )
+    if path.suffix == ".pkl" or (path / "model_index.json").is_file():
+        return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
         return _checkpoint(text, resolve_checkpoint(path), settings, device)
     if path.is_dir() and _is_pair_store(path):

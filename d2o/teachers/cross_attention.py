@@ -107,6 +107,8 @@ def shared_layers(unet: Any) -> list[nn.Module]:
     if unet.config.addition_embed_type is not None or not getattr(first, "has_cross_attention", False):
         return [unet.conv_in]
     attention = first.attentions[0]
+    if not len(attention.transformer_blocks):
+        return [unet.conv_in]
     block = attention.transformer_blocks[0]
     return [unet.conv_in, first.resnets[0], attention.norm, attention.proj_in, block.norm1, block.attn1, block.norm2, block.attn2.to_q]
 

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 import d2o
 from d2o.errors import UserError
 from d2o.export.exporter import export_checkpoint
-from d2o.interop.safetensors_io import load_file, save_file
+from d2o.interop.safetensors_io import file_sha256, load_file, read_meta, save_file
 from d2o.students.base import Student, checkpoint_meta, save_student
 from tests.helpers import SPEC, tiny_network
 
@@ -64,3 +66,16 @@ def test_values_that_fp16_cannot_hold_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.map_layer0\.bias .* holds values that fp16 cannot"):
         export_checkpoint(tmp_path / "t.safetensors", "safetensors", dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["edm-ddpmpp", "edm2-tiny"])
+def test_nvidias_pickle_becomes_a_checkpoint(tmp_path, name):
+    pickle = Path(__file__).parents[1] / "golden" / "edm" / f"{name}.pkl"
+    done = export_checkpoint(pickle, "safetensors", tmp_path / "t.safetensors")
+    before, after = d2o.load_teacher(pickle), d2o.load_teacher(done.path)
+    x, label = torch.randn(3, *before.spec.shape), torch.tensor([0, 4, 9])
+    assert torch.equal(before.denoise(x, 2.0, label), after.denoise(x, 2.0, label)) and after.spec == before.spec
+    assert done.licence == after.spec.licence == "CC BY-NC-SA 4.0 (NVIDIA)" and done.parity.difference == 0
+    assert read_meta(done.path)["converted_from"] == {"file": pickle.name, "sha256": file_sha256(pickle)}
+    half = export_checkpoint(done.path, "safetensors", tmp_path / "h.safetensors", dtype="fp16")
+    assert half.path.stat().st_size < 0.6 * done.path.stat().st_size

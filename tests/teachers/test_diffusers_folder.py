@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.teachers.diffusers_folder import Folder, discrete_schedule, is_diffusers_folder, load_diffusers, read_json
+from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
+from d2o.teachers.diffusers_parts import Folder, read_json
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", ""]
@@ -70,6 +71,15 @@ def test_a_ddpm_folder_old_or_new(folders, tmp_path):
     assert load_diffusers(old, "old").fingerprint == teacher.fingerprint
     x = teacher.sample(noise(1, 3, 8, 8), steps=2)
     assert x.shape == (1, 3, 8, 8) and bool(x.isfinite().all())
+
+
+def test_a_ddpm_folder_by_class(tmp_path):
+    pipelines.unconditional(num_class_embeds=4).save_pretrained(tmp_path / "classes")
+    teacher = load_diffusers(tmp_path / "classes", "classes")
+    assert (teacher.spec.condition, teacher.spec.classes) == ("label", 4)
+    edit(tmp_path / "classes" / "unet" / "config.json", class_embed_type="timestep", num_class_embeds=None)
+    with pytest.raises(UserError, match="continuous labels"):
+        load_diffusers(tmp_path / "classes", "classes")
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler", "DDIMScheduler"])
@@ -186,6 +196,32 @@ def test_an_index_that_is_not_a_teachers_is_refused(sd, changes, words):
 def test_a_network_that_is_not_a_teachers_is_refused(sd, changes, words):
     edit(sd / "unet" / "config.json", **changes)
     with pytest.raises(UserError, match=words):
+        load_diffusers(sd, "sd")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "many"}),
+        ("scheduler/scheduler_config.json", {"steps_offset": None}),
+        ("text_encoder/config.json", {"num_attention_heads": -1}),
+        ("unet/config.json", {"norm_eps": "small"}),
+    ],
+)
+def test_wrong_numbers_show_when_a_folder_is_opened(sd, name, changes):
+    edit(sd / name, **changes)
+    with pytest.raises(UserError, match="do not work together|cannot be loaded"):
+        load_diffusers(sd, "sd")
+
+
+def test_weights_that_are_not_finite_are_refused(sd):
+    from safetensors.torch import load_file, save_file
+
+    file = sd / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_out.bias"].fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
         load_diffusers(sd, "sd")
 
 

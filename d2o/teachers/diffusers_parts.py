@@ -1,0 +1,185 @@
+"""The parts of a folder in diffusers' format: JSON files that may be damaged, and components, of which only known classes are made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2o.errors import UserError
+from d2o.interop import torchvision_compat
+
+INDEX = "model_index.json"
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+Classes = dict[str, tuple[str, ...]]
+SD: Classes = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",), "tokenizer": TOKENIZERS}
+XL: Classes = {**SD, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": TOKENIZERS}
+SD3: Classes = {
+    "transformer": ("SD3Transformer2DModel",), "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModelWithProjection",), "text_encoder_2": ("CLIPTextModelWithProjection",), "text_encoder_3": ("T5EncoderModel",),
+    "tokenizer": TOKENIZERS, "tokenizer_2": TOKENIZERS, "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+}  # fmt: skip
+DDPM: Classes = {"unet": ("UNet2DModel",)}
+CLASSES = {
+    "StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": XL, "StableDiffusion3Pipeline": SD3,
+    "DDPMPipeline": DDPM, "DDIMPipeline": DDPM, "PNDMPipeline": DDPM,
+}  # fmt: skip
+"""Pipeline -> component -> the classes that it may have."""
+WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+class Folder:
+    """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are made."""
+
+    def __init__(self, path: Path, index: dict[str, Any]):
+        self.path, self.index = path, index
+        for key in index:
+            if "/" in key or "\\" in key or ".." in key:
+                raise UserError(f"{path / INDEX} names a component {key!r}, which leads out of the folder", "get the folder from somewhere else")
+        scheduler = self.file("scheduler", "scheduler_config.json")
+        self.scheduler = read_json(scheduler)
+        if not isinstance(self.scheduler.get("_class_name"), str):
+            raise UserError(f"{scheduler} does not say which scheduler it is (_class_name)")
+
+    def has(self, component: str) -> bool:
+        entry = self.index.get(component)
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+    def class_name(self, component: str) -> tuple[str, str]:
+        """(library, class) of a component. UserError: missing, or not one of those that it may be."""
+        if not self.has(component):
+            raise UserError(f"{self.path} has no {component} (it is not in {INDEX})", "download the whole repository")
+        library, kind = self.index[component]
+        known = CLASSES[self.index["_class_name"]][component]
+        wanted = "diffusers" if component in ("unet", "transformer", "vae") else "transformers"
+        if library != wanted or kind not in known:
+            raise UserError(f"{self.path}: {component} is a {library}.{kind}, which d2o does not load", f"known: {', '.join(known)} of {wanted}")
+        return library, kind
+
+    def where(self, component: str) -> Path:
+        """Its folder; the oldest repositories keep their only network at the top."""
+        return self.path / component if (self.path / component).is_dir() else self.path
+
+    def file(self, component: str, name: str) -> Path:
+        file = self.where(component) / name
+        if not file.is_file():
+            raise UserError(f"{self.path} has no {component} ({component}/{name} is missing)", "download the whole repository")
+        return file
+
+    def config(self, component: str) -> dict[str, Any]:
+        return read_json(self.file(component, "config.json"))
+
+    def model(self, component: str) -> Any:
+        """A network with its weights, float32. UserError as `load_diffusers`."""
+        import diffusers
+        import transformers
+
+        library, kind = self.class_name(component)
+        self.config(component)
+        where = self.where(component)
+        options = {"use_safetensors": True, "variant": variant(where, WEIGHTS[library]), "local_files_only": True, "output_loading_info": True}
+        if library == "diffusers":
+            options["low_cpu_mem_usage"] = False  # the other way needs a package that d2o does not, and has no word for missing weights
+        try:
+            model, info = getattr(diffusers if library == "diffusers" else transformers, kind).from_pretrained(where, **options)
+        except Exception as error:  # whatever a damaged file makes these libraries raise
+            raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
+        wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+        if wrong:
+            raise UserError(f"{where}: the weights do not fit config.json ({len(wrong)} missing or of another size, {wrong[0]} first)")
+        return model.float()
+
+    def text(self, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """Text encoders and their tokenizers. UserError as `model`, and a tokenizer with words that its encoder does not know."""
+        encoders, tokenizers = [self.model(f"text_encoder{s}") for s in suffixes], [self.tokenizer(f"tokenizer{s}") for s in suffixes]
+        for suffix, encoder, tokenizer in zip(suffixes, encoders, tokenizers, strict=True):
+            words, known = len(tokenizer), encoder.config.vocab_size
+            if words > known:
+                raise UserError(f"{self.path}: tokenizer{suffix} has {words} words, but text_encoder{suffix} knows {known}", "check the download")
+        return encoders, tokenizers
+
+    def vae(self) -> Any:
+        vae = self.model("vae")
+        if getattr(vae.config, "latents_mean", None) is not None or getattr(vae.config, "latents_std", None) is not None:
+            raise UserError(f"{self.path}: its autoencoder scales latents per channel (latents_mean), which d2o does not support")
+        return vae
+
+    def tokenizer(self, component: str) -> Any:
+        import transformers
+
+        _, kind = self.class_name(component)
+        where = self.path / component
+        # Without its files, transformers makes a tokenizer that knows no words.
+        if not any((where / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+            raise UserError(f"{self.path} has no {component} ({component}/tokenizer.json or vocab.json is missing)", "download the whole repository")
+        try:
+            return getattr(transformers, kind).from_pretrained(where, local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
+
+
+def variant(folder: Path, stem: str) -> str | None:
+    """None for weights in full precision, "fp16" where a folder has only those. UserError: only pickles, or no weights at all."""
+    for choice, files in (
+        (None, (f"{stem}.safetensors", f"{stem}.safetensors.index.json")),
+        ("fp16", (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json")),
+    ):
+        for name in files:
+            if not (folder / name).is_file():
+                continue
+            if name.endswith(".json"):
+                parts = read_json(folder / name).get("weight_map", {})
+                if not isinstance(parts, dict) or any("/" in str(part) or "\\" in str(part) for part in parts.values()):
+                    raise UserError(f"{folder / name} names weights outside of the folder", "get the folder from somewhere else")
+            return choice
+    if any(folder.glob("*.bin")):
+        raise UserError(f"{folder} has its weights only as a pickle (.bin), which can run code; d2o reads safetensors",
+                        "get the repository's .safetensors files, or convert it with diffusers' save_pretrained")  # fmt: skip
+    raise UserError(f"{folder} has no weights ({stem}.safetensors)", "download the whole repository")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. UserError: missing, damaged, or something else."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: not JSON ({words(error)})", "check the download") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: not a JSON object", "check the download")
+    return found
+
+
+def words(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[:2])[:250] or type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """diffusers and transformers say nothing, and draw no bars, while they load."""
+    torchvision_compat.ensure()
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    before = [log.get_verbosity() for log in logs]
+    bars = [log.is_progress_bar_enabled() if hasattr(log, "is_progress_bar_enabled") else True for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level, bar in zip(logs, before, bars, strict=True):
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()
