@@ -68,8 +68,8 @@ def tune(teacher: Teacher, recorded: dict[str, Any]) -> None:
                 module.to(dtype)
     if recorded.get("channels_last"):
         teacher.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if (mode := COMPILES[recorded.get("compile", "none")]) is not None:
-        teacher.call = torch.compile(teacher.network, mode=mode)
+    if (mode := COMPILES[recorded.get("compile", "none")]) is not None and teacher.call is teacher.network:
+        teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
 
 
 def join_compute(

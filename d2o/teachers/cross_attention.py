@@ -45,25 +45,31 @@ class Prepared:
         return self._guided
 
 
-class CachedText:
-    """An attention processor that attends to `prepared`, whatever text it is given. Without parameters, and gone after the call."""
-
-    def __init__(self, prepared: Prepared):
-        self.prepared = prepared
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        if id(attn) not in self.prepared.kept:
-            self.prepared.kept[id(attn)] = (self._project(attn.to_k, attn.heads), self._project(attn.to_v, attn.heads))
-        key, value = self.prepared.kept[id(attn)]
-        query = _split(attn.to_q(hidden_states), attn.heads)
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return attn.to_out[0](out) / attn.rescale_output_factor
+    def keys_values(self, attn: Any) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values of the text, [B, heads, L, d]."""
+        if id(attn) not in self.kept:
+            self.kept[id(attn)] = (self._project(attn.to_k, attn.heads), self._project(attn.to_v, attn.heads))
+        return self.kept[id(attn)]
 
     def _project(self, linear: nn.Module, heads: int) -> Tensor:
-        rows = linear(self.prepared.text.states)
-        if self.prepared.empty is not None:
-            rows = torch.cat([rows, linear(self.prepared.empty.states).expand_as(rows)])
+        rows = linear(self.text.states)
+        if self.empty is not None:
+            rows = torch.cat([rows, linear(self.empty.states).expand_as(rows)])
         return _split(rows, heads).contiguous()
+
+
+class GivenText:
+    """An attention processor that attends to `key` and `value`, whatever text it is given. Without parameters, and gone after the call. Plain
+    attributes of a lasting object are inputs of a compiled network: other texts need no other compilation."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        query = _split(attn.to_q(hidden_states), attn.heads)
+        out = F.scaled_dot_product_attention(query, self.key, self.value).transpose(1, 2).flatten(2)  # type: ignore[arg-type]
+        return attn.to_out[0](out) / attn.rescale_output_factor
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -88,12 +94,13 @@ def text_attentions(unet: Any) -> list[Any] | None:
 
 
 @contextmanager
-def cached_text(layers: list[Any], prepared: Prepared) -> Iterator[None]:
-    """Within the block, `layers` attend to `prepared`."""
+def given_text(layers: list[Any], processors: list[GivenText], prepared: Prepared) -> Iterator[None]:
+    """Within the block, `layers` attend to `prepared`, by way of `processors`."""
     before = [attn.processor for attn in layers]
     try:
-        for attn in layers:
-            attn.processor = CachedText(prepared)
+        for attn, processor in zip(layers, processors, strict=True):
+            processor.key, processor.value = prepared.keys_values(attn)
+            attn.processor = processor
         yield
     finally:
         for attn, processor in zip(layers, before, strict=True):

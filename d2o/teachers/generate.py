@@ -158,11 +158,14 @@ class _Maker:
         target = torch.empty(unit.n, *shape, dtype=DTYPES[settings.dtype])
         noises, labels, texts, images = [], [], [], []
         cuts = [(first, min(self.batch, unit.n - first)) for first in range(0, unit.n, self.batch)]
-        for (first, count), drawn in zip(cuts, ahead(lambda cut: self.draw(unit.start + cut[0], cut[1]), cuts)):
+        # A compiled network is given batches of one size only: it would be compiled anew for another, with other last bits.
+        size = self.batch if self.teacher.call is not self.teacher.network else 1
+        for (first, count), drawn in zip(cuts, ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)):
             if self.stop:
                 return None
             condition: Any = drawn.prompts if drawn.prompts is not None else drawn.labels
-            x = self.teacher.sample(drawn.start, condition, self.solver, cfg=settings.cfg, randn=drawn.steps)
+            x = self.teacher.sample(drawn.start, condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[:count]
+            drawn = drawn.first(count)
             target[first : first + count] = x.cpu()
             check_finite(target[first : first + count], settings.seed + unit.start + first, f"teacher {settings.teacher}", settings.dtype)
             if settings.decode:
@@ -177,11 +180,12 @@ class _Maker:
                     torch.cat(images) if images else None)  # fmt: skip
 
     def draw(self, start: int, n: int) -> _Drawn:
-        """What pairs start .. start + n - 1 are made from."""
+        """What pairs start .. start + n - 1 are made from; beyond the last pair it is drawn again."""
         settings, spec = self.settings, self.teacher.spec
-        sources = settings.sources(start, n).tolist()
+        mine = [min(i, settings.n - 1) for i in range(start, start + n)]
+        sources = [int(settings.sources(i, 1)[0]) for i in mine]
         begin, labels = draw_some(settings.seed, sources, spec.shape, spec.classes, settings.labels)
-        noise = begin if settings.rewire == "none" else draw_some(settings.seed, range(start, start + n), spec.shape, 0, "none")[0]
+        noise = begin if settings.rewire == "none" else draw_some(settings.seed, mine, spec.shape, 0, "none")[0]
         texts = None
         if self.prompts is not None:
             texts = self.prompts.many([int(settings.prompt_numbers(i, 1, len(self.prompts))[0]) for i in sources])
@@ -199,6 +203,10 @@ class _Drawn:
     labels: Tensor | None
     prompts: list[str] | None
     steps: StepNoise | None
+
+    def first(self, n: int) -> _Drawn:
+        labels, prompts = None if self.labels is None else self.labels[:n], None if self.prompts is None else self.prompts[:n]
+        return _Drawn(self.noise[:n], self.start[:n], labels, prompts, self.steps)
 
 
 class _Timing:

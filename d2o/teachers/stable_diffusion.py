@@ -13,7 +13,7 @@ from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.teachers.base import Condition, Spec, Teacher, Text
-from d2o.teachers.cross_attention import Prepared, cached_text, once_for_both_halves, shared_layers, text_attentions
+from d2o.teachers.cross_attention import GivenText, Prepared, given_text, once_for_both_halves, shared_layers, text_attentions
 from d2o.teachers.prediction import check_prediction, to_data
 from d2o.teachers.text import CACHE_BYTES, PromptCache, joined_states, last_states
 from d2o.teachers.vae import decode
@@ -125,6 +125,7 @@ class StableDiffusionTeacher(TextTeacher):
         )  # fmt: skip
         self.schedule, self.prediction, self.sdxl_uncond = schedule, check_prediction(prediction), sdxl_uncond
         self._attentions = text_attentions(unet)
+        self._given = [GivenText() for _ in self._attentions or []]
         self._shared = [] if self._attentions is None else shared_layers(unet)
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         height, width = spec.shape[1] * scale, spec.shape[2] * scale
@@ -137,15 +138,16 @@ class StableDiffusionTeacher(TextTeacher):
         x_t = x_t.float()
         with ExitStack() as stack:
             if isinstance(condition, Prepared):
-                stack.enter_context(cached_text(self._attentions or [], condition))
-                stack.enter_context(once_for_both_halves([] if condition.empty is None else self._shared))
+                stack.enter_context(given_text(self._attentions or [], self._given, condition))
+                if condition.empty is not None and self.call is self.network:  # compilers make little of the hooks
+                    stack.enter_context(once_for_both_halves(self._shared))
             # Whole numbers: in half precision 999 would become 1000.
             out = self.call(x_t, t.round().long(), text.states, added_cond_kwargs=added, return_dict=False)[0]
         return to_data(self.prediction, out, x_t, t, self.schedule)
 
     def prepare(self, condition: Any) -> Any:
-        compiled = self.call is not self.network or self.network._compiled_call_impl is not None
-        return condition if compiled or self._attentions is None or not isinstance(condition, Text) else Prepared(condition)
+        plain = self.network._compiled_call_impl is not None or self._attentions is None or not isinstance(condition, Text)
+        return condition if plain else Prepared(condition)
 
     def guided(self, x_t: Tensor, t: Tensor | float, condition: Condition | Prepared = None, cfg: float = 1.0) -> Tensor:
         if cfg == 1.0 or not isinstance(condition, Prepared):

@@ -151,7 +151,7 @@ def test_a_narrow_network_is_recorded_and_close(build, teacher):
 def test_a_compiled_network_gives_the_same_pairs(build, monkeypatch):
     compiled = []
 
-    def compile(network, mode):
+    def compile(network, mode, dynamic):
         compiled.append(mode)
         return real(network, backend="eager")
 
