@@ -34,7 +34,7 @@ N = typer.Option(4000, "--n", help="Generated images (a set of images is used wh
 SEED = typer.Option(1_000_000, "--seed", help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.")
 LABELS = _optional("--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2.")
 BATCH = typer.Option(250, "--batch", help="Images per network call.")
-SOLVER = typer.Option("heun", "--solver", help="Solver of a teacher as X: heun or euler. With euler, --steps 1 calls it once.")
+SOLVER = typer.Option("heun", "--solver", help="Solver of a teacher as X: heun, euler, ddim or dpmpp. With euler, --steps 1 calls it once.")
 STEPS = typer.Option(18, "--steps", help="Solver steps of a teacher as X; 18 of heun are 35 network calls.")
 CFG = typer.Option(1.0, "--cfg", help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
 EXTRACTOR = _optional(

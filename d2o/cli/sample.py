@@ -70,7 +70,9 @@ def sample(
         )  # fmt: skip
     if grid is not None and worker()[0] == 0:
         _write_grid(grid, sampler, record)
-    console.say(f"{out}: {n:,} images, {sampler.record['nfe']} network {'call' if sampler.record['nfe'] == 1 else 'calls'} each")
+    made = sampler.record
+    passes = f" ({made['forwards']} passes)" if made.get("forwards", made["nfe"]) != made["nfe"] else ""
+    console.say(f"{out}: {n:,} images, {made['nfe']} network {'call' if made['nfe'] == 1 else 'calls'}{passes} each")
 
 
 def _sampler(

@@ -51,7 +51,7 @@ def test_a_run_folder_means_its_best_checkpoint(run, tmp_path):
 def test_a_teacher(run, tmp_path):
     words = ["--teacher", "t.safetensors", "--n", 4, "--out", "t", "--solver", "euler", "--steps", 3, "--cfg", 2]
     code, _, err = run(*words)
-    assert code == 0 and "t: 4 images, 6 network calls each" in err and (tmp_path / "t" / "samples.json").exists()
+    assert code == 0 and "t: 4 images, 3 network calls (6 passes) each" in err and (tmp_path / "t" / "samples.json").exists()
     code, _, err = run(*words, "--steps", 4)
     assert code == 2 and "steps: 3 -> 4" in err
 
