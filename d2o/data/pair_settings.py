@@ -60,7 +60,8 @@ class PairSettings:
     def check(self) -> None:
         """UserError: a value out of range. (Whether labels, prompts and solver fit is known only with the teacher.)"""
         check_range(self.n, self.seed)
-        self.ode.check()
+        # Which options a solver takes is known once there is one; ddim takes them all but the sde's, which are harmless elsewhere.
+        (self.ode if self.solver is not None else replace(self.ode, name="ddim")).check()
         for name in ("shard_size", "per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -35,8 +35,6 @@ ENTRIES = "entries"
 IDENTITY = ("size", "ETag", "etag", "mtime", "created", "LastModified")
 """What file systems say of an object that changes when it is written again."""
 
-AnyFolder = Folder
-
 
 def open_folder(path: str | os.PathLike, kind: str, entries: str) -> WorkFolder | RemoteFolder:
     """The folder at a path or file:// (a WorkFolder), or at any other fsspec URL (a RemoteFolder). Nothing is read or written yet.

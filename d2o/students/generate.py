@@ -78,8 +78,7 @@ def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float =
     teacher.schedule.grid(solver.steps, solver.spacing, solver.final)
     if solver.stochastic:
         raise UserError(f"sampling to a file is deterministic; {solver.name} is not", "make pairs with it: d2o pairs --solver ...")
-    if cfg != 1 and spec.condition == "none":
-        raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {spec.name!r} takes none")
+    teacher.check_cfg(cfg)
     if (spec.condition == "text") != (prompts is not None):
         takes = "is conditioned on text; give --prompt or --prompts" if prompts is None else f"takes no prompts (condition: {spec.condition})"
         raise UserError(f"teacher {spec.name!r} {takes}")

@@ -84,6 +84,7 @@ class Teacher:
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
         self.call: Any = self.network  # what is called in its place: the same network, compiled
+        self.guidable = True  # False for one by class that was trained without ever dropping the class
 
     def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition = None) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
@@ -107,7 +108,8 @@ class Teacher:
         """
         if cfg == 1.0:
             return self.denoise(x_t, t, condition)
-        if condition is None or self.spec.condition == "none":
+        self.check_cfg(cfg)
+        if condition is None:
             raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} was given none")
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
         checked = self.check_condition(condition, len(x_t))
@@ -153,6 +155,14 @@ class Teacher:
     def check_condition(self, condition: Any, batch: int) -> Any:
         """The condition if it fits. UserError: labels for an unconditional teacher, none for a conditional one, out of range."""
         return check_labels(self.spec, condition, batch)
+
+    def check_cfg(self, cfg: float) -> None:
+        """UserError: guidance of a teacher that has no condition, or never learned what images are like without one."""
+        if cfg != 1 and self.spec.condition == "none":
+            raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} takes none")
+        if cfg != 1 and not self.guidable:
+            what = f"teacher {self.spec.name!r} was trained with a class for every image; it cannot be guided (cfg {cfg:g})"
+            raise UserError(what, "leave --cfg away")
 
     @property
     def fingerprint(self) -> str:

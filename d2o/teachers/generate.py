@@ -86,8 +86,7 @@ def make_pairs(
     settings = settings.resolved(spec.solver, spec.steps)
     settings.check()
     prompts = _prompts(settings, teacher)
-    if settings.cfg != 1 and spec.condition == "none":
-        raise UserError(f"guidance (cfg {settings.cfg:g}) needs a condition, but teacher {spec.name!r} takes none")
+    teacher.check_cfg(settings.cfg)
     if settings.decode and spec.space == "pixel":
         raise UserError(f"--decode: teacher {spec.name!r} works on pixels, its outputs are the images", "leave --decode away")
     teacher.schedule.grid(settings.ode.steps, settings.spacing, settings.final)  # what does not fit this teacher is refused before any work

@@ -136,6 +136,7 @@ def _nvidia(path: Path, device: str | torch.device, dtype: torch.dtype | None, p
         steps=published.steps if published else found.steps,
     )  # fmt: skip
     teacher = EDM2LatentTeacher(network, spec, device, dtype) if latent else Teacher(network, spec, device, dtype)
+    teacher.guidable = False  # EDM and EDM2 dropped no classes; EDM2 is guided by another network
     teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
     return teacher
 

@@ -30,6 +30,7 @@ class UNet2DTeacher(Teacher):
     ):  # fmt: skip
         super().__init__(unet, spec, device, dtype)
         self.schedule, self.prediction, self.clip = schedule, check_prediction(prediction), clip
+        self.guidable = False
         channels, out = unet.config.in_channels, unet.config.out_channels
         if out not in (channels, 2 * channels):
             raise UserError(f"{spec.name}: a UNet with {channels} input and {out} output channels; expected {channels} or {2 * channels}")
@@ -46,9 +47,6 @@ class UNet2DTeacher(Teacher):
         if labels is not None and labels.device.type == "cpu" and labels.numel() and int(labels.min()) < 0:
             raise UserError(f"{self.spec.name!r} was trained with a class for every image; it has none for 'no class' (-1)")
         return labels
-
-    def unconditional(self, condition: Any) -> Any:
-        raise UserError(f"{self.spec.name!r} was trained with a class for every image; it cannot be guided", "leave --cfg away")
 
     @property
     def fingerprint(self) -> str:

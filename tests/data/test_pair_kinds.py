@@ -93,7 +93,11 @@ def test_shards_hold_their_prompts_and_other_prompts_are_refused(build, prompts,
 
 def test_the_teachers_usual_solver_is_the_default(build):
     usual = tiny_teacher()
+    usual.spec = replace(usual.spec, solver="ddim", steps=2)
+    assert build("eta", teacher=usual, solver=None, steps=None, eta=1.0).settings.solver == "ddim"
     usual.spec = replace(usual.spec, solver="dpmpp", steps=3)
+    with pytest.raises(UserError, match="only the solver ddim takes it, not dpmpp"):
+        build("no_eta", teacher=usual, solver=None, steps=None, eta=1.0)
     store = build(teacher=usual, solver=None, steps=None)
     assert (store.settings.solver, store.settings.steps, store.settings.nfe) == ("dpmpp", 3, 3)
     noise, labels, target = store.batch(range(4))

@@ -89,3 +89,9 @@ def test_a_repositorys_licence_is_read_from_its_card(tmp_path):
     ):
         (tmp_path / "README.md").write_text(text)
         assert stated_licence(tmp_path) == licence
+
+
+def test_networks_that_dropped_no_class_cannot_be_guided(tmp_path):
+    with pytest.raises(UserError, match="trained with a class for every image; it cannot be guided"):
+        make_pairs(PairSettings(str(GOLDEN / "edm-ddpmpp.pkl"), 2, steps=1, cfg=2.0), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
