@@ -148,6 +148,9 @@ class Teacher:
         """Prompts for the network. UserError: this teacher takes no text."""
         raise UserError(f"teacher {self.spec.name!r} takes no prompts (condition: {self.spec.condition})", "leave --prompts away")
 
+    def expect_prompts(self, repeated: bool) -> None:
+        """What is to come: prompts that return later, which are worth keeping encoded, or not."""
+
     def decode(self, x: Tensor) -> Tensor:
         """Diffusion space -> images in [-1, 1]; in pixel space x itself, clipped."""
         return x.clamp(*self.spec.value_range)

@@ -108,6 +108,8 @@ def make_pairs(
     tune(teacher, recorded)
     if lost := [unit.file for unit in folder.left(units) if unit.file in folder.recorded()]:
         say(f"{out}: {len(lost)} shards are missing or cut short and are made again, {lost[0]} first")
+    # Prompts that return are kept encoded (in bounded memory); to keep others would only fill it.
+    teacher.expect_prompts(prompts is not None and settings.n > settings.per_prompt * len(prompts))
     maker, timing = _Maker(settings, teacher, recorded["batch"], prompts, progress, stop), _Timing(folder, teacher)
 
     def write(unit: Unit, made: Made) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class TextTeacher(Teacher):
         """Prompts -> Text on the teacher's device, float32. Cut after 77 tokens. UserError: no list of strings."""
         return self.prompts(prompts)
 
+    def expect_prompts(self, repeated: bool) -> None:
+        self.prompts.limit = self.prompts.usual if repeated else 0
+
     @property
     def empty(self) -> Text:
         """What guidance takes for no prompt, of length 1."""

@@ -27,7 +27,7 @@ class PromptCache:
     """
 
     def __init__(self, encode_one: EncodeOne, limit: int = CACHE_BYTES):
-        self.encode_one, self.limit = encode_one, limit
+        self.encode_one, self.limit, self.usual = encode_one, limit, limit
         self.encoded = 0  # prompts that the text encoder was called for
         self._kept: OrderedDict[str, Text] = OrderedDict()
         self._bytes = 0

@@ -69,6 +69,15 @@ def test_several_pairs_per_prompt(build, prompts):
     assert report == {"used": 5, "of": 5, "least": 3, "most": 6}
 
 
+def test_the_teacher_is_told_whether_prompts_return(build, prompts, monkeypatch):
+    told = []
+    monkeypatch.setattr(TinyText, "expect_prompts", lambda self, repeated: told.append(repeated))
+    build("once", teacher=TinyText(), prompts=prompts, n=5)
+    build("in a row", teacher=TinyText(), prompts=prompts, n=15, per_prompt=3)
+    build("again", teacher=TinyText(), prompts=prompts, n=6)
+    assert told == [False, False, True]
+
+
 def test_shards_hold_their_prompts_and_other_prompts_are_refused(build, prompts, tmp_path):
     store = build(teacher=TinyText(), prompts=prompts)
     Path(prompts).rename(tmp_path / "moved.txt")

@@ -267,3 +267,12 @@ def test_published_networks_have_their_published_size(config, parameters):
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(config)
     assert sum(weight.numel() for weight in network.parameters()) == parameters
+
+
+def test_only_prompts_that_return_are_kept(pipe):
+    teacher = teacher_of(pipe)
+    for repeated, calls in ((True, 3), (False, 3 + 6)):
+        teacher.expect_prompts(repeated)
+        first = teacher.encode(["a", "b", "c"]) if repeated else teacher.encode(["d", "e", "f"])
+        second = teacher.encode(["a", "b", "c"]) if repeated else teacher.encode(["d", "e", "f"])
+        assert torch.equal(first.states, second.states) and teacher.prompts.encoded == calls
