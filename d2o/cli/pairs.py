@@ -104,6 +104,7 @@ def pairs(
 
     from d2o.data.pair_settings import PairSettings
     from d2o.runtime import stop_flag
+    from d2o.teachers import catalogue
     from d2o.teachers.compute import Compute
     from d2o.teachers.generate import Share, make_pairs
 
@@ -112,6 +113,9 @@ def pairs(
         shard_size, dtype, store_noise, decode,
     )  # fmt: skip
     settings.check()
+    entry = catalogue.find(teacher)
+    if prompts is None and entry is not None and entry.kind == "diffusers":  # all of these take text; said before anything is fetched
+        raise UserError(f"teacher {teacher!r} is conditioned on text", "give --prompts FILE (.txt, one a line; .jsonl; .parquet)")
     compute = Compute(batch, threads, precision, channels_last, compile)
     share = Share.parse(worker, share_only)
     with stop_flag() as stop, progress_bar("pairs", "pairs") as progress:

@@ -179,13 +179,17 @@ class Solver:
         """True where `run` needs fresh noise in every step."""
         return self.name == "sde" or self.eta > 0
 
-    def run(self, denoise: Denoise, noise: Tensor, schedule: Schedule, randn: Randn | None = None) -> Tensor:
-        """Standard normal noise [B, ...] -> x at the schedule's end, float64. UserError: as `check`, or a schedule that it does not fit."""
+    def grid(self, schedule: Schedule) -> Grid:
+        """The points that it visits on that schedule. UserError: as `check`, or a schedule that it does not fit."""
         self.check()
-        grid = schedule.grid(self.steps, self.spacing, self.final)
-        x = noise.to(torch.float64) * grid.start
         if self.name == "sde" and not isinstance(schedule, EDMSchedule):
             raise UserError("solver sde raises the noise level sigma: it is for the EDM family", "for this teacher: --solver ddim --eta 1")
+        return schedule.grid(self.steps, self.spacing, self.final)
+
+    def run(self, denoise: Denoise, noise: Tensor, schedule: Schedule, randn: Randn | None = None) -> Tensor:
+        """Standard normal noise [B, ...] -> x at the schedule's end, float64. UserError: as `check`, or a schedule that it does not fit."""
+        grid = self.grid(schedule)
+        x = noise.to(torch.float64) * grid.start
         if self.stochastic and randn is None:
             raise UserError(f"solver {self.name}{f' with eta {self.eta:g}' if self.eta else ''} needs fresh noise for every step")
         if self.name == "sde":

@@ -74,8 +74,7 @@ def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float =
     UserError: a solver that does not fit, guidance of an unconditional teacher, no prompts for a teacher that takes text, or the reverse.
     """
     solver, spec = solver or teacher.solver(), teacher.spec
-    solver.check()
-    teacher.schedule.grid(solver.steps, solver.spacing, solver.final)
+    solver.grid(teacher.schedule)
     if solver.stochastic:
         raise UserError(f"sampling to a file is deterministic; {solver.name} is not", "make pairs with it: d2o pairs --solver ...")
     teacher.check_cfg(cfg)

@@ -89,7 +89,7 @@ def make_pairs(
     teacher.check_cfg(settings.cfg)
     if settings.decode and spec.space == "pixel":
         raise UserError(f"--decode: teacher {spec.name!r} works on pixels, its outputs are the images", "leave --decode away")
-    teacher.schedule.grid(settings.ode.steps, settings.spacing, settings.final)  # what does not fit this teacher is refused before any work
+    settings.ode.grid(teacher.schedule)  # what does not fit this teacher is refused before any work
     about = {"name": settings.teacher, "sha256": teacher.fingerprint, "licence": spec.licence}
     described = None if prompts is None else {"path": str(settings.prompts), "sha256": prompts.sha256, "count": len(prompts)}
     new = new_manifest(settings, about, spec.to_dict(), compute.describe(settings.shard_size, teacher.device), described)

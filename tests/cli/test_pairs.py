@@ -63,6 +63,8 @@ def test_make_again_verify_damage_and_repair(run, tmp_path):
         (["--teacher", "t.safetensors", "--n", "three", "--out", "p"], "integer"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "t.safetensors"], "is a file; expected a folder"),
         (["--verify", "nowhere"], "nowhere is not a pair store"),
+        (["--teacher", "sd15", "--n", 3, "--out", "p", "--cfg", 3], "'sd15' is conditioned on text"),
+        (["--teacher", "tiny-sd", "--n", 3, "--out", "p"], "'tiny-sd' is conditioned on text"),
         (["--stats", "nowhere"], "nowhere is not a pair store"),
         (["--stats", "a", "--verify", "a"], "two different things"),
         (["--merge", "nowhere"], "--out is missing"),
@@ -78,6 +80,12 @@ def test_mistakes_are_one_line_and_create_nothing(run, tmp_path, words, message)
     code, out, err = run(*words)
     assert code == 2 and message in err and "Traceback" not in err and out == ""
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_a_solver_that_does_not_fit_creates_nothing(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    code, _, err = run("--teacher", "tiny-sd", "--prompts", "prompts.txt", "--out", "p", "--solver", "sde")
+    assert code == 2 and "for this teacher: --solver ddim --eta 1" in err and not (tmp_path / "p").exists()
 
 
 def test_other_settings_name_the_difference(run):
