@@ -93,11 +93,12 @@ def pairs(
         return _stats(stats)
     if merge:
         return _merge(merge, out)
+    texts = None
     if prompts is not None:
         from d2o.data.prompts import open_prompts
 
-        count = len(open_prompts(prompts))  # a mistake in it is found before the teacher is fetched
-        n = count * max(per_prompt, 1) if n is None else n
+        texts = open_prompts(prompts)  # a mistake in it is found before the teacher is fetched
+        n = len(texts) * max(per_prompt, 1) if n is None else n
     for name, value in (("--teacher", teacher), ("--n", n), ("--out", out)):
         if value is None:
             raise UserError(f"{name} is missing", "for example: d2o pairs --teacher digits --n 8192 --out runs/pairs")
@@ -120,7 +121,8 @@ def pairs(
     share = Share.parse(worker, share_only)
     with stop_flag() as stop, progress_bar("pairs", "pairs") as progress:
         model = open_teacher(teacher, device)
-        store = make_pairs(settings, out, compute=compute, share=share, say=console.say, progress=progress, stop=stop, teacher=model)
+        store = make_pairs(settings, out, compute=compute, share=share, say=console.say, progress=progress, stop=stop, teacher=model,
+                           prompts=texts)  # fmt: skip
     if store is not None:
         made = store.settings
         calls = f"{made.nfe} network evaluations" + (f" ({made.forwards} passes)" if made.forwards != made.nfe else "")

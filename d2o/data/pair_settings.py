@@ -79,7 +79,7 @@ class PairSettings:
     @property
     def ode(self) -> Solver:
         """The solver. Its name and steps are Solver's own defaults as long as the settings are not `resolved`."""
-        given = {name: getattr(self, name) for name in ("spacing", "final", "eta", "s_churn", "s_min", "s_max", "s_noise")}
+        given = {field.name: getattr(self, field.name) for field in fields(Solver) if field.name not in ("name", "steps")}
         given |= {"name": self.solver} if self.solver is not None else {}
         given |= {"steps": self.steps} if self.steps is not None else {}
         return Solver(**given)

@@ -19,9 +19,9 @@ from d2o import __version__
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
 from d2o.export.parity import Parity
-from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import atomic_write, file_sha256, resolve_checkpoint, write_error
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
+from d2o.teachers.diffusers_parts import quiet
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DIGITS = "1,797 images of the UCI digits by E. Alpaydin and C. Kaynak, 1998, as scikit-learn ships them, CC-BY-4.0"
@@ -93,22 +93,10 @@ def _save(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
 
 def open_pipeline(folder: Path) -> Any:
     """The folder as diffusers' StableDiffusionPipeline, in float32, without a word about progress or missing accelerators."""
-    torchvision_compat.ensure()
-    import diffusers
-    import transformers
+    with quiet():
+        import diffusers
 
-    talk = [library.utils.logging for library in (diffusers, transformers)]
-    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in talk]
-    try:
-        for log in talk:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
         return diffusers.StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
-    finally:
-        for log, verbosity, bars in before:
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()
 
 
 @torch.inference_mode()

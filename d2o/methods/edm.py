@@ -39,12 +39,13 @@ class EDM(Method):
         denoiser = build_network(config)
         assert isinstance(denoiser, Denoiser)
         self.denoiser, self.sigma_data = denoiser, denoiser.sigma_data
+        self.uncertain = isinstance(denoiser, EDM2Precond) and denoiser.logvar_linear is not None
         classes = config["label_dim"]
         if (channels, resolution, classes) != (self.denoiser.img_channels, self.denoiser.img_resolution, setup.images.classes):
             have = f"{channels} x {resolution} x {resolution}, {classes} classes"
             raise UserError(f"the network section asks for other images than the data has ({have})")
         self._spec = Spec(setup.name, (channels, resolution, resolution), condition="label" if classes else "none", classes=classes,
-                          licence=self.options.licence)  # fmt: skip
+                          licence=self.options.licence, guidable=self.options.label_dropout > 0)  # fmt: skip
 
     def networks(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser}
@@ -59,12 +60,16 @@ class EDM(Method):
             if labels is not None and self.options.label_dropout:
                 labels = torch.where(draw.rand() < self.options.label_dropout, -1, labels)
             weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2  # lambda(sigma)
-            denoised = loop.net("denoiser")(y + noise, sigma.flatten(), labels)
-            loss = (weight * (denoised - y) ** 2).mean()  # eq. 2 with the weights of Table 1
+            if self.uncertain:  # Karras et al. 2024, eq. 21: the network states its own uncertainty u(sigma)
+                denoised, u = loop.net("denoiser")(y + noise, sigma.flatten(), labels, return_logvar=True)
+                loss = (weight / u.exp() * (denoised - y) ** 2 + u).mean()
+            else:
+                denoised = loop.net("denoiser")(y + noise, sigma.flatten(), labels)
+                loss = (weight * (denoised - y) ** 2).mean()  # eq. 2 with the weights of Table 1
             loop.backward(loss)
             losses.append(loss)
         loop.update("denoiser")
-        if isinstance(self.denoiser, EDM2Precond):
+        if isinstance(self.denoiser, EDM2Precond) and self.denoiser.force_wn == "post_step":
             self.denoiser.normalize_weights()  # EDM2's forced weight normalisation (Karras et al. 2024, section 2.3)
         return {"loss": loop.mean(losses)}
 

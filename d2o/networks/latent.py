@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from d2o.errors import UserError, nearest
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.bpe import BOS, EOS, Tokens, build_tokens
-
-N = TypeVar("N", bound=nn.Module)
+from d2o.networks.fill import fill_network
 
 SD_SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
@@ -132,7 +131,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     if read_meta(path).get("kind") != "autoencoder":
         raise UserError(f"{path} holds a {read_meta(path).get('kind', 'foreign object')}, not an autoencoder", "train one: d2o train tiny_sd_vae")
     tensors, meta = load_file(path)
-    return _filled(Autoencoder(**{k: v for k, v in meta["network"].items() if k != "arch"}), tensors, path)
+    return fill_network(Autoencoder(**{k: v for k, v in meta["network"].items() if k != "arch"}), tensors, path)
 
 
 def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
@@ -143,7 +142,7 @@ def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
     if config.pop("arch", None) != "text_to_image":
         what = f"{path} holds a {meta.get('kind', 'foreign object')} that is no text-to-image model of d2o's own"
         raise UserError(what, "d2o train tiny_sd makes one")
-    return _filled(TextToImage(**config), load_file(path)[0], path).eval(), meta
+    return fill_network(TextToImage(**config), load_file(path)[0], path).eval(), meta
 
 
 def _from_diffusers(folder: Path) -> Autoencoder:
@@ -160,16 +159,7 @@ def _from_diffusers(folder: Path) -> Autoencoder:
     if config.get("_class_name") != "AutoencoderKL":
         raise UserError(f"{folder} holds a {config.get('_class_name', 'foreign object')}, not an AutoencoderKL")
     network = Autoencoder(**{key: value for key, value in config.items() if not key.startswith("_")})
-    return _filled(network, {f"vae.{name}": tensor.to(torch.float32) for name, tensor in tensors.items()}, folder)
-
-
-def _filled(network: N, tensors: dict[str, Tensor], path: Path) -> N:
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: the weights do not fit the network that the file describes ({detail})") from error
-    return network
+    return fill_network(network, {f"vae.{name}": tensor.to(torch.float32) for name, tensor in tensors.items()}, folder)
 
 
 def _text_encoder(config: dict[str, Any], tokens: Tokens) -> nn.Module:

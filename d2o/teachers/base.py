@@ -19,7 +19,8 @@ from d2o.interop.safetensors_io import tensors_sha256
 @dataclass(frozen=True)
 class Spec:
     """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space` "pixel" or "latent"; `condition` "none", "label", "text";
-    `classes` 0 unless labels; values in `value_range` (pixel space); `solver`, `steps` and `cfg` as the teacher is usually sampled."""
+    `classes` 0 unless labels; values in `value_range` (pixel space); `solver` and `steps` as the teacher is usually sampled; `guidable` False
+    for one by class that was trained without ever dropping the class."""
 
     name: str
     shape: tuple[int, int, int]
@@ -32,7 +33,7 @@ class Spec:
     licence: str = "unstated"
     solver: str = "heun"
     steps: int = 18
-    cfg: float = 1.0
+    guidable: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -84,7 +85,6 @@ class Teacher:
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
         self.call: Any = self.network  # what is called in its place: the same network, compiled
-        self.guidable = True  # False for one by class that was trained without ever dropping the class
 
     def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition = None) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
@@ -163,7 +163,7 @@ class Teacher:
         """UserError: guidance of a teacher that has no condition, or never learned what images are like without one."""
         if cfg != 1 and self.spec.condition == "none":
             raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} takes none")
-        if cfg != 1 and not self.guidable:
+        if cfg != 1 and not self.spec.guidable:
             what = f"teacher {self.spec.name!r} was trained with a class for every image; it cannot be guided (cfg {cfg:g})"
             raise UserError(what, "leave --cfg away")
 

@@ -71,13 +71,14 @@ def make_pairs(
     progress: Progress = lambda done, total, note: None,
     stop: StopFlag | None = None,
     teacher: Teacher | None = None,
+    prompts: Prompts | None = None,
 ) -> PairStore | None:
     """Make or continue the store `out`; returns when it is finished, whether by this process or by others that work on it (None if only this
     worker's own share is).
 
-    `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` saves loading
-    settings.teacher. Raises UserError: bad settings, another store or foreign files at `out`, unwritable, a target that is not finite (named
-    by its seed); Stopped: `stop` was set; work is saved.
+    `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` and `prompts` save
+    loading settings.teacher and settings.prompts. Raises UserError: bad settings, another store or foreign files at `out`, unwritable, a
+    target that is not finite (named by its seed); Stopped: `stop` was set; work is saved.
     """
     settings.check()
     compute.check()
@@ -85,7 +86,7 @@ def make_pairs(
     spec, folder = teacher.spec, store_folder(out)
     settings = settings.resolved(spec.solver, spec.steps)
     settings.check()
-    prompts = _prompts(settings, teacher)
+    prompts = _prompts(settings, teacher, prompts)
     teacher.check_cfg(settings.cfg)
     if settings.decode and spec.space == "pixel":
         raise UserError(f"--decode: teacher {spec.name!r} works on pixels, its outputs are the images", "leave --decode away")
@@ -133,7 +134,7 @@ def make_pairs(
     return PairStore(out)
 
 
-def _prompts(settings: PairSettings, teacher: Teacher) -> Prompts | None:
+def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -> Prompts | None:
     """The prompts where the teacher takes text. UserError: none given, or given to another."""
     if teacher.spec.condition != "text":
         if settings.prompts is not None:
@@ -143,7 +144,7 @@ def _prompts(settings: PairSettings, teacher: Teacher) -> Prompts | None:
         raise UserError(f"teacher {teacher.spec.name!r} is conditioned on text", "give --prompts FILE (.txt, one a line; .jsonl; .parquet)")
     if settings.labels not in ("random", "none", "text"):
         raise UserError(f"teacher {teacher.spec.name!r} is conditioned on text; it takes no labels", "leave --labels away")
-    return open_prompts(settings.prompts)
+    return opened if opened is not None else open_prompts(settings.prompts)
 
 
 class _Maker:

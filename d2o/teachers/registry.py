@@ -18,6 +18,7 @@ from d2o.interop.hub import hub_snapshot
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint
 from d2o.networks.build import build_network
+from d2o.networks.fill import fill_network
 from d2o.networks.latent import TextToImage
 from d2o.networks.precond import Denoiser
 from d2o.teachers import catalogue
@@ -134,9 +135,9 @@ def _nvidia(path: Path, device: str | torch.device, dtype: torch.dtype | None, p
         published.name if published else path.stem, (config["img_channels"], size, size), found.space, "label" if classes else "none", classes,
         sigma_min=max(0.002, network.sigma_min), sigma_max=min(80.0, network.sigma_max), licence=NVIDIA_LICENCE,
         steps=published.steps if published else found.steps,
+        guidable=False,  # EDM and EDM2 dropped no classes; EDM2 is guided by another network
     )  # fmt: skip
     teacher = EDM2LatentTeacher(network, spec, device, dtype) if latent else Teacher(network, spec, device, dtype)
-    teacher.guidable = False  # EDM and EDM2 dropped no classes; EDM2 is guided by another network
     teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
     return teacher
 
@@ -148,9 +149,4 @@ def load_weights(network: dict[str, Any], tensors: dict[str, Tensor], path: str 
     """
     with torch.device("meta") if assign else nullcontext():
         module = build_network(network)
-    try:
-        module.load_state_dict(tensors, assign=assign)
-    except RuntimeError as error:
-        detail = str(error).strip().splitlines()
-        raise UserError(f"{path}: the weights do not fit the network that the file describes ({detail[-1].strip()})") from error
-    return module
+    return fill_network(module, tensors, path, assign)

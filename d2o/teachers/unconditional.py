@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +29,8 @@ class UNet2DTeacher(Teacher):
         self, unet: Any, schedule: DiscreteSchedule, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *,
         prediction: str = "epsilon", clip: float | None = None,
     ):  # fmt: skip
-        super().__init__(unet, spec, device, dtype)
+        super().__init__(unet, replace(spec, guidable=False), device, dtype)
         self.schedule, self.prediction, self.clip = schedule, check_prediction(prediction), clip
-        self.guidable = False
         channels, out = unet.config.in_channels, unet.config.out_channels
         if out not in (channels, 2 * channels):
             raise UserError(f"{spec.name}: a UNet with {channels} input and {out} output channels; expected {channels} or {2 * channels}")

@@ -77,5 +77,7 @@ def test_nvidias_pickle_becomes_a_checkpoint(tmp_path, name):
     assert torch.equal(before.denoise(x, 2.0, label), after.denoise(x, 2.0, label)) and after.spec == before.spec
     assert done.licence == after.spec.licence == "CC BY-NC-SA 4.0 (NVIDIA)" and done.parity.difference == 0
     assert read_meta(done.path)["converted_from"] == {"file": pickle.name, "sha256": file_sha256(pickle)}
+    with pytest.raises(UserError, match="cannot be guided"):  # what it cannot do travels with it
+        after.guided(x, 2.0, label, 3.0)
     half = export_checkpoint(done.path, "safetensors", tmp_path / "h.safetensors", dtype="fp16")
     assert half.path.stat().st_size < 0.6 * done.path.stat().st_size

@@ -88,6 +88,36 @@ def test_edm_label_dropout_trains_the_unconditional_denoiser():
     assert torch.equal(method.denoiser(x, torch.ones(4), seen[0]), method.denoiser(x, torch.ones(4), None))
 
 
+EDM2 = {"arch": "edm2", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+
+
+@pytest.mark.parametrize("options", [{}, {"force_wn": "off"}, {"logvar_channels": 0}])
+def test_edm_trains_edm2_with_its_uncertainty_and_normalised_weights(options):
+    torch.manual_seed(0)
+    method = get_method("edm")(Setup(EDMOptions(), network={**EDM2, **options}, images=Images()))
+    network, images = method.denoiser, Images().images(torch.arange(6)).float() / 127.5 - 1
+    for p in network.parameters():  # away from unit magnitude, and from gains of 0
+        torch.nn.init.normal_(p, 1.0, 3.0)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    batch = Batch(images=images, labels=torch.arange(6))
+    loop = OneStep(method, batch)
+    with torch.no_grad():
+        draw = Draws(3, 0, 6, 6, CPU)
+        sigma = (-1.2 + 1.2 * draw.randn(1, 1, 1)).exp()
+        noisy = images + sigma * draw.randn(1, 8, 8)
+        error = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (network(noisy, sigma.flatten(), batch.labels) - images) ** 2
+        expected = error.mean()
+        if options.get("logvar_channels", 128):
+            u = network.logvar(sigma.flatten())
+            expected = (error / u.exp() + u).mean()  # Karras et al. 2024, eq. 21
+    method.step(loop, batch, 0)
+    assert torch.allclose(loop.losses[0].detach(), expected, rtol=1e-4)
+    kept = all(torch.equal(p, before[name]) for name, p in network.named_parameters())  # this loop takes no optimiser steps
+    weight = network.unet.out_conv.weight.detach()
+    assert kept == (options.get("force_wn") == "off")
+    assert kept or torch.allclose(weight.square().mean(dim=(1, 2, 3)), torch.ones(len(weight)), atol=1e-3)
+
+
 def test_edm_refuses_networks_that_are_no_denoiser_or_do_not_fit():
     with pytest.raises(UserError, match="not a denoiser"):
         get_method("edm")(Setup(EDMOptions(), network={"arch": "classifier", "classes": 10}, images=Images(), name="x"))

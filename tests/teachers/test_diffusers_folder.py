@@ -49,7 +49,7 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
     teacher = load_diffusers(folders / name, "mine", licence="MIT")
     assert capfd.readouterr() == ("", "")
     assert (teacher.spec.name, teacher.spec.licence, teacher.spec.shape, teacher.spec.solver) == ("mine", "MIT", (4, 8, 8), solver)
-    assert (teacher.spec.space, teacher.spec.condition, teacher.spec.cfg) == ("latent", "text", 1.0)
+    assert (teacher.spec.space, teacher.spec.condition, teacher.spec.guidable) == ("latent", "text", True)
     assert teacher.meta["pipeline"] == f"{kind}Pipeline" and is_diffusers_folder(folders / name)
     pipe = getattr(diffusers, f"{kind}Pipeline").from_pretrained(folders / name)
     pipe.set_progress_bar_config(disable=True)
