@@ -138,7 +138,7 @@ class Eval(Section):
     """A metric measured on the way; the best checkpoint is chosen by it."""
 
     every: Count = _f(..., "images between two measurements")
-    metric: Literal["fd", "accuracy"] = _f("fd", "fd: Fréchet distance, lower is better; accuracy: of a classifier on held-out images")
+    metric: Literal["fd", "accuracy"] = _f("fd", "fd: Fréchet distance, lower is better; accuracy: what the method validates by, higher is better")
     extractor: Text | None = _f(None, "feature extractor of the Fréchet distance, by name or path", validate_default=True)
     n: Annotated[int, Field(ge=2)] = _f(1000, "generated samples per measurement")
     reference: Text | None = _f(None, "what to compare with: images or statistics, as `d2o eval --against` takes it", validate_default=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ class Spec:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Spec:
+        """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that this d2o does not know."""
+        if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
+            raise UserError(f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know", "use the d2o that made it")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         return cls(**values)
 

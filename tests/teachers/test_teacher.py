@@ -185,3 +185,10 @@ def test_text_conditions_are_cut_and_joined_together():
     assert torch.equal(both.states, text.states[[0, 2, 3]]) and torch.equal(both.pooled, text.pooled[[0, 2, 3]])
     assert join(Text(text.states), Text(text.states)).pooled is None
     assert join(torch.tensor([1]), torch.tensor([-1])).tolist() == [1, -1]
+
+
+def test_a_spec_of_another_version_is_read_or_refused_in_words():
+    older = {name: value for name, value in SPEC.to_dict().items() if name not in ("solver", "steps", "guidable")}
+    assert Spec.from_dict(older) == SPEC
+    with pytest.raises(UserError, match="by colour, which this d2o does not know"):
+        Spec.from_dict({**SPEC.to_dict(), "colour": "red"})
