@@ -9,6 +9,7 @@ os.environ.update(NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", 
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_name, None)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -17,6 +18,12 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 settings.register_profile("d2o", deadline=None, derandomize=True)  # a slow machine is no failure; the same examples every time
 settings.load_profile("d2o")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the user's cache is read or written."""
+    os.environ["D2O_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 _leave, _process = os._exit, os.getpid()

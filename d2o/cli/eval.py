@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich import box
@@ -15,154 +14,124 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2o.cli import console
-from d2o.cli.pairs import open_device
-from d2o.errors import UserError
+from d2o.cli.eval_run import Outputs, check_asked, measure
 from d2o.runtime import worker
 
-if TYPE_CHECKING:
-    from d2o.metrics.run import Request
+WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
 
-_optional = partial(typer.Option, None, show_default=False)
+
+def _option(panel: str, *names: str, default: Any = None, **more: Any) -> Any:
+    return typer.Option(default, *names, rich_help_panel=panel, show_default=default not in (None, [], False), **more)
+
+
+_what, _making, _numbers, _out = (partial(_option, panel) for panel in (WHAT, MAKING, NUMBERS, OUT))
 
 X = typer.Argument(
-    help="What to measure: a student's or teacher's .safetensors, a run folder (its best checkpoint, else its last), a builtin teacher "
-    "(digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or statistics (.npz). Several give one table.",
+    None,
+    help="What to measure: a student's or teacher's .safetensors, a run folder (its best checkpoint, else its last), a teacher by name "
+    "(digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or statistics (.npz, .pkl). Several give one table.",
     show_default=False,
 )
-AGAINST = _optional("--against", help="The reference: images, statistics, or anything else X can be. Default for what comes of digits: real:digits.")
-N = typer.Option(4000, "--n", help="Generated images (a set of images is used whole).")
-SEED = typer.Option(1_000_000, "--seed", help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.")
-LABELS = _optional("--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2.")
-BATCH = typer.Option(250, "--batch", help="Images per network call.")
-SOLVER = typer.Option("heun", "--solver", help="Solver of a teacher as X: heun, euler, ddim or dpmpp. With euler, --steps 1 calls it once.")
-STEPS = typer.Option(18, "--steps", help="Solver steps of a teacher as X; 18 of heun are 35 network calls.")
-CFG = typer.Option(1.0, "--cfg", help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
-EXTRACTOR = _optional(
-    "--extractor", help="Feature extractor: a name (digits) or an own classifier's .safetensors. Default for 8x8 grey images: digits."
-)
-TEACHER = _optional("--teacher", help="Teacher to measure the distance to. Default: the builtin one that the student names.")
-NO_DISTANCE = typer.Option(False, "--no-teacher-distance", help="Leave out the distance to the teacher from equal noise.")
-DISTANCE_N = typer.Option(256, "--distance-n", help="Images of the distance to the teacher (which samples them with heun, 18 steps).")
-REPEATS = typer.Option(1, "--repeats", help="Runs over disjoint blocks of n seeds; mean and deviation are shown, every run is recorded.")
-RESIZE = typer.Option("none", "--resize", help="Sets of images of another size: none refuses them, crop scales and centre-crops. Recorded.")
-ON_BAD = typer.Option("refuse", "--on-bad", help="Corrupt images: refuse or skip; either way they are named.")
-JSON = _optional("--json", help="Write the result, with its protocol, to this file (a list for several X).")
-SAVE_STATS = _optional("--save-stats", help="Write X's feature statistics to this .npz; needs no reference.")
-NAME = typer.Option([], "--name", help="Row label; give one for each X, in their order.", show_default=False)
-DEVICE = _optional("--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.")
-COMPARE = typer.Option(False, "--compare", help="Measure nothing: the X are results (made with --json, or run folders with an eval.json).")
-REPORT = _optional("--report", help="Write a self-contained HTML page: table, sample grids, curves, protocols.")
-RUN = typer.Option([], "--run", help="Run folder whose training curves the report shows. Repeatable.", show_default=False)
-TITLE = typer.Option("d2o report", "--title", help="Title of the report.")
+AGAINST = _what("--against", help="The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
+                "what comes of digits: real:digits.")  # fmt: skip
+METRICS = _what("--metrics", default=[], help="fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, "
+                "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.")  # fmt: skip
+PROTOCOL = _what("--protocol", help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.")
+TABLE = _what("--table", help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.")
+EXTRACTOR = _what("--extractor", help="Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
+                  "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.")  # fmt: skip
+WEIGHTS = _what("--weights", default=[], help="Weights file of a network: [NAME=]PATH. Default: in $D2O_HOME/weights, else downloaded.")
+TEACHER = _what("--teacher", help="Teacher to measure the distance to. Default: the one that the student names, if it is here.")
+NO_DISTANCE = _what("--no-teacher-distance", default=False, help="Leave out the distance to the teacher from equal noise.")
+LATENCY = _what("--latency", default=False, help="Also time single images (text, network, decoding) and take the peak memory.")
+NEIGHBOURS = _what("--neighbours", default=0, help="Show that many nearest images of the reference beside samples in the report (memorisation).")
+
+N = _making("--n", default=4000, help="Generated images (a set of images is used whole).")
+SEED = _making("--seed", default=1_000_000, help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.")
+LABELS = _making("--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2.")
+PROMPTS = _making("--prompts", metavar="FILE", help="Prompts for generators that take text (.txt, .jsonl, .parquet); image i has prompt i mod "
+                  "their number.")  # fmt: skip
+PER_PROMPT = _making("--per-prompt", default=8, help="Images of one prompt for dreamdiv.")
+BATCH = _making("--batch", default=250, help="Images per network call.")
+SOLVER = _making("--solver", help="Solver of a teacher as X: heun, euler, ddim or dpmpp; default: its usual. With euler, --steps 1 calls it once.")
+STEPS = _making("--steps", help="Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls).")
+CFG = _making("--cfg", default=1.0, help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
+RESIZE = _making("--resize", default="none", help="Before scoring: none, crop (sets of images: scale and centre-crop to what the extractor takes), "
+                 "or a size: 256, 256:bicubic (centre-crop, then Lanczos or bicubic). Recorded.")  # fmt: skip
+QUANTIZE = _making("--quantize", default="edm_round", help="Generated images to 8 bits: edm_round, or dmd_trunc (GigaGAN, DMD2).")
+ON_BAD = _making("--on-bad", default="refuse", help="Corrupt images: refuse or skip; either way they are named.")
+DEVICE = _making("--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.")
+WORK = _making("--work", help="Folder for unfinished work, which is kept and found again by later evaluations. Default: in $D2O_HOME, removed "
+               "when done. The same command again continues.")  # fmt: skip
+
+REPEATS = _numbers("--repeats", default=1, help="Runs over disjoint blocks of n seeds; every run is recorded.")
+REPORT_AS = _numbers("--report-as", default="mean", help="Of several runs: mean (with the deviation), or min, the best of them as EDM reports.")
+BOOTSTRAP = _numbers("--bootstrap", default=0, help="Error bars of a single run: resample its images that often.")
+DISTANCE_N = _numbers("--distance-n", default=256, help="Images beside the teacher's from equal noise (distance, lpips, dreamsim).")
+PR_K = _numbers("--pr-k", default=3, help="Neighbours of precision and recall.")
+DC_K = _numbers("--dc-k", default=5, help="Neighbours of density and coverage.")
+PR_DTYPE = _numbers("--pr-dtype", default="float32", help="In which their features are kept: float32, float64, or float16 as SiD and ADM do.")
+KID_SUBSETS = _numbers("--kid-subsets", default=100, help="Subsets of KID.")
+KID_SIZE = _numbers("--kid-size", default=1000, help="Images in each.")
+IS_SPLITS = _numbers("--is-splits", default=10, help="Splits of the Inception Score.")
+IS_MODE = _numbers("--is-mode", default="torch_fidelity", help="torch_fidelity (shuffled by seed 2020), edm_order, or adm (splits of 5,000).")
+CLIP_MODEL = _numbers("--clip-model", default="clip-vit-g-14", help="Of clip-score: clip-vit-g-14 or clip-vit-b-32.")
+
+JSON = _out("--json", help="Write the result, with its protocol, to this file (a list for several X).")
+CSV = _out("--csv", help="Write the table with all digits, one row for each X.")
+MARKDOWN = _out("--markdown", help="Write the table as markdown (or LaTeX: FILE.tex).")
+REPORT = _out("--report", help="Write a self-contained HTML page: table, sample grids, curves, protocols.")
+SAVE_STATS = _out("--save-stats", help="Write X's feature statistics to this .npz; needs no reference.")
+NAME = _out("--name", default=[], help="Row label; give one for each X, in their order.")
+RUN = _out("--run", default=[], help="Run folder whose training curves the report shows. Repeatable.")
+TITLE = _out("--title", default="d2o report", help="Title of the report.")
+COMPARE = _out("--compare", default=False, help="Measure nothing: the X are results (made with --json, or run folders with an eval.json).")
 
 
 def evaluate(
-    x: list[str] = X, against: str = AGAINST, n: int = N, seed: int = SEED, labels: str = LABELS, batch: int = BATCH, solver: str = SOLVER,
-    steps: int = STEPS, cfg: float = CFG, extractor: str = EXTRACTOR, teacher: str = TEACHER, no_teacher_distance: bool = NO_DISTANCE,
-    distance_n: int = DISTANCE_N, repeats: int = REPEATS, resize: str = RESIZE, on_bad: str = ON_BAD, json: Path = JSON,
-    save_stats: Path = SAVE_STATS, name: list[str] = NAME, device: str = DEVICE, compare: bool = COMPARE, report: Path = REPORT,
-    run: list[Path] = RUN, title: str = TITLE,
+    context: typer.Context,
+    x: list[str] = X, against: str = AGAINST, metrics: list[str] = METRICS, protocol: str = PROTOCOL, table: str = TABLE,
+    extractor: str = EXTRACTOR, weights: list[str] = WEIGHTS, teacher: str = TEACHER, no_teacher_distance: bool = NO_DISTANCE,
+    latency: bool = LATENCY, neighbours: int = NEIGHBOURS, n: int = N, seed: int = SEED, labels: str = LABELS, prompts: str = PROMPTS,
+    per_prompt: int = PER_PROMPT, batch: int = BATCH, solver: str = SOLVER, steps: int = STEPS, cfg: float = CFG, resize: str = RESIZE,
+    quantize: str = QUANTIZE, on_bad: str = ON_BAD, device: str = DEVICE, work: Path = WORK, repeats: int = REPEATS,
+    report_as: str = REPORT_AS, bootstrap: int = BOOTSTRAP, distance_n: int = DISTANCE_N, pr_k: int = PR_K, dc_k: int = DC_K,
+    pr_dtype: str = PR_DTYPE, kid_subsets: int = KID_SUBSETS, kid_size: int = KID_SIZE, is_splits: int = IS_SPLITS, is_mode: str = IS_MODE,
+    clip_model: str = CLIP_MODEL, json: Path = JSON, csv: Path = CSV, markdown: Path = MARKDOWN, report: Path = REPORT,
+    save_stats: Path = SAVE_STATS, name: list[str] = NAME, run: list[Path] = RUN, title: str = TITLE, compare: bool = COMPARE,
 ) -> None:  # fmt: skip
     """Measure students, teachers and images, and say how it was measured.
 
-    Fréchet distance over a named feature extractor, accuracy by class, samples/s, network calls (NFE), and the distance of a student to its
-    teacher from equal noise. Every number comes with its protocol.
+    Every metric of the papers: Fréchet distances over a named feature extractor (FID, FD-DINOv2, ...), KID, Inception Score, precision, recall,
+    density, coverage, CLIP score, perceptual distances to the teacher from equal noise; accuracy by class, samples/s, network calls (NFE).
+    Every number comes with its protocol. Interrupted, the same command continues; under torchrun the processes share the work.
     """
-    if worker()[0] != 0:
-        return
-    _check_outputs(x, json, save_stats, report, run, repeats, compare)
+    values = dict(context.params)
+    outputs = Outputs(json, csv, markdown, report, run, title)
+    check_asked(values)
+    outputs.check(save_stats)
+    given = {key for key in values if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"}
     if compare:
-        from d2o.metrics.records import load_records
-
-        records = [record for path in x for record in load_records(path)]
+        records = outputs.read(values["x"])
     else:
-        from d2o.metrics.protocol import Settings
-        from d2o.metrics.run import Request
-
-        settings = Settings(n, seed, labels, batch, solver, steps, cfg, repeats, distance_n, resize)
-        request = Request(
-            x, against, extractor, teacher, not no_teacher_distance, name, save_stats is None, on_bad, bool(json or report), open_device(device)
-        )
-        records = _measure(request, settings, save_stats)
-    if json:
-        from d2o.metrics.records import save_records
-
-        save_records(json, records)
-        console.say(f"wrote {json}")
-    if report:
-        from d2o.metrics.report import write_report
-
-        write_report(report, records, run, title)
-        console.say(f"wrote {report}")
-    show(records)
+        records = measure(values, given)
+    if worker()[0] == 0:
+        outputs.write(records)
+        show(records)
 
 
-def show(records: list[dict[str, Any]]) -> None:
+def show(records: Sequence[dict[str, Any]]) -> None:
     """The results as a table, with the protocol below."""
-    from d2o.metrics.table import results_table
+    from d2o.metrics.table import fold, results_table
 
-    cells = results_table(records)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, header in enumerate(cells.headers):
-        table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=0 if i else 16)
-    for row in cells.rows:
-        table.add_row(*map(escape, row))
-    wide = Console(file=console.out.file, width=max(console.out.width, 160), highlight=False)
-    (console.out if console.out.is_terminal else wide).print(table)  # in a file or pipe nothing needs folding
-    for line in cells.footer:
-        console.out.print(escape(line), style="dim")
-
-
-def _measure(request: Request, settings: Any, save_stats: Path | None) -> list[dict[str, Any]]:
-    from d2o.metrics.run import evaluate_all
-    from d2o.metrics.statistics import save_statistics
-
-    records = []
-    for result in evaluate_all(request, settings, _meter):
-        records.append(result.record)
-        if save_stats:
-            save_statistics(save_stats, result.statistics)
-            console.say(f"wrote {save_stats} (n = {result.statistics.n:,}, {result.statistics.dim} features)")
-    return records
-
-
-@contextmanager
-def _meter(title: str, total: int) -> Iterator[Any]:
-    done = 0
-    with console.meter(title, total) as bar:
-
-        def progress(more: int) -> None:
-            nonlocal done
-            done += more
-            bar.update(done)
-
-        yield progress
-
-
-def _check_outputs(
-    x: list[str], json: Path | None, save_stats: Path | None, report: Path | None, runs: list[Path], repeats: int, compare: bool
-) -> None:
-    """Refuse what cannot end well before anything is measured."""
-    if runs and not report:
-        raise UserError("--run shows training curves in a report", "add --report FILE.html")
-    if save_stats and (len(x) > 1 or repeats > 1 or compare):
-        raise UserError("--save-stats takes one X, measured once")
-    if not (json or save_stats or report):
-        return
-    from d2o.metrics.records import check_json_target, check_target
-    from d2o.metrics.report import check_report_target
-    from d2o.metrics.statistics import is_statistics
-
-    if json:
-        check_json_target(json)
-    if report:
-        check_report_target(report)
-        for folder in runs:
-            if not (folder / "metrics.jsonl").exists():
-                raise UserError(f"{folder} is not a run folder: it holds no metrics.jsonl", "--run takes what `d2o train --out` wrote")
-    if save_stats:
-        check_target(save_stats)
-        if save_stats.suffix != ".npz":
-            raise UserError(f"--save-stats {save_stats}: statistics are an .npz file")
-        if save_stats.exists() and not is_statistics(save_stats):
-            raise UserError(f"{save_stats} exists and holds no statistics: it is not overwritten", "choose another name for --save-stats")
+    width = console.out.width if console.out.is_terminal else max(console.out.width, 160)  # in a file or pipe there is room
+    target = console.out if console.out.is_terminal else Console(file=console.out.file, width=width, highlight=False)
+    for piece in fold(results_table(list(records)), width):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, header in enumerate(piece.headers):
+            table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=0 if i else 16)
+        for i, row in enumerate(piece.rows):
+            table.add_row(*(f"[bold]{escape(cell)}[/]" if (i, j) in piece.best else escape(cell) for j, cell in enumerate(row)))
+        target.print(table)
+        for line in piece.footer:
+            console.out.print(escape(line), style="dim")

@@ -7,6 +7,8 @@ Choices, the same everywhere:
 - colour becomes grey by the ITU-R 601 luma, grey becomes colour by repetition;
 - of an animation the first frame is taken;
 - colour profiles are ignored.
+
+What a file lost before it came here (JPEG, lossy WebP) is named as well: it changes every metric.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
+ORDERS = ("resize_crop", "crop_resize")
+"""Resize the short side, then cut out the centre (EDM, StyleGAN); or cut out the centre square, then resize it (GigaGAN, DMD2)."""
 HEADER_BYTES = 1 << 16
 
 _UPRIGHT = {
@@ -62,14 +66,15 @@ def read_head(read: Callable[[int | None], bytes]) -> Head:
     try:
         picture = open_picture(start)
         if len(start) < HEADER_BYTES or picture.format in ("JPEG", "MPO", "PNG", "BMP", "PPM"):
-            return head_of(picture)
+            return head_of(picture, start)
     except Exception:
         if len(start) < HEADER_BYTES:
             raise
-    return head_of(open_picture(read(None)))  # these formats keep part of what we ask for at the end of the file
+    return head_of(open_picture(read(None)), start)  # these formats keep part of what we ask for at the end of the file
 
 
-def head_of(picture: Image.Image) -> Head:
+def head_of(picture: Image.Image, start: bytes = b"") -> Head:
+    """The head of an opened picture; `start`: the first bytes of its file, for what PIL does not tell."""
     turn = _orientation(picture)
     width, height = picture.size
     if turn >= 5 and picture.format != "TIFF":  # PIL turns TIFFs itself and says the upright size
@@ -88,20 +93,24 @@ def head_of(picture: Image.Image) -> Head:
         traits.append("widened from 1 to 8 bits")
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         traits.append(f"converted from {mode} to RGB")
+    if loss := _loss(picture, start):
+        traits.append(f"compressed with loss ({loss})")
     if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a photo and its preview
         traits.append("cut to the first frame of an animation")
     return Head((width, height), mode in _GREY or mode.startswith("I;16"), tuple(traits))
 
 
-def decode(picture: Image.Image, channels: int, resolution: int | None, resize: str) -> np.ndarray:
-    """uint8 [C, H, W]. With a resolution: short side resized to it (antialiased), then centre-cropped to a square."""
+def decode(picture: Image.Image, channels: int, resolution: int | None, resize: str, order: str = "resize_crop") -> np.ndarray:
+    """uint8 [C, H, W]. With a resolution: a square of it, made by the antialiased filter `resize` and a centre crop in this `order`."""
     turn = _orientation(picture)
+    if "transparency" in picture.info and _sixteen_bit(picture):  # PIL compares it with the 8 bits that are left
+        raise ValueError("16-bit pixels with a transparent colour are not supported")
     picture.load()
     if turn != 1 and picture.format != "TIFF":
         picture = picture.transpose(_UPRIGHT[turn])
     picture = _eight_bit(picture, "L" if channels == 1 else "RGB")
     if resolution is not None and picture.size != (resolution, resolution):
-        picture = fit(picture, resolution, resize)
+        picture = fit(picture, resolution, resize) if order == "resize_crop" else crop_first(picture, resolution, resize)
     pixels = np.asarray(picture)
     if pixels.ndim == 3:
         return pixels.transpose(2, 0, 1)
@@ -121,10 +130,19 @@ def fit(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
     return picture.crop((left, top, left + resolution, top + resolution))
 
 
+def crop_first(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
+    """The centre square of the short side, then resized to `resolution`. Left and top are halves rounded to even, as torchvision's
+    center_crop takes them, so that GigaGAN's evaluation sees the same pixels."""
+    short = min(picture.size)
+    left, top = round((picture.width - short) / 2), round((picture.height - short) / 2)
+    square = picture.crop((left, top, left + short, top + short))
+    return square if short == resolution else square.resize((resolution, resolution), FILTERS[resize])
+
+
 def reason(error: Exception) -> str:
     """Why a file could not be decoded, in words."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image"
+        return "not an image, or a kind of one that is not read"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
@@ -135,8 +153,6 @@ def reason(error: Exception) -> str:
 def _eight_bit(picture: Image.Image, mode: str) -> Image.Image:
     """Grey stays "L" whatever is asked (its caller repeats it: cheaper, and the same pixels); all else becomes `mode`."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and _sixteen_bit(picture)):
-        if "transparency" in picture.info:
-            raise ValueError("16-bit grey with a transparent colour is not supported")
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no fixed range")
@@ -162,6 +178,18 @@ def _sixteen_bit(picture: Image.Image) -> bool:
         if ";16" in str(options) or (codec.startswith("ppm") and isinstance(last, int) and last > 255):
             return True
     return False
+
+
+def _loss(picture: Image.Image, start: bytes) -> str:
+    """The format that rounded the pixels when the file was written, or "". WebP says so in the name of its first chunk of pixels."""
+    if picture.format == "WEBP":
+        place = 12
+        while start[place : place + 4] in (b"VP8X", b"ICCP", b"ALPH", b"EXIF", b"XMP "):
+            size = int.from_bytes(start[place + 4 : place + 8], "little")
+            place += 8 + size + size % 2
+        return "WebP" if start[place : place + 4] == b"VP8 " else ""
+    jpeg = picture.format in ("JPEG", "MPO") or (picture.format == "TIFF" and picture.info.get("compression") in ("jpeg", "tiff_jpeg"))
+    return "JPEG" if jpeg else ""
 
 
 def _orientation(picture: Image.Image) -> int:

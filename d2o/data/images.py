@@ -6,14 +6,13 @@ labels and the order come about, is told in sources.py; how a file becomes pixel
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from torch import Tensor
 
 from d2o.data import decode
 from d2o.data.sources import LAYOUTS, Arrays, Source, open_source
+from d2o.data.threads import map_threads
 from d2o.errors import UserError, unknown
 
 DECODE_AT_ONCE = 1 << 30  # bytes of decoded pixels: smaller sets are held in memory
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -47,23 +44,27 @@ def open_images(
     channels: int | None = None,
     on_bad: str = "refuse",
     resize: str = "lanczos",
+    order: str = "resize_crop",
 ) -> ImageSet:
     """The images at `path` (see `sources.LAYOUTS`), resized with the antialiased filter `resize` to a short side of `resolution`
-    pixels and centre-cropped to a square. `resolution` None keeps the size, which all images must then share; `channels` None is 1
-    if every image is grey, else 3. Files that cannot be used raise a UserError that names them (`on_bad` "refuse") or are left out
-    and listed in `.bad` ("skip"). Also raises UserError for a path that is missing, empty or of no known layout.
+    pixels and centre-cropped to a square, or, in the `order` "crop_resize", cropped to the centre square and then resized (which
+    differs in the last bits). `resolution` None keeps the size, which all images must then share; `channels` None is 1 if every image
+    is grey, else 3. Files that cannot be used raise a UserError that names them (`on_bad` "refuse") or are left out and listed in
+    `.bad` ("skip"). Also raises UserError for a path that is missing, empty or of no known layout.
     """
     if on_bad not in ("refuse", "skip"):
         raise unknown("way to treat bad files (on_bad)", on_bad, ("refuse", "skip"))
     if resize not in decode.FILTERS:
         raise unknown("resize filter", resize, decode.FILTERS)
+    if order not in decode.ORDERS:
+        raise unknown("order of resizing and cropping", order, decode.ORDERS)
     if resolution is not None and resolution < 1:
         raise UserError(f"a resolution of {resolution} pixels is none", "it is a number of pixels, at least 1")
     if channels not in (None, 1, 3):
         raise UserError(f"images have 1 or 3 channels, not {channels}")
     path = os.fspath(path)
     name = path if path.startswith("real:") else os.path.basename(os.path.abspath(path))
-    return ImageSet(open_source(path), name, resolution, channels, on_bad, resize)
+    return ImageSet(open_source(path), name, resolution, channels, on_bad, resize, order)
 
 
 class ImageSet:
@@ -81,8 +82,9 @@ class ImageSet:
     found bad later follows `on_bad`: a UserError, or the next good image of the same class stands in for it.
     """
 
-    def __init__(self, source: Source, name: str, resolution: int | None, channels: int | None, on_bad: str, resize: str):
-        self._source, self.name, self._resolution, self._skip, self._resize = source, name, resolution, on_bad == "skip", resize
+    def __init__(self, source: Source, name: str, resolution: int | None, channels: int | None, on_bad: str, resize: str, order: str = "resize_crop"):
+        self._source, self.name, self._resolution, self._skip = source, name, resolution, on_bad == "skip"
+        self._resize, self._order = resize, order
         self._bad_at_opening = list(source.bad)
         self._bad_later: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -107,6 +109,7 @@ class ImageSet:
             raise self._bad_files(self.bad)
 
         self._rows = rows
+        self._digests = np.zeros(len(rows), np.uint64)  # of pixels, as far as they were read; 0: not yet
         self.names = [source.names[i] for i in rows]
         self.class_names = list(source.class_names)
         self.classes = len(self.class_names)
@@ -130,6 +133,16 @@ class ImageSet:
     def fingerprint(self) -> str:
         """sha256 of what was found at the path, bad or not, before resizing: names, sizes in bytes and labels (npz: the pixels)."""
         return self._source.fingerprint
+
+    @property
+    def duplicates(self) -> int:
+        """How many of the images are pixel for pixel copies of an earlier one: of all, or of those read so far where a set is decoded on
+        demand. What several ranks generate from the same seeds shows here."""
+        if self._pixels is not None and len(self) and not self._digests.any():
+            pixels = self._pixels.numpy()
+            self._digests[:] = map_threads(lambda i: _digest(pixels[i]), range(len(self)))
+        known = self._digests[self._digests != 0]
+        return len(known) - len(np.unique(known))
 
     def images(self, indices: Sequence[int] | Tensor | np.ndarray | slice) -> Tensor:
         """uint8 [k, C, H, W], in the order asked for; negative indices count from the end. IndexError outside the set."""
@@ -163,7 +176,7 @@ class ImageSet:
             except Exception as error:  # PIL's decoders raise nearly everything
                 return decode.reason(error)
 
-        return _map_threads(head, range(len(self._source)))
+        return map_threads(head, range(len(self._source)))
 
     def _common_shape(self, names: list[str], heads: list[decode.Head], channels: int | None) -> tuple[int, int, int]:
         channels = channels or (1 if all(head.grey for head in heads) else 3)
@@ -181,7 +194,7 @@ class ImageSet:
         return (height, width) == self.shape[1:] and channels in (1, self.shape[0])
 
     def _decode(self, row: int, out: np.ndarray) -> None:
-        pixels = decode.decode(self._source.picture(row), self.shape[0], self._resolution, self._resize)
+        pixels = decode.decode(self._source.picture(row), self.shape[0], self._resolution, self._resize, self._order)
         if pixels.shape != out.shape:
             raise ValueError(f"is {pixels.shape[2]}x{pixels.shape[1]}, but its header says {out.shape[2]}x{out.shape[1]}")
         out[:] = pixels
@@ -209,6 +222,8 @@ class ImageSet:
         if not why:
             try:
                 self._decode(self._rows[index], out)
+                if not self._digests[index]:
+                    self._digests[index] = _digest(out)
             except MemoryError:
                 raise
             except Exception as error:
@@ -245,6 +260,8 @@ class ImageSet:
             counts["reduced from colour to grey (ITU-R 601 luma)"] = len(heads) - grey
         if self._resolution is not None:
             side = self._resolution
+            if self._order == "crop_resize":
+                counts["cropped to the centre square"] = 0  # notes are in the order of what was done
             counts[f"shrunk to a short side of {side} ({self._resize})"] = sum(min(head.size) > side for head in heads)
             counts[f"enlarged to a short side of {side} ({self._resize})"] = sum(min(head.size) < side for head in heads)
             counts["cropped to the centre square"] = sum(head.size[0] != head.size[1] for head in heads)
@@ -289,31 +306,11 @@ def _listed(bad: list[tuple[str, str]]) -> str:
     return "".join(lines) + (f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else "")
 
 
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-_pool_lock = threading.Lock()
-
-
-def _workers() -> int:
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(32, cpus)
-
-
-def _map_threads(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """[function(item) for item in items] on the threads all sets share, in pieces, because an item may take only microseconds."""
-    global _pool
-    items = list(items)
-    if len(items) < 4:
-        return [function(item) for item in items]
-    with _pool_lock:
-        if _pool is None or _pool[0] != os.getpid():  # threads do not survive a fork
-            _pool = os.getpid(), ThreadPoolExecutor(_workers(), "d2o-images")
-        threads = _pool[1]
-    piece = max(1, min(256, len(items) // (2 * _workers())))
-    pieces = [items[i : i + piece] for i in range(0, len(items), piece)]
-    done = threads.map(lambda part: [function(item) for item in part], pieces)
-    return [result for part in done for result in part]
+def _digest(pixels: np.ndarray) -> int:
+    """64 bits of a hash of the pixels, never 0."""
+    return int.from_bytes(hashlib.sha1(np.ascontiguousarray(pixels).data, usedforsecurity=False).digest()[:8], "little") | 1
 
 
 def _threaded(function: Callable[[int, np.ndarray], str], numbers: Sequence[int], out: np.ndarray) -> list[str]:
     """function(numbers[k], out[k]) for every k."""
-    return _map_threads(lambda k: function(numbers[k], out[k]), range(len(numbers)))
+    return map_threads(lambda k: function(numbers[k], out[k]), range(len(numbers)))

@@ -114,8 +114,9 @@ class InertPickle:
                 case pickle.SHORT_BINUNICODE | pickle.BINUNICODE | pickle.BINUNICODE8:
                     length = self.uint({pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8}[opcode])
                     stack.append(str(self.take(length), "utf-8", "surrogatepass"))
-                case pickle.SHORT_BINBYTES | pickle.BINBYTES | pickle.BINBYTES8:
-                    stack.append(self.take(self.uint({pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4, pickle.BINBYTES8: 8}[opcode])))
+                case pickle.SHORT_BINBYTES | pickle.BINBYTES | pickle.BINBYTES8 | pickle.BYTEARRAY8:
+                    length = self.uint({pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4}.get(opcode, 8))
+                    stack.append(self.take(length))
                 # Containers
                 case pickle.EMPTY_TUPLE:
                     stack.append(())

@@ -23,11 +23,12 @@ RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
 TENSOR = "torch._utils._rebuild_tensor_v2"
 STORAGE = "torch.storage._load_from_bytes"
-MODULE_DICT = "torch.nn.modules.container.ModuleDict"
+TORCH_MODULES = "torch.nn.modules."
 
 EXPECTED: dict[str, type] = {
     "collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict, "builtins.set": set,
-    RECONSTRUCT: Call, PARAMETER: Call, TENSOR: Call, STORAGE: Call, MODULE_DICT: Call,
+    RECONSTRUCT: Call, PARAMETER: Call, TENSOR: Call, STORAGE: Call,
+    f"{TORCH_MODULES}container.ModuleDict": Call,
     # Attributes that we have no use for: scale factors, latent statistics, bound hooks.
     "numpy.core.multiarray.scalar": Call, "numpy._core.multiarray.scalar": Call, "numpy.dtype": Call, "numpy.ndarray": Call,
     "numpy.core.multiarray._reconstruct": Call, "numpy._core.multiarray._reconstruct": Call, "builtins.getattr": Call,
@@ -122,7 +123,9 @@ def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> 
     root = reader.load()
     for call in reader.calls:
         if call.name == RECONSTRUCT:
-            _check_persistent(call)
+            name = check_persistent(call)
+            if not (name in CLASSES or (name.endswith("Loss") and len(name) <= MAX_NAME)):
+                raise Malformed(f"holds an object of class {name[:100]!r}, which d2o does not know")
     if not isinstance(root, dict) or not _is(root.get(key), RECONSTRUCT):
         others = [f"{name!r:.100}" for name, value in root.items() if _is(value, RECONSTRUCT)] if isinstance(root, dict) else []
         raise Malformed(f"holds no network under {key!r}" + (f"; its objects are {', '.join(others[:8])}" if others else ""))
@@ -133,23 +136,27 @@ def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> 
         raise Malformed("does not name the options that its network was made with")
     plain = {str(name): _plain(value) for name, value in kwargs.items()}
     encoder = root["encoder"].args[0]["class_name"] if _is(root.get("encoder"), RECONSTRUCT) else None
-    tensors = _StateDict(root[key], len(data), dtype).tensors
+    tensors = StateDict(root[key], len(data), dtype).tensors
     return NvidiaNetwork(path, meta["class_name"], plain, tensors, tuple(map(str, root)), encoder)
 
 
-def _check_persistent(call: Call) -> None:
+def check_persistent(call: Call) -> str:
+    """The class name of an object that is described as NVIDIA's files do. Raises Malformed."""
     meta = call.args[0] if len(call.args) == 1 else None
     if not isinstance(meta, dict) or len(meta) != 5 or set(meta) != {"type", "version", "module_src", "class_name", "state"}:
         raise Malformed("holds an object that is not described as NVIDIA's files do")
     if meta["type"] != "class" or meta["version"] != 6:
         raise Malformed("holds an object of another version than 6")
-    name = meta["class_name"]
-    if not isinstance(name, str) or not (name in CLASSES or (name.endswith("Loss") and len(name) <= MAX_NAME)):
-        raise Malformed(f"holds an object of class {name[:100] if isinstance(name, str) else type(name)!r}, which d2o does not know")
+    if not isinstance(meta["class_name"], str):
+        raise Malformed(f"holds an object of class {type(meta['class_name'])!r}, which d2o does not know")
+    return meta["class_name"]
 
 
-class _StateDict:
-    """Collects parameters, then persistent buffers, then those of the submodules, in the file's order: as torch's state_dict does."""
+class StateDict:
+    """Collects parameters, then persistent buffers, then those of the submodules, in the file's order: as torch's state_dict does.
+
+    A module is an object of NVIDIA's or one of torch's own classes. Raises Malformed.
+    """
 
     def __init__(self, network: Call, bytes_left: int, dtype: torch.dtype | None):
         self.tensors: dict[str, Tensor] = {}
@@ -161,7 +168,7 @@ class _StateDict:
     def add_module(self, module: Any, prefix: str, depth: int) -> None:
         if _is(module, RECONSTRUCT):
             attributes = _dict(module.args[0]["state"], prefix)
-        elif _is(module, MODULE_DICT):
+        elif isinstance(module, Call) and module.name.startswith(TORCH_MODULES):
             attributes = _dict(module.state, prefix)
         else:
             raise Malformed(f"has {prefix!r}, which is no module")

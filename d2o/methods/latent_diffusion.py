@@ -21,7 +21,7 @@ from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
-from d2o.metrics.features import Extractor, load_extractor
+from d2o.metrics.features import ClassifierExtractor, load_classifier
 from d2o.networks.bpe import WORD
 from d2o.networks.latent import Autoencoder, TextToImage, load_autoencoder
 from d2o.teachers.base import Spec
@@ -119,7 +119,7 @@ class LatentDiffusion(Method):
         """How often the classifier sees the digit (or whatever the classes are) in a sample that its prompt asked for."""
         if self.options.extractor is None:
             return {}
-        extractor = load_extractor(self.options.extractor, self.no_caption.device)
+        extractor = load_classifier(self.options.extractor, self.no_caption.device)
         n, classes = self.options.check_n, len(self.captions.table)
         if extractor.classes != classes:
             raise UserError(f"latent_diffusion.extractor: {self.options.extractor} tells {extractor.classes} classes apart, the data has {classes}")
@@ -131,8 +131,9 @@ class LatentDiffusion(Method):
         return {"accuracy": right / n}
 
 
-def classify(extractor: Extractor, images: Tensor) -> Tensor:
+def classify(extractor: ClassifierExtractor, images: Tensor) -> Tensor:
     """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to what it takes."""
+    assert extractor.shape is not None
     channels, height, width = extractor.shape
     if channels == 1:
         images = images.mean(1, keepdim=True)

@@ -15,7 +15,7 @@ from d2o.errors import UserError
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES, pseudo_huber
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
-from d2o.metrics.features import load_extractor
+from d2o.metrics.features import load_classifier
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.precond import Denoiser
 from d2o.students.base import Student
@@ -56,7 +56,7 @@ class ODE(Method):
         if self.options.loss == "perceptual":
             if self.options.extractor is None:
                 raise UserError("ode.extractor: the perceptual loss needs a feature extractor", "for example `ode.extractor: digits`")
-            self.extractor = load_extractor(self.options.extractor, str(setup.device))
+            self.extractor = load_classifier(self.options.extractor, str(setup.device))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """d(G(z, c), x) of eq. 1, per sample."""

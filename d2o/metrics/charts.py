@@ -1,9 +1,9 @@
-"""Line charts as inline SVG: no library, no script, coloured by the page's style sheet (classes s0, s1, ...)."""
+"""Line and dot charts as inline SVG: no library, no script, coloured by the page's style sheet (classes s0, s1, ...)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -125,3 +125,77 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _digit(tick: float) -> int:
     return round(tick / 10 ** math.floor(math.log10(tick) + 1e-9))
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A row of a dot chart. `colour`: of the style sheet (0: s0, ...); `mark`: another value of the same row, as a paper printed it."""
+
+    name: str
+    value: float
+    text: str
+    error: float | None = None
+    colour: int = 0
+    mark: float | None = None
+
+
+ROW, DOT_WIDTH = 40, 460  # a name above each line, so that the chart stays readable on a narrow page
+
+
+def dot_chart(dots: Sequence[Dot], title: str, log_x: bool = False) -> str:
+    """One SVG element: values as dots on lines, with error bars and printed values. A dot needs no zero on its axis, as a bar does."""
+    ends = [v for d in dots for v in (d.value - (d.error or 0), d.value, d.value + (d.error or 0), d.mark) if v is not None]
+    ends = [v for v in ends if math.isfinite(v) and (v > 0 or not log_x)]
+    if not ends:
+        return ""
+    low, high = _span([math.log10(v) if log_x else v for v in ends])
+    pad = 0.04 * (high - low)
+    low, high, left, right = low - pad, high + pad, 8, DOT_WIDTH - 8
+
+    def sx(value: float) -> float:
+        at = (math.log10(value) if value > 0 else low) if log_x else value
+        return left + (min(max(at, low), high) - low) / (high - low) * (right - left)
+
+    height = ROW * len(dots) + 26
+    ticks = _spread(_log_ticks(low, high) if log_x else _ticks(low, high, 5), sx)
+    body = [
+        f'<text class="small" x="{sx(t):.1f}" y="{height - 6}" text-anchor="middle">{s}</text>' for t, s in zip(ticks, _labels(ticks), strict=True)
+    ]
+    for i, d in enumerate(dots):
+        y, colour = ROW * i + 28, f"s{d.colour % COLOURS}"
+        name = _shortened(d.name, 54 - len(d.text))
+        body.append(f'<text class="name" x="{left}" y="{y - 11}">{escape(name)}<title>{escape(d.name)}</title></text>')
+        body.append(f'<text class="name" x="{right}" y="{y - 11}" text-anchor="end">{escape(d.text)}</text>')
+        body.append(f'<line class="rail" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
+        body += [f'<line class="rail" x1="{sx(t):.1f}" x2="{sx(t):.1f}" y1="{y - 3}" y2="{y + 3}"/>' for t in ticks]
+        if d.error and math.isfinite(d.error):
+            body.append(f'<line class="{colour} error" x1="{sx(d.value - d.error):.1f}" x2="{sx(d.value + d.error):.1f}" y1="{y}" y2="{y}"/>')
+        if math.isfinite(d.value):
+            body.append(f'<circle class="{colour}" cx="{sx(d.value):.1f}" cy="{y}" r="5"/>')
+        if d.mark is not None and math.isfinite(d.mark):
+            body.append(f'<path class="mark" d="M{sx(d.mark):.1f} {y - 8}l8 8l-8 8l-8 -8z"><title>paper: {short(d.mark)}</title></path>')
+    return f'<svg class="dots" viewBox="0 0 {DOT_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
+
+
+def _spread(ticks: list[float], place: Callable[[float], float]) -> list[float]:
+    """Without those whose labels would touch the one before."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or place(tick) - place(kept[-1]) >= 44:
+            kept.append(tick)
+    return kept
+
+
+def _labels(ticks: list[float]) -> list[str]:
+    """`short`, or as many digits as tell them apart."""
+    labels = [short(t) for t in ticks]
+    for digits in range(4, 9):
+        if len(set(labels)) == len(labels):
+            break
+        labels = [f"{t:.{digits}g}" for t in ticks]
+    return labels
+
+
+def _shortened(name: str, length: int) -> str:
+    length = max(length, 12)
+    return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,227 +1,312 @@
-"""Every metric that applies to one subject, with its protocol, as a JSON-able record. Also the quick score that training asks for."""
+"""Every metric that was asked for of one subject, with its protocol, as a JSON-able record."""
 
 from __future__ import annotations
 
-import statistics as stats
 import time
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from d2o import __version__
 from d2o.data.draws import label_mode
-from d2o.data.images import to_uint8
-from d2o.metrics.features import Extractor, load_extractor
-from d2o.metrics.frechet import TRACE_METHOD
+from d2o.errors import UserError
+from d2o.metrics.accuracy import accuracy
+from d2o.metrics.catalogue import Want, combine
+from d2o.metrics.collect import Meter, Workplace, silent
+from d2o.metrics.columns import Columns
+from d2o.metrics.extractor import Extractor
 from d2o.metrics.grids import sample_grid
-from d2o.metrics.protocol import QUANTIZE, Settings, hardware, metric_label, noise_for
-from d2o.metrics.reference import Reference, load_reference
-from d2o.metrics.statistics import Statistics, check_same_features
-from d2o.metrics.subjects import Device, Generate, Generator, Numbers, Pictures, Subject, check_subject
-from d2o.metrics.tally import Meter, Progress, Tally, blocks, check_finite, silent, tally_generator, tally_pictures
-from d2o.teachers.base import Spec
+from d2o.metrics.leaks import leak_notes
+from d2o.metrics.passes import Outputs, feature_probes, generator_pass, pair_pass, pictures_pass
+from d2o.metrics.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
+from d2o.metrics.protocol import Settings, hardware
+from d2o.metrics.reference import Reference, check_enough, measured_reference
+from d2o.metrics.scores import Score, Sides
+from d2o.metrics.sides import Given, Measured, Side
+from d2o.metrics.speed import latency, throughput
+from d2o.metrics.statistics import Statistics
+from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
+from d2o.metrics.tools import Tools
+from d2o.runtime import worker
 
 FORMAT = {"format": "d2o-eval", "version": 1}
 
 
 @dataclass
 class Evaluation:
-    """`record` is the JSON result; `statistics` those of X's first run."""
+    """`record` is the JSON result; `statistics` those of X's first run over the main extractor, where it has any."""
 
     record: dict[str, Any]
-    statistics: Statistics
+    statistics: Statistics | None
+
+
+@dataclass
+class Plan:
+    """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to the teacher (None: X is
+    statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown sample among the reference's images."""
+
+    wants: Sequence[Want]
+    main: Extractor | None
+    tools: Tools
+    teacher: Generator | None = None
+    distance: bool = True
+    latency: bool = False
+    neighbours: int = 0
+    grid: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def extractor(self, want: Want) -> Extractor | None:
+        """The extractor of a metric; None for one that needs none."""
+        if not want.metric.output:
+            return None
+        return self.tools.extractor(want.extractor) if want.extractor else self.main
+
+    def outputs(self, *references: str) -> Outputs:
+        """What metrics whose `reference` is one of these need of the images (all metrics of the main pass, if none is named)."""
+        found: Outputs = {}
+        for want in self.wants:
+            extractor = self.extractor(want)
+            if extractor is None or (want.metric.reference not in references if references else want.metric.reference in ("diversity", "pair")):
+                continue
+            found.setdefault(extractor.name, (extractor, set()))[1].add(want.metric.output)
+        return found
+
+
+def reference_outputs(plan: Plan) -> tuple[Outputs, bool]:
+    """What is needed of the reference, and whether of every image (else statistics are enough)."""
+    outputs = plan.outputs("statistics", "rows")
+    if plan.neighbours and plan.main is not None:
+        outputs.setdefault(plan.main.name, (plan.main, set()))[1].add("features")
+    return outputs, bool(plan.neighbours) or any(want.metric.reference == "rows" for want in plan.wants)
 
 
 def evaluate_one(
-    x: Subject, reference: Reference | None, extractor: Extractor | None, settings: Settings, *, teacher: Generator | None = None,
-    name: str | None = None, device: Device = "cpu", grid: bool = True, notes: tuple[str, ...] = (), meter: Meter = silent,
-) -> Evaluation:  # fmt: skip
-    """Measure `x`. `reference` None: no Fréchet distance, only what needs no reference. `teacher`: measured against from equal noise.
+    x: Subject, reference: Reference | None, plan: Plan, settings: Settings, *, name: str | None = None, device: Device = "cpu",
+    place: Workplace | None = None, meter: Meter = silent,
+) -> Evaluation | None:  # fmt: skip
+    """Measure `x`; None for a worker that is not the first, which only helps. Global random state is neither used nor changed.
 
-    `extractor` may be None only where x and reference are statistics. Global random state is neither used nor changed.
     UserError: statistics of another extractor, images of another shape, too few, NaN or infinite values.
     """
     started = time.perf_counter()
-    with meter(name or x.name, work(x, settings)) as progress:
-        tallies, runs = _measure(x, extractor, settings, device, progress)
-    notes = (*x.notes, *notes)
+    place = place or Workplace(memory=True)
+    check(x, reference, plan)
+    runs = _main_passes(x, plan, settings, device, place, meter)
+    teacher_reference = _teacher_reference(x, plan, settings, device, place, meter)
+    diversity = _diversity_pass(x, plan, settings, device, place, meter)
+    pairs = _pair_pass(x, plan, settings, device, place, meter)
+    if worker()[0] != 0:
+        return None
+    sources = {"teacher": teacher_reference, "statistics": reference, "rows": reference}
     metrics: dict[str, Any] = {}
-    if reference is not None:
-        check_same_features(runs[0], reference.statistics)
-        metrics["fd"] = _fd(runs, reference)
-        notes = (*notes, *reference.notes, *_warnings(x, runs[0], reference))
-    metrics |= _answers(tallies)
+    for want in plan.wants:
+        extractor, kind = plan.extractor(want), want.metric.reference
+        other = sources[kind].side if kind in sources else None  # type: ignore[union-attr]
+        sides = [diversity] if kind == "diversity" else [pairs] if kind == "pair" else runs
+        found = [_score(want, Sides(side, other, extractor, want.metric.output, next(iter(want.metric.keys))), settings) for side in sides if side]
+        metrics |= combine(want, extractor, found, settings)
+    metrics |= accuracy([run for run in runs if isinstance(run, Measured)], x, plan.main)
+    seconds = [s for run in runs if isinstance(run, Measured) for s in run.columns.seconds]
     if isinstance(x, Generator):
-        metrics["speed"] = _speed(tallies, min(settings.batch, settings.n), device)
-        if teacher is not None and extractor is not None:
-            with meter(f"{name or x.name} beside {teacher.name}", settings.distance_n) as progress:
-                metrics["distance"] = teacher_distance(x, teacher, extractor, settings, device, progress)
-    timings = {"seconds": round(time.perf_counter() - started, 3), "generating": round(sum(sum(t.seconds) for t in tallies), 3)}
+        if seconds:
+            metrics["speed"] = throughput(seconds, min(settings.batch, settings.n), device)
+        if plan.latency:
+            metrics["speed"] = metrics.get("speed", {}) | latency(x, settings.seed, settings.labels, device)
+        if pairs is not None and plan.distance and plan.teacher is not None:
+            metrics["distance"] = _distance(pairs.columns, plan.teacher, settings)
+    statistics = runs[0].statistics(plan.main) if plan.main is not None and (isinstance(x, Numbers) or _has(runs[0], plan.main)) else None
+    notes = [*x.notes, *plan.notes, *(reference.notes if reference else []), *_warnings(x, runs[0], reference, plan)]
+    if isinstance(x, Pictures) and (copies := x.duplicates()):
+        notes.append(f"{x.source}: {copies:,} of {x.n:,} images are pixel for pixel copies of another")
+    if isinstance(x, Generator):
+        names = [e.name for want in plan.wants if (e := plan.extractor(want))] + [w.metric.name for w in plan.wants if not w.metric.output]
+        notes += leak_notes(x.source, x.recipe, names)
     record = {
         **FORMAT, "d2o": __version__, "name": name or x.name, "x": {"kind": x.kind, "source": x.source, **x.record}, "metrics": metrics,
-        "protocol": _protocol(x, runs[0], reference, settings), "env": hardware(device), "timings": timings,
+        "protocol": _protocol(x, runs[0], reference, plan, settings), "env": hardware(device),
+        "timings": {"seconds": round(time.perf_counter() - started, 3), "generating": round(sum(seconds), 3)},
         "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
-    if grid and not isinstance(x, Numbers):
-        record["grid"] = sample_grid(x, teacher, settings, device)
-    return Evaluation(record, runs[0])
+    if plan.grid and not isinstance(x, Numbers):
+        record["grid"] = sample_grid(x, plan.teacher, settings, device)
+    if plan.neighbours and not isinstance(x, Numbers) and reference is not None and plan.main is not None:
+        from d2o.metrics.memorisation import nearest_images
+
+        record["neighbours"] = nearest_images(x, runs[0], reference, plan.main, plan.neighbours, settings, device)
+    return Evaluation(record, statistics)
 
 
-def _measure(x: Subject, extractor: Extractor | None, settings: Settings, device: Device, progress: Progress) -> tuple[list[Tally], list[Statistics]]:
-    """The passes over x's images, and the feature statistics of each."""
+def check(x: Subject, reference: Reference | None, plan: Plan) -> None:
+    """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of another extractor."""
+    for want in plan.wants:
+        name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)
+        if want.metric.output and extractor is None:
+            raise UserError(f"metric {name}: {x.source} doesn't say which extractor made it", "name it with --extractor")
+        if name == "clip-score" and (x.captions if isinstance(x, Pictures) else x.prompts if isinstance(x, Generator) else None) is None:
+            raise UserError(f"metric {name} needs prompts; {x.source} has none", "it is for what is made from text: give --prompts FILE")
+        if kind == "diversity" and (not isinstance(x, Generator) or x.prompts is None):
+            raise UserError(f"metric {name} compares images of one prompt; {x.source} takes no prompts", "it is for generators that take text")
+        if want.needs_teacher and (plan.teacher is None or not isinstance(x, Generator)):
+            raise UserError(f"metric {name} compares with the teacher's images of equal noise; {x.source} has no teacher here",
+                            "name it with --teacher" if isinstance(x, Generator) else "it is for students and teachers")  # fmt: skip
+        if name.startswith("latent-") and isinstance(x, Generator) and x.spec.space != "latent":
+            raise UserError(f"metric {name} compares latents; {x.source} works in pixels", "take lpips")
+        if kind in ("statistics", "rows") and extractor is not None:
+            if reference is None:
+                raise UserError(f"metric {name} needs a reference", "give --against REF")
+            with told(name):
+                if isinstance(x, Generator | Pictures):
+                    check_subject(x, extractor)
+                sides = [reference.side] + ([Given(x.source, x.read)] if isinstance(x, Numbers) else [])
+                for side in sides:
+                    if isinstance(side, Given):
+                        (side.statistics if kind == "statistics" else side.column)(extractor, want.metric.output)
+        if isinstance(x, Numbers) and kind not in ("statistics", "rows"):
+            raise UserError(f"metric {name} needs images; {x.source} is statistics")
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Say which metric a mistake is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"metric {name}: {error.message}", error.hint) from error
+
+
+def _score(want: Want, sides: Sides, settings: Settings) -> dict[str, Score]:
+    with told(want.metric.name):
+        return want.metric.compute(sides, settings)
+
+
+def _main_passes(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> list[Side]:
+    """X's own images, once for each run."""
     if isinstance(x, Numbers):
-        if extractor is not None:
-            check_same_features(x.statistics, Statistics.none(extractor))
-        return [], [x.statistics]
-    if extractor is None:
-        raise ValueError("images need an extractor")
-    check_subject(x, extractor)
+        return [Given(x.source, x.read)]
+    outputs = plan.outputs()
+    if plan.main is not None:
+        wanted = outputs.setdefault(plan.main.name, (plan.main, set()))[1]
+        wanted.add("features")
+        if "logits" in plan.main.has and plan.main.shape is not None:
+            wanted.add("logits")  # own classifiers also tell whether an image shows what it should
+    for extractor, _ in outputs.values():
+        check_subject(x, extractor)
+    probes = feature_probes(outputs)
+    if any(want.metric.name == "clip-score" for want in plan.wants):
+        probes.append(ClipProbe(plan.tools.clip(settings.clip_model)))
     if isinstance(x, Pictures):
-        tally = tally_pictures(x, extractor, settings.batch, progress)
-        return [tally], [Statistics.of(tally.features, extractor, x.resize)]
-    tallies = []
-    for run in range(settings.repeats):
-        seeds = range(settings.seed + run * settings.n, settings.seed + (run + 1) * settings.n)
-        tallies.append(
-            tally_generator(
-                x.generate, x.spec, extractor, seeds, batch=settings.batch, labels=settings.labels, first_seed=settings.seed,
-                who=x.name, device=device, progress=progress,
-            )
-        )  # fmt: skip
-    return tallies, [Statistics.of(t.features, extractor) for t in tallies]
+        check_enough(x)
+        works, resize = [pictures_pass(x, settings, probes)], x.resize
+    else:
+        works, resize = [generator_pass(x, settings, run, probes, device) for run in range(settings.repeats)], settings.preparation.describe()
+    sides: list[Side] = []
+    with meter(x.name, sum(work.n for work in works)) as progress:
+        for work in works:
+            sides.append(Measured(place.collect(work, progress), resize))
+    return sides
 
 
-def _fd(runs: list[Statistics], reference: Reference) -> dict[str, Any]:
-    values, ref = [run.distance(reference.statistics) for run in runs], reference.statistics
+def _teacher_reference(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Reference | None:
+    """The teacher's images of the same seeds, for rel-FID (GDD)."""
+    outputs = plan.outputs("teacher")
+    if not outputs:
+        return None
+    assert plan.teacher is not None
+    return measured_reference(plan.teacher.name, plan.teacher, outputs, settings, device, place, meter)
+
+
+def _diversity_pass(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Measured | None:
+    outputs = plan.outputs("diversity")
+    if not outputs:
+        return None
+    assert isinstance(x, Generator) and x.prompts is not None
+    prompts = min(len(x.prompts), settings.n)
+    work = generator_pass(x, settings, 0, feature_probes(outputs), device, settings.per_prompt, prompts * settings.per_prompt)
+    with meter(f"{x.name}, {settings.per_prompt} images a prompt", work.n) as progress:
+        return Measured(place.collect(work, progress))
+
+
+def _pair_pass(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Measured | None:
+    wanted = [want.metric.name for want in plan.wants if want.metric.reference == "pair"]
+    if not isinstance(x, Generator) or plan.teacher is None:
+        return None
+    if not wanted and (not plan.distance or plan.main is None):
+        return None
+    probes: list[Any] = []
+    if plan.distance and plan.main is not None:
+        probes.append(DistanceProbe(plan.main))
+    for key in wanted:
+        if key == "dreamsim":
+            probes.append(DreamSimProbe(plan.tools.extractor("dreamsim")))
+            continue
+        probes.append(PairProbe(key, plan.tools.pair_distance(key)))
+    with meter(f"{x.name} beside {plan.teacher.name}", settings.distance_n) as progress:
+        return Measured(place.collect(pair_pass(x, plan.teacher, settings, probes, device), progress))
+
+
+def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[str, Any]:
+    """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values in [-1, 1]) and the
+    mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
+    made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}
+    speed = {"samples_per_s": len(columns.seconds) * columns.batch / sum(columns.seconds)} if columns.seconds else {}
     return {
-        "label": metric_label(runs[0].feature or ref.feature or f"{ref.dim} features"), "value": stats.fmean(values), "runs": values,
-        "std": stats.stdev(values) if len(values) > 1 else None, "trace": TRACE_METHOD,
-        "small_n": runs[0].rank_deficient or ref.rank_deficient,
+        "rmse": columns.mean("pair/square") ** 0.5, "feature": columns.mean("pair/feature"), "n": columns.n,
+        "seeds": [settings.seed, settings.seed + columns.n - 1],
+        "teacher": {"source": teacher.source, **speed, **made},
     }  # fmt: skip
 
 
-def _warnings(x: Subject, run: Statistics, reference: Reference) -> list[str]:
-    notes = []
-    for who, s in ((x.source, run), (f"the reference {reference.name}", reference.statistics)):
-        if s.rank_deficient:
-            notes.append(f"{who} has {s.n:,} images for {s.dim} features: too few, the distance comes out far too large")
-    if run.resize and reference.statistics.resize and run.resize != reference.statistics.resize and reference.kind != "statistics":
-        notes.append(f"{x.source}: resize {run.resize}; the reference {reference.name}: resize {reference.statistics.resize}")
-    if not isinstance(x, Numbers) and not reference.statistics.weights_sha256:
-        notes.append(f"{reference.name} doesn't say which weights made it; taken to be of the same extractor")
+def _has(side: Side, extractor: Extractor) -> bool:
+    return isinstance(side, Measured) and f"{extractor.name}/features" in side.columns.names()
+
+
+def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Plan) -> list[str]:
+    """What makes a Fréchet distance of these two sides worth less than it looks."""
+    notes: list[str] = []
+    wants = [want for want in plan.wants if want.metric.compute.__name__ == "frechet" and want.metric.reference == "statistics"]
+    if reference is None or not wants:
+        return notes
+    for want in wants:
+        extractor = plan.extractor(want)
+        if extractor is None:
+            continue
+        ours, theirs = run.statistics(extractor, want.metric.output), reference.side.statistics(extractor, want.metric.output)
+        for who, s in ((x.source, ours), (f"the reference {reference.name}", theirs)):
+            if s.rank_deficient:
+                notes.append(f"{who} has {s.n:,} images for {s.dim} features: too few, the distance comes out far too large")
+        if ours.resize and theirs.resize and ours.resize != theirs.resize and reference.kind != "statistics":
+            notes.append(f"{x.source}: resize {ours.resize}; the reference {reference.name}: resize {theirs.resize}")
+        if not isinstance(x, Numbers) and not theirs.weights_sha256:
+            notes.append(f"{reference.name} doesn't say which weights made it; taken to be of the same extractor")
     if x.source.startswith("real:") and x.source.startswith(reference.name):
         notes.append(f"{x.source} is part of its own reference")
     return notes
 
 
-def _answers(tallies: list[Tally]) -> dict[str, Any]:
-    runs = [t.accuracy for t in tallies if t.accuracy is not None]
-    if not runs:
-        return {}
-    right = torch.stack([t.right for t in tallies]).sum(0).tolist()
-    seen = torch.stack([t.seen for t in tallies]).sum(0).tolist()
-    per_class = {str(c): right[c] / seen[c] for c in range(len(seen)) if seen[c]}
-    return {"accuracy": {"value": stats.fmean(runs), "runs": runs, "per_class": per_class, "n": sum(seen)}}
-
-
-def _speed(tallies: list[Tally], batch: int, device: Device) -> dict[str, Any]:
-    """Images/s of generating alone: the median over full batches, without the first (warm-up) where there are several."""
-    seconds = [s for t in tallies for s in t.seconds]
-    timed = seconds[1:] or seconds
-    return {
-        "samples_per_s": batch / max(stats.median(timed), 1e-9), "batch": batch, "batches": len(timed),
-        "warm_up_excluded": len(seconds) > 1, "device": torch.device(device).type,
-    }  # fmt: skip
-
-
-def teacher_distance(
-    x: Generator, teacher: Generator, extractor: Extractor, settings: Settings, device: Device = "cpu",
-    progress: Progress = lambda done: None,
-) -> dict[str, Any]:  # fmt: skip
-    """How far x's images are from the teacher's of the same noise and labels, over settings.distance_n images: the root mean square
-    per pixel (values in [-1, 1]) and the mean Euclidean distance of features (of quantised images); with the teacher's speed and calls."""
-    square, feature, pixels, seconds = 0.0, 0.0, 0, 0.0
-    seeds = range(settings.seed, settings.seed + settings.distance_n)
-    for part in blocks(seeds, settings.batch):
-        noise, labels = noise_for(x.spec, part, settings.labels, seeds[0])
-        noise, labels = noise.to(device), None if labels is None else labels.to(device)
-        ours = x.generate(noise, labels)
-        start = time.perf_counter()
-        theirs = teacher.generate(noise, labels).cpu()  # waits for the device
-        seconds += time.perf_counter() - start
-        ours = ours.cpu()
-        check_finite(ours, part, x.name)
-        square += float((ours - theirs).double().square().sum())
-        pixels += ours.numel()
-        gap = extractor.features(to_uint8(ours)).double() - extractor.features(to_uint8(theirs)).double()
-        feature += float(gap.norm(dim=1).sum())
-        progress(len(part))
-    made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}
-    return {
-        "rmse": (square / pixels) ** 0.5, "feature": feature / len(seeds), "n": len(seeds), "seeds": [seeds[0], seeds[-1]],
-        "teacher": {"source": teacher.source, "samples_per_s": len(seeds) / seconds, **made},
-    }  # fmt: skip
-
-
-def work(x: Subject, settings: Settings) -> int:
-    """How many images the measurement of x goes through."""
-    if isinstance(x, Generator):
-        return settings.n * settings.repeats
-    return x.n if isinstance(x, Pictures) else 0
-
-
-def _protocol(x: Subject, run: Statistics, reference: Reference | None, settings: Settings) -> dict[str, Any]:
+def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Plan, settings: Settings) -> dict[str, Any]:
     """Everything that a number depends on, besides x's weights."""
+    extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
+    main = next(iter(extractors.values()), plan.main)
+    features = ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or (f"{main.name}/{main.dim}" if main else "not stated")
+    resize = run.statistics(main).resize if main is not None and (isinstance(x, Numbers) or _has(run, main)) else settings.preparation.describe()
     protocol: dict[str, Any] = {
-        "n_gen": run.n, "seeds": None, "repeats": 1, "labels": None, "features": f"{run.feature or 'not stated'}/{run.dim}",
-        "weights_sha256": run.weights_sha256 or None, "resize": run.resize or None, "quantize": None, "ref": None, "n_ref": None,
+        "n_gen": run.n, "seeds": None, "repeats": 1, "labels": None, "features": features, "weights_sha256": main.sha256 if main else None,
+        "resize": resize or None, "quantize": None, "ref": None, "n_ref": None,
     }  # fmt: skip
+    if len(extractors) > 1:
+        protocol["weights"] = {name: e.sha256 for name, e in extractors.items()}
+        protocol["resizes"] = {name: e.resize for name, e in extractors.items()}
     if isinstance(x, Generator):
         labels = label_mode(settings.labels, x.spec.classes, x.spec.name) if x.spec.classes else None
         protocol["seeds"] = [settings.seed, settings.seed + settings.n * settings.repeats - 1]
-        protocol |= {"repeats": settings.repeats, "labels": labels, "quantize": QUANTIZE}
+        protocol |= {"repeats": settings.repeats, "labels": labels, "quantize": settings.quantize}
+        if x.prompts is not None:
+            protocol |= {"prompts": len(x.prompts), "prompts_sha256": x.prompts.sha256}
     elif isinstance(x, Pictures):
-        protocol |= {"labels": "own" if x.labelled else None, "quantize": QUANTIZE if x.kind == "pairs" else "as stored"}
+        protocol |= {"labels": "own" if x.labelled else None, "quantize": settings.quantize if x.kind == "pairs" else "as stored"}
     if reference is not None:
-        protocol |= {"ref": reference.name, "ref_kind": reference.kind, "n_ref": reference.statistics.n, "ref_seeds": reference.seeds,
-                     "ref_resize": reference.statistics.resize or None}  # fmt: skip
+        ref_resize = reference.side.statistics(main).resize if main is not None and plan.outputs("statistics", "rows") else None
+        protocol |= {"ref": reference.name, "ref_kind": reference.kind, "n_ref": reference.n, "ref_seeds": reference.seeds,
+                     "ref_resize": ref_resize or None}  # fmt: skip
     return protocol
-
-
-@lru_cache(maxsize=4)
-def _cached(extractor: str, reference: str, device: str) -> tuple[Extractor, Reference]:
-    with torch.random.fork_rng(devices=[]):  # a network draws initial weights before it takes those of its file
-        network = load_extractor(extractor, device)
-        return network, load_reference(reference, network, Settings(resize="crop"), device)
-
-
-class FrechetEvaluator:
-    """A score taken again and again against one reference, which is loaded once. Deterministic; global random state is left alone."""
-
-    def __init__(self, extractor: str, reference: str, device: Device = "cpu"):
-        self.device = device
-        self.extractor, self.reference = _cached(extractor, reference, str(device))
-
-    def score(self, generate: Generate, spec: Spec, *, n: int, seed: int, batch: int = 250, labels: str | None = None) -> dict[str, float]:
-        """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
-
-        generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks in eval mode.
-        UserError: NaN or infinite values.
-        """
-        with torch.inference_mode():
-            tally = tally_generator(generate, spec, self.extractor, range(seed, seed + n), batch=batch, labels=labels, device=self.device)
-        scores = {"fd": Statistics.of(tally.features, self.extractor).distance(self.reference.statistics)}
-        if tally.accuracy is not None:
-            scores["accuracy"] = tally.accuracy
-        return scores
-
-
-def quick_fd(
-    generate: Generate, spec: Spec, extractor: str, reference: str, n: int = 1000, seed: int = 2_000_000, batch: int = 250,
-    device: Device = "cpu",
-) -> dict[str, float]:  # fmt: skip
-    """The score of a student in training, as `FrechetEvaluator.score`; extractor and reference stay in memory between calls.
-    Reference images of another size are scaled and centre-cropped, as training data are."""
-    return FrechetEvaluator(extractor, reference, device).score(generate, spec, n=n, seed=seed, batch=batch)

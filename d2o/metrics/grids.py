@@ -28,11 +28,14 @@ def sample_grid(x: Generator | Pictures, teacher: Generator | None, settings: Se
         order = _by_label(labels, len(images))
         return _record(images[order], labels, order, columns)
     columns = _columns(x.spec.shape) if x.spec.space == "pixel" else 2
-    noise, labels = noise_for(x.spec, range(settings.seed, settings.seed + columns**2), settings.labels)
+    noise, condition = noise_for(x.spec, range(settings.seed, settings.seed + columns**2), settings.labels, prompts=x.prompts)
+    labels = condition if isinstance(condition, Tensor) else None
     order = _by_label(labels, len(noise))
-    noise, given = noise[order].to(device), None if labels is None else labels[order].to(device)
+    noise, given = noise[order].to(device), condition if labels is None else labels[order].to(device)
     record = _record(to_uint8(x.generate(noise, given)), labels, order, columns)
     record["seeds"] = [settings.seed, settings.seed + columns**2 - 1]
+    if isinstance(condition, list):
+        record["prompts"] = condition
     if teacher is not None:
         record |= {"teacher_png": png(to_uint8(teacher.generate(noise, given)), columns), "teacher": teacher.name}
     return record

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from d2o.errors import UserError
-from d2o.metrics.features import Extractor
+from d2o.metrics.collect import Meter, Workplace, silent
+from d2o.metrics.extractor import Extractor
+from d2o.metrics.named_references import REFERENCES, find_reference, is_named, load_reference_statistics
+from d2o.metrics.passes import Outputs, feature_probes, generator_pass, pictures_pass
 from d2o.metrics.protocol import Settings
-from d2o.metrics.statistics import Statistics, load_statistics
+from d2o.metrics.sides import Batchwise, Given, Measured, Side
+from d2o.metrics.statistics import Statistics, holds_statistics, load_statistics
 from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject, open_subject, reference_settings
-from d2o.metrics.tally import Meter, silent, tally_generator, tally_pictures
 from d2o.teachers.registry import asset
 
 SHIPPED = {"real:digits": "reference_digits.npz"}
@@ -20,11 +24,19 @@ OWN_IMAGES = {"digits": "real:digits"}
 
 @dataclass
 class Reference:
+    """`subject`: what it was opened as; its images can be shown where it holds any."""
+
     name: str
     kind: str  # images, pairs, statistics, student or teacher
-    statistics: Statistics
+    side: Side
+    subject: Subject | None = None
     seeds: list[int] | None = None  # first and last, of a generated reference
+    resize: str = "none"
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def n(self) -> int | None:
+        return self.side.n
 
 
 def default_reference(subject: Subject) -> str:
@@ -35,41 +47,67 @@ def default_reference(subject: Subject) -> str:
         return OWN_IMAGES[subject.teacher]
     raise UserError(
         f"what should {subject.source} be compared with? Give --against REF",
-        "REF: images (folder, zip, tar, npz), statistics (.npz), a teacher or another checkpoint",
-    )
+        f"REF: images (folder, zip, tar, npz), statistics (.npz, .pkl), a published reference ({', '.join(sorted(REFERENCES))}), a teacher or "
+        "another checkpoint",
+    )  # fmt: skip
 
 
 def load_reference(
-    text: str, extractor: Extractor | None, settings: Settings, device: Device = "cpu", on_bad: str = "refuse",
-    meter: Meter = silent,
+    text: str, outputs: Outputs, rows: bool, settings: Settings, device: Device = "cpu", on_bad: str = "refuse", place: Workplace | None = None,
+    meter: Meter = silent, main: Extractor | None = None,
 ) -> Reference:  # fmt: skip
-    """The statistics of REF. A generator as REF makes settings.n images from settings.seed on: from the same noise as X.
+    """REF, with the `outputs` that are needed of it; `rows`: of every image, else statistics are enough. A generator as REF makes settings.n
+    images from settings.seed on: from the same noise as X. `main`: the extractor for whose size --resize crop cuts.
 
-    `extractor` None: REF must be statistics. UserError: too few images, and what `open_subject` raises.
+    UserError: too few images, and what `open_subject` raises.
     """
-    if extractor is not None and text in SHIPPED and asset(SHIPPED[text]).exists():
-        shipped = load_statistics(asset(SHIPPED[text]))
-        if shipped.weights_sha256 == extractor.sha256:
-            return Reference(text, "images", shipped)
-    subject = open_subject(text, reference_settings(settings), device, extractor, on_bad)
+    extractors = [extractor for extractor, _ in outputs.values()]
+    if (shipped := _shipped(text, extractors)) is not None and not rows and not any("spatial" in wanted for _, wanted in outputs.values()):
+        return Reference(text, "images", Given(text, lambda name: shipped))
+    named = is_named(text) and not Path(text).exists()
+    path = str(find_reference(text)) if named else text
+    given: Given | None = None
+    if named or holds_statistics(path):
+        given = Given(text, lambda name: load_reference_statistics(text, name) if named else load_statistics(path, name))
+    subject = open_subject(path, reference_settings(settings), device, main, on_bad)
     if isinstance(subject, Numbers):
-        return Reference(text, subject.kind, subject.statistics)
-    if extractor is None:
+        return Reference(text, subject.kind, given or Given(text, subject.read), subject)
+    if not extractors:
         raise UserError(f"{text} holds images; to compare statistics with them name the --extractor that made the statistics")
-    check_subject(subject, extractor)
+    if given is not None and not rows and all(extractor.name == "inception" for extractor in extractors):
+        return Reference(text, subject.kind, given, subject)
+    reference = measured_reference(text, subject, outputs, settings, device, place or Workplace(memory=True), meter)
+    if given is not None and isinstance(reference.side, Measured):
+        reference.side = Batchwise(reference.side.columns, reference.resize, given)
+    return reference
+
+
+def measured_reference(
+    text: str, subject: Generator | Pictures, outputs: Outputs, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Reference:
+    """The reference that these images are."""
+    for extractor, _ in outputs.values():
+        check_subject(subject, extractor)
+    probes = feature_probes(outputs)
     if isinstance(subject, Pictures):
-        with meter(f"reference {text}", subject.n) as progress:
-            tally = tally_pictures(subject, extractor, settings.batch, progress)
-        return Reference(text, subject.kind, Statistics.of(tally.features, extractor, subject.resize), notes=subject.notes)
-    return _generated(subject, extractor, settings, device, meter)
+        check_enough(subject)
+        work, name, seeds, resize = pictures_pass(subject, settings, probes), text, None, subject.resize
+    else:
+        work, seeds = generator_pass(subject, settings, 0, probes, device), [settings.seed, settings.seed + settings.n - 1]
+        name, resize = subject.name if subject.kind == "teacher" else subject.source, settings.preparation.describe()
+    with meter(f"reference {subject.name if isinstance(subject, Generator) else text}", work.n) as progress:
+        columns = place.collect(work, progress)
+    return Reference(name, subject.kind, Measured(columns, resize), subject, seeds, resize, subject.notes)
 
 
-def _generated(subject: Generator, extractor: Extractor, settings: Settings, device: Device, meter: Meter) -> Reference:
-    seeds = range(settings.seed, settings.seed + settings.n)
-    with meter(f"reference {subject.name}", settings.n) as progress:
-        tally = tally_generator(
-            subject.generate, subject.spec, extractor, seeds, batch=settings.batch, labels=settings.labels, who=subject.name,
-            device=device, progress=progress,
-        )  # fmt: skip
-    name = subject.name if subject.kind == "teacher" else subject.source
-    return Reference(name, subject.kind, Statistics.of(tally.features, extractor), [seeds[0], seeds[-1]])
+def check_enough(pictures: Pictures) -> None:
+    """UserError for fewer than two images."""
+    if pictures.n < 2:
+        raise UserError(f"{pictures.source} holds {pictures.n} image{'s' * (pictures.n != 1)}; a Fréchet distance needs at least 2")
+
+
+def _shipped(text: str, extractors: list[Extractor]) -> Statistics | None:
+    if text not in SHIPPED or len(extractors) != 1 or not asset(SHIPPED[text]).exists():
+        return None
+    shipped = load_statistics(asset(SHIPPED[text]))
+    return shipped if shipped.weights_sha256 == extractors[0].sha256 else None

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.data.images import open_images, to_uint8
-from d2o.diffusion.solvers import nfe
+from d2o.data.images import open_images
+from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.metrics.features import Extractor, check_shape
+from d2o.metrics.prepare import parse_preparation, quantize
 from d2o.metrics.protocol import Settings
 from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
 from d2o.networks.build import count_parameters
@@ -23,28 +24,38 @@ from d2o.students.base import load_student
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, teacher_names
 
-REFERENCE_SOLVER = ("heun", 18)  # how a teacher's own samples are made where they serve as the measure of others
 Device = str | torch.device
-Generate = Callable[[Tensor, Tensor | None], Tensor]
-"""(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W], float in [-1, 1]."""
+Condition = Tensor | list[str] | None
+Generate = Callable[[Tensor, Condition], Tensor]
+"""(noise [b, C, H, W], class indices [b], prompts or None) -> [b, C, H, W] float32."""
 
 
 @dataclass
 class Generator:
-    """A student or a teacher. `record`: what a result says of it (nfe, forwards, parameters, solver, ...)."""
+    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `encode` turns prompts into what
+    `sample` would make of them anyway (to be timed on its own). `record`: what a result says of it (nfe, forwards, parameters, ...).
+    `recipe`: of its training, where it is known."""
 
     name: str
     source: str
     kind: str  # "student" or "teacher"
     spec: Spec
-    generate: Generate
+    sample: Generate
+    decode: Callable[[Tensor], Tensor]
     teacher: str | None  # whose distillate, or which, it is
     record: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    prompts: Prompts | None = None
+    encode: Callable[[list[str]], Any] | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
+
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
+        """Images [b, C, H, W] in [-1, 1]."""
+        return self.decode(self.sample(noise, condition))
 
 
 @dataclass
@@ -66,19 +77,25 @@ class Pictures:
     teacher: str | None = None
     resize: str = "none"
     notes: list[str] = field(default_factory=list)
+    captions: Callable[[Sequence[int]], list[str]] | None = None  # the prompts they were made from
+    duplicates: Callable[[], int] = lambda: 0  # how many are copies of another, of those that were read
 
 
 @dataclass
 class Numbers:
-    """Statistics without images."""
+    """Statistics without images; `read` gives those of an extractor, for files that hold several."""
 
     name: str
     source: str
-    statistics: Statistics
+    read: Callable[[str | None], Statistics]
     kind: str = "statistics"
     teacher: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.read(None)
 
 
 Subject = Generator | Pictures | Numbers
@@ -103,21 +120,21 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
             f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
             f"{', '.join(teacher_names())}",
         )
-    if path.suffix == ".pkl" or (path / "model_index.json").is_file():
+    if (path.suffix == ".pkl" and not is_statistics(path)) or (path / "model_index.json").is_file():
         return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
         return _checkpoint(text, resolve_checkpoint(path), settings, device)
     if path.is_dir() and _is_pair_store(path):
-        return _pairs(text, device)
+        return _pairs(text, settings, device)
     if path.suffix == ".safetensors":
         return _checkpoint(text, path, settings, device)
-    if path.suffix == ".npz" and is_statistics(path):
-        return Numbers(text, text, load_statistics(path))
+    if path.suffix in (".npz", ".npy", ".pkl", ".pt") and is_statistics(path):
+        return Numbers(text, text, lambda name: load_statistics(path, name))
     return _pictures(text, settings, extractor, on_bad)
 
 
-def reference_teacher(subject: Subject, name: str | None, cfg: float, device: Device = "cpu") -> tuple[Generator | None, list[str]]:
-    """The teacher that a generator is measured against from equal noise, sampled with `REFERENCE_SOLVER`, and notes on why not or how.
+def reference_teacher(subject: Subject, name: str | None, settings: Settings, device: Device = "cpu") -> tuple[Generator | None, list[str]]:
+    """The teacher that a generator is measured against from equal noise, sampled with its usual solver, and notes on why not or how.
 
     `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
     """
@@ -127,10 +144,10 @@ def reference_teacher(subject: Subject, name: str | None, cfg: float, device: De
     if choice is None or (name is None and choice not in BUILTIN and not Path(choice).exists()):
         return None, [f"no distance to the teacher ({choice or 'not stated'}): it is not here; name it with --teacher"]
     try:
-        teacher = open_subject(choice, reference_settings(Settings(cfg=cfg)), device)
+        teacher = open_subject(choice, reference_settings(settings), device)
         if not isinstance(teacher, Generator) or teacher.kind != "teacher":
             raise UserError(f"--teacher {choice} is not a teacher (kind: {teacher.kind})")
-        if (teacher.spec.shape, teacher.spec.classes) != (subject.spec.shape, subject.spec.classes):
+        if _takes(teacher.spec) != _takes(subject.spec):
             theirs, ours = (f"{list(s.shape)} images of {s.classes} classes" for s in (teacher.spec, subject.spec))
             raise UserError(f"teacher {choice} makes {theirs}, {subject.source} {ours}")
     except UserError as error:
@@ -145,33 +162,52 @@ def reference_teacher(subject: Subject, name: str | None, cfg: float, device: De
     return teacher, []
 
 
+def _takes(spec: Spec) -> tuple[Any, ...]:
+    return spec.shape, spec.condition, spec.classes
+
+
 def reference_settings(settings: Settings) -> Settings:
-    """The settings under which a teacher serves as the measure of others: sampled well, whatever --solver and --steps say of X."""
-    solver, steps = REFERENCE_SOLVER
-    return replace(settings, solver=solver, steps=steps)
+    """The settings under which a teacher serves as the measure of others: its usual solver, whatever --solver and --steps say of X."""
+    return replace(settings, solver=None, steps=None)
 
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
     model = load_teacher(text, device)
-    guided = settings.cfg != 1.0
-
-    def generate(noise: Tensor, labels: Tensor | None) -> Tensor:
-        return model.decode(model.sample(noise, labels, settings.solver, settings.steps, settings.cfg))
-
-    calls = nfe(settings.solver, settings.steps)
+    solver = model.solver(settings.solver, settings.steps)
+    solver.grid(model.schedule)  # whether it fits
+    if solver.stochastic:
+        raise UserError(f"`d2o eval` samples deterministically; {solver.name} is not", "take another --solver")
+    model.check_cfg(settings.cfg)
+    prompts = _prompts(settings, model.spec)
     record = {
         "sha256": file_sha256(path) if path is not None and path.is_file() else model.fingerprint,
         "fingerprint": model.fingerprint,
         "parameters": count_parameters(model.network),
-        "nfe": calls,
-        "forwards": 2 * calls if guided else calls,
-        "solver": settings.solver,
-        "steps": settings.steps,
+        "nfe": solver.nfe,
+        "forwards": solver.forwards(settings.cfg),
+        "solver": solver.name,
+        "steps": solver.steps,
         "cfg": settings.cfg,
         "licence": model.spec.licence,
     }
-    name = f"{label}, {settings.solver} {settings.steps}" + (f", cfg {settings.cfg:g}" if guided else "")
-    return Generator(name, text, "teacher", model.spec, generate, text if text in BUILTIN else model.spec.name, record)
+
+    def sample(noise: Tensor, condition: Condition) -> Tensor:
+        return model.sample(noise, condition, solver, cfg=settings.cfg)
+
+    name = f"{label}, {solver.name} {solver.steps}" + (f", cfg {settings.cfg:g}" if settings.cfg != 1 else "")
+    return Generator(
+        name, text, "teacher", model.spec, sample, torch.inference_mode()(model.decode), text if text in BUILTIN else model.spec.name, record,
+        prompts=prompts, encode=model.encode if prompts else None,
+    )  # fmt: skip
+
+
+def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
+    """The prompts of a generator that takes text. UserError: none for it, or some for another (a reference by class may stand beside)."""
+    if spec.condition != "text":
+        return None
+    if settings.prompts is None:
+        raise UserError(f"{spec.name!r} is conditioned on text", "give --prompts FILE (.txt, .jsonl or .parquet)")
+    return open_prompts(settings.prompts)
 
 
 def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Generator:
@@ -184,8 +220,8 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     model = load_student(path, device)
 
     @torch.inference_mode()
-    def generate(noise: Tensor, labels: Tensor | None) -> Tensor:
-        return model.decode(model(noise.to(device), None if labels is None else labels.to(device)))
+    def sample(noise: Tensor, condition: Condition) -> Tensor:
+        return model(noise.to(device), condition.to(device) if isinstance(condition, Tensor) else condition)
 
     made_from = model.meta.get("teacher") or {}
     record = {
@@ -198,15 +234,10 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "teacher_sha256": made_from.get("sha256"),
         "licence": model.spec.licence,
     }
-    return Generator(label, text, "student", model.spec, generate, made_from.get("name"), record, _leaks(text, model.meta.get("recipe") or {}))
-
-
-def _leaks(text: str, recipe: dict[str, Any]) -> list[str]:
-    """A student trained on features looks better to a metric over the same features than it is."""
-    options = recipe.get(str(recipe.get("method")))
-    if isinstance(options, dict) and options.get("loss") == "perceptual":
-        return [f"{text} was trained on features of the extractor {options.get('extractor')}: a distance over the same features flatters it"]
-    return []
+    return Generator(
+        label, text, "student", model.spec, sample, torch.inference_mode()(model.decode), made_from.get("name"), record,
+        prompts=_prompts(settings, model.spec), recipe=model.meta.get("recipe") or {},
+    )  # fmt: skip
 
 
 def _is_pair_store(folder: Path) -> bool:
@@ -217,21 +248,21 @@ def _is_pair_store(folder: Path) -> bool:
     return isinstance(record, dict) and record.get("format") == "d2o-pairs"
 
 
-def _pairs(text: str, device: Device) -> Pictures:
+def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
     from d2o.data.pairs import PairStore
 
-    store = PairStore(text)
+    store, preparation = PairStore(text), settings.preparation
     teacher: str = store.manifest["teacher"]["name"]
     decode = _decoder(teacher, store.spec, device)
 
     def batch(indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         _, labels, target = store.batch(indices)
-        return to_uint8(decode(target)), labels
+        return preparation.apply(quantize(decode(target), settings.quantize)), labels
 
     images, labels = batch([0])
     return Pictures(
         text, text, "pairs", tuple(images.shape[1:]), len(store), batch, labels is not None, None, {"fingerprint": store.fingerprint},
-        teacher,
+        teacher, preparation.describe(), captions=store.prompts if store.has_prompts else None,
     )  # fmt: skip
 
 
@@ -245,10 +276,8 @@ def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Te
 
 
 def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad: str) -> Pictures:
-    size: dict[str, Any] = {}
-    if settings.resize == "crop" and extractor is not None:
-        size = {"channels": extractor.shape[0], "resolution": extractor.shape[-1]}
-    found = open_images(text, **size, on_bad=on_bad)
+    preparation = parse_preparation(settings.resize).sized(extractor.shape if extractor else None)
+    found = open_images(text, **preparation.reading(), on_bad=on_bad)
     notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
     # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
     numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)
@@ -269,7 +298,8 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
         labels is not None,
         None if numbered else found.classes,
         {"fingerprint": found.fingerprint},
-        resize="lanczos+centre_crop" if size else "none",
+        resize=preparation.describe(),
+        duplicates=lambda: found.duplicates,
         notes=notes,
     )
 

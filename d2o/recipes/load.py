@@ -15,23 +15,13 @@ from typing import Any, NamedTuple
 
 from yaml.nodes import MappingNode, SequenceNode
 
-import d2o
 from d2o.errors import UserError, nearest, unknown
+from d2o.interop.shipped import recipe_folders, shown
+from d2o.interop.wording import KeyPath, Schema, child, dotted, is_free, is_section, may_be_null, members, show
+from d2o.interop.yaml_text import Mark, Node, Problems, build, compose, read
 from d2o.recipes.schema import LOADER_KEYS, Recipe, check, shape_of
-from d2o.recipes.wording import KeyPath, Schema, child, dotted, is_free, is_section, may_be_null, members, show
-from d2o.recipes.yaml_text import Mark, Node, Problems, build, compose
-
-MAX_BYTES = 1_000_000  # a recipe has a few kilobytes; whatever is larger is a checkpoint or a data set
-
 
 # ---- finding -----------------------------------------------------------------------------------------------------------------------------
-
-
-def recipe_folders() -> list[Path]:
-    """Where recipes are looked up by name: the checkout's `recipes/`, and those inside an installed package."""
-    package = Path(d2o.__file__).resolve().parent
-    checkout = [package.parent / "recipes"] if (package.parent / "pyproject.toml").is_file() else []  # else it is site-packages
-    return [folder for folder in (*checkout, package / "recipes" / "builtin") if folder.is_dir()]
 
 
 def recipe_names() -> list[str]:
@@ -67,34 +57,15 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
 
 def _read(path: Path, problems: Problems) -> Node:
     """The tree of one file. UserError: unreadable, or not YAML with keys at the top."""
-    shown = _shown(path)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {shown}: {error.strerror or error}") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{shown} is not a recipe: it is larger than {MAX_BYTES // 1000} kB")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{shown} is not a recipe: it is not a text in UTF-8 (byte {error.start})") from error
-    root = compose(text, shown)
+    root = read(path, "recipe")
+    where = shown(path)
     if root is None or (root.tag.endswith(":null") and not root.value):
-        raise UserError(f"{shown} is empty; a recipe has at least name, method, optim, batch and images")
+        raise UserError(f"{where} is empty; a recipe has at least name, method, optim, batch and images")
     if not isinstance(root, MappingNode):
         got = "a list" if isinstance(root, SequenceNode) else "a text"
-        raise UserError(f"{shown}:{root.start_mark.line + 1}: not a recipe: expected lines of `key: value`, got {got}")
+        raise UserError(f"{where}:{root.start_mark.line + 1}: not a recipe: expected lines of `key: value`, got {got}")
     extends = any(key.value == "extends" for key, _ in root.value)
-    return build(root, Mark(shown, line=1, overlay=extends), problems)
-
-
-def _shown(path: Path) -> str:
-    """Relative where that is shorter: errors are read by people."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return str(path)
+    return build(root, Mark(where, line=1, overlay=extends), problems)
 
 
 def _extended(root: Node, path: Path, problems: Problems) -> Node:
@@ -228,7 +199,7 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Sequence[str] =
         problems.add(small.mark, f"mini: expected a section of recipe keys, got {show(small.value)}")
         small = None
     elif mini:
-        raise UserError(f"{_shown(path)} has no `mini:` section", "run it without --mini, or add one")
+        raise UserError(f"{shown(path)} has no `mini:` section", "run it without --mini, or add one")
     else:
         small = None
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
-from d2o.recipes.wording import Problem, Schema, Shape, dotted, phrase, show, tree, word
-from d2o.recipes.yaml_text import dump
+from d2o.interop.wording import Problem, Schema, Shape, dotted, phrase, show, tree, word
+from d2o.interop.yaml_text import dump
 
 MAX_SEED = 2**32 - 1  # noise takes seeds modulo 2**32; a larger one would silently repeat another's samples
 LOADER_KEYS = {

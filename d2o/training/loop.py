@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
-from d2o.metrics.evaluate import quick_fd
+from d2o.metrics.quick import quick_fd
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed

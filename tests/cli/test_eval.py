@@ -25,7 +25,7 @@ SMALL = ["--n", "20", "--batch", "10", "--distance-n", "8", "--device", "cpu"]
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a student and a teacher; `digits` is a tiny untrained extractor."""
     path = make_extractor(tmp_path / "net.safetensors")
-    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda device: features.read_extractor("digits", path, device))
+    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device))
     monkeypatch.chdir(tmp_path)
     tiny_student(Path("student.safetensors"))
     tiny_teacher(Path("teacher.safetensors"))

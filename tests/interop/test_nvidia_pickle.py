@@ -326,7 +326,7 @@ SIZES = {  # content, part of the message
     "a huge number as a key": (b"\x80\x04}\x8a\x09" + b"\xff" * 8 + b"\x00Ns.", "a int that is no text"),
     "long bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.", "truncated"),
     "long text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.", "truncated"),
-    "long byte array": (b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"x.", "opcode"),
+    "long byte array": (b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"x.", "truncated"),
     "long integer": (b"\x80\x04\x8b" + struct.pack("<I", 2**31 - 1) + b"x.", "opcode"),
     "long frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**50) + b"N.", "truncated"),
     "a far memo": (b"\x80\x04}r\xff\xff\xff\xff.", "no network"),

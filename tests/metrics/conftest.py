@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2o.metrics import features
-from d2o.metrics.evaluate import _cached
+from d2o.metrics.quick import cached
 from tests.metrics.samples import make_extractor
 
 
@@ -21,7 +21,7 @@ def extractor_file(tmp_path: Path) -> Path:
 def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The name `digits` means a tiny untrained network with 16 features, whether the assets are there or not."""
     path = make_extractor(tmp_path / "classifier.safetensors")
-    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda device: features.read_extractor("digits", path, device))
-    _cached.cache_clear()
+    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device))
+    cached.cache_clear()
     yield path
-    _cached.cache_clear()
+    cached.cache_clear()

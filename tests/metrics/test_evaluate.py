@@ -16,10 +16,10 @@ from d2o.data.images import open_images, to_uint8
 from d2o.data.pair_settings import PairSettings
 from d2o.errors import UserError
 from d2o.metrics import reference, subjects
-from d2o.metrics.evaluate import FrechetEvaluator, quick_fd
 from d2o.metrics.features import load_extractor
 from d2o.metrics.frechet import FeatureStatistics, frechet_distance
 from d2o.metrics.protocol import Settings, protocol_line
+from d2o.metrics.quick import FrechetEvaluator, quick_fd
 from d2o.metrics.run import Request, evaluate_all
 from d2o.metrics.statistics import Statistics, load_statistics, save_statistics
 from d2o.networks.edm_unet import EDMPrecond
@@ -213,7 +213,7 @@ def test_statistics_of_another_extractor_are_refused(digits: Path, student: Path
     with pytest.raises(UserError, match="another extractor"):
         evaluate(student, against=str(tmp_path / "other.npz"))
     save_statistics(tmp_path / "wide.npz", Statistics(torch.zeros(17), torch.eye(17), 99, "x"))
-    with pytest.raises(UserError, match=r"16 features.*17 features"):
+    with pytest.raises(UserError, match=r"17 features.*16 features"):
         evaluate(student, against=str(tmp_path / "wide.npz"))
 
 
@@ -223,7 +223,8 @@ def test_shipped_statistics_serve_when_the_weights_agree(digits: Path, tmp_path:
     monkeypatch.setattr(reference, "asset", lambda name: tmp_path / name)
     for sha, shipped in ((extractor.sha256, True), ("0" * 64, False)):
         save_statistics(tmp_path / "reference_digits.npz", Statistics(torch.zeros(16), torch.eye(16), 1797, "digits", "none", sha))
-        found = reference.load_reference("real:digits", extractor, Settings()).statistics
+        outputs = {"digits": (extractor, {"features"})}
+        found = reference.load_reference("real:digits", outputs, False, Settings()).side.statistics(extractor)
         assert torch.equal(found.mu, torch.zeros(16, dtype=torch.float64)) is shipped and found.n == 1797
 
 
@@ -280,7 +281,7 @@ def test_a_student_trained_on_the_metric_is_flagged(digits: Path, tmp_path: Path
     recipe = {"method": "ode", "ode": {"loss": "perceptual", "extractor": "digits"}}
     save_student(tmp_path / "s.safetensors", tiny_student(), recipe=recipe, teacher={"name": "tiny"})
     (record,) = evaluate(tmp_path / "s.safetensors", against="real:digits")
-    assert any("trained on features of the extractor digits" in note for note in record["notes"])
+    assert any("trained on features of digits" in note for note in record["notes"])
 
 
 def test_quick_score_in_training(digits: Path, student: Path) -> None:

@@ -23,7 +23,8 @@ def test_features_of_uint8_images(extractor_file: Path) -> None:
     assert (extractor.dim, extractor.classes, extractor.shape) == (16, 10, (1, 8, 8))
     assert extractor.sha256 == file_sha256(extractor_file)
     assert extractor.name == f"tiny@{extractor.sha256[:6]}"
-    found, logits = extractor.features_and_logits(images())
+    both = extractor.outputs(images(), ("features", "logits"))
+    found, logits = both["features"], both["logits"]
     assert found.shape == (5, 16) and found.dtype == torch.float32
     torch.testing.assert_close(found, extractor.features(images()))
     torch.testing.assert_close(logits, extractor.logits(images()))
@@ -60,9 +61,9 @@ def test_unknown_names_list_the_known() -> None:
     assert "digits" in caught.value.hint
     with pytest.raises(UserError, match="no such file"):
         load_extractor("absent.safetensors")
-    assert default_extractor((1, 8, 8)) == "digits"
+    assert default_extractor((1, 8, 8)) == "digits" and default_extractor((3, 64, 64)) == "lite0"
     with pytest.raises(UserError, match="name one with --extractor"):
-        default_extractor((3, 64, 64))
+        default_extractor((4, 64, 64))
 
 
 def test_another_kind_of_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from d2o.errors import UserError
-from d2o.metrics.frechet import FeatureStatistics, frechet_distance
+from d2o.metrics.frechet import FeatureStatistics, factor, frechet_distance
 
 
 def gaussian(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -37,6 +37,38 @@ def test_exact_where_rank_deficient(n: int, m: int) -> None:
     nuclear = np.linalg.norm((x - m1) @ (y - m2).T / np.sqrt((n - 1) * (m - 1)), "nuc")
     expected = np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * nuclear
     assert frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_exact_at_the_size_of_a_real_extractor() -> None:
+    """512 features of 100 and 120 images: where scipy's square root and the eigenvalues of S1 S2 are off."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(100, 512)), rng.normal(size=(120, 512)) * 1.1 + 0.1
+    (m1, s1), (m2, s2) = stats(x), stats(y)
+    nuclear = np.linalg.svd((x - m1) @ (y - m2).T / np.sqrt(99 * 119), compute_uv=False).sum()
+    expected = np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * nuclear
+    assert frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [40, 1000])
+@pytest.mark.parametrize("m", [50, 900])
+def test_the_factor_of_the_reference_may_be_kept(n: int, m: int) -> None:
+    rng = np.random.default_rng(n + m)
+    (m1, s1), (m2, s2) = stats(gaussian(rng, n, 96)), stats(gaussian(rng, m, 96))
+    kept = factor(s2)
+    assert kept.shape == (96, min(m - 1, 96))
+    np.testing.assert_allclose(kept @ kept.T, s2, atol=1e-10 * np.abs(s2).max())
+    assert frechet_distance(m1, s1, m2, s2, kept) == frechet_distance(m1, s1, m2, s2)
+
+
+@pytest.mark.parametrize("smallest", [1e-8, 1e-11, 1e-13, 1e-16])
+def test_exact_for_widely_spread_variances(smallest: float) -> None:
+    """Diagonal covariances in a rotated basis, whose distance is known; the smallest variances reach down to the rounding of the largest."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(60, 60)))[0]
+    a, b = np.geomspace(1, smallest, 60), np.geomspace(2, smallest, 60)
+    s1, s2 = ((basis * values) @ basis.T for values in (a, b))
+    expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert frechet_distance(np.zeros(60), (s1 + s1.T) / 2, np.zeros(60), (s2 + s2.T) / 2) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("n", [10, 500])

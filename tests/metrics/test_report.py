@@ -7,16 +7,20 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from d2o.errors import UserError
-from d2o.metrics.charts import Series, line_chart, short
+from d2o.metrics.cells import quoted
+from d2o.metrics.charts import Dot, Series, dot_chart, line_chart, short
 from d2o.metrics.curves import read_curves
+from d2o.metrics.neighbours import neighbours_record
 from d2o.metrics.report import render, write_report
 from tests.metrics.samples import DOT, record
 
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "wbr"}
 
 
 class Checker(HTMLParser):
@@ -107,7 +111,12 @@ def test_equal_noise_columns_without_doubles() -> None:
 
 def test_names_cannot_inject() -> None:
     evil = '<script>alert(1)</script>"><img src=http://x>'
-    page = render([record(evil, notes=[evil], command=evil)], title=evil)
+    rows = [record(evil, notes=[evil], command=evil, preset={"name": evil, "paper": evil}, paper={evil: 1.0}) for _ in range(3)]
+    for r in rows:
+        r["metrics"][evil] = {"label": evil, "value": 1.0, "runs": [], "std": 0.1, "better": "lower", "per_class": {evil: 1.0}}
+        r["metrics"]["speed"] |= {"dtype": evil, "latency_ms": 1.0}
+    rows[0]["neighbours"] = near() | {"extractor": evil}
+    page = render(rows, title=evil)
     assert "<script" not in page and "<img src=http" not in page
     check(page)
 
@@ -125,6 +134,83 @@ def test_curves_of_a_run(run: Path, tmp_path: Path) -> None:
 def test_per_class_cells() -> None:
     page = render([record()])
     assert "Accuracy by class" in page and "<td" in page and ">95.0</td>" in page and ">100.0</td>" in page
+
+
+def near() -> dict[str, Any]:
+    real = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    fresh = real.flip(2)[:10].clone()
+    fresh[3] = real[7]
+    return neighbours_record(fresh, fresh.flatten(1).float(), real.flatten(1).float(), lambda i: real[i], k=2, rows=6, extractor="pixels")
+
+
+def test_nearest_training_images_are_shown_with_how_to_read_them() -> None:
+    page = render([record(neighbours=near()), record("other")])
+    found = check(page)
+    assert (
+        "Nearest training images" in found.text and "10.0 % of 10 samples are nearer" in found.text and "Features pixels, 40 training" in found.text
+    )
+    ratios = re.findall(r'<li( class=close)? title="sample (\d+), training image (\d+)">([\d.]+)</li>', page)
+    assert len(ratios) == 6 and ratios[0] == (" class=close", "3", "7", "0.00") and sum(bool(r[0]) for r in ratios) == 1
+    assert page.count("<svg") == 1  # how near, over all samples
+    assert "Nearest training images" not in render([record()])
+
+
+def test_metrics_of_three_rows_are_charted_and_others_not() -> None:
+    rows = trio()
+    for r, error in zip(rows, (0.02, 3.0, 0.05), strict=True):
+        r["metrics"]["fd"]["std"] = error
+    rows[2]["paper"] = {"fd": 1.4}
+    page = render(rows)
+    charts = re.findall(r'<svg class="dots".*?</svg>', page)
+    assert len(charts) == 2 and "FD(digits) of 3 rows" in charts[0] and charts[0].count(" error") == 3 and charts[0].count('class="mark"') == 1
+    assert "Lower is better, logarithmic axis" in page and "printed by the paper" in page
+    assert '<svg class="dots"' not in render(rows[:2])
+    rows[0]["protocol"]["n_gen"] = 100
+    assert '<svg class="dots"' not in render(rows)  # never three rows of two protocols on one axis
+
+
+def test_best_cells_presets_papers_and_what_speed_is_made_of() -> None:
+    rows = [record("a", fd=1.0), record("b", fd=2.0)]
+    rows[0] |= {"paper": {"fd": 0.8}, "preset": {"name": "sida_cifar10", "paper": "SiDA, Table 1", "tool": "EDM fid.py"}}
+    rows[0]["metrics"]["fd"] |= {"runs": [1.0, 1.1], "std": 0.07, "k": 3}
+    rows[1]["metrics"]["fd"]["k"] = 3
+    rows[0]["metrics"]["speed"] |= {
+        "latency_ms": 12.0, "latency_p90_ms": 14.0, "network_ms": 10.0, "decode_ms": 2.0, "peak_memory_bytes": 3 * 2**30, "dtype": "float16",
+    }  # fmt: skip
+    rows.append(quoted("DDPM", {"fd": 3.17}, "SiDA, Table 1"))
+    page = render(rows)
+    text = check(page).text
+    assert "<strong>1.000 ± 0.070</strong>" in page and '<td class="paper">3.17</td>' in page
+    assert "sida_cifar10 · SiDA, Table 1 · tool EDM fid.py" in text and "the paper prints 0.8 (+25.0 %)" in text
+    assert "12.0 ms (median) · nine of ten within 14.0 ms; network 10.0 ms, decoder 2.00 ms" in text
+    assert "runs 1.00, 1.10 · k 3 · the paper" in text and "3.00 GiB" in text and "batch 250 · float16" in text and "paper 0.8" in text
+    assert page.count("<details") == 2  # a quoted row was not measured
+
+
+def test_arrows_are_read_as_words_and_wide_tables_scroll_by_keyboard() -> None:
+    page = render([record()])
+    assert 'aria-label="lower is better">↓</span>' in page and 'aria-label="higher is better">↑</span>' in page
+    assert '<th scope="row">student' in page and 'tabindex="0" role="region" aria-label="Results"' in page
+
+
+def test_other_metrics_by_class_and_many_classes() -> None:
+    r = record()
+    del r["metrics"]["accuracy"]
+    r["metrics"]["fd-class"] = {
+        "label": "FD by class(digits)", "value": 3.0, "runs": [3.0], "std": None, "better": "lower",
+        "per_class": {str(c): 1.0 + c for c in range(100)},
+    }  # fmt: skip
+    page = render([r])
+    assert "The 20 worst of 100 classes" in page and '<th scope="col">99</th>' in page and '<th scope="col">79</th>' not in page
+    shades = dict(re.findall(r'--v:([\d.]+)">([\d.]+)</td>', page[page.index("FD by class") :]))
+    assert shades["0.000"] == "100" and shades["1.000"] == "81.0"  # low is good
+
+
+def test_committed_results_render() -> None:
+    records = [json.loads(path.read_text()).get("eval") for path in sorted((Path(__file__).parents[2] / "results").glob("*.json"))]
+    records = [r for r in records if r]
+    found = check(render(records))
+    assert all(r["name"] in found.text for r in records) and "Accuracy by class" in found.text
 
 
 def test_page_without_generators_or_curves() -> None:
@@ -164,3 +250,24 @@ def test_charts_leave_out_what_has_no_place() -> None:
     long = line_chart([Series("a", list(range(10_000)), [1.0 + i for i in range(10_000)])], "x", "y")
     assert len(ET.fromstring(long).find("polyline").get("points").split()) <= 400
     assert [short(v) for v in (0, 0.02, 1.5, 20_000, 1_500_000)] == ["0", "0.02", "1.5", "20k", "1.5M"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_dots_stay_inside_their_frame(log: bool) -> None:
+    dots = [Dot("a & b", 1.0, "1.00", 0.5, mark=1.2), Dot("c" * 200, 300.0, "300 ± 400", 400.0, 1), Dot("d", -1.0, "-1.00"), Dot("e", 2.0, "2.00")]
+    root = ET.fromstring(dot_chart(dots, "x & y", log))
+    assert all(8 <= float(c.get("cx", "")) <= 452 for c in root.findall("circle")) and len(root.findall("circle")) == 4
+    bars = [line for line in root.findall("line") if "error" in (line.get("class") or "")]
+    assert len(bars) == 2 and all(8 <= float(bar.get(end, "")) <= 452 for bar in bars for end in ("x1", "x2"))
+    names = [t.text for t in root.findall("text") if t.get("class") == "name"]
+    assert "a & b" in names and all(len(name or "") < 60 for name in names) and "300 ± 400" in names
+    labels = [t.text for t in root.findall("text") if t.get("class") == "small"]
+    assert len(labels) >= 2 and len(set(labels)) == len(labels)
+
+
+def test_dots_of_equal_and_close_values() -> None:
+    assert dot_chart([], "x") == "" and dot_chart([Dot("a", float("nan"), "–")], "x") == ""
+    for values in ([3.0, 3.0, 3.0], [0.11801, 0.11902, 0.11953]):
+        root = ET.fromstring(dot_chart([Dot(str(v), v, str(v)) for v in values], "x"))
+        labels = [t.text for t in root.findall("text") if t.get("class") == "small"]
+        assert labels and len(set(labels)) == len(labels)

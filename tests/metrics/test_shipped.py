@@ -22,7 +22,8 @@ def test_reference_is_of_the_shipped_classifier_and_all_digits() -> None:
     stream.update(extractor.features(open_images("real:digits").images(slice(None))))
     torch.testing.assert_close(shipped.mu, stream.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shipped.sigma, stream.cov, rtol=1e-3, atol=1e-3)
-    assert torch.equal(load_reference("real:digits", extractor, Settings()).statistics.mu, shipped.mu)  # it is read, not computed
+    found = load_reference("real:digits", {"digits": (extractor, {"features"})}, False, Settings())
+    assert torch.equal(found.side.statistics(extractor).mu, shipped.mu)  # it is read, not computed
 
 
 def test_classifier_knows_the_digits() -> None:

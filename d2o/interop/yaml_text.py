@@ -1,21 +1,24 @@
-"""The YAML of recipes: a tree of values that know their file and line, and the text of a resolved recipe.
+"""The YAML of recipes and tables: a tree of values that know their file and line, and the text of a resolved recipe.
 
 Plain YAML with numbers as people write them: 1e-4 is a float (PyYAML takes it for a text), 1_000 and 010 are integers, only true and false
-are booleans, dates are texts. Anchors, aliases, merge keys and tags are refused: a recipe says what it means where it says it.
+are booleans, dates are texts. Anchors, aliases, merge keys and tags are refused: a file says what it means where it says it.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
 
 from d2o.errors import UserError
-from d2o.recipes.wording import show
+from d2o.interop.shipped import shown
+from d2o.interop.wording import show
 
+MAX_BYTES = 1_000_000  # a recipe has a few kilobytes; whatever is larger is a checkpoint or a data set
 TAG = "tag:yaml.org,2002:"
 NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -45,8 +48,9 @@ class Node:
 
 @dataclass
 class Problems:
-    """What is wrong, in the order found; each thing once."""
+    """What is wrong, in the order found; each thing once. `what` is being read."""
 
+    what: str = "recipe"
     lines: dict[tuple[str, int, str], None] = field(default_factory=dict)
     marks: set[Mark] = field(default_factory=set)
 
@@ -69,7 +73,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases are not used in recipes; write the value out", self.peek_event().start_mark)
+            raise ComposerError(None, None, "aliases", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 
@@ -103,20 +107,37 @@ def dump(data: dict[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
 
 
-def compose(text: str, file: str) -> yaml.Node | None:
+def read(path: Path, what: str) -> yaml.Node | None:
+    """The node tree of a file (a recipe, a table), None for an empty one. UserError: unreadable, or not YAML, in one line."""
+    where = shown(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror or error}") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{where} is not a {what}: it is larger than {MAX_BYTES // 1000} kB")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not a {what}: it is not a text in UTF-8 (byte {error.start})") from error
+    return compose(text, where, what)
+
+
+def compose(text: str, file: str, what: str = "recipe") -> yaml.Node | None:
     """The node tree, None for an empty text. UserError: not YAML, one line."""
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        raise UserError(_not_yaml(error, text, file)) from error
+        raise UserError(_not_yaml(error, text, file, what)) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"{file}:{line}: not a YAML text: it has the control character {error.character!r}") from error
     except RecursionError as error:
-        raise UserError(f"{file}: not a recipe: nested too deeply") from error
+        raise UserError(f"{file}: not a {what}: nested too deeply") from error
 
 
-def _not_yaml(error: yaml.MarkedYAMLError, text: str, file: str) -> str:
+def _not_yaml(error: yaml.MarkedYAMLError, text: str, file: str, what: str) -> str:
     problem, mark = str(error.problem), error.problem_mark or error.context_mark
     lines = text.splitlines()
     line = mark.line if mark else 0
@@ -130,9 +151,9 @@ def _not_yaml(error: yaml.MarkedYAMLError, text: str, file: str) -> str:
     elif error.context and "flow" in str(error.context) and error.context_mark:
         line, why = error.context_mark.line, f"a bracket is opened here and not closed as it should be ({problem})"
     elif "another document" in problem:
-        why = "a second document begins here (`---`); a recipe is one document"
+        why = f"a second document begins here (`---`); a {what} is one document"
     elif "aliases" in problem:
-        why = problem
+        why = f"aliases are not used in {what}s; write the value out"
     else:
         why = f"not YAML: {problem}"
     return f"{file}:{line + 1}: {why}"
@@ -144,7 +165,7 @@ def build(node: yaml.Node, mark: Mark, problems: Problems) -> Node:
     if not isinstance(node, yaml.MappingNode):
         return Node(_plain(node, mark, problems), mark)
     if node.tag != TAG + "map":
-        problems.add(mark, f"{_at(mark)}tags like {node.tag} are not used in recipes")
+        problems.add(mark, f"{_at(mark)}tags like {node.tag} are not used in {problems.what}s")
     values: dict[str, Node] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1 if mark.line else 0
@@ -179,7 +200,7 @@ def _plain(node: yaml.Node, mark: Mark, problems: Problems) -> Any:
         except (ValueError, KeyError):
             problems.add(mark, f"{_at(mark)}cannot read {show(node.value)} as {node.tag.removeprefix(TAG)}")
             return None
-    problems.add(mark, f"{_at(mark)}tags like {node.tag} are not used in recipes")
+    problems.add(mark, f"{_at(mark)}tags like {node.tag} are not used in {problems.what}s")
     return None
 
 

@@ -1,0 +1,199 @@
+"""What `d2o eval` does with its options: check them, measure, write the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2o.cli import console
+from d2o.cli.pairs import open_device
+from d2o.errors import UserError
+from d2o.runtime import worker
+
+if TYPE_CHECKING:
+    from d2o.metrics.protocol import Settings
+    from d2o.metrics.run import Request
+
+Record = dict[str, Any]
+
+
+def check_asked(values: dict[str, Any]) -> None:
+    """Refuse what contradicts itself before anything is loaded."""
+    x, table, compare = values["x"], values["table"], values["compare"]
+    if compare and table:
+        raise UserError("--compare puts results together, --table measures: give one of them")
+    if table and x:
+        raise UserError(f"--table names what is measured; {x[0]} is too much", "leave X away, or --table")
+    if not table and not x:
+        raise UserError("what should be measured? Give X, or --table", "for example: d2o eval runs/quickstart")
+    if values["neighbours"] < 0:
+        raise UserError(f"--neighbours must be at least 0, not {values['neighbours']}")
+    if values["save_stats"] and (len(x or []) != 1 or values["repeats"] > 1 or compare or table):
+        raise UserError("--save-stats takes one X, measured once")
+
+
+@dataclass
+class Outputs:
+    """Where the results go."""
+
+    json: Path | None
+    csv: Path | None
+    markdown: Path | None
+    report: Path | None
+    runs: Sequence[Path]
+    title: str
+
+    def check(self, save_stats: Path | None) -> None:
+        """Refuse what cannot end well before anything is measured."""
+        if self.runs and not self.report:
+            raise UserError("--run shows training curves in a report", "add --report FILE.html")
+        if not (self.json or self.csv or self.markdown or self.report or save_stats):
+            return
+        from d2o.metrics.formats import check_table_target
+        from d2o.metrics.records import check_json_target, check_target
+        from d2o.metrics.report import check_report_target
+        from d2o.metrics.statistics import is_statistics
+
+        if self.json:
+            check_json_target(self.json)
+        for option, path, suffixes in (("--csv", self.csv, (".csv",)), ("--markdown", self.markdown, (".md", ".tex"))):
+            if path is not None:
+                if path.suffix not in suffixes:
+                    raise UserError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+                check_table_target(path)
+        if self.report:
+            check_report_target(self.report)
+            for folder in self.runs:
+                if not (folder / "metrics.jsonl").exists():
+                    raise UserError(f"{folder} is not a run folder: it holds no metrics.jsonl", "--run takes what `d2o train --out` wrote")
+        if save_stats:
+            check_target(save_stats)
+            if save_stats.suffix != ".npz":
+                raise UserError(f"--save-stats {save_stats}: statistics are an .npz file")
+            if save_stats.exists() and not is_statistics(save_stats):
+                raise UserError(f"{save_stats} exists and holds no statistics: it is not overwritten", "choose another name for --save-stats")
+
+    def read(self, paths: Sequence[str]) -> list[Record]:
+        """The results in these files and run folders."""
+        from d2o.metrics.records import load_records
+
+        return [record for path in paths for record in load_records(path)]
+
+    def write(self, records: list[Record]) -> None:
+        if self.json:
+            from d2o.metrics.records import save_records
+
+            save_records(self.json, records)
+        for path in (self.csv, self.markdown):
+            if path is not None:
+                from d2o.metrics.formats import write_table
+
+                write_table(path, records)
+        if self.report:
+            from d2o.metrics.report import write_report
+
+            write_report(self.report, records, self.runs, self.title)
+        for path in (self.json, self.csv, self.markdown, self.report):
+            if path is not None:
+                console.say(f"wrote {path}")
+
+
+def measure(values: dict[str, Any], given: set[str]) -> list[Record]:
+    """The records of what these option values ask for; `given` are the options that the user typed."""
+    from d2o.metrics.collect import Workplace, others_finish
+    from d2o.runtime import stop_flag
+
+    with stop_flag() as stop, others_finish():
+        if values["table"] is None:
+            request, settings = prepare(values, given)
+            place = Workplace(request.work, stop=stop)
+            records = _one_after_another(request, settings, values["save_stats"], place)
+        else:
+            place = Workplace(values["work"], stop=stop)
+            records = _table(values, given, place)
+        place.close()
+        return records
+    return []  # a worker whose work others had finished
+
+
+def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:
+    """The request and settings that these option values mean. UserError: not those of the protocol."""
+    from d2o.metrics.presets import apply_preset, find_preset
+    from d2o.metrics.protocol import Settings
+    from d2o.metrics.run import Request
+
+    preset = find_preset(values["protocol"]) if values["protocol"] else None
+    values = values | {"metrics": tuple(part.strip() for text in values["metrics"] for part in text.split(",") if part.strip())}
+    if preset is not None:
+        values = values | apply_preset(preset, {key: values[key] for key in given})
+    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    pictures = any(values[key] for key in ("json", "report"))
+    request = Request(
+        values["x"], values["against"], values["metrics"], values["extractor"], values["weights"], values["teacher"],
+        not values["no_teacher_distance"], values["name"], values["save_stats"] is None, values["on_bad"], pictures, values["latency"],
+        values["neighbours"], open_device(values["device"]), preset, values["work"], values.get("paper") or (),
+    )  # fmt: skip
+    return request, settings
+
+
+def _one_after_another(request: Request, settings: Settings, save_stats: Path | None, place: Any) -> list[Record]:
+    from d2o.metrics.run import evaluate_all
+    from d2o.metrics.statistics import save_statistics
+
+    records = []
+    for result in evaluate_all(request, settings, _meter, place=place):
+        records.append(result.record)
+        if save_stats and worker()[0] == 0:
+            if result.statistics is None:
+                raise UserError(f"{request.xs[0]}: no extractor was used, so there are no statistics to save", "name one with --extractor")
+            save_statistics(save_stats, result.statistics)
+            console.say(f"wrote {save_stats} (n = {result.statistics.n:,}, {result.statistics.dim} features)")
+    return records
+
+
+@contextmanager
+def _meter(title: str, total: int) -> Iterator[Any]:
+    done = 0
+    with console.meter(title, total) as bar:
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(done)
+
+        yield progress
+
+
+def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
+    """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types beats the table."""
+    from d2o.metrics.cells import quoted
+    from d2o.metrics.evaluate import FORMAT
+    from d2o.metrics.tables import absent, load_table
+
+    table = load_table(values["table"])
+    records, measured = [], 0
+    for row in table.rows:
+        reason = absent(row)
+        if row.x is None or reason is not None:
+            if reason is not None:
+                console.say(f"not measured: {row.name}: {reason}")
+            if row.paper:
+                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper)})
+            continue
+        chosen = {key: value for key, value in {"against": table.against_of(row), **table.options_of(row)}.items() if value is not None}
+        row_values = {
+            **values, **{key: value for key, value in chosen.items() if key not in given}, "x": [row.x], "name": [row.name],
+            "protocol": values["protocol"] or table.protocol, "paper": [dict(row.paper)],
+        }  # fmt: skip
+        try:
+            records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
+        except UserError as error:
+            console.error(f"{row.name}: {error.message}", error.hint)
+        else:
+            measured += 1
+    if not measured and worker()[0] == 0:
+        raise UserError(f"{values['table']}: none of its rows could be measured", "the lines above say why")
+    return records

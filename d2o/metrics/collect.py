@@ -1,0 +1,211 @@
+"""One pass over images, generated or read: every probe looks at every batch, its answers become columns. Images stream through; none are kept.
+
+On disk (`root`) a pass is a folder of finished chunks named after all that the answers depend on: any number of processes fill it together
+(torchrun, or the same command started twice), a killed one is continued, and the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from d2o import __version__
+from d2o.data.work import Unit, Vanished, fill
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import write_error
+from d2o.metrics.columns import Columns, FolderColumns, MemoryColumns, join, open_folder
+from d2o.runtime import StopFlag, Stopped, worker
+
+CHUNK = 256
+"""Images that a kill can lose, at least; a chunk is made of whole batches."""
+OLD = 14 * 86400
+"""Seconds after which an unfinished pass in d2o's own folder is taken to be forgotten."""
+
+Progress = Callable[[int], None]
+"""Called with the number of images just done."""
+Meter = Callable[[str, int], AbstractContextManager[Progress]]
+"""meter(what is being worked on, images in all) -> the progress of that work."""
+
+
+@contextmanager
+def silent(title: str, total: int) -> Iterator[Progress]:
+    """The meter that shows nothing."""
+    yield lambda done: None
+
+
+@dataclass
+class Batch:
+    """Images as they are scored: uint8 [k, C, H, W], with class indices [k] (-1: none) and prompts where they have them. `floats`: the same
+    in [-1, 1] before they became 8 bits; `latents` [k, ...] where the generator works in latents; `other`: the batch to compare with, row by
+    row. `seconds`: what generating them took."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    prompts: list[str] | None = None
+    floats: Tensor | None = None
+    latents: Tensor | None = None
+    other: Batch | None = None
+    seconds: float | None = None
+
+
+class Probe(Protocol):
+    """Something that is asked of every image. `identity`: what its answers depend on."""
+
+    identity: dict[str, Any]
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """{column: [k, ...]}."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """`make(numbers)` gives the images of these numbers of 0 .. n - 1; `identity`: what they depend on."""
+
+    title: str
+    n: int
+    batch: int
+    make: Callable[[range], Batch]
+    probes: Sequence[Probe]
+    identity: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        probes = [probe.identity for probe in self.probes]
+        return {"images": self.identity, "n": self.n, "batch": self.batch, "probes": probes, "d2o": __version__, "torch": torch.__version__}
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def collect(work: Pass, root: Path | None = None, progress: Progress = lambda done: None, stop: StopFlag | None = None) -> Columns:
+    """Make (or continue, or share) the pass. `root` None: in memory. UserError as its parts raise; Stopped: `stop` was set."""
+    chunk = -(-max(1, min(CHUNK, work.n)) // work.batch) * work.batch
+    if root is None:
+        memory = MemoryColumns(work.n, work.batch)
+        for start in range(0, work.n, work.batch):
+            part, seconds = _measure(work, range(start, min(start + work.batch, work.n)))
+            memory.parts.append(join([part]))
+            memory.seconds += seconds
+            progress(len(part[next(iter(part))]))
+        return memory
+    folder, units = open_folder(root / work.fingerprint[:24], work.record, work.n, chunk)
+    shown = 0
+
+    def show(done: int) -> None:
+        nonlocal shown
+        if done > shown:
+            progress(done - shown)
+            shown = done
+
+    def make(unit: Unit, before: int) -> tuple[dict[str, Tensor], list[float]] | None:
+        parts, seconds = [], []
+        for start in range(unit.start, unit.start + unit.n, work.batch):
+            if stop:
+                return None
+            part, took = _measure(work, range(start, min(start + work.batch, unit.start + unit.n)))
+            parts.append(part)
+            seconds += took
+            show(before + start + len(part[next(iter(part))]) - unit.start)
+        return join(parts), seconds
+
+    def write(unit: Unit, made: tuple[dict[str, Tensor], list[float]]) -> dict[str, Any]:
+        try:
+            saved = folder.save(unit.file, made[0], {"start": unit.start, "n": unit.n})
+        except OSError as error:
+            raise write_error(folder.path, error) from error
+        return {"file": unit.file, "start": unit.start, "n": unit.n, "seconds": made[1], **saved}
+
+    if not fill(folder, units, make, write, stop):
+        kept = work.n - sum(unit.n for unit in folder.left(units))
+        number = stop.received if stop is not None else 0
+        raise Stopped(f"stopped with {kept:,} of {work.n:,} images of {work.title}; run the same command again to continue", number)
+    show(work.n)
+    return FolderColumns(folder, units, work.n, work.batch)
+
+
+def _measure(work: Pass, numbers: range) -> tuple[dict[str, Tensor], list[float]]:
+    batch = work.make(numbers)
+    columns: dict[str, Tensor] = {}
+    for probe in work.probes:
+        columns |= probe(batch)
+    whole = batch.seconds is not None and len(numbers) == min(work.batch, work.n)
+    return columns, [batch.seconds] if whole and batch.seconds is not None else []
+
+
+class Workplace:
+    """Where the passes of an evaluation are kept until it is done: `folder`, whose passes stay and are found again by later evaluations, or
+    (None) d2o's own folder, from which they go at the end. With `memory` nothing is written."""
+
+    def __init__(self, folder: Path | None = None, memory: bool = False, stop: StopFlag | None = None):
+        from d2o.interop.download import home
+
+        self.root = None if memory else folder or home() / "eval"
+        self.kept, self.stop = folder is not None, stop
+        self.used: list[Path] = []
+        if self.root is not None:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write to {self.root}: {error.strerror or error}", "name a folder for unfinished work with --work") from error
+            if not self.kept:
+                _forget(self.root)
+
+    def collect(self, work: Pass, progress: Progress) -> Columns:
+        if self.root is not None:
+            self.used.append(self.root / work.fingerprint[:24])
+        return collect(work, self.root, progress, self.stop)
+
+    def close(self) -> None:
+        """The results are written: remove what is not to be kept."""
+        if not self.kept and worker()[0] == 0:
+            for path in self.used:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def others_finish() -> Iterator[None]:
+    """For workers besides the first one: it may have finished, and cleared the table, while they were looking for more to do."""
+    with contextlib.suppress(Vanished) if worker()[0] else contextlib.nullcontext():
+        yield
+
+
+def _forget(root: Path) -> None:
+    """Remove passes that were killed long ago and never taken up again."""
+    for path in root.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > OLD:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def blocks(numbers: range, size: int) -> Iterator[range]:
+    """`numbers` in pieces of `size`; the last may be smaller, none is dropped."""
+    return (numbers[i : i + size] for i in range(0, len(numbers), size))
+
+
+def check_finite(images: Tensor, seeds: Sequence[int], who: str) -> None:
+    """UserError that counts the images with NaN or infinite values, as a collapsed student makes them."""
+    bad = int((~torch.isfinite(images).flatten(1).all(1)).sum())
+    if bad:
+        raise UserError(
+            f"{who}: {bad} of {len(seeds)} images (seeds {seeds[0]} to {seeds[-1]}) hold NaN or infinite values",
+            "a collapsed student: take an earlier checkpoint, or train with a lower learning rate",
+        )
+
+
+def clock(device: str | torch.device) -> float:
+    """Seconds, once everything asked of the device so far is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

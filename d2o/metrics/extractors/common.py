@@ -1,0 +1,99 @@
+"""What the extractors share: images to the size and range of a network, in the ways that published numbers use, and weights into it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from d2o.errors import UserError
+from d2o.interop import torchvision_compat
+from d2o.networks.fill import fill_network
+
+N = TypeVar("N", bound=nn.Module)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of red, green and blue in [0, 1]."""
+
+CHUNK = 64
+"""Images in a network at a time, whatever the batch is."""
+
+
+def package(module: str) -> Any:
+    """An optional package's module, imported. UserError: it is not installed."""
+    torchvision_compat.ensure()
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs the package {module.partition('.')[0]!r}, which is not there ({error})", "pip install 'd2o[eval]'") from error
+
+
+def in_chunks(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`run` over CHUNK images at a time, [n, ...] -> [n, d]."""
+    parts = [run(part) for part in images.split(CHUNK)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def bicubic(images: Tensor, size: int) -> Tensor:
+    """uint8 images [n, C, h, w] -> float32 [n, C, size, size] about [0, 255]: torch's bicubic with antialiasing, neither clipped nor rounded.
+
+    EDM2's FD-DINOv2 is computed so.
+    """
+    return F.interpolate(images.to(torch.float32), (size, size), mode="bicubic", align_corners=False, antialias=True)
+
+
+def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images [n, 3, h, w] in [0, 255] -> (x / 255 - mean) / std, per channel, float32."""
+    shift, scale = (torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None] for values in (mean, std))
+    return (x.to(torch.float32) / 255 - shift) / scale
+
+
+def crop_square(image: Image.Image, size: int) -> Image.Image:
+    """The central `size` x `size` pixels; where the margin is odd, the side that torchvision's CenterCrop leaves out."""
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def pil_bicubic_crop(image: Image.Image, size: int) -> Image.Image:
+    """Short side to `size` by Pillow's bicubic (rounded to 8 bits), then the central square: OpenAI's preparation for CLIP."""
+    short = min(image.size)
+    scaled = [size if side == short else int(size * side / short) for side in image.size]
+    return crop_square(image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC), size)
+
+
+def each_image(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """`change` of every image, as Pillow sees it: uint8 [n, 3, h, w] -> uint8 [n, 3, h', w'] on the same device."""
+
+    def one(image: np.ndarray) -> np.ndarray:
+        return np.asarray(change(Image.fromarray(image)))
+
+    arrays = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    # Pillow works outside Python's lock.
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        changed = list(pool.map(one, arrays))
+    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(images.device)
+
+
+def fit(network: N, tensors: dict[str, Tensor], path: str | Path, what: str, hint: str) -> N:
+    """The network with these tensors, frozen, in eval mode and single precision. UserError: they are not exactly its own."""
+    needed = network.state_dict()
+    missing = [name for name in needed if name not in tensors]
+    foreign = [name for name in tensors if name not in needed]
+    if missing:
+        raise UserError(f"{path} is not {what}: it has no {missing[0]!r} ({len(missing)} of {len(needed)} tensors missing)", hint)
+    if foreign:
+        raise UserError(f"{path} is not {what}: it also has {foreign[0]!r} ({len(foreign)} tensors too many)", hint)
+    for name, value in needed.items():
+        if tensors[name].shape != value.shape:
+            found = f"{name!r} has the shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
+            raise UserError(f"{path} is not {what}: {found}", hint)
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return fill_network(network, tensors, path, assign=True).eval().requires_grad_(False)

@@ -1,0 +1,45 @@
+"""The reference's images nearest to some samples: whether a student repeats what it was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2o.errors import UserError
+from d2o.metrics.extractor import Extractor
+from d2o.metrics.neighbours import neighbours_record
+from d2o.metrics.passes import generate
+from d2o.metrics.protocol import Settings
+from d2o.metrics.reference import Reference
+from d2o.metrics.sides import Measured, Side
+from d2o.metrics.subjects import Device, Generator, Pictures
+
+SEARCHED = 512
+"""Samples that are looked up: the first ones."""
+
+
+def nearest_images(
+    x: Generator | Pictures, run: Side, reference: Reference, extractor: Extractor, k: int, settings: Settings, device: Device
+) -> dict[str, Any]:
+    """`record["neighbours"]`: the first samples of x beside the k images of the reference whose features are nearest.
+
+    UserError: the reference is statistics, or a generator.
+    """
+    images, side = reference.subject, reference.side
+    if not isinstance(images, Pictures) or not isinstance(side, Measured) or not isinstance(run, Measured):
+        raise UserError(f"nearest neighbours are looked for among images; {reference.name} holds none (kind: {reference.kind})",
+                        "give the training images with --against, or leave --neighbours away")  # fmt: skip
+    n = min(SEARCHED, run.columns.n)
+    if isinstance(x, Pictures):
+        samples = x.batch(range(n))[0]
+    else:
+        parts = [generate(x, settings, range(settings.seed + i, settings.seed + min(i + settings.batch, n)), device, settings.seed).images.cpu()
+                 for i in range(0, n, settings.batch)]  # fmt: skip
+        samples = torch.cat(parts)
+
+    def shown(indices: list[int]) -> Tensor:
+        return images.batch(indices)[0]
+
+    return neighbours_record(samples, run.column(extractor)[:n], side.column(extractor), shown, k, extractor=extractor.name)

@@ -1,0 +1,144 @@
+"""The sections of report.html that show numbers as charts: metrics row by row, training curves, results by class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from d2o.metrics.cells import Metric, Record, comparable, error_of, heading, number, paper_of, value_text
+from d2o.metrics.charts import COLOURS, Dot, Series, dot_chart, line_chart
+from d2o.metrics.curves import Curves
+from d2o.metrics.report_parts import legend, scroll, section
+from d2o.metrics.table import metric_columns
+
+COMPARED = 3  # rows that make a chart worth its place
+KINDS = {"student": 0, "teacher": 1, "images": 2, "pairs": 3, "statistics": 4}
+WORDS = {"lower": "lower is better", "higher": "higher is better"}
+CLASSES = 40  # that fit beside each other
+WORST = 20
+
+
+def comparison(records: Sequence[Record]) -> str:
+    """A chart for each metric that at least three rows have under one protocol; rows of other protocols are never on one axis."""
+    charts: list[str] = []
+    kinds: dict[str, None] = {}
+    papers = False
+    for (key, _), column in metric_columns(records).items():
+        groups: dict[str, list[int]] = {}
+        for row, metric in column.items():
+            if not metric.get("small_n"):
+                groups.setdefault(comparable(records[row], key, metric), []).append(row)
+        for rows in groups.values():
+            if len(rows) >= COMPARED:
+                dots = [_dot(records[row], key, column[row]) for row in rows]
+                kinds |= {records[row]["x"]["kind"]: None for row in rows}
+                papers = papers or any(d.mark is not None for d in dots)
+                charts.append(_dots(column[rows[0]], dots))
+    if not charts:
+        return ""
+    entries = [(f"s{KINDS.get(kind, 5)} dot", kind) for kind in kinds] + [("mark", "printed by the paper")] * papers
+    lead = "Rows of one protocol only. Lines through the dots are the errors that the table gives after ±."
+    return section("Side by side", lead, f'{legend(entries)}<div class="charts">{"".join(charts)}</div>')
+
+
+def _dot(record: Record, key: str, metric: Metric) -> Dot:
+    scale = 100 if metric.get("percent") else 1
+    error, paper = error_of(metric), paper_of(record).get(key, (None,))[0]
+    return Dot(
+        record["name"], scale * metric["value"], value_text(metric), None if error is None else scale * error,
+        KINDS.get(record["x"]["kind"], 5), None if paper is None else scale * paper,
+    )  # fmt: skip
+
+
+def _dots(metric: Metric, dots: Sequence[Dot]) -> str:
+    values = [d.value for d in dots]
+    log = _wide(values)
+    what = [WORDS.get(metric["better"], ""), "logarithmic axis" if log else "", "per cent" if metric.get("percent") else ""]
+    title = f"{metric['label']} of {len(dots)} rows"
+    says = ", ".join(filter(None, what))
+    return f'<div class="card chart"><h3>{escape(heading(metric))}</h3><p>{says[:1].upper() + says[1:]}</p>{dot_chart(dots, title, log)}</div>'
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Small ones would be one dot on an even axis."""
+    return min(values) > 0 and max(values) > 20 * min(values)
+
+
+def training(curves: Sequence[Curves]) -> str:
+    losses = [Series(_named(c, key, curves), *_xy(points), smooth=True) for c in curves for key, points in c.losses.items()]
+    charts = [_lines("Training loss", "As logged (thin) and smoothed (thick).", losses, "loss")]
+    for key in dict.fromkeys(key for c in curves for key in c.scores):
+        series = [Series(c.name, *_xy(c.scores[key]), marks=True) for c in curves if key in c.scores]
+        what = "Fréchet distance" if key == "fd" else key
+        about = "On the recipe's own n and seeds: not comparable with the table."
+        charts.append(_lines(f"{what[:1].upper()}{what[1:]} during training", about, series, what))
+    charts = [chart for chart in charts if chart]
+    if not charts:
+        return ""
+    return section("Training", f"From {', '.join(c.name for c in curves)}.", f'<div class="charts">{"".join(charts)}</div>')
+
+
+def _named(run: Curves, key: str, curves: Sequence[Curves]) -> str:
+    names = [run.name] if len(curves) > 1 else []
+    return ": ".join([*names, key]) if len(run.losses) > 1 or not names else run.name
+
+
+def _xy(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _lines(title: str, what: str, series: Sequence[Series], y_label: str) -> str:
+    log = all(y > 0 for s in series for y in s.y) and y_label != "accuracy"
+    svg = line_chart(series, "images seen", y_label, log_y=log)
+    if not svg:
+        return ""
+    keys = legend((f"s{i % COLOURS}", s.name) for i, s in enumerate(series)) if len(series) > 1 else ""
+    about = f"{escape(what)}{' Logarithmic axis.' if log else ''}"
+    return f'<div class="card chart"><h3>{escape(title)}</h3><p>{about}</p>{keys}{scroll(title, svg, "plot ")}</div>'
+
+
+def by_class(records: Sequence[Record]) -> str:
+    """A table for each metric that is known class by class."""
+    return "".join(_by_class(records, key, column) for (key, _), column in metric_columns(records).items())
+
+
+def _by_class(records: Sequence[Record], key: str, column: dict[int, Metric]) -> str:
+    scored = {row: m for row, m in column.items() if m.get("per_class")}
+    classes = list(dict.fromkeys(c for m in scored.values() for c in m["per_class"]))
+    if not classes:
+        return ""
+    first = next(iter(scored.values()))
+    lower = first["better"] == "lower"
+    told = ""
+    if len(classes) > CLASSES:
+        means = {c: sum(v) / len(v) for c in classes if (v := [m["per_class"][c] for m in scored.values() if c in m["per_class"]])}
+        told = f" The {WORST} worst of {len(classes):,} classes, on average over the rows."
+        classes = sorted(means, key=lambda c: -means[c] if lower else means[c])[:WORST]
+    values = [m["per_class"][c] for m in scored.values() for c in classes if c in m["per_class"]]
+    percent = bool(first.get("percent"))
+    low, high = (0.75, 1.0) if percent and not lower else (min(values), max(values))
+    log = _wide(values) and not percent
+    rows = []
+    for row, m in scored.items():
+        cells = "".join(_cell(m["per_class"].get(c), low, high, percent, lower, log) for c in classes)
+        rows.append(f'<tr><th scope="row">{escape(records[row]["name"])}</th>{cells}</tr>')
+    heads = "".join(f'<th scope="col">{escape(str(c))}</th>' for c in classes)
+    if key == "accuracy":
+        features = ", ".join(dict.fromkeys(records[row]["protocol"]["features"].partition("/")[0] for row in scored))
+        about = f"Per cent of the images of each class that the classifier of the extractor {features} takes for that class."
+    else:
+        about = f"{first['label']} within each class{', per cent' if percent else ''}; {WORDS.get(first['better'], 'neither end is better')}."
+    label = first["label"]
+    title = f"{label[:1].upper() + label[1:]} by class" if "by class" not in label else label
+    table = f'<table class="heat"><thead><tr><th scope="col">class</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return section(title, about + told, scroll(title, table))
+
+
+def _cell(value: float | None, low: float, high: float, percent: bool, lower: bool, log: bool) -> str:
+    if value is None:
+        return "<td>–</td>"
+    at, low, high = (math.log(v) if log else v for v in (value, low, high))
+    share = min(max((at - low) / (high - low), 0), 1) if high > low else float(not lower)
+    text = f"{100 * value:.1f}" if percent else number(value)
+    return f'<td class="cell" style="--v:{1 - share if lower else share:.3f}">{text}</td>'
