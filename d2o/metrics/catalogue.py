@@ -61,8 +61,8 @@ METRICS = {
                reference="pair"),
         Metric("lpips", "mean LPIPS (AlexNet) to the teacher's image of equal noise", scores.paired, {"lpips": LOWER}, "", reference="pair"),
         Metric("lpips-vgg", "mean LPIPS (VGG-16)", scores.paired, {"lpips-vgg": LOWER}, "", reference="pair"),
-        Metric("latent-lpips-sd15", "mean LatentLPIPS of Stable Diffusion 1.5 latents", scores.paired, {"latent-lpips-sd15": LOWER}, "",
-               reference="pair"),
+        *(Metric(f"latent-lpips-{space}", f"mean LatentLPIPS of {space} latents", scores.paired, {f"latent-lpips-{space}": LOWER}, "",
+                 reference="pair") for space in ("sd15", "sd21", "sdxl", "sd3", "flux")),
     )
 }  # fmt: skip
 
@@ -119,7 +119,7 @@ def combine(want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Sc
 
 
 WORDS = {"is": "IS", "kid": "KID", "fd-class": "FD by class", "clip-score": "CLIP score", "lpips": "LPIPS(alex)", "lpips-vgg": "LPIPS(vgg)",
-         "latent-lpips-sd15": "LatentLPIPS(sd15)", "dreamsim": "DreamSim", "dreamdiv": "DreamDiv"}  # fmt: skip
+         "dreamsim": "DreamSim", "dreamdiv": "DreamDiv"}  # fmt: skip
 FRECHET = {"inception": "FID", "inception-clean": "clean-FID", "inception-clean_torch": "clean-FID(torch)", "inception-legacy_pytorch": "pytorch-FID",
            "dinov2_vitl14": "FD-DINOv2", "clip": "CLIP-FID"}  # fmt: skip
 
@@ -135,6 +135,8 @@ def label(key: str, extractor: Extractor | None, settings: Settings, n: int | No
     if key == "clip-score":
         return f"CLIP score{size(n)} ({settings.clip_model.removeprefix('clip-')})"
     name = WORDS.get(key, key)
+    if key.startswith("latent-lpips-"):
+        return f"LatentLPIPS({key.removeprefix('latent-lpips-')})"
     if key in ("dreamsim", "dreamdiv"):
         return name + size(n)
     if extractor is None or (extractor.name == "inception" and key == "is"):

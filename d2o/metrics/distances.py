@@ -16,8 +16,8 @@ from d2o.errors import UserError
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 BLOCK = 2048  # rows and columns of a block of distances
-SPARE = 4  # candidates beyond the k nearest that are kept, so that the order of the last ones can be settled
-PAIRS = 1024  # pairs of features whose differences are in memory at one time
+SPARE = 2  # candidates beyond the k nearest that are kept, so that the order of the last ones can be settled
+PAIRS = 512  # features, or pairs of them, that are in float64 at one time
 
 
 class Points:
@@ -26,15 +26,15 @@ class Points:
     def __init__(self, features: Tensor, dtype: torch.dtype, centre: Tensor, what: str):
         self.raw, self.dtype, self.centre = features.detach(), dtype, centre
         self.n, self.dim = features.shape
-        parts = [(self.exact(part) - centre).square().sum(1) for part in blocks(self.n)]
+        parts = [self.exact(part).sub_(centre).square_().sum(1) for part in blocks(self.n, PAIRS)]
         self.norms = torch.cat(parts).sqrt()  # float64
         if not bool(torch.isfinite(self.norms).all()):
             fix = "take --pr-dtype float32" if dtype == torch.float16 else "the extractor's weights or the images are damaged"
             raise UserError(f"the features of {what} hold values that are not finite" + (" in float16" if dtype == torch.float16 else ""), fix)
 
     def exact(self, rows: slice | Tensor) -> Tensor:
-        """Rows [k, d] in float64, rounded to `dtype` but not centred."""
-        return self.raw[rows].to(self.dtype).to(torch.float64)
+        """A copy of rows [k, d] in float64, rounded to `dtype` but not centred."""
+        return self.raw[rows].to(self.dtype).to(torch.float64, copy=True)
 
     def centred(self, rows: slice | Tensor, work: torch.dtype) -> Tensor:
         return self.raw[rows].to(self.dtype).to(work) - self.centre.to(work)
@@ -43,7 +43,7 @@ class Points:
 def centre_of(features: Tensor, dtype: torch.dtype) -> Tensor:
     """About the mean [d] of features rounded to `dtype`: float64, but of float32's values, so that float32 blocks are centred about the same."""
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for part in blocks(len(features)):
+    for part in blocks(len(features), PAIRS):
         total += features.detach()[part].to(dtype).to(torch.float64).sum(0)
     return (total / len(features)).to(torch.float32).to(torch.float64)
 
@@ -77,7 +77,7 @@ def squared(a: Points, rows: slice | Tensor, b: Points, columns: slice, work: to
 
 def exact_pairs(a: Points, i: Tensor, b: Points, j: Tensor) -> Tensor:
     """Squared distances [p] in float64 of the pairs (i, j), from differences: 0 for equal features."""
-    parts = [(a.exact(p) - b.exact(q)).square().sum(1) for p, q in zip(i.split(PAIRS), j.split(PAIRS), strict=True)]
+    parts = [b.exact(q).sub_(a.exact(p)).square_().sum(1) for p, q in zip(i.split(PAIRS), j.split(PAIRS), strict=True)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=i.device)
 
 
@@ -137,7 +137,7 @@ def _settle(a: Points, b: Points, near: Nearest, k: int, complete: bool, rows: T
     keep = near.columns.shape[1]
     columns = near.columns.sort(dim=1).values
     for part in blocks(len(rows), max(PAIRS // keep, 1)):
-        d = exact_pairs(a, rows[part].repeat_interleave(keep), b, columns[part].flatten()).view(-1, keep)
+        d = b.exact(columns[part]).sub_(a.exact(rows[part])[:, None]).square_().sum(2)
         best = d.argsort(dim=1, stable=True)[:, :k]
         distances[part], indices[part] = d.gather(1, best), columns[part].gather(1, best)
     others = near.values.max(1).values.double()  # every other point was found at least this far away

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from d2o import __version__
 from d2o.data.draws import label_mode
-from d2o.errors import UserError
 from d2o.metrics.accuracy import accuracy
 from d2o.metrics.catalogue import Want, combine
+from d2o.metrics.checks import check, told
 from d2o.metrics.collect import Meter, Workplace, silent
 from d2o.metrics.columns import Columns
 from d2o.metrics.extractor import Extractor
 from d2o.metrics.grids import sample_grid
 from d2o.metrics.leaks import leak_notes
-from d2o.metrics.passes import Outputs, feature_probes, generator_pass, pair_pass, pictures_pass
+from d2o.metrics.passes import feature_probes, generator_pass, pair_pass, pictures_pass
+from d2o.metrics.plan import Plan
 from d2o.metrics.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
 from d2o.metrics.protocol import Settings, hardware
 from d2o.metrics.reference import Reference, check_enough, measured_reference
@@ -27,7 +26,6 @@ from d2o.metrics.sides import Given, Measured, Side
 from d2o.metrics.speed import latency, throughput
 from d2o.metrics.statistics import Statistics
 from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
-from d2o.metrics.tools import Tools
 from d2o.runtime import worker
 
 FORMAT = {"format": "d2o-eval", "version": 1}
@@ -41,46 +39,6 @@ class Evaluation:
     statistics: Statistics | None
 
 
-@dataclass
-class Plan:
-    """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to the teacher (None: X is
-    statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown sample among the reference's images."""
-
-    wants: Sequence[Want]
-    main: Extractor | None
-    tools: Tools
-    teacher: Generator | None = None
-    distance: bool = True
-    latency: bool = False
-    neighbours: int = 0
-    grid: bool = True
-    notes: list[str] = field(default_factory=list)
-
-    def extractor(self, want: Want) -> Extractor | None:
-        """The extractor of a metric; None for one that needs none."""
-        if not want.metric.output:
-            return None
-        return self.tools.extractor(want.extractor) if want.extractor else self.main
-
-    def outputs(self, *references: str) -> Outputs:
-        """What metrics whose `reference` is one of these need of the images (all metrics of the main pass, if none is named)."""
-        found: Outputs = {}
-        for want in self.wants:
-            extractor = self.extractor(want)
-            if extractor is None or (want.metric.reference not in references if references else want.metric.reference in ("diversity", "pair")):
-                continue
-            found.setdefault(extractor.name, (extractor, set()))[1].add(want.metric.output)
-        return found
-
-
-def reference_outputs(plan: Plan) -> tuple[Outputs, bool]:
-    """What is needed of the reference, and whether of every image (else statistics are enough)."""
-    outputs = plan.outputs("statistics", "rows")
-    if plan.neighbours and plan.main is not None:
-        outputs.setdefault(plan.main.name, (plan.main, set()))[1].add("features")
-    return outputs, bool(plan.neighbours) or any(want.metric.reference == "rows" for want in plan.wants)
-
-
 def evaluate_one(
     x: Subject, reference: Reference | None, plan: Plan, settings: Settings, *, name: str | None = None, device: Device = "cpu",
     place: Workplace | None = None, meter: Meter = silent,
@@ -91,7 +49,7 @@ def evaluate_one(
     """
     started = time.perf_counter()
     place = place or Workplace(memory=True)
-    check(x, reference, plan)
+    check(x, reference, plan, settings)
     runs = _main_passes(x, plan, settings, device, place, meter)
     teacher_reference = _teacher_reference(x, plan, settings, device, place, meter)
     diversity = _diversity_pass(x, plan, settings, device, place, meter)
@@ -135,44 +93,6 @@ def evaluate_one(
 
         record["neighbours"] = nearest_images(x, runs[0], reference, plan.main, plan.neighbours, settings, device)
     return Evaluation(record, statistics)
-
-
-def check(x: Subject, reference: Reference | None, plan: Plan) -> None:
-    """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of another extractor."""
-    for want in plan.wants:
-        name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)
-        if want.metric.output and extractor is None:
-            raise UserError(f"metric {name}: {x.source} doesn't say which extractor made it", "name it with --extractor")
-        if name == "clip-score" and (x.captions if isinstance(x, Pictures) else x.prompts if isinstance(x, Generator) else None) is None:
-            raise UserError(f"metric {name} needs prompts; {x.source} has none", "it is for what is made from text: give --prompts FILE")
-        if kind == "diversity" and (not isinstance(x, Generator) or x.prompts is None):
-            raise UserError(f"metric {name} compares images of one prompt; {x.source} takes no prompts", "it is for generators that take text")
-        if want.needs_teacher and (plan.teacher is None or not isinstance(x, Generator)):
-            raise UserError(f"metric {name} compares with the teacher's images of equal noise; {x.source} has no teacher here",
-                            "name it with --teacher" if isinstance(x, Generator) else "it is for students and teachers")  # fmt: skip
-        if name.startswith("latent-") and isinstance(x, Generator) and x.spec.space != "latent":
-            raise UserError(f"metric {name} compares latents; {x.source} works in pixels", "take lpips")
-        if kind in ("statistics", "rows") and extractor is not None:
-            if reference is None:
-                raise UserError(f"metric {name} needs a reference", "give --against REF")
-            with told(name):
-                if isinstance(x, Generator | Pictures):
-                    check_subject(x, extractor)
-                sides = [reference.side] + ([Given(x.source, x.read)] if isinstance(x, Numbers) else [])
-                for side in sides:
-                    if isinstance(side, Given):
-                        (side.statistics if kind == "statistics" else side.column)(extractor, want.metric.output)
-        if isinstance(x, Numbers) and kind not in ("statistics", "rows"):
-            raise UserError(f"metric {name} needs images; {x.source} is statistics")
-
-
-@contextmanager
-def told(name: str) -> Iterator[None]:
-    """Say which metric a mistake is about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"metric {name}: {error.message}", error.hint) from error
 
 
 def _score(want: Want, sides: Sides, settings: Settings) -> dict[str, Score]:

@@ -11,9 +11,10 @@ from typing import Any
 from d2o.errors import UserError
 from d2o.metrics.catalogue import Want, parse_metrics
 from d2o.metrics.collect import Meter, Workplace, silent
-from d2o.metrics.evaluate import Evaluation, Plan, evaluate_one, reference_outputs
+from d2o.metrics.evaluate import Evaluation, evaluate_one
 from d2o.metrics.extractor import Extractor
 from d2o.metrics.features import EXTRACTORS, default_extractor
+from d2o.metrics.plan import Plan, reference_outputs
 from d2o.metrics.presets import Preset, check_result
 from d2o.metrics.protocol import Settings, option
 from d2o.metrics.reference import Reference, default_reference, load_reference
@@ -54,7 +55,7 @@ def evaluate_all(
     """
     if request.names and len(request.names) != len(request.xs):
         raise UserError(f"{len(request.names)} --name for {len(request.xs)} X", "give one --name for each X, in their order, or none")
-    wants = parse_metrics(request.metrics or ["fd"])
+    asked = wants = parse_metrics(request.metrics or ["fd"])
     tools = Tools(request.weights, request.device)
     main = tools.extractor(request.extractor) if request.extractor else None
     if settings.resize == "crop" and main is None:
@@ -66,7 +67,7 @@ def evaluate_all(
     references: dict[str, Reference] = {}
     for i, text in enumerate(request.xs):
         x = open_subject(text, settings, request.device, main, request.on_bad)
-        main = main or _main(x, wants, tools)
+        main = main or _main(x, asked, tools)
         teacher: Generator | None = None
         notes: list[str] = []
         if request.teacher_distance or any(want.needs_teacher for want in wants):
@@ -74,7 +75,7 @@ def evaluate_all(
         plan = Plan(wants, main, tools, teacher, request.teacher_distance, request.latency, request.neighbours, request.grid, notes)
         reference = _reference(x, plan, request, settings, place, meter, references)
         if request.preset is not None:
-            _hold_to(request.preset, reference, main)
+            _hold_to(request.preset, reference, plan)
         result = evaluate_one(
             x, reference, plan, settings, name=request.names[i] if request.names else None, device=request.device, place=place, meter=meter
         )  # fmt: skip
@@ -120,11 +121,14 @@ def _reference(
     return known[name]
 
 
-def _hold_to(preset: Preset, reference: Reference | None, main: Extractor | None) -> None:
+def _hold_to(preset: Preset, reference: Reference | None, plan: Plan) -> None:
     """Refuse before hours of work what is known not to be the protocol."""
+    extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
+    known: dict[str, Any] = {"features": ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or None}
+    known["weights"] = {name: e.sha256 for name, e in extractors.items()}
     if reference is not None:
-        known = {"ref": reference.name, "n_ref": reference.n} | ({"features": f"{main.name}/{main.dim}"} if main else {})
-        _refuse(preset, check_result(preset, known))
+        known |= {"ref": reference.name, "n_ref": reference.n}
+    _refuse(preset, check_result(preset, known))
 
 
 def _refuse(preset: Preset, differences: Sequence[str]) -> None:
