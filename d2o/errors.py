@@ -17,6 +17,10 @@ class UserError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class MissingImages(UserError):
+    """Nothing is where a set of images should be."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known word most like `name`, or None when nothing is close."""
     found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.55)

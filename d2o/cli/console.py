@@ -26,7 +26,7 @@ def say(message: str) -> None:
 def error(message: str, hint: str = "") -> None:
     err.print(f"[bold red]error:[/] {escape(message)}")
     if hint:
-        err.print(f"  {escape(hint)}")
+        err.print("  " + escape(hint).replace("\n", "\n  "))
 
 
 class Meter:

@@ -12,6 +12,7 @@ from d2o.cli.pairs import open_device, open_teacher, progress_bar
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
+    from d2o.students.base import Student
     from d2o.students.generate import Sampler
 
 
@@ -30,12 +31,18 @@ def sample(
                                 "that both can be compared.", show_default=False),
     solver: str = typer.Option(None, "--solver", help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
                                show_default=False),
-    steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher. Default: its usual number.", show_default=False),
+    steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher (default: its usual number); pictures of a --path (9).",
+                              show_default=False),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
     prompt: list[str] = typer.Option(None, "--prompt", help="A prompt for a teacher that takes text; give it several times for several, which "
                                      "the images take in turn.", show_default=False),
     prompts: str = typer.Option(None, "--prompts", metavar="FILE", help="The same from a .txt (one a line), .jsonl or .parquet file.",
                                 show_default=False),
+    path: str = typer.Option(None, "--path", help="Walk through a style student's latents (SPI-GAN) instead: h, from noise to image; z, between "
+                             "two noises; w, between two styles. OUT: .png, a row for each of the n walks, or .gif.", show_default=False),
+    interpolation: str = typer.Option("lerp", "--interpolation", help="Of --path z and w: lerp (straight) or slerp (on the sphere)."),
+    truncation: float = typer.Option(None, "--truncation", help="Of a style student: styles towards their mean by this factor (1: as they are).",
+                                     show_default=False),
     device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
     threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False),
     chunk: int = typer.Option(None, "--chunk", help="Images per part, the unit of work that an interruption can lose. Default 1024.",
@@ -47,6 +54,9 @@ def sample(
     interrupted. Several workers may run it at once (started twice, or under torchrun) and share the work.
     """
     example = "for example: d2o sample runs/quickstart --n 1000 --out x.zip"
+    if path is not None:
+        _walk(checkpoint, path, n, out or grid, seed, 9 if steps is None else steps, interpolation, truncation, device)
+        return
     if (checkpoint is None) == (teacher is None):
         raise UserError("give a student's checkpoint or --teacher, one of them", example)
     for name, value in (("--n", n), ("--out", out)):
@@ -63,7 +73,7 @@ def sample(
     from d2o.students.generate import SampleSettings, make_samples
 
     texts = prompts or prompt or None
-    sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, device), SampleSettings(n, seed, labels)
+    sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, truncation, device), SampleSettings(n, seed, labels)
     with stop_flag() as stop, progress_bar("sample", "images") as progress:
         record = make_samples(
             sampler, out, settings, batch=batch, threads=threads, chunk=chunk, say=console.say, progress=progress, stop=stop
@@ -77,7 +87,7 @@ def sample(
 
 def _sampler(
     checkpoint: Path | None, teacher: str | None, solver: str | None, steps: int | None, cfg: float, texts: str | list[str] | None,
-    device: str | None,
+    truncation: float | None, device: str | None,
 ) -> Sampler:  # fmt: skip
     from d2o.data.prompts import Prompts, open_prompts
     from d2o.export.source import find_checkpoint
@@ -89,7 +99,41 @@ def _sampler(
         prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
         return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
-    return student_sampler(load_student(find_checkpoint(checkpoint), open_device(device)))
+    student = load_student(find_checkpoint(checkpoint), open_device(device))
+    return student_sampler(student if truncation is None else _truncated(student, truncation, checkpoint))
+
+
+def _truncated(student: Student, truncation: float, checkpoint: Path) -> Student:
+    from d2o.students.style import StyleStudent
+
+    if not isinstance(student, StyleStudent):
+        raise UserError(f"{checkpoint} has no styles that could be truncated", "--truncation is for students of spi-gan")
+    student.truncation = truncation
+    return student
+
+
+def _walk(
+    checkpoint: Path | None, path: str, n: int | None, out: Path | None, seed: int, steps: int, interpolation: str, truncation: float | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """`d2o sample --path`."""
+    example = "for example: d2o sample runs/spi_gan_digits --path h --steps 9 --n 8 --out path.png"
+    if checkpoint is None or out is None:
+        raise UserError("--path needs a student's checkpoint and --out FILE.png or .gif", example)
+    from d2o.export.source import find_checkpoint
+    from d2o.students.base import load_student
+    from d2o.students.paths import path_images, save_path
+    from d2o.students.style import StyleStudent
+
+    if out.suffix.lower() not in (".png", ".gif"):
+        raise UserError(f"--out {out}: a path is written as .png or .gif", example)
+    student = load_student(find_checkpoint(checkpoint), open_device(device))
+    if not isinstance(student, StyleStudent):
+        raise UserError(f"{checkpoint} has no latent path: it is a student of another kind", "--path is for students of spi-gan")
+    if truncation is not None:
+        student.truncation = truncation
+    save_path(path_images(student, path, n or 8, steps, seed, interpolation), out)
+    console.say(f"wrote {out}")
 
 
 def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:

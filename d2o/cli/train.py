@@ -9,13 +9,13 @@ import typer
 
 from d2o.cli import console
 from d2o.cli.pairs import open_device, progress_bar
-from d2o.errors import UserError
+from d2o.errors import MissingImages, UserError
 
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False)
 SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False)
 OUT = typer.Option(None, "--out", help="Run folder. Default: runs/<recipe name>.", show_default=False)
 RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state.")
-DATA = typer.Option(None, "--data", help="Images to train on instead of the recipe's: folder, zip, WebDataset tar or npz.", show_default=False)
+DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ...", show_default=False)
 ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False)
 MINI = typer.Option(False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU.")
 PLAN = typer.Option(False, "--plan", help="Only print networks, parameters, memory, network calls, disk and what is missing.")
@@ -67,7 +67,23 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
     with stop_flag() as stop, process_group(device) as (rank, world):
         if not _open_run(folder, recipe, resume, start):
             return
-        _train(recipe, folder, device, rank, world, start, stop)
+        try:
+            _train(recipe, folder, device, rank, world, start, stop)
+        except MissingImages as error:
+            raise UserError(error.message, f"{error.hint}\n{_ways_on(name, overrides)}") from error
+
+
+def _ways_on(name: str, overrides: list[str]) -> str:
+    """What can be run once the images are there, and what can without them."""
+    from d2o.recipes.load import load_recipe
+
+    lines = [f"with them:    d2o train {name} --data PATH"]
+    try:
+        load_recipe(name, [text for text in overrides if not text.startswith("data.")], mini=True)
+        lines.append(f"without them: d2o train {name} --mini     (the same code on small images that are here already)")
+    except UserError:  # a recipe without a `mini:` section
+        pass
+    return "\n".join(lines)
 
 
 def _check_options(recipe: Any, data: str | None, start: Path | None) -> None:
@@ -130,4 +146,6 @@ def _train(recipe: Any, folder: Path, device: Any, rank: int, world: int, start:
         trainer.run(bar.update, stop)
     for key, value in trainer.scores.items():
         console.say(f"{key} {value:.4g}")
+    if trainer.watch.verdict:
+        console.say(f"watch: {trainer.watch.verdict}")
     console.say(f"wrote {folder / 'checkpoints' / 'last.safetensors'}")

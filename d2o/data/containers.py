@@ -65,7 +65,7 @@ class Folder(Container):
         with os.scandir(folder) as entries:
             for entry in entries:
                 found += 1
-                name = prefix + _printable(entry.name)
+                name = prefix + printable(entry.name)
                 try:
                     about = os.stat(entry.path)  # follows links; entry.stat() has no inode on Windows
                 except OSError as error:
@@ -101,7 +101,7 @@ class Zip(Container):
         self._file = _SharedFile(open(path, "rb"))  # noqa: SIM115  # closed by it
         last: dict[str, zipfile.ZipInfo] = {}
         for info in members:
-            name = _printable(info.filename.replace("\\", "/"))
+            name = printable(info.filename.replace("\\", "/"))
             if info.is_dir():
                 continue
             if name in last:
@@ -166,7 +166,7 @@ class Tar(Container):
                 self._check_tail(shard, shared, archive.offset, length)
                 break
             archive.members = []  # type: ignore[attr-defined]  # or it remembers them all, a kilobyte each
-            inside = _printable(posixpath.normpath(info.name).lstrip("/"))
+            inside = printable(posixpath.normpath(info.name).lstrip("/"))
             if info.isdir():
                 continue
             if not info.isreg() or info.issparse():
@@ -237,7 +237,7 @@ class _SharedFile:
             return self._file.read(count)
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Names that are no valid UTF-8 must still fit into messages and hashes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from d2o.data import decode
-from d2o.data.sources import LAYOUTS, Arrays, Source, open_source
+from d2o.data.arrays import Arrays
+from d2o.data.layouts import LAYOUTS, Source
+from d2o.data.sources import open_source
 from d2o.data.threads import map_threads
 from d2o.errors import UserError, unknown
 
@@ -45,12 +47,15 @@ def open_images(
     on_bad: str = "refuse",
     resize: str = "lanczos",
     order: str = "resize_crop",
+    limit: int | None = None,
 ) -> ImageSet:
-    """The images at `path` (see `sources.LAYOUTS`), resized with the antialiased filter `resize` to a short side of `resolution`
-    pixels and centre-cropped to a square, or, in the `order` "crop_resize", cropped to the centre square and then resized (which
-    differs in the last bits). `resolution` None keeps the size, which all images must then share; `channels` None is 1 if every image
-    is grey, else 3. Files that cannot be used raise a UserError that names them (`on_bad` "refuse") or are left out and listed in
-    `.bad` ("skip"). Also raises UserError for a path that is missing, empty or of no known layout.
+    """The images at `path` (see `layouts.LAYOUTS`), or the first `limit` of them.
+
+    They are resized with the antialiased filter `resize` to a short side of `resolution` pixels and centre-cropped to a square, or, in the
+    `order` "crop_resize", cropped to the centre square and then resized (which differs in the last bits). `resolution` None keeps the size,
+    which all images must then share; `channels` None is 1 if every image is grey, else 3. Files that cannot be used raise a UserError that
+    names them (`on_bad` "refuse") or are left out and listed in `.bad` ("skip"). Also raises UserError for a path that is empty or of no known
+    layout, and MissingImages for one where nothing is.
     """
     if on_bad not in ("refuse", "skip"):
         raise unknown("way to treat bad files (on_bad)", on_bad, ("refuse", "skip"))
@@ -62,9 +67,14 @@ def open_images(
         raise UserError(f"a resolution of {resolution} pixels is none", "it is a number of pixels, at least 1")
     if channels not in (None, 1, 3):
         raise UserError(f"images have 1 or 3 channels, not {channels}")
+    if limit is not None and limit < 1:
+        raise UserError(f"the first {limit} images are none", "a limit is a number of images, at least 1")
     path = os.fspath(path)
     name = path if path.startswith("real:") else os.path.basename(os.path.abspath(path))
-    return ImageSet(open_source(path), name, resolution, channels, on_bad, resize, order)
+    source = open_source(path)
+    if limit is not None:
+        source.keep(limit)
+    return ImageSet(source, name, resolution, channels, on_bad, resize, order)
 
 
 class ImageSet:

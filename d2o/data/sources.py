@@ -1,6 +1,7 @@
 """Which layout a path has, and the list it stands for: images with their labels, whatever holds them.
 
-Accepted: a folder, a zip, a WebDataset tar or its shards, an npz, and scikit-learn's digits as `real:digits`. Labels, in this order:
+Accepted: a folder, a zip, a WebDataset tar or its shards, an LMDB, an npz, CIFAR-10 as its authors packed it, and scikit-learn's digits as
+`real:digits`. Labels, in this order:
 1. `dataset.json` as EDM writes it: {"labels": [["00000/img00000000.png", 6], ...]}, or {"labels": null} for an unlabelled set;
 2. in a tar, a `key.cls` (a number) or `key.json` (its "label") beside `key.png`;
 3. sub-folders: each is a class, numbered in plain order of the names.
@@ -20,55 +21,24 @@ import json
 import os
 import posixpath
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from d2o.data import decode
+from d2o.data.arrays import Arrays, open_cifar, open_npz
 from d2o.data.containers import Container, Folder, Member, Tar, Zip
+from d2o.data.layouts import LAYOUTS, MAX_CLASSES, Reason, Source, wrong_label
+from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
-from d2o.errors import UserError, unknown
+from d2o.errors import MissingImages, UserError, unknown
 
-LAYOUTS = (
-    "accepted: a folder of images (a class is a sub-folder, or labels in dataset.json), an EDM-style .zip, "
-    "WebDataset .tar/.tar.gz (shards as name-{000..009}.tar or name-*.tar), an .npz, real:digits, real:digits/a, real:digits/b"
-)
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
-MAX_CLASSES = 1_000_000
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".rst", ".csv", ".tsv", ".yaml", ".yml", ".html", ".xml", ".log", ".db", ".ini"}
 SIDE_NAMES = {"readme", "license", "licence", "copying", "changelog", "makefile", "icon\r"}
 
-
-class Reason(str):
-    """In the place of a label: why there is none."""
-
-
-class Source:
-    """Images by number: `names`, `labels` (None for all, or an int each) and `class_names` fit each other; `bad` is left out of them."""
-
-    names: list[str]
-    labels: list[int] | None
-    class_names: list[str]
-    bad: list[tuple[str, str]]
-    notes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def head(self, index: int) -> decode.Head:
-        raise NotImplementedError
-
-    def picture(self, index: int) -> Image.Image:
-        raise NotImplementedError
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over what was found, good or bad, before any resizing."""
-        raise NotImplementedError
+_ODD = {".mdb": "an LMDB: unpack it, and give the folder that it lies in", ".tfrecords": "TFRecords are not read"}
 
 
 class Files(Source):
@@ -95,8 +65,11 @@ class Files(Source):
     def picture(self, index: int) -> Image.Image:
         return decode.open_picture(self._container.read(self._members[index]))
 
-    @property
-    def fingerprint(self) -> str:
+    def keep(self, count: int) -> None:
+        super().keep(count)
+        self._members = self._members[:count]
+
+    def _found(self) -> str:
         return self._fingerprint
 
     def _sort_out(self, members: list[Member]) -> tuple[list[Member], dict[str, Member]]:
@@ -116,7 +89,7 @@ class Files(Source):
             keys = {_key(member.name) for member in images}
             side += [member for member in odd if _key(member.name) in keys]
             odd = [member for member in odd if _key(member.name) not in keys]
-        self.bad += [(member.name, "not an image file, by its suffix") for member in odd]
+        self.bad += [(member.name, _ODD.get(posixpath.splitext(member.path)[1].lower(), "not an image file, by its suffix")) for member in odd]
         images.sort(key=lambda member: posixpath.splitext(member.name))
         self._side = side
         return images, {member.name: member for member in side}
@@ -146,7 +119,7 @@ class Files(Source):
         if found is None:
             return None, [], problems
         for i, label in enumerate(found):
-            if i not in problems and (why := _wrong(label)):
+            if i not in problems and (why := wrong_label(label)):
                 problems[i] = why
         labels = [-1 if i in problems else int(label) for i, label in enumerate(found)]
         if not class_names:
@@ -219,48 +192,8 @@ class Files(Source):
         return [None if top is None else numbers[top] for top in tops], class_names
 
 
-class Arrays(Source):
-    """Images held as one array `pixels`: uint8 [n, H, W, C], C 1, 3 or 4 (alpha). The fingerprint covers the pixels."""
-
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None = None):
-        self.bad, self.notes = [], []
-        self._all, self._all_labels = pixels, labels
-        names = [f"{i:08d}" for i in range(len(pixels))]
-        self.names, self.labels, self.class_names, self.pixels = names, None, [], pixels
-        if labels is not None:
-            values = labels.tolist()
-            problems = {i: why for i, label in enumerate(values) if (why := _wrong(label))}
-            good = [i for i in range(len(values)) if i not in problems]
-            self.bad = [(names[i], why) for i, why in problems.items()]
-            if problems:
-                self.names, self.pixels = [names[i] for i in good], pixels[good]
-            self.labels = [int(values[i]) for i in good]
-            self.class_names = [str(c) for c in range(max(self.labels, default=-1) + 1)]
-
-    def head(self, index: int) -> decode.Head:
-        _, height, width, channels = self.pixels.shape
-        return decode.Head((width, height), channels == 1, ("with alpha composited on white",) if channels == 4 else ())
-
-    def picture(self, index: int) -> Image.Image:
-        pixels = np.ascontiguousarray(self.pixels[index])
-        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        stamp = hashlib.sha256(f"{self._all.shape}".encode())
-        for image in self._all:
-            stamp.update(image.tobytes())
-        if self._all_labels is not None:
-            stamp.update(repr(self._all_labels.tolist()).encode())
-        return stamp.hexdigest()
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-
 def open_source(path: str) -> Source:
-    """The images `path` stands for. Raises UserError for a path that is none of `LAYOUTS`."""
+    """The images `path` stands for. Raises UserError for a path that is none of `LAYOUTS`; `MissingImages` if nothing is there."""
     if path.startswith("real:"):
         if path not in REAL:
             raise unknown("real image set", path, REAL)
@@ -268,80 +201,27 @@ def open_source(path: str) -> Source:
         return Arrays(images[..., None], labels)
     path = os.path.expanduser(path)
     lower = path.lower()
+    if is_lmdb(path):
+        return Files(LmdbFiles(path))
     if os.path.isdir(path):
-        return Files(Folder(path))
+        return _from_container(Folder(path), path)
     if not os.path.exists(path):
         if any(sign in path for sign in "*?[{"):
             return Files(Tar(_named(_shards(path))))
-        raise UserError(f"no such file or folder: {path}", LAYOUTS)
+        raise MissingImages(f"no such file or folder: {path}", LAYOUTS)
     if not os.path.isfile(path):
         raise UserError(f"{path} is neither a file nor a folder", LAYOUTS)
-    openers: dict[tuple[str, ...], Callable[[str], Source]] = {
-        (".zip",): lambda path: Files(Zip(path)),
-        (".tar", ".tar.gz", ".tgz"): lambda path: Files(Tar([(os.path.basename(path), path)])),
-        (".npz",): _open_npz,
-    }
-    for suffixes, opener in openers.items():
-        if lower.endswith(suffixes):
-            return opener(path)
+    if lower.endswith(".zip"):
+        return _from_container(Zip(path), path)
+    if lower.endswith((".tar", ".tar.gz", ".tgz")):
+        return _from_container(Tar([(os.path.basename(path), path)]), path)
+    if lower.endswith(".npz"):
+        return open_npz(path)
     raise UserError(f"{path} is not a set of images: its suffix says neither .zip, .tar, .tar.gz nor .npz", LAYOUTS)
 
 
-def _open_npz(path: str) -> Arrays:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("one array without a name")
-        with loaded:
-            key = next((key for key in ("images", "x", "arr_0") if key in loaded.files), None)
-            if key is None:
-                hint = "d2o eval --against takes statistics; here images are needed" if {"mu", "sigma"} <= set(loaded.files) else LAYOUTS
-                raise UserError(f"{path} holds no array named images, x or arr_0, but: {', '.join(loaded.files) or 'nothing'}", hint)
-            pixels = loaded[key]
-            labels_key = next((key for key in ("labels", "y", "arr_1") if key in loaded.files), None)
-            labels = None if labels_key is None else loaded[labels_key]
-    except (ValueError, OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a readable npz: {error}", "it may be cut off, or hold Python objects (not read)") from error
-    if pixels.dtype != np.uint8:
-        raise UserError(f"{path}: {key} is {pixels.dtype}, not uint8", "save pixels as uint8, 0 to 255")
-    source = Arrays(_channels_last(pixels, f"{path}: {key}"), _label_row(labels, len(pixels), f"{path}: {labels_key}"))
-    if labels_key is not None:
-        source.notes.append(f"labels from the array {labels_key!r}")
-    return source
-
-
-def _channels_last(pixels: np.ndarray, what: str) -> np.ndarray:
-    """[n, H, W, C] of NHWC, NCHW (where only the second axis can be channels) or NHW."""
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    elif pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4) and pixels.shape[1] in (1, 3, 4):
-        pixels = pixels.transpose(0, 2, 3, 1)
-    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3, 4) or 0 in pixels.shape[1:]:
-        raise UserError(f"{what} has shape {list(pixels.shape)}", "expected [n, H, W, C], [n, C, H, W] (C 1, 3 or 4) or [n, H, W]")
-    return pixels
-
-
-def _label_row(labels: np.ndarray | None, count: int, what: str) -> np.ndarray | None:
-    if labels is None:
-        return None
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.shape != (count,):
-        raise UserError(f"{what} has shape {list(labels.shape)}", f"expected one label for each of the {count} images")
-    return labels
-
-
-def _wrong(label: Any) -> str | None:
-    """Why this is no label, or None."""
-    if label is None:
-        return "no label"
-    if isinstance(label, Reason):
-        return label
-    if isinstance(label, bool) or not (isinstance(label, int) or (isinstance(label, float) and label.is_integer())):
-        return f"the label {str(label)[:20]!r} is not a whole number"
-    if not 0 <= label < MAX_CLASSES:
-        return f"the label {label} is out of range (0 to {MAX_CLASSES - 1})"
-    return None
+def _from_container(container: Container, path: str) -> Source:
+    return open_cifar(container, path) or Files(container)
 
 
 def _root(images: list[str], side: set[str]) -> str:
@@ -368,7 +248,7 @@ def _shards(pattern: str) -> list[str]:
     for path in _braces(pattern):
         found = sorted(glob.glob(path)) if any(sign in path for sign in "*?[") else [path] * os.path.exists(path)
         if not found:
-            raise UserError(f"no shard {path!r}" + (f", named by {pattern!r}" if path != pattern else ""), LAYOUTS)
+            raise MissingImages(f"no shard {path!r}" + (f", named by {pattern!r}" if path != pattern else ""), LAYOUTS)
         paths += found
     paths = list(dict.fromkeys(paths))
     for path in paths:

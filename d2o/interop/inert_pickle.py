@@ -46,11 +46,13 @@ class InertPickle:
 
     `expected`: global name -> what calling it makes here: `dict` (called with nothing), `set` (with nothing or a short list) or `Call`
     (with anything). Any other global is refused by name. `max_opcodes` over all of `data` bounds time and memory. Text and numbers are
-    copied; byte strings are views of `data`. Keys and set elements must be text or 32-bit integers: others can be made slow to hash.
+    copied; byte strings are views of `data`. `python2`: its strings are admitted, of which those below 256 bytes are read as text. Keys and
+    set elements must be text or 32-bit integers: others can be made slow to hash.
     """
 
-    def __init__(self, data: memoryview, expected: Mapping[str, type], max_opcodes: int, persistent_ids: bool = False):
-        self.data, self.expected, self.opcodes_left, self.persistent_ids = data, expected, max_opcodes, persistent_ids
+    def __init__(self, data: memoryview, expected: Mapping[str, type], max_opcodes: int, persistent_ids: bool = False,
+                 python2: bool = False):  # fmt: skip
+        self.data, self.expected, self.opcodes_left, self.persistent_ids, self.python2 = data, expected, max_opcodes, persistent_ids, python2
         self.position = 0
         self.calls: list[Call] = []
         """All records so far, in the order in which their calls were met."""
@@ -117,6 +119,9 @@ class InertPickle:
                 case pickle.SHORT_BINBYTES | pickle.BINBYTES | pickle.BINBYTES8 | pickle.BYTEARRAY8:
                     length = self.uint({pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4}.get(opcode, 8))
                     stack.append(self.take(length))
+                case pickle.SHORT_BINSTRING | pickle.BINSTRING if self.python2:
+                    data = self.take(self.uint(1 if opcode == pickle.SHORT_BINSTRING else 4))
+                    stack.append(str(data, "latin1") if opcode == pickle.SHORT_BINSTRING else data)
                 # Containers
                 case pickle.EMPTY_TUPLE:
                     stack.append(())

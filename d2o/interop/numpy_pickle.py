@@ -62,12 +62,12 @@ def keys(path: str | Path) -> set[str]:
     return set()
 
 
-def loads(data: bytes | memoryview) -> Any:
-    """The value of one pickle, as `read_pickled` gives it. Raises Malformed."""
+def loads(data: bytes | memoryview, python2: bool = False) -> Any:
+    """The value of one pickle, as `read_pickled` gives it; `python2`: one that Python 2 may have written. Raises Malformed."""
     data = memoryview(data)
     if bytes(data[:1]) != b"\x80":
         raise Malformed("is not a pickle of protocol 2 to 5")
-    return _Values(len(data)).value(InertPickle(data, EXPECTED, MAX_OPCODES).load(), 0)
+    return _Values(len(data)).value(InertPickle(data, EXPECTED, MAX_OPCODES, python2=python2).load(), 0)
 
 
 @contextlib.contextmanager

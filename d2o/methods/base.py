@@ -25,6 +25,8 @@ METHODS = {
     "classifier": "d2o.methods.classifier",
     "autoencoder": "d2o.methods.autoencoder",
     "latent-diffusion": "d2o.methods.latent_diffusion",
+    "dd-gan": "d2o.methods.dd_gan",
+    "spi-gan": "d2o.methods.spi_gan",
 }
 """Name -> module, which has a class `METHOD`."""
 
@@ -61,6 +63,7 @@ class Setup:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     name: str = "model"
     seed: int = 0
+    batch: int = 1  # images of an iteration, of all processes together
 
     def need_network(self) -> dict[str, Any]:
         if not self.network:
@@ -101,6 +104,10 @@ class Draws:
         """Uniform integers of {low, ..., high - 1} [count, *shape]."""
         return self._mine(torch.randint(low, high, (self.total, *shape), generator=self.generator, device=self.device))
 
+    def shared(self, *shape: int) -> Tensor:
+        """Uniform on [0, 1) [*shape]: numbers that all samples, micro-batches and processes share."""
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
     def _mine(self, x: Tensor) -> Tensor:
         return x[self.start : self.start + self.count]
 
@@ -108,8 +115,9 @@ class Draws:
 class Loop(Protocol):
     """What the training loop does for every method."""
 
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Draws]]:
-        """The process's share of the global batch, in parts that fit the memory, each with its random numbers."""
+    def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
+        """The process's share of the global batch, in parts that fit the memory, each with its random numbers: for methods that go through
+        the batch several times in an iteration, others in each `turn`."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -132,6 +140,10 @@ class Loop(Protocol):
         """Mean over micro-batches, detached."""
         ...
 
+    def everywhere(self, value: Tensor) -> Tensor:
+        """Mean over processes of a detached scalar."""
+        ...
+
 
 class Method(ABC):
     """A way of training. It never opens files, parses YAML, prints or saves."""
@@ -147,6 +159,10 @@ class Method(ABC):
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
+
+    def states(self) -> dict[str, nn.Module]:
+        """Modules without parameters whose buffers a resumed run needs (a controller, a running mean)."""
+        return {}
 
     @abstractmethod
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

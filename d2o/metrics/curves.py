@@ -12,11 +12,17 @@ from d2o.errors import UserError
 
 @dataclass
 class Curves:
-    """What a run logged over the images it has seen: name -> [(images, value)]."""
+    """What a run logged over the images it has seen: name -> [(images, value)]. `signs` tell whether adversarial training goes well, and `watch`
+    is the last verdict on it."""
 
     name: str
     losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     scores: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    signs: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    watch: str = ""
+
+
+SIGNS = ("logit_", "diversity", "ada_p", "grad_")
 
 
 def read_curves(run: str | Path) -> Curves:
@@ -37,6 +43,9 @@ def read_curves(run: str | Path) -> Curves:
         if not isinstance(record, dict) or not isinstance(record.get("images"), (int, float)):
             continue
         _collect(curves.losses, {k: v for k, v in record.items() if "loss" in k.lower()}, record["images"])
+        _collect(curves.signs, {k: v for k, v in record.items() if k.startswith(SIGNS)}, record["images"])
+        if isinstance(record.get("watch"), str):
+            curves.watch = record["watch"]
         if isinstance(record.get("eval"), dict):
             _collect(curves.scores, record["eval"], record["images"])
     return curves

@@ -17,6 +17,12 @@ KINDS = {"student": 0, "teacher": 1, "images": 2, "pairs": 3, "statistics": 4}
 WORDS = {"lower": "lower is better", "higher": "higher is better"}
 CLASSES = 40  # that fit beside each other
 WORST = 20
+SIGNS = (
+    ("Critic's logits", "logit_", "logit", "Of real images and of fakes: far apart, the critic has won.", False),
+    ("Diversity of the fakes", "diversity", "spread", "Spread of a batch of fakes against that of real images; near 0: collapse.", True),
+    ("Augmentation", "ada_p", "ADA p", "Probability of the critic's augmentations; above 0.8 they leak into the samples.", False),
+    ("Gradient norms", "grad_", "norm", "Of each network, mean over its updates, before clipping.", True),
+)  # title, keys, axis, what it shows, logarithmic
 
 
 def comparison(records: Sequence[Record]) -> str:
@@ -68,6 +74,11 @@ def _wide(values: Sequence[float]) -> bool:
 def training(curves: Sequence[Curves]) -> str:
     losses = [Series(_named(c, key, curves), *_xy(points), smooth=True) for c in curves for key, points in c.losses.items()]
     charts = [_lines("Training loss", "As logged (thin) and smoothed (thick).", losses, "loss")]
+    for title, start, axis, about, log in SIGNS:
+        told = [(c, key) for c in curves for key in c.signs if key.startswith(start)]
+        names = [[c.name] * (len(curves) > 1) + [key] * (start.endswith("_") or len(curves) == 1) for c, key in told]
+        series = [Series(": ".join(name), *_xy(c.signs[key]), smooth=True) for (c, key), name in zip(told, names, strict=True)]
+        charts.append(_lines(title, about, series, axis, log))
     for key in dict.fromkeys(key for c in curves for key in c.scores):
         series = [Series(c.name, *_xy(c.scores[key]), marks=True) for c in curves if key in c.scores]
         what = "Fréchet distance" if key == "fd" else key
@@ -76,7 +87,13 @@ def training(curves: Sequence[Curves]) -> str:
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""
-    return section("Training", f"From {', '.join(c.name for c in curves)}.", f'<div class="charts">{"".join(charts)}</div>')
+    return section("Training", f"From {', '.join(c.name for c in curves)}.", f'{_verdicts(curves)}<div class="charts">{"".join(charts)}</div>')
+
+
+def _verdicts(curves: Sequence[Curves]) -> str:
+    """What the watch of adversarial runs said last: it names the first bad iteration."""
+    lines = [f"<li{'' if c.watch.startswith('stable') else ' class=warning'}>{escape(c.name)}: {escape(c.watch)}</li>" for c in curves if c.watch]
+    return f'<ul class="protocol watch">{"".join(lines)}</ul>' if lines else ""
 
 
 def _named(run: Curves, key: str, curves: Sequence[Curves]) -> str:
@@ -88,8 +105,8 @@ def _xy(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _lines(title: str, what: str, series: Sequence[Series], y_label: str) -> str:
-    log = all(y > 0 for s in series for y in s.y) and y_label != "accuracy"
+def _lines(title: str, what: str, series: Sequence[Series], y_label: str, log: bool = True) -> str:
+    log = log and all(y > 0 for s in series for y in s.y) and y_label != "accuracy"
     svg = line_chart(series, "images seen", y_label, log_y=log)
     if not svg:
         return ""

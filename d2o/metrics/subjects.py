@@ -227,8 +227,8 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     record = {
         "sha256": file_sha256(path),
         "parameters": count_parameters(model),
-        "nfe": 1,
-        "forwards": 1,
+        "nfe": model.nfe,
+        "forwards": model.nfe,
         "recipe": (model.meta.get("recipe") or {}).get("name"),
         "teacher": made_from.get("name"),
         "teacher_sha256": made_from.get("sha256"),

@@ -9,15 +9,28 @@ from torch import nn
 
 from d2o.errors import UserError, nearest, unknown
 from d2o.networks.classifier import Classifier
+from d2o.networks.ddgan_critic import DDGANCritic
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.latent import Autoencoder, TextToImage
+from d2o.networks.ncsnpp_z import DDGANGenerator
+from d2o.networks.style import StyleCritic
+from d2o.networks.style_generator import StyleGenerator
 
-NETWORKS = (*ARCHITECTURES, "edm2", "classifier", "autoencoder_kl", "text_to_image")
+PLAIN: dict[str, Any] = {
+    "classifier": Classifier, "ddgan": DDGANGenerator, "ddgan_critic": DDGANCritic, "style_generator": StyleGenerator, "style_critic": StyleCritic,
+}  # fmt: skip
+"""arch -> the one class that takes the other keys."""
+NETWORKS = (*ARCHITECTURES, "edm2", *PLAIN, "autoencoder_kl", "text_to_image")
 
 
-def build_network(config: dict[str, Any]) -> EDMPrecond | EDM2Precond | Classifier | Autoencoder | TextToImage:
-    """`config` holds `arch` (ddpmpp, ncsnpp, adm, edm2, classifier, autoencoder_kl, text_to_image) and that network's arguments.
+Network = (
+    EDMPrecond | EDM2Precond | Classifier | DDGANGenerator | DDGANCritic | StyleGenerator | StyleCritic | Autoencoder | TextToImage
+)  # fmt: skip
+
+
+def build_network(config: dict[str, Any]) -> Network:
+    """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
     edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace.
     UserError: unknown arch, preset or argument, bad value.
@@ -37,7 +50,7 @@ def build_network(config: dict[str, Any]) -> EDMPrecond | EDM2Precond | Classifi
     elif arch == "text_to_image":
         known = _arguments(TextToImage) | {"unet"}
     else:
-        known = _arguments(Classifier)
+        known = _arguments(PLAIN[arch])
     for key in config:
         if key not in known:
             near = nearest(key, known)
@@ -52,7 +65,7 @@ def build_network(config: dict[str, Any]) -> EDMPrecond | EDM2Precond | Classifi
             return EDMPrecond(arch, **config)
         if arch == "text_to_image":
             return TextToImage(**config)
-        return EDM2Precond(**config) if arch == "edm2" else Classifier(**config)
+        return EDM2Precond(**config) if arch == "edm2" else PLAIN[arch](**config)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"network: cannot build {arch} from {config}: {error}") from error
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2o.data.images import open_images
 from d2o.data.pair_files import store_folder
 from d2o.diffusion.solvers import Solver
-from d2o.errors import UserError
+from d2o.errors import MissingImages, UserError
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.features import load_extractor
@@ -25,7 +25,7 @@ from d2o.students.base import Student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
-from d2o.training.setup import pair_folder
+from d2o.training.setup import open_data, pair_folder
 
 META = torch.device("meta")
 MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
@@ -47,7 +47,7 @@ def make_plan(recipe: Any, start: Path | None = None) -> Plan:
     """Never raises for things that are merely absent: they are listed in `missing`."""
     plan = Plan(iterations=-(-recipe.images // recipe.batch))
     method_class = get_method(recipe.method)
-    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed)
+    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch)
     setup.teacher = _attempt(plan, lambda: _teacher(recipe.teacher)) if recipe.teacher else None
     if start is not None:
         setup.start = _attempt(plan, lambda: _student(start))
@@ -55,8 +55,7 @@ def make_plan(recipe: Any, start: Path | None = None) -> Plan:
         if recipe.data is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
-            d = recipe.data
-            setup.images = _attempt(plan, lambda: open_images(d.path, resolution=d.resolution, channels=d.channels, on_bad=d.on_bad))
+            setup.images = _attempt(plan, lambda: _images(plan, recipe.data))
     if recipe.eval and recipe.eval.extractor:
         _attempt(plan, lambda: load_extractor(recipe.eval.extractor))
     if setup.teacher is not None:
@@ -76,6 +75,18 @@ def _build(method_class: type[Method], setup: Setup) -> Method:
     with META, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights that are loaded into a network on meta stay where they are: none are needed here
         return method_class(setup)
+
+
+def _images(plan: Plan, data: Any) -> Any:
+    """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them."""
+    try:
+        return open_data(data)
+    except MissingImages as error:
+        shape = (data.channels, data.resolution, data.resolution)
+        if None in shape:
+            raise UserError(error.message, "training says how to get them" if data.get else error.hint) from error
+        plan.missing.append(f"{error.message}{'; training says how to get them' if data.get else ''} (planned without labels)")
+        return SimpleNamespace(shape=shape, classes=0, class_names=[], labels=None, name=Path(data.path).name)
 
 
 def _attempt(plan: Plan, make: Any) -> Any:
@@ -134,7 +145,7 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup) -> Non
     micro = min(recipe.micro_batch or recipe.batch, recipe.batch)
     loop = _CountingLoop(method, micro)
     loop.run(method, _meta_batch(method, setup, micro))
-    plan.memory[f"activations (micro-batch {micro})"] = loop.bytes // (2 if recipe.precision == "bf16" else 1)
+    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (2 if recipe.precision == "bf16" else 1)
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     states = plan.memory["trained weights"] + plan.memory[f"optimiser ({recipe.optim.name})"] + product
     plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))
@@ -161,12 +172,15 @@ class _MetaDraws(Draws):
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.empty(self.count, *shape, dtype=torch.int64, device=META)
 
+    def shared(self, *shape: int) -> Tensor:
+        return torch.full(shape, 0.5)
+
 
 class _CountingLoop:
     """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the backward pass."""
 
     def __init__(self, method: Method, micro: int):
-        self.networks, self.micro, self.calls, self.bytes = method.networks(), micro, 0, 0
+        self.networks, self.micro, self.calls, self.bytes, self.peak = method.networks(), micro, 0, 0, 0
         self.seen: set[int] = set()
         self.kept: list[Tensor] = []
 
@@ -188,10 +202,15 @@ class _CountingLoop:
             self.bytes += tensor.numel() * tensor.element_size()
         return tensor
 
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Draws]]:
+    def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
         yield batch, _MetaDraws(self.micro)
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """What was kept is freed here, so that of several backward passes in a step the largest counts."""
+        self.peak = max(self.peak, self.bytes)
+        self.bytes = 0
+        self.seen.clear()
+        self.kept.clear()
 
     def update(self, name: str) -> None: ...
 
@@ -201,6 +220,9 @@ class _CountingLoop:
     @contextmanager
     def frozen(self, name: str) -> Iterator[nn.Module]:
         yield self.networks[name]
+
+    def everywhere(self, value: Tensor) -> Tensor:
+        return value
 
     def mean(self, values: list[Tensor]) -> Tensor:
         return values[0]

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
+from d2o.data.known import GET
 from d2o.errors import UserError, unknown
 from d2o.interop.wording import Problem, Schema, Shape, dotted, phrase, show, tree, word
 from d2o.interop.yaml_text import dump
@@ -55,11 +56,20 @@ class Section(BaseModel):
 class Data(Section):
     """Real images."""
 
-    path: Text = _f(..., "folder (class = sub-folder), zip with dataset.json, WebDataset tar, npz, or `real:digits`")
+    path: Text = _f(..., "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`")
+    get: Text | None = _f(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
     resolution: Count | None = _f(None, "height and width in pixels after resizing and centre-cropping (default none: as they are)")
     channels: Annotated[Literal[1, 3], BeforeValidator(_exact_integer)] | None = _f(None, "1 (grey) or 3 (RGB) (default none: as they are)")
     on_bad: Literal["refuse", "skip"] = _f("refuse", "a corrupt or odd file: stop and name it, or leave it out and name it")
+    limit: Count | None = _f(None, "use the first so many images, in order of their names (default none: all)")
     xflip: bool = _f(False, "also use every image mirrored left to right")
+
+    @field_validator("get")
+    @classmethod
+    def _known_or_text(cls, value: str | None) -> str | None:
+        if value is not None and value not in GET and " " not in value:
+            raise ValueError(f"expected a text, or one of {', '.join(GET)}, got {show(value)}")
+        return value
 
 
 class Student(Section):

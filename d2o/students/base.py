@@ -1,7 +1,8 @@
-"""The student contract: student(noise, condition) -> x in one network call, and its self-describing checkpoint."""
+"""The student contract: student(noise, condition) -> x in one network call (or a few), and its self-describing checkpoint."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from d2o import __version__
-from d2o.errors import UserError
+from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
 from d2o.teachers.base import Spec, check_labels
 from d2o.teachers.registry import load_weights
 
+STUDENTS = {"denoiser": "d2o.students.base", "multistep": "d2o.students.multistep", "style": "d2o.students.style"}
+"""Kind, as checkpoints state it -> module, which has a class `STUDENT`."""
+
 
 class Student(nn.Module):
     """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
 
-    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config` rebuilds it.
+    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config` rebuilds it. Other kinds
+    of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its noise and condition alone in all of them.
     """
+
+    nfe = 1  # network calls of one sample
 
     def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
         super().__init__()
@@ -28,8 +35,19 @@ class Student(nn.Module):
         self.meta: dict[str, Any] = {}
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint states beside network and spec: the kind, and that kind's settings."""
+        return {"kind": "denoiser", "sigma": self.sigma}
+
+    @classmethod
+    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
+        """Undo `record`."""
+        return cls(network, spec, record["sigma"])
+
+    @property
     def config(self) -> dict[str, Any]:
-        return {"student": "denoiser", "sigma": self.sigma, "network": network_config(self.network)}
+        rest = dict(self.record)
+        return {"student": rest.pop("kind"), **rest, "network": network_config(self.network)}
 
     def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         condition = check_labels(self.spec, condition, len(noise))
@@ -46,7 +64,15 @@ class Student(nn.Module):
 
 def build_student(config: dict[str, Any], spec: Spec) -> Student:
     """The untrained student that `config` describes."""
-    return Student(build_network(config["network"]), spec, config["sigma"])
+    return make_student(build_network(config["network"]), spec, {**config, "kind": config["student"]})
+
+
+def make_student(network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
+    """The student of the kind that `record`, the `student` entry of a checkpoint, states. UserError: an unknown kind."""
+    kind = record["kind"]
+    if kind not in STUDENTS:
+        raise unknown("kind of student", str(kind), STUDENTS)
+    return import_module(STUDENTS[kind]).STUDENT.from_record(network, spec, record)
 
 
 def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **more: Any) -> dict[str, Any]:
@@ -59,7 +85,7 @@ def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **mor
 
 def save_student(path: str | Path, student: Student, **more: Any) -> None:
     """Write weights and everything needed to rebuild and trace the student."""
-    meta = checkpoint_meta("student", network_config(student.network), student.spec, student={"kind": "denoiser", "sigma": student.sigma}, **more)
+    meta = checkpoint_meta("student", network_config(student.network), student.spec, student=student.record, **more)
     save_file(path, student.network.state_dict(), meta)
 
 
@@ -69,6 +95,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     tensors, meta = load_file(path)
     if meta.get("kind") != "student":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a student", "teachers are loaded with d2o.load_teacher")
-    student = Student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"]["sigma"])
+    student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)
+
+
+STUDENT = Student

@@ -64,7 +64,7 @@ def student_sampler(student: Student) -> Sampler:
         return student.decode(student(noise.to(device), None if labels is None else labels.to(device)))
 
     about = student.meta.get("student")
-    record = {"kind": "student", "sha256": student.fingerprint, "student": about, "nfe": 1, "checkpoint": student.meta}
+    record = {"kind": "student", "sha256": student.fingerprint, "student": about, "nfe": student.nfe, "checkpoint": student.meta}
     return Sampler(call, student.spec, device, record)
 
 

@@ -22,8 +22,9 @@ from d2o.training.batches import Batches, mix
 from d2o.training.checkpoint import keep_newest, load_state, save_state
 from d2o.training.ema import EMA
 from d2o.training.logging import RunLog
-from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate
+from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
 from d2o.training.preview import Preview
+from d2o.training.watch import Watch
 
 Progress = Callable[[int, str], None]
 HIGHER_IS_BETTER = {"accuracy"}
@@ -46,6 +47,7 @@ class Trainer:
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
         self.networks = {name: net.to(self.device).train() for name, net in self.method.networks().items()}
+        self.states = {name: module.to(self.device) for name, module in self.method.states().items()}
         if recipe.channels_last:
             for net in self.networks.values():
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -65,6 +67,9 @@ class Trainer:
         self.iteration = 0  # done so far
         self.best: dict[str, Any] | None = None
         self.scores: dict[str, float] = {}
+        self.collected: list[dict[str, Tensor]] = []  # scalars of the iterations since the last line of the log
+        self.watch = Watch()
+        self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
 
     def share(self) -> tuple[int, int]:
         """This process's part of the global batch, and the micro-batch within it."""
@@ -79,7 +84,7 @@ class Trainer:
 
     # What methods use ------------------------------------------------------------------------------------------------------------------
 
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Draws]]:
+    def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
         start, stop = self.local
         parts = range(0, stop - start, self.micro)
         for begin in parts:
@@ -88,7 +93,7 @@ class Trainer:
                     for net in self.wrapped.values():
                         if isinstance(net, nn.parallel.DistributedDataParallel):
                             stack.enter_context(net.no_sync())
-                seed = mix(self.recipe.seed, "draws", self.iteration)
+                seed = mix(self.recipe.seed, "draws", self.iteration, *([turn] if turn else []))
                 yield batch.part(begin, begin + self.micro), Draws(seed, start + begin, self.micro, self.recipe.batch, self.device)
 
     def backward(self, loss: Tensor) -> None:
@@ -98,6 +103,8 @@ class Trainer:
         options, optimizer, parameters = self.options[name], self.optimizers[name], self.parameters[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.guards[name].admit(gradients, self.iteration):
+            if gradients and len(self.networks) > 1:  # networks against each other: their gradients tell who wins
+                self.norms.setdefault(f"grad_{name}", []).append(norm(gradients))
             clip(parameters, options)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, self.iteration, self.iterations)
@@ -123,23 +130,28 @@ class Trainer:
     def mean(self, values: list[Tensor]) -> Tensor:
         return torch.stack([v.detach().float() for v in values]).mean()
 
+    def everywhere(self, value: Tensor) -> Tensor:
+        return distributed.mean_over_processes(value.detach().clone(), self.world)
+
     # The run ---------------------------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Continue from the run folder's state, if it has one."""
         path = self.state_path
         if path.exists():
-            record = load_state(path, self.networks, self.ema.network, self.optimizers)
+            record = load_state(path, {**self.networks, **self.states}, self.ema.network, self.optimizers)
             self.iteration, self.best, self.scores = record["iteration"], record["best"], record["scores"]
             for name, count in record["bad_gradients"].items():
                 self.guards[name].count += count
+            if watched := record.get("watch"):
+                self.watch = Watch(watched["state"])
+                self.collected = [{key: torch.tensor(value, device=self.device) for key, value in row.items()} for row in watched["since"]]
 
     def run(self, progress: Progress, stop: StopFlag) -> None:
         """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`."""
         recipe, log = self.recipe, RunLog(self.folder, self.iteration) if self.rank == 0 else None
         preview = self.make_preview() if self.rank == 0 else None
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-        collected: list[dict[str, Tensor]] = []
         clock, since = time.perf_counter(), self.iteration
         finished = self.iteration == self.iterations  # resumed after the last step: only the checkpoints may be missing
         try:
@@ -149,19 +161,27 @@ class Trainer:
                 batch = self.batches.get(self.iteration)
                 torch.manual_seed(mix(recipe.seed, "step", self.iteration, self.rank))  # dropout
                 with half:
-                    collected.append(self.method.step(self, batch, self.iteration))
+                    scalars = self.method.step(self, batch, self.iteration)
+                self.collected.append({**scalars, **{key: self.mean(values) for key, values in self.norms.items()}})
+                self.norms.clear()
                 self.iteration += 1
                 images = min(self.iteration * recipe.batch, recipe.images)
                 last = self.iteration == self.iterations
                 stopping = distributed.any_process(bool(stop), self.device, self.world)
-                if self.iteration % recipe.log_every == 0 or last or stopping:
-                    values = self.read(collected)
+                regular = self.iteration % recipe.log_every == 0 or last
+                if regular or stopping:
+                    values = self.read()
+                    if regular:  # a line between, for a signal, would make the resumed run's verdict another than that of a whole one
+                        self.watch.see(self.iteration, values)
+                        self.collected = []
+                    verdict = {"watch": self.watch.verdict} if self.watch.verdict else {}
                     speed = (self.iteration - since) * recipe.batch / (time.perf_counter() - clock)
                     if log:
                         rate = self.optimizers[self.method.product].param_groups[0]["lr"]
-                        log.write(self.iteration, images, **values, lr=rate, images_per_s=round(speed, 1))
-                    progress(images, "  ".join(f"{key} {value:.4g}" for key, value in {**values, **self.scores}.items()))
-                    collected, clock, since = [], time.perf_counter(), self.iteration
+                        log.write(self.iteration, images, **values, **verdict, lr=rate, images_per_s=round(speed, 1))
+                    shown = {**{key: value for key, value in values.items() if not key.startswith("grad_")}, **self.scores}
+                    progress(images, "  ".join([*(f"{key} {value:.4g}" for key, value in shown.items()), self.watch.brief]).rstrip())
+                    clock, since = time.perf_counter(), self.iteration
                 if recipe.eval and (self.due(recipe.eval.every) or last):
                     self.evaluate(log, images)
                     clock, since = time.perf_counter(), self.iteration
@@ -183,16 +203,28 @@ class Trainer:
         batch = self.recipe.batch
         return self.iteration * batch // every > (self.iteration - 1) * batch // every
 
-    def read(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean of the scalars since the last reading; the only place that waits for the device. Bad gradients are counted or refused here."""
+    def read(self) -> dict[str, float]:
+        """Mean of the scalars since the last line of the log, also of those that some iterations leave out (lazy regularisation). Waits for the
+        device. Bad gradients are counted or refused here."""
+        rows = self.gather()
         values = {}
-        for key in collected[-1] if collected else ():
-            mean = torch.stack([scalars[key].float() for scalars in collected if key in scalars]).mean()
-            values[key] = float(distributed.mean_over_processes(mean, self.world))
+        for key in dict.fromkeys(key for row in rows for key in row):
+            numbers = [row[key] for row in rows if key in row]
+            values[key] = sum(numbers) / len(numbers)
         for name, guard in self.guards.items():
             if count := guard.check(name):
                 values["bad_gradients" if len(self.guards) == 1 else f"bad_gradients_{name}"] = count
         return values
+
+    def gather(self) -> list[dict[str, float]]:
+        """The scalars of each iteration since the last line of the log, means over the processes."""
+        rows: list[dict[str, float]] = [{} for _ in self.collected]
+        for key in dict.fromkeys(key for scalars in self.collected for key in scalars):
+            having = [i for i, scalars in enumerate(self.collected) if key in scalars]
+            values = torch.stack([self.collected[i][key].float() for i in having])
+            for i, value in zip(having, distributed.mean_over_processes(values, self.world).tolist(), strict=True):
+                rows[i][key] = value
+        return rows
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         with torch.inference_mode():
@@ -225,11 +257,15 @@ class Trainer:
 
     def save(self, images: int) -> None:
         """State first, then the checkpoints that follow from it."""
+        watched = self.watch.started or any(self.watch.applies(scalars) for scalars in self.collected[-1:])
+        rows = self.gather() if watched else []  # on all processes
         if self.rank == 0:
             bad = {name: guard.check(name) for name, guard in self.guards.items()}
             record = {"iteration": self.iteration, "images": images, "best": self.best, "scores": self.scores, "bad_gradients": bad,
                       "recipe": self.recipe.resolved(), "start": self.start}  # fmt: skip
-            save_state(self.state_path, self.networks, self.ema.network, self.optimizers, record)
+            if watched:
+                record["watch"] = {"state": self.watch.state, "since": rows}
+            save_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers, record)
             folder = self.folder / "checkpoints"
             self.save_product(folder / "last.safetensors", images)
             if self.recipe.checkpoint.keep:
@@ -255,4 +291,3 @@ class Trainer:
     @property
     def state_path(self) -> Path:
         return self.folder / "checkpoints" / "state.safetensors"
-

@@ -37,6 +37,11 @@ def learning_rate(options: Any, iteration: int, total: int) -> float:
     return options.lr
 
 
+def norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together: a scalar that stays on the device."""
+    return torch.stack(torch._foreach_norm(gradients)).norm()
+
+
 class GradientGuard:
     """The policy for gradients that are not finite.
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from d2o.data.images import open_images
+from d2o.data.images import ImageSet, open_images
+from d2o.data.known import GET
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
-from d2o.errors import UserError
+from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Setup, get_method
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
@@ -46,12 +47,22 @@ def pair_settings(recipe: Any) -> PairSettings:
     return PairSettings(recipe.teacher, **{name: getattr(pairs, name) for name in names})
 
 
+def open_data(data: Any) -> ImageSet:
+    """The images of a recipe's `data:` section. MissingImages, with how to get them, if nothing is at the path; UserError as `open_images`."""
+    try:
+        return open_images(data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit)
+    except MissingImages as error:
+        about = "" if data.get is None else GET.get(data.get, data.get).strip() + "\n"
+        raise MissingImages(error.message, about + error.hint) from error
+
+
 def prepare(
     recipe: Any, device: torch.device, start: str | Path | None, say: Report, progress: Callable[[int, int, str], None], stop: StopFlag
 ) -> Setup:
     """Load, check and where needed make what the recipe names. UserError for whatever is missing."""
     method = get_method(recipe.method)
-    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed)
+    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed,
+                  batch=recipe.batch)  # fmt: skip
     if recipe.teacher is not None:
         setup.teacher = load_teacher(recipe.teacher, device, say=say)
     if start is not None:
@@ -59,7 +70,7 @@ def prepare(
     if method.data == "images":
         if recipe.data is None:
             raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
-        setup.images = open_images(recipe.data.path, resolution=recipe.data.resolution, channels=recipe.data.channels, on_bad=recipe.data.on_bad)
+        setup.images = open_data(recipe.data)
         for note in setup.images.notes:
             say(f"{recipe.data.path}: {note}")
         for name, why in setup.images.bad:

@@ -38,9 +38,12 @@ class OneStep:
     def __init__(self, method, batch):
         self.networks, self.batch, self.losses, self.updated = method.networks(), batch, [], []
 
-    def micro_batches(self, batch):
+    def micro_batches(self, batch, turn=0):
         n = len(batch.labels)
-        yield batch, Draws(3, 0, n, n, CPU)
+        yield batch, Draws(3 + 1000 * turn, 0, n, n, CPU)
+
+    def everywhere(self, value):
+        return value
 
     def backward(self, loss):
         self.losses.append(loss)

@@ -131,6 +131,27 @@ def test_curves_of_a_run(run: Path, tmp_path: Path) -> None:
         read_curves(tmp_path / "absent")
 
 
+def test_an_adversarial_run_shows_its_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
+    verdicts = {"good": "stable", "bad": "collapse since iteration 3,000: fakes of a batch differ 0.04 times as much as real ones"}
+    for name, verdict in verdicts.items():
+        values = {"loss_g": 1.4, "loss_d": 1.0, "logit_real": 0.5, "logit_fake": -0.5, "diversity": 0.9, "ada_p": 0.0, "grad_critic": 1.0}
+        lines = [{"iteration": i, "images": 64 * i, **values, "watch": verdict if i > 10 else "stable"} for i in range(1, 20)]
+        lines.append({"iteration": 19, "images": 64 * 19, "eval": {"fd": 3.0}})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curves = [read_curves(tmp_path / name) for name in verdicts]
+    page = render([record()], curves)
+    text = check(page).text
+    assert "<li>good: stable</li>" in page and f"<li class=warning>bad: {verdicts['bad']}</li>" in page
+    for title in ("Training loss", "Critic's logits", "Diversity of the fakes", "Augmentation", "Gradient norms", "Fréchet distance during training"):
+        assert text.count(title) == 1
+    assert "good: logit_real" in text and "bad: logit_fake" in text
+    assert "logit_real" in check(render([record()], curves[:1])).text
+    evil = read_curves(tmp_path / "good")
+    evil.watch = "<script>"
+    assert "<script" not in render([record()], [evil])
+
+
 def test_per_class_cells() -> None:
     page = render([record()])
     assert "Accuracy by class" in page and "<td" in page and ">95.0</td>" in page and ">100.0</td>" in page

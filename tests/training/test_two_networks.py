@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.interop.safetensors_io import read_meta
 from d2o.methods.base import METHODS, Batch, Loop, Method, Setup
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
@@ -108,3 +110,35 @@ def test_both_networks_and_optimisers_resume_to_the_same_bytes(recipe, tmp_path)
 def test_without_an_own_section_the_critic_takes_the_generators_optimiser(recipe, tmp_path):
     trainer = Trainer(recipe("optim_critic=null"), Setup(recipe().options), tmp_path)
     assert {type(o) for o in trainer.optimizers.values()} == {torch.optim.Adam}
+
+
+def test_norms_and_a_verdict_are_logged_for_networks_against_each_other(recipe, tmp_path):
+    train(recipe(), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["grad_generator"] > 0 and line["grad_critic"] > 0 and "watch" not in line for line in lines)
+    assert "watch" not in read_meta(tmp_path / "checkpoints" / "state.safetensors")  # TinyGAN tells nothing of its critic's logits
+
+
+class Told(TinyGAN):
+    """TinyGAN with the scalars that the watch looks for; the critic's loss sinks to almost nothing, and now and then there is one more."""
+
+    def step(self, loop, batch, iteration):
+        loss = super().step(loop, batch, iteration)["loss"]
+        logit = self.critic(torch.ones(1, 1)).mean().detach()
+        more = {"r1": torch.tensor(float(iteration))} if iteration % 16 == 0 else {}
+        return {"loss_g": loss, "loss_d": torch.tensor(1e-3 if iteration >= 100 else 1.0) * (1 + 0.1 * logit.sigmoid()), "logit_real": logit, **more}
+
+
+@pytest.mark.parametrize("iterations", [77, 103, 150])
+def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, monkeypatch, iterations):
+    monkeypatch.setitem(sys.modules, "tests.tiny_gan_method", SimpleNamespace(METHOD=Told))
+    found = train(recipe(), tmp_path / "whole")
+    train(recipe(), tmp_path / "parts", iterations=iterations)
+    resumed = train(recipe(), tmp_path / "parts")
+    assert found.watch.verdict == resumed.watch.verdict == "critic saturated since iteration 110 (loss_d 0.001)"
+    state = "checkpoints/state.safetensors"
+    assert (tmp_path / "whole" / state).read_bytes() == (tmp_path / "parts" / state).read_bytes()
+    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    whole, parts = ([{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if line["iteration"] % 10 == 0] for lines in logs)
+    assert whole == parts and whole[1]["r1"] == 16 and "r1" not in whole[2]  # the mean over the iterations that have it
+    assert [line.get("watch") for line in whole[:5]] == [None] * 4 + ["stable"]

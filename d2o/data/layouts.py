@@ -1,0 +1,71 @@
+"""What every layout of images gives, and the list of them all."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from PIL import Image
+
+from d2o.data import decode
+
+LAYOUTS = (
+    "accepted: a folder of images (a class is a sub-folder, or labels in dataset.json), an EDM-style .zip, "
+    "WebDataset .tar/.tar.gz (shards as name-{000..009}.tar or name-*.tar), an .npz, an LMDB of image files (LSUN's folders), "
+    "CIFAR-10's cifar-10-python.tar.gz or its folder, real:digits, real:digits/a, real:digits/b"
+)
+MAX_CLASSES = 1_000_000
+
+
+class Reason(str):
+    """In the place of a label: why there is none."""
+
+
+class Source:
+    """Images by number: `names`, `labels` (None for all, or an int each) and `class_names` fit each other; `bad` is left out of them."""
+
+    names: list[str]
+    labels: list[int] | None
+    class_names: list[str]
+    bad: list[tuple[str, str]]
+    notes: list[str]
+    _kept: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def head(self, index: int) -> decode.Head:
+        raise NotImplementedError
+
+    def picture(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def keep(self, count: int) -> None:
+        """Leave out all images but the first `count`; their classes stay."""
+        if count < len(self):
+            self.notes.append(f"the first {count} of {len(self)} images, as asked")
+            self._kept = count
+        self.names = self.names[:count]
+        self.labels = None if self.labels is None else self.labels[:count]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what was found, good or bad, before any resizing, and over how many of it were kept."""
+        found = self._found()
+        return found if self._kept is None else hashlib.sha256(f"{found} {self._kept}".encode()).hexdigest()
+
+    def _found(self) -> str:
+        raise NotImplementedError
+
+
+def wrong_label(label: Any) -> str | None:
+    """Why this is no label, or None."""
+    if label is None:
+        return "no label"
+    if isinstance(label, Reason):
+        return label
+    if isinstance(label, bool) or not (isinstance(label, int) or (isinstance(label, float) and label.is_integer())):
+        return f"the label {str(label)[:20]!r} is not a whole number"
+    if not 0 <= label < MAX_CLASSES:
+        return f"the label {label} is out of range (0 to {MAX_CLASSES - 1})"
+    return None

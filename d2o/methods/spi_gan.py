@@ -1,0 +1,217 @@
+"""SPI-GAN: a GAN that follows straight paths from noise to images, without a score network (Choi et al. 2022, arXiv 2206.14464, Algorithm 1).
+
+Real: i(t) = t x_0 + (1 - t) x_T (eq. 6), x_T of the forward process in one go. Fake: the synthesis of h(t), the solution of a neural ODE from x_T
+(eq. 5). The critic sees both with their t. What the paper leaves open are options; their defaults are what it or its code base comes nearest to.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from d2o.augment.ada import PIPES, AdaController, AdaPipeline
+from d2o.diffusion.sde import get_process, perturb
+from d2o.errors import UserError, unknown
+from d2o.losses.style import PathLength, d_logistic, g_logistic, r1_penalty, spread
+from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
+from d2o.networks.build import build_network
+from d2o.networks.style_generator import StyleGenerator
+from d2o.students.style import StyleStudent
+from d2o.teachers.base import Spec
+
+
+class SPIGANOptions(Options):
+    K: int = Field(2, ge=1, description="times of an iteration; the last is 1, the clean image")
+    j_sampling: Literal["uniform_sorted", "stratified", "fixed"] = Field(
+        "uniform_sorted", description="the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; or k / K (the ablation)")
+    update_mode: Literal["per_j", "joint"] = Field("per_j", description="one step of each network for each time, or one for the mean over all times")
+    ivp: Literal["restart", "incremental", "incremental_detach"] = Field(
+        "restart", description="h(t_k) solved from 0; from h(t_{k-1}) with gradients (joint); or from its value without (per_j)")
+    latent: Literal["xT", "z", "alternate"] = Field(
+        "xT", description="noise that the generator starts from: x_T of the images, fresh noise, or x_T for the critic's step and fresh for its own")
+    pair_noise: bool = Field(True, description="the real path ends in the same x_T as the fake one; false: in another")
+    process: Literal["vp", "ve", "subvp"] = Field("vp", description="forward process of x_T")
+    mixing_prob: float = Field(0.0, ge=0, le=1, description="share of batches whose styles come from two noises")
+    r1_gamma: float = Field(0.01, ge=0, description="weight of R1, gamma / 2 |grad D|^2 on real images; 0: none")
+    r1_every: int = Field(16, ge=1, description="iterations from one R1 to the next; its weight is multiplied by this")
+    pl_weight: float = Field(0.0, ge=0, description="weight of path length regularisation; 0: none")
+    pl_every: int = Field(4, ge=1, description="iterations from one to the next; its weight is multiplied by this")
+    ada: str | None = Field("bgc", description="augmentation pipeline (b, bg, bgc, bgcf, bgcfn, bgcfnc); null: none")
+    ada_target: float = Field(0.6, ge=-1, le=1, description="what the mean sign of the critic's logits of real images is held at")
+    ada_interval: int = Field(4, ge=1, description="iterations between two moves of the probability")
+    ada_kimg: float = Field(500, gt=0, description="thousand images in which the probability can go from 0 to 1")
+    ada_fixed: float | None = Field(None, ge=0, le=1, description="hold the probability here instead")
+    critic: dict[str, Any] = Field({}, description="options of the critic (blocks, base, max_channels, mbstd_group, time, time_scale, ...)")
+    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
+
+
+class SPIGAN(Method):
+    Options = SPIGANOptions
+    data = "images"
+    product = "generator"
+
+    def __init__(self, setup: Setup):
+        assert setup.images is not None
+        self.options: SPIGANOptions = setup.options
+        o, (channels, resolution, _) = self.options, setup.images.shape
+        if o.ada is not None and o.ada not in PIPES:
+            raise unknown("spi_gan.ada: augmentation pipeline", o.ada, PIPES)
+        if (o.ivp == "incremental") != (o.update_mode == "joint") and o.ivp != "restart":
+            raise UserError(f"spi_gan.ivp: {o.ivp} does not go with update_mode {o.update_mode}", "joint: restart, incremental; per_j: restart, "
+                            "incremental_detach")  # fmt: skip
+        own = {"arch": "style_generator", "img_resolution": resolution, "img_channels": channels}
+        config = {**own, **setup.need_network()}
+        if any(config[key] != value for key, value in own.items()):
+            raise UserError(f"network: method spi-gan trains a style_generator of the data's {channels} x {resolution} x {resolution} pixels")
+        generator = build_network(config) if setup.start is None else self.continued(setup.start)
+        assert isinstance(generator, StyleGenerator)
+        self.generator = generator
+        self.critic = build_network({"arch": "style_critic", "img_resolution": resolution, "img_channels": channels, **o.critic})
+        self.process = get_process(o.process)
+        self.pipeline = AdaPipeline(o.ada) if o.ada else None
+        self.controller = AdaController(setup.batch, o.ada_target, o.ada_interval, o.ada_kimg, fixed=o.ada_fixed)
+        self.path_length = PathLength()
+        self._spec = Spec(setup.name, setup.images.shape, licence=o.licence)
+
+    def continued(self, start: nn.Module) -> nn.Module:
+        if not isinstance(start, StyleStudent):
+            raise UserError("method spi-gan continues students of spi-gan, and this is another one")
+        return copy.deepcopy(start.network).requires_grad_(True).train()
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "critic": self.critic}
+
+    def states(self) -> dict[str, nn.Module]:
+        return {"ada": self.controller, "path_length": self.path_length}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Algorithm 1: for each time, ascending, the generator (mapping and synthesis together), then the critic."""
+        o, turn = self.options, count(1)
+        log: dict[str, list[Tensor]] = {}
+        starts, times = [], [1.0]
+        for micro, draw in loop.micro_batches(batch):
+            times = self.times(draw)
+            starts.append(self.x_T(micro, draw))
+        kept: list[Tensor | None] = [None] * len(starts)  # h at the last time, for incremental_detach
+        signs = []
+
+        for group in [[t] for t in times] if o.update_mode == "per_j" else [times]:
+            # Generator
+            for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
+                z = draw.randn(*self._spec.shape) if o.latent in ("z", "alternate") else starts[i]
+                fake, _, h = loop.net("generator")(z=z, times=group, mix=self.mix(draw), start=self.go_on(kept[i], times, group))
+                with loop.frozen("critic") as critic:
+                    loss = g_logistic(self.judge(critic, fake, group, draw))
+                    loop.backward(loss)
+                log.setdefault("loss_g", []).append(loss)
+                kept[i] = h[-1].detach()
+                if group[-1] == 1:
+                    self.generator.mapping.track(h[-1])
+            loop.update("generator")
+            if o.pl_weight and iteration % o.pl_every == 0:
+                for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
+                    z = starts[i][: max(1, len(starts[i]) // 2)]
+                    fake, ws, _ = loop.net("generator")(z=z, times=group)
+                    loss = self.path_length(fake, ws, noise=draw.randn(*fake.shape[1:])[: len(fake)])
+                    loop.backward(loss * o.pl_weight * o.pl_every)
+                    log.setdefault("path_length", []).append(loss)
+                loop.update("generator")
+
+            # Critic
+            for i, (micro, draw) in enumerate(loop.micro_batches(batch, next(turn))):
+                z = draw.randn(*self._spec.shape) if o.latent == "z" else starts[i]
+                with torch.no_grad():
+                    fake, _, _ = loop.net("generator")(z=z, times=group, mix=self.mix(draw))
+                real = self.straight_path(micro, starts[i], group, draw)
+                logits = [self.judge(loop.net("critic"), x, group, draw) for x in (real, fake)]
+                loss = d_logistic(*logits)
+                loop.backward(loss)
+                signs.append(logits[0].detach().sign().mean())
+                for key, value in (("loss_d", loss), ("logit_real", logits[0].mean()), ("logit_fake", logits[1].mean())):
+                    log.setdefault(key, []).append(value)
+                if group[-1] == 1 and len(z) > 1:
+                    log.setdefault("diversity", []).append(spread(fake[-len(z) :]) / spread(real[-len(z) :]))
+            loop.update("critic")
+            if o.r1_gamma and iteration % o.r1_every == 0:
+                for i, (micro, draw) in enumerate(loop.micro_batches(batch, next(turn))):
+                    real = self.straight_path(micro, starts[i], group, draw).requires_grad_(True)
+                    loss = r1_penalty(self.judge(loop.net("critic"), real, group, draw), real, o.r1_gamma)
+                    loop.backward(loss * o.r1_every)
+                    log.setdefault("r1", []).append(loss)
+                loop.update("critic")
+        if self.pipeline is not None:
+            self.controller.update(loop.everywhere(loop.mean(signs)))
+            log["ada_p"] = [self.controller.p]
+        return {key: loop.mean(values) for key, values in log.items()}
+
+    def times(self, draw: Draws) -> list[float]:
+        """t_k = j_k / K, ascending, the last one 1 (section 3.4); the same for all samples and processes."""
+        K = self.options.K
+        k = torch.arange(1, K)
+        if self.options.j_sampling == "fixed" or K == 1:
+            return [*(k / K).tolist(), 1.0]
+        u = draw.shared(K - 1).cpu()
+        if self.options.j_sampling == "stratified":
+            return [*((k - u) / K).tolist(), 1.0]
+        return [*u.sort().values.tolist(), 1.0]
+
+    def x_T(self, micro: Batch, draw: Draws) -> Tensor:
+        """The images at the forward process's end (eq. 9 of the paper for VP)."""
+        assert micro.images is not None
+        x = micro.images
+        return perturb(self.process, x, x.new_ones(len(x)), draw.randn(*self._spec.shape))
+
+    def straight_path(self, micro: Batch, x_T: Tensor, times: list[float], draw: Draws) -> Tensor:
+        """i(t) at each time, one after the other (eq. 6)."""
+        assert micro.images is not None
+        end = x_T if self.options.pair_noise else self.x_T(micro, draw)
+        return torch.cat([t * micro.images + (1 - t) * end for t in times])
+
+    def judge(self, critic: nn.Module, images: Tensor, times: list[float], draw: Draws) -> Tensor:
+        """Logits of augmented images, time after time: what looks at a whole batch sees one time."""
+        logits = []
+        for t, x in zip(times, images.chunk(len(times)), strict=True):
+            seen = x if self.pipeline is None else self.pipeline(x, self.controller.p, _first(draw.randn, len(x)), _first(draw.rand, len(x)))
+            logits.append(critic(seen, t))
+        return torch.cat(logits)
+
+    def mix(self, draw: Draws) -> tuple[Tensor, int] | None:
+        """Style mixing (appendix B.3): another noise, and the style input from which it is used."""
+        if self.options.mixing_prob == 0:
+            return None
+        second = draw.randn(*self._spec.shape)
+        chance, where = draw.shared(2).tolist()
+        num_ws = self.generator.synthesis.num_ws
+        return (second, 1 + int(where * (num_ws - 1))) if chance < self.options.mixing_prob else None
+
+    def go_on(self, kept: Tensor | None, times: list[float], group: list[float]) -> Tensor | None:
+        """h(t_k) from the value of h(t_{k-1}), with the gradient of the last segment alone."""
+        if self.options.ivp != "incremental_detach" or kept is None:
+            return None
+        return self.generator.mapping.continue_(kept, times[times.index(group[0]) - 1], group[0])
+
+    def student(self, generator: nn.Module) -> StyleStudent:
+        return StyleStudent(generator, self._spec)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "student", "network": self.generator.config, "spec": self._spec, "student": self.student(self.generator).record}
+
+    def spec(self) -> Spec:
+        return self._spec
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        student = self.student(product)
+        return student.decode(student(noise, labels))
+
+
+def _first(numbers: Any, n: int) -> Any:
+    """Random numbers for the first n samples of the micro-batch."""
+    return lambda *shape: numbers(*shape)[:n]
+
+
+METHOD = SPIGAN

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from d2o.losses.style import PathLength, d_logistic, g_logistic, path_lengths, r1_penalty
+from d2o.networks.style import StyleCritic, StyleSynthesis
+
+
+def test_logistic_losses():
+    real, fake = torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 3.0])
+    assert d_logistic(real, fake).item() == pytest.approx(-(F.logsigmoid(real).mean() + torch.log(1 - fake.sigmoid()).mean()).item(), abs=1e-6)
+    assert g_logistic(fake).item() == pytest.approx(-fake.sigmoid().log().mean().item(), abs=1e-6)
+    assert d_logistic(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(2 * math.log(2))
+    # Non-saturating: a generator that is found out still has a gradient.
+    lost = torch.tensor([-40.0], requires_grad=True)
+    assert torch.autograd.grad(g_logistic(lost), lost)[0].item() == pytest.approx(-1)
+
+
+def test_r1_of_a_linear_critic():
+    x, w = torch.randn(6, 3, 4, 4, requires_grad=True), torch.randn(3, 4, 4)
+    assert r1_penalty((x * w).sum((1, 2, 3)), x, gamma=10.0).item() == pytest.approx(5 * w.square().sum().item(), rel=1e-5)
+    assert r1_penalty(x.square().sum((1, 2, 3)) / 2, x).item() == pytest.approx(x.square().sum((1, 2, 3)).mean().item() / 2, rel=1e-5)
+
+
+def along(module, loss, seed=1, eps=1e-6):
+    """The derivative of loss() along a random direction of all parameters: by autograd, and by finite differences."""
+    g = torch.Generator().manual_seed(seed)
+    parameters = list(module.parameters())
+    direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
+    grads = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    exact = sum((d * v).sum() for d, v in zip(grads, direction) if d is not None).item()
+    values = []
+    for sign in (1, -1):
+        for p, v in zip(parameters, direction):
+            p.data += sign * eps * v
+        values.append(loss().item())
+        for p, v in zip(parameters, direction):
+            p.data -= sign * eps * v
+    return exact, (values[0] - values[1]) / (2 * eps)
+
+
+@pytest.mark.parametrize("blocks, time", [("orig", "block_add"), ("resnet", "cmap")])
+def test_r1_trains_the_critic_in_the_right_direction(blocks, time):
+    torch.manual_seed(0)
+    critic = StyleCritic(8, 1, blocks, base=64, max_channels=6, mbstd_group=2, time=time, time_dim=8, cmap_dim=6).double()
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    exact, measured = along(critic, lambda: r1_penalty(critic(x, 0.6), x))
+    assert exact == pytest.approx(measured, rel=1e-5) and abs(exact) > 1e-6
+
+
+@pytest.mark.parametrize("modulation", ["grouped", "scale"])
+def test_path_length_trains_the_generator_in_the_right_direction(modulation):
+    torch.manual_seed(0)
+    network = StyleSynthesis(8, 1, w_dim=5, base=64, max_channels=6, modulation=modulation).double()
+    ws = network.broadcast(torch.randn(3, 5, dtype=torch.float64)).requires_grad_()
+    y = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+
+    def loss():
+        penalty = PathLength(decay=0.0).double()
+        penalty.mean.fill_(0.1)
+        return penalty(network(ws, "const"), ws, noise=y)
+
+    exact, measured = along(network, loss)
+    assert exact == pytest.approx(measured, rel=1e-5) and abs(exact) > 1e-6
+
+
+def test_path_lengths_of_a_linear_generator():
+    torch.manual_seed(0)
+    ws, a, y = torch.randn(4, 3, 5, requires_grad=True), torch.randn(5, 2 * 16), torch.randn(4, 2, 4, 4)
+    images = (ws[:, 0] @ a).reshape(4, 2, 4, 4)  # only the first of three inputs counts
+    expected = (y.flatten(1) / 4 @ a.t()).norm(dim=1) / math.sqrt(3)
+    assert torch.allclose(path_lengths(images, ws, noise=y), expected, rtol=1e-5)
+    draws = [path_lengths((ws[:, 0] @ a).reshape(4, 2, 4, 4), ws, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_running_mean_of_lengths_is_explicit_state():
+    penalty = PathLength()
+    ws = torch.ones(2, 1, 1, requires_grad=True)
+    y = torch.full((2, 1, 2, 2), 2.0)
+    lengths = lambda scale: (scale * ws[:, 0, :, None, None]).expand(2, 1, 2, 2)  # noqa: E731  J^T y = 4 scale
+    assert penalty(lengths(1.0), ws, noise=y).item() == pytest.approx((4 - 0.04) ** 2, rel=1e-5)
+    assert penalty.mean.item() == pytest.approx(0.04)
+    again = PathLength()
+    again.load_state_dict(penalty.state_dict())
+    assert again(lengths(2.0), ws, noise=y).item() == pytest.approx((8 - (0.04 * 0.99 + 0.08)) ** 2, rel=1e-5)
+    assert not again.mean.requires_grad
