@@ -101,6 +101,22 @@ class Numbers:
 Subject = Generator | Pictures | Numbers
 
 
+def check_there(text: str) -> None:
+    """UserError, at once, where `open_subject` would find nothing of that name."""
+    path = Path(text)
+    if not (text.startswith("real:") or text in teacher_names() or any(mark in path.name for mark in "*{") or path.exists()):
+        raise _absent(text)
+
+
+def _absent(text: str) -> UserError:
+    near = nearest(text, [*teacher_names(), "real:digits"])
+    return UserError(
+        f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
+        f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
+        f"{', '.join(teacher_names())}",
+    )
+
+
 def open_subject(text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse") -> Subject:
     """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu and sigma), images.
 
@@ -114,12 +130,7 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
     if any(mark in path.name for mark in "*{"):  # shards of a tar, as open_images takes them
         return _pictures(text, settings, extractor, on_bad)
     if not path.exists():
-        near = nearest(text, [*teacher_names(), "real:digits"])
-        raise UserError(
-            f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
-            f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
-            f"{', '.join(teacher_names())}",
-        )
+        raise _absent(text)
     if (path.suffix == ".pkl" and not is_statistics(path)) or (path / "model_index.json").is_file():
         return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
