@@ -288,7 +288,11 @@ def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Te
 
 def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad: str) -> Pictures:
     preparation = parse_preparation(settings.resize).sized(extractor.shape if extractor else None)
-    found = open_images(text, **preparation.reading(), on_bad=on_bad)
+    try:
+        found = open_images(text, **preparation.reading(), on_bad=on_bad)
+    except UserError as error:
+        hint = "--resize 256 (or another size) cuts out the centre square and resizes it" if "differ in size" in error.message else error.hint
+        raise UserError(error.message, hint) from error
     notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
     # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
     numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)
