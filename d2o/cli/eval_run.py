@@ -128,7 +128,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
     preset = find_preset(values["protocol"]) if values["protocol"] else None
     values = values | {"metrics": tuple(part.strip() for text in values["metrics"] for part in text.split(",") if part.strip())}
     if preset is not None:
-        values = values | apply_preset(preset, {key: values[key] for key in given})
+        values = values | apply_preset(preset, {key: values[key] for key in values if key in given})
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     pictures = any(values[key] for key in ("json", "report"))
     request = Request(
