@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 RUNS = Path("runs/demo")
+MEASURE = "--metrics fd,prdc --bootstrap 100"
 ROWS = ("real", "teacher", "once", "student", "finetuned")
 
 COMMANDS = f"""
@@ -16,11 +17,11 @@ d2o pairs --teacher digits --n 4096 --solver heun --steps 18 --out {RUNS}/pairs
 d2o train recipes/quickstart.yaml --set pairs.path={RUNS}/pairs --out {RUNS}/student --resume
 d2o finetune recipes/finetune_digits.yaml --from {RUNS}/student --set pairs.path={RUNS}/pairs --out {RUNS}/finetuned --resume
 d2o sample {RUNS}/student --n 1000 --out {RUNS}/samples.zip --grid {RUNS}/samples.png
-d2o eval real:digits/a --against real:digits/b --name 'real halves' --json {RUNS}/real.json
-d2o eval digits --against real:digits --name 'teacher, 35 NFE' --json {RUNS}/teacher.json
-d2o eval digits --solver euler --steps 1 --against real:digits --name 'teacher called once' --json {RUNS}/once.json
-d2o eval {RUNS}/student --against real:digits --name 'student, 1 NFE' --json {RUNS}/student.json
-d2o eval {RUNS}/finetuned --against real:digits --name 'student, finetuned' --json {RUNS}/finetuned.json
+d2o eval real:digits/a --against real:digits/b {MEASURE} --name 'real halves' --json {RUNS}/real.json
+d2o eval digits --against real:digits {MEASURE} --name 'teacher, 35 NFE' --json {RUNS}/teacher.json
+d2o eval digits --solver euler --steps 1 --against real:digits {MEASURE} --name 'teacher called once' --json {RUNS}/once.json
+d2o eval {RUNS}/student --against real:digits {MEASURE} --neighbours 3 --name 'student, 1 NFE' --json {RUNS}/student.json
+d2o eval {RUNS}/finetuned --against real:digits {MEASURE} --neighbours 3 --name 'student, finetuned' --json {RUNS}/finetuned.json
 d2o export {RUNS}/student --format onnx --out {RUNS}/student.onnx
 d2o export {RUNS}/student --format program --out {RUNS}/student.pt2
 d2o eval --compare {" ".join(f"{RUNS}/{name}.json" for name in ROWS)} --run {RUNS}/student --run {RUNS}/finetuned --report {RUNS}/report.html

@@ -46,7 +46,7 @@ NO_DISTANCE = _what("--no-teacher-distance", default=False, help="Leave out the 
 LATENCY = _what("--latency", default=False, help="Also time single images (text, network, decoding) and take the peak memory.")
 NEIGHBOURS = _what("--neighbours", default=0, help="Show that many nearest images of the reference beside samples in the report (memorisation).")
 
-N = _making("--n", default=4000, help="Generated images (a set of images is used whole).")
+N = _making("--n", "-n", default=4000, help="Generated images (a set of images is used whole).")
 SEED = _making("--seed", default=1_000_000, help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.")
 LABELS = _making("--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2.")
 PROMPTS = _making("--prompts", metavar="FILE", help="Prompts for generators that take text (.txt, .jsonl, .parquet); image i has prompt i mod "
@@ -126,7 +126,7 @@ def show(records: Sequence[dict[str, Any]]) -> None:
 
     width = console.out.width if console.out.is_terminal else max(console.out.width, 160)  # in a file or pipe there is room
     target = console.out if console.out.is_terminal else Console(file=console.out.file, width=width, highlight=False)
-    for piece in fold(results_table(list(records)), width):
+    for piece in fold(results_table(list(records)), width - 4):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, header in enumerate(piece.headers):
             table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=0 if i else 16)

@@ -128,7 +128,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
     preset = find_preset(values["protocol"]) if values["protocol"] else None
     values = values | {"metrics": tuple(part.strip() for text in values["metrics"] for part in text.split(",") if part.strip())}
     if preset is not None:
-        values = values | apply_preset(preset, {key: values[key] for key in given})
+        values = values | apply_preset(preset, {key: values[key] for key in values if key in given})
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     pictures = any(values[key] for key in ("json", "report"))
     request = Request(
@@ -156,15 +156,22 @@ def _one_after_another(request: Request, settings: Settings, save_stats: Path | 
 
 @contextmanager
 def _meter(title: str, total: int) -> Iterator[Any]:
-    done = 0
     with console.meter(title, total) as bar:
+        yield _Progress(bar)
 
-        def progress(more: int) -> None:
-            nonlocal done
-            done += more
-            bar.update(done)
 
-        yield progress
+class _Progress:
+    """Images as they are done; those that were found done do not count for the speed."""
+
+    def __init__(self, bar: console.Meter):
+        self.bar = bar
+
+    def __call__(self, more: int) -> None:
+        self.bar.update(self.bar.done + more)
+
+    def found(self, n: int) -> None:
+        self.bar.first += n
+        self(n)
 
 
 def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:

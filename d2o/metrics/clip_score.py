@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2o.errors import UserError, unknown
 from d2o.metrics.extractors.clip import full_name, load_clip, prepare
-from d2o.metrics.extractors.common import CHUNK, crop_square, each_image, package
+from d2o.metrics.extractors.common import CHUNK, at_once, crop_square, each_image, package
 
 LENGTH = 77
 """Tokens of a text, with the two marks and the padding."""
@@ -46,7 +46,7 @@ class ClipScore:
 
         The central square, by Pillow's Lanczos to 256 pixels, then OpenAI's preparation (bicubic to 224).
         """
-        return self._unit(self.network.encode_image(prepare(scale(part)).to(self.device)) for part in images.split(CHUNK))
+        return self._unit(self.network.encode_image(prepare(scale(part)).to(self.device)) for part in images.split(at_once(self.device)))
 
     @torch.inference_mode()
     def text(self, prompts: Sequence[str]) -> Tensor:

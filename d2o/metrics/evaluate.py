@@ -20,7 +20,7 @@ from d2o.metrics.passes import feature_probes, generator_pass, pair_pass, pictur
 from d2o.metrics.plan import Plan
 from d2o.metrics.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
 from d2o.metrics.protocol import Settings, hardware
-from d2o.metrics.reference import Reference, check_enough, measured_reference
+from d2o.metrics.reference import Reference, measured_reference
 from d2o.metrics.scores import Score, Sides
 from d2o.metrics.sides import Given, Measured, Side
 from d2o.metrics.speed import latency, throughput
@@ -116,7 +116,6 @@ def _main_passes(x: Subject, plan: Plan, settings: Settings, device: Device, pla
     if any(want.metric.name == "clip-score" for want in plan.wants):
         probes.append(ClipProbe(plan.tools.clip(settings.clip_model)))
     if isinstance(x, Pictures):
-        check_enough(x)
         works, resize = [pictures_pass(x, settings, probes)], x.resize
     else:
         works, resize = [generator_pass(x, settings, run, probes, device) for run in range(settings.repeats)], settings.preparation.describe()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2o.errors import UserError
 
-TRACE_METHOD = "eigh"
+TRACE_METHOD = "eigvalsh"
 EPS = float(np.finfo(np.float64).eps)
 
 

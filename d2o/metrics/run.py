@@ -17,8 +17,8 @@ from d2o.metrics.features import EXTRACTORS, default_extractor
 from d2o.metrics.plan import Plan, reference_outputs
 from d2o.metrics.presets import Preset, check_result
 from d2o.metrics.protocol import Settings, option
-from d2o.metrics.reference import Reference, default_reference, load_reference
-from d2o.metrics.subjects import Device, Generator, Numbers, Subject, open_subject, reference_teacher
+from d2o.metrics.reference import Reference, check_enough, default_reference, load_reference
+from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_there, open_subject, reference_teacher
 from d2o.metrics.tools import Tools
 from d2o.runtime import StopFlag
 
@@ -55,6 +55,8 @@ def evaluate_all(
     """
     if request.names and len(request.names) != len(request.xs):
         raise UserError(f"{len(request.names)} --name for {len(request.xs)} X", "give one --name for each X, in their order, or none")
+    for text in request.xs:
+        check_there(text)
     asked = wants = parse_metrics(request.metrics or ["fd"])
     tools = Tools(request.weights, request.device)
     main = tools.extractor(request.extractor) if request.extractor else None
@@ -67,6 +69,8 @@ def evaluate_all(
     references: dict[str, Reference] = {}
     for i, text in enumerate(request.xs):
         x = open_subject(text, settings, request.device, main, request.on_bad)
+        if isinstance(x, Pictures):
+            check_enough(x)
         main = main or _main(x, asked, tools)
         teacher: Generator | None = None
         notes: list[str] = []

@@ -101,6 +101,22 @@ class Numbers:
 Subject = Generator | Pictures | Numbers
 
 
+def check_there(text: str) -> None:
+    """UserError, at once, where `open_subject` would find nothing of that name."""
+    path = Path(text)
+    if not (text.startswith("real:") or text in teacher_names() or any(mark in path.name for mark in "*{") or path.exists()):
+        raise _absent(text)
+
+
+def _absent(text: str) -> UserError:
+    near = nearest(text, [*teacher_names(), "real:digits"])
+    return UserError(
+        f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
+        f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
+        f"{', '.join(teacher_names())}",
+    )
+
+
 def open_subject(text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse") -> Subject:
     """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu and sigma), images.
 
@@ -114,12 +130,7 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
     if any(mark in path.name for mark in "*{"):  # shards of a tar, as open_images takes them
         return _pictures(text, settings, extractor, on_bad)
     if not path.exists():
-        near = nearest(text, [*teacher_names(), "real:digits"])
-        raise UserError(
-            f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
-            f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
-            f"{', '.join(teacher_names())}",
-        )
+        raise _absent(text)
     if (path.suffix == ".pkl" and not is_statistics(path)) or (path / "model_index.json").is_file():
         return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
@@ -277,7 +288,11 @@ def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Te
 
 def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad: str) -> Pictures:
     preparation = parse_preparation(settings.resize).sized(extractor.shape if extractor else None)
-    found = open_images(text, **preparation.reading(), on_bad=on_bad)
+    try:
+        found = open_images(text, **preparation.reading(), on_bad=on_bad)
+    except UserError as error:
+        hint = "--resize 256 (or another size) cuts out the centre square and resizes it" if "differ in size" in error.message else error.hint
+        raise UserError(error.message, hint) from error
     notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
     # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
     numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)

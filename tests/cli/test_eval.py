@@ -87,6 +87,23 @@ def test_statistics_need_no_reference_and_serve_as_one(work: Path) -> None:
         (["net.safetensors", "--against", "real:digits"], "holds extractor, not a student"),
         (["--compare", "student.safetensors"], "not a result"),
         (["student.safetensors", "--against", "real:digits", "--n", "0"], "--n must be at least 2"),
+        ([], "Give X, or --table"),
+        (["digits", "--table", "digits"], "is too much"),
+        (["--compare", "--table", "digits"], "give one of them"),
+        (["--table", "digitz"], "did you mean 'digits'"),
+        (["digits", "--metrics", "fidd"], "did you mean 'fid'"),
+        (["digits", "--protocol", "gdd_cifar"], "did you mean 'gdd_cifar10'"),
+        (["digits", "--protocol", "gdd_cifar10", "--n", "100", "--resize", "256"], r"--n 100, --resize 256 are not the protocol gdd_cifar10"),
+        (["digits", "--protocol", "gdd_cifar10", "--metrics", "fd"], "not the protocol"),
+        (["digits", "--weights", "incepton=x"], "did you mean 'inception'"),
+        (["student.safetensors", "digitz"], "no such file or teacher: 'digitz'"),
+        (["digits", "--csv", "x.txt"], "ends in .csv"),
+        (["digits", "--markdown", "student.safetensors"], "ends in .md or .tex"),
+        (["digits", "--neighbours", "-1"], "at least 0"),
+        (["digits", "--resize", "large"], "not a way to prepare images"),
+        (["digits", "--report-as", "best"], "--report-as must be one of mean, min"),
+        (["digits", "--is-mode", "tf"], "--is-mode must be one of"),
+        (["digits", "--per-prompt", "1"], "--per-prompt must be at least 2"),
     ],
 )
 def test_mistakes_are_one_clear_error(work: Path, arguments: list[str], message: str) -> None:
@@ -94,6 +111,41 @@ def test_mistakes_are_one_clear_error(work: Path, arguments: list[str], message:
     with pytest.raises(UserError, match=message):
         run(*arguments)
     assert sorted(p.name for p in work.iterdir()) == before  # nothing created
+
+
+def test_files_of_the_table_and_options_of_the_numbers(work: Path) -> None:
+    options = ["--metrics", "fd,kid", "--metrics", "pr,is@digits", "--kid-size", "15", "--kid-subsets", "4", "--is-splits", "2",
+               "--is-mode", "edm_order", "--pr-k", "2", "--dc-k", "2", "--pr-dtype", "float16", "--quantize", "dmd_trunc", "--repeats", "2",
+               "--report-as", "min", "--no-teacher-distance", "--work", "kept", "--neighbours", "1", "--latency"]  # fmt: skip
+    out = run("student.safetensors", "--against", "real:digits", *SMALL, *options, "--csv", "t.csv", "--markdown", "t.md", "--json", "t.json")
+    record = json.loads(Path("t.json").read_text())
+    assert {"fd", "kid", "precision", "recall", "is@digits"} <= set(record["metrics"]) and "min of 2" in record["metrics"]["fd"]["label"]
+    assert record["metrics"]["precision"]["dtype"] == "float16" and record["metrics"]["is@digits"]["mode"] == "edm_order"
+    assert "KID(digits)" in out and "KID(digits)" in Path("t.md").read_text() and "latency_ms" in record["metrics"]["speed"]
+    assert record["neighbours"]["k"] == 1 and list(Path("kept").iterdir()) and "student" in Path("t.csv").read_text()
+    run("--compare", "t.json", "--markdown", "t.tex")
+    assert "\\toprule" in Path("t.tex").read_text()
+    for word in ("--metrics fd,kid,pr,is@digits", "--kid-size 15", "--report-as min", "--latency"):
+        assert word in record["command"]
+
+
+def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
+    Path("mine.yaml").write_text(
+        "title: Mine\npaper: A paper\nagainst: real:digits\noptions: {n: 20, batch: 10, distance_n: 4, metrics: [fd]}\nrows:\n"
+        "  - {name: here, x: student.safetensors, paper: {fd: [1.5, 0.2]}}\n"
+        "  - {name: absent, x: runs/absent, recipe: quickstart, paper: {fd: 9.5}}\n"
+        "  - {name: broken, x: net.safetensors}\n"
+        "  - {name: quoted, paper: {fd: 7.25}}\n"
+    )
+    out = run("--table", "mine.yaml", "--json", "t.json", "--device", "cpu")
+    records = {r["name"]: r for r in json.loads(Path("t.json").read_text())}
+    assert list(records) == ["here", "absent", "quoted"] and records["here"]["paper"] == {"fd": [1.5, 0.2]}
+    assert records["here"]["protocol"]["n_gen"] == 20 and "7.25" in out and "1.5" in out
+    run("--table", "mine.yaml", "--n", "30", "--json", "t.json", "--device", "cpu")  # what is typed beats the table
+    assert json.loads(Path("t.json").read_text())[0]["protocol"]["n_gen"] == 30
+    Path("none.yaml").write_text("title: None\npaper: A paper\nrows:\n  - {name: absent, x: runs/absent, paper: {fd: 1.0}}\n")
+    with pytest.raises(UserError, match="none of its rows could be measured"):
+        run("--table", "none.yaml")
 
 
 def test_other_workers_say_and_write_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_protocol_says_everything(digits: Path, student: Path) -> None:
     assert protocol["n_gen"] == 40 and protocol["seeds"] == [7, 46] and protocol["labels"] == "random"
     assert protocol["features"] == "digits/16" and protocol["weights_sha256"] == extractor.sha256
     assert (protocol["resize"], protocol["quantize"], protocol["ref"], protocol["n_ref"]) == ("none", "edm_round", "real:digits", 1797)
-    assert record["metrics"]["fd"]["label"] == "FD(digits)" and record["metrics"]["fd"]["trace"] == "eigh"
+    assert record["metrics"]["fd"]["label"] == "FD(digits)" and record["metrics"]["fd"]["trace"] == "eigvalsh"
     assert record["x"]["nfe"] == record["x"]["forwards"] == 1 and record["x"]["parameters"] > 1000
     assert record["env"]["cpu"] and record["env"]["torch"] == torch.__version__ and record["d2o"]
     assert record["command"] == f"d2o eval {student} --against real:digits --n 40 --seed 7 --batch 16 --distance-n 10"

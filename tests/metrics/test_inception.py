@@ -64,7 +64,7 @@ def test_inception_equals_torch_fidelity(extractor, fidelity, size):
     with torch.inference_mode():
         features, logits = fidelity(images)
     assert features.mean() > 0.1
-    assert (found["features"] - features).abs().max() <= 1e-5 and (found["logits"] - logits).abs().max() <= 1e-5
+    assert (found["features"] - features).abs().max() <= 3e-5 and (found["logits"] - logits).abs().max() <= 3e-5
 
 
 def test_legacy_pytorch_equals_pytorch_fid(extractor, file, monkeypatch):
@@ -75,7 +75,7 @@ def test_legacy_pytorch_equals_pytorch_fid(extractor, file, monkeypatch):
         images = noise(size)
         with torch.inference_mode():
             expected = theirs(images / 255)[0].flatten(1)
-        assert (ours.features(images) - expected).abs().max() <= 1e-5, size
+        assert (ours.features(images) - expected).abs().max() <= 3e-5, size
 
 
 def test_clean_equals_clean_fid(extractor, fidelity):
@@ -108,7 +108,7 @@ def test_what_an_extractor_says(extractor, file, monkeypatch):
 
 
 def test_batches_and_grey_images(extractor, monkeypatch):
-    monkeypatch.setattr(inception, "CHUNK", 2)
+    monkeypatch.setattr(inception, "at_once", lambda device: 2)
     images = noise(32, 3)[:, :1]
     together = extractor.outputs(images, ALL)
     assert {name: tuple(value.shape) for name, value in together.items()} == {"features": (3, 2048), "spatial": (3, 2023), "logits": (3, 1008)}

@@ -36,7 +36,7 @@ class ClipFeatures(Extractor):
         self.network = network.to(self.device)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return {name: in_chunks(self.embed, images) for name in wanted}
+        return {name: in_chunks(self.embed, images, self.device) for name in wanted}
 
     def embed(self, images: Tensor) -> Tensor:
         return self.network.encode_image(prepare(images).to(self.device))

@@ -24,7 +24,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green and blue in [0, 1]."""
 
 CHUNK = 64
-"""Images in a network at a time, whatever the batch is."""
+"""Images in a network at a time on an accelerator, whatever the batch is."""
+
+
+def at_once(device: torch.device) -> int:
+    """Images in a network at a time. On a CPU few, so that activations stay in the cache: EfficientNet-lite0 on 2 cores makes 33 images/s by
+    48, 75 by 4."""
+    return CHUNK if device.type != "cpu" else max(4, min(CHUNK, 2 * torch.get_num_threads()))
+
+
+def ready(network: N, device: torch.device) -> N:
+    """The network on the device, its weights in the memory order in which convolutions are faster there (CPU: 1.5 times for Inception)."""
+    network.to(device)
+    if device.type == "cpu":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def package(module: str) -> Any:
@@ -36,9 +50,9 @@ def package(module: str) -> Any:
         raise UserError(f"this needs the package {module.partition('.')[0]!r}, which is not there ({error})", "pip install 'd2o[eval]'") from error
 
 
-def in_chunks(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """`run` over CHUNK images at a time, [n, ...] -> [n, d]."""
-    parts = [run(part) for part in images.split(CHUNK)]
+def in_chunks(run: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
+    """`run` over a few images at a time, [n, ...] -> [n, d] on the device."""
+    parts = [run(part) for part in images.split(at_once(device))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -37,7 +37,7 @@ class DinoV2(Extractor):
         self.network = network.to(self.device)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return {name: in_chunks(self.class_token, images) for name in wanted}
+        return {name: in_chunks(self.class_token, images, self.device) for name in wanted}
 
     def class_token(self, images: Tensor) -> Tensor:
         x = normalise(bicubic(images.to(self.device), SIZE), IMAGENET_MEAN, IMAGENET_STD)

@@ -24,12 +24,12 @@ from d2o.interop.safetensors_io import tensors_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import WEIGHTS, find_weights
 from d2o.metrics.extractor import Extractor
+from d2o.metrics.extractors.common import at_once
 from d2o.networks.fill import fill_network
 
 NAMES = ("dreamsim",)
 
 SIZE = 224
-CHUNK = 64  # images in one pass
 CLIP, OPEN_CLIP, ADAPTER = "clip_vitb16_pretrain.pth.tar", "open_clip_vitb16_pretrain.pth.tar", "ensemble_lora"
 DINO = WEIGHTS["dreamsim-dino"].file
 HINT = f"expected {WEIGHTS['dreamsim'].file} of DreamSim's release v0.2.0-checkpoints, or the folder it was unpacked to"
@@ -71,7 +71,7 @@ class DreamSim(Extractor):
         self.ensemble = ensemble.to(self.device, torch.float32).eval().requires_grad_(False)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        features = [normalise(self.ensemble(resize(part.to(self.device)) / 255)) for part in images.split(CHUNK)]
+        features = [normalise(self.ensemble(resize(part.to(self.device)) / 255)) for part in images.split(at_once(self.device))]
         return {"features": torch.cat(features)}
 
 

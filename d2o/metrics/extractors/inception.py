@@ -13,6 +13,7 @@ from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
 from d2o.metrics.extractor import OUTPUTS, Extractor
+from d2o.metrics.extractors.common import at_once, ready
 from d2o.metrics.resize import clean_pil, clean_torch, tf_bilinear, torch_bilinear
 from d2o.networks.fill import fill_network
 from d2o.networks.inception import CLASSES, FEATURES, SIZE, Inception, from_tensorflow_names
@@ -26,9 +27,6 @@ RESIZE = {
 NAMES = (*RESIZE, "inception-tf")
 """What `load` knows. "inception-tf" is "inception", in full."""
 
-CHUNK = 64
-"""Images in the network at a time, which bounds its memory: inside they are 299x299 pixels, whatever their size was."""
-
 HINT = (
     "expected pytorch-fid's or torch-fidelity's inception-2015-12-05 (.pth), NVIDIA's (.pt or .pkl), or that of OpenAI's consistency models "
     "(.pt); without --weights, d2o finds or fetches pytorch-fid's"
@@ -40,10 +38,10 @@ class InceptionExtractor(Extractor):
 
     def __init__(self, name: str, network: Inception, sha256: str, device: str | torch.device = "cpu"):
         super().__init__(name, FEATURES, sha256, device, resize=RESIZE[name], classes=CLASSES, outputs=OUTPUTS)
-        self.network = network.to(self.device, torch.float32).eval().requires_grad_(False)
+        self.network = ready(network.to(torch.float32), self.device).eval().requires_grad_(False)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        parts = [self.network(self.prepare(part), wanted) for part in images.split(CHUNK)]
+        parts = [self.network(self.prepare(part), wanted) for part in images.split(at_once(self.device))]
         return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in wanted}
 
     def prepare(self, images: Tensor) -> Tensor:

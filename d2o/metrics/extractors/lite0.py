@@ -14,7 +14,7 @@ from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
 from d2o.metrics.extractor import Extractor
-from d2o.metrics.extractors.common import bicubic, fit, in_chunks, package
+from d2o.metrics.extractors.common import bicubic, fit, in_chunks, package, ready
 
 NAMES = ("lite0",)
 FEATURES, CLASSES, SIZE = 1280, 1000, 224
@@ -35,10 +35,10 @@ class Lite0(Extractor):
         super().__init__(
             "lite0", FEATURES, sha256, device, resize=f"bicubic{SIZE}", classes=CLASSES, outputs=("features", "logits")
         )  # fmt: skip
-        self.network = network.to(self.device)
+        self.network = ready(network, self.device)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        features = in_chunks(self.pooled, images)
+        features = in_chunks(self.pooled, images, self.device)
         return {name: features if name == "features" else self.network.classifier(features) for name in wanted}
 
     def pooled(self, images: Tensor) -> Tensor:

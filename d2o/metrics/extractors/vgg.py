@@ -13,7 +13,7 @@ from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
 from d2o.metrics.extractor import Extractor
-from d2o.metrics.extractors.common import IMAGENET_MEAN, IMAGENET_STD, fit, in_chunks, normalise
+from d2o.metrics.extractors.common import IMAGENET_MEAN, IMAGENET_STD, fit, in_chunks, normalise, ready
 from d2o.metrics.resize import tf_bilinear
 
 NAMES = ("vgg16-fc2",)
@@ -49,10 +49,10 @@ class VggFeatures(Extractor):
 
     def __init__(self, network: Vgg16, sha256: str, device: str | torch.device = "cpu"):
         super().__init__("vgg16-fc2", FEATURES, sha256, device, resize=f"tf_bilinear{SIZE}")
-        self.network = network.to(self.device)
+        self.network = ready(network, self.device)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return {name: in_chunks(self.second_layer, images) for name in wanted}
+        return {name: in_chunks(self.second_layer, images, self.device) for name in wanted}
 
     def second_layer(self, images: Tensor) -> Tensor:
         x = tf_bilinear(images.to(self.device).to(torch.float32), SIZE)
