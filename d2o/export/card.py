@@ -136,6 +136,8 @@ def _limitations(source: Source, file_format: str) -> str:
         points.append("d2o refuses any other label that it is given on the CPU." if file_format == "safetensors" else silent)
     if source.kind == "student":
         points.append("Noise level and guidance are fixed at those of training; more network calls do not improve an image.")
+    if source.meta.get("student", {}).get("kind") == "style" and file_format != "safetensors":
+        points.append("The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image its own.")
     if spec.space == "pixel":
         points.append(f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little.")
     else:

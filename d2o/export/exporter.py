@@ -18,7 +18,7 @@ from d2o.export.diffusers import write_diffusers
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
-from d2o.export.source import Source, find_checkpoint, open_source
+from d2o.export.source import Source, find_checkpoint, for_graph, open_source
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
 
@@ -75,6 +75,8 @@ def export_checkpoint(
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
     source = open_source(checkpoint)
     target = _target(source, checkpoint, file_format, precision, out)
+    if file_format in ("onnx", "program"):
+        for_graph(source)
     if file_format == "onnx":
         check_onnx(source, opset)
     detail = {"onnx": f"opset {opset}", "program": f"torch {torch.__version__}", "safetensors": precision}[file_format]

@@ -14,6 +14,7 @@ from d2o.errors import UserError
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import network_config
 from d2o.students.base import Student, checkpoint_meta, load_student
+from d2o.students.style import StyleStudent
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
 
@@ -113,6 +114,18 @@ def open_source(path: str | Path) -> Source:
         what = f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported in this format"
         raise UserError(what, "--format diffusers writes a text-to-image teacher")
     return Source(path, kind, spec, meta, network, fingerprint, call.eval())
+
+
+def for_graph(source: Source) -> None:
+    """Make the student one that a graph can hold: without random numbers of its own. UserError: one that draws them between its calls."""
+    student = getattr(source.call, "student", None)
+    if student is None:
+        return
+    if student.nfe > 1:
+        what = f"{source.path} draws noise of its own between its {student.nfe} network calls, which a graph cannot"
+        raise UserError(what, "--format safetensors keeps it as it is")
+    if isinstance(student, StyleStudent) and student.noise == "own":
+        student.noise = "const"  # the card says so
 
 
 def _nvidia_meta(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.features import load_extractor
 from d2o.networks.build import build_network, count_parameters
-from d2o.students.base import Student
+from d2o.students.base import Student, make_student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
@@ -120,7 +120,7 @@ def _student(path: Path) -> Student:
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
     with META:
-        return Student(build_network(meta["network"]), Spec.from_dict(meta["spec"]), meta["student"]["sigma"])
+        return make_student(build_network(meta["network"]), Spec.from_dict(meta["spec"]), meta["student"])
 
 
 def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:

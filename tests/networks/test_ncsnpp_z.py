@@ -34,7 +34,7 @@ def critic(resolution: int = 8, **more) -> DDGANCritic:
 def test_published_sizes():
     with torch.device("meta"):
         cifar, large = DDGANGenerator(32, 3), DDGANGenerator(256, 3, 64, (1, 1, 2, 2, 4, 4), n_mlp=3)
-        assert (count_parameters(cifar), count_parameters(large)) == (48_432_515, 39_726_979)  # others report 48.43 and 39.73 million
+        assert (count_parameters(cifar), count_parameters(large)) == (48_432_515, 39_726_979)
         assert [name for name in cifar.enc if "attention" in name] == ["16_attention0", "16_attention1"]
         assert [name for name in cifar.dec if "attention" in name] == ["in_attention", "16_attention"]
         assert [name for name in large.enc if "attention" in name] == ["16_attention0", "16_attention1"]

@@ -11,8 +11,10 @@ from PIL import Image
 from d2o.data.draws import draw
 from d2o.data.images import to_uint8
 from d2o.errors import UserError
+from d2o.export.exporter import export_checkpoint
 from d2o.networks.build import build_network
 from d2o.students.base import load_student, save_student
+from d2o.students.multistep import MultistepStudent
 from d2o.students.paths import path_images, save_path
 from d2o.students.style import StyleStudent, interpolate
 from d2o.teachers.base import Spec
@@ -105,3 +107,20 @@ def test_paths_as_pictures(tmp_path: Path) -> None:
         save_path(walks, tmp_path / "p.jpg")
     with pytest.raises(UserError, match="unknown path"):
         path_images(style_student(), "x", 2, 3)
+
+
+@pytest.mark.parametrize("file_format", ["program", "onnx"])
+def test_an_exported_student_has_constant_noise_inputs(file_format: str, tmp_path: Path) -> None:
+    save_student(tmp_path / "s.safetensors", style_student(), recipe={}, teacher={"name": "none", "licence": "CC0-1.0"})
+    made = export_checkpoint(tmp_path / "s.safetensors", file_format, check_n=3)
+    assert made.parity.difference < 1e-4 and "constant ones" in made.card.read_text()
+
+
+def test_a_student_that_draws_noise_between_its_calls_is_refused_as_a_graph(tmp_path: Path) -> None:
+    network = build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, "nf": 16, "channel_mult": (1,), "num_res_blocks": 1,
+                             "attn_resolutions": (), "nz": 8, "zdim": 16, "n_mlp": 1})  # fmt: skip
+    save_student(tmp_path / "m.safetensors", MultistepStudent(network, Spec("m", (1, 8, 8)), 2), recipe={}, teacher={"name": "none"})
+    with pytest.raises(UserError, match="draws noise of its own between its 2 network calls") as caught:
+        export_checkpoint(tmp_path / "m.safetensors", "program")
+    assert "--format safetensors" in caught.value.hint
+    assert export_checkpoint(tmp_path / "m.safetensors", "safetensors", tmp_path / "copy.safetensors").path.exists()
