@@ -32,7 +32,7 @@ SPEC = Spec("benchmark", (3, 32, 32))
 GENERATOR = {"arch": "style_generator", "img_resolution": 32, "img_channels": 3, "synthesis": {"base": 32768}}
 CRITIC = {"arch": "style_critic", "img_resolution": 32, "img_channels": 3, "blocks": "orig", "base": 32768}
 DDGAN = {"arch": "ddgan", "img_resolution": 32, "img_channels": 3, "nf": 128, "channel_mult": (1, 2, 2, 2), "nz": 100, "zdim": 256, "n_mlp": 4}
-EDM = {"arch": "ddpmpp", "img_resolution": 32, "img_channels": 3, "label_dim": 0}
+EDM = {"arch": "ddpmpp", "img_resolution": 32, "img_channels": 3, "label_dim": 0, "augment_dim": 9, "channel_mult": (2, 2, 2)}
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
