@@ -214,8 +214,3 @@ def get_solver(name: str, steps: int = 18) -> Solver:
     solver = Solver(name, steps)
     solver.check()
     return solver
-
-
-def nfe(solver: str, steps: int) -> int:
-    """Denoiser evaluations per sample as the papers count them."""
-    return get_solver(solver, steps).nfe

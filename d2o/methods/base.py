@@ -189,4 +189,26 @@ class Method(ABC):
         return {}
 
 
+class GeneratorMethod(Method):
+    """A method that trains a student's network without a teacher: `generator`, of which `student` makes the student; `_spec` is what it makes."""
+
+    product = "generator"
+    generator: Any  # each method knows its own class
+    _spec: Spec
+
+    @abstractmethod
+    def student(self, generator: nn.Module) -> Student:
+        """The student with this network."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "student", "network": self.generator.config, "spec": self._spec, "student": self.student(self.generator).record}
+
+    def spec(self) -> Spec:
+        return self._spec
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        student = self.student(product)
+        return student.decode(student(noise, labels))
+
+
 Generate = Callable[[Tensor, Tensor | None], Tensor]

@@ -7,7 +7,7 @@ what the paper leaves open (the loss's form, when R1 is taken and how it is weig
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.errors import UserError
 from d2o.losses.style import d_logistic, g_logistic, r1_penalty, spread
-from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
+from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.students.multistep import MultistepStudent
@@ -44,10 +44,9 @@ class Randoms(NamedTuple):
     noise: Tensor
 
 
-class DDGAN(Method):
+class DDGAN(GeneratorMethod):
     Options = DDGANOptions
     data = "images"
-    product = "generator"
 
     def __init__(self, setup: Setup):
         assert setup.images is not None
@@ -131,16 +130,6 @@ class DDGAN(Method):
 
     def student(self, generator: nn.Module) -> MultistepStudent:
         return MultistepStudent(generator, self._spec, self.options.steps)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": self.generator.config, "spec": self._spec, "student": self.student(self.generator).record}
-
-    def spec(self) -> Spec:
-        return self._spec
-
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        student = self.student(product)
-        return student.decode(student(noise, labels))
 
     def nfe(self) -> int:
         return self.options.steps

@@ -18,7 +18,7 @@ from d2o.augment.ada import PIPES, AdaController, AdaPipeline
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
 from d2o.losses.style import PathLength, d_logistic, g_logistic, r1_penalty, spread
-from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
+from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.style_generator import StyleGenerator
 from d2o.students.style import StyleStudent
@@ -50,10 +50,9 @@ class SPIGANOptions(Options):
     licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
-class SPIGAN(Method):
+class SPIGAN(GeneratorMethod):
     Options = SPIGANOptions
     data = "images"
-    product = "generator"
 
     def __init__(self, setup: Setup):
         assert setup.images is not None
@@ -197,16 +196,6 @@ class SPIGAN(Method):
 
     def student(self, generator: nn.Module) -> StyleStudent:
         return StyleStudent(generator, self._spec)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": self.generator.config, "spec": self._spec, "student": self.student(self.generator).record}
-
-    def spec(self) -> Spec:
-        return self._spec
-
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        student = self.student(product)
-        return student.decode(student(noise, labels))
 
 
 def _first(numbers: Any, n: int) -> Any:

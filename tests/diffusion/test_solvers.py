@@ -6,7 +6,7 @@ import torch
 
 from d2o.diffusion.noise import StepNoise, noise_and_labels
 from d2o.diffusion.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, Grid
-from d2o.diffusion.solvers import SOLVERS, Solver, ddim, dpmpp, euler, get_solver, heun, nfe
+from d2o.diffusion.solvers import SOLVERS, Solver, ddim, dpmpp, euler, get_solver, heun
 from d2o.errors import UserError
 from tests.diffusion.mixture import PLANE, MixtureTeacher
 from tests.helpers import tiny_teacher
@@ -47,7 +47,7 @@ def test_nfe_counts_the_calls_that_are_made(solver, steps, calls, schedule):
 
     run = get_solver(solver, steps)
     x = run.run(counted, torch.ones(2, 2), schedule, fresh((2, 2)))
-    assert len(seen) == nfe(solver, steps) == run.nfe == run.forwards() == calls and run.forwards(3.0) == 2 * calls
+    assert len(seen) == get_solver(solver, steps).nfe == run.nfe == run.forwards() == calls and run.forwards(3.0) == 2 * calls
     assert x.dtype == torch.float64 and x.isfinite().all() and min(seen) > 0
     if solver in ("euler", "ddim", "dpmpp"):
         assert seen == schedule.grid(steps).t[:-1].float().tolist()
@@ -178,7 +178,7 @@ def test_what_a_solver_records():
 
 
 def test_unknown_solver_names_the_known_ones():
-    for ask in (get_solver, lambda name: nfe(name, 4), lambda name: tiny_teacher().sample(torch.zeros(1, 1, 8, 8), torch.tensor([0]), name)):
+    for ask in (get_solver, lambda name: get_solver(name, 4), lambda name: tiny_teacher().sample(torch.zeros(1, 1, 8, 8), torch.tensor([0]), name)):
         with pytest.raises(UserError, match="unknown solver 'huen': did you mean 'heun'") as caught:
             ask("huen")
         assert "ddim, dpmpp, euler, heun, sde" in caught.value.hint

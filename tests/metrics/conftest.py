@@ -9,6 +9,7 @@ import pytest
 
 from d2o.metrics import features
 from d2o.metrics.quick import cached
+from tests.helpers import tiny_student, tiny_teacher
 from tests.metrics.samples import make_extractor
 
 
@@ -25,3 +26,15 @@ def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     cached.cache_clear()
     yield path
     cached.cache_clear()
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    tiny_student(tmp_path / "student.safetensors")
+    return tmp_path / "student.safetensors"
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    tiny_teacher(tmp_path / "teacher.safetensors")
+    return tmp_path / "teacher.safetensors"

@@ -34,18 +34,6 @@ def evaluate(*xs: str | Path, settings: Settings = SMALL, **request) -> list[dic
     return [e.record for e in evaluate_all(Request([str(x) for x in xs], **request), settings)]
 
 
-@pytest.fixture
-def student(tmp_path: Path) -> Path:
-    tiny_student(tmp_path / "student.safetensors")
-    return tmp_path / "student.safetensors"
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Path:
-    tiny_teacher(tmp_path / "teacher.safetensors")
-    return tmp_path / "teacher.safetensors"
-
-
 def folder_of(images: torch.Tensor, path: Path, labels: list[int] | None = None) -> Path:
     for i, image in enumerate(images):
         name = path / (str(labels[i]) if labels else "") / f"{i:05d}.png"

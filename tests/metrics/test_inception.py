@@ -165,7 +165,7 @@ def test_other_networks_are_refused_in_words(tensors, tmp_path):
     for other, message in [
         ({**state, "fc.weight": torch.zeros(1000, 2048)}, "torchvision's inception_v3, trained on ImageNet with 1000 classes"),
         ({**state, "AuxLogits.fc.weight": torch.zeros(1)}, "torchvision's inception_v3"),
-        ({"conv1.weight": torch.zeros(3)}, r"no 'Conv2d_1a_3x3.conv.weight' \(472 of 472 missing\)"),
+        ({"conv1.weight": torch.zeros(3)}, r"no 'Conv2d_1a_3x3.conv.weight' \(472 of 566 tensors missing\)"),
         ({**state, **shape}, r"'Mixed_5b.branch1x1.conv.weight' has the shape \(1, 192, 1, 1\), not \(64, 192, 1, 1\)"),
     ]:
         save_file(copy.copy(other), path)

@@ -82,18 +82,6 @@ class StandInDistance:
 
 
 @pytest.fixture
-def student(tmp_path: Path) -> Path:
-    tiny_student(tmp_path / "student.safetensors")
-    return tmp_path / "student.safetensors"
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Path:
-    tiny_teacher(tmp_path / "teacher.safetensors")
-    return tmp_path / "teacher.safetensors"
-
-
-@pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The teacher "tiny-sd" is one that takes text and works in latents; returns a file of prompts."""
     monkeypatch.setattr(subjects, "load_teacher", lambda name, device: TinyText())

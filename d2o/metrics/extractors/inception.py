@@ -13,9 +13,8 @@ from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
 from d2o.metrics.extractor import OUTPUTS, Extractor
-from d2o.metrics.extractors.common import at_once, ready
+from d2o.metrics.extractors.common import at_once, fit, ready
 from d2o.metrics.resize import clean_pil, clean_torch, tf_bilinear, torch_bilinear
-from d2o.networks.fill import fill_network
 from d2o.networks.inception import CLASSES, FEATURES, SIZE, Inception, from_tensorflow_names
 
 RESIZE = {
@@ -80,14 +79,7 @@ def read_inception(path: str | Path) -> Inception:
         raise UserError(f"{path} is torchvision's inception_v3, trained on ImageNet with 1000 classes: not the network of FID, which has 1008", HINT)
     with torch.device("meta"):
         network = Inception()
-    needed = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    missing = [key for key in needed if key not in tensors]
-    if missing:
-        raise UserError(f"{path} is not the Inception network of FID: it has no {missing[0]!r} ({len(missing)} of {len(needed)} missing)", HINT)
-    for key, value in needed.items():
-        if tensors[key].shape != value.shape:
-            what = f"{key!r} has the shape {tuple(tensors[key].shape)}, not {tuple(value.shape)}"
-            raise UserError(f"{path} is not the Inception network of FID: {what}", HINT)
-    # Batch counts play no part in evaluation, and not every file has them.
-    counts = {key: torch.tensor(0) for key in network.state_dict() if key not in needed}
-    return fill_network(network, {**{key: tensors[key] for key in needed}, **counts}, path, assign=True)
+    # Batch counts play no part in evaluation, and not every file has them; what a file holds besides the network does not matter.
+    own = network.state_dict()
+    counts = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}
+    return fit(network, {**{key: tensors[key] for key in own if key in tensors}, **counts}, path, "the Inception network of FID", HINT)
