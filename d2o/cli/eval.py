@@ -54,7 +54,8 @@ PROMPTS = _making("--prompts", metavar="FILE", help="Prompts for generators that
 PER_PROMPT = _making("--per-prompt", default=8, help="Images of one prompt for dreamdiv.")
 BATCH = _making("--batch", default=250, help="Images per network call.")
 SOLVER = _making("--solver", help="Solver of a teacher as X: heun, euler, ddim or dpmpp; default: its usual. With euler, --steps 1 calls it once.")
-STEPS = _making("--steps", help="Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls).")
+STEPS = _making("--steps", help="Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls). Of a "
+               "consistency student as X: network calls, 1 or 2.")  # fmt: skip
 CFG = _making("--cfg", default=1.0, help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
 RESIZE = _making("--resize", default="none", help="Before scoring: none, crop (sets of images: scale and centre-crop to what the extractor takes), "
                  "or a size: 256, 256:bicubic (centre-crop, then Lanczos or bicubic). Recorded.")  # fmt: skip

@@ -44,4 +44,6 @@ def show_plan(recipe: Any, start: Path | None) -> None:
                 table.add_row("  sum", size(sum(plan.memory.values())))
             table.add_section()
     console.out.print(table)
+    if plan.refused:
+        console.out.print("cannot be trained: " + "; ".join(plan.refused), markup=False)
     console.out.print("missing: " + ("; ".join(plan.missing) if plan.missing else "nothing"), markup=False)

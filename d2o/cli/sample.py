@@ -31,8 +31,8 @@ def sample(
                                 "that both can be compared.", show_default=False),
     solver: str = typer.Option(None, "--solver", help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
                                show_default=False),
-    steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher (default: its usual number); pictures of a --path (9).",
-                              show_default=False),
+    steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher (default: its usual number); network calls of a consistency "
+                              "student, 1 or 2; pictures of a --path (9).", show_default=False),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
     prompt: list[str] = typer.Option(None, "--prompt", help="A prompt for a teacher that takes text; give it several times for several, which "
                                      "the images take in turn.", show_default=False),
@@ -62,8 +62,8 @@ def sample(
     for name, value in (("--n", n), ("--out", out)):
         if value is None:
             raise UserError(f"{name} is missing", example)
-    if checkpoint is not None and (solver, steps, cfg, prompt or None, prompts) != (None, None, 1.0, None, None):
-        raise UserError("--solver, --steps, --cfg and prompts are a teacher's; a student makes an image in one call", "leave them away")
+    if checkpoint is not None and (solver, cfg, prompt or None, prompts) != (None, 1.0, None, None):
+        raise UserError("--solver, --cfg and prompts are a teacher's", "leave them away")
     if prompt and prompts:
         raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
     if grid is not None and grid.suffix.lower() != ".png":
@@ -100,6 +100,7 @@ def _sampler(
         return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
     student = load_student(find_checkpoint(checkpoint), open_device(device))
+    student = student if steps is None else student.with_steps(steps)
     return student_sampler(student if truncation is None else _truncated(student, truncation, checkpoint))
 
 

@@ -21,4 +21,22 @@ LSUN, category church_outdoor: 126,227 photographs for training, short side 256 
   `python3 download.py -c church_outdoor` of github.com/fyu/lsun: unzip it and give the folder church_outdoor_train_lmdb, which holds data.mdb.
   Reading it takes `pip install lmdb`.
 - Or a folder or zip of the images that `data.py export` of the same repository takes out of it.""",
+    "imagenet64": """\
+ImageNet (ILSVRC 2012): 1,281,167 training images in 1000 classes. For non-commercial research only.
+- From image-net.org, after registration. EDM's dataset_tool.py makes the zip that its statistics belong to:
+  python dataset_tool.py --source=ILSVRC/Data/CLS-LOC/train --dest=imagenet-64x64.zip --resolution=64x64 --transform=center-crop
+- Any other way of scaling gives other images than those that the teacher and the reference were made from.""",
+    "imagenet512": """\
+ImageNet (ILSVRC 2012): 1,281,167 training images in 1000 classes. For non-commercial research only.
+- From image-net.org, after registration. EDM2's dataset_tool.py makes a zip of some hundred GB at 512 px:
+  python dataset_tool.py convert --source=ILSVRC/Data/CLS-LOC/train --dest=img512.zip --resolution=512x512 --transform=center-crop-dhariwal
+- Not img512-sd.zip, which that tool encodes further: d2o wants the images, and encodes them itself.""",
+    "ffhq": """\
+FFHQ: 70,000 faces of 1024 px. CC BY-NC-SA 4.0 (NVIDIA); the single photographs have licences of their own.
+- images1024x1024 (89 GB) from github.com/NVlabs/ffhq-dataset. EDM's dataset_tool.py makes the zip that its statistics belong to:
+  python dataset_tool.py --source=images1024x1024 --dest=ffhq-64x64.zip --resolution=64x64""",
+    "afhqv2": """\
+AFHQv2: 15,803 cats, dogs and wild animals of 512 px. CC BY-NC 4.0 (NAVER).
+- afhq_v2.zip from github.com/clovaai/stargan-v2. EDM's dataset_tool.py makes the zip that its statistics belong to:
+  python dataset_tool.py --source=afhqv2 --dest=afhqv2-64x64.zip --resolution=64x64""",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,10 @@ class PathLength(nn.Module):
         self.mean: Tensor
         self.register_buffer("mean", torch.zeros(()))
 
-    def forward(self, images: Tensor, ws: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """Arguments as for `path_lengths` -> scalar."""
+    def forward(self, images: Tensor, ws: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None,
+                share: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:  # fmt: skip
+        """Arguments as for `path_lengths` -> scalar. `share` makes of this process's mean that of all."""
         lengths = path_lengths(images, ws, generator, noise)
         with torch.no_grad():
-            self.mean.lerp_(lengths.detach().mean().to(self.mean.dtype), self.decay)
+            self.mean.lerp_(share(lengths.detach().mean()).to(self.mean.dtype), self.decay)
         return (lengths - self.mean).square().mean()

@@ -27,6 +27,9 @@ METHODS = {
     "latent-diffusion": "d2o.methods.latent_diffusion",
     "dd-gan": "d2o.methods.dd_gan",
     "spi-gan": "d2o.methods.spi_gan",
+    "sid": "d2o.methods.sid",
+    "consistency": "d2o.methods.consistency",
+    "dmd": "d2o.methods.dmd",
 }
 """Name -> module, which has a class `METHOD`."""
 
@@ -73,7 +76,8 @@ class Setup:
 
 @dataclass
 class Batch:
-    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1], labels. Tensors [B, ...] on the device; labels int64 or None."""
+    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1], labels. Tensors [B, ...] on the device; labels int64 or None.
+    Methods that need no data get one with nothing in it: they draw what they need by the `Draws` that come with it."""
 
     labels: Tensor | None = None
     noise: Tensor | None = None
@@ -121,7 +125,9 @@ class Loop(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's mean loss; all micro-batches and processes together give that of the global mean."""
+        """Add the gradient of a micro-batch's mean loss; all micro-batches and processes together give that of the global mean. The processes
+        exchange gradients in `update`, where all have to have those of the same parameters: a loss that a process does without is multiplied
+        by 0, not left out."""
         ...
 
     def update(self, name: str) -> None:
@@ -133,7 +139,7 @@ class Loop(Protocol):
         ...
 
     def net(self, name: str) -> nn.Module:
-        """The network of that name as it is to be called in training (wrapped for several processes)."""
+        """The network of that name as it is to be called in training."""
         ...
 
     def mean(self, values: list[Tensor]) -> Tensor:
@@ -141,7 +147,7 @@ class Loop(Protocol):
         ...
 
     def everywhere(self, value: Tensor) -> Tensor:
-        """Mean over processes of a detached scalar."""
+        """Mean over processes of a detached tensor."""
         ...
 
 
@@ -149,9 +155,19 @@ class Method(ABC):
     """A way of training. It never opens files, parses YAML, prints or saves."""
 
     Options: ClassVar[type[Options]] = Options
-    data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none"
+    data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     product: ClassVar[str] = "student"  # which of networks() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
+
+    @classmethod
+    def needs(cls, options: Any) -> str:
+        """What a batch holds under these options: "pairs", "images", or "none": nothing but the teacher is needed, labels are drawn."""
+        return cls.data
+
+    @classmethod
+    def micro_multiple(cls, options: Any) -> int:
+        """Micro-batches are of a multiple of so many samples: those that a loss takes together (see `d2o.training.share.divide`)."""
+        return 1
 
     @abstractmethod
     def __init__(self, setup: Setup): ...
@@ -168,6 +184,10 @@ class Method(ABC):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Exactly one iteration of the algorithm; returns scalars for the log (detached tensors, not read here)."""
 
+    def heaviest(self) -> int:
+        """An iteration whose step takes the most memory, for plans: of a method with phases, one of the last."""
+        return 0
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The product's part of a checkpoint's metadata: kind, network, and spec or student where it has one."""
@@ -183,6 +203,10 @@ class Method(ABC):
     def nfe(self) -> int:
         """Network calls of one generated sample."""
         return 1
+
+    def rate(self, iteration: int) -> float:
+        """Factor of the recipe's learning rates in this iteration, for methods in stages that each have a course of their own."""
+        return 1.0
 
     def validate(self, product: nn.Module) -> dict[str, float]:
         """Numbers about the product that need no generated images."""

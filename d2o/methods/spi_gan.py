@@ -101,22 +101,26 @@ class SPIGAN(GeneratorMethod):
 
         for group in [[t] for t in times] if o.update_mode == "per_j" else [times]:
             # Generator
+            styles: list[Tensor] = []
             for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                 z = draw.randn(*self._spec.shape) if o.latent in ("z", "alternate") else starts[i]
-                fake, _, h = loop.net("generator")(z=z, times=group, mix=self.mix(draw), start=self.go_on(kept[i], times, group))
+                mix, start = self.mix(draw), self.go_on(kept[i], times, group)
+                fake, _, h = loop.net("generator")(noises=self.noises(draw, len(group)), z=z, times=group, mix=mix, start=start)
                 with loop.frozen("critic") as critic:
                     loss = g_logistic(self.judge(critic, fake, group, draw))
                     loop.backward(loss)
                 log.setdefault("loss_g", []).append(loss)
                 kept[i] = h[-1].detach()
-                if group[-1] == 1:
-                    self.generator.mapping.track(h[-1])
+                styles.append(h[-1].detach().mean(0))
+            if group[-1] == 1:
+                self.generator.mapping.track(loop.everywhere(torch.stack(styles).mean(0, keepdim=True)))
             loop.update("generator")
             if o.pl_weight and iteration % o.pl_every == 0:
                 for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
-                    z = starts[i][: max(1, len(starts[i]) // 2)]
-                    fake, ws, _ = loop.net("generator")(z=z, times=group)
-                    loss = self.path_length(fake, ws, noise=draw.randn(*fake.shape[1:])[: len(fake)])
+                    z = starts[i][::2]  # half of them, whichever way they are divided into micro-batches
+                    noises = [_halves(draw, shape, group) for shape in self.generator.synthesis.noise_shapes]
+                    fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group)
+                    loss = self.path_length(fake, ws, noise=_halves(draw, self._spec.shape, group), share=loop.everywhere)
                     loop.backward(loss * o.pl_weight * o.pl_every)
                     log.setdefault("path_length", []).append(loss)
                 loop.update("generator")
@@ -125,7 +129,7 @@ class SPIGAN(GeneratorMethod):
             for i, (micro, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                 z = draw.randn(*self._spec.shape) if o.latent == "z" else starts[i]
                 with torch.no_grad():
-                    fake, _, _ = loop.net("generator")(z=z, times=group, mix=self.mix(draw))
+                    fake, _, _ = loop.net("generator")(noises=self.noises(draw, len(group)), z=z, times=group, mix=self.mix(draw))
                 real = self.straight_path(micro, starts[i], group, draw)
                 logits = [self.judge(loop.net("critic"), x, group, draw) for x in (real, fake)]
                 loss = d_logistic(*logits)
@@ -188,6 +192,10 @@ class SPIGAN(GeneratorMethod):
         num_ws = self.generator.synthesis.num_ws
         return (second, 1 + int(where * (num_ws - 1))) if chance < self.options.mixing_prob else None
 
+    def noises(self, draw: Draws, times: int) -> list[Tensor]:
+        """The synthesis network's noise for the images at so many times, one after the other."""
+        return [torch.cat([draw.randn(*shape) for _ in range(times)]) for shape in self.generator.synthesis.noise_shapes]
+
     def go_on(self, kept: Tensor | None, times: list[float], group: list[float]) -> Tensor | None:
         """h(t_k) from the value of h(t_{k-1}), with the gradient of the last segment alone."""
         if self.options.ivp != "incremental_detach" or kept is None:
@@ -196,6 +204,11 @@ class SPIGAN(GeneratorMethod):
 
     def student(self, generator: nn.Module) -> StyleStudent:
         return StyleStudent(generator, self._spec)
+
+
+def _halves(draw: Draws, shape: tuple[int, ...], times: list[float]) -> Tensor:
+    """Noise for every other sample at each time."""
+    return torch.cat([draw.randn(*shape)[::2] for _ in times])
 
 
 def _first(numbers: Any, n: int) -> Any:

@@ -25,8 +25,9 @@ class Series:
     marks: bool = False
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
-    """One SVG element. Points that are not finite (or not positive on a log axis) are left out; an empty string when none remain."""
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False, colours: int = COLOURS) -> str:
+    """One SVG element; `colours`: of the style sheet, taken in turn. Points that are not finite (or not positive on a log axis) are left out; an
+    empty string when none remain."""
     lines = [_clean(s, log_y) for s in series]
     points = [p for _, p in lines if p]
     if not points:
@@ -53,13 +54,13 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool
     for i, (s, p) in enumerate(lines):
         smooth = s.smooth and len(p) >= FEW
         raw = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in p)
-        body.append(f'<polyline class="s{i % COLOURS}{" faint" if smooth else ""}" points="{raw}"/>')
+        body.append(f'<polyline class="s{i % colours}{" faint" if smooth else ""}" points="{raw}"/>')
         if smooth:
             average = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in _average(p, log_y))
-            body.append(f'<polyline class="s{i % COLOURS}" points="{average}"/>')
+            body.append(f'<polyline class="s{i % colours}" points="{average}"/>')
         if s.marks:
             body += [
-                f'<circle class="s{i % COLOURS}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="3.5"><title>{short(x)}: {short(y)}</title></circle>'
+                f'<circle class="s{i % colours}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="3.5"><title>{short(x)}: {short(y)}</title></circle>'
                 for x, y in p
             ]
     title = f"{escape(y_label)} against {escape(x_label)}"

@@ -87,8 +87,9 @@ class LPIPS(PairDistance):
         return self.network(a, b).flatten()
 
 
-def build_lpips(trunk: Literal["alex", "vgg"], path: Path) -> Any:
-    """`lpips.LPIPS` with its own linear heads and the trunk from torchvision's file `path`; frozen. The network is never asked for anything.
+def build_lpips(trunk: Literal["alex", "vgg"], path: Path | None) -> Any:
+    """`lpips.LPIPS` with its own linear heads and the trunk from torchvision's file `path` (None: left at random, for what it costs); frozen.
+    The network is never asked for anything.
 
     UserError: lpips or torchvision is not installed, or the file is not this trunk's.
     """
@@ -100,6 +101,8 @@ def build_lpips(trunk: Literal["alex", "vgg"], path: Path) -> Any:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the trunk is first made at random
         warnings.simplefilter("ignore")  # torchvision: an argument that lpips gives it is deprecated
         network = lpips.LPIPS(net=trunk, version="0.1", pnet_rand=True, verbose=False)
+    if path is None:
+        return network.eval().requires_grad_(False)
     tensors = read_tensors(path)
     state = {}
     for name, value in network.net.state_dict().items():  # slice2.3.weight is torchvision's features.3.weight

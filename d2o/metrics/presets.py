@@ -6,13 +6,15 @@ paper is silent, `notes` say so, and what was chosen. `d2o eval --protocol NAME`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2o.errors import UserError, unknown
 from d2o.interop.weights import WEIGHTS
+from d2o.metrics import scores
 from d2o.metrics.catalogue import parse_metrics
+from d2o.metrics.extractor import Extractor
 from d2o.metrics.prepare import parse_preparation
 from d2o.metrics.protocol import option
 
@@ -48,6 +50,12 @@ class Preset:
     def extractors(self) -> set[str]:
         """Every feature network that its metrics use."""
         return {want.extractor or self.extractor for want in parse_metrics(self.metrics) if want.metric.output}
+
+    @property
+    def frechet(self) -> list[str]:
+        """The extractors of its Fréchet distances to the reference, in its order."""
+        wants = [want for want in parse_metrics(self.metrics) if want.metric.compute is scores.frechet and want.metric.reference == "statistics"]
+        return [want.extractor or self.extractor for want in wants if want.metric.output == "features"]
 
 
 # ---- what the protocols share --------------------------------------------------------------------------------------------------------------
@@ -225,6 +233,19 @@ def check_result(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
             continue
         found.append(f"{_WORDS.get(name, name.replace('_', ' '))}: {_count(value)}, the protocol has {_count(wanted)}")
     return [*found, *_wrong_networks(preset, protocol)]
+
+
+def hold_to(preset: Preset, extractors: Sequence[Extractor], reference: str | None, n_ref: int | None) -> None:
+    """Refuse before hours of work what is known not to be the protocol."""
+    known: dict[str, Any] = {"features": ", ".join(f"{e.name}/{e.dim}" for e in extractors) or None, "ref": reference, "n_ref": n_ref}
+    refuse(preset, check_result(preset, {**known, "weights": {e.name: e.sha256 for e in extractors}}))
+
+
+def refuse(preset: Preset, differences: Sequence[str]) -> None:
+    """UserError if there are any."""
+    if differences:
+        raise UserError(f"this is not the protocol {preset.name} ({preset.paper}):\n  " + "\n  ".join(differences),
+                        "give what it asks for, or leave the protocol away")  # fmt: skip
 
 
 def _wrong_networks(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:

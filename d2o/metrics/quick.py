@@ -4,48 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2o.metrics.accuracy import accuracy
 from d2o.metrics.collect import Workplace
+from d2o.metrics.extractor import check_shape
 from d2o.metrics.features import Extractor, load_extractor
 from d2o.metrics.passes import feature_probes, generator_pass
+from d2o.metrics.presets import find_preset, hold_to
 from d2o.metrics.protocol import Settings
 from d2o.metrics.reference import Reference, load_reference
 from d2o.metrics.sides import Measured
 from d2o.metrics.subjects import Device, Generator
+from d2o.runtime import worker
 from d2o.teachers.base import Spec
+
+IMAGES = ("labels", "quantize", "resize")
+"""Settings of a protocol that say how images are made; their number and seeds are the caller's."""
 
 
 @lru_cache(maxsize=4)
-def cached(extractor: str, reference: str, device: str) -> tuple[Extractor, Reference]:
+def cached(extractor: str, reference: str, device: str, protocol: str | None) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
-    settings = Settings(resize="crop")
-    return network, load_reference(reference, {network.name: (network, {"features"})}, False, settings, device, main=network)
+    settings = Settings(**{"resize": "crop", **images_of(protocol)})
+    found = load_reference(reference, {network.name: (network, {"features"})}, False, settings, device, main=network)
+    if protocol is not None:
+        hold_to(find_preset(protocol), [network], found.name, found.n)
+    return network, found
+
+
+def images_of(protocol: str | None) -> dict[str, Any]:
+    """What a protocol says of how images are made."""
+    return {} if protocol is None else {key: value for key, value in find_preset(protocol).settings.items() if key in IMAGES}
 
 
 class FrechetEvaluator:
-    """A score taken again and again against one reference, which is loaded once. Deterministic; global random state is left alone."""
+    """A score taken again and again against one reference, which is loaded once. Deterministic; global random state is left alone.
 
-    def __init__(self, extractor: str, reference: str, device: Device = "cpu"):
-        self.device = device
-        self.extractor, self.reference = cached(extractor, reference, str(device))
+    `protocol`: the preset that says how images are made and what network and reference have to be. UserError: absent or other than these.
+    """
+
+    def __init__(self, extractor: str, reference: str, device: Device = "cpu", protocol: str | None = None):
+        self.device, self.settings = device, images_of(protocol)
+        self.extractor, self.reference = cached(extractor, reference, str(device), protocol)
+
+    def check(self, spec: Spec) -> None:
+        """UserError unless the extractor takes the images of that spec."""
+        if spec.space == "pixel":  # decoded latents have another size; the extractor checks them
+            check_shape(spec.shape, self.extractor, of="the student's images")
 
     def score(
-        self, generate: Callable[[Tensor, Tensor | None], Tensor], spec: Spec, *, n: int, seed: int, batch: int = 250, labels: str | None = None
-    ) -> dict[str, float]:
+        self, generate: Callable[[Tensor, Tensor | None], Tensor], spec: Spec, *, n: int, seed: int, batch: int = 250, labels: str | None = None,
+        place: Workplace | None = None, key: str = "",
+    ) -> dict[str, float]:  # fmt: skip
         """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
 
         generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks in eval mode.
-        UserError: NaN or infinite values.
+        `place` is where several processes, each with the same call, share the work, and `key` names the weights: the first one gets the score,
+        the others {}. UserError: NaN or infinite values.
         """
-        x = Generator("the student", "the student", "student", spec, generate, lambda images: images, None, {})  # type: ignore[arg-type]
+        name = "the student"
+        x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})  # type: ignore[arg-type]
         wanted = {"features", "logits"} if "logits" in self.extractor.has and self.extractor.shape is not None else {"features"}
-        settings = Settings(n=n, seed=seed, batch=batch, labels=labels)
+        made = {**self.settings, "labels": labels} if labels else self.settings
+        settings = Settings(**{**made, "n": n, "seed": seed, "batch": batch})
         work = generator_pass(x, settings, 0, feature_probes({self.extractor.name: (self.extractor, wanted)}), self.device)
-        run = Measured(Workplace(memory=True).collect(work, lambda done: None))
+        run = Measured((place or Workplace(memory=True)).collect(work, lambda done: None))
+        if place is not None and worker()[0] != 0:
+            return {}
         with torch.inference_mode():
             ours, theirs = (side.statistics(self.extractor) for side in (run, self.reference.side))
         found = accuracy([run], x, self.extractor)

@@ -15,7 +15,7 @@ from d2o.metrics.evaluate import Evaluation, evaluate_one
 from d2o.metrics.extractor import Extractor
 from d2o.metrics.features import EXTRACTORS, default_extractor
 from d2o.metrics.plan import Plan, reference_outputs
-from d2o.metrics.presets import Preset, check_result
+from d2o.metrics.presets import Preset, check_result, hold_to, refuse
 from d2o.metrics.protocol import Settings, option
 from d2o.metrics.reference import Reference, check_enough, default_reference, load_reference
 from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_there, open_subject, reference_teacher
@@ -86,7 +86,7 @@ def evaluate_all(
         if result is None:
             continue
         if request.preset is not None:
-            _refuse(request.preset, check_result(request.preset, result.record["protocol"]))
+            refuse(request.preset, check_result(request.preset, result.record["protocol"]))
             result.record["preset"] = {"name": request.preset.name, "paper": request.preset.paper, "tool": request.preset.tool}
             result.record["notes"] += [note for note in request.preset.notes if note not in result.record["notes"]]
         if request.paper and request.paper[i]:
@@ -128,17 +128,7 @@ def _reference(
 def _hold_to(preset: Preset, reference: Reference | None, plan: Plan) -> None:
     """Refuse before hours of work what is known not to be the protocol."""
     extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
-    known: dict[str, Any] = {"features": ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or None}
-    known["weights"] = {name: e.sha256 for name, e in extractors.items()}
-    if reference is not None:
-        known |= {"ref": reference.name, "n_ref": reference.n}
-    _refuse(preset, check_result(preset, known))
-
-
-def _refuse(preset: Preset, differences: Sequence[str]) -> None:
-    if differences:
-        raise UserError(f"this is not the protocol {preset.name} ({preset.paper}):\n  " + "\n  ".join(differences),
-                        "give what it asks for, or leave --protocol away")  # fmt: skip
+    hold_to(preset, list(extractors.values()), reference.name if reference else None, reference.n if reference else None)
 
 
 def command(request: Request, settings: Settings, x: str, reference: Reference | None) -> str:

@@ -21,6 +21,7 @@ from d2o.metrics.protocol import Settings
 from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
 from d2o.networks.build import count_parameters
 from d2o.students.base import load_student
+from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, teacher_names
 
@@ -229,6 +230,9 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     if kind != "student":
         raise UserError(f"{path} holds {kind or 'something foreign'}, not a student or a teacher")
     model = load_student(path, device)
+    if isinstance(model, ConsistencyStudent) and settings.steps is not None:  # of others --steps is not: it may be for a teacher among the X
+        model = model.with_steps(settings.steps)
+        label += f", {settings.steps} steps" if settings.steps > 1 else ""
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -240,6 +244,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "parameters": count_parameters(model),
         "nfe": model.nfe,
         "forwards": model.nfe,
+        **({"steps": model.nfe} if isinstance(model, ConsistencyStudent) else {}),
         "recipe": (model.meta.get("recipe") or {}).get("name"),
         "teacher": made_from.get("name"),
         "teacher_sha256": made_from.get("sha256"),

@@ -87,6 +87,17 @@ def set_dropout(module: nn.Module, p: float) -> None:
     network_config(module)["dropout"] = p
 
 
+def set_checkpointing(module: nn.Module, on: bool) -> bool:
+    """Recompute activations in the backward pass instead of keeping them, in every part that has a switch `checkpointing`.
+
+    False: no part has one.
+    """
+    parts = [part for part in module.modules() if isinstance(getattr(part, "checkpointing", None), bool)]
+    for part in parts:
+        part.checkpointing = on  # type: ignore[assignment]
+    return bool(parts)
+
+
 def network_config(module: nn.Module) -> dict[str, Any]:
     """What `build_network` needs to build it again."""
     return module.config  # type: ignore[return-value]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.errors import UserError, unknown
-from d2o.networks.precond import Denoiser
+from d2o.networks.edm_blocks import run_block
+from d2o.networks.precond import Denoiser, channel_mean, check_part
 
 EDM2_SIZES: dict[str, dict[str, Any]] = {
     "xxs": {"model_channels": 64, "dropout": 0.0}, "xs": {"model_channels": 128, "dropout": 0.0}, "s": {"model_channels": 192, "dropout": 0.0},
@@ -144,8 +145,12 @@ class UNet(nn.Module):
     """forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None) -> [B, C, R, R].
 
     `noise_mult`, `emb_mult`: widths of the noise embedding and of the final one over `model_channels`; by default those of the widths at the
-    finest level and of the widest level. Further arguments go to the blocks.
+    finest level and of the widest level. Further arguments go to the blocks. With `part` "encoder" the features [B, c, h, w] that `disc_map`
+    names are returned, with "encoder_decoder" both.
     """
+
+    disc_map = "enc_last_mean"
+    checkpointing = False
 
     def __init__(
         self, img_resolution: int, img_channels: int, label_dim: int = 0, *, model_channels: int = 192, channel_mult: tuple[int, ...] = (1, 2, 3, 4),
@@ -193,7 +198,7 @@ class UNet(nn.Module):
                 channels = width
         self.out_conv = MPConv(channels, img_channels, 3)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, part: str = "decoder") -> Any:
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
@@ -201,20 +206,29 @@ class UNet(nn.Module):
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # the constant channel stands in for biases
         skips = []
         for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, Block) else module(x)
+            x = run_block(module, x, emb, self.checkpointing) if isinstance(module, Block) else module(x)
             skips.append(x)
+        features = x
+        if part == "encoder" and self.disc_map == "enc_last_mean":
+            return features
         for name, module in self.dec.items():
             if "block" in name:
                 x = mp_cat(x, skips.pop(), self.concat_balance)
-            x = module(x, emb)
-        return self.out_conv(x, gain=self.out_gain)
+            x = run_block(module, x, emb, self.checkpointing)
+            if self.disc_map == "mid_mean" and name.endswith("_in1"):
+                features = x
+                if part == "encoder":
+                    return features
+        x = self.out_conv(x, gain=self.out_gain)
+        return (x, features) if part == "encoder_decoder" else x
 
 
 class EDM2Precond(Denoiser):
     """EDM's denoiser around EDM2's U-Net, with the uncertainty u(sigma) of Karras et al. 2024, eq. 21 (`logvar_channels` 0: without).
 
     forward(x [B, C, R, R], sigma [B] or scalar, label: class indices [B] int64 (-1: none), one-hot [B, label_dim], or None) -> denoised x float32;
-    with `return_logvar` also u(sigma) [B, 1, 1, 1]. Run it under `torch.autocast` for bfloat16 or float16: weights stay float32 and are
+    with `return_logvar` u(sigma) [B, 1, 1, 1] is added at the end. `part` as in `Denoiser`; there is no input for `augment_labels`, which other
+    denoisers have: they are ignored. Run it under `torch.autocast` for bfloat16 or float16: weights stay float32 and are
     normalised in float32, embeddings and the uncertainty are computed in float32.
 
     `force_wn`: forced weight normalisation in training (section 2.3). "post_step": whoever takes the optimiser's step calls
@@ -236,16 +250,27 @@ class EDM2Precond(Denoiser):
         self.logvar_fourier = MPFourier(logvar_channels) if logvar_channels else None
         self.logvar_linear = MPConv(logvar_channels, 1, 0) if logvar_channels else None
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, return_logvar: bool = False) -> Any:
+    def forward(
+        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, augment_labels: Tensor | None = None, part: str = "decoder",
+        return_logvar: bool = False,
+    ) -> Any:  # fmt: skip
+        check_part(part)
         if self.training and self.force_wn == "pre_forward":
             self.normalize_weights()
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         c_noise = c_noise.reshape(-1).expand(len(x))
-        f = self.unet(c_in * x, c_noise, self.one_hot(label, len(x)))
-        denoised = torch.addcmul(c_skip * x, c_out, f.to(torch.float32))
-        return (denoised, self._logvar(c_noise)) if return_logvar else denoised
+        found = self.unet(c_in * x, c_noise, self.one_hot(label, len(x)), part)
+        results = []
+        if part != "encoder":
+            f = found if part == "decoder" else found[0]
+            results.append(torch.addcmul(c_skip * x, c_out, f.to(torch.float32)))
+        if part != "decoder":
+            results.append(channel_mean(found if part == "encoder" else found[1]))
+        if return_logvar:
+            results.append(self._logvar(c_noise))
+        return results[0] if len(results) == 1 else tuple(results)
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma) [B, 1, 1, 1] for noise levels [B]. UserError without the head."""
@@ -264,3 +289,10 @@ class EDM2Precond(Denoiser):
             if isinstance(module, MPConv):
                 # Through `.data`: a second forward pass before the first one's backward must not invalidate what autograd has kept.
                 module.weight.data.copy_(module.normalized())
+
+
+def remove_uncertainty(network: nn.Module) -> None:
+    """Take the uncertainty head off an EDM2 denoiser, in place; other networks have none."""
+    if isinstance(network, EDM2Precond):
+        network.logvar_fourier = network.logvar_linear = None
+        network.config["logvar_channels"] = 0

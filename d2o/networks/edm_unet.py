@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2o.networks.edm_blocks import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
-from d2o.networks.precond import Denoiser
+from d2o.networks.edm_blocks import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock, run_block
+from d2o.networks.precond import Denoiser, channel_mean, check_part
 
 SQRT_HALF = math.sqrt(0.5)
 
@@ -22,8 +22,12 @@ SQRT_HALF = math.sqrt(0.5)
 class SongUNet(nn.Module):
     """DDPM++ (`embedding="positional"`, `encoder="standard"`, fir (1, 1)) and NCSN++ (`"fourier"`, `"residual"`, fir (1, 3, 3, 1)).
 
-    forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None, augment [B, augment_dim] or None) -> [B, out_channels, R, R].
+    forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None, augment [B, augment_dim] or None) -> [B, out_channels, R, R];
+    with `part` "encoder" the features [B, c, h, w] that `disc_map` names, with "encoder_decoder" both.
     """
+
+    disc_map = "enc_last_mean"
+    checkpointing = False
 
     def __init__(
         self, img_resolution: int, in_channels: int, out_channels: int, *, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
@@ -84,7 +88,7 @@ class SongUNet(nn.Module):
         self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, 1e-6)
         self.dec[f"{res}x{res}_aux_conv"] = Conv2d(channels, out_channels, 3, **zero)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None, part: str = "decoder") -> Any:
         emb = self.map_noise(c_noise)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # (cos, sin) -> (sin, cos)
         if self.map_label is not None and labels is not None:
@@ -99,8 +103,11 @@ class SongUNet(nn.Module):
             if "aux" in name:
                 x = skips[-1] = aux = (x + module(aux)) * SQRT_HALF
             else:
-                x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+                x = run_block(module, x, emb, self.checkpointing) if isinstance(module, UNetBlock) else module(x)
                 skips.append(x)
+        features = x
+        if part == "encoder" and self.disc_map == "enc_last_mean":
+            return features
         for name, module in self.dec.items():
             if name.endswith("aux_norm"):
                 x = F.silu(module(x))
@@ -109,12 +116,19 @@ class SongUNet(nn.Module):
             else:
                 if x.shape[1] != module.in_channels:
                     x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, emb)
-        return x
+                x = run_block(module, x, emb, self.checkpointing)
+                if self.disc_map == "mid_mean" and name.endswith("_in1"):
+                    features = x
+                    if part == "encoder":
+                        return features
+        return (x, features) if part == "encoder_decoder" else x
 
 
 class DhariwalUNet(nn.Module):
     """The ADM U-Net. forward as `SongUNet`; attention has 64 channels per head, embeddings scale and shift the second norm."""
+
+    disc_map = "enc_last_mean"
+    checkpointing = False
 
     def __init__(
         self, img_resolution: int, in_channels: int, out_channels: int, *, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
@@ -170,7 +184,7 @@ class DhariwalUNet(nn.Module):
         self.out_norm = GroupNorm(channels, 1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3, **zero)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None, part: str = "decoder") -> Any:
         emb = self.map_noise(c_noise)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment)
@@ -180,13 +194,21 @@ class DhariwalUNet(nn.Module):
         emb = F.silu(emb)
         skips = []
         for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            x = run_block(module, x, emb, self.checkpointing) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
-        for module in self.dec.values():
+        features = x
+        if part == "encoder" and self.disc_map == "enc_last_mean":
+            return features
+        for name, module in self.dec.items():
             if x.shape[1] != module.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = module(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+            x = run_block(module, x, emb, self.checkpointing)
+            if self.disc_map == "mid_mean" and name.endswith("_in1"):
+                features = x
+                if part == "encoder":
+                    return features
+        x = self.out_conv(F.silu(self.out_norm(x)))
+        return (x, features) if part == "encoder_decoder" else x
 
 
 ARCHITECTURES = {"ddpmpp": SongUNet, "ncsnpp": SongUNet, "adm": DhariwalUNet}
@@ -200,6 +222,8 @@ class EDMPrecond(Denoiser):
     forward(x [B, C, R, R], sigma [B] or scalar, label: class indices [B] int64, one-hot [B, label_dim], or None) -> denoised x
     [B, C, R, R], float32. `label_dim` 0: `label` must be None. Labels of -1 (or None) give the unconditional denoiser: an all-zero one-hot row.
     iDDPM's U-Net has 2C output channels, of which the first C (the mean) are used.
+
+    `augment_labels` [B, augment_dim]: how x was augmented; None, as all zeros, for not at all. `part` as in `Denoiser`.
     """
 
     def __init__(
@@ -217,9 +241,21 @@ class EDMPrecond(Denoiser):
         outputs = img_channels * (2 if precond == "iddpm" else 1)
         self.model = ARCHITECTURES[arch](img_resolution, img_channels, outputs, label_dim=label_dim, **unet)
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, augment_labels: Tensor | None = None, part: str = "decoder"
+    ) -> Any:  # fmt: skip
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        f = self.model(c_in * x, c_noise.reshape(-1).expand(len(x)), self.one_hot(label, len(x)), augment)
-        return torch.addcmul(c_skip * x, c_out, f[:, : self.img_channels].to(torch.float32))
+        inputs = (c_in * x, c_noise.reshape(-1).expand(len(x)), self.one_hot(label, len(x)), augment_labels)
+        features = None
+        if part == "decoder":
+            f = self.model(*inputs)
+        else:
+            check_part(part)
+            found = self.model(*inputs, part=part)
+            if part == "encoder":
+                return channel_mean(found)
+            f, features = found
+        denoised = torch.addcmul(c_skip * x, c_out, f[:, : self.img_channels].to(torch.float32))
+        return denoised if features is None else (denoised, channel_mean(features))

@@ -81,8 +81,17 @@ def sigma_range(precond: str) -> tuple[float, float]:
     return 0.0, math.inf
 
 
+PARTS = ("decoder", "encoder", "encoder_decoder")
+"""What a denoiser returns: the denoised image, its encoder's map, or (denoised, map)."""
+DISC_MAPS = ("enc_last_mean", "mid_mean")
+"""Where the map is taken: after the last block of the encoder, or after the two blocks in the U-Net's middle."""
+
+
 class Denoiser(nn.Module):
-    """What all denoisers of the EDM family share: preconditioning, range of noise levels, and labels.
+    """What all denoisers of the EDM family share: preconditioning, range of noise levels, labels, and the map of the encoder.
+
+    denoiser(x, sigma, label, augment_labels=None, part="decoder"), with `part` one of `PARTS`. The map [B, 1, h, w] float32 is the mean over channels
+    of the features that `set_disc_map` chose; "encoder_decoder" gives both of one pass. Zhou et al. 2025 (SiDA), section 4.2, discriminate by it.
 
     `precond` "edm", "vp", "ve", "iddpm" or "consistency"; `sigma_min`, `sigma_max` replace that one's range (samplers stay inside it).
     `sigma_data` (edm, consistency): the data's standard deviation. iDDPM holds its noise levels as buffer `u`.
@@ -131,3 +140,23 @@ class Denoiser(nn.Module):
             return label
         classes = torch.arange(self.label_dim, device=label.device)
         return (label[:, None] == classes).to(torch.float32)
+
+
+def check_part(part: str) -> None:
+    """UserError: not one of `PARTS`."""
+    if part not in PARTS:
+        raise unknown("part of a denoiser", part, PARTS)
+
+
+def channel_mean(features: Tensor) -> Tensor:
+    """[B, c, h, w] -> [B, 1, h, w] float32."""
+    return features.to(torch.float32).mean(1, keepdim=True)
+
+
+def set_disc_map(network: nn.Module, kind: str) -> None:
+    """Where a denoiser takes its map: one of `DISC_MAPS`; of a new network "enc_last_mean". UserError: another one."""
+    if kind not in DISC_MAPS:
+        raise unknown("disc_map", kind, DISC_MAPS)
+    for module in network.modules():
+        if hasattr(module, "disc_map"):
+            module.disc_map = kind  # type: ignore[assignment]

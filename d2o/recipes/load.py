@@ -90,11 +90,11 @@ def _extended(root: Node, path: Path, problems: Problems) -> Node:
     return Node(merge(base, root).value, root.mark)
 
 
-def _override(text: str, problems: Problems) -> Node | None:
-    """`a.b=value` as a tree; the value is read as YAML, nothing is null."""
+def _override(text: str, problems: Problems, flag: str = "--set") -> Node | None:
+    """`a.b=value` as a tree; the value is read as YAML, nothing is null. `flag`: how it was given."""
     key, equals, written = text.partition("=")
     key = key.strip()
-    mark = Mark(f"--set {key or text}")
+    mark = Mark(f"{flag} {key or text}")
     parts = key.split(".")
     if not equals or not all(parts):
         problems.add(mark, "expected key=value, for example optim.lr=1e-4")
@@ -162,7 +162,7 @@ class _Placed(NamedTuple):
         """With the key as it was written: in `mini:` with that in front; none where the mark says it, as `--set a.b` does."""
         depth = len(self.mark.path) - (self.mark.path[:1] == ("mini",))
         key = dotted((*self.mark.path, *self.path[depth:]))
-        return self.text if not key or self.mark.file == f"--set {key}" else f"{key}: {self.text}"
+        return self.text if not key or self.mark.file in (f"--set {key}", f"--sweep {key}") else f"{key}: {self.text}"
 
 
 def _checked(root: Node) -> tuple[Recipe | None, list[_Placed]]:
@@ -182,14 +182,18 @@ def _mark(root: Node, path: KeyPath) -> Mark:
     return node.mark
 
 
-def load_recipe(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), mini: bool = False) -> Recipe:
-    """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section.
+def load_recipe(
+    path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), mini: bool = False, sweep: Sequence[str] = ()
+) -> Recipe:  # fmt: skip
+    """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section; `sweep`: `key=value` of
+    --sweep, over all others.
 
     The `mini:` section is checked in any case. UserError: a line for everything that is wrong, with file, line, key and what was expected.
     """
     path, problems = find_recipe(path_or_name), Problems()
     root = _extended(_read(path, problems), path, problems)
-    changes = [node for node in (_override(text, problems) for text in overrides) if node is not None]
+    given = [*((text, "--set") for text in overrides), *((text, "--sweep") for text in sweep)]
+    changes = [node for node in (_override(text, problems, flag) for text, flag in given) if node is not None]
     small = root.value.pop("mini", None)
     if small is not None and isinstance(small.value, dict):
         for key in [key for key in small.value if key in LOADER_KEYS]:

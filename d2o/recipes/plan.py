@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,16 @@ from d2o.errors import MissingImages, UserError
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.features import load_extractor
+from d2o.metrics.named_references import is_named, lookup
 from d2o.networks.build import build_network, count_parameters
+from d2o.networks.freeze import freeze
 from d2o.students.base import Student, make_student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
+from d2o.training.evaluation import times
 from d2o.training.setup import open_data, pair_folder
+from d2o.training.share import checkpointed, divide
 
 META = torch.device("meta")
 MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
@@ -33,48 +38,61 @@ MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
 
 @dataclass
 class Plan:
-    """Parameters by network, bytes of memory and disk by part, network calls by phase, and what is missing."""
+    """Parameters by network, bytes of memory and disk by part, network calls by phase; what is missing, and what cannot be trained so at all."""
 
     networks: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     iterations: int = 0
 
 
-def make_plan(recipe: Any, start: Path | None = None) -> Plan:
-    """Never raises for things that are merely absent: they are listed in `missing`."""
+def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teacher] | None = None) -> Plan:
+    """Never raises: what is absent is listed in `missing`, what the method would refuse in `refused`. `teachers`: loaded for another plan."""
     plan = Plan(iterations=-(-recipe.images // recipe.batch))
     method_class = get_method(recipe.method)
+    needs = method_class.needs(recipe.options)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch)
-    setup.teacher = _attempt(plan, lambda: _teacher(recipe.teacher)) if recipe.teacher else None
+    if recipe.teacher:
+        known = {} if teachers is None else teachers
+        setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(recipe.teacher)))
     if start is not None:
-        setup.start = _attempt(plan, lambda: _student(start))
-    if method_class.data == "images":
+        setup.start = _attempt(plan.missing, lambda: _student(start))
+    if needs == "images":
         if recipe.data is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
-            setup.images = _attempt(plan, lambda: _images(plan, recipe.data))
+            setup.images = _attempt(plan.missing, lambda: _images(plan, recipe.data))
+    if needs == "none" and recipe.teacher is None:
+        plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
+        return plan
     if recipe.eval and recipe.eval.extractor:
-        _attempt(plan, lambda: load_extractor(recipe.eval.extractor))
+        _attempt(plan.missing, lambda: _extractor(recipe.eval.extractor))
+        _attempt(plan.missing, lambda: _reference(recipe.eval.reference))
     if setup.teacher is not None:
         plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
         if recipe.pairs:
             _plan_pairs(plan, recipe, setup.teacher.spec)
-    if (recipe.teacher and setup.teacher is None) or (method_class.data == "images" and setup.images is None):
+    if (recipe.teacher and setup.teacher is None) or (needs == "images" and setup.images is None):
         return plan
-    method = _attempt(plan, lambda: _build(method_class, setup))
-    if method is not None:
-        _plan_training(plan, recipe, method, setup)
+    method = _attempt(plan.refused, lambda: _build(method_class, setup))
+    parts = _attempt(plan.refused, lambda: divide(recipe))
+    if method is not None and parts is not None:
+        if recipe.checkpointing:
+            _attempt(plan.refused, lambda: checkpointed(recipe, method.networks()))
+        _plan_training(plan, recipe, method, setup, parts[1])
     return plan
 
 
 def _build(method_class: type[Method], setup: Setup) -> Method:
     with META, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights that are loaded into a network on meta stay where they are: none are needed here
-        return method_class(setup)
+        method = method_class(setup)
+        freeze(method.networks()[method.product], setup.student.freeze)
+        return method
 
 
 def _images(plan: Plan, data: Any) -> Any:
@@ -89,12 +107,32 @@ def _images(plan: Plan, data: Any) -> Any:
         return SimpleNamespace(shape=shape, classes=0, class_names=[], labels=None, name=Path(data.path).name)
 
 
-def _attempt(plan: Plan, make: Any) -> Any:
+def _attempt(lacking: list[str], make: Any) -> Any:
     try:
         return make()
     except UserError as error:
-        plan.missing.append(str(error).replace("\n", "; "))
+        lacking.append(str(error).replace("\n", "; "))
         return None
+
+
+def _extractor(name: str) -> None:
+    """What training would refuse; nothing is fetched for a plan."""
+    before = os.environ.get("D2O_OFFLINE")
+    os.environ["D2O_OFFLINE"] = "1"
+    try:
+        load_extractor(name)
+    except UserError as error:
+        what, download, _ = error.message.partition(": cannot download")
+        raise UserError(f"{what}; training fetches them" if download else error.message, "" if download else error.hint) from error
+    finally:
+        os.environ.pop("D2O_OFFLINE")
+        if before is not None:
+            os.environ["D2O_OFFLINE"] = before
+
+
+def _reference(name: str) -> None:
+    if is_named(name) and not Path(name).exists() and not lookup(name).path.exists():
+        raise UserError(f"reference {name} is not on this machine; it is fetched from {lookup(name).url} when it is needed")
 
 
 def _teacher(name: str) -> Teacher:
@@ -132,7 +170,7 @@ def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:
     plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
 
 
-def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup) -> None:
+def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro: int) -> None:
     trained = 0
     for name, network in method.networks().items():
         plan.networks[name] = count_parameters(network)
@@ -142,16 +180,19 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup) -> Non
     plan.memory["gradients"] = trained
     plan.memory[f"optimiser ({recipe.optim.name})"] = trained * MOMENTS[recipe.optim.name]
     plan.memory["EMA"] = product
-    micro = min(recipe.micro_batch or recipe.batch, recipe.batch)
     loop = _CountingLoop(method, micro)
     loop.run(method, _meta_batch(method, setup, micro))
     plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (2 if recipe.precision == "bf16" else 1)
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
+    if recipe.eval and recipe.eval.extractor and method.spec() is not None:
+        plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = times(recipe) * recipe.eval.n * method.nfe()
     states = plan.memory["trained weights"] + plan.memory[f"optimiser ({recipe.optim.name})"] + product
     plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))
 
 
 def _meta_batch(method: Method, setup: Setup, n: int) -> Batch:
+    if method.needs(setup.options) == "none":
+        return Batch()
     spec = setup.teacher.spec if setup.teacher else method.spec()
     shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
     classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
@@ -186,13 +227,23 @@ class _CountingLoop:
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
+        for block in [block for net in self.networks.values() for part in net.modules() if getattr(part, "checkpointing", False)
+                      for blocks in part.children() if isinstance(blocks, nn.ModuleDict) for block in blocks.values()]:  # fmt: skip
+            handles.append(block.register_forward_pre_hook(self._keep))
         with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
-            method.step(self, batch, 0)
+            method.step(self, batch, method.heaviest())
         for handle in handles:
             handle.remove()
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """What checkpointing keeps of a block is what goes into it."""
+        if torch.is_grad_enabled():
+            for tensor in args:
+                if isinstance(tensor, Tensor):
+                    self._save(tensor)
 
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

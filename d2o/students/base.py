@@ -16,7 +16,8 @@ from d2o.networks.build import build_network, network_config
 from d2o.teachers.base import Spec, check_labels
 from d2o.teachers.registry import load_weights
 
-STUDENTS = {"denoiser": "d2o.students.base", "multistep": "d2o.students.multistep", "style": "d2o.students.style"}
+STUDENTS = {"denoiser": "d2o.students.base", "multistep": "d2o.students.multistep", "style": "d2o.students.style",
+            "consistency": "d2o.students.consistency"}  # fmt: skip
 """Kind, as checkpoints state it -> module, which has a class `STUDENT`."""
 
 
@@ -43,6 +44,14 @@ class Student(nn.Module):
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
         """Undo `record`."""
         return cls(network, spec, record["sigma"])
+
+    def with_steps(self, steps: int) -> Student:
+        """The same student, called `steps` times for an image. UserError: a number that its kind cannot do."""
+        if steps != self.nfe:
+            often = "one network call" if self.nfe == 1 else f"{self.nfe} network calls"
+            what = f"--steps {steps}: this student makes an image in {often}"
+            raise UserError(what, "leave --steps away: it is for teachers and consistency students")
+        return self
 
     @property
     def config(self) -> dict[str, Any]:

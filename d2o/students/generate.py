@@ -63,7 +63,7 @@ def student_sampler(student: Student) -> Sampler:
     def call(noise: Tensor, labels: Tensor | None) -> Tensor:
         return student.decode(student(noise.to(device), None if labels is None else labels.to(device)))
 
-    about = student.meta.get("student")
+    about = student.record  # as it is called now: its steps or truncation may be others than the checkpoint's
     record = {"kind": "student", "sha256": student.fingerprint, "student": about, "nfe": student.nfe, "checkpoint": student.meta}
     return Sampler(call, student.spec, device, record)
 

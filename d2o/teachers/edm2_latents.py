@@ -69,9 +69,18 @@ class EDM2LatentTeacher(Teacher):
     """EDM2 in latent space. The autoencoder is fetched and loaded when something is decoded, not before."""
 
     def decode(self, x: Tensor) -> Tensor:
+        return decode(self.autoencoder(), x)
+
+    def latents(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> diffusion latents [B, 4, H/8, W/8] drawn by standard normal `noise` of that shape."""
+        if noise.device.type == "meta":  # a plan, which needs no autoencoder
+            return torch.empty_like(noise)
+        return draw(*encode(self.autoencoder(), images), noise).clone()  # no inference tensors: they may meet autograd
+
+    def autoencoder(self) -> Any:
         if not hasattr(self, "vae"):
             self.vae = load_autoencoder(catalogue.fetch(catalogue.AUTOENCODERS["sd-vae-ft-mse"])).to(self.device)
-        return decode(self.vae, x)
+        return self.vae
 
 
 def load_autoencoder(path: Path) -> Any:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
-from d2o.metrics.quick import quick_fd
+from d2o.networks.freeze import freeze
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed
 from d2o.training.batches import Batches, mix
 from d2o.training.checkpoint import keep_newest, load_state, save_state
 from d2o.training.ema import EMA
+from d2o.training.evaluation import Evaluation, Say
 from d2o.training.logging import RunLog
 from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
 from d2o.training.preview import Preview
+from d2o.training.share import checkpointed, divide
 from d2o.training.watch import Watch
 
 Progress = Callable[[int, str], None]
@@ -38,15 +39,18 @@ class Trainer:
     """
 
     def __init__(self, recipe: Any, setup: Setup, folder: Path, rank: int = 0, world: int = 1, start: Path | None = None,
-                 provenance: list[dict] | None = None):  # fmt: skip
+                 provenance: list[dict] | None = None, say: Say = lambda message: None):  # fmt: skip
         self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, setup.device
         self.setup, self.start, self.provenance = setup, str(start) if start else None, provenance or []
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        self.local = self.share()
+        self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
         self.networks = {name: net.to(self.device).train() for name, net in self.method.networks().items()}
+        freeze(self.networks[self.method.product], recipe.student.freeze)
+        if recipe.checkpointing:
+            checkpointed(recipe, self.networks)
         self.states = {name: module.to(self.device) for name, module in self.method.states().items()}
         if recipe.channels_last:
             for net in self.networks.values():
@@ -56,11 +60,10 @@ class Trainer:
         self.parameters = {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
         self.optimizers = {name: build_optimizer(self.parameters[name], self.options[name]) for name in self.networks}
         self.guards = {name: GradientGuard(recipe.bad_gradients, self.device) for name in self.networks}
-        self.wrapped = {name: distributed.wrap(net, self.device, world) for name, net in self.networks.items()}
         if recipe.compile:
             for net in self.networks.values():
                 net.compile()
-        source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.data]
+        source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.needs(setup.options)]
         flip = bool(recipe.data and recipe.data.xflip)
         self.batches = Batches(source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip)
         self.iterations = -(-recipe.images // recipe.batch)
@@ -70,31 +73,15 @@ class Trainer:
         self.collected: list[dict[str, Tensor]] = []  # scalars of the iterations since the last line of the log
         self.watch = Watch()
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
-
-    def share(self) -> tuple[int, int]:
-        """This process's part of the global batch, and the micro-batch within it."""
-        batch, world = self.recipe.batch, self.world
-        if batch % world:
-            raise UserError(f"batch: {batch} does not divide among {world} processes")
-        size = batch // world
-        self.micro = min(self.recipe.micro_batch or size, size)
-        if size % self.micro:
-            raise UserError(f"micro_batch: {self.micro} does not divide the {size} samples of each process")
-        return self.rank * size, (self.rank + 1) * size
+        self.evaluation = Evaluation(recipe, self.method, folder, self.device, rank, world, say)
 
     # What methods use ------------------------------------------------------------------------------------------------------------------
 
     def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
         start, stop = self.local
-        parts = range(0, stop - start, self.micro)
-        for begin in parts:
-            with ExitStack() as stack:
-                if begin != parts[-1]:  # gradients are exchanged with the last micro-batch only
-                    for net in self.wrapped.values():
-                        if isinstance(net, nn.parallel.DistributedDataParallel):
-                            stack.enter_context(net.no_sync())
-                seed = mix(self.recipe.seed, "draws", self.iteration, *([turn] if turn else []))
-                yield batch.part(begin, begin + self.micro), Draws(seed, start + begin, self.micro, self.recipe.batch, self.device)
+        seed = mix(self.recipe.seed, "draws", self.iteration, *([turn] if turn else []))
+        for begin in range(0, stop - start, self.micro):
+            yield batch.part(begin, begin + self.micro), Draws(seed, start + begin, self.micro, self.recipe.batch, self.device)
 
     def backward(self, loss: Tensor) -> None:
         (loss * (self.micro / (self.local[1] - self.local[0]))).backward()
@@ -102,19 +89,21 @@ class Trainer:
     def update(self, name: str) -> None:
         options, optimizer, parameters = self.options[name], self.optimizers[name], self.parameters[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        distributed.average(gradients, self.world)
         if self.guards[name].admit(gradients, self.iteration):
             if gradients and len(self.networks) > 1:  # networks against each other: their gradients tell who wins
                 self.norms.setdefault(f"grad_{name}", []).append(norm(gradients))
             clip(parameters, options)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, self.iteration, self.iterations)
+                group["lr"] = learning_rate(options, self.iteration, self.iterations) * self.method.rate(self.iteration)
             optimizer.step()
+            torch.clear_autocast_cache()  # later calls in the same iteration are of the new weights
         optimizer.zero_grad(set_to_none=True)
         if name == self.method.product:
             self.ema.update(self.networks[name], self.iteration * self.recipe.batch, self.recipe.batch)
 
     def net(self, name: str) -> nn.Module:
-        return self.wrapped[name]
+        return self.networks[name]
 
     @contextmanager
     def frozen(self, name: str) -> Iterator[nn.Module]:
@@ -155,6 +144,8 @@ class Trainer:
         clock, since = time.perf_counter(), self.iteration
         finished = self.iteration == self.iterations  # resumed after the last step: only the checkpoints may be missing
         try:
+            if recipe.eval and not finished:
+                self.evaluation.announce()
             if preview and self.iteration == 0:
                 preview.write(0, self.generate)
             while self.iteration < self.iterations:
@@ -238,19 +229,14 @@ class Trainer:
         return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, self.setup.images, steps, self.device)
 
     def evaluate(self, log: RunLog | None, images: int) -> None:
-        """Score the EMA product; keep it as `best` if it is. On the first process; the others wait at the next exchange."""
+        """Score the EMA product; the first process keeps it as `best` if it is."""
+        scores, metric = self.evaluation.scores(self.ema.network, self.generate, self.iteration), self.recipe.eval.metric
         if self.rank == 0:
-            e, scores = self.recipe.eval, dict(self.method.validate(self.ema.network))
-            spec = self.method.spec()
-            if spec is not None and e.extractor is not None:
-                scores |= quick_fd(self.generate, spec, e.extractor, e.reference, n=e.n, seed=e.seed, batch=e.batch, device=str(self.device))
-            if e.metric not in scores:
-                raise UserError(f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}")
             if log:
                 log.write(self.iteration, images, eval=scores)
             self.scores = scores
-            sign = -1 if e.metric in HIGHER_IS_BETTER else 1
-            if self.best is None or sign * scores[e.metric] < sign * self.best[e.metric]:
+            sign = -1 if metric in HIGHER_IS_BETTER else 1
+            if self.best is None or sign * scores[metric] < sign * self.best[metric]:
                 self.best = {**scores, "iteration": self.iteration, "images": images}
                 self.save_product(self.folder / "checkpoints" / "best.safetensors", images)
         distributed.barrier(self.world)

@@ -20,6 +20,7 @@ from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.registry import load_teacher
+from d2o.training.evaluation import open_evaluator
 
 Report = Callable[[str], None]
 
@@ -63,11 +64,20 @@ def prepare(
     method = get_method(recipe.method)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed,
                   batch=recipe.batch)  # fmt: skip
+    needs = method.needs(recipe.options)
+    if needs == "none" and recipe.teacher is None:
+        raise UserError(f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`", "d2o teachers lists some")
+    try:  # before anything is made for training
+        open_evaluator(recipe, device)
+    except UserError as error:
+        hint = error.hint.partition(", or name it with --weights")[0]  # an option of `d2o eval`
+        way = "this is for the recipe's `eval:`; --set eval=null trains without it"
+        raise UserError(error.message, f"{hint}\n{way}" if hint else way) from error
     if recipe.teacher is not None:
         setup.teacher = load_teacher(recipe.teacher, device, say=say)
     if start is not None:
         setup.start = load_student(start, device)
-    if method.data == "images":
+    if needs == "images":
         if recipe.data is None:
             raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
         setup.images = open_data(recipe.data)
@@ -75,7 +85,7 @@ def prepare(
             say(f"{recipe.data.path}: {note}")
         for name, why in setup.images.bad:
             say(f"{recipe.data.path}: skipped {name}: {why}")
-    if method.data == "pairs":
+    if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs

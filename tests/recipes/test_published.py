@@ -1,11 +1,17 @@
-"""SPI-GAN's recipes are its Table 8 and Table 4, at the published sizes."""
+"""Recipes of papers have the papers' settings, sizes and numbers: SPI-GAN's Tables 4 and 8, SiDA's Tables 1 to 8."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from d2o.recipes.load import load_recipe
+from d2o.methods.sid import SiD
+from d2o.metrics.tables import load_table, table_names
+from d2o.networks.build import build_network
+from d2o.recipes.load import find_recipe, load_recipe
 from d2o.recipes.plan import make_plan
+from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.edm2_latents import EDM2LatentTeacher
 
 FIRST = {32: 3 * 32 * 32 * 512 + 512, 256: 3 * 256 * 256 * 512 + 512}  # Table 6
 R = 512 * 512 + 512  # Table 7, one layer
@@ -51,3 +57,105 @@ def test_table_4():
         assert k == recipe.options.K and (recipe.options.j_sampling == "fixed") == name.endswith("fixed_j")
         different = {key for key, value in recipe.resolved().items() if value != same[name][key]}
         assert different <= {"name", "title", "spi_gan", "reproduces"}
+
+# ---- SiDA (arXiv 2410.14919) -------------------------------------------------------------------------------------------------------------
+
+SETS = ("cifar10_uncond", "cifar10_cond", "imagenet64", "ffhq64", "afhqv2")
+SIDA_TABLE_8 = {  # batch, of one GPU, learning rate, eps, half-life of the average, precision (fp16 there), dropout, augmentation
+    "cifar10": (256, 32, 1e-5, 1e-8, 500_000, "fp32", 0.13, 0.12),
+    "imagenet64": (8192, 32, 4e-6, 1e-6, 2_000_000, "bf16", 0.10, 0.0),
+    "ffhq64": (512, 64, 1e-5, 1e-6, 500_000, "bf16", 0.05, 0.15),
+    "afhqv2": (512, 64, 5e-6, 1e-6, 500_000, "bf16", 0.05, 0.15),
+}
+EDM2_POOL = {"xs": 64, "s": 64, "m": 32, "l": 32, "xl": 16, "xxl": 2}
+SIZES = {  # of EDM and EDM2, as released
+    "edm-cifar10-cond-vp": 55_735_299, "edm-imagenet64-adm": 295_899_267, "edm-afhqv2-vp": 61_805_571, "edm2-img512-s": 280_212_837,
+}  # fmt: skip
+
+
+def rows_of(*tables):
+    """(row, table) of all rows that have a recipe."""
+    return [(row, name) for name in tables for row in load_table(name).rows if row.recipe is not None]
+
+
+@pytest.mark.parametrize("dataset", SETS)
+@pytest.mark.parametrize("method", ["sid_{}_a1.0", "sid_{}_a1.2", "sida_{}", "sid2a_{}_a1.0", "sid2a_{}_a1.2"])
+def test_sida_table_8(method, dataset):
+    name = method.format(dataset)
+    recipe, o = load_recipe(name), load_recipe(name).options
+    batch, gpu, lr, eps, half_life, precision, dropout, augment = SIDA_TABLE_8[dataset.split("_")[0]]
+    assert (recipe.batch, recipe.micro_batch, recipe.precision) == (batch, gpu, precision)
+    assert (recipe.ema.half_life, recipe.ema.ramp, recipe.bad_gradients, o.nan) == (half_life, 0.05, "zero", "drop")
+    assert (recipe.student.sigma, o.tmax, o.lambda_sid, o.sigma_min, o.sigma_max, o.rho, o.p_mean, o.p_std) == (2.5, 800, 100, 0.002, 80, 7, -1.2, 1.2)
+    assert (recipe.student.dropout, o.score_dropout, o.augment) == (dropout, dropout, augment)
+    assert o.alpha == (1.0 if method == "sida_{}" else float(name[-3:]))
+    score = recipe.optim_critic or recipe.optim
+    for optim in (recipe.optim, score):
+        assert (optim.name, optim.lr, optim.eps, optim.weight_decay, optim.warmup, optim.clip_norm) == ("adam", lr, eps, 0, 0, None)
+        beta1 = 0.9 if optim is recipe.optim and name.startswith("sid_ffhq64") else 0.0  # their scripts, against the table
+        assert optim.betas == (beta1, 0.999)
+    assert o.adversarial == (recipe.data is not None) == (not name.startswith("sid_")) and recipe.optim.clip_value is None
+    if o.adversarial:
+        assert (o.batch_pool, o.lambda_adv, o.lambda_d, o.start_g_nimg, o.start_adv_nimg, score.clip_value) == (gpu, 0.01, 1, 100_000, 200_000, 1.0)
+        assert (o.gen_adv, o.logit_clamp, o.adv_half, o.real_noise, o.disc_map) == ("nonsat_bce", 10, "single", "shared", "enc_last_mean")
+    else:
+        assert SiD.needs(o) == "none" and score.clip_value is None
+
+
+@pytest.mark.parametrize("size", EDM2_POOL)
+@pytest.mark.parametrize("method", ["sid", "sida", "sid2a"])
+def test_edm2_512(method, size):
+    recipe = load_recipe(f"{method}_edm2_512_{size}")
+    o, plain = recipe.options, method == "sid" or size != "s"
+    assert (recipe.teacher, recipe.batch, recipe.micro_batch) == (f"edm2-img512-{size}", 2048, EDM2_POOL[size])
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, recipe.optim_critic) == (5e-5, (0, 0.999), 1e-6, None)
+    assert (recipe.ema.half_life, o.alpha, o.p_mean, o.p_std, o.augment, recipe.student.sigma) == (2_000_000, 1.0, -0.4, 1.0, 0, 2.5)
+    assert recipe.student.dropout == o.score_dropout == (0.0 if size in ("xs", "s") else 0.1)
+    assert (o.uncertainty, o.force_wn) == ((True, "post_step") if plain else (False, "off"))
+    assert o.lambda_sid == (50 if (method, size) == ("sid2a", "m") else 100) and o.lambda_score == 1
+    if method != "sid":
+        assert (o.adversarial, o.batch_pool, o.lambda_d, o.lambda_adv, recipe.data.resolution) == (True, EDM2_POOL[size], 100, 0.01, 512)
+
+
+def test_their_tables_have_their_recipes_and_their_recipes_the_tables_numbers():
+    rows = rows_of(*(f"sida_table{i}" for i in ("1", "2", "3", "3_pr", "4", "5", "6", "7")))
+    ours = [(row, name) for row, name in rows if row.recipe.startswith("sid")]
+    assert len(ours) == 5 * 6 + 14 * 2
+    for row, name in ours:
+        recipe = load_recipe(row.recipe)
+        value = recipe.reproduces["value"]
+        for key, printed in row.paper.items():
+            assert key == "nfe" or value[key] == printed, (row.recipe, key)
+        assert name.removeprefix("sida_table").removesuffix("_pr") in str(recipe.reproduces["table"])
+        assert recipe.eval.protocol == load_table(name).protocol.removesuffix("_pr") and row.x == f"runs/{recipe.name}"
+        text = find_recipe(row.recipe).read_text()
+        assert (f"d2o finetune recipes/{row.recipe}.yaml --from {row.start}" if row.start else f"d2o train recipes/{row.recipe}.yaml") in text
+    for row, _ in rows_of(*table_names()):  # of other papers' tables too
+        if not row.recipe.startswith(("gdd_", "d2g_", "dd_gan_cifar10_k")):
+            find_recipe(row.recipe)
+
+
+def edm_teacher(name):
+    """A published teacher without its weights."""
+    config = {"arch": "ddpmpp", "img_resolution": 32 if "cifar" in name else 64, "img_channels": 3, "label_dim": 10 if "cond" in name else 0,
+              "channel_mult": [2, 2, 2] if "cifar" in name else [1, 2, 2, 2], "augment_dim": 9}  # fmt: skip
+    if name == "edm-imagenet64-adm":
+        config = {"arch": "adm", "img_resolution": 64, "img_channels": 3, "label_dim": 1000}
+    if name.startswith("edm2"):
+        config = {"arch": "edm2", "img_resolution": 64, "img_channels": 4, "label_dim": 1000, "model_channels": 192}
+    with torch.device("meta"):
+        network = build_network(config)
+    size, classes, latent = config["img_resolution"], config["label_dim"], name.startswith("edm2")
+    spec = Spec(name, (config["img_channels"], size, size), "latent" if latent else "pixel", "label" if classes else "none", classes)
+    return (EDM2LatentTeacher if latent else Teacher)(network, spec, torch.device("meta"))
+
+
+@pytest.mark.parametrize(("name", "memory"), [("sida_cifar10_cond", 13.0), ("sid2a_edm2_512_s", None)])
+def test_plans_count_what_was_published(name, memory):
+    recipe = load_recipe(name)
+    n = SIZES[recipe.teacher]
+    plan = make_plan(recipe, teachers={recipe.teacher: edm_teacher(recipe.teacher)})
+    head = 128 if name.endswith("_s") else 0  # EDM2's uncertainty: a student has none, nor has this score network
+    assert plan.networks == {"teacher (frozen)": n, "student": n - head, "score": n - head} and not plan.refused
+    if memory:  # Table 8, in GB of each GPU
+        assert sum(plan.memory.values()) / 1e9 == pytest.approx(memory, rel=0.15)

@@ -1,0 +1,141 @@
+"""`d2o train RECIPE --sweep KEY=A,B,...`: the runs of a sweep one after another, and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from d2o.cli import console
+from d2o.cli.pairs import open_device
+from d2o.cli.plan import show_plan, size
+from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
+from d2o.errors import UserError
+from d2o.runtime import Stopped, stop_flag
+
+if TYPE_CHECKING:
+    from d2o.recipes.plan import Plan
+    from d2o.recipes.sweep import Member, Sweep
+
+
+def run_sweep(
+    name: str, overrides: list[str], sweeps: list[str], out: Path | None, data: str | None, mini: bool, plan: bool, device_name: str | None,
+    start: Path | None,
+) -> None:  # fmt: skip
+    """Train all members that are not finished; the sweep's folder then holds a run folder for each, sweep.json and sweep.svg.
+
+    Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be trained, or a member
+    that failed (the others are trained all the same). Stopped: the same command continues.
+    """
+    from d2o.recipes.sweep import check_folder, plan_sweep
+    from d2o.recipes.sweep_record import check_same, update
+    from d2o.training.distributed import barrier, process_group
+
+    sweep = plan_sweep(name, overrides, sweeps, mini)
+    for member in sweep.members:
+        check_options(member.recipe, data, start)
+    plans = _plan_all(sweep, start)
+    if plan:
+        show_plan(sweep.members[0].recipe, start)
+        _show_plans(sweep, plans)
+        return
+    folder, count = out or Path("runs") / (sweep.folder + ("-mini" if mini else "")), len(sweep.members)
+    check_folder(folder)
+    check_same(folder, sweep, start)
+    device = open_device(device_name)
+    with stop_flag() as stop, process_group(device) as (rank, world):
+        unfinished = [open_run(folder / member.name, member.recipe, True, start) for member in sweep.members]
+        barrier(world)  # all have looked before one of them writes
+        failed: dict[str, str] = {}
+        if rank == 0:
+            update(folder, sweep, start, failed)
+        for i, member in enumerate(sweep.members):
+            where = f"{member.name} ({i + 1} of {count})"
+            if not unfinished[i]:
+                console.say(f"{where} is finished")
+                continue
+            console.say(f"--- {where}")
+            try:
+                trainer = begin_run(name, overrides, member.recipe, folder / member.name, device, rank, world, start, stop)
+                try:
+                    finish_run(trainer, stop)
+                except UserError as error:
+                    if world > 1:  # the other processes may not have met it
+                        raise
+                    failed[member.name] = error.message
+                    console.error(f"{where}: {error.message}", error.hint)
+                del trainer  # before the next one takes as much memory
+            except Stopped as stopped:
+                text = stopped.message.replace("`--resume` with the same command", "the same command")
+                raise Stopped(f"{where}: {text}", stopped.exit_code - 128) from stopped
+            finally:
+                if rank == 0:
+                    update(folder, sweep, start, failed)
+            barrier(world)
+        if rank == 0:
+            show(update(folder, sweep, start, failed), folder)
+    if failed:
+        raise UserError(f"{len(failed)} of {count} runs failed: {', '.join(failed)}", "the lines above say why; the same command tries them again")
+
+
+def _plan_all(sweep: Sweep, start: Path | None) -> list[Plan]:
+    """UserError: what the methods would refuse, a line for each member."""
+    from d2o.recipes.plan import make_plan
+
+    teachers: dict[str, Any] = {}
+    plans = [make_plan(member.recipe, start, teachers) for member in sweep.members]
+    lines = [f"--sweep: {member.name}: {'; '.join(plan.refused)}" for member, plan in zip(sweep.members, plans, strict=True) if plan.refused]
+    if lines:
+        raise UserError("\n".join(lines))
+    return plans
+
+
+def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
+    """A line for each member, where they differ and where not: the first one's plan is printed in full."""
+    table = _table(f"{len(plans)} runs", ("run", "images", "parameters", "memory", "network calls", "disk"))
+    for member, plan in zip(sweep.members, plans, strict=True):
+        table.add_row(*_cells(member, plan))
+    _print(table)
+    calls, disk = sum(sum(plan.calls.values()) for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
+    console.out.print(f"together: {calls:,} network calls, {size(disk)} of disk")
+
+
+def _cells(member: Member, plan: Plan) -> list[str]:
+    memory, disk = sum(plan.memory.values()), sum(plan.disk.values())
+    return [escape(member.name), f"{member.recipe.images:,}", f"{sum(plan.networks.values()):,}", size(memory), f"{sum(plan.calls.values()):,}",
+            size(disk)]  # fmt: skip
+
+
+def show(record: dict[str, Any], folder: Path) -> None:
+    """The members as a table, the best one marked."""
+    from d2o.recipes.sweep_record import rows
+
+    metric = record["metric"]
+    heads = ("run", "state", "images", f"last {metric}", f"best {metric}", "after images")
+    table = _table(f"{record['name']}: {metric} ({record['better']} is better)", heads)
+    best = record["best"]["member"] if record["best"] else None
+    for m, row in zip(record["members"], rows(record), strict=True):
+        table.add_row(*map(escape, row), style="bold" if m["name"] == best else "")
+    _print(table)
+    if best is not None:
+        console.say(f"best: {best} (checkpoint {folder / best / 'checkpoints' / 'best.safetensors'})")
+    pictures = [name for name in ("sweep.svg", "sweep.json") if (folder / name).exists()]
+    console.say(f"wrote {' and '.join(str(folder / name) for name in pictures)}")
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    """In a file or pipe there is room for long names."""
+    out = console.out
+    (out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False)).print(table)

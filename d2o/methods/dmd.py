@@ -1,0 +1,259 @@
+"""Distribution matching: DMD (Yin et al. 2024, algorithms 1 to 3) and Diff-Instruct (Luo et al. 2023, algorithm 1), with two sets of defaults.
+
+A score network, begun as a copy of the teacher, learns the denoiser of the student's own samples. Where it and the teacher disagree about a noisy
+sample, the student moves the sample towards the teacher's image: the gradient of the reverse KL divergence. DMD also keeps the student near
+the teacher's ODE solutions (`lambda_reg`), for which it needs pairs; without that term the method needs no data at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2o.augment import edm
+from d2o.errors import UserError
+from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
+from d2o.losses.perceptual import perceptual
+from d2o.losses.regression import LOSSES
+from d2o.losses.score import denoising_loss, karras_sigma, lognormal_sigma
+from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
+from d2o.methods.lpips import load_lpips
+from d2o.methods.score_networks import check_teacher, has_uncertainty, start_score, start_student
+from d2o.metrics.features import load_classifier
+from d2o.networks.build import network_config
+from d2o.networks.edm2_unet import EDM2Precond
+from d2o.teachers.base import Spec
+
+Levels = Literal["karras_index", "karras_uniform", "lognormal"]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dmd": {"t_dist": "karras_index", "score_t_dist": "karras_index", "weight": "l1_teacher", "order": "generator_first", "samples": "same",
+            "reduce": "mean"},
+    "diff_instruct": {"t_dist": "lognormal", "score_t_dist": "lognormal", "weight": "none", "order": "score_first", "samples": "fresh",
+                      "reduce": "sum"},
+}  # fmt: skip
+"""What the options that a recipe leaves away are, as the two papers' authors train."""
+
+
+class DMDOptions(Options):
+    kind: Literal["dmd", "diff_instruct"] = Field("dmd", description="the paper that the options below follow where they are null")
+    t_dist: Levels | None = Field(None, description="noise levels at which samples are compared; null: karras_index, diff_instruct lognormal")
+    t_index: tuple[int, int] = Field((20, 980), description="karras_index: the lowest and the highest of the levels 0 to 999, both included")
+    t_range: tuple[float, float] = Field((0.02, 0.98), description="karras_uniform: part of [0, 1], from the lowest level to the highest")
+    p_mean: float = Field(-1.2, description="lognormal: mean of ln sigma, of both networks' levels")
+    p_std: float = Field(1.2, gt=0, description="lognormal: standard deviation of ln sigma")
+    weight: Literal["l1_teacher", "none"] | None = Field(
+        None, description="divide each sample's gradient by its mean |x - D_teacher|, or not; null: l1_teacher, diff_instruct none"
+    )
+    reduce: Literal["mean", "sum"] | None = Field(None, description="both losses over the values of a sample; null: mean, diff_instruct sum")
+    order: Literal["generator_first", "score_first"] | None = Field(
+        None, description="which network's step comes first in an iteration; null: generator_first, diff_instruct score_first"
+    )
+    samples: Literal["same", "fresh"] | None = Field(
+        None, description="the (first) step of the score network learns from the student's samples of that iteration, or new ones; null: by kind"
+    )
+    score_t_dist: Levels | None = Field(
+        None, description="noise levels of the score network's loss, the whole range of them; null: karras_index, diff_instruct lognormal"
+    )
+    score_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the score network while it is trained; null: the teacher's")
+    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none")
+    score_steps: int = Field(1, ge=1, description="steps of the score network for one of the student (DMD2: 5); all but the first take new samples")
+    dropout: Literal["off", "shared"] = Field(
+        "off", description="dropout of teacher and score network in the student's step: none, or the same masks in both (Diff-Instruct's code)"
+    )
+    lambda_reg: float = Field(0.0, ge=0, description="weight of the distance to the teacher's ODE solutions (DMD: 0.25); above 0 it needs `pairs:`")
+    regression: Literal["lpips", "perceptual", "l1", "mse"] = Field(
+        "lpips", description="that distance; lpips: VGG's, at 224 px as in the paper; perceptual: of an own classifier"
+    )
+    extractor: str | None = Field(None, description="feature extractor of the perceptual distance (name or path)")
+
+    def filled(self) -> DMDOptions:
+        """With what the kind says in place of null."""
+        return self.model_copy(update={key: value for key, value in KINDS[self.kind].items() if getattr(self, key) is None})
+
+
+class Made(NamedTuple):
+    """Samples of the student, detached, and their classes."""
+
+    x: Tensor
+    labels: Tensor | None
+
+
+class DMD(Method):
+    Options = DMDOptions
+    data = "none"
+    product = "student"
+
+    @classmethod
+    def needs(cls, options: Any) -> str:
+        return "pairs" if options.lambda_reg > 0 else "none"
+
+    def __init__(self, setup: Setup):
+        self.options: DMDOptions = check(setup.options.filled())
+        self.teacher = check_teacher("dmd", setup.teacher)
+        self.student = start_student("dmd", setup, self.teacher, at_sigma_max=True)
+        self.score = start_score(self.teacher, self.options.score_dropout)
+        self.uncertain = has_uncertainty(self.score)
+        if self.options.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
+            raise UserError(f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
+                            "would come out of the student", "set dmd.augment: 0")  # fmt: skip
+        self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "score": self.score}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
+        made: list[Made] = []
+        if self.options.order == "generator_first":
+            made = self.generator_step(loop, batch, log)
+        for k in range(self.options.score_steps):
+            self.score_step(loop, batch, 1 + k, made if k == 0 and self.options.samples == "same" else None, log)
+        if self.options.order == "score_first":
+            self.generator_step(loop, batch, log)
+        return {key: loop.mean(values) for key, values in log.items()}
+
+    def generator_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> list[Made]:
+        """One step of the student: matching, and regression if it is asked for. Returns the samples that were matched."""
+        made = []
+        for micro, draw in loop.micro_batches(batch):
+            z, labels = draw.randn(*self.spec().shape), self.labels(draw)
+            x, reference = self.call_student(loop, z, labels, micro)
+            sigma = self.sigma(draw, self.options.t_dist, self.options.t_index, self.options.t_range)
+            x_t = x.detach() + sigma * draw.randn(*x.shape[1:])
+            with loop.frozen("score") as score, torch.no_grad():
+                real, fake = self.both(score, x_t, sigma.flatten(), labels)
+            gradient = matching_gradient(x, real, fake, str(self.options.weight))
+            loss = surrogate(x, gradient, str(self.options.reduce)).mean()
+            log["loss"].append(loss)
+            if self.distance is not None and reference is not None:
+                assert micro.target is not None
+                regression = self.distance(reference, micro.target).mean()
+                log.setdefault("loss_reg", []).append(regression)
+                loss = loss + self.options.lambda_reg * regression
+            loop.backward(loss)
+            made.append(Made(x.detach(), labels))
+        loop.update("student")
+        normalise(self.student.network)
+        return made
+
+    def score_step(self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]) -> None:
+        """One step of the score network: denoising of the student's samples, given or new ones."""
+        for i, (_, draw) in enumerate(loop.micro_batches(batch, turn)):
+            x, labels = self.new_samples(draw) if made is None else made[i]
+            asked: dict[str, Any] = {"return_logvar": True} if self.uncertain else {}
+            if self.options.augment:
+                x, asked["augment_labels"] = edm.augment(x, self.options.augment, draw.randn, draw.rand)
+            sigma = self.sigma(draw, self.options.score_t_dist, (0, LEVELS - 1), (0.0, 1.0))
+            found = loop.net("score")(x + sigma * draw.randn(*x.shape[1:]), sigma.flatten(), labels, **asked)
+            denoised, logvar = found if self.uncertain else (found, None)
+            loss = per_sample(denoising_loss(denoised, x, sigma, self.score.sigma_data, logvar), str(self.options.reduce)).mean()
+            log["loss_score"].append(loss)
+            loop.backward(loss)
+        loop.update("score")
+        normalise(self.score)
+
+    def call_student(self, loop: Loop, z: Tensor, labels: Tensor | None, micro: Batch) -> tuple[Tensor, Tensor | None]:
+        """Samples from z, and from the pairs' noise where there are pairs: one call of the network for both."""
+        student = loop.net("student")
+        if self.distance is None:
+            return student(z, labels), None
+        assert micro.noise is not None
+        both = None if labels is None or micro.labels is None else torch.cat([labels, micro.labels])
+        x, reference = student(torch.cat([z, micro.noise]), both).split([len(z), len(micro.noise)])
+        return x, reference
+
+    def new_samples(self, draw: Draws) -> Made:
+        z, labels = draw.randn(*self.spec().shape), self.labels(draw)
+        with evaluating(self.student), torch.no_grad():
+            return Made(self.student(z, labels), labels)
+
+    def labels(self, draw: Draws) -> Tensor | None:
+        return draw.randint(0, self.spec().classes) if self.spec().classes else None
+
+    def sigma(self, draw: Draws, levels: str | None, index: tuple[int, int], part: tuple[float, float]) -> Tensor:
+        """A noise level for each sample, [B, 1, 1, 1]."""
+        low, high = self.spec().sigma_min, self.spec().sigma_max
+        if levels == "lognormal":
+            return lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
+        if levels == "karras_uniform":
+            return karras_sigma(part[0] + (part[1] - part[0]) * draw.rand(1, 1, 1), low, high)
+        return index_sigma(draw.randint(index[0], index[1] + 1, 1, 1, 1), low, high)
+
+    def both(self, score: nn.Module, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """D_teacher and D_score at x_t."""
+        if self.options.dropout == "off":
+            with evaluating(score):
+                return self.teacher.denoise(x_t, sigma, labels), score(x_t, sigma, labels)
+        network = self.teacher.network.train()
+        try:
+            with torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else []):
+                real = self.teacher.denoise(x_t, sigma, labels)
+            return real, score(x_t, sigma, labels)  # with the random numbers that the teacher had
+        finally:
+            network.eval()
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "student", "network": network_config(self.student.network), "spec": self.student.spec, "student": self.student.record}
+
+    def spec(self) -> Spec:
+        return self.student.spec
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        return self.teacher.decode(product(noise, labels))
+
+
+def check(options: DMDOptions) -> DMDOptions:
+    """The options if they fit together. UserError otherwise."""
+    low, high = options.t_index
+    if not 0 <= low <= high < LEVELS:
+        raise UserError(f"dmd.t_index: [{low}, {high}] is no range of the levels 0 to {LEVELS - 1}")
+    if not 0 <= options.t_range[0] <= options.t_range[1] <= 1:
+        raise UserError(f"dmd.t_range: [{options.t_range[0]:g}, {options.t_range[1]:g}] is no part of [0, 1]")
+    if options.samples == "same" and options.order == "score_first":
+        raise UserError("dmd.samples: with order score_first there are no samples yet for the score network", "set samples: fresh")
+    if options.lambda_reg and options.regression == "perceptual" and options.extractor is None:
+        raise UserError("dmd.extractor: the perceptual distance needs a feature extractor", "for example `dmd.extractor: digits`")
+    return options
+
+
+def regression_distance(options: DMDOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of eq. 9 between images [B, C, H, W] in [-1, 1], per sample. UserError: an unknown extractor, weights that are not there."""
+    if options.regression == "perceptual":
+        maps = load_classifier(str(options.extractor), str(device)).maps
+        return lambda x, y: perceptual(x, y, maps)
+    if options.regression == "lpips":
+        network = load_lpips(device)
+        return lambda x, y: network(large(x), large(y)).flatten()
+    return LOSSES[options.regression]
+
+
+def large(x: Tensor) -> Tensor:
+    """Images in colour and of 224 px, VGG's size."""
+    return F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear", align_corners=False)
+
+
+def normalise(network: nn.Module) -> None:
+    """EDM2's forced weight normalisation after a step (Karras et al. 2024, section 2.3), where the network asks for it."""
+    if isinstance(network, EDM2Precond) and network.force_wn == "post_step":
+        network.normalize_weights()
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+METHOD = DMD

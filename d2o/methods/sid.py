@@ -1,0 +1,287 @@
+"""Score identity distillation: SiD (Zhou et al. 2024, arXiv 2404.04057), SiDA and SiD2A (Zhou et al. 2025, arXiv 2410.14919), Algorithm 1 of both.
+
+A student makes images in one call at the noise level sigma_init (`student.sigma`, 2.5 in the papers). A score network, which starts as the teacher,
+learns the score of these images; the student learns to make the two scores agree at all noise levels. SiD needs no data. SiDA (`adversarial`) also
+has the score network's encoder tell real images from the student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from d2o.augment import edm
+from d2o.errors import UserError
+from d2o.losses import score as losses
+from d2o.losses.style import d_logistic
+from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
+from d2o.methods.score_networks import check_real_images, check_teacher, labels_of_images, look, start_score, start_student, true_score
+from d2o.networks.build import network_config
+from d2o.networks.edm2_unet import EDM2Precond
+from d2o.networks.precond import set_disc_map
+from d2o.teachers.base import Spec
+
+CHECK_EVERY = 20
+"""Iterations between two looks at the count of bad samples, where looking waits for the device."""
+
+
+class SiDOptions(Options):
+    alpha: float = Field(1.2, description="weight of the squared difference of the scores (SiD 1.0 or 1.2; SiDA 1.0; SiD2A 1.0 or 1.2)")
+    tmax: int = Field(800, ge=1, le=1000, description="the student's noise levels are those of t in [0, tmax / 1000] of the noise schedule")
+    sigma_min: float = Field(0.002, gt=0, description="noise level at t = 0")
+    sigma_max: float = Field(80.0, gt=0, description="noise level at t = 1")
+    rho: float = Field(7.0, gt=0, description="curvature of the noise schedule")
+    lambda_sid: float = Field(100.0, ge=0, description="weight of the student's loss, a sum over pixels")
+    lambda_score: float = Field(1.0, ge=0, description="weight of the score network's denoising loss, a sum over pixels")
+    p_mean: float = Field(-1.2, description="mean of ln sigma in the score network's training (EDM2: -0.4)")
+    p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in the score network's training (EDM2: 1.0)")
+    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none")
+    train_dropout: bool = Field(True, description="dropout of the student in its own step; there is none where it makes images for the score network")
+    score_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the score network in its own step (default none: the teacher's)")
+    uncertainty: bool = Field(True, description="EDM2: weigh losses by the score network's uncertainty, where it has the head for it")
+    force_wn: Literal["post_step", "pre_forward", "off"] | None = Field(
+        None, description="EDM2: forced weight normalisation of student and score network (default none: as the teacher's network says)")
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="precision of the true score (default none: as the rest)")
+    labels: Literal["uniform", "data"] | None = Field(
+        None, description="classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if adversarial)")
+    nan: Literal["drop", "raise"] = Field(
+        "raise", description="a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients: zero: as published)")
+    adversarial: bool = Field(False, description="SiDA: the score network's encoder tells real images from the student's")
+    start_g_nimg: int | None = Field(
+        None, ge=0, description="images after which the student starts to learn (default none: 100000 if adversarial, else at once)")
+    start_adv_nimg: int = Field(200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial")
+    lambda_adv: float = Field(0.01, ge=0, description="weight of the student's adversarial loss, times C H W")
+    lambda_d: float = Field(1.0, ge=0, description="weight of the score network's loss as a discriminator (EDM2: 100)")
+    batch_pool: int | None = Field(
+        None, ge=1, description="samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one GPU); 1: each by "
+        "itself (default none: the whole batch)")
+    gen_adv: Literal["nonsat_bce", "linear_fakeness", "saturating"] = Field(
+        "nonsat_bce", description="the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or log(1 - D)")
+    logit_clamp: float | None = Field(10.0, gt=0, description="maps beyond this give the student no gradient; null: all do")
+    adv_half: Literal["single", "double"] = Field(
+        "single", description="the adversarial loss is halved once (eq. 8), or twice (Algorithm 1, line 15)")
+    real_noise: Literal["shared", "shared_sigma", "independent"] = Field(
+        "shared", description="noise of the real images: the fakes' own, another of the same level, or one of its own level")
+    disc_map: Literal["enc_last_mean", "mid_mean"] = Field(
+        "enc_last_mean", description="the map is taken after the encoder's last block, or after the two blocks in the U-Net's middle")
+
+
+class SiD(Method):
+    Options = SiDOptions
+    data = "none"
+
+    @classmethod
+    def needs(cls, options: SiDOptions) -> str:
+        return "images" if options.adversarial or options.labels == "data" else "none"
+
+    @classmethod
+    def micro_multiple(cls, options: SiDOptions) -> int:
+        return (options.batch_pool or 1) if options.adversarial else 1
+
+    def __init__(self, setup: Setup):
+        self.options: SiDOptions = setup.options
+        o, self.batch, self.device = self.options, setup.batch, setup.device
+        self.teacher = check_teacher("sid", setup.teacher)
+        self.student = start_student("sid", setup, self.teacher)
+        self.score = start_score(self.teacher, o.score_dropout, o.uncertainty)
+        set_disc_map(self.score, o.disc_map)
+        self.check(o)
+        self.labels_of_data = labels_of_images("sid", setup, self.teacher.spec) if self.needs(o) == "images" else None
+        if o.adversarial:
+            check_real_images("sid", setup, self.teacher)
+        for network in (self.student.network, self.score):
+            if isinstance(network, EDM2Precond):
+                network.force_wn = network.config["force_wn"] = o.force_wn or network.force_wn
+                if network.force_wn != "off":
+                    network.normalize_weights()
+        self.bad = torch.zeros((), device=self.device)  # samples so far that were not finite, under nan: raise
+
+    def check(self, o: SiDOptions) -> None:
+        """UserError: options that do not fit each other, the batch or the network."""
+        if o.sigma_min >= o.sigma_max:
+            raise UserError(f"sid: sigma_min {o.sigma_min:g} and sigma_max {o.sigma_max:g} are no range of noise levels")
+        if o.adversarial and o.labels == "uniform":
+            raise UserError("sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same classes",
+                            "leave sid.labels away")  # fmt: skip
+        if o.adversarial and self.batch % (o.batch_pool or 1):
+            raise UserError(f"sid.batch_pool: {o.batch_pool} does not divide the batch of {self.batch}")
+        if o.force_wn and not isinstance(self.score, EDM2Precond):
+            raise UserError("sid.force_wn: only networks of EDM2 have forced weight normalisation", "leave it away")
+        if o.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
+            raise UserError(f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
+                            "would come out of the student", "set sid.augment: 0")  # fmt: skip
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "score": self.score}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Algorithm 1: the score network's step, then the student's, each with fresh noises. By the images seen before this iteration: at first the
+        student waits (SiDA), then its loss is SiD's, then both."""
+        o, seen = self.options, iteration * self.batch
+        log: dict[str, list[Tensor]] = {}
+        self.score_step(loop, batch, log)
+        wait = o.start_g_nimg if o.start_g_nimg is not None else 100_000 if o.adversarial else -1
+        if seen > wait:
+            self.student_step(loop, batch, log, adversarial=o.adversarial and seen > o.start_adv_nimg)
+        scalars = {key: loop.mean(values) for key, values in log.items()}
+        bad = self.batch * torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars]).sum()
+        if o.nan == "drop":
+            scalars["nan_samples"] = bad
+        else:
+            self.refuse(bad, iteration)
+        return scalars
+
+    def heaviest(self) -> int:
+        """One in which both the student learns and its images are compared with real ones."""
+        o = self.options
+        return (max(o.start_adv_nimg, o.start_g_nimg or 0, 100_000) // self.batch + 1) if o.adversarial else (o.start_g_nimg or 0) // self.batch + 1
+
+    def score_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
+        """The score network learns the score of the student's images (Algorithm 1, lines 4-7), and to tell them from real ones (SiDA)."""
+        o, net = self.options, loop.net("score")
+        self.student.eval()
+        self.score.train()
+        for micro, draw in loop.micro_batches(batch):
+            labels = self.labels(draw) if not o.adversarial or micro.labels is None else self.fitting(micro.labels)
+            with torch.no_grad():
+                x = loop.net("student")(draw.randn(*self.student.spec.shape), labels)
+            keep = finite(x)
+            x = x if o.nan == "raise" else torch.where(each(keep), x, 0)
+            y, told = self.augment(x, draw)
+            sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
+            normal = draw.randn(*y.shape[1:])
+            denoised, fake, u = look(net, y + sigma * normal, sigma, labels, "encoder_decoder" if o.adversarial else "decoder", told)
+            keep = keep & finite(denoised)
+            score = self.per_sample(losses.denoising_loss(denoised, y, sigma, self.score.sigma_data, u), keep)
+            loss = o.lambda_score * score
+            if o.adversarial:
+                y, told = self.augment(self.reals(micro, draw), draw)
+                real_sigma = sigma
+                if o.real_noise == "independent":
+                    real_sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
+                if o.real_noise != "shared":
+                    normal = draw.randn(*y.shape[1:])
+                _, real, real_u = look(net, y + real_sigma * normal, real_sigma, labels, "encoder", told)
+                weights = (losses.edm_weight(real_sigma, self.score.sigma_data, real_u), losses.edm_weight(sigma, self.score.sigma_data, u))
+                loss = loss + o.lambda_d * losses.discriminator_loss(real, fake, self.pool(draw), *weights, self.dropping(keep))
+                self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=d_logistic(real, fake))
+            loop.backward(loss.mean())
+            self.note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
+        loop.update("score")
+        self.keep_normalised(self.score)
+
+    def student_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]], adversarial: bool) -> None:
+        """The student makes both scores agree (Algorithm 1, lines 8-12); gradients flow through both networks, whose weights are held."""
+        o, shape = self.options, self.student.spec.shape
+        self.student.train(o.train_dropout)
+        self.score.eval()
+        for _, draw in loop.micro_batches(batch, turn=1):
+            with loop.frozen("score") as net:
+                labels = self.labels(draw)
+                x = loop.net("student")(draw.randn(*shape), labels)
+                sigma = losses.karras_sigma(draw.rand(1, 1, 1) * (o.tmax / 1000), o.sigma_min, o.sigma_max, o.rho)
+                x_t = x + sigma * draw.randn(*shape)
+                true = true_score(self.teacher, x_t, sigma, labels, o.teacher_precision)
+                fake, logits, u = look(net, x_t, sigma, labels, "encoder_decoder" if adversarial else "decoder")
+                keep = finite(x, true, fake)
+                if o.nan == "drop" and x.requires_grad:  # what went wrong in a network must not come back as a gradient either
+                    x.register_hook(lambda gradient, keep=keep: torch.where(each(keep), gradient, 0))
+                weight = losses.mean_error(x, true, u)
+                weight = torch.where(each(keep), weight, 1) if o.nan == "drop" else weight
+                sid = self.per_sample(losses.sid_loss(x, true, fake, o.alpha, weight), keep)
+                loss = o.lambda_sid * sid
+                if adversarial:
+                    paid = losses.generator_adversarial(logits, self.pool(draw), o.gen_adv, o.logit_clamp, self.dropping(keep))
+                    gan = self.per_sample(x[0].numel() * paid / weight.flatten(), keep)
+                    loss = 0.5 * loss + (0.5 if o.adv_half == "single" else 0.25) * o.lambda_adv * gan
+                    self.note(log, loss_adv=paid.mean())
+                loop.backward(loss.mean())
+            delta = self.per_sample((true - fake).abs(), keep).mean() / x[0].numel()
+            self.note(log, loss_g=sid.mean() / x[0].numel(), delta=delta, bad_student=1 - keep.float().mean())
+        loop.update("student")
+        self.keep_normalised(self.student.network)
+
+    # What the steps are made of --------------------------------------------------------------------------------------------------------
+
+    def labels(self, draw: Draws) -> Tensor | None:
+        """Classes of a micro-batch: as they occur in the data, or uniform."""
+        if not self.student.spec.classes:
+            return None
+        if self.labels_of_data is None:
+            return draw.randint(0, self.student.spec.classes)
+        return self.labels_of_data[draw.randint(0, len(self.labels_of_data))]
+
+    def fitting(self, labels: Tensor) -> Tensor | None:
+        """The images' own classes, if the teacher is conditional."""
+        return labels if self.student.spec.classes else None
+
+    def reals(self, micro: Batch, draw: Draws) -> Tensor:
+        """The real images, in the teacher's space."""
+        assert micro.images is not None
+        if self.student.spec.space == "pixel":
+            return micro.images
+        return self.teacher.latents(micro.images, draw.randn(*self.student.spec.shape))  # type: ignore[attr-defined]
+
+    def augment(self, x: Tensor, draw: Draws) -> tuple[Tensor, Tensor | None]:
+        return edm.augment(x, self.options.augment, draw.randn, draw.rand) if self.options.augment else (x, None)
+
+    def pool(self, draw: Draws) -> int:
+        """Samples of a pooling group. UserError: the groups do not fit in a micro-batch."""
+        size = self.options.batch_pool or self.batch
+        if draw.count % size:
+            what = f"{size}, the whole batch (sid.batch_pool: null)," if self.options.batch_pool is None else f"{size} (sid.batch_pool)"
+            raise UserError(f"adversarial losses are averaged over groups of {what} and a forward pass of one process has {draw.count} samples",
+                            "make micro_batch, and the share of each process, a multiple of sid.batch_pool")  # fmt: skip
+        return size
+
+    def per_sample(self, values: Tensor, keep: Tensor) -> Tensor:
+        """The sum over pixels [B], of values [B, ...]; 0 for samples that are dropped."""
+        total = values.flatten(1).sum(1) if values.ndim > 1 else values
+        return torch.where(keep, total, 0) if self.options.nan == "drop" else total
+
+    def dropping(self, keep: Tensor) -> Tensor | None:
+        return keep if self.options.nan == "drop" else None
+
+    def refuse(self, bad: Tensor, iteration: int) -> None:
+        """nan: raise. On a GPU only every so many iterations, as reading the count waits for it; no checkpoint is written meanwhile, as the
+        gradients are not finite either (bad_gradients: raise)."""
+        self.bad = self.bad + bad
+        if self.device.type == "cpu" or (self.device.type != "meta" and (iteration + 1) % CHECK_EVERY == 0):
+            if (count := round(float(self.bad))) > 0:
+                raise UserError(f"{count} samples were not finite up to iteration {iteration}", "lower optim.lr, or take sid.nan: drop with "
+                                "bad_gradients: zero, which leave them out; the last checkpoint is from before this")  # fmt: skip
+
+    def keep_normalised(self, network: nn.Module) -> None:
+        """EDM2's forced weight normalisation, after the optimiser's step; before the next pass the network does it itself, in training mode."""
+        if isinstance(network, EDM2Precond) and (network.force_wn == "post_step" or (network.force_wn == "pre_forward" and not network.training)):
+            network.normalize_weights()
+
+    @staticmethod
+    def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:
+        for key, value in values.items():
+            log.setdefault(key, []).append(value.detach())
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "student", "network": network_config(self.student.network), "spec": self.student.spec, "student": self.student.record}
+
+    def spec(self) -> Spec:
+        return self.student.spec
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        return self.teacher.decode(product(noise, labels))
+
+
+def finite(*outputs: Tensor) -> Tensor:
+    """Which samples [B] hold neither NaN nor infinities in any of these."""
+    return torch.stack([output.detach().isfinite().flatten(1).all(1) for output in outputs]).all(0)
+
+
+def each(what: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]"""
+    return what[:, None, None, None]
+
+
+METHOD = SiD

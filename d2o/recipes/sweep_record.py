@@ -1,0 +1,112 @@
+"""What is known of a sweep, read from its members' run folders: `sweep.json`, and the picture of all curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import atomic_write, read_meta
+from d2o.metrics.curves import read_curves
+from d2o.metrics.sweep_chart import Line, sweep_chart
+from d2o.recipes.load import diff_recipes
+from d2o.recipes.sweep import Sweep
+
+FORMAT = {"format": "d2o-sweep", "version": 1}
+Record = dict[str, Any]
+HIGHER = {"accuracy"}
+
+
+def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
+    """UserError: the sweep in the folder is of another recipe, other keys, or from another student."""
+    before = _read(folder)
+    if before is None:
+        return
+    if before["keys"] != [axis.key for axis in sweep.axes]:
+        keys = ", ".join(before["keys"])
+        raise UserError(f"{folder} is a sweep over {keys}", "give the same keys in the same order, or choose another --out")
+    if before["from"] != (str(start) if start else None):
+        raise UserError(f"{folder} was started from {before['from'] or 'no student'}", "give the same --from, or choose another --out")
+    changes = diff_recipes(before["recipe"], sweep.base.resolved())
+    if changes:
+        what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
+        raise UserError(what, "restore it, or choose another --out")
+
+
+def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, str]) -> Record:
+    """Write sweep.json and sweep.svg; returns the record. Members of earlier calls, with other values, stay in it."""
+    metric = sweep.base.eval.metric if sweep.base.eval else "loss"
+    names = [member.name for member in sweep.members]
+    earlier = [] if (before := _read(folder)) is None else [m for m in before["members"] if m["name"] not in names]
+    members = [_member(folder, m.name, dict(m.settings), m.recipe.images, metric, failed) for m in sweep.members]
+    members += [_member(folder, m["name"], m["settings"], m["images"], metric, {}) for m in earlier]
+    members = sorted(members, key=lambda m: [_order(value) for value in m["settings"].values()])
+    better = "higher" if metric in HIGHER else "lower"
+    scored = [m for m in members if m["best"] is not None]
+    best = (max if metric in HIGHER else min)(scored, key=lambda m: m["best"]["value"], default=None)
+    record = {
+        **FORMAT, "name": sweep.base.name, "keys": [axis.key for axis in sweep.axes], "from": str(start) if start else None, "metric": metric,
+        "better": better, "best": None if best is None else {"member": best["name"], "settings": best["settings"], **best["best"]},
+        "members": members, "recipe": sweep.base.resolved(),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "sweep.json", json.dumps(record, indent=1) + "\n")
+    lines = [Line(m["name"], [(x, y) for x, y in m["curve"]], best is not None and m["name"] == best["name"]) for m in members]
+    picture = sweep_chart(sweep.base.title or sweep.base.name, lines, "Fréchet distance" if metric == "fd" else metric, metric not in HIGHER)
+    if picture:
+        atomic_write(folder / "sweep.svg", picture)
+    return record
+
+
+def _read(folder: Path) -> Record | None:
+    path = folder / "sweep.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}", "remove it: the runs beside it hold everything that it says") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT["format"]:
+        raise UserError(f"{path} is not the record of a sweep", "choose another --out")
+    return record
+
+
+def _member(folder: Path, name: str, settings: Mapping[str, Any], images: int, metric: str, failed: Mapping[str, str]) -> Record:
+    """What a member's run folder says of it."""
+    run = folder / name
+    state, seen, curve = run / "checkpoints" / "state.safetensors", 0, []
+    if state.exists():
+        seen = read_meta(state)["images"]
+    if (run / "metrics.jsonl").exists():
+        curves = read_curves(run)
+        curve = curves.scores.get(metric, []) if metric != "loss" else next(iter(curves.losses.values()), [])
+        curve = [(x, y) for x, y in curve if x <= seen or not seen]
+    finished = seen >= images and (run / "checkpoints" / "last.safetensors").exists()
+    status = "failed" if name in failed else "finished" if finished else "begun" if run.exists() else "waiting"
+    best = None
+    if curve and metric != "loss":  # the least of a noisy loss says nothing
+        x, y = (max if metric in HIGHER else min)(curve, key=lambda point: point[1])
+        best = {"value": y, "images": x}
+    return {"name": name, "folder": name, "settings": dict(settings), "state": status, "images": images, "seen": seen,
+            "last": curve[-1][1] if curve else None, "best": best, "curve": curve, "error": failed.get(name)}  # fmt: skip
+
+
+def _order(value: Any) -> tuple[int, Any]:
+    """Numbers by size, before everything else by its text."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (0, value) if number else (1, str(value))
+
+
+def rows(record: Record) -> Sequence[Sequence[str]]:
+    """A table of the members: settings, state, images, last value, best value and when."""
+    best = record["best"]["member"] if record["best"] else None
+    found = []
+    for m in record["members"]:
+        seen = f"{m['seen']:,}" if m["seen"] >= m["images"] else f"{m['seen']:,} of {m['images']:,}"
+        top = "" if m["best"] is None else f"{m['best']['value']:.4g}"
+        at = "" if m["best"] is None else f"{m['best']['images']:,.0f}"
+        last = "" if m["last"] is None else f"{m['last']:.4g}"
+        found.append([m["name"] + (" *" if m["name"] == best else ""), m["state"], seen, last, top, at])
+    return found

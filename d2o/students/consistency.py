@@ -1,0 +1,88 @@
+"""Students that jump along the teacher's probability-flow ODE: consistency models (Song et al. 2023), progressively distilled ones (Salimans &
+Ho 2022), consistency trajectory models (Kim et al. 2024). One network call makes an image; the first and the last can also take two."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2o.errors import UserError, unknown
+from d2o.losses.consistency import RHO, SIGMA_MIN, jump
+from d2o.networks.second_time import second_time
+from d2o.students.base import Student
+from d2o.students.multistep import OwnNoise, Randn
+from d2o.teachers.base import Spec, check_labels
+
+FORMS = ("cd", "pd", "ctm")
+MIDDLE = 17 / 39
+"""Place of the second call's noise level on Karras' scale, from sigma_min (0) to sigma_max (1): point 22 of 40 counted from the top, as Song et
+al. 2023 sample ImageNet 64x64 in two steps; 1.38 of 80."""
+
+
+def estimate(network: nn.Module, form: str, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    """f(x_t, t) of forms "cd" and "pd", f(x_t, t, s) of "ctm": x [B, C, H, W], t and s [B] -> [B, C, H, W] float32."""
+    return network(x, t, labels, second_time(s)) if form == "ctm" else network(x, t, labels)
+
+
+class ConsistencyStudent(Student):
+    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32, unclipped.
+
+    "cd": f(sigma z, sigma); a second step adds noise up to the level `middle` (unit Karras scale; between sigma_min and sigma) and calls f again.
+    "ctm": F(x, sigma, s) to sigma_min, or to `middle` and from there to sigma_min. "pd": `steps` jumps over Karras' grid, as it was trained.
+    Fresh noise comes from the samples' own generators (`OwnNoise`) unless `randn` gives it.
+    """
+
+    def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0, form: str = "cd", steps: int = 1, middle: float = MIDDLE):
+        super().__init__(network, spec, sigma)
+        if form not in FORMS:
+            raise unknown("form of a consistency student", form, FORMS)
+        self.form, self.nfe, self.middle = form, steps, middle
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"kind": "consistency", "form": self.form, "sigma": self.sigma, "steps": self.nfe, "middle": self.middle}
+
+    @classmethod
+    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> ConsistencyStudent:
+        return cls(network, spec, record["sigma"], record["form"], record["steps"], record["middle"])
+
+    def with_steps(self, steps: int) -> ConsistencyStudent:
+        """The same student, called that often. UserError: one that it cannot do."""
+        if steps == self.nfe:
+            return self
+        if self.form == "pd":
+            what = f"this student was distilled to {self.nfe} {'step' if self.nfe == 1 else 'steps'} and can take no other number"
+            raise UserError(f"--steps {steps}: {what}", "train one with consistency.final_steps, or leave --steps away")
+        if steps not in (1, 2):
+            raise UserError(f"--steps {steps}: a consistency student makes an image in 1 or 2 network calls", "--steps 1 or --steps 2")
+        other = ConsistencyStudent(self.network, self.spec, self.sigma, self.form, steps, self.middle)
+        other.meta = self.meta
+        return other.train(self.training)
+
+    def grid(self) -> list[float]:
+        """The noise levels that are visited, from sigma down to sigma_min; the network is called at all but the last."""
+        if self.form == "pd":
+            places = [i / self.nfe for i in reversed(range(self.nfe + 1))]
+        else:
+            places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
+        high, low = self.sigma ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+        return [(high + (1 - place) * (low - high)) ** RHO for place in places]  # `karras_time`, in numbers that a traced graph can hold
+
+    def forward(self, noise: Tensor, condition: Tensor | None = None, randn: Randn | None = None) -> Tensor:
+        labels = check_labels(self.spec, condition, len(noise))
+        grid = self.grid()
+        x = noise.to(torch.float32) * self.sigma
+        for i, (t, s) in enumerate(pairwise(grid)):
+            if i and self.form == "cd":
+                randn = randn or OwnNoise(noise)
+                x = x + (t**2 - SIGMA_MIN**2) ** 0.5 * randn(*x.shape[1:])
+            at, to = (torch.full((len(x),), level, dtype=torch.float64, device=x.device) for level in (t, s))
+            f = estimate(self.network, self.form, x, at, to, labels)
+            x = f if self.form == "cd" else jump(x, f, at, to)
+        return x
+
+
+STUDENT = ConsistencyStudent

@@ -1,0 +1,95 @@
+"""The score on the way: Fréchet distance of the EMA product by the recipe's protocol. Several processes share the images."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2o.errors import UserError
+from d2o.methods.base import Generate, Method
+from d2o.metrics.collect import Workplace
+from d2o.metrics.quick import FrechetEvaluator
+from d2o.training import distributed
+
+Say = Callable[[str], None]
+
+
+def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
+    """What the recipe's `eval:` measures with; None where it measures no distance. Networks and statistics stay in memory for later calls.
+
+    UserError, as `d2o eval` words it: weights or statistics that are absent (what to fetch, where to put it), or not those of the protocol.
+    """
+    e = recipe.eval
+    if e is None or e.extractor is None:
+        return None
+    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol)
+
+
+def times(recipe: Any) -> int:
+    """Measurements of the whole run; the last one is at its end."""
+    return 0 if recipe.eval is None else -(-recipe.images // recipe.eval.every)
+
+
+def cost(recipe: Any, nfe: int) -> str:
+    """What the evaluations of a run are and take, in one line."""
+    e, many = recipe.eval, times(recipe)
+    how = f"protocol {e.protocol}, " if e.protocol else ""
+    calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
+    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {e.reference}, every {e.every:,} images: "
+            f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
+
+
+class Evaluation:
+    """Scores of a run, measured again and again."""
+
+    def __init__(self, recipe: Any, method: Method, folder: Path, device: torch.device, rank: int, world: int, say: Say):
+        self.recipe, self.method, self.work, self.device, self.rank, self.world = recipe, method, folder / "evaluation", device, rank, world
+        self.say, self.told, self.spec = say, False, method.spec()
+
+    def announce(self) -> None:
+        """Say what is measured and how much that is. UserError where it cannot be: missing weights, images of another shape."""
+        e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
+        if e is None:
+            return
+        if evaluator is None or self.spec is None:
+            if e.metric == "fd":
+                raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+            return
+        evaluator.check(self.spec)
+        self.say(cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else ""))
+
+    def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
+        """Numbers about the product; all processes call this, the first one gets them. UserError: not the metric that the recipe asks for."""
+        e, started = self.recipe.eval, time.perf_counter()
+        found = self.distance(generate, iteration) if self.spec is not None and e.extractor is not None else {}
+        if self.rank != 0:
+            return {}
+        scores = {**self.method.validate(product), **found}
+        if e.metric not in scores:
+            raise UserError(f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}")
+        if not self.told:
+            self.told, left = True, times(self.recipe) - (iteration * self.recipe.batch // e.every)
+            seconds = time.perf_counter() - started
+            if seconds >= 5 and left > 0:
+                self.say(f"that evaluation took {seconds:.0f} s; {left} more: about {left * seconds / 60:.0f} minutes")
+        return scores
+
+    def distance(self, generate: Generate, iteration: int) -> dict[str, float]:
+        e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
+        assert evaluator is not None and self.spec is not None
+        if self.world == 1:
+            return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
+        shutil.rmtree(self.work, ignore_errors=True)  # what a killed run left
+        distributed.barrier(self.world)
+        place = Workplace(self.work)
+        found = evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}")
+        distributed.barrier(self.world)
+        if self.rank == 0:
+            shutil.rmtree(self.work, ignore_errors=True)
+        return found

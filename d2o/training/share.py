@@ -1,0 +1,41 @@
+"""How an iteration fits the memory: the batch divided among processes and into micro-batches, activations recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from d2o.errors import UserError
+from d2o.methods.base import get_method
+from d2o.networks.build import set_checkpointing
+
+
+def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int], int]:
+    """(start, stop) of this process's part of the global batch, and the size of its micro-batches.
+
+    Micro-batches are contiguous and begin at multiples of their size, so that what a loss takes together (`Method.micro_multiple` samples in a
+    row) is the same on any machine. UserError: a batch that does not divide like this.
+    """
+    batch = recipe.batch
+    if batch % world:
+        raise UserError(f"batch: {batch} does not divide among {world} processes")
+    size = batch // world
+    micro = min(recipe.micro_batch or size, size)
+    if size % micro:
+        raise UserError(f"micro_batch: {micro} does not divide the {size} samples of each process")
+    together = get_method(recipe.method).micro_multiple(recipe.options)
+    if micro % together:
+        what = f"method {recipe.method} takes {together} samples in a row together"
+        if recipe.micro_batch is not None and micro == recipe.micro_batch:
+            raise UserError(f"micro_batch: {what}, and {micro} is no multiple of it", "give a multiple, or leave micro_batch away")
+        share = f"each of {world} processes has {size}" if world > 1 else f"the batch has {size}"
+        raise UserError(f"batch: {what}, and {share}", "take fewer processes, or another batch" if world > 1 else "")
+    return (rank * size, (rank + 1) * size), micro
+
+
+def checkpointed(recipe: Any, networks: Mapping[str, nn.Module]) -> None:
+    """Let those of the networks that can do it recompute their activations. UserError: none can."""
+    if not any([set_checkpointing(network, True) for network in networks.values()]):
+        raise UserError(f"checkpointing: none of the networks of method {recipe.method} can recompute its activations", "leave it away")

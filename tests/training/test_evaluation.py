@@ -1,0 +1,100 @@
+"""The score on the way: by a protocol, announced, refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d2o.cli.app import main
+from d2o.interop.safetensors_io import read_meta
+from d2o.metrics import presets
+from d2o.metrics.presets import Preset
+from d2o.recipes.load import load_recipe
+from tests.helpers import tiny_teacher
+
+RECIPE = """
+name: test
+method: ode
+teacher: {teacher}
+pairs: {{path: {pairs}, n: 32, solver: euler, steps: 2, batch: 32, shard_size: 32}}
+optim: {{lr: 1.0e-3}}
+batch: 16
+images: 96
+log_every: 1
+threads: 1
+eval: {{every: 40, protocol: tiny, seed: 7, batch: 20}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    settings = {"n": 40, "resize": "none", "quantize": "dmd_trunc", "labels": "balanced", "repeats": 3, "seed": 0}
+    for name, count in (("tiny", 1797), ("other", 50_000)):
+        preset = Preset(name, "a paper", "digits", ("is", "fd"), settings, "real:digits", count, "digits", "d2o")
+        monkeypatch.setitem(presets.PRESETS, name, preset)
+    tiny_teacher(tmp_path / "teacher.safetensors")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(teacher=tmp_path / "teacher.safetensors", pairs=tmp_path / "pairs"))
+    return path
+
+
+def d2o(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in arguments])
+    return done.value.code  # type: ignore[return-value]
+
+
+def test_a_protocol_gives_network_number_reference_and_the_making_of_images(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert d2o("train", recipe, "--out", run) == 0
+    said = capsys.readouterr().err
+    told = "Fréchet distance (protocol tiny, digits) of 40 images to real:digits, every 40 images: 120 images of 1 network call each, beside"
+    assert f"{told} training on 96" in said and said.index("evaluation:") < said.index("train ")  # before it costs anything
+    resolved = load_recipe(run / "recipe.yaml")
+    assert resolved == load_recipe(recipe) and (resolved.eval.extractor, resolved.eval.n, resolved.eval.reference) == ("digits", 40, "real:digits")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["eval"]["fd"] for line in lines if "eval" in line]
+    assert [line["images"] for line in lines if "eval" in line] == [48, 80, 96]
+    best = read_meta(run / "checkpoints" / "best.safetensors")
+    assert best["metrics"]["fd"] == min(scores)
+    # `d2o eval` of the last checkpoint under the same settings finds the same number, and another one under its own
+    again = ["eval", run / "checkpoints" / "last.safetensors", "--against", "real:digits", "--extractor", "digits", "--metrics", "fd", "--n", 40,
+             "--seed", 7, "--batch", 20, "--no-teacher-distance"]  # fmt: skip
+    found = []
+    for more in (["--quantize", "dmd_trunc", "--labels", "balanced"], []):
+        assert d2o(*again, *more, "--json", tmp_path / "eval.json") == 0
+        found.append(json.loads((tmp_path / "eval.json").read_text())["metrics"]["fd"]["value"])
+    assert found[0] == pytest.approx(scores[-1], rel=1e-6) and abs(found[1] - found[0]) > 1e-3
+
+
+def test_what_is_missing_or_wrong_is_told_before_anything_is_made(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("D2O_OFFLINE", "1")
+    for protocol, words in (("sida_cifar10", ("weights 'inception'", "put it at", "--set eval=null")),
+                            ("other", ("not the protocol other", "images of the reference: 1,797"))):  # fmt: skip
+        assert d2o("train", recipe, "--out", tmp_path / "run", "--set", f"eval.protocol={protocol}") == 2
+        err = capsys.readouterr().err
+        assert all(word in err for word in words) and "--weights" not in err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "pairs").exists()
+    assert d2o("train", recipe, "--plan", "--set", "eval.protocol=sida_cifar10") == 0
+    out = capsys.readouterr().out
+    assert "evaluation (3 x 50,000 images)" in out and "reference edm-cifar10 is not on this machine" in out
+
+
+def test_images_that_the_extractor_does_not_take_are_refused_at_once(tmp_path, capsys):
+    large = tmp_path / "large.yaml"
+    large.write_text("""
+name: large
+method: edm
+network: {arch: ddpmpp, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: [], dropout: 0.0}
+data: {path: real:digits, resolution: 12, limit: 16}
+optim: {lr: 1.0e-3}
+batch: 8
+images: 32
+eval: {every: 8, extractor: digits, n: 8, reference: real:digits}
+""")
+    assert d2o("train", large, "--out", tmp_path / "large") == 2
+    assert "12x12 pixels" in capsys.readouterr().err
+    assert not (tmp_path / "large" / "checkpoints").exists()

@@ -1,0 +1,107 @@
+"""Methods with two networks, several updates an iteration and passes of a few parameters: two processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2o.interop.safetensors_io import load_file
+from tests.helpers import tiny_teacher
+from tests.training.processes import main
+
+COMMON = """
+data: {path: real:digits, limit: 40}
+ema: {half_life: 30}
+batch: 8
+images: 32
+log_every: 1
+threads: 1
+eval: {every: 16, extractor: digits, n: 24, reference: real:digits, batch: 8}
+checkpoint: {every: 1000, keep: 0}
+"""
+DDGAN = """
+name: dd
+method: dd-gan
+network: {arch: ddgan, nf: 8, channel_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [4], nz: 8, zdim: 16, n_mlp: 1}
+dd_gan: {critic_width: 8, critic_temb: 16, r1_every: 2}
+optim: {lr: 1.0e-4, betas: [0.5, 0.9]}
+"""
+SPIGAN = """
+name: spi
+method: spi-gan
+network: {arch: style_generator, h_dim: 16, synthesis: {base: 64, max_channels: 8}}
+spi_gan:
+  r1_every: 2
+  pl_weight: 1.0
+  pl_every: 2
+  mixing_prob: 0.5
+  critic: {base: 64, max_channels: 8, mbstd_group: 0, time_dim: 16, cmap_dim: 16}
+  ada_kimg: 0.1
+  ada_interval: 1
+optim: {lr: 1.0e-3, betas: [0.0, 0.99]}
+"""
+SIDA = """
+name: sida
+method: sid
+teacher: {teacher}
+student: {{sigma: 2.5}}
+sid: {{adversarial: true, batch_pool: 4, start_g_nimg: 8, start_adv_nimg: 8}}
+optim: {{name: sgd, lr: 1.0e-6, betas: [0.0, 0.9]}}   # Adam would make steps of the rounding errors of gradients that are 0
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Folders of one process and of two, and what the two wrote to stderr."""
+    folder = tmp_path_factory.mktemp("processes")
+    recipes = []
+    tiny_teacher(folder / "teacher.safetensors")
+    for name, text in (("dd", DDGAN), ("spi", SPIGAN), ("sida", SIDA.format(teacher=folder / "teacher.safetensors"))):
+        (folder / f"{name}.yaml").write_text(text + COMMON)
+        recipes.append(str(folder / f"{name}.yaml"))
+    group = sys.modules["d2o.networks.ddgan_critic"].GROUP  # type: ignore[attr-defined]
+    try:
+        main(folder / "one", recipes)
+    finally:
+        sys.modules["d2o.networks.ddgan_critic"].GROUP = group  # type: ignore[attr-defined]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    done = subprocess.run([*torchrun, "-m", "tests.training.processes", str(folder / "two"), *recipes], capture_output=True, text=True, timeout=180,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "one", folder / "two", done.stderr
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["dd", "spi", "sida"])
+def test_two_processes_end_with_the_weights_buffers_and_controllers_of_one(runs, name):
+    one, two = (load_file(run / name / "checkpoints" / "state.safetensors")[0] for run in runs[:2])
+    assert one.keys() == two.keys()
+    start = [key for key in one if key.startswith(("network/", "ema/"))]
+    assert len(start) > 50
+    assert max((one[key].float() - two[key].float()).abs().max().item() for key in start) < 1e-5
+    torch.testing.assert_close([one[k] for k in one], [two[k] for k in one], rtol=1e-3, atol=1e-4)  # the optimisers' moments too
+
+
+@pytest.mark.parametrize("name", ["dd", "spi", "sida"])
+def test_processes_share_the_evaluation_and_choose_the_same_best(runs, name):
+    one, two = ([line["eval"] for line in log(run / name) if "eval" in line] for run in runs[:2])
+    assert len(one) == 2 and one == [pytest.approx(scores, rel=1e-3) for scores in two]
+    assert (runs[1] / name / "checkpoints" / "best.safetensors").exists()
+    assert not (runs[1] / name / "evaluation").exists()  # the work that they shared is gone
+
+
+def test_nothing_warns(runs):
+    assert "Warning" not in runs[2]
