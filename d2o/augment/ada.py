@@ -130,7 +130,8 @@ class AdaPipeline(nn.Module):
 
     def forward(self, images: Tensor, p: Tensor | float, randn: Numbers, rand: Numbers) -> Tensor:
         strengths = sample(p, randn, rand, self.kinds)
-        return self.transform(images, strengths, randn(*images.shape[1:]) if "noise" in self.kinds else None)
+        noise = randn(*images.shape[1:]) if "noise" in self.kinds else None
+        return self.transform(images, strengths, noise)
 
     def transform(self, images: Tensor, strengths: Strengths, noise: Tensor | None = None) -> Tensor:
         """`images` with those strengths, as far as the pipeline's kinds cover them; standard normal `noise` [B, C, R, R] for the kind "noise"."""
@@ -144,9 +145,9 @@ class AdaPipeline(nn.Module):
             if "color" in kinds:
                 matrix, offset = color.color_map(s.brightness, s.contrast, s.luma_flip, s.hue, s.saturation)
                 done = (s.brightness != 0) | (s.contrast != 1) | (s.luma_flip != 0) | (s.hue != 0) | (s.saturation != 1)
-                x = _where(done, color.recolor(x, matrix, offset), x)
+                x = _where(done, color.recolor, x, matrix, offset)
             if "filter" in kinds:
-                x = _where((s.bands != 1).any(1), filters.amplify(x, s.bands), x)
+                x = _where((s.bands != 1).any(1), filters.amplify, x, s.bands)
             if "noise" in kinds and noise is not None:
                 x = corrupt.add_noise(x, s.noise, noise)
             if "cutout" in kinds:
@@ -160,8 +161,14 @@ class AdaPipeline(nn.Module):
             raise UserError(f"ADA's colour transforms need images of 1 or 3 channels, not {shape[1]}", "known without them: blit, geom, b, bg")
 
 
-def _where(done: Tensor, changed: Tensor, x: Tensor) -> Tensor:
-    return torch.where(done[:, None, None, None], changed, x)
+def _where(done: Tensor, change: Callable[..., Tensor], x: Tensor, *how: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """change(x, *how) for the images that are `done`, the others as they are in `otherwise` (None: x). On a CPU only the former are computed: with
+    a small p that is next to nothing."""
+    otherwise = x if otherwise is None else otherwise
+    if x.device.type != "cpu":
+        return torch.where(done[:, None, None, None], change(x, *how), otherwise)
+    rows = done.nonzero().flatten()
+    return otherwise.index_copy(0, rows, change(x[rows], *(h[rows] for h in how))) if len(rows) else otherwise
 
 
 def _move(x: Tensor, s: Strengths, warped: bool) -> Tensor:
@@ -172,7 +179,8 @@ def _move(x: Tensor, s: Strengths, warped: bool) -> Tensor:
         geometry.quarter_turns(s.turns),
         geometry.translation((s.shift * size).round()),
     )
-    blitted = geometry.blit(x, whole)
+    mirrored = (s.flip != 0) | (s.turns != 0) | (s.shift * size).round().ne(0).any(1)
+    blitted = _where(mirrored, geometry.blit, x, whole)
     if not warped:
         return blitted
     map = geometry.after(
@@ -184,7 +192,7 @@ def _move(x: Tensor, s: Strengths, warped: bool) -> Tensor:
         geometry.translation(s.move * size),
     )
     done = (s.scale != 1) | (s.before != 0) | (s.stretch != 1) | (s.behind != 0) | (s.move != 0).any(1)
-    return _where(done, geometry.warp(x, map), blitted)
+    return _where(done, geometry.warp, x, map, otherwise=blitted)
 
 
 def numbers(batch: int, generator: torch.Generator) -> tuple[Numbers, Numbers]:

@@ -1,6 +1,6 @@
 """LMDB, one key per image, as LSUN is published: values are image files (LSUN's are WebP or JPEG), or the bytes of square RGB images.
 
-Needs the package `lmdb`, which d2o does not install: nothing else in it does.
+Needs the package `lmdb`, the extra `lsun`: nothing else in d2o does.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _lmdb(path: str = "") -> Any:
     try:
         return importlib.import_module("lmdb")
     except ImportError as error:
-        raise UserError(f"{path} is an LMDB; reading it takes the package lmdb, which is not installed", "pip install lmdb") from error
+        raise UserError(f"{path} is an LMDB; reading it takes the package lmdb, which is not installed", "pip install 'd2o[lsun]'") from error
 
 
 def _error() -> type[Exception]:
