@@ -22,7 +22,7 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
     if data and needs != "images":
         uses = "no data" if needs == "none" else f"{needs}, not on images"
         raise UserError(f"--data and --on-bad: method {recipe.method} of {recipe.name} trains on {uses}", "leave them away")
-    if start and method.product != "student":
+    if start and method.product not in ("student", "generator"):
         raise UserError(f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student", "use `d2o train`")
 
 

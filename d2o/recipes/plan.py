@@ -82,7 +82,7 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
     parts = _attempt(plan.refused, lambda: divide(recipe))
     if method is not None and parts is not None:
         if recipe.checkpointing:
-            _attempt(plan.refused, lambda: checkpointed(recipe, method.networks()))
+            _attempt(plan.refused, lambda: checkpointed(recipe, method.networks(), setup.teacher))
         _plan_training(plan, recipe, method, setup, parts[1])
     return plan
 

@@ -50,7 +50,7 @@ class Trainer:
         self.networks = {name: net.to(self.device).train() for name, net in self.method.networks().items()}
         freeze(self.networks[self.method.product], recipe.student.freeze)
         if recipe.checkpointing:
-            checkpointed(recipe, self.networks)
+            checkpointed(recipe, self.networks, setup.teacher)
         self.states = {name: module.to(self.device) for name, module in self.method.states().items()}
         if recipe.channels_last:
             for net in self.networks.values():

@@ -10,6 +10,7 @@ from torch import nn
 from d2o.errors import UserError
 from d2o.methods.base import get_method
 from d2o.networks.build import set_checkpointing
+from d2o.teachers.base import Teacher
 
 
 def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int], int]:
@@ -35,7 +36,10 @@ def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int],
     return (rank * size, (rank + 1) * size), micro
 
 
-def checkpointed(recipe: Any, networks: Mapping[str, nn.Module]) -> None:
-    """Let those of the networks that can do it recompute their activations. UserError: none can."""
+def checkpointed(recipe: Any, networks: Mapping[str, nn.Module], teacher: Teacher | None = None) -> None:
+    """Let those of the networks that can do it recompute their activations; the teacher too, as some methods take gradients through it.
+    UserError: none of the networks can."""
     if not any([set_checkpointing(network, True) for network in networks.values()]):
         raise UserError(f"checkpointing: none of the networks of method {recipe.method} can recompute its activations", "leave it away")
+    if teacher is not None and isinstance(teacher.network, nn.Module):
+        set_checkpointing(teacher.network, True)

@@ -112,3 +112,11 @@ def test_missing_images_and_options_that_would_be_ignored(recipe, tmp_path, caps
     assert run("finetune", recipe, "--from", tmp_path / "s.safetensors", "--data", tmp_path / "images", "--out", tmp_path / "run") == 2
     assert "cannot start from a student" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_spi_gan_is_trained_further(tmp_path, capsys):
+    small = ["--mini", "--set", "images=64", "--set", "batch=16", "--set", "eval=null", "--set", "preview=null"]
+    assert run("train", "spi_gan_digits", *small, "--out", tmp_path / "a") == 0
+    assert run("finetune", "spi_gan_digits", *small, "--from", tmp_path / "a", "--out", tmp_path / "b") == 0
+    assert run("finetune", "dd_gan_digits", *small, "--from", tmp_path / "a", "--out", tmp_path / "c") == 2
+    assert "continues students of dd-gan" in capsys.readouterr().err
