@@ -97,10 +97,11 @@ def write() -> None:
         sys.exit("no results/*.json; measure some rows first")
     protocol, env = records[1 if len(records) > 1 else 0]["eval"]["protocol"], records[-1]["eval"]["env"]
     seeds, halves = protocol["seeds"], records[0]["eval"]["protocol"]["n_ref"]
+    threads = " or ".join(sorted({str(r["eval"]["env"]["threads"]) for r in records}))
     footer = (
         f"Fréchet distance over {protocol['features']} features (weights {str(protocol['weights_sha256'])[:12]}), {protocol['n_gen']:,} images, "
         f"seeds {seeds[0]}..{seeds[1]} where generated, quantised to 8 bits, reference {protocol['ref']} (n = {protocol['n_ref']}; the real "
-        f"halves against each other, n = {halves}); {env['cpu']}, {env['threads']} threads, torch {env['torch']}. "
+        f"halves against each other, n = {halves}); {env['cpu']}, {threads} threads, torch {env['torch']}. "
         "Minutes are those of the run's own log: the students of `ode` on 2 cores, the others on one core beside other work. It is not FID: the features are a small classifier's."
     )
     block = f"{BEGIN}\n{table(records)}\n\n{footer}\n{END}"
