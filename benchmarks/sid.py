@@ -2,7 +2,7 @@
 
     python benchmarks/sid.py [--quick] [--device cuda] [--out FILE.json]
 
-SiD, and SiDA in its last phase (both losses), with the teacher `digits` and with a wider EDM network of random weights (on CUDA the one of CIFAR-10).
+SiD, and SiDA in its last phase (both losses), with the teacher `digits` and with a wider EDM network of random weights (CUDA: CIFAR-10's size).
 The bare iteration has the same networks, optimisers, clipping and moving average; it reads nothing, logs nothing and checks nothing. Blocks of both
 alternate in one process: the bare one runs while the loop waits in its progress callback. The median ratio of neighbouring blocks is reported.
 Target: 0.9. Peak memory is that of a process of its own for each case. Beside it what saves memory and what that costs: checkpointing, the true score

@@ -206,8 +206,8 @@ def test_committed_results_keep_their_table() -> None:
     table = results_table(records)
     assert len(table.rows) == len(records) >= 9 and {"FD(digits) ↓", "accuracy ↑", "to teacher", "NFE"} <= set(table.headers)
     values = [r["metrics"]["fd"]["value"] for r in records if r["x"]["kind"] == "student"]
-    (row,) = bold(table, "FD(digits) ↓")
-    assert records[row]["metrics"]["fd"]["value"] == min(values)
+    best = [records[row]["metrics"]["fd"]["value"] for row in bold(table, "FD(digits) ↓")]  # of each protocol: with classes, and without
+    assert min(best) == min(values)
 
 
 @pytest.mark.parametrize(
