@@ -42,6 +42,14 @@ def tiny_student(path: Path | None = None, seed: int = 1) -> Student:
     return student.eval().requires_grad_(False)
 
 
+def tiny_recipe(folder: Path, text: str) -> Path:
+    """`text`, with {teacher} and {pairs}, as a recipe file in `folder`, beside the tiny teacher that it names."""
+    tiny_teacher(folder / "teacher.safetensors")
+    path = folder / "recipe.yaml"
+    path.write_text(text.format(teacher=folder / "teacher.safetensors", pairs=folder / "pairs"))
+    return path
+
+
 class TinyText(Teacher):
     """A text teacher without a text encoder: a prompt's "embedding" is made from its bytes, and the labels 0..9 from its length."""
 

@@ -22,13 +22,12 @@ from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES
 from d2o.losses.score import denoising_loss, karras_sigma, lognormal_sigma
-from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
+from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.lpips import load_lpips
-from d2o.methods.score_networks import check_teacher, has_uncertainty, start_score, start_student
+from d2o.methods.score_networks import ScoreMethod, check_teacher, has_uncertainty, start_score, start_student
 from d2o.metrics.features import load_classifier
 from d2o.networks.build import network_config
-from d2o.networks.edm2_unet import EDM2Precond
-from d2o.teachers.base import Spec
+from d2o.networks.edm2_unet import keep_normalised
 
 Levels = Literal["karras_index", "karras_uniform", "lognormal"]
 
@@ -85,7 +84,7 @@ class Made(NamedTuple):
     labels: Tensor | None
 
 
-class DMD(Method):
+class DMD(ScoreMethod):
     Options = DMDOptions
     data = "none"
     product = "student"
@@ -104,9 +103,6 @@ class DMD(Method):
             raise UserError(f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
                             "would come out of the student", "set dmd.augment: 0")  # fmt: skip
         self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student, "score": self.score}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
@@ -140,7 +136,7 @@ class DMD(Method):
             loop.backward(loss)
             made.append(Made(x.detach(), labels))
         loop.update("student")
-        normalise(self.student.network)
+        keep_normalised(self.student.network)
         return made
 
     def score_step(self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]) -> None:
@@ -157,7 +153,7 @@ class DMD(Method):
             log["loss_score"].append(loss)
             loop.backward(loss)
         loop.update("score")
-        normalise(self.score)
+        keep_normalised(self.score)
 
     def call_student(self, loop: Loop, z: Tensor, labels: Tensor | None, micro: Batch) -> tuple[Tensor, Tensor | None]:
         """Samples from z, and from the pairs' noise where there are pairs: one call of the network for both."""
@@ -199,15 +195,6 @@ class DMD(Method):
         finally:
             network.eval()
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": network_config(self.student.network), "spec": self.student.spec, "student": self.student.record}
-
-    def spec(self) -> Spec:
-        return self.student.spec
-
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self.teacher.decode(product(noise, labels))
-
 
 def check(options: DMDOptions) -> DMDOptions:
     """The options if they fit together. UserError otherwise."""
@@ -237,12 +224,6 @@ def regression_distance(options: DMDOptions, device: torch.device) -> Callable[[
 def large(x: Tensor) -> Tensor:
     """Images in colour and of 224 px, VGG's size."""
     return F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear", align_corners=False)
-
-
-def normalise(network: nn.Module) -> None:
-    """EDM2's forced weight normalisation after a step (Karras et al. 2024, section 2.3), where the network asks for it."""
-    if isinstance(network, EDM2Precond) and network.force_wn == "post_step":
-        network.normalize_weights()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.build import build_network
-from d2o.networks.edm2_unet import EDM2Precond
+from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
 from d2o.networks.precond import Denoiser
 from d2o.teachers.base import Spec, Teacher
 
@@ -69,8 +69,7 @@ class EDM(Method):
             loop.backward(loss)
             losses.append(loss)
         loop.update("denoiser")
-        if isinstance(self.denoiser, EDM2Precond) and self.denoiser.force_wn == "post_step":
-            self.denoiser.normalize_weights()  # EDM2's forced weight normalisation (Karras et al. 2024, section 2.3)
+        keep_normalised(self.denoiser)
         return {"loss": loop.mean(losses)}
 
     def describe(self) -> dict[str, Any]:

@@ -10,12 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError
-from d2o.methods.base import Setup
+from d2o.methods.base import Method, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.edm2_unet import EDM2Precond, remove_uncertainty
 from d2o.networks.precond import Denoiser
 from d2o.students.base import Student
 from d2o.teachers.base import Spec, Teacher
+
+
+class ScoreMethod(Method):
+    """A method that trains a student and, beside it, a score network of the student's images."""
+
+    product = "student"
+    student: Student
+    score: Any  # the teacher's class of network
+    teacher: Teacher
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "score": self.score}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "student", "network": network_config(self.student.network), "spec": self.student.spec, "student": self.student.record}
+
+    def spec(self) -> Spec:
+        return self.student.spec
+
+    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        return self.teacher.decode(product(noise, labels))
 
 
 def check_teacher(method: str, teacher: Teacher | None) -> Teacher:

@@ -7,22 +7,21 @@ has the score network's encoder tell real images from the student's, by no weigh
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2o.augment import edm
 from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.losses.style import d_logistic
-from d2o.methods.base import Batch, Draws, Loop, Method, Options, Setup
-from d2o.methods.score_networks import check_real_images, check_teacher, labels_of_images, look, start_score, start_student, true_score
+from d2o.methods.base import Batch, Draws, Loop, Options, Setup
+from d2o.methods.score_networks import ScoreMethod, check_real_images, check_teacher, labels_of_images, look, start_score, start_student, true_score
 from d2o.networks.build import network_config
-from d2o.networks.edm2_unet import EDM2Precond
+from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
 from d2o.networks.precond import set_disc_map
-from d2o.teachers.base import Spec
 
 CHECK_EVERY = 20
 """Iterations between two looks at the count of bad samples, where looking waits for the device."""
@@ -69,7 +68,7 @@ class SiDOptions(Options):
         "enc_last_mean", description="the map is taken after the encoder's last block, or after the two blocks in the U-Net's middle")
 
 
-class SiD(Method):
+class SiD(ScoreMethod):
     Options = SiDOptions
     data = "none"
 
@@ -113,9 +112,6 @@ class SiD(Method):
         if o.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
             raise UserError(f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
                             "would come out of the student", "set sid.augment: 0")  # fmt: skip
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student, "score": self.score}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Algorithm 1: the score network's step, then the student's, each with fresh noises. By the images seen before this iteration: at first the
@@ -171,7 +167,7 @@ class SiD(Method):
             loop.backward(loss.mean())
             self.note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
         loop.update("score")
-        self.keep_normalised(self.score)
+        keep_normalised(self.score)
 
     def student_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]], adversarial: bool) -> None:
         """The student makes both scores agree (Algorithm 1, lines 8-12); gradients flow through both networks, whose weights are held."""
@@ -202,7 +198,7 @@ class SiD(Method):
             delta = self.per_sample((true - fake).abs(), keep).mean() / x[0].numel()
             self.note(log, loss_g=sid.mean() / x[0].numel(), delta=delta, bad_student=1 - keep.float().mean())
         loop.update("student")
-        self.keep_normalised(self.student.network)
+        keep_normalised(self.student.network)
 
     # What the steps are made of --------------------------------------------------------------------------------------------------------
 
@@ -254,24 +250,10 @@ class SiD(Method):
                 raise UserError(f"{count} samples were not finite up to iteration {iteration}", "lower optim.lr, or take sid.nan: drop with "
                                 "bad_gradients: zero, which leave them out; the last checkpoint is from before this")  # fmt: skip
 
-    def keep_normalised(self, network: nn.Module) -> None:
-        """EDM2's forced weight normalisation, after the optimiser's step; before the next pass the network does it itself, in training mode."""
-        if isinstance(network, EDM2Precond) and (network.force_wn == "post_step" or (network.force_wn == "pre_forward" and not network.training)):
-            network.normalize_weights()
-
     @staticmethod
     def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:
         for key, value in values.items():
             log.setdefault(key, []).append(value.detach())
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": network_config(self.student.network), "spec": self.student.spec, "student": self.student.record}
-
-    def spec(self) -> Spec:
-        return self.student.spec
-
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self.teacher.decode(product(noise, labels))
 
 
 def finite(*outputs: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ class Curves:
     watch: str = ""
 
 
+HIGHER_IS_BETTER = {"accuracy"}
+"""Of the scores that training takes on the way."""
+
 SIGNS = ("logit_", "diversity", "ada_p", "grad_")
 
 

@@ -296,3 +296,10 @@ def remove_uncertainty(network: nn.Module) -> None:
     if isinstance(network, EDM2Precond):
         network.logvar_fourier = network.logvar_linear = None
         network.config["logvar_channels"] = 0
+
+
+def keep_normalised(network: nn.Module) -> None:
+    """EDM2's forced weight normalisation after an optimiser's step (Karras et al. 2024, section 2.3); nothing for other networks. A network whose
+    `force_wn` is "pre_forward" does it itself before the next pass in training mode, and here in evaluation mode."""
+    if isinstance(network, EDM2Precond) and (network.force_wn == "post_step" or (network.force_wn == "pre_forward" and not network.training)):
+        network.normalize_weights()

@@ -9,14 +9,13 @@ from typing import Any
 
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, read_meta
-from d2o.metrics.curves import read_curves
+from d2o.metrics.curves import HIGHER_IS_BETTER, read_curves
 from d2o.metrics.sweep_chart import Line, sweep_chart
 from d2o.recipes.load import diff_recipes
 from d2o.recipes.sweep import Sweep
 
 FORMAT = {"format": "d2o-sweep", "version": 1}
 Record = dict[str, Any]
-HIGHER = {"accuracy"}
 
 
 def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
@@ -43,9 +42,9 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     members = [_member(folder, m.name, dict(m.settings), m.recipe.images, metric, failed) for m in sweep.members]
     members += [_member(folder, m["name"], m["settings"], m["images"], metric, {}) for m in earlier]
     members = sorted(members, key=lambda m: [_order(value) for value in m["settings"].values()])
-    better = "higher" if metric in HIGHER else "lower"
+    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
     scored = [m for m in members if m["best"] is not None]
-    best = (max if metric in HIGHER else min)(scored, key=lambda m: m["best"]["value"], default=None)
+    best = (max if metric in HIGHER_IS_BETTER else min)(scored, key=lambda m: m["best"]["value"], default=None)
     record = {
         **FORMAT, "name": sweep.base.name, "keys": [axis.key for axis in sweep.axes], "from": str(start) if start else None, "metric": metric,
         "better": better, "best": None if best is None else {"member": best["name"], "settings": best["settings"], **best["best"]},
@@ -54,7 +53,8 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "sweep.json", json.dumps(record, indent=1) + "\n")
     lines = [Line(m["name"], [(x, y) for x, y in m["curve"]], best is not None and m["name"] == best["name"]) for m in members]
-    picture = sweep_chart(sweep.base.title or sweep.base.name, lines, "Fréchet distance" if metric == "fd" else metric, metric not in HIGHER)
+    words = "Fréchet distance" if metric == "fd" else metric
+    picture = sweep_chart(sweep.base.title or sweep.base.name, lines, words, metric not in HIGHER_IS_BETTER)
     if picture:
         atomic_write(folder / "sweep.svg", picture)
     return record
@@ -87,7 +87,7 @@ def _member(folder: Path, name: str, settings: Mapping[str, Any], images: int, m
     status = "failed" if name in failed else "finished" if finished else "begun" if run.exists() else "waiting"
     best = None
     if curve and metric != "loss":  # the least of a noisy loss says nothing
-        x, y = (max if metric in HIGHER else min)(curve, key=lambda point: point[1])
+        x, y = (max if metric in HIGHER_IS_BETTER else min)(curve, key=lambda point: point[1])
         best = {"value": y, "images": x}
     return {"name": name, "folder": name, "settings": dict(settings), "state": status, "images": images, "seen": seen,
             "last": curve[-1][1] if curve else None, "best": best, "curve": curve, "error": failed.get(name)}  # fmt: skip

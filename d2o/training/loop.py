@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
+from d2o.metrics.curves import HIGHER_IS_BETTER
 from d2o.networks.freeze import freeze
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, checkpoint_meta
@@ -28,7 +29,6 @@ from d2o.training.share import checkpointed, divide
 from d2o.training.watch import Watch
 
 Progress = Callable[[int, str], None]
-HIGHER_IS_BETTER = {"accuracy"}
 
 
 class Trainer:

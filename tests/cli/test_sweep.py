@@ -14,7 +14,7 @@ from d2o.cli.app import main
 from d2o.interop.safetensors_io import read_meta
 from d2o.methods import ode
 from d2o.training.loop import Trainer
-from tests.helpers import tiny_student, tiny_teacher
+from tests.helpers import tiny_recipe, tiny_student
 
 RECIPE = """
 name: test
@@ -35,10 +35,7 @@ mini: {{images: 32}}
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    tiny_teacher(tmp_path / "teacher.safetensors")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(teacher=tmp_path / "teacher.safetensors", pairs=tmp_path / "pairs"))
-    return path
+    return tiny_recipe(tmp_path, RECIPE)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +20,7 @@ from d2o.students.base import Student, load_student
 from d2o.students.multistep import MultistepStudent
 from d2o.teachers.base import Spec, Teacher
 from tests.helpers import SPEC, TinyText, tiny_network, tiny_student, tiny_teacher
+from tests.methods.recording import Loop
 from tests.methods.test_latent import train
 from tests.networks.test_ncsnpp_z import SMALL
 
@@ -32,47 +32,6 @@ def dmd(teacher=None, start=None, student=STUDENT, **options) -> DMD:
     torch.manual_seed(0)
     setup = Setup(DMDOptions(**options), teacher=teacher or tiny_teacher(), student=student, start=start, device=CPU)
     return get_method("dmd")(setup)
-
-
-class Bare:
-    """A loop of one process that keeps what it was asked for; `size` is the micro-batch of a batch of `total`."""
-
-    def __init__(self, method, total: int = 6, size: int = 6, rate: float = 0.0):
-        self.networks, self.total, self.size, self.rate = method.networks(), total, size, rate
-        self.updated, self.gradients, self.turns, self.losses = [], {}, [], []
-
-    def micro_batches(self, batch, turn=0):
-        self.turns.append(turn)
-        for start in range(0, self.total, self.size):
-            yield batch.part(start, start + self.size), Draws(3 + 1000 * turn, start, self.size, self.total, CPU)
-
-    def backward(self, loss):
-        self.losses.append(loss.item())
-        (loss * self.size / self.total).backward()
-
-    def update(self, name):
-        parameters = [p for p in self.networks[name].parameters() if p.requires_grad]
-        self.gradients[name] = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        others = [p for other, net in self.networks.items() if other != name for p in net.parameters()]
-        assert all(p.grad is None for p in others), "the other network has gradients"
-        with torch.no_grad():
-            for p in parameters:
-                if p.grad is not None:
-                    p -= self.rate * p.grad
-                p.grad = None
-        self.updated.append(name)
-
-    def net(self, name):
-        return self.networks[name]
-
-    @contextmanager
-    def frozen(self, name):
-        self.networks[name].requires_grad_(False)
-        yield self.networks[name]
-        self.networks[name].requires_grad_(True)
-
-    def mean(self, values):
-        return torch.stack([v.detach() for v in values]).mean()
 
 
 def pairs(n: int = 6) -> Batch:
@@ -93,7 +52,7 @@ def test_an_iteration_of_dmd_is_its_algorithm():
     """Yin et al. 2024, algorithms 1 to 3: the student's step with both losses, then the score network's on the same samples."""
     method = dmd(lambda_reg=0.25, regression="l1")
     moved(method.score)
-    loop, data = Bare(method), pairs()
+    loop, data = Loop(method, total=6), pairs()
     scalars = method.step(loop, data, 0)
     assert loop.updated == ["student", "score"]
 
@@ -127,7 +86,7 @@ def test_an_iteration_of_diff_instruct_is_its_algorithm():
     """Luo et al. 2023, algorithm 1: the score network learns first, from samples of its own; then the student's step, sums over the pixels."""
     method = dmd(kind="diff_instruct", student=SimpleNamespace(sigma=1.0, init="teacher", dropout=0.3))
     moved(method.score)
-    loop = Bare(method)
+    loop = Loop(method, total=6)
     scalars = method.step(loop, Batch(), 0)
     assert loop.updated == ["score", "student"] and loop.turns == [1, 0]
     teacher, draw = tiny_teacher(), Draws(1003, 0, 6, 6, CPU)
@@ -142,7 +101,7 @@ def test_an_iteration_of_diff_instruct_is_its_algorithm():
 
     method = dmd(kind="diff_instruct", student=SimpleNamespace(sigma=1.0, init="teacher", dropout=None))
     moved(method.score)
-    loop = Bare(method)
+    loop = Loop(method, total=6)
     method.step(loop, Batch(), 0)
     draw, student = Draws(3, 0, 6, 6, CPU), tiny_network()
     z, labels = draw.randn(1, 8, 8), draw.randint(0, 10)
@@ -159,7 +118,7 @@ def test_an_iteration_of_diff_instruct_is_its_algorithm():
 def test_the_score_network_may_take_several_steps_on_new_samples():
     """DMD2's two time scales (Yin et al. 2024b, section 4.2)."""
     method = dmd(score_steps=3)
-    loop = Bare(method, rate=1e-3)
+    loop = Loop(method, lr=1e-3, total=6)
     seen = []
     handle = method.score.register_forward_pre_hook(lambda m, args: seen.append(args[0]) if torch.is_grad_enabled() else None)
     method.step(loop, Batch(), 0)
@@ -181,7 +140,7 @@ def test_micro_batches_change_nothing(options):
     for size in (6, 2):
         method = dmd(**options)
         moved(method.score)
-        loop = Bare(method, size=size, rate=1e-3)
+        loop = Loop(method, size, 1e-3, 6)
         scalars = method.step(loop, pairs(), 0)
         found.append((loop.gradients, scalars))
     (whole, log), (parts, log2) = found
@@ -244,7 +203,7 @@ def test_an_unconditional_teacher():
     method = dmd(Teacher(build_network(config), Spec("free", (1, 8, 8))), lambda_reg=0.1, regression="mse")
     data = pairs()
     data.labels = None
-    method.step(loop := Bare(method), data, 0)
+    method.step(loop := Loop(method, total=6), data, 0)
     assert loop.updated == ["student", "score"]
     assert method.generate(method.student, torch.randn(2, 1, 8, 8), None).abs().max() <= 1
 
@@ -253,7 +212,7 @@ def test_the_score_network_is_told_of_augmentations():
     network = tiny_network(augment_dim=9)
     method, told = dmd(Teacher(network, SPEC), kind="diff_instruct", augment=1.0), []
     method.score.register_forward_pre_hook(lambda m, args, kwargs: told.append(kwargs.get("augment_labels")), with_kwargs=True)
-    method.step(Bare(method), Batch(), 0)
+    method.step(Loop(method, total=6), Batch(), 0)
     assert len(told) == 2 and told[0].shape == (6, 9) and (told[0][:, 2] != 0).all() and told[1] is None
 
 
@@ -264,7 +223,7 @@ def test_edm2_learns_with_its_uncertainty_and_the_student_goes_without():
     network = build_network(config)
     torch.nn.init.ones_(network.unet.out_gain)
     method = dmd(Teacher(network, SPEC), kind="diff_instruct")
-    method.step(Bare(method, rate=1e-3), Batch(), 0)
+    method.step(Loop(method, lr=1e-3, total=6), Batch(), 0)
     assert method.score.logvar_linear.weight.square().mean().item() == pytest.approx(1, abs=1e-2)  # it learnt, and was normalised
     assert not torch.equal(method.score.logvar_linear.weight, network.logvar_linear.weight)
     assert method.student.network.unet.out_conv.weight.square().mean().item() == pytest.approx(1, abs=1e-2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from d2o.students.base import Student, load_student
 from d2o.students.multistep import MultistepStudent
 from d2o.teachers.base import Spec, Teacher
 from tests.helpers import SPEC, TinyText, tiny_network, tiny_student, tiny_teacher
+from tests.methods.recording import Loop
 from tests.methods.test_latent import train
 from tests.methods.test_methods import CPU, Images
 from tests.networks.test_ncsnpp_z import SMALL
@@ -48,51 +48,6 @@ def sid(teacher=None, start=None, student=STUDENT, images=None, batch=8, **optio
 
 def real(n: int = 8) -> Batch:
     return Batch(images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10)
-
-
-class Loop:
-    """One process with micro-batches of `size` of the method's batch; keeps losses and gradients. `lr` 0: networks stay as they are."""
-
-    def __init__(self, method: SiD, size: int | None = None, lr: float = 0.0, total: int | None = None):
-        self.total = total or method.batch
-        self.networks, self.size, self.lr = method.networks(), size or self.total, lr
-        self.losses: list[float] = []
-        self.updated: list[str] = []
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.modes: list[tuple[bool, bool]] = []
-
-    def micro_batches(self, batch, turn=0):
-        for start in range(0, self.total, self.size):
-            yield batch.part(start, start + self.size), Draws(3 + 1000 * turn, start, self.size, self.total, CPU)
-
-    def backward(self, loss):
-        self.losses.append(loss.item())
-        self.modes.append((self.networks["student"].training, self.networks["score"].training))
-        (loss * (self.size / self.total)).backward()
-
-    def update(self, name):
-        self.updated.append(name)
-        others = [p.grad for other, net in self.networks.items() if other != name for p in net.parameters()]
-        assert all(g is None for g in others), "the other network has gradients"
-        parameters = list(self.networks[name].parameters())
-        self.gradients[name] = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        with torch.no_grad():
-            for p in parameters:
-                if self.lr and p.grad is not None:
-                    p -= self.lr * p.grad
-                p.grad = None
-
-    def net(self, name):
-        return self.networks[name]
-
-    @contextmanager
-    def frozen(self, name):
-        self.networks[name].requires_grad_(False)
-        yield self.networks[name]
-        self.networks[name].requires_grad_(True)
-
-    def mean(self, values):
-        return torch.stack(values).mean().detach()
 
 
 def run(method: SiD, batch: Batch | None = None, iteration: int = 0, size: int | None = None, **more) -> tuple[dict, Loop]:

@@ -12,7 +12,7 @@ from d2o.interop.safetensors_io import read_meta
 from d2o.metrics import presets
 from d2o.metrics.presets import Preset
 from d2o.recipes.load import load_recipe
-from tests.helpers import tiny_teacher
+from tests.helpers import tiny_recipe
 
 RECIPE = """
 name: test
@@ -34,10 +34,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, count in (("tiny", 1797), ("other", 50_000)):
         preset = Preset(name, "a paper", "digits", ("is", "fd"), settings, "real:digits", count, "digits", "d2o")
         monkeypatch.setitem(presets.PRESETS, name, preset)
-    tiny_teacher(tmp_path / "teacher.safetensors")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(teacher=tmp_path / "teacher.safetensors", pairs=tmp_path / "pairs"))
-    return path
+    return tiny_recipe(tmp_path, RECIPE)
 
 
 def d2o(*arguments: object) -> int:

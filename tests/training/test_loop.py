@@ -17,7 +17,7 @@ import torch
 from d2o.cli.app import main
 from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.methods.base import METHODS
-from tests.helpers import tiny_teacher
+from tests.helpers import tiny_recipe
 
 RECIPE = """
 name: test
@@ -37,10 +37,7 @@ threads: 1
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    tiny_teacher(tmp_path / "teacher.safetensors")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(teacher=tmp_path / "teacher.safetensors", pairs=tmp_path / "pairs"))
-    return path
+    return tiny_recipe(tmp_path, RECIPE)
 
 
 def d2o(*arguments: object) -> int:
