@@ -22,7 +22,7 @@ from torch import Tensor
 from d2o.data import decode
 from d2o.data.arrays import Arrays
 from d2o.data.layouts import LAYOUTS, Source
-from d2o.data.sources import open_source
+from d2o.data.sources import LatentFiles, open_source
 from d2o.data.threads import map_threads
 from d2o.errors import UserError, unknown
 
@@ -48,14 +48,15 @@ def open_images(
     resize: str = "lanczos",
     order: str = "resize_crop",
     limit: int | None = None,
+    source: Source | None = None,
 ) -> ImageSet:
     """The images at `path` (see `layouts.LAYOUTS`), or the first `limit` of them.
 
     They are resized with the antialiased filter `resize` to a short side of `resolution` pixels and centre-cropped to a square, or, in the
     `order` "crop_resize", cropped to the centre square and then resized (which differs in the last bits). `resolution` None keeps the size,
     which all images must then share; `channels` None is 1 if every image is grey, else 3. Files that cannot be used raise a UserError that
-    names them (`on_bad` "refuse") or are left out and listed in `.bad` ("skip"). Also raises UserError for a path that is empty or of no known
-    layout, and MissingImages for one where nothing is.
+    names them (`on_bad` "refuse") or are left out and listed in `.bad` ("skip"). Also raises UserError for a path that is empty, of no known
+    layout or with latents for images, and MissingImages for one where nothing is. `source`: what lies at the path, where it is open already.
     """
     if on_bad not in ("refuse", "skip"):
         raise unknown("way to treat bad files (on_bad)", on_bad, ("refuse", "skip"))
@@ -70,11 +71,17 @@ def open_images(
     if limit is not None and limit < 1:
         raise UserError(f"the first {limit} images are none", "a limit is a number of images, at least 1")
     path = os.fspath(path)
-    name = path if path.startswith("real:") else os.path.basename(os.path.abspath(path))
-    source = open_source(path)
+    source = source or open_source(path)
+    if isinstance(source, LatentFiles):
+        raise UserError(f"{set_name(path)} holds stored latents (.npy), and images are needed here", LAYOUTS)
     if limit is not None:
         source.keep(limit)
-    return ImageSet(source, name, resolution, channels, on_bad, resize, order)
+    return ImageSet(source, set_name(path), resolution, channels, on_bad, resize, order)
+
+
+def set_name(path: str) -> str:
+    """What a set of images is called in messages and records: without its folders."""
+    return path if path.startswith("real:") else os.path.basename(os.path.abspath(path))
 
 
 class ImageSet:

@@ -30,7 +30,8 @@ ImageNet (ILSVRC 2012): 1,281,167 training images in 1000 classes. For non-comme
 ImageNet (ILSVRC 2012): 1,281,167 training images in 1000 classes. For non-commercial research only.
 - From image-net.org, after registration. EDM2's dataset_tool.py makes a zip of some hundred GB at 512 px:
   python dataset_tool.py convert --source=ILSVRC/Data/CLS-LOC/train --dest=img512.zip --resolution=512x512 --transform=center-crop-dhariwal
-- Not img512-sd.zip, which that tool encodes further: d2o wants the images, and encodes them itself.""",
+- Or what that tool makes of it: python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip: means and standard
+  deviations of the latents, 8 x 64 x 64 floats an image, 168 GB in all. Nothing is encoded in training then.""",
     "ffhq": """\
 FFHQ: 70,000 faces of 1024 px. CC BY-NC-SA 4.0 (NVIDIA); the single photographs have licences of their own.
 - images1024x1024 (89 GB) from github.com/NVlabs/ffhq-dataset. EDM's dataset_tool.py makes the zip that its statistics belong to:

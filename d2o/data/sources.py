@@ -44,6 +44,8 @@ _ODD = {".mdb": "an LMDB: unpack it, and give the folder that it lies in", ".tfr
 class Files(Source):
     """Images in a container. The fingerprint covers names, sizes in bytes and labels, not the bytes themselves."""
 
+    suffixes: tuple[str, ...] = decode.SUFFIXES
+
     def __init__(self, container: Container):
         self._container = container
         self.bad, self.notes = list(container.bad), list(container.notes)
@@ -79,7 +81,7 @@ class Files(Source):
             stem, suffix = posixpath.splitext(posixpath.basename(member.path))
             if any(part.startswith(".") or part == "__MACOSX" for part in member.path.split("/")):
                 side.append(member)
-            elif suffix.lower() in decode.SUFFIXES:
+            elif suffix.lower() in self.suffixes:
                 images.append(member)
             elif suffix.lower() in SIDE_SUFFIXES or (not suffix and stem.lower() in SIDE_NAMES):
                 side.append(member)
@@ -192,6 +194,19 @@ class Files(Source):
         return [None if top is None else numbers[top] for top in tops], class_names
 
 
+class LatentFiles(Files):
+    """Stored latents in a container: an array in each `.npy` (see latents.py)."""
+
+    suffixes = (".npy",)
+
+    def read(self, index: int) -> bytes:
+        return self._container.read(self._members[index])
+
+    def size(self, index: int) -> int:
+        """Of the file, in bytes."""
+        return self._members[index].size
+
+
 def open_source(path: str) -> Source:
     """The images `path` stands for. Raises UserError for a path that is none of `LAYOUTS`; `MissingImages` if nothing is there."""
     if path.startswith("real:"):
@@ -202,12 +217,12 @@ def open_source(path: str) -> Source:
     path = os.path.expanduser(path)
     lower = path.lower()
     if is_lmdb(path):
-        return Files(LmdbFiles(path))
+        return _files(LmdbFiles(path))
     if os.path.isdir(path):
         return _from_container(Folder(path), path)
     if not os.path.exists(path):
         if any(sign in path for sign in "*?[{"):
-            return Files(Tar(_named(_shards(path))))
+            return _files(Tar(_named(_shards(path))))
         raise MissingImages(f"no such file or folder: {path}", LAYOUTS)
     if not os.path.isfile(path):
         raise UserError(f"{path} is neither a file nor a folder", LAYOUTS)
@@ -221,7 +236,13 @@ def open_source(path: str) -> Source:
 
 
 def _from_container(container: Container, path: str) -> Source:
-    return open_cifar(container, path) or Files(container)
+    return open_cifar(container, path) or _files(container)
+
+
+def _files(container: Container) -> Files:
+    """Images, or stored latents where there are those and no images."""
+    found = {posixpath.splitext(member.path)[1].lower() for member in container.members}
+    return LatentFiles(container) if ".npy" in found and not found & set(decode.SUFFIXES) else Files(container)
 
 
 def _root(images: list[str], side: set[str]) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from d2o.data.images import ImageSet
+from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
@@ -60,7 +61,7 @@ class Setup:
     teacher: Teacher | None = None
     network: dict[str, Any] | None = None
     student: Any = None
-    images: ImageSet | None = None
+    images: ImageSet | LatentSet | None = None
     pairs: PairStore | None = None
     start: Student | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -76,8 +77,8 @@ class Setup:
 
 @dataclass
 class Batch:
-    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1], labels. Tensors [B, ...] on the device; labels int64 or None.
-    Methods that need no data get one with nothing in it: they draw what they need by the `Draws` that come with it."""
+    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1] (or stored latents), labels. Tensors [B, ...] on the device;
+    labels int64 or None. Methods that need no data get one with nothing in it: they draw what they need by the `Draws` that come with it."""
 
     labels: Tensor | None = None
     noise: Tensor | None = None
@@ -156,6 +157,7 @@ class Method(ABC):
 
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
+    stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
     product: ClassVar[str] = "student"  # which of networks() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 
@@ -177,7 +179,7 @@ class Method(ABC):
         """The networks that are trained, by name."""
 
     def states(self) -> dict[str, nn.Module]:
-        """Modules without parameters whose buffers a resumed run needs (a controller, a running mean)."""
+        """Modules that no optimiser trains and a resumed run needs: a controller, a running mean, a target network."""
         return {}
 
     @abstractmethod

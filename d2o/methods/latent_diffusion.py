@@ -50,7 +50,7 @@ class LatentDiffusion(Method):
     product = "model"
 
     def __init__(self, setup: Setup):
-        assert setup.images is not None
+        assert isinstance(setup.images, ImageSet)
         self.options: LatentDiffusionOptions = setup.options
         if not setup.images.classes or setup.images.labels is None:
             raise UserError(f"{setup.images.name} has no labels; captions are made from them", "give a folder with one sub-folder per class")

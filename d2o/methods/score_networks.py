@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.data.latents import PIXELS, LatentSet
 from d2o.errors import UserError
 from d2o.methods.base import Method, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
@@ -137,7 +138,12 @@ def check_real_images(method: str, setup: Setup, teacher: Teacher) -> None:
     if spec.space == "latent":
         if not hasattr(teacher, "latents"):
             raise UserError(f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real images")
-        wanted = (3, 8 * spec.shape[1], 8 * spec.shape[2])
-    if tuple(images.shape) != tuple(wanted):
+        wanted = (3, PIXELS * spec.shape[1], PIXELS * spec.shape[2])
+    if isinstance(images, LatentSet):
+        wanted = (2 * spec.shape[0], *spec.shape[1:])
+        if spec.space != "latent" or tuple(images.shape) != wanted:
+            need, have = (" x ".join(map(str, shape)) for shape in (spec.shape, images.shape))
+            raise UserError(f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard deviations of {have}")
+    elif tuple(images.shape) != tuple(wanted):
         need, have = (" x ".join(map(str, shape)) for shape in (wanted, images.shape))
         raise UserError(f"teacher {spec.name!r} makes images of {need}, {images.name} has {have}", "data.resolution and data.channels change them")

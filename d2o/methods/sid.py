@@ -71,6 +71,7 @@ class SiDOptions(Options):
 class SiD(ScoreMethod):
     Options = SiDOptions
     data = "none"
+    stored_latents = True
 
     @classmethod
     def needs(cls, options: SiDOptions) -> str:

@@ -27,7 +27,7 @@ from d2o.networks.freeze import freeze
 from d2o.students.base import Student, make_student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
-from d2o.teachers.registry import BUILTIN, asset, load_teacher
+from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
 from d2o.training.evaluation import times
 from d2o.training.setup import open_data, pair_folder
 from d2o.training.share import checkpointed, divide
@@ -57,14 +57,14 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch)
     if recipe.teacher:
         known = {} if teachers is None else teachers
-        setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(recipe.teacher)))
+        setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher)))
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
     if needs == "images":
         if recipe.data is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
-            setup.images = _attempt(plan.missing, lambda: _images(plan, recipe.data))
+            setup.images = _attempt(plan.missing, lambda: _images(plan, recipe.data, method_class))
     if needs == "none" and recipe.teacher is None:
         plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
         return plan
@@ -95,10 +95,10 @@ def _build(method_class: type[Method], setup: Setup) -> Method:
         return method
 
 
-def _images(plan: Plan, data: Any) -> Any:
+def _images(plan: Plan, data: Any, method: type[Method]) -> Any:
     """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them."""
     try:
-        return open_data(data)
+        return open_data(data, method)
     except MissingImages as error:
         shape = (data.channels, data.resolution, data.resolution)
         if None in shape:
@@ -135,10 +135,14 @@ def _reference(name: str) -> None:
         raise UserError(f"reference {name} is not on this machine; it is fetched from {lookup(name).url} when it is needed")
 
 
-def _teacher(name: str) -> Teacher:
+def _teacher(plan: Plan, name: str) -> Teacher:
     published = catalogue.find(name)
     if published is not None and not Path(name).exists() and catalogue.local_path(published) is None:
-        raise UserError(f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})")
+        missing = f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})"
+        if published.network is None:
+            raise UserError(missing)
+        plan.missing.append(missing)
+        return planned_teacher(published)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
     if published is not None or path.suffix == ".pkl" or (path / "model_index.json").is_file():
         teacher = load_teacher(name)
@@ -180,6 +184,8 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
     plan.memory["gradients"] = trained
     plan.memory[f"optimiser ({recipe.optim.name})"] = trained * MOMENTS[recipe.optim.name]
     plan.memory["EMA"] = product
+    kept = {name: sum(t.numel() * t.element_size() for t in state.state_dict().values()) for name, state in method.states().items()}
+    plan.memory.update({f"{name} (kept beside them)": size for name, size in kept.items() if size > 2**16})
     loop = _CountingLoop(method, micro)
     loop.run(method, _meta_batch(method, setup, micro))
     plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (2 if recipe.precision == "bf16" else 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from d2o.errors import UserError
 from d2o.interop.download import Progress, download, home, verify
@@ -26,6 +27,7 @@ class Published:
     `kind`: "nvidia" (`source` is the URL of a pickle that `interop.nvidia_pickle` reads) or "diffusers" (`source` is a repository of the
     hub, at `revision`). `solver`, `steps`, `cfg`: deterministic sampling as published. `parameters` of the denoiser; `resolution` of the
     images in pixels. `vae`: name of the autoencoder in `AUTOENCODERS` whose latents it makes, where the teacher does not bring its own.
+    `network` is what `build_network` makes the denoiser of, for plans without the file; None where only the file says it.
     `sha256` and `bytes` of the file (of the hub: of its one weights file) are None where no trustworthy source states them.
     """
 
@@ -44,6 +46,7 @@ class Published:
     bytes: int | None = None
     revision: str | None = None
     vae: str | None = None
+    network: dict[str, Any] | None = None
 
     @property
     def place(self) -> Path:
@@ -52,14 +55,23 @@ class Published:
 
 
 def _edm(name: str, file: str, about: str, steps: int, resolution: int, parameters: int) -> Published:
-    return Published(name, "nvidia", EDM_URL + file, NVIDIA_LICENCE, NVIDIA_LICENCE_URL, about, "heun", steps, 1.0, resolution, parameters)
+    arch = {"adm": "adm", "-vp": "ddpmpp", "-ve": "ncsnpp"}[name[-3:]]
+    network: dict[str, Any] = {"arch": arch, "img_resolution": resolution, "img_channels": 3}
+    network["label_dim"] = 1000 if arch == "adm" else 10 if "-cond" in name else 0
+    if arch != "adm":
+        network |= {"channel_mult": [2, 2, 2] if resolution == 32 else [1, 2, 2, 2], "augment_dim": 9}
+        network["dropout"] = {"cifar10": 0.13, "ffhq": 0.05, "afhqv2": 0.25}[name.split("-")[1]]
+    about_it = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL, about)
+    return Published(name, "nvidia", EDM_URL + file, *about_it, "heun", steps, 1.0, resolution, parameters, network=network)
 
 
 def _edm2(size: str, snapshot: str, parameters: int) -> Published:
     about = f"EDM2-{size.upper()}, ImageNet 512x512 in the latents of sd-vae-ft-mse, the EMA of the best FID without guidance"
     url = f"{EDM2_URL}edm2-img512-{size}-{snapshot}.pkl"
     licence = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL)
-    return Published(f"edm2-img512-{size}", "nvidia", url, *licence, about, "heun", 32, 1.0, 512, parameters, vae="sd-vae-ft-mse")
+    network: dict[str, Any] = {"arch": "edm2", "preset": size, "img_resolution": 64, "img_channels": 4, "label_dim": 1000}
+    vae = "sd-vae-ft-mse"
+    return Published(f"edm2-img512-{size}", "nvidia", url, *licence, about, "heun", 32, 1.0, 512, parameters, vae=vae, network=network)
 
 
 TEACHERS = {

@@ -72,9 +72,13 @@ class EDM2LatentTeacher(Teacher):
         return decode(self.autoencoder(), x)
 
     def latents(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> diffusion latents [B, 4, H/8, W/8] drawn by standard normal `noise` of that shape."""
+        """Images [B, 3, H, W] in [-1, 1], or stored means and standard deviations [B, 8, H/8, W/8] of their raw latents -> diffusion latents
+        [B, 4, H/8, W/8] drawn by standard normal `noise` of that shape."""
         if noise.device.type == "meta":  # a plan, which needs no autoencoder
             return torch.empty_like(noise)
+        if images.shape[1] == 2 * len(MEAN):
+            mean, std = images.chunk(2, dim=1)
+            return draw(mean, std, noise)
         return draw(*encode(self.autoencoder(), images), noise).clone()  # no inference tensors: they may meet autograd
 
     def autoencoder(self) -> Any:

@@ -129,15 +129,30 @@ def _nvidia(path: Path, device: str | torch.device, dtype: torch.dtype | None, p
     config = found.config()
     network = load_weights(config, found.state_dict, path, assign=True)
     assert isinstance(network, Denoiser)
+    name, steps = (published.name, published.steps) if published else (path.stem, found.steps)
+    return _edm_family(network, config, name, steps, found.space, device, dtype)
+
+
+def planned_teacher(published: Published) -> Teacher:
+    """A published teacher without its weights, on the meta device: what a plan needs of it. Its `network` must be known."""
+    assert published.network is not None
+    with torch.device("meta"):
+        network = build_network(published.network)
+    assert isinstance(network, Denoiser)
+    space = "pixel" if published.vae is None else "latent"
+    return _edm_family(network.eval().requires_grad_(False), published.network, published.name, published.steps, space, "meta", None)
+
+
+def _edm_family(
+    network: Denoiser, config: dict[str, Any], name: str, steps: int, space: str, device: str | torch.device, dtype: torch.dtype | None
+) -> Teacher:
     size, classes = config["img_resolution"], config.get("label_dim", 0)
-    latent = found.space == "latent"
     spec = Spec(
-        published.name if published else path.stem, (config["img_channels"], size, size), found.space, "label" if classes else "none", classes,
-        sigma_min=max(0.002, network.sigma_min), sigma_max=min(80.0, network.sigma_max), licence=NVIDIA_LICENCE,
-        steps=published.steps if published else found.steps,
+        name, (config["img_channels"], size, size), space, "label" if classes else "none", classes,
+        sigma_min=max(0.002, network.sigma_min), sigma_max=min(80.0, network.sigma_max), licence=NVIDIA_LICENCE, steps=steps,
         guidable=False,  # EDM and EDM2 dropped no classes; EDM2 is guided by another network
     )  # fmt: skip
-    teacher = EDM2LatentTeacher(network, spec, device, dtype) if latent else Teacher(network, spec, device, dtype)
+    teacher = EDM2LatentTeacher(network, spec, device, dtype) if space == "latent" else Teacher(network, spec, device, dtype)
     teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
     return teacher
 

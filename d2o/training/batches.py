@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2o.data.images import ImageSet, to_float
+from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
 from d2o.methods.base import Batch
 
@@ -25,7 +26,7 @@ class Batches:
     The next batch is read by a thread while the current one is computed.
     """
 
-    def __init__(self, source: ImageSet | PairStore | None, batch: int, seed: int, share: tuple[int, int], device: torch.device,
+    def __init__(self, source: ImageSet | LatentSet | PairStore | None, batch: int, seed: int, share: tuple[int, int], device: torch.device,
                  indices: Tensor | None = None, xflip: bool = False):  # fmt: skip
         self.source, self.batch, self.seed, self.share, self.device, self.xflip = source, batch, seed, share, device, xflip
         self.indices = torch.arange(len(source)) if indices is None and source is not None else indices
@@ -72,8 +73,8 @@ class Batches:
         return Batch(images=self.source.images(index), labels=None if self.source.labels is None else self.source.labels[index])
 
     def finish(self, iteration: int, images: Tensor) -> Tensor:
-        """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`."""
-        x = to_float(images)
+        """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`. Stored latents stay as they are."""
+        x = to_float(images) if images.dtype == torch.uint8 else images
         if self.xflip:
             generator = torch.Generator().manual_seed(mix(self.seed, "xflip", iteration))
             flip = torch.rand(self.batch, generator=generator)[self.share[0] : self.share[1]] < 0.5

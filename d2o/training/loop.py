@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.data.latents import LatentSet
 from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.curves import HIGHER_IS_BETTER
@@ -226,7 +227,8 @@ class Trainer:
         if recipe.preview is None or spec is None:
             return None
         steps = recipe.pairs.steps if recipe.pairs else 18
-        return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, self.setup.images, steps, self.device)
+        images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
+        return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
 
     def evaluate(self, log: RunLog | None, images: int) -> None:
         """Score the EMA product; the first process keeps it as `best` if it is."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from d2o.data.images import ImageSet, open_images
+from d2o.data.images import ImageSet
 from d2o.data.known import GET
+from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import MissingImages, UserError
-from d2o.methods.base import Setup, get_method
+from d2o.methods.base import Method, Setup, get_method
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
@@ -48,13 +49,20 @@ def pair_settings(recipe: Any) -> PairSettings:
     return PairSettings(recipe.teacher, **{name: getattr(pairs, name) for name in names})
 
 
-def open_data(data: Any) -> ImageSet:
-    """The images of a recipe's `data:` section. MissingImages, with how to get them, if nothing is at the path; UserError as `open_images`."""
+def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
+    """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is at the path; UserError as
+    `open_set`, or: the method takes no stored latents."""
     try:
-        return open_images(data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit)
+        found = open_set(data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit)
     except MissingImages as error:
         about = "" if data.get is None else GET.get(data.get, data.get).strip() + "\n"
         raise MissingImages(error.message, about + error.hint) from error
+    if isinstance(found, LatentSet):
+        if not method.stored_latents:
+            raise UserError(f"{found.name} holds stored latents, and this method takes images")
+        if data.xflip:
+            raise UserError("data.xflip: stored latents are not mirrored: the latent of a mirrored image is another", "store both when encoding")
+    return found
 
 
 def prepare(
@@ -80,7 +88,7 @@ def prepare(
     if needs == "images":
         if recipe.data is None:
             raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
-        setup.images = open_data(recipe.data)
+        setup.images = open_data(recipe.data, method)
         for note in setup.images.notes:
             say(f"{recipe.data.path}: {note}")
         for name, why in setup.images.bad:

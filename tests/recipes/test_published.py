@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from d2o.methods.sid import SiD
 from d2o.metrics.tables import load_table, table_names
-from d2o.networks.build import build_network
 from d2o.recipes.load import find_recipe, load_recipe
 from d2o.recipes.plan import make_plan
-from d2o.teachers.base import Spec, Teacher
-from d2o.teachers.edm2_latents import EDM2LatentTeacher
 
 FIRST = {32: 3 * 32 * 32 * 512 + 512, 256: 3 * 256 * 256 * 512 + 512}  # Table 6
 R = 512 * 512 + 512  # Table 7, one layer
@@ -136,26 +132,11 @@ def test_their_tables_have_their_recipes_and_their_recipes_the_tables_numbers():
             find_recipe(row.recipe)
 
 
-def edm_teacher(name):
-    """A published teacher without its weights."""
-    config = {"arch": "ddpmpp", "img_resolution": 32 if "cifar" in name else 64, "img_channels": 3, "label_dim": 10 if "cond" in name else 0,
-              "channel_mult": [2, 2, 2] if "cifar" in name else [1, 2, 2, 2], "augment_dim": 9}  # fmt: skip
-    if name == "edm-imagenet64-adm":
-        config = {"arch": "adm", "img_resolution": 64, "img_channels": 3, "label_dim": 1000}
-    if name.startswith("edm2"):
-        config = {"arch": "edm2", "img_resolution": 64, "img_channels": 4, "label_dim": 1000, "model_channels": 192}
-    with torch.device("meta"):
-        network = build_network(config)
-    size, classes, latent = config["img_resolution"], config["label_dim"], name.startswith("edm2")
-    spec = Spec(name, (config["img_channels"], size, size), "latent" if latent else "pixel", "label" if classes else "none", classes)
-    return (EDM2LatentTeacher if latent else Teacher)(network, spec, torch.device("meta"))
-
-
 @pytest.mark.parametrize(("name", "memory"), [("sida_cifar10_cond", 13.0), ("sid2a_edm2_512_s", None)])
 def test_plans_count_what_was_published(name, memory):
     recipe = load_recipe(name)
     n = SIZES[recipe.teacher]
-    plan = make_plan(recipe, teachers={recipe.teacher: edm_teacher(recipe.teacher)})
+    plan = make_plan(recipe)
     head = 128 if name.endswith("_s") else 0  # EDM2's uncertainty: a student has none, nor has this score network
     assert plan.networks == {"teacher (frozen)": n, "student": n - head, "score": n - head} and not plan.refused
     if memory:  # Table 8, in GB of each GPU

@@ -10,6 +10,7 @@ from d2o.errors import UserError
 from d2o.interop import download
 from d2o.teachers import catalogue
 from d2o.teachers.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
+from d2o.teachers.registry import planned_teacher
 
 EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [f"edm-{d}-{v}" for d in ("ffhq", "afhqv2") for v in ("vp", "ve")]
 EDM2 = [f"edm2-img512-{size}" for size in ("xs", "s", "m", "l", "xl", "xxl")]
@@ -58,6 +59,18 @@ def test_sampling_as_published():
     for name, cfg, resolution in (("sd15", 3.0, 512), ("sdxl", 7.0, 1024)):
         entry = find(name)
         assert (entry.solver, entry.steps, entry.cfg, entry.resolution) == ("ddim", 50, cfg, resolution)
+
+
+@pytest.mark.parametrize("name", [*EDM, "edm-imagenet64-adm", *EDM2])
+def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
+    published = find(name)
+    teacher = planned_teacher(published)
+    assert sum(p.numel() for p in teacher.network.parameters()) == published.parameters
+    assert all(p.device.type == "meta" and not p.requires_grad for p in teacher.network.parameters())
+    spec = teacher.spec
+    assert (spec.space, spec.classes, spec.steps) == ("latent" if name in EDM2 else "pixel", {"cond": 10, "uncond": 0}.get(name.split("-")[2],
+            0 if "hq" in name else 1000), published.steps)  # fmt: skip
+    assert spec.shape[1] == published.resolution // (8 if name in EDM2 else 1)
 
 
 def test_a_file_put_there_by_hand_is_taken(home):

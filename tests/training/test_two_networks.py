@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -142,3 +143,19 @@ def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, mon
     whole, parts = ([{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if line["iteration"] % 10 == 0] for lines in logs)
     assert whole == parts and whole[1]["r1"] == 16 and "r1" not in whole[2]  # the mean over the iterations that have it
     assert [line.get("watch") for line in whole[:5]] == [None] * 4 + ["stable"]
+
+
+def test_in_bf16_what_comes_after_an_update_sees_the_new_weights(recipe, tmp_path):
+    """Autocast keeps the halved weights of its first call: the generator's turn would have the critic from before its step."""
+    z, seen = torch.ones(1, 1), []
+
+    class Watched(TinyGAN):
+        def step(self, loop, batch, iteration):
+            self.critic(z)
+            result = super().step(loop, batch, iteration)
+            seen.append((self.critic(z), copy.deepcopy(self.critic)(z)))  # the copy's weights are in no cache
+            return result
+
+    sys.modules["tests.tiny_gan_method"].METHOD = Watched
+    train(recipe("precision=bf16", "images=640"), tmp_path / "run")
+    assert len(seen) == 10 and all(torch.equal(mine, fresh) for mine, fresh in seen)
