@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-EVAL = "d2o eval {x} --against {reference} --name {name} --json {json}"
+EVAL = "d2o eval {x} --against {reference} --name {name}{repeats} --json {json}"
+REPEATS = 5
+"""Blocks of seeds that what is generated is measured on; the table shows mean and standard deviation."""
 
 ROWS: dict[str, dict[str, Any]] = {
     "real_halves": {"name": "real halves", "x": "real:digits/a", "reference": "real:digits/b"},
@@ -35,9 +37,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "sida": {"name": "SiDA", "train": "sida_digits", "set": "threads=1"},
     "sid2a": {"name": "SiD2A", "train": "sid2a_digits", "from": "runs/sid_digits", "set": "threads=1"},
     "cd": {"name": "CD", "train": "cd_digits", "set": "threads=1"},
+    "cd_2": {"name": "CD, 2 calls", "train": "cd_digits", "set": "threads=1", "with": "--steps 2"},
     "cd_i": {"name": "CD-I", "train": "cd_i_digits", "set": "threads=1"},
     "pd": {"name": "PD", "train": "pd_digits", "set": "threads=1"},
     "ctm": {"name": "CTM", "train": "ctm_digits", "set": "threads=1"},
+    "ctm_2": {"name": "CTM, 2 calls", "train": "ctm_digits", "set": "threads=1", "with": "--steps 2"},
     "dmd": {"name": "DMD", "train": "dmd_digits", "set": "threads=1"},
     "diff_instruct": {"name": "Diff-Instruct", "train": "diff_instruct_digits", "set": "threads=1"},
 }
@@ -48,7 +52,9 @@ def commands(row: str) -> list[str]:
     """The command lines that make a row, as a reader would type them."""
     spec, train = ROWS[row], ROWS[row].get("train")
     x = spec.get("x") or f"runs/{train}/checkpoints/last.safetensors"
-    line = EVAL.format(x=x, reference=spec.get("reference", "real:digits"), name=shlex.quote(spec["name"]), json=f"runs/results/{row}.json")
+    x += f" {spec['with']}" if "with" in spec else ""
+    line = EVAL.format(x=x, reference=spec.get("reference", "real:digits"), name=shlex.quote(spec["name"]),
+                       repeats="" if x.startswith("real:") else f" --repeats {REPEATS}", json=f"runs/results/{row}.json")
     settings = f" --set {spec['set']}" if "set" in spec else ""  # part of what `--resume` compares
     verb, start = ("finetune", f" --from {spec['from']}") if "from" in spec else ("train", "")
     return ([f"d2o {verb} recipes/{train}.yaml{start}{settings} --resume"] if train else []) + [line]
@@ -83,7 +89,7 @@ def cells(record: dict[str, Any]) -> list[str]:
     accuracy = accuracy["value"] if accuracy else None
     return [
         record["name"],
-        f"{metrics['fd']['value']:.2f}",
+        f"{metrics['fd']['value']:.2f}" + (f" ± {metrics['fd']['std']:.2f}" if metrics["fd"].get("std") else ""),
         "" if accuracy is None else f"{100 * accuracy:.1f} %",
         str(record["eval"]["x"].get("nfe", "")),
         f"{speed['samples_per_s']:,.0f}" if speed.get("samples_per_s") else "",
@@ -109,9 +115,10 @@ def write() -> None:
     seeds, halves = protocol["seeds"], records[0]["eval"]["protocol"]["n_ref"]
     threads = " or ".join(sorted({str(r["eval"]["env"]["threads"]) for r in records}))
     footer = (
-        f"Fréchet distance over {protocol['features']} features (weights {str(protocol['weights_sha256'])[:12]}), {protocol['n_gen']:,} images, "
-        f"seeds {seeds[0]}..{seeds[1]} where generated, quantised to 8 bits, reference {protocol['ref']} (n = {protocol['n_ref']}; the real "
-        f"halves against each other, n = {halves}); {env['cpu']}, {threads} threads, torch {env['torch']}. "
+        f"Fréchet distance over {protocol['features']} features (weights {str(protocol['weights_sha256'])[:12]}), {protocol['n_gen']:,} images at "
+        f"a time, seeds {seeds[0]}..{seeds[1]} where generated (mean and standard deviation of {REPEATS} blocks, the same ones in every row: what "
+        f"is hard for one is hard for all), quantised to 8 bits, reference {protocol['ref']} (n = {protocol['n_ref']}; the real halves against each "
+        f"other, n = {halves}); {env['cpu']}, {threads} threads, torch {env['torch']}. "
         "Minutes are those of the run's own log: the students of `ode` on 2 cores, the others on one core beside other work. "
         "It is not FID: the features are a small classifier's."
     )

@@ -46,13 +46,15 @@ class Exported:
 
 def export_checkpoint(
     checkpoint: str | Path, file_format: str, out: str | Path | None = None, *, opset: int | None = None, dtype: str | None = None,
-    check_n: int = 16, tolerance: float | None = None, force: bool = False, say: Callable[[str], None] = lambda message: None,
+    student_sigma: float | None = None, check_n: int = 16, tolerance: float | None = None, force: bool = False,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Exported:  # fmt: skip
     """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program or safetensors; or a
     text-to-image teacher as a diffusers folder.
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For diffusers: the folder
-    itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16. The file is compared
+    itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16. `student_sigma`: the
+    checkpoint is a pickle of NVIDIA's kind that holds a one-step student, called at this noise level. The file is compared
     with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute difference of outputs in -1 to 1) is 1e-4 by default,
     0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with the input, a missing package, a difference above the tolerance, or another
     file of that name (unless `force`); nothing is written then.
@@ -72,8 +74,10 @@ def export_checkpoint(
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise UserError(f"--tolerance {tolerance}: expected a positive number")
     if file_format == "diffusers":
+        if student_sigma is not None:
+            raise UserError("--student-sigma is for --format onnx, program and safetensors; diffusers takes text-to-image teachers")
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
-    source = open_source(checkpoint)
+    source = open_source(checkpoint, student_sigma)
     target = _target(source, checkpoint, file_format, precision, out)
     if file_format in ("onnx", "program"):
         for_graph(source)

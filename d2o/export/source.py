@@ -99,9 +99,12 @@ def find_checkpoint(path: str | Path) -> Path:
     return resolve_checkpoint(path)
 
 
-def open_source(path: str | Path) -> Source:
-    """Load a student or teacher checkpoint on the CPU. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
+def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
+    """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step student, called at that noise
+    level. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
     path = find_checkpoint(path)
+    if student_sigma is not None:
+        return _pickled_student(path, student_sigma)
     meta = _nvidia_meta(path) if path.suffix == ".pkl" else read_meta(path)
     kind = meta.get("kind") if isinstance(meta, dict) else None
     if kind not in ("student", "teacher"):
@@ -133,6 +136,20 @@ def _nvidia_meta(path: Path) -> dict[str, Any]:
     teacher = load_teacher(path)
     source = {"file": path.name, "sha256": file_sha256(path)}
     return checkpoint_meta("teacher", network_config(teacher.network), teacher.spec, converted_from=source)
+
+
+def _pickled_student(path: Path, sigma: float) -> Source:
+    """What the authors of SiD, SiDA and GDD published: the files do not say that they are students, nor their noise level."""
+    if path.suffix != ".pkl":
+        raise UserError(f"--student-sigma is for pickles of NVIDIA's kind, which do not say what they are; {path} does", "leave it away")
+    teacher = load_teacher(path)
+    if not 0 < sigma <= teacher.spec.sigma_max:
+        raise UserError(f"--student-sigma {sigma:g}: expected a noise level above 0, at most {teacher.spec.sigma_max:g}", "SiD and SiDA: 2.5")
+    student = Student(teacher.network, teacher.spec, sigma).eval()
+    meta = checkpoint_meta("student", network_config(student.network), student.spec, student=student.record, recipe={}, metrics={}, provenance=[],
+                           teacher={"name": "unstated", "licence": teacher.spec.licence},
+                           converted_from={"file": path.name, "sha256": file_sha256(path)})  # fmt: skip
+    return Source(path, "student", student.spec, meta, student.network, student.fingerprint, StudentCall(student).eval())
 
 
 def _student(path: Path) -> tuple[nn.Module, Spec, str, nn.Module]:

@@ -51,7 +51,7 @@ def evaluate_all(
 ) -> Iterator[Evaluation]:
     """One evaluation for each X, in order, each as soon as it is done. `place`: where passes are kept, for its owner to close.
 
-    UserError as `evaluate_one`, and for a wrong number of names.
+    UserError as `evaluate_one`, for a wrong number of names, and for --steps of a single X that takes none.
     """
     if request.names and len(request.names) != len(request.xs):
         raise UserError(f"{len(request.names)} --name for {len(request.xs)} X", "give one --name for each X, in their order, or none")
@@ -76,6 +76,10 @@ def evaluate_all(
         notes: list[str] = []
         if request.teacher_distance or any(want.needs_teacher for want in wants):
             teacher, notes = reference_teacher(x, request.teacher, settings, request.device)
+        if settings.steps is not None and request.preset is None and not (isinstance(x, Generator) and "steps" in x.record):
+            if len(request.xs) == 1:
+                raise UserError(f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away")
+            notes.append(f"--steps is not for {text}")
         plan = Plan(wants, main, tools, teacher, request.teacher_distance, request.latency, request.neighbours, request.grid, notes)
         reference = _reference(x, plan, request, settings, place, meter, references)
         if request.preset is not None:

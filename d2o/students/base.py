@@ -13,6 +13,7 @@ from d2o import __version__
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec, check_labels
 from d2o.teachers.registry import load_weights
 
@@ -63,7 +64,11 @@ class Student(nn.Module):
         return self.network(noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Diffusion space -> images in [-1, 1]."""
+        """Diffusion space -> images in [-1, 1]. UserError: latents that only the teacher can decode."""
+        if self.spec.latents == edm2_latents.LATENTS:
+            return edm2_latents.decode(edm2_latents.autoencoder(x.device), x)
+        if self.spec.space == "latent":
+            raise UserError(f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become images")
         return x.clamp(*self.spec.value_range)
 
     @property

@@ -19,7 +19,8 @@ from d2o.interop.safetensors_io import tensors_sha256
 @dataclass(frozen=True)
 class Spec:
     """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space` "pixel" or "latent"; `condition` "none", "label", "text";
-    `classes` 0 unless labels; values in `value_range` (pixel space); `solver` and `steps` as the teacher is usually sampled; `guidable` False
+    `classes` 0 unless labels; values in `value_range` (pixel space); `latents`: whose latents, so that students can decode them without their teacher
+    ("edm2": `d2o.teachers.edm2_latents`; "": only the teacher knows); `solver` and `steps` as the teacher is usually sampled; `guidable` False
     for one by class that was trained without ever dropping the class."""
 
     name: str
@@ -34,6 +35,7 @@ class Spec:
     solver: str = "heun"
     steps: int = 18
     guidable: bool = True
+    latents: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -5,20 +5,26 @@ The autoencoder's own scaling factor (0.18215) is not used, and the pixels are n
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
 from d2o.teachers import catalogue
-from d2o.teachers.base import Teacher
+from d2o.teachers.base import Spec, Teacher
 
 MEAN = (5.81, 3.25, 0.12, -2.15)
 STD = (4.17, 4.62, 3.71, 3.28)
 """Statistics of the raw latents over ImageNet, per channel."""
+LATENTS = "edm2"
+"""What `Spec.latents` says of them."""
+AT_ONCE = 4
+"""Images decoded or encoded at a time, in float32 whatever is asked for around it: at 512 px they take about 10 GB meanwhile."""
 SIGMA_DATA = 0.5
 """Standard deviation of the latents that the diffusion model sees."""
 
@@ -41,15 +47,19 @@ def decode(vae: Any, x: Tensor) -> Tensor:
 
     EDM2 makes bytes of these by cutting off (trunc(255 p), p in [0, 1]), EDM by rounding.
     """
-    pixels = vae.decode(from_diffusion(x.to(torch.float32)).to(vae.dtype)).sample
+    raw = from_diffusion(x.to(torch.float32)).to(vae.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        pixels = torch.cat([vae.decode(part).sample for part in raw.split(AT_ONCE)])
     return pixels.to(torch.float32).clamp(0, 1) * 2 - 1
 
 
 @torch.inference_mode()
 def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images [B, 3, H, W] in [-1, 1] -> (mean, std) of their raw latents, both [B, 4, H/8, W/8] float32: what EDM2's data sets store."""
-    distribution = vae.encode(((images + 1) / 2).to(vae.dtype)).latent_dist
-    return distribution.mean.to(torch.float32), distribution.std.to(torch.float32)
+    pixels = ((images + 1) / 2).to(vae.dtype)
+    with torch.autocast(images.device.type, enabled=False):
+        found = [vae.encode(part).latent_dist for part in pixels.split(AT_ONCE)]
+    return torch.cat([part.mean for part in found]).to(torch.float32), torch.cat([part.std for part in found]).to(torch.float32)
 
 
 def draw(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -68,8 +78,11 @@ def _affine(x: Tensor) -> tuple[Tensor, Tensor]:
 class EDM2LatentTeacher(Teacher):
     """EDM2 in latent space. The autoencoder is fetched and loaded when something is decoded, not before."""
 
+    def __init__(self, network: nn.Module, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+        super().__init__(network, replace(spec, latents=LATENTS), device, dtype)
+
     def decode(self, x: Tensor) -> Tensor:
-        return decode(self.autoencoder(), x)
+        return decode(autoencoder(self.device), x)
 
     def latents(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], or stored means and standard deviations [B, 8, H/8, W/8] of their raw latents -> diffusion latents
@@ -79,12 +92,13 @@ class EDM2LatentTeacher(Teacher):
         if images.shape[1] == 2 * len(MEAN):
             mean, std = images.chunk(2, dim=1)
             return draw(mean, std, noise)
-        return draw(*encode(self.autoencoder(), images), noise).clone()  # no inference tensors: they may meet autograd
+        return draw(*encode(autoencoder(self.device), images), noise).clone()  # no inference tensors: they may meet autograd
 
-    def autoencoder(self) -> Any:
-        if not hasattr(self, "vae"):
-            self.vae = load_autoencoder(catalogue.fetch(catalogue.AUTOENCODERS["sd-vae-ft-mse"])).to(self.device)
-        return self.vae
+
+@functools.cache
+def autoencoder(device: torch.device) -> Any:
+    """sd-vae-ft-mse, fetched where it is not here; the same one for all who decode on a device. UserError: no network, damaged."""
+    return load_autoencoder(catalogue.fetch(catalogue.AUTOENCODERS["sd-vae-ft-mse"])).to(device)
 
 
 def load_autoencoder(path: Path) -> Any:

@@ -48,6 +48,7 @@ def test_table_json_and_report(work: Path) -> None:
     assert "mine" in out and "theirs" in out and "FD(digits)" in out and "edm_round" in out and "real:digits, n = 1,797" in out
     records = json.loads(Path("e.json").read_text())
     assert [r["name"] for r in records] == ["mine", "theirs"] and [r["x"]["nfe"] for r in records] == [1, 3]
+    assert "--steps is not for student.safetensors" in records[0]["notes"] and "--steps is not for teacher.safetensors" not in records[1]["notes"]
     assert records[0]["grid"]["teacher_png"] and records[0]["protocol"]["n_gen"] == 20
     assert "Samples from equal noise" in Path("r.html").read_text()
     assert not [p for p in work.iterdir() if p.name.endswith(".tmp")]
@@ -78,6 +79,7 @@ def test_statistics_need_no_reference_and_serve_as_one(work: Path) -> None:
         (["digitz"], "did you mean 'digits'"),
         (["student.safetensors", "--extractor", "inceptn", "--against", "real:digits"], "unknown extractor"),
         (["teacher.safetensors", "--solver", "hoin", "--against", "real:digits"], "unknown solver"),
+        (["student.safetensors", "--steps", "2", "--against", "real:digits"], "neither a teacher nor a student that takes several steps"),
         (["student.safetensors", "--run", "x", "--against", "real:digits"], "add --report|training curves in a report"),
         (["student.safetensors", "digits", "--save-stats", "x.npz"], "one X"),
         (["student.safetensors", "--save-stats", "x.txt"], "an .npz file"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import d2o
+from d2o.cli.app import main
 from d2o.errors import UserError
 from d2o.export.exporter import export_checkpoint
 from d2o.interop.safetensors_io import file_sha256, load_file, read_meta, save_file
@@ -81,3 +82,32 @@ def test_nvidias_pickle_becomes_a_checkpoint(tmp_path, name):
         after.guided(x, 2.0, label, 3.0)
     half = export_checkpoint(done.path, "safetensors", tmp_path / "h.safetensors", dtype="fp16")
     assert half.path.stat().st_size < 0.6 * done.path.stat().st_size
+
+
+def test_a_published_student_in_a_pickle_becomes_a_student(tmp_path, capsys):
+    """The authors of SiD publish EDM's networks in EDM's pickles; only their readme says that they are called once, at 2.5."""
+    pickle = Path(__file__).parents[1] / "golden" / "edm" / "edm-ddpmpp.pkl"
+    before = d2o.load_teacher(pickle)
+    with pytest.raises(SystemExit) as done:
+        main(["export", str(pickle), "--format", "safetensors", "--student-sigma", "2.5", "--out", str(tmp_path / "sid.safetensors")])
+    assert done.value.code == 0 and "CC BY-NC-SA 4.0" in capsys.readouterr().out
+    student = d2o.load_student(tmp_path / "sid.safetensors")
+    z, label = torch.randn(3, *before.spec.shape), torch.tensor([0, 4, 9])
+    with torch.no_grad():
+        torch.testing.assert_close(student(z, label), before.denoise(2.5 * z, 2.5, label))
+    assert student.sigma == 2.5 and student.meta["converted_from"] == {"file": pickle.name, "sha256": file_sha256(pickle)}
+    assert "distil" in (tmp_path / "sid.safetensors.md").read_text()
+
+
+@pytest.mark.parametrize(("given", "sigma", "words"), [
+    ("edm-ddpmpp.pkl", 0.0, "--student-sigma 0: expected a noise level above 0, at most 80"),
+    ("edm-ddpmpp.pkl", 81.0, "at most 80"),
+    ("digits", 2.5, "--student-sigma is for pickles of NVIDIA's kind"),
+])  # fmt: skip
+def test_noise_levels_of_published_students_that_cannot_be(given, sigma, words, tmp_path):
+    pickle = Path(__file__).parents[1] / "golden" / "edm" / given
+    with pytest.raises(UserError, match=words):
+        export_checkpoint(pickle if pickle.exists() else given, "safetensors", tmp_path / "x.safetensors", student_sigma=sigma)
+    with pytest.raises(UserError, match="diffusers takes text-to-image teachers"):
+        export_checkpoint("tiny-sd", "diffusers", tmp_path / "d", student_sigma=2.5)
+    assert not list(tmp_path.iterdir())

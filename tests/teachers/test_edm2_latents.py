@@ -1,9 +1,17 @@
 """EDM2's latent space: the published statistics, and the autoencoder on pixels in [0, 1]."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from d2o.data.images import open_images
+from d2o.errors import UserError
 from d2o.interop.torchvision_compat import ensure
+from d2o.networks.edm2_unet import EDM2Precond
+from d2o.students.base import Student, load_student, save_student
+from d2o.teachers import edm2_latents
+from d2o.teachers.base import Spec
 from d2o.teachers.edm2_latents import decode, draw, encode, from_diffusion, to_diffusion
 
 
@@ -55,3 +63,28 @@ def test_encoding(vae):
 def test_latents_of_another_shape():
     with pytest.raises(ValueError, match=r"\[B, 4, h, w\], not \[4, 8, 8\]"):
         to_diffusion(torch.zeros(4, 8, 8))
+
+
+def test_students_of_latents_make_images_without_their_teacher(vae, tmp_path, monkeypatch, capsys):
+    from d2o.cli.app import main
+
+    monkeypatch.setattr(edm2_latents, "autoencoder", lambda device: vae)
+    torch.manual_seed(0)
+    network = EDM2Precond(8, 4, 3, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], channels_per_head=16)
+    teacher = edm2_latents.EDM2LatentTeacher(network, Spec("tiny-edm2", (4, 8, 8), "latent", "label", 3))
+    assert teacher.spec.latents == "edm2"
+    made = {"recipe": {}, "teacher": {"name": "tiny-edm2"}, "metrics": {}, "provenance": []}
+    save_student(tmp_path / "s.safetensors", Student(network, teacher.spec, 2.5), **made)
+    student = load_student(tmp_path / "s.safetensors")
+    noise, labels = torch.randn(5, 4, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as in training: the autoencoder's own precision stays
+        images = student.decode(noise)
+    assert images.shape == (5, 3, 16, 16)
+    torch.testing.assert_close(images, decode(vae, noise), rtol=0, atol=1e-6)
+    torch.testing.assert_close(images, teacher.decode(noise), rtol=0, atol=1e-6)
+    with pytest.raises(SystemExit) as done:
+        main(["sample", str(tmp_path / "s.safetensors"), "--n", "3", "--out", str(tmp_path / "x.zip"), "--device", "cpu"])
+    assert done.value.code == 0 and open_images(tmp_path / "x.zip").shape == (3, 16, 16)
+    silent = Student(network, replace(teacher.spec, latents=""), 2.5)
+    with pytest.raises(UserError, match="a student of tiny-edm2 makes latents, and its checkpoint does not say how"):
+        silent.decode(silent(noise, labels))
