@@ -32,7 +32,8 @@ EPSILON = 1e-4
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x scaled to unit root mean square over the dimensions `dim`; the norm is computed in float32."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    return x / (EPSILON + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
+    count = math.prod([x.shape[d] for d in ([dim] if isinstance(dim, int) else dim)])  # without the batch, whose size an exported graph leaves open
+    return x / (EPSILON + norm * math.sqrt(1 / count)).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:

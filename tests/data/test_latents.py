@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from d2o.data.images import open_images
 from d2o.data.latents import LatentSet, open_set
@@ -16,9 +17,11 @@ from d2o.errors import UserError
 from d2o.methods.sid import SiD
 from d2o.methods.spi_gan import SPIGAN
 from d2o.recipes.load import load_recipe
+from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec
 from d2o.teachers.edm2_latents import EDM2LatentTeacher, to_diffusion
 from d2o.training import setup as preparation
+from tests.latent import tiny_vae
 from tests.methods.test_latent import train
 
 READING = {"resolution": None, "channels": None, "on_bad": "refuse", "limit": None}
@@ -125,13 +128,15 @@ def test_sida_trains_on_stored_latents_without_an_autoencoder(tmp_path, monkeypa
     network = EDM2Precond(img_resolution=8, img_channels=4, label_dim=3, **small).eval()
     teacher = EDM2LatentTeacher(network, Spec("tiny-edm2", (4, 8, 8), "latent", "label", 3, licence="CC0-1.0"))
     monkeypatch.setattr(preparation, "load_teacher", lambda *args, **kwargs: teacher)
+    monkeypatch.setattr(edm2_latents, "autoencoder", lambda device: tiny_vae())  # for the preview; to train none is needed
     values = stored(16)
     path = pack(tmp_path / "img64-sd.zip", values)
     changes = [f"data.path={path}", "data.resolution=64", "data.channels=3", "images=24", "batch=8", "sid.batch_pool=4", "sid.start_g_nimg=0",
-               "sid.start_adv_nimg=8", "eval=null", "preview=null"]  # fmt: skip
+               "sid.start_adv_nimg=8", "eval=null", "preview={every: 24, n: 4}"]  # fmt: skip
     train(load_recipe("sida_digits", changes, mini=True), tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "loss_adv" in log[-1] and log[-1]["images"] == 24
+    assert Image.open(tmp_path / "run" / "previews" / "000000024.png").mode == "RGB"
     noise = torch.randn(2, 4, 8, 8)
     mean, std = torch.from_numpy(values[:2]).chunk(2, dim=1)
     torch.testing.assert_close(teacher.latents(torch.from_numpy(values[:2]), noise), to_diffusion(mean + std * noise))

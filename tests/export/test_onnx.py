@@ -110,3 +110,10 @@ def test_an_exporter_that_fails_or_gives_another_opset_is_one_line(folder, tmp_p
     with pytest.raises(UserError, match="gives opset 19, not 18"):
         write_onnx(source, tmp_path / "x.onnx", {}, 18)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["edm-adm", "edm2-tiny"])  # DDPM++ is above
+def test_every_family_of_denoisers_exports(name, tmp_path):
+    pickle = Path(__file__).parents[1] / "golden" / "edm" / f"{name}.pkl"
+    done = export_checkpoint(pickle, "onnx", tmp_path / "x.onnx", student_sigma=2.5, check_n=3)
+    assert done.parity.difference < 1e-5 * max(1, done.parity.largest)

@@ -7,22 +7,17 @@ import torch
 
 from d2o.data.images import open_images
 from d2o.errors import UserError
-from d2o.interop.torchvision_compat import ensure
 from d2o.networks.edm2_unet import EDM2Precond
 from d2o.students.base import Student, load_student, save_student
 from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec
 from d2o.teachers.edm2_latents import decode, draw, encode, from_diffusion, to_diffusion
+from tests.latent import tiny_vae
 
 
 @pytest.fixture(scope="module")
 def vae():
-    ensure()
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **kinds).eval()
+    return tiny_vae()
 
 
 def test_the_published_numbers():
