@@ -191,7 +191,7 @@ def main() -> None:
         child(asked["case"], Path(asked["folder"]), asked["run"])
         return
     device, quick = options.device, options.quick
-    block, blocks = {"digits": 2 if quick else 10, "wide": 1 if quick else 3}, 2 if quick else 11
+    block, blocks = {"digits": 2 if quick else 10, "wide": 1 if quick else 2}, 2 if quick else 7
     report: dict[str, Any] = {"benchmark": "sid", "what": "images/s of the training loop over a bare hand-written iteration, same process",
                               "target": 0.9, "loop": {}, "levers": {}, "passes": {}}  # fmt: skip
     count = 0

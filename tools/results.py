@@ -35,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dd_gan_k1": {"name": "DD-GAN, K = 1", "train": "dd_gan_digits_k1", "set": "threads=1"},
     "sid": {"name": "SiD, alpha 1.2", "train": "sid_digits", "set": "threads=1"},
     "sida": {"name": "SiDA", "train": "sida_digits", "set": "threads=1"},
-    "sid2a": {"name": "SiD2A", "train": "sid2a_digits", "from": "runs/sid_digits", "set": "threads=1"},
+    "sid2a": {"name": "SiD2A", "train": "sid2a_digits", "from": "runs/sid_digits/checkpoints/last.safetensors", "set": "threads=1"},
     "cd": {"name": "CD", "train": "cd_digits", "set": "threads=1"},
     "cd_2": {"name": "CD, 2 calls", "train": "cd_digits", "set": "threads=1", "with": "--steps 2"},
     "cd_i": {"name": "CD-I", "train": "cd_i_digits", "set": "threads=1"},
