@@ -134,7 +134,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
     request = Request(
         values["x"], values["against"], values["metrics"], values["extractor"], values["weights"], values["teacher"],
         not values["no_teacher_distance"], values["name"], values["save_stats"] is None, values["on_bad"], pictures, values["latency"],
-        values["neighbours"], open_device(values["device"]), preset, values["work"], values.get("paper") or (),
+        values["neighbours"], open_device(values["device"]), preset, values["work"], values.get("paper") or (), "steps" in given,
     )  # fmt: skip
     return request, settings
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from d2o.data.captions import Captions, class_names
 from d2o.data.images import ImageSet, to_float, to_uint8
+from d2o.data.latents import LatentSet
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
@@ -50,7 +51,7 @@ class LatentDiffusion(Method):
     product = "model"
 
     def __init__(self, setup: Setup):
-        assert isinstance(setup.images, ImageSet)
+        assert setup.images is not None and not isinstance(setup.images, LatentSet)
         self.options: LatentDiffusionOptions = setup.options
         if not setup.images.classes or setup.images.labels is None:
             raise UserError(f"{setup.images.name} has no labels; captions are made from them", "give a folder with one sub-folder per class")

@@ -44,6 +44,7 @@ class Request:
     preset: Preset | None = None
     work: Path | None = None
     paper: Sequence[dict[str, float]] = field(default_factory=tuple)  # for each X: what a paper printed
+    steps_typed: bool = False  # by the user, for this X: where it means nothing it is refused
 
 
 def evaluate_all(
@@ -77,7 +78,7 @@ def evaluate_all(
         if request.teacher_distance or any(want.needs_teacher for want in wants):
             teacher, notes = reference_teacher(x, request.teacher, settings, request.device)
         if settings.steps is not None and request.preset is None and not (isinstance(x, Generator) and "steps" in x.record):
-            if len(request.xs) == 1:
+            if request.steps_typed and len(request.xs) == 1:
                 raise UserError(f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away")
             notes.append(f"--steps is not for {text}")
         plan = Plan(wants, main, tools, teacher, request.teacher_distance, request.latency, request.neighbours, request.grid, notes)

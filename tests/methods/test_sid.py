@@ -414,7 +414,7 @@ def test_sid2a_goes_on_from_a_student_of_sid(teacher, tmp_path):
 def test_plans_name_both_networks():
     plan = make_plan(load_recipe("sida_digits"))
     assert list(plan.networks) == ["teacher (frozen)", "student", "score"] and not plan.missing
-    assert make_plan(load_recipe("sid_digits")).calls["training (forward passes of trained networks)"] == 4 * 100_000
+    assert make_plan(load_recipe("sid_digits")).calls["training (forward passes of trained networks)"] == 4 * 200_000
 
 
 def test_specs_and_samples():
