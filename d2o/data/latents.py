@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2o.data.images import ImageSet, open_images, set_name
+from d2o.data.images import ImageSet, listed, open_images, set_name
 from d2o.data.sources import LatentFiles, open_source
 from d2o.data.threads import map_threads
 from d2o.errors import UserError
@@ -29,14 +30,14 @@ class LatentSet:
     def __init__(self, source: LatentFiles, name: str, on_bad: str = "refuse"):
         self._source, self.name = source, name
         sizes = [source.size(i) for i in range(len(source))]
-        usual = max(set(sizes), key=sizes.count, default=0)
+        if not sizes:
+            raise UserError(f"no latents in {name}")
+        usual = Counter(sizes).most_common(1)[0][0]
         self.bad = sorted([*source.bad, *((source.names[i], f"{size} bytes, the others {usual}") for i, size in enumerate(sizes) if size != usual)])
         if self.bad and on_bad == "refuse":
-            named = "".join(f"\n  {file}: {why}" for file, why in self.bad[:10])
-            raise UserError(f"{len(self.bad)} bad {'file' if len(self.bad) == 1 else 'files'} in {name}:{named}", "--on-bad skip leaves them out")
+            count = f"{len(self.bad)} bad {'file' if len(self.bad) == 1 else 'files'}"
+            raise UserError(f"{count} in {name}:{listed(self.bad)}", "--on-bad skip leaves them out")
         self._rows = [i for i, size in enumerate(sizes) if size == usual]
-        if not self._rows:
-            raise UserError(f"no latents in {name}")
         self.names = [source.names[i] for i in self._rows]
         self.class_names = list(source.class_names)
         self.classes = len(self.class_names)

@@ -82,7 +82,7 @@ class EDM2LatentTeacher(Teacher):
         super().__init__(network, replace(spec, latents=LATENTS), device, dtype)
 
     def decode(self, x: Tensor) -> Tensor:
-        return decode(autoencoder(self.device), x)
+        return decode(autoencoder(x.device), x)
 
     def latents(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], or stored means and standard deviations [B, 8, H/8, W/8] of their raw latents -> diffusion latents
@@ -92,7 +92,7 @@ class EDM2LatentTeacher(Teacher):
         if images.shape[1] == 2 * len(MEAN):
             mean, std = images.chunk(2, dim=1)
             return draw(mean, std, noise)
-        return draw(*encode(autoencoder(self.device), images), noise).clone()  # no inference tensors: they may meet autograd
+        return draw(*encode(autoencoder(images.device), images), noise).clone()  # no inference tensors: they may meet autograd
 
 
 @functools.cache

@@ -38,15 +38,13 @@ def stored(n: int = 6, size: int = 8, dtype=np.float32) -> np.ndarray:
     return np.concatenate([rng.normal(0, 4, (n, 4, size, size)), rng.uniform(0, 0.1, (n, 4, size, size))], axis=1).astype(dtype)
 
 
-def pack(path, values, labels=True, **other):
-    """As EDM2's `dataset_tool.py encode` does; `other`: further members."""
+def pack(path, values, labels=True):
+    """As EDM2's `dataset_tool.py encode` does."""
     with zipfile.ZipFile(path, "w") as archive:
         names = [f"{i // 4:05d}/img-mean-std-{i:08d}.npy" for i in range(len(values))]
         for name, one in zip(names, values, strict=True):
             archive.writestr(name, one if isinstance(one, bytes) else npy(one))
         archive.writestr("dataset.json", json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)] if labels else None}))
-        for name, content in other.items():
-            archive.writestr(name, content)
     return path
 
 
