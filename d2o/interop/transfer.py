@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from d2o.errors import UserError
+from d2o.interop.inputs import MAX_JSON_BYTES, parse_json
 from d2o.interop.safetensors_io import atomic_write, write_error
 
 Progress = Callable[[int, "int | None"], None]
@@ -262,7 +263,7 @@ def feed(digest: Any, file: BinaryIO) -> int:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None: there is none."""
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES else None
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None

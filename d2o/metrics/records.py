@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.evaluate import FORMAT
 
@@ -38,12 +39,9 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
 
 def _parse(path: Path) -> list[dict[str, Any]] | None:
     """The records, or None when the file holds something else. UserError when it can't be read."""
+    data = read_file(path, MAX_JSON_BYTES, "a file of results")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        data = parse_json(data)
     except ValueError:
         return None
     records = data if isinstance(data, list) else [data]
