@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from d2o.errors import UserError
-from d2o.interop.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_file, kind_of
+from d2o.interop.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, kind_of
 
 _PREAD = hasattr(os, "pread")  # not on Windows
 _UNPACKERS: dict[int, Callable[[], Any]] = {zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15), zipfile.ZIP_BZIP2: bz2.BZ2Decompressor}
@@ -187,7 +187,7 @@ class Tar(Container):
         if not gzipped:
             return file
         plain = tempfile.TemporaryFile()  # noqa: SIM115  # likewise
-        size, packed_size = 0, check_file(path)
+        size, packed_size = 0, check_input(path)
         with file, gzip.GzipFile(fileobj=file) as packed:
             while True:
                 try:

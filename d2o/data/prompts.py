@@ -21,7 +21,7 @@ from d2o.data.containers import printable
 from d2o.data.objects import filesystem, local_path, whole_url
 from d2o.errors import UserError
 from d2o.interop.download import download, home
-from d2o.interop.inputs import check_file, check_size, check_unpacked, parse_json
+from d2o.interop.inputs import check_input, check_size, check_unpacked, parse_json
 from d2o.interop.safetensors_io import file_sha256
 
 COLUMNS = ("prompt", "text", "caption")
@@ -86,7 +86,7 @@ def open_prompts(path: str | os.PathLike) -> Prompts:
     kinds: dict[str, Callable[[Path], Prompts]] = {".txt": _Lines, ".jsonl": _JsonLines, ".parquet": _Table}
     if file.suffix.lower() not in kinds:
         raise UserError(f"{path}: prompts come as {', '.join(kinds)}", "one prompt a line in a .txt is the simplest")
-    check_file(file, "a file of prompts")
+    check_input(file, "a file of prompts")
     try:
         return kinds[file.suffix.lower()](file)
     except OSError as error:

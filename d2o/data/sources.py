@@ -32,7 +32,7 @@ from d2o.data.layouts import LAYOUTS, MAX_CLASSES, Reason, Source, wrong_label
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
-from d2o.interop.inputs import check_file, parse_json
+from d2o.interop.inputs import check_input, parse_json
 
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".rst", ".csv", ".tsv", ".yaml", ".yml", ".html", ".xml", ".log", ".db", ".ini"}
@@ -224,7 +224,7 @@ def open_source(path: str) -> Source:
         if any(sign in path for sign in "*?[{"):
             return _files(Tar(_named(_shards(path))))
         raise MissingImages(f"no such file or folder: {path}", LAYOUTS)
-    check_file(path, "a file or folder of images")
+    check_input(path, "a file or folder of images")
     if lower.endswith(".zip"):
         return _from_container(Zip(path), path)
     if lower.endswith((".tar", ".tar.gz", ".tgz")):

@@ -44,7 +44,7 @@ def check_unpacked(what: str, size: int, packed: int) -> None:
         raise TooLarge(f"{what} would unpack from {packed:,} to {size:,} bytes; the limit is {limit:,}")
 
 
-def check_file(path: str | os.PathLike[str], expected: str = "a file") -> int:
+def check_input(path: str | os.PathLike[str], expected: str = "a file") -> int:
     """The size in bytes of the regular file at `path`, before it is opened: opening a named pipe waits for ever, a device has no end.
 
     UserError: not there, a folder, or no regular file.
@@ -69,8 +69,8 @@ def kind_of(mode: int) -> str:
 
 
 def read_file(path: str | os.PathLike[str], limit: int, expected: str = "a file") -> bytes:
-    """All bytes of a file. UserError: as `check_file`; larger than `limit` bytes; cannot be read."""
-    size = check_file(path, expected)
+    """All bytes of a file. UserError: as `check_input`; larger than `limit` bytes; cannot be read."""
+    size = check_input(path, expected)
     if size > limit:
         raise UserError(f"{os.fspath(path)} has {size:,} bytes; {expected} has at most {limit:,}")
     try:

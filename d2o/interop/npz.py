@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from d2o.errors import UserError
-from d2o.interop.inputs import MAX_ARRAY_BYTES, check_file, check_size, check_unpacked
+from d2o.interop.inputs import MAX_ARRAY_BYTES, check_input, check_size, check_unpacked
 
 DAMAGED = (ValueError, OSError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error)
 """What zipfile and numpy raise for damaged files (RuntimeError: an encrypted member)."""
@@ -23,7 +23,7 @@ DAMAGED = (ValueError, OSError, EOFError, KeyError, NotImplementedError, Runtime
 def npz_names(path: str | os.PathLike[str]) -> list[str]:
     """The arrays in an .npz, in the file's order; none if it is something else. Reads the zip's directory alone."""
     try:
-        check_file(path)
+        check_input(path)
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
     except (UserError, *DAMAGED):
@@ -32,9 +32,9 @@ def npz_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_npz(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """The arrays of those names that are `wanted`. Objects are not read. UserError: as `check_file`. ValueError: damaged, or declares more than
+    """The arrays of those names that are `wanted`. Objects are not read. UserError: as `check_input`. ValueError: damaged, or declares more than
     it holds or than the limits; the text names the array."""
-    size = check_file(path, "an .npz file")
+    size = check_input(path, "an .npz file")
     arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:

@@ -21,7 +21,7 @@ import numpy as np
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed
-from d2o.interop.inputs import check_file
+from d2o.interop.inputs import check_input
 
 _RECONSTRUCT = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 _SCALAR = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
@@ -74,7 +74,7 @@ def loads(data: bytes | memoryview, python2: bool = False) -> Any:
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
     """The file's bytes, without reading those that are not looked at. UserError: missing or unreadable."""
-    size = check_file(path)
+    size = check_input(path)
     try:
         with open(path, "rb") as file:
             yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")

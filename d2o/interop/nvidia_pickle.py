@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
-from d2o.interop.inputs import check_file
+from d2o.interop.inputs import check_input
 from d2o.interop.nvidia_config import EDM2_CLASSES, network_config
 
 RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
@@ -101,7 +101,7 @@ def read_nvidia_pickle(path: str | Path, key: str = "ema", dtype: torch.dtype | 
     not hold (named).
     """
     path = Path(path)
-    size = check_file(path, "a network pickle")
+    size = check_input(path, "a network pickle")
     try:
         with open(path, "rb") as file:
             # A private mapping: tensors are copied straight out of it, so that the weights are in memory once.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2o import __version__
 from d2o.errors import UserError
-from d2o.interop.inputs import check_file
+from d2o.interop.inputs import check_input
 from d2o.interop.npz import npz_names, read_npz
 from d2o.interop.numpy_pickle import keys as pickled_keys
 from d2o.interop.numpy_pickle import read_pickled
@@ -152,7 +152,7 @@ def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
     not finite, not symmetric or has negative variances; no statistics of `feature` among several.
     """
     path = Path(path)
-    check_file(path, "a file of statistics")
+    check_input(path, "a file of statistics")
     record = _pick(path, _read(path), feature)
     about: dict[str, Any] = {key: str(record[key]) for key in TEXTS if key in record}
     count = next((record[key] for key in ("n", "num_images", "num_items") if key in record), 0)
