@@ -3,8 +3,8 @@
 import json
 import math
 import os
-import stat
 import signal
+import stat
 
 import numpy as np
 import pytest
