@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.interop.inputs import kind_of
 from d2o.interop.safetensors_io import write_error
+from d2o.interop.temporary import temporary_file
 
 
 def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> None:
     """UserError unless a file (`folder`: a folder; None: either) can be written at `path`; what is missing above it will be made.
 
-    A file is written there and removed again: neither permission bits nor `access` tell of a read-only file system, a name that is too long
-    for it, or what root may not do either. What may be overwritten is for the caller to say.
+    A file is written beside `path` as the atomic writers do, and removed again: permission bits do not tell of a name that is too long, or of
+    what root may not do either. What may be overwritten is for the caller to say.
     """
     path = Path(path)
     above = path.absolute().parent
@@ -30,7 +30,12 @@ def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> No
             above = above.parent
         if not above.is_dir():
             raise UserError(f"cannot write {path}: {above.name} is a file")
-        _try(path if path.is_dir() else above, path.name)
+        if path.is_dir():  # workers may be looking at what is in it
+            if os.statvfs(path).f_flag & os.ST_RDONLY or not os.access(path, os.W_OK):
+                raise OSError(errno.EROFS if os.access(path, os.W_OK) else errno.EACCES, "cannot be written")
+        else:
+            with temporary_file(above / path.name):
+                pass
     except OSError as error:
         raise UserError(write_error(path, error).message, "choose another place") from error
     except ValueError as error:  # a zero byte
@@ -55,12 +60,4 @@ def _check_kind(path: Path, folder: bool | None) -> None:
 def _check_name(path: Path) -> None:
     """OSError: a folder of that name cannot be made."""
     if len(os.fsencode(path.name)) > 255:
-        raise OSError(36, "File name too long")
-
-
-def _try(folder: Path, name: str) -> None:
-    """Write as the atomic writers do: beside the file, under a longer name."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
-    os.close(handle)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
