@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from d2o.data.known import GET
 from d2o.errors import UserError
@@ -31,12 +31,24 @@ def _exact_integer(value: Any) -> Any:
     return value
 
 
+def _at_most(most: int) -> AfterValidator:
+    """A limit that no real setting comes near: said only to those who exceed it."""
+
+    def check(value: int) -> int:
+        if value > most:
+            raise ValueError(f"expected at most {most}, got {show(value)}")
+        return value
+
+    return AfterValidator(check)
+
+
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]  # below 2**63, as every integer of a recipe
-Batch = Annotated[int, Field(ge=1, le=2**20)]
-Steps = Annotated[int, Field(ge=1, le=100_000)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
-Resolution = Annotated[int, Field(ge=1, le=2**13)]
+Batch = Annotated[Count, _at_most(2**20)]
+Steps = Annotated[Count, _at_most(100_000)]
+Threads = Annotated[Count, _at_most(1024)]
+Resolution = Annotated[Count, _at_most(2**13)]
+Pictures = Annotated[Count, _at_most(4096)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -205,7 +217,7 @@ class Preview(Section):
     """Grids of samples from the same noises every time."""
 
     every: Count = field(..., "images between two grids")
-    n: Annotated[int, Field(ge=1, le=4096)] = field(64, "samples in a grid")
+    n: Pictures = field(64, "samples in a grid")
 
 
 class Checkpoint(Section):
