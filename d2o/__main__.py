@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from types import FrameType
 
 IMPORTING = "<frozen importlib._bootstrap>"
@@ -31,9 +30,6 @@ def main() -> None:
     except KeyboardInterrupt:  # between two imports
         os.write(2, b"stopped\n")
         raise SystemExit(130) from None
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8, and not every terminal has a †
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
         run()
     finally:  # all is written and said; what is left is taking the interpreter apart

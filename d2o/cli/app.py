@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     program = arguments is None  # the process is ours, and ends here
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8, and not every terminal has a †
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
         if program and worker()[1] > 1 and not code:
