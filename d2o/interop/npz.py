@@ -86,5 +86,5 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(start)
     except Exception as error:  # numpy parses it as a Python literal, which fails in many ways
-        raise ValueError(f"damaged .npy header ({type(error).__name__})") from error
+        raise ValueError(f"damaged .npy header ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from error
     return shape, dtype, start.tell()

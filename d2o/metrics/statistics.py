@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
             start = file.read(6)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    archive = start.startswith(b"PK") and (bool(npz_names(path)) or not zipfile.is_zipfile(path))
+    archive = start.startswith(b"PK") and (bool(npz_names(path)) or not _is_zip(path))
     if not archive and not start.startswith((b"PK", b"\x80", b"\x93NUMPY")):
         raise UserError(f"{path} cannot be read as statistics: it is neither an npz nor a pickle", EXPECTED)
     if not archive:
@@ -188,6 +188,13 @@ def _read(path: Path) -> dict[str, Any]:
         return {**dict.fromkeys(npz_names(path)), **read_npz(path, lambda name: name in (*ARRAYS, *TEXTS, "n"))}
     except ValueError as error:
         raise UserError(f"{path} cannot be read as statistics ({error})", f"{EXPECTED}; a truncated file is smaller than its original") from error
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # newer versions of Python say so of some
+        return False
 
 
 def _pick(path: Path, record: dict[str, Any], feature: str | None) -> dict[str, Any]:

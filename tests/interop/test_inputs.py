@@ -101,7 +101,7 @@ def test_sizes_in_a_zip(tmp_path: Path, method: int, size: int, packed: int | No
 
 def test_an_image_that_inflates(tmp_path: Path) -> None:
     """900 MB of zeros in 900 kB: the member is never unpacked."""
-    packer = zlib.compressobj(wbits=-15)
+    packer = zlib.compressobj(1, wbits=-15)
     body = b"".join(packer.compress(bytes(10**7)) for _ in range(30)) + packer.flush()
     path = zip_of(tmp_path / "x.zip", "a.png", b"", 300_000_000, len(body))
     data = path.read_bytes()
