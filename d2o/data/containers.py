@@ -103,7 +103,7 @@ class Zip(Container):
                 members = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise UserError(f"{path} is not a readable zip: {error}", "it may be cut off: compare its size with the original's") from error
-        self._file = _SharedFile(open(path, "rb"))  # noqa: SIM115  # closed by it
+        self._file = SharedFile(open(path, "rb"))  # noqa: SIM115  # closed by it
         last: dict[str, zipfile.ZipInfo] = {}
         for info in members:
             name = printable(info.filename.replace("\\", "/"))
@@ -150,7 +150,7 @@ class Tar(Container):
         file = self._plain(shard, path)
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
-        shared = _SharedFile(file)
+        shared = SharedFile(file)
         try:
             archive = tarfile.TarFile(fileobj=file)
         except (tarfile.TarError, OSError) as error:
@@ -179,7 +179,7 @@ class Tar(Container):
 
     def _plain(self, shard: str, path: str) -> IO[bytes]:
         try:
-            file: IO[bytes] = open(path, "rb")  # noqa: SIM115  # closed by its _SharedFile
+            file: IO[bytes] = open(path, "rb")  # noqa: SIM115  # closed by its SharedFile
         except OSError as error:
             raise UserError(f"cannot open {path}: {error.strerror}") from error
         gzipped = file.read(2) == b"\x1f\x8b"
@@ -209,7 +209,7 @@ class Tar(Container):
         plain.flush()
         return plain
 
-    def _check_tail(self, shard: str, file: _SharedFile, begin: int, length: int) -> None:
+    def _check_tail(self, shard: str, file: SharedFile, begin: int, length: int) -> None:
         """tarfile stops silently at the first thing that is no header: what follows must be zeros."""
         if begin >= length:
             self.notes.append(f"{shard} has no end mark: it may be cut off")
@@ -228,7 +228,7 @@ class Tar(Container):
         return data
 
 
-class _SharedFile:
+class SharedFile:
     """One open file, read at any place by any thread (and by forked processes)."""
 
     def __init__(self, file: IO[bytes]):

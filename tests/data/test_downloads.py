@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
-import sys
 from pathlib import Path
 
 import lmdb
@@ -12,20 +12,13 @@ import pytest
 import torch
 
 from d2o.data import images as module
-from d2o.data import lmdb_files
+from d2o.data import lmdb_pages
 from d2o.data.images import open_images
 from d2o.data.threads import map_threads
 from d2o.errors import MissingImages, UserError
 from tests.data.test_images import by_class, encoded, png, random_pixels, write_folder, write_tar, write_zip
 
 # ---- LMDB.
-
-
-@pytest.fixture(autouse=True)
-def opened_anew():
-    lmdb_files._environment.cache_clear()
-    yield
-    lmdb_files._environment.cache_clear()
 
 
 def church(root: Path, values: dict[bytes, bytes]) -> Path:
@@ -64,19 +57,38 @@ def test_lmdb_that_is_bad(tmp_path):
         open_images(folder)
     assert len(open_images(folder, on_bad="skip")) == 1
     (folder / "data.mdb").write_bytes(b"cut off")
-    lmdb_files._environment.cache_clear()
     with pytest.raises(UserError, match="not a readable LMDB"):
         open_images(folder)
     with pytest.raises(UserError, match="unpack it, and give the folder that it lies in"):
         open_images(write_zip(tmp_path / "x.zip", {"church_outdoor_train_lmdb/data.mdb": b"x"}))
 
 
-def test_lmdb_without_the_package(tmp_path, monkeypatch):
-    folder = church(tmp_path, {b"a": png(0)})
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(UserError, match="takes the package lmdb") as caught:
-        open_images(folder)
-    assert caught.value.hint == "pip install 'd2o[lsun]'"
+def test_lmdb_of_many_pages(tmp_path):
+    """Branches, values on the leaves and on pages of their own; what was overwritten and removed is gone. As LMDB itself reads it."""
+    folder = church(tmp_path, {b"%05d" % i: bytes(i % 5000) for i in range(300)})
+    with lmdb.open(str(folder), map_size=1 << 20) as environment, environment.begin(write=True) as transaction:
+        for i in range(0, 300, 7):
+            transaction.delete(b"%05d" % i)
+        transaction.put(b"00001", b"another")
+        expected = [(key, value) for key, value in transaction.cursor()]
+    data = (folder / "data.mdb").read_bytes()
+    found = list(lmdb_pages.entries(data))
+    assert [(key, data[begin : begin + size]) for key, begin, size in found] == expected and len(found) == 257
+
+
+def test_lmdb_that_is_damaged_anywhere(tmp_path):
+    """Read or refused, whatever byte is changed and wherever it is cut: LMDB itself ends the process."""
+    folder = church(tmp_path, {b"%02d" % i: bytes(50 * i) for i in range(60)})
+    data, random = (folder / "data.mdb").read_bytes(), np.random.default_rng(0)
+    for i in range(600):
+        changed = bytearray(data)
+        for place in random.integers(0, len(data) if i % 2 else 8500, 1 + i % 4):
+            changed[place] = random.integers(256)
+        with contextlib.suppress(lmdb_pages.Damaged):
+            assert all(begin + size <= len(data) for _, begin, size in lmdb_pages.entries(bytes(changed)))
+        cut = int(random.integers(0, len(data)))
+        with contextlib.suppress(lmdb_pages.Damaged):
+            assert all(begin + size <= cut for _, begin, size in lmdb_pages.entries(data[:cut]))
 
 
 # ---- CIFAR-10 ----
