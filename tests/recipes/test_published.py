@@ -108,7 +108,8 @@ def test_edm2_512(method, size):
     assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, recipe.optim_critic) == (5e-5, (0, 0.999), 1e-6, None)
     assert (recipe.ema.half_life, o.alpha, o.p_mean, o.p_std, o.augment, recipe.student.sigma) == (2_000_000, 1.0, -0.4, 1.0, 0, 2.5)
     assert recipe.student.dropout == o.score_dropout == (0.0 if size in ("xs", "s") else 0.1)
-    assert (o.uncertainty, o.force_wn) == ((True, "post_step") if plain else (False, "off"))
+    assert (o.uncertainty, o.student_force_wn) == ((True, "post_step") if plain else (False, "off"))
+    assert o.score_force_wn == ("post_step" if method == "sid" else "off")  # what their copied hooks come to
     assert o.lambda_sid == (50 if (method, size) == ("sid2a", "m") else 100) and o.lambda_score == 1
     if method != "sid":
         assert (o.adversarial, o.batch_pool, o.lambda_d, o.lambda_adv, recipe.data.resolution) == (True, EDM2_POOL[size], 100, 0.01, 512)
