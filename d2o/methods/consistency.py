@@ -243,7 +243,8 @@ class Consistency(Method):
     # The product -------------------------------------------------------------------------------------------------------------------------
 
     def made(self, network: nn.Module) -> ConsistencyStudent:
-        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle)
+        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle,
+                                  self.options.clamp)  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "student", "network": network_config(self.student), "spec": self._spec, "student": self.made(self.student).record}

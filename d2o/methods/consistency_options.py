@@ -44,6 +44,8 @@ class ConsistencyOptions(Options):
     stage_target: Literal["previous", "student"] = Field(
         "previous", description="who takes the two steps after the first stage (pd): the student of the stage before, or the one in training")
     middle: float = Field(MIDDLE, gt=0, lt=1, description="place of the second call's noise level on Karras' scale, 0 the lowest, 1 the highest")
+    clamp: bool = Field(True, description="the student brings its estimate of the clean image into [-1, 1] at every call, as the sampler of Song et "
+                        "al. 2023 does; never in latent spaces")  # fmt: skip
 
 
 def check(o: ConsistencyOptions) -> None:
