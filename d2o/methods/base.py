@@ -132,7 +132,8 @@ class Loop(Protocol):
         ...
 
     def update(self, name: str) -> None:
-        """Sanitise, clip, optimiser step, zero the gradients of the network of that name; EMA where it is the product."""
+        """Sanitise, clip, optimiser step, zero the gradients of the network of that name. The average of the product follows once, after the
+        iteration, however many updates it had."""
         ...
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
@@ -205,6 +206,10 @@ class Method(ABC):
     def nfe(self) -> int:
         """Network calls of one generated sample."""
         return 1
+
+    def optim(self, name: str, options: Any) -> Any:
+        """The optimiser's settings of the network of that name, from the recipe's section for it."""
+        return options
 
     def rate(self, iteration: int) -> float:
         """Factor of the recipe's learning rates in this iteration, for methods in stages that each have a course of their own."""
