@@ -187,6 +187,9 @@ class Method(ABC):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Exactly one iteration of the algorithm; returns scalars for the log (detached tensors, not read here)."""
 
+    def settle(self) -> None:  # noqa: B027  most have nothing to do
+        """What is done to the networks at the end of an iteration, after the product's average has moved."""
+
     def heaviest(self) -> int:
         """An iteration whose step takes the most memory, for plans: of a method with phases, one of the last."""
         return 0

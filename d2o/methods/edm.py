@@ -69,8 +69,10 @@ class EDM(Method):
             loop.backward(loss)
             losses.append(loss)
         loop.update("denoiser")
-        keep_normalised(self.denoiser)
         return {"loss": loop.mean(losses)}
+
+    def settle(self) -> None:
+        keep_normalised(self.denoiser)  # EDM2's average is of the weights as the optimiser left them
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "teacher", "network": self.denoiser.config, "spec": self._spec}

@@ -112,6 +112,7 @@ class SiD(ScoreMethod):
                 network.force_wn = network.config["force_wn"] = force_wn or network.force_wn
                 if network.force_wn != "off":
                     network.normalize_weights()
+        self.stepped = False  # whether the student learned in this iteration
         self.bad = torch.zeros((), device=self.device)  # samples so far that were not finite, under nan: raise
 
     def check(self, o: SiDOptions) -> None:
@@ -137,7 +138,8 @@ class SiD(ScoreMethod):
         log: dict[str, list[Tensor]] = {}
         self.score_step(loop, batch, log)
         wait = o.start_g_nimg if o.start_g_nimg is not None else 100_000 if o.adversarial else -1
-        if seen > wait:
+        self.stepped = seen > wait
+        if self.stepped:
             self.student_step(loop, batch, log, adversarial=o.adversarial and seen > o.start_adv_nimg)
         scalars = {key: loop.mean(values) for key, values in log.items()}
         bad = self.batch * torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars]).sum()
@@ -215,7 +217,10 @@ class SiD(ScoreMethod):
             delta = self.per_sample((true - fake).abs(), keep).mean() / x[0].numel()
             self.note(log, loss_g=sid.mean() / x[0].numel(), delta=delta, bad_student=1 - keep.float().mean())
         loop.update("student")
-        keep_normalised(self.student.network)
+
+    def settle(self) -> None:
+        if self.stepped:
+            keep_normalised(self.student.network)
 
     # What the steps are made of --------------------------------------------------------------------------------------------------------
 

@@ -154,6 +154,7 @@ class Trainer:
                 with half:
                     scalars = self.method.step(self, batch, self.iteration)
                 self.ema.update(self.networks[self.method.product], self.iteration * recipe.batch, recipe.batch)
+                self.method.settle()
                 self.collected.append({**scalars, **{key: self.mean(values) for key, values in self.norms.items()}})
                 self.norms.clear()
                 self.iteration += 1

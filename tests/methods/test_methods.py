@@ -114,6 +114,7 @@ def test_edm_trains_edm2_with_its_uncertainty_and_normalised_weights(options):
             u = network.logvar(sigma.flatten())
             expected = (error / u.exp() + u).mean()  # Karras et al. 2024, eq. 21
     method.step(loop, batch, 0)
+    method.settle()
     assert torch.allclose(loop.losses[0].detach(), expected, rtol=1e-4)
     kept = all(torch.equal(p, before[name]) for name, p in network.named_parameters())  # this loop takes no optimiser steps
     weight = network.unet.out_conv.weight.detach()

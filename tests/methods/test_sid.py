@@ -52,7 +52,9 @@ def real(n: int = 8) -> Batch:
 
 def run(method: SiD, batch: Batch | None = None, iteration: int = 0, size: int | None = None, **more) -> tuple[dict, Loop]:
     loop = Loop(method, size, **more)
-    return method.step(loop, batch or Batch(), iteration), loop
+    scalars = method.step(loop, batch or Batch(), iteration)
+    method.settle()
+    return scalars, loop
 
 
 def test_an_iteration_is_algorithm_1_and_needs_no_data():

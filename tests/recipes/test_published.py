@@ -7,7 +7,7 @@ import pytest
 from d2o.methods.sid import SiD
 from d2o.methods.spi_gan import SPIGAN
 from d2o.metrics.tables import load_table, table_names
-from d2o.recipes.load import find_recipe, load_recipe
+from d2o.recipes.load import find_recipe, load_recipe, recipe_names
 from d2o.recipes.plan import make_plan
 
 FIRST = {32: 3 * 32 * 32 * 512 + 512, 256: 3 * 256 * 256 * 512 + 512}  # Table 6
@@ -59,6 +59,22 @@ def test_table_4():
         assert k == recipe.options.K and recipe.options.j_sampling.startswith("fixed") == name.endswith("fixed_j")
         different = {key for key, value in recipe.resolved().items() if value != same[name][key]}
         assert different <= {"name", "title", "spi_gan", "reproduces"}
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith(("spi_gan_", "dd_gan_"))])
+def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
+    recipe = load_recipe(name)
+    assert recipe.eval is not None and recipe.images >= 5 * recipe.eval.every  # a curve, and a best of several
+    if "digits" in name:
+        assert (recipe.eval.extractor, recipe.eval.reference, recipe.eval.protocol) == ("digits", "real:digits", None)
+        return
+    own = {"spi_gan_celeba": "spi_gan_celeba", "spi_gan_church": "spi_gan_church"}.get(name, "spi_gan_cifar10")
+    assert recipe.eval.protocol == (own if name.startswith("spi") else "ddgan")
+    assert (recipe.eval.metric, recipe.eval.n, recipe.eval.reference) == ("fd", 50_000, "data")
+    assert recipe.eval.extractor == ("inception" if own == "spi_gan_cifar10" and name.startswith("spi") else "inception-legacy_pytorch")
+    mini = load_recipe(name, mini=True).eval
+    assert (mini.protocol, mini.extractor, mini.reference) == (None, "digits", "real:digits")
+
 
 # ---- SiDA (arXiv 2410.14919) -------------------------------------------------------------------------------------------------------------
 
