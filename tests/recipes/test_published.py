@@ -26,7 +26,8 @@ TIMED = 2 * R + 513 * (64 + 128 + 256 + 3 * 512)
 def test_published_sizes(name, generator, critic):
     plan = make_plan(load_recipe(name))
     assert plan.networks == {"generator": generator, "critic": critic}
-    assert len(plan.missing) == 1 and "training says how to get them" in plan.missing[0]  # planned without its images
+    images, weights = plan.missing  # planned without its images, and without what scores them
+    assert "training says how to get them" in images and "'inception' are not on this machine" in weights
 
 
 def test_table_8():
@@ -74,6 +75,18 @@ def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
     assert recipe.eval.extractor == ("inception" if own == "spi_gan_cifar10" and name.startswith("spi") else "inception-legacy_pytorch")
     mini = load_recipe(name, mini=True).eval
     assert (mini.protocol, mini.extractor, mini.reference) == (None, "digits", "real:digits")
+
+
+def test_cd_i_and_its_twin_differ_in_freeze_alone():
+    """Zheng & Yang 2024, Fig. 4A."""
+    for frozen, twin in (("cd_i_cifar10", "cd_i_cifar10_unfrozen"), ("cd_i_digits", "cd_digits")):
+        for mini in (False, True):
+            a, b = (load_recipe(name, mini=mini).resolved() for name in (frozen, twin))
+            assert {key for key in a if a[key] != b[key]} <= {"name", "title", "student"}
+            assert (a["student"].pop("freeze"), b["student"].pop("freeze")) == ("conv", "none") and a["student"] == b["student"]
+    recipe = load_recipe("cd_i_cifar10")
+    assert (recipe.precision, recipe.data.xflip, recipe.options.i_min, recipe.options.form) == ("bf16", False, 2, "F")
+    assert load_recipe("ctm_digits").options.i_min == load_recipe("ctm_digits", ["consistency.i_min=null"]).options.lowest == 2
 
 
 # ---- SiDA (arXiv 2410.14919) -------------------------------------------------------------------------------------------------------------
