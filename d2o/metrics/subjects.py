@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.data.images import open_images
+from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
@@ -298,6 +298,11 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
     except UserError as error:
         hint = "--resize 256 (or another size) cuts out the centre square and resizes it" if "differ in size" in error.message else error.hint
         raise UserError(error.message, hint) from error
+    return pictures(found, text, preparation.describe())
+
+
+def pictures(found: ImageSet, text: str, resize: str = "none") -> Pictures:
+    """A set of images that is open; `text`: how it was named."""
     notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
     # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
     numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)
@@ -318,7 +323,7 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
         labels is not None,
         None if numbered else found.classes,
         {"fingerprint": found.fingerprint},
-        resize=preparation.describe(),
+        resize=resize,
         duplicates=lambda: found.duplicates,
         notes=notes,
     )

@@ -18,6 +18,8 @@ from d2o.metrics.quick import FrechetEvaluator
 from d2o.training import distributed
 
 Say = Callable[[str], None]
+OWN_IMAGES = "data"
+"""Reference of an `eval:` section: the recipe's own images."""
 
 
 def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
@@ -28,7 +30,7 @@ def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None
     e = recipe.eval
     if e is None or e.extractor is None:
         return None
-    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol)
+    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None)
 
 
 def times(recipe: Any) -> int:
@@ -40,8 +42,9 @@ def cost(recipe: Any, nfe: int) -> str:
     """What the evaluations of a run are and take, in one line."""
     e, many = recipe.eval, times(recipe)
     how = f"protocol {e.protocol}, " if e.protocol else ""
+    reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
-    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {e.reference}, every {e.every:,} images: "
+    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
             f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
 
 
