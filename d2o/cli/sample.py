@@ -69,8 +69,13 @@ def sample(
     if grid is not None and grid.suffix.lower() != ".png":
         raise UserError(f"--grid {grid}: expected the name of a .png file")
 
+    from d2o.interop.outputs import check_output
     from d2o.runtime import stop_flag, worker
     from d2o.students.generate import SampleSettings, make_samples
+
+    check_output(out)
+    if grid is not None:
+        check_output(grid, folder=False)
 
     texts = prompts or prompt or None
     sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, truncation, device), SampleSettings(n, seed, labels)
@@ -122,12 +127,14 @@ def _walk(
     if checkpoint is None or out is None:
         raise UserError("--path needs a student's checkpoint and --out FILE.png or .gif", example)
     from d2o.export.source import find_checkpoint
+    from d2o.interop.outputs import check_output
     from d2o.students.base import load_student
     from d2o.students.paths import path_images, save_path
     from d2o.students.style import StyleStudent
 
     if out.suffix.lower() not in (".png", ".gif"):
         raise UserError(f"--out {out}: a path is written as .png or .gif", example)
+    check_output(out, folder=False)
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     if not isinstance(student, StyleStudent):
         raise UserError(f"{checkpoint} has no latent path: it is a student of another kind", "--path is for students of spi-gan")
