@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2o.cli import console
-from d2o.cli.eval_run import Outputs, check_asked, measure
+from d2o.cli.eval_run import Outputs, check_asked, measured
 from d2o.runtime import worker
 
 WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
@@ -112,13 +113,10 @@ def evaluate(
     check_asked(values)
     outputs.check(save_stats)
     given = {key for key in values if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"}
-    if compare:
-        records = outputs.read(values["x"])
-    else:
-        records = measure(values, given)
-    if worker()[0] == 0:
-        outputs.write(records)
-        show(records)
+    with nullcontext(outputs.read(values["x"])) if compare else measured(values, given) as records:
+        if worker()[0] == 0:
+            outputs.write(records)
+            show(records)
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:

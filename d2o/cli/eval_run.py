@@ -101,22 +101,21 @@ class Outputs:
                 console.say(f"wrote {path}")
 
 
-def measure(values: dict[str, Any], given: set[str]) -> list[Record]:
-    """The records of what these option values ask for; `given` are the options that the user typed."""
-    from d2o.metrics.collect import Workplace, others_finish
+@contextmanager
+def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Record]]:
+    """The records of what these option values ask for; `given` are the options that the user typed. What was kept of the work goes when the
+    block, which writes them, has ended well."""
+    from d2o.metrics.workplace import Workplace
     from d2o.runtime import stop_flag
 
-    with stop_flag() as stop, others_finish():
+    with stop_flag() as stop:
         if values["table"] is None:
             request, settings = prepare(values, given)
-            place = Workplace(request.work, stop=stop)
-            records = _one_after_another(request, settings, values["save_stats"], place)
+            with Workplace(request.work, stop=stop, say=console.say) as place:
+                yield _one_after_another(request, settings, values["save_stats"], place)
         else:
-            place = Workplace(values["work"], stop=stop)
-            records = _table(values, given, place)
-        place.close()
-        return records
-    return []  # a worker whose work others had finished
+            with Workplace(values["work"], stop=stop, say=console.say) as place:
+                yield _table(values, given, place)
 
 
 def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:

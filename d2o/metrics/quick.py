@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from d2o.metrics.accuracy import accuracy
-from d2o.metrics.collect import Workplace
 from d2o.metrics.extractor import check_shape
 from d2o.metrics.features import Extractor, load_extractor
 from d2o.metrics.passes import feature_probes, generator_pass
@@ -19,6 +18,7 @@ from d2o.metrics.protocol import Settings
 from d2o.metrics.reference import Reference, load_reference
 from d2o.metrics.sides import Measured
 from d2o.metrics.subjects import Device, Generator
+from d2o.metrics.workplace import Workplace
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from d2o.errors import UserError
 from d2o.methods.base import Generate, Method
-from d2o.metrics.collect import Workplace
 from d2o.metrics.quick import FrechetEvaluator
+from d2o.metrics.workplace import Workplace
 from d2o.training import distributed
 
 Say = Callable[[str], None]
