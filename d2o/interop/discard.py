@@ -9,11 +9,13 @@ import secrets
 import shutil
 from pathlib import Path
 
+from d2o.interop.temporary import SUFFIX
+
 
 def discard(folder: Path) -> None:
     """Remove `folder` and all that is in it; nothing where there is none. What a kill leaves has a temporary name, `.<name>.<random>.tmp`,
     and is locked as those are while its remover lives (`d2o.interop.temporary`), so that the next start sweeps it."""
-    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{SUFFIX}")
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

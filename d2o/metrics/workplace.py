@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from d2o.data.work import LOCKS, MANIFEST, WorkFolder
 from d2o.errors import UserError
 from d2o.interop.discard import discard
+from d2o.interop.temporary import sweep
 from d2o.metrics.collect import Pass, Progress, Say, collect
 from d2o.metrics.columns import KIND, Columns, begin
 from d2o.runtime import StopFlag, Stopped, worker
@@ -151,7 +152,8 @@ def _damage(path: Path, record: dict[str, Any]) -> str | None:
 
 
 def _tidy(root: Path) -> None:
-    """Remove passes that were killed long ago and never taken up again."""
+    """Remove what was half removed, and passes that were killed long ago and never taken up again."""
+    sweep(root)
     for path in root.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > OLD and not _living(path):
