@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from d2o.cli import console
 from d2o.cli.pairs import open_device
 from d2o.errors import UserError
-from d2o.runtime import worker
+from d2o.runtime import Stopped, worker
 
 if TYPE_CHECKING:
     from d2o.metrics.protocol import Settings
     from d2o.metrics.run import Request
 
 Record = dict[str, Any]
+STDOUT = Path("-")
 
 
 def check_asked(values: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ def check_asked(values: dict[str, Any]) -> None:
 
 @dataclass
 class Outputs:
-    """Where the results go."""
+    """Where the results go. `json` "-" is the standard output, which then holds nothing else."""
 
     json: Path | None
     csv: Path | None
@@ -45,6 +46,10 @@ class Outputs:
     report: Path | None
     runs: Sequence[Path]
     title: str
+
+    @property
+    def piped(self) -> bool:
+        return self.json == STDOUT
 
     def check(self, save_stats: Path | None) -> None:
         """Refuse what cannot end well before anything is measured."""
@@ -57,7 +62,7 @@ class Outputs:
         from d2o.metrics.report import check_report_target
         from d2o.metrics.statistics import is_statistics
 
-        if self.json:
+        if self.json and not self.piped:
             check_json_target(self.json)
         for option, path, suffixes in (("--csv", self.csv, (".csv",)), ("--markdown", self.markdown, (".md", ".tex"))):
             if path is not None:
@@ -84,9 +89,13 @@ class Outputs:
 
     def write(self, records: list[Record]) -> None:
         if self.json:
-            from d2o.metrics.records import save_records
+            from d2o.metrics.records import as_json, save_records
 
-            save_records(self.json, records)
+            if self.piped:
+                console.out.file.write(as_json(records))
+                console.out.file.flush()
+            else:
+                save_records(self.json, records)
         for path in (self.csv, self.markdown):
             if path is not None:
                 from d2o.metrics.formats import write_table
@@ -97,7 +106,7 @@ class Outputs:
 
             write_report(self.report, records, self.runs, self.title)
         for path in (self.json, self.csv, self.markdown, self.report):
-            if path is not None:
+            if path is not None and path != STDOUT:
                 console.say(f"wrote {path}")
 
 
@@ -181,7 +190,7 @@ def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
 
     table = load_table(values["table"])
     records, measured = [], 0
-    for row in table.rows:
+    for i, row in enumerate(table.rows):
         reason = absent(row)
         if row.x is None or reason is not None:
             if reason is not None:
@@ -198,6 +207,9 @@ def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
             records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
+        except Stopped as stopped:
+            stopped.message = f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}"
+            raise
         else:
             measured += 1
     if not measured and worker()[0] == 0:

@@ -82,7 +82,9 @@ def evaluate_all(
             try:
                 result = _evaluate(i, found, request, settings, references, place, meter)
             except Stopped as stopped:
-                raise Stopped(f"{i} of {many} X measured; {stopped.message}", stopped.exit_code - 128) if many > 1 else stopped from None
+                if many > 1:
+                    stopped.message = f"{i} of {many} X measured; {stopped.message}"
+                raise
             if result is not None:
                 yield result
 
