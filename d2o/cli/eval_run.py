@@ -208,8 +208,7 @@ def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
         except Stopped as stopped:
-            stopped.message = f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}"
-            raise
+            raise Stopped(f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}", stopped.exit_code - 128) from stopped
         else:
             measured += 1
     if not measured and worker()[0] == 0:

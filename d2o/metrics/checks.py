@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from d2o.data.draws import label_mode
 from d2o.errors import UserError
 from d2o.metrics.plan import Plan
 from d2o.metrics.protocol import Settings
@@ -16,6 +17,8 @@ from d2o.metrics.subjects import Generator, Numbers, Pictures, Subject, check_su
 def check(x: Subject, reference: Reference | None, plan: Plan, settings: Settings) -> None:
     """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of another extractor,
     a network that is not here. `reference` may be opened only."""
+    if isinstance(x, Generator) and x.spec.condition != "text":
+        label_mode(settings.labels, x.spec.classes, x.spec.name)
     for want in plan.wants:
         name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)
         if want.metric.output and extractor is None:

@@ -91,8 +91,8 @@ def evaluate_one(
     place.check_stop(f"the pictures of {x.name}")
     if plan.grid and not isinstance(x, Numbers):
         record["grid"] = sample_grid(x, plan.teacher, settings, device)
-    place.check_stop(f"the nearest images of {x.name}")
     if plan.neighbours and not isinstance(x, Numbers) and reference is not None and plan.main is not None:
+        place.check_stop(f"the nearest images of {x.name}")
         from d2o.metrics.memorisation import nearest_images
 
         record["neighbours"] = nearest_images(x, runs[0], reference, plan.main, plan.neighbours, settings, device)

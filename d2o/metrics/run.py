@@ -82,9 +82,9 @@ def evaluate_all(
             try:
                 result = _evaluate(i, found, request, settings, references, place, meter)
             except Stopped as stopped:
-                if many > 1:
-                    stopped.message = f"{i} of {many} X measured; {stopped.message}"
-                raise
+                if many == 1:
+                    raise
+                raise Stopped(f"{i} of {many} X measured; {stopped.message}", stopped.exit_code - 128) from stopped
             if result is not None:
                 yield result
 
