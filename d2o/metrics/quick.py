@@ -12,15 +12,16 @@ from torch import Tensor
 from d2o.data.latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.metrics.accuracy import accuracy
-from d2o.metrics.collect import Workplace, silent
+from d2o.metrics.collect import silent
 from d2o.metrics.extractor import check_shape
 from d2o.metrics.features import Extractor, load_extractor
 from d2o.metrics.passes import feature_probes, generator_pass
 from d2o.metrics.presets import find_preset, hold_to
 from d2o.metrics.protocol import Settings
-from d2o.metrics.reference import Reference, load_reference, measured_reference
+from d2o.metrics.reference import Reference, generated_reference, load_reference, measure_reference
 from d2o.metrics.sides import Measured
 from d2o.metrics.subjects import Device, Generator, Pictures, pictures
+from d2o.metrics.workplace import Workplace
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 
@@ -35,7 +36,8 @@ def cached(extractor: str, reference: str, device: str, protocol: str | None, da
     if data is None:
         found = load_reference(reference, outputs, False, settings, device, main=network)
     else:
-        found = measured_reference(data.path, training_images(data), outputs, settings, device, Workplace(memory=True), silent)
+        images = generated_reference(data.path, training_images(data), outputs, settings)
+        found = measure_reference(images, outputs, settings, device, Workplace(memory=True), silent)
     if protocol is not None:
         hold_to(find_preset(protocol), [network], found.name, found.n)
     return network, found

@@ -17,8 +17,13 @@ from d2o.metrics.evaluate import FORMAT
 def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Write one record as an object, several as a list (atomically)."""
     check_json_target(path)
+    atomic_write(path, as_json(records))
+
+
+def as_json(records: Sequence[dict[str, Any]]) -> str:
+    """The content of such a file."""
     data = records[0] if len(records) == 1 else list(records)
-    atomic_write(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
