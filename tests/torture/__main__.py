@@ -17,8 +17,8 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
                   MPLBACKEND="Agg", PYTHONDONTWRITEBYTECODE="1")  # fmt: skip
 
-from tests.torture import commands, forks, kill  # noqa: E402
-from tests.torture.report import Report  # noqa: E402
+from tests.torture import commands, forks, kill
+from tests.torture.report import Report
 
 
 def options() -> argparse.Namespace:
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def kills(asked: argparse.Namespace, once: dict | None, base: Path, report: Report) -> None:
-    chosen = [c for c in commands.COMMANDS if asked.only in c.name and not (asked.quick and c.long_only) or once and once["command"] == c.name]
+    chosen = [c for c in commands.COMMANDS if (asked.only in c.name and not (asked.quick and c.long_only)) or (once and once["command"] == c.name)]
     if once:
         chosen = [kill.find(once["command"])]
     if not chosen:

@@ -84,7 +84,7 @@ class Events:
                 return
         elif name in PATHS:
             path = arguments[PATHS[name]]
-            if name == "os.mkdir" and os.path.isdir(path) or name == "os.remove" and arguments[1] == -1 and not os.path.lexists(path):
+            if (name == "os.mkdir" and os.path.isdir(path)) or (name == "os.remove" and arguments[1] == -1 and not os.path.lexists(path)):
                 return  # nothing changes
         else:
             return

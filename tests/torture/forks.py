@@ -48,11 +48,10 @@ def warm() -> None:
 
     torch.set_num_threads(1)
     import sklearn.datasets  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    from tensorboard.backend.event_processing import event_accumulator  # noqa: F401
-
-    import torch._dynamo  # noqa: F401  (torch's optimisers import it, which takes seconds)
+    import torch._dynamo
+    import torch.utils.tensorboard
     from PIL import Image
+    from tensorboard.backend.event_processing import event_accumulator  # noqa: F401
 
     from d2o.cli import app, eval_run, export, pairs, plan, sample, sweep, teachers, train_run  # noqa: F401
     from d2o.data import images, pair_tools, prompts  # noqa: F401
