@@ -17,8 +17,9 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
                   MPLBACKEND="Agg", PYTHONDONTWRITEBYTECODE="1")  # fmt: skip
 
-from tests.torture import commands, forks, kill
+from tests.torture import commands, damage, forks, kill
 from tests.torture.report import Report
+from tests.torture.specimens import SPECIMENS
 
 
 def options() -> argparse.Namespace:
@@ -46,8 +47,10 @@ def main() -> int:
     report = Report()
     try:
         once = json.loads(asked.replay) if asked.replay else None
-        if asked.kills or asked.events or asked.full or (once and "command" in once):
+        if "command" in once if once else asked.kills or asked.events or asked.full:
             kills(asked, once, base, report)
+        if "specimen" in once if once else asked.mutations:
+            mutations(asked, once, base, report)
     finally:
         if asked.json:
             report.save(asked.json)
@@ -58,9 +61,7 @@ def main() -> int:
 
 
 def kills(asked: argparse.Namespace, once: dict | None, base: Path, report: Report) -> None:
-    chosen = [c for c in commands.COMMANDS if (asked.only in c.name and not (asked.quick and c.long_only)) or (once and once["command"] == c.name)]
-    if once:
-        chosen = [kill.find(once["command"])]
+    chosen = [kill.find(once["command"])] if once else [c for c in commands.COMMANDS if asked.only in c.name and not (asked.quick and c.long_only)]
     if not chosen:
         return
     inputs = commands.prepare(base)
@@ -73,6 +74,17 @@ def kills(asked: argparse.Namespace, once: dict | None, base: Path, report: Repo
     if once:
         planned = [kill.Trial(**once)]
     for result in kill.trials(references, planned, base / "kills", asked.jobs, keep=asked.keep is not None):
+        report.add(result)
+
+
+def mutations(asked: argparse.Namespace, once: dict | None, base: Path, report: Report) -> None:
+    known = [s for s in SPECIMENS if asked.only in s.name and not (asked.quick and s.long_only)]
+    chosen = [damage.find(once["specimen"])] if once else known
+    if not chosen:
+        return
+    intact = {s.name: damage.Intact(s, _folder(base / "specimens" / s.name.replace(" ", "_").replace("/", "_"))) for s in chosen}
+    planned = [damage.Mutant(**once)] if once else damage.plan(chosen, asked.mutations, asked.seed)
+    for result in damage.mutants(intact, planned, base / "mutants", asked.jobs, keep=asked.keep is not None):
         report.add(result)
 
 
