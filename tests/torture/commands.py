@@ -33,31 +33,33 @@ class Command:
     inputs: tuple[str, ...]
     marker: str
     again: tuple[str, ...] = ()
-    long_only: bool = False
+    quick: bool = False  # in the short form, too
 
 
 MADE = ["--teacher", "teacher.safetensors", "--steps", "4", "--shard-size", "16", "--n", "64"]
 SAMPLES = ["sample", "run", "--n", "64", "--chunk", "16", "--batch", "16"]
 
 COMMANDS = [
-    Command("pairs", ["pairs", *MADE, "--out", "made"], ("teacher.safetensors",), ".safetensors"),
+    Command("pairs", ["pairs", *MADE, "--out", "made"], ("teacher.safetensors",), ".safetensors", quick=True),
     Command("pairs --merge", ["pairs", "--merge", "pairs", "--merge", "pairs2", "--out", "made"], ("pairs", "pairs2"), ".safetensors"),
     Command("train ode", ["train", "quickstart", *_set(LOOP, PAIRS), "--out", "made"], ("teacher.safetensors", "stats.npz"),
-            "state.safetensors", ("--resume",)),
-    Command("train spi-gan", ["train", "spi_gan_digits", *_set(LOOP, STYLE), "--out", "made"], ("stats.npz",), "state.safetensors", ("--resume",)),
+            "state.safetensors", ("--resume",), quick=True),
+    Command("train spi-gan", ["train", "spi_gan_digits", *_set(LOOP, STYLE), "--out", "made"], ("stats.npz",), "state.safetensors", ("--resume",),
+            quick=True),
     Command("train sid", ["train", "sid_digits", *_set(LOOP, {"teacher": "teacher.safetensors"}), "--out", "made"],
             ("teacher.safetensors", "stats.npz"), "state.safetensors", ("--resume",)),
     Command("finetune", ["finetune", "finetune_digits", "--from", "run", *_set(LOOP, PAIRS), "--out", "made"],
             ("teacher.safetensors", "stats.npz", "pairs", "run"), "state.safetensors", ("--resume",)),
     Command("train --sweep", ["train", "quickstart", "--sweep", "optim.lr=0.001,0.002", *_set({**LOOP, "images": 32}, PAIRS), "--out", "made"],
             ("teacher.safetensors", "stats.npz", "pairs"), "state.safetensors"),
-    *(Command(f"sample {name}", [*SAMPLES, "--out", f"made{suffix}", "--grid", "grid.png"], ("run",), ".safetensors")
+    *(Command(f"sample {name}", [*SAMPLES, "--out", f"made{suffix}", "--grid", "grid.png"], ("run",), ".safetensors",
+              quick=name == "zip")
       for name, suffix in (("folder", ""), ("zip", ".zip"), ("tar", ".tar"), ("npz", ".npz"))),
     Command("eval", ["eval", "run", "pairs", "--against", "stats.npz", "--n", "64", "--distance-n", "16", "--batch", "16", "--json", "made.json",
                      "--csv", "made.csv", "--markdown", "made.md", "--report", "made.html", "--run", "run"],
-            ("teacher.safetensors", "stats.npz", "pairs", "run"), ".safetensors"),
+            ("teacher.safetensors", "stats.npz", "pairs", "run"), ".safetensors", quick=True),
     Command("export safetensors", ["export", "run", "--format", "safetensors", "--out", "made.safetensors"], ("run",), ".safetensors"),
-    Command("export onnx", ["export", "run", "--out", "made.onnx"], ("run",), ".onnx", long_only=True),
+    Command("export onnx", ["export", "run", "--out", "made.onnx"], ("run",), ".onnx"),
 ]  # fmt: skip
 """Kept apart from each other: every trial has a folder of its own, with copies of what it reads."""
 

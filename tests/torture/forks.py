@@ -42,8 +42,8 @@ class Outcome:
         return f"signal {self.signal}" if self.signal else f"exit {self.code}"
 
 
-def warm() -> None:
-    """Import everything that the commands import, with one thread, before the first fork."""
+def warm(long: bool = False) -> None:
+    """Import everything that the commands import, with one thread, before the first fork. `long`: also what takes seconds to import."""
     import torch
 
     torch.set_num_threads(1)
@@ -62,6 +62,15 @@ def warm() -> None:
     from d2o.training import loop, setup  # noqa: F401
 
     Image.init()
+    if long:
+        from d2o.interop import torchvision_compat
+
+        torchvision_compat.ensure()
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 
 def d2o(arguments: list[str]) -> Callable[[], None]:
@@ -113,6 +122,7 @@ def _wait(pid: int, seconds: float) -> bool:
 
 def _child(function: Callable[[], Any], cwd: Path, log: Path, memory: int | None) -> None:
     code = CRASHED
+    atexit._clear()  # what the parent wants done at its own end
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         null = os.open(os.devnull, os.O_RDONLY)

@@ -32,7 +32,6 @@ class Specimen:
     format: str = ""
     own: bool = False
     named: tuple[str, ...] = ()
-    long_only: bool = False
     after: list[list[str]] = field(default_factory=list)  # commands that finish what `make` began
     killed_at: str = ""  # the last of them is killed when a file whose name ends so gets its name for the second time
 
@@ -200,15 +199,20 @@ def _lmdb(folder: Path) -> None:
 
 def _cifar(folder: Path) -> None:
     """CIFAR-10's archive as it is published, with a few images."""
-    import numpy as np
+    from tests.data.test_downloads import cifar
 
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as file:
-        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-            pixels = np.random.RandomState(1).randint(0, 255, (2, 3072), dtype=np.uint8)
-            content = pickle.dumps({b"data": pixels, b"labels": [0, 1]}, protocol=2)
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+        for name, content in cifar().items():
+            info = tarfile.TarInfo(name)
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
+
+
+def read_cifar() -> None:
+    from d2o.data.images import open_images
+    from d2o.interop.safetensors_io import tensors_sha256
+
+    _say(lambda: tensors_sha256({"images": open_images("cifar-10-python.tar.gz").images(slice(None))}))
 
 
 def _statistics(folder: Path) -> None:
@@ -258,22 +262,7 @@ def _prompts(suffix: str) -> Callable[[Path], None]:
 
 
 def _nvidia(folder: Path) -> None:
-    """Written as NVIDIA's code does, under the names that its pickles refer to."""
-    import sys
-    import types
-
-    from tests.interop import nvidia_writer as writer
-
-    for thing in (writer._reconstruct_persistent_obj, writer.EasyDict):
-        module = types.ModuleType(thing.__module__)
-        setattr(module, thing.__name__, thing)
-        sys.modules[thing.__module__.partition(".")[0]] = types.ModuleType("package")
-        sys.modules[thing.__module__] = module
-    from tests.interop.test_nvidia_pickle import network
-
-    kwargs = {"img_resolution": 8, "img_channels": 1, "label_dim": 0, "model_channels": 16, "channel_mult": [1], "num_blocks": 1,
-              "attn_resolutions": []}  # fmt: skip
-    (folder / "network.pkl").write_bytes(writer.dumps({"ema": writer.official(network(kwargs), kwargs)}))
+    shutil.copyfile(Path(__file__).parents[1] / "golden" / "edm" / "edm-ddpmpp.pkl", folder / "network.pkl")
 
 
 def _weights(kind: str) -> Callable[[Path], None]:
@@ -336,15 +325,16 @@ def _diffusers(folder: Path) -> None:
 
 
 def _classifier(folder: Path) -> None:
+    from d2o.interop.safetensors_io import load_file, save_file
     from d2o.teachers.registry import asset
 
     _folder("png")(folder)
-    shutil.copyfile(asset("classifier_digits.safetensors"), folder / "classifier.safetensors")
+    save_file(folder / "classifier.safetensors", *load_file(asset("classifier_digits.safetensors")))  # as it is written today: with its seal
 
 
-def _student_and_images(folder: Path) -> None:
-    _students("denoiser")(folder)
-    _folder("png")(folder)
+QUICK = ("student denoiser", "state", "recipe of a run", "log of a run", "recipe", "pair shard, train", "pair manifest, train", "image png",
+         "EDM zip", "WebDataset tar", "npz of images", "part of samples", "statistics npz", "result json", "download")  # fmt: skip
+"""Those of the short form."""
 
 
 # The list
@@ -373,7 +363,7 @@ def _sets() -> list[Specimen]:
         images("WebDataset tar", _webdataset, "images.tar", "tar"),
         images("npz of images", _npz, "images.npz", "zip", own=True),
         images("LMDB", _lmdb, "images_lmdb/data.mdb", x="images_lmdb"),
-        images("CIFAR-10 tar.gz", _cifar, "cifar-10-python.tar.gz"),
+        Specimen("CIFAR-10 tar.gz", _cifar, "cifar-10-python.tar.gz", read_cifar),
     ]
 
 
@@ -391,7 +381,7 @@ SPECIMENS = [
       for kind in ("denoiser", "consistency", "multistep", "style")),
     Specimen("teacher", _teacher, "teacher.safetensors",
              ["sample", "--teacher", "teacher.safetensors", "--n", "2", "--steps", "2", "--out", "out.npz"], "sealed", True),
-    Specimen("teacher of text", _prompts("txt"), "teacher.safetensors", [*TEXT, "--prompts", "prompts.txt"], "sealed", True, long_only=True),
+    Specimen("teacher of text", _prompts("txt"), "teacher.safetensors", [*TEXT, "--prompts", "prompts.txt"], "sealed", True),
     Specimen("classifier", _classifier, "classifier.safetensors",
              ["eval", "images", "--extractor", "classifier.safetensors", "--save-stats", "out.npz"], "sealed", True),
     Specimen("state", _recipe, "run/checkpoints/state.safetensors", [*TRAIN, "--resume"], "sealed", True, after=[PAIRS, TRAIN],
@@ -428,14 +418,14 @@ SPECIMENS = [
     Specimen("result json", _statistics, "result.json", ["eval", "result.json", "--compare", "--csv", "out.csv", "--report", "out.html"], "json",
              after=[STATS, RESULT]),
     Specimen("table yaml", _table, "table.yaml", ["eval", "--table", "./table.yaml", "--json", "out.json"], "yaml", after=[STATS]),
-    *(Specimen(f"prompts {suffix}", _prompts(suffix), f"prompts.{suffix}", [*TEXT, "--prompts", f"prompts.{suffix}"], kind, long_only=True)
+    *(Specimen(f"prompts {suffix}", _prompts(suffix), f"prompts.{suffix}", [*TEXT, "--prompts", f"prompts.{suffix}"], kind)
       for suffix, kind in (("txt", "text"), ("jsonl", "jsonl"), ("parquet", ""))),
     Specimen("NVIDIA pickle", _nvidia, "network.pkl", ["sample", "--teacher", "network.pkl", "--n", "1", "--steps", "1", "--out", "out.npz"]),
     *(Specimen(f"torch {kind}", _weights(kind), "weights.pt", read_weights, "" if kind == "legacy" else "zip")
       for kind in ("zip", "legacy", "script")),
     Specimen("download", _downloaded, "weights.bin", read_downloaded, "", True),
     Specimen("record of a download", _downloaded, "weights.bin.json", read_downloaded, "json", named=("weights.bin",)),
-    *(Specimen(f"diffusers {file}", _diffusers, f"sd/{file}", DIFFUSERS, kind, long_only=True)
+    *(Specimen(f"diffusers {file}", _diffusers, f"sd/{file}", DIFFUSERS, kind)
       for file, kind in (("model_index.json", "json"), ("unet/config.json", "json"), ("scheduler/scheduler_config.json", "json"),
                          ("tokenizer/vocab.json", "json"), ("text_encoder/config.json", "json"),
                          ("unet/diffusion_pytorch_model.safetensors", "safetensors"))),
