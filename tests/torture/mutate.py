@@ -11,6 +11,7 @@ import json
 import math
 import random
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -291,7 +292,8 @@ def zip_member(data: bytes, rng: random.Random) -> bytes | None:
 
 def pack(members: list[tuple[str, bytes]]) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as file:
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w") as file:
+        warnings.simplefilter("ignore")  # a name that comes twice is meant
         for name, content in members:
             info = zipfile.ZipInfo(name.encode("utf-8", "surrogateescape").decode("latin-1") if "\udcff" in name else name)
             info.compress_type = zipfile.ZIP_DEFLATED if len(content) > 10**6 else zipfile.ZIP_STORED
