@@ -32,13 +32,19 @@ IMAGES = ("labels", "quantize", "resize")
 def cached(extractor: str, reference: str, device: str, protocol: str | None, data: Any = None) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
     settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
-    if data is None:
-        found = load_reference(reference, outputs, False, settings, device, main=network)
-    else:
-        found = measured_reference(data.path, training_images(data), outputs, settings, device, Workplace(memory=True), silent)
-    if protocol is not None:
-        hold_to(find_preset(protocol), [network], found.name, found.n)
+    own = None if data is None else training_images(data)
+    if own is not None:
+        hold(protocol, network, own.source, own.n)  # before all of them are looked at
+        return network, measured_reference(own.source, own, outputs, settings, device, Workplace(memory=True), silent)
+    found = load_reference(reference, outputs, False, settings, device, main=network)
+    hold(protocol, network, found.name, found.n)
     return network, found
+
+
+def hold(protocol: str | None, network: Extractor, reference: str, n: int | None) -> None:
+    """UserError: another network or reference than the protocol's."""
+    if protocol is not None:
+        hold_to(find_preset(protocol), [network], reference, n)
 
 
 def training_images(data: Any) -> Pictures:
