@@ -17,7 +17,7 @@ from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import Stopped, worker
+from d2o.runtime import TRUST, Stopped, worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
@@ -41,8 +41,12 @@ def _version(wanted: bool) -> None:
 def common(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (goes before the command: d2o --debug train ...)."),
+    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with "
+                               "(goes before the command)."),
 ) -> None:
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
+    if trust:
+        os.environ[TRUST] = "1"
 
 
 app.command()(teachers)

@@ -12,15 +12,16 @@ from torch import Tensor
 from d2o.data.latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.metrics.accuracy import accuracy
-from d2o.metrics.collect import Workplace, silent
+from d2o.metrics.collect import silent
 from d2o.metrics.extractor import check_shape
 from d2o.metrics.features import Extractor, load_extractor
 from d2o.metrics.passes import feature_probes, generator_pass
 from d2o.metrics.presets import find_preset, hold_to
 from d2o.metrics.protocol import Settings
-from d2o.metrics.reference import Reference, load_reference, measured_reference
+from d2o.metrics.reference import Reference, generated_reference, load_reference, measure_reference
 from d2o.metrics.sides import Measured
 from d2o.metrics.subjects import Device, Generator, Pictures, pictures
+from d2o.metrics.workplace import Workplace
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 
@@ -32,19 +33,15 @@ IMAGES = ("labels", "quantize", "resize")
 def cached(extractor: str, reference: str, device: str, protocol: str | None, data: Any = None) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
     settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
-    own = None if data is None else training_images(data)
-    if own is not None:
-        hold(protocol, network, own.source, own.n)  # before all of them are looked at
-        return network, measured_reference(own.source, own, outputs, settings, device, Workplace(memory=True), silent)
-    found = load_reference(reference, outputs, False, settings, device, main=network)
-    hold(protocol, network, found.name, found.n)
-    return network, found
-
-
-def hold(protocol: str | None, network: Extractor, reference: str, n: int | None) -> None:
-    """UserError: another network or reference than the protocol's."""
+    if data is None:
+        found = load_reference(reference, outputs, False, settings, device, main=network)
+    else:
+        found = generated_reference(data.path, training_images(data), outputs, settings)
     if protocol is not None:
-        hold_to(find_preset(protocol), [network], reference, n)
+        hold_to(find_preset(protocol), [network], found.name, found.n)
+    if data is not None:  # after what could refuse it: all of its images are looked at
+        found = measure_reference(found, outputs, settings, device, Workplace(memory=True), silent)
+    return network, found
 
 
 def training_images(data: Any) -> Pictures:

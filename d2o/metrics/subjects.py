@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
+from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.metrics.features import Extractor, check_shape
 from d2o.metrics.prepare import parse_preparation, quantize
@@ -258,8 +258,8 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
 
 def _is_pair_store(folder: Path) -> bool:
     try:
-        record = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        record = read_json(folder / "manifest.json")
+    except UserError:
         return False
     return isinstance(record, dict) and record.get("format") == "d2o-pairs"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,11 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.interop.discard import discard
+from d2o.interop.temporary import sweep
 from d2o.methods.base import Generate, Method
-from d2o.metrics.collect import Workplace
 from d2o.metrics.quick import FrechetEvaluator
+from d2o.metrics.workplace import Workplace
 from d2o.training import distributed
 
 Say = Callable[[str], None]
@@ -86,13 +87,15 @@ class Evaluation:
     def distance(self, generate: Generate, iteration: int) -> dict[str, float]:
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         assert evaluator is not None and self.spec is not None
+        if self.rank == 0:  # what a killed run left, of several processes or one
+            sweep(self.work.parent, self.work.name)
+            discard(self.work)
         if self.world == 1:
             return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
-        shutil.rmtree(self.work, ignore_errors=True)  # what a killed run left
         distributed.barrier(self.world)
         place = Workplace(self.work)
         found = evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}")
         distributed.barrier(self.world)
         if self.rank == 0:
-            shutil.rmtree(self.work, ignore_errors=True)
+            discard(self.work)
         return found
