@@ -12,6 +12,7 @@ from d2o import __version__
 from d2o.cli import console
 from d2o.cli.eval import evaluate
 from d2o.cli.export import export
+from d2o.cli.numbers import Command
 from d2o.cli.pairs import pairs
 from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
@@ -27,7 +28,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 CLICK_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
-SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+                errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 """What is wrong with the disk or its permissions, and not with d2o."""
 
 
@@ -49,13 +51,13 @@ def common(
         os.environ[TRUST] = "1"
 
 
-app.command()(teachers)
-app.command()(pairs)
-app.command()(train)
-app.command()(finetune)
-app.command()(sample)
-app.command(name="eval")(evaluate)
-app.command()(export)
+app.command(cls=Command)(teachers)
+app.command(cls=Command)(pairs)
+app.command(cls=Command)(train)
+app.command(cls=Command)(finetune)
+app.command(cls=Command)(sample)
+app.command(name="eval", cls=Command)(evaluate)
+app.command(cls=Command)(export)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     program = arguments is None  # the process is ours, and ends here
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8, and not every terminal has a †
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
         if program and worker()[1] > 1 and not code:
@@ -93,5 +98,13 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         if debug:
             raise
+        if _out_of_memory(error):
+            console.error("not enough memory", f"{str(error).splitlines()[0] if str(error) else 'it is used up'}; a smaller --batch takes less")
+            sys.exit(2)
         console.error(f"{type(error).__name__}: {error}", "this is a fault of d2o or its surroundings; run `d2o --debug ...` for the traceback")
         sys.exit(1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's, or that of torch's allocator on the CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
