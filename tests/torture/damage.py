@@ -81,7 +81,7 @@ def attempt(mutant: Mutant, intact: Intact, folder: Path, log: Path) -> dict[str
     if data is None or data == intact.data:
         return {**result, "code": -1, "peak": 0}
     outcome, products = intact.read(folder, log, data)
-    failures = _verdict(specimen, mutant.mutation, intact, outcome, products, own=specimen.own and tells)
+    failures = _verdict(specimen, intact, outcome, products, own=specimen.own and tells)
     return {**result, "code": outcome.code if outcome.code is not None else -outcome.signal, "peak": outcome.peak, "seconds": outcome.seconds,
             "failures": failures}  # fmt: skip
 
@@ -102,7 +102,7 @@ def find(name: str) -> Specimen:
     return next(specimen for specimen in SPECIMENS if specimen.name == name)
 
 
-def _verdict(specimen: Specimen, mutation: str, intact: Intact, outcome: forks.Outcome, products: dict[str, str], own: bool) -> list[str]:
+def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, products: dict[str, str], own: bool) -> list[str]:
     said = [line.strip() for line in outcome.text.splitlines() if line.strip()]
     if outcome.timed_out:
         return ["hang: " + outcome.brief]
@@ -112,8 +112,8 @@ def _verdict(specimen: Specimen, mutation: str, intact: Intact, outcome: forks.O
         text = outcome.text
         if "Traceback" in text:
             return ["traceback with exit 2", *said[-2:]]
-        named = any(name in text for name in (*specimen.names, intact.file.name, intact.file.parts[0]))
-        if not named and mutation != "forged_tensors":  # then the weights are wrong, and the file is as it was written
+        named = any(name in text for name in (*specimen.names, intact.file.name))
+        if not named and "not finite" not in text:  # weights that are wrong, but as they were written, are said of the network
             return ["the message names no file", *said[-3:]]
         if max(len(line) for line in said) > 4000:
             return [f"a message of {max(len(line) for line in said):,} characters", *(line[:200] for line in said[-3:])]

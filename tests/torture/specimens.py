@@ -37,7 +37,8 @@ class Specimen:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.named, Path(self.file).name, self.file.partition("/")[0])
+        first = self.file.partition("/")[0]
+        return (*self.named, Path(self.file).name, *([first] if first != "images" else []))
 
 
 def build(specimen: Specimen, base: Path) -> Path:
