@@ -71,6 +71,7 @@ def plan(specimens: list[Specimen], count: int, seed: int) -> list[Mutant]:
         for k in range(share):
             names = known if known and k % 2 else raw
             mutants.append(Mutant(specimen.name, names[(k // 2) % len(names)] if known else names[k % len(names)], rng.randrange(2**31)))
+    random.Random(seed).shuffle(mutants)  # so that a run that is stopped has seen something of everything
     return mutants
 
 
