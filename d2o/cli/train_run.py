@@ -28,9 +28,11 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
 
 def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:
     """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
+    from d2o.interop.outputs import check_output
     from d2o.interop.safetensors_io import read_meta
     from d2o.recipes.load import diff_recipes, load_recipe
 
+    check_output(folder, folder=True)
     before, state = folder / "recipe.yaml", folder / "checkpoints" / "state.safetensors"
     if not folder.exists() or not any(folder.iterdir()):
         return True
