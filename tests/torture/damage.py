@@ -121,7 +121,7 @@ def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, product
         named = any(name in text for name in (*specimen.names, intact.file.name))
         if not named and "not finite" not in text:  # weights that are wrong, but as they were written, are said of the network
             return ["the message names no file", *said[-3:]]
-        if max(len(line) for line in said) > 4000:
+        if max(len(line) for line in said) > 20_000:
             return [f"a message of {max(len(line) for line in said):,} characters", *(line[:200] for line in said[-3:])]
         return []
     if outcome.code != 0:
