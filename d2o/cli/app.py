@@ -9,7 +9,7 @@ import sys
 import typer
 
 from d2o import __version__
-from d2o.cli import console
+from d2o.cli import console, hints
 from d2o.cli.eval import evaluate
 from d2o.cli.export import export
 from d2o.cli.pairs import pairs
@@ -37,12 +37,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+FLAGS = ("--debug", "--quiet")
+"""Options of all commands, before or behind them: `main` takes them out."""
+
+
 @app.callback()
 def common(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (goes before the command: d2o --debug train ...)."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. With any command."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."),
 ) -> None:
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
+    hints.typed(context)
 
 
 app.command()(teachers)
@@ -58,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
     program = arguments is None  # the process is ours, and ends here
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, console.quiet = ("--debug" in arguments), ("--quiet" in arguments)
+    arguments = [text for text in arguments if text not in FLAGS]
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
         if program and worker()[1] > 1 and not code:
@@ -71,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         console.err.print("stopped")
         sys.exit(130)
     except Stopped as stop:
-        console.err.print(stop.message, markup=False)
+        console.err.print("; ".join(filter(None, (stop.message, stop.way))), markup=False)
         sys.exit(stop.exit_code)
     except UserError as error:
         if debug:
@@ -89,5 +97,6 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         if debug:
             raise
-        console.error(f"{type(error).__name__}: {error}", "this is a fault of d2o or its surroundings; run `d2o --debug ...` for the traceback")
+        hint = "this is a fault of d2o or its surroundings; the same command with --debug shows the traceback"
+        console.error(f"{type(error).__name__}: {error}", hint)
         sys.exit(1)

@@ -158,6 +158,7 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
+    takes: ClassVar[str] = ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     product: ClassVar[str] = "student"  # which of networks() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 

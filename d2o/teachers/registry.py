@@ -98,10 +98,15 @@ def stated_licence(folder: Path) -> str:
     return stated.get("license_name") or stated.get("license") or "unstated"
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is of the form owner/name, as repositories of the hub have it."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+
+
 def _from_hub(name: str) -> Path:
     """The snapshot of a repository owner/name. UserError: not the form of one, or not to be had."""
-    parts = name.split("/")
-    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+    if is_repository(name):
         return hub_snapshot(name)
     near = nearest(name, teacher_names())
     raise UserError(

@@ -16,10 +16,12 @@ from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
+from d2o.methods.teachers import check_kind, check_teacher
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
+from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
 from d2o.training.evaluation import open_evaluator
 
@@ -68,23 +70,16 @@ def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
 def prepare(
     recipe: Any, device: torch.device, start: str | Path | None, say: Report, progress: Callable[[int, int, str], None], stop: StopFlag
 ) -> Setup:
-    """Load, check and where needed make what the recipe names. UserError for whatever is missing."""
+    """Load, check and where needed make what the recipe names. UserError for whatever is missing or does not fit: first what is found out from
+    names and local files, then what may have to be fetched."""
     method = get_method(recipe.method)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed,
                   batch=recipe.batch)  # fmt: skip
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
         raise UserError(f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`", "d2o teachers lists some")
-    try:  # before anything is made for training
-        open_evaluator(recipe, device)
-    except UserError as error:
-        hint = error.hint.partition(", or name it with --weights")[0]  # an option of `d2o eval`
-        way = "this is for the recipe's `eval:`; --set eval=null trains without it"
-        raise UserError(error.message, f"{hint}\n{way}" if hint else way) from error
-    if recipe.teacher is not None:
-        setup.teacher = load_teacher(recipe.teacher, device, say=say)
-    if start is not None:
-        setup.start = load_student(start, device)
+    if recipe.teacher is not None and (kind := look(recipe.teacher)) is not None:
+        check_kind(recipe.method, kind)
     if needs == "images":
         if recipe.data is None:
             raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
@@ -93,6 +88,15 @@ def prepare(
             say(f"{recipe.data.path}: {note}")
         for name, why in setup.images.bad:
             say(f"{recipe.data.path}: skipped {name}: {why}")
+    if start is not None:
+        setup.start = load_student(start, device)
+    try:
+        open_evaluator(recipe, device)
+    except UserError as error:
+        way = "this is for the recipe's `eval:`; --set eval=null trains without it"
+        raise UserError(error.message, f"{error.hint}\n{way}" if error.hint else way) from error
+    if recipe.teacher is not None:
+        setup.teacher = check_teacher(recipe.method, load_teacher(recipe.teacher, device, say=say))
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")

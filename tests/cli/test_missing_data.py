@@ -36,7 +36,7 @@ def test_own_recipes_say_their_own(tmp_path, monkeypatch, capsys):
     assert run("train", "mine.yaml") == 2
     said = capsys.readouterr().err
     assert "ask the museum of Ghent" in said and "--mini" not in said  # it has none
-    assert run("train", "mine.yaml", "--plan") == 0
+    assert run("train", "mine.yaml", "--plan") == 1
     said = capsys.readouterr().out
     assert "missing: no such file or folder: nowhere; training says how to get them" in said and "trained weights" in said
     assert run("train", "mine.yaml", "--set", "data.get=celebahq") == 2

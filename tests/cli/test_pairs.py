@@ -59,7 +59,7 @@ def test_make_again_verify_damage_and_repair(run, tmp_path):
         (["--teacher", "digit", "--n", 3, "--out", "p"], "did you mean 'digits'"),
         (["--teacher", "missing.safetensors", "--n", 3, "--out", "p"], "no such file"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--solver", "eular"], "did you mean 'euler'"),
-        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"], "device 'tpu9' cannot be used"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"], "--device tpu9: no device of d2o's; it knows cpu, cuda"),
         (["--teacher", "t.safetensors", "--n", "three", "--out", "p"], "integer"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "t.safetensors"], "is a file; expected a folder"),
         (["--verify", "nowhere"], "nowhere is not a pair store"),
