@@ -37,7 +37,7 @@ from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
 from d2o.training.evaluation import open_evaluator, times
-from d2o.training.setup import open_data, pair_folder, pair_settings
+from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide
 
 MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
@@ -76,7 +76,8 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
     plan = Plan(iterations=-(-recipe.images // recipe.batch))
     method_class = get_method(recipe.method)
     needs = method_class.needs(recipe.options)
-    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch)
+    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch,
+                  licence=licence_of(recipe))  # fmt: skip
     if recipe.teacher and _fits(plan, recipe):
         known = {} if teachers is None else teachers
         setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher)))

@@ -19,6 +19,7 @@ from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
+from d2o.teachers.base import UNSTATED
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import look
@@ -67,6 +68,11 @@ def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
     return found
 
 
+def licence_of(recipe: Any) -> str:
+    """The licence of the recipe's images."""
+    return UNSTATED if recipe.data is None or recipe.data.licence is None else recipe.data.licence
+
+
 def prepare(
     recipe: Any, device: torch.device, start: str | Path | None, say: Report, progress: Callable[[int, int, str], None], stop: StopFlag
 ) -> Setup:
@@ -74,7 +80,7 @@ def prepare(
     names and local files, then what may have to be fetched."""
     method = get_method(recipe.method)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed,
-                  batch=recipe.batch)  # fmt: skip
+                  batch=recipe.batch, licence=licence_of(recipe))  # fmt: skip
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
         raise UserError(f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`", "d2o teachers lists some")

@@ -55,4 +55,4 @@ def test_a_folder_of_256_px_trains(tmp_path):
     out = tmp_path / "run"
     assert run("train", "spi_gan_celeba", "--data", tmp_path / "faces", "--out", out, *(part for text in small for part in ("--set", text))) == 0
     meta = read_meta(out / "checkpoints" / "last.safetensors")
-    assert meta["kind"] == "student" and meta["spec"]["shape"] == [3, 256, 256] and meta["spec"]["licence"] == "non-commercial"
+    assert meta["kind"] == "student" and meta["spec"]["shape"] == [3, 256, 256] and meta["spec"]["licence"] == "not stated"
