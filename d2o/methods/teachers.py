@@ -22,6 +22,11 @@ def takes(method: str, kind: Kind) -> bool:
     return wanted == "edm" or (kind.arch != "edm2" and kind.precond in (None, "edm", "consistency"))
 
 
+def methods_for(kind: Kind) -> list[str]:
+    """The methods that learn from teachers of that kind."""
+    return [name for name in method_names() if takes(name, kind)]
+
+
 def check_kind(method: str, kind: Kind) -> None:
     """UserError: the method does not learn from teachers of that kind; with what can be done."""
     if takes(method, kind):
@@ -30,8 +35,7 @@ def check_kind(method: str, kind: Kind) -> None:
     if not wanted:
         what = f"method {method} learns without a teacher, and the recipe has `teacher: {kind.name}`"
         raise UserError(what, f"take `teacher` out, or a method that distils: {', '.join(name for name in method_names() if get_method(name).takes)}")
-    ways = [name for name in method_names() if takes(name, kind)]
-    if ways:
+    if ways := methods_for(kind):
         first = f"methods that take this teacher: {', '.join(ways)}"
     else:
         commands = f"d2o sample --teacher {kind.name}, d2o pairs --teacher {kind.name}, d2o eval {kind.name}"

@@ -34,16 +34,7 @@ def pair_folder(recipe: Any) -> Path | str:
     pairs = recipe.pairs
     if pairs.path:
         return pairs.path if "://" in pairs.path else Path(pairs.path)
-    words = [Path(str(recipe.teacher)).stem, f"{pairs.solver}{pairs.steps}"]
-    words += [pairs.spacing] if pairs.spacing else []
-    words += ["x0"] if pairs.final != "scheduler" else []
-    words += [f"eta{pairs.eta:g}"] if pairs.eta else []
-    words += [] if pairs.cfg == 1.0 else [f"cfg{pairs.cfg:g}"]
-    words += [] if pairs.labels == "random" else [pairs.labels.replace(",", "_")]
-    words += [Path(pairs.prompts).stem + (f"x{pairs.per_prompt}" if pairs.per_prompt > 1 else "")] if pairs.prompts else []
-    words += [] if pairs.rewire == "none" else [pairs.rewire]
-    words += [word for word, plain in ((pairs.dtype, "fp32"), (f"net_{pairs.precision}", "net_fp32")) if word != plain]
-    return Path("runs") / "pairs" / "-".join([*words, f"n{pairs.n}", f"seed{pairs.seed}"])
+    return pair_settings(recipe).folder(pairs.precision)
 
 
 def pair_settings(recipe: Any) -> PairSettings:
