@@ -10,6 +10,7 @@ import typer
 
 from d2o import __version__
 from d2o.cli import console, hints
+from d2o.cli.env import env
 from d2o.cli.eval import evaluate
 from d2o.cli.export import export
 from d2o.cli.pairs import pairs
@@ -59,6 +60,7 @@ app.command()(finetune)
 app.command()(sample)
 app.command(name="eval")(evaluate)
 app.command()(export)
+app.command()(env)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -137,7 +137,7 @@ def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: f
     lacking += [("--n", "how many pairs" + (" (without it one for every prompt)" if text else ""))] if n is None else []
     if text and prompts is None:
         files = "a .txt file (one a line), .jsonl or .parquet (column prompt, text or caption)"
-        lacking.append(("--prompts", f"{teacher} makes images of texts: {files}"))
+        lacking.append(("--prompts", f"{teacher!r} is conditioned on text: {files}"))
     if lacking:
         words = ["d2o pairs --teacher", teacher or "digits", *(["--prompts prompts.txt"] if text else []), f"--n {n or 8192}"]
         words += [] if cfg == 1 else [f"--cfg {cfg:g}"]
