@@ -20,7 +20,7 @@ from d2o.cli.train import finetune, train
 from d2o.errors import UserError
 from d2o.runtime import Stopped, worker
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 
 

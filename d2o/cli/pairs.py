@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ RUNNING, STORE, WORKERS, TOOLS = "How the network is run", "What is stored", "Se
 
 def pairs(
     teacher: str = typer.Option(None, "--teacher", help="Teacher: a name (digits, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
-                                "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder.", show_default=False),
+                                "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder.", show_default=False,
+                                autocompletion=complete.teachers),
     n: int = typer.Option(None, "--n", "-n", help="Number of pairs. Default with --prompts: one for every prompt, times --per-prompt.",
                           show_default=False),
     out: str = typer.Option(None, "--out", help="Folder of the store, or any fsspec URL (s3://bucket/pairs); a store that was begun there is "

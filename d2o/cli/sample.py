@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.cli.pairs import open_device, open_teacher, progress_bar
 from d2o.errors import UserError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def sample(
     checkpoint: Path = typer.Argument(None, help="A student's .safetensors checkpoint, or a run folder (its best, else last checkpoint).",
-                                      show_default=False),
+                                      show_default=False, autocompletion=complete.checkpoints),
     n: int = typer.Option(None, "--n", "-n", help="Number of images.", show_default=False),
     out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file. Default: "
                              "`samples/<name>-n<n>-seed<seed>.zip`.", show_default=False),
@@ -30,9 +30,9 @@ def sample(
     grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, one row per label.",
                               show_default=False),
     teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
-                                "that both can be compared.", show_default=False),
+                                "that both can be compared.", show_default=False, autocompletion=complete.teachers),
     solver: str = typer.Option(None, "--solver", help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
-                               show_default=False),
+                               show_default=False, autocompletion=complete.among("heun", "euler", "ddim", "dpmpp")),
     steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher (default: its usual number); network calls of a consistency "
                               "student, 1 or 2; pictures of a --path (9).", show_default=False),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
