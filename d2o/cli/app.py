@@ -18,7 +18,7 @@ from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import Stopped, worker
+from d2o.runtime import TRUST, Stopped, worker
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
@@ -38,7 +38,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-FLAGS = ("--debug", "--quiet")
+FLAGS = ("--debug", "--quiet", "--trust")
 """Options of all commands, before or behind them: `main` takes them out."""
 
 
@@ -47,8 +47,10 @@ def common(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. With any command."),
+    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with. "
+                               "With any command."),
     quiet: bool = typer.Option(False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."),
-) -> None:
+) -> None:  # fmt: skip
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
     hints.typed(context)
 
@@ -68,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     program = arguments is None  # the process is ours, and ends here
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, console.quiet = ("--debug" in arguments), ("--quiet" in arguments)
+    if "--trust" in arguments:
+        os.environ[TRUST] = "1"
     arguments = [text for text in arguments if text not in FLAGS]
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")

@@ -112,6 +112,8 @@ def pairs(
         shard_size, dtype, store_noise, decode,
     )  # fmt: skip
     settings.check()
+    if out is not None:
+        _check_folder(out)
     compute = Compute(batch, threads, precision, channels_last, compile)
     share = Share.parse(worker, share_only)
     with stop_flag() as stop, progress_bar("pairs", "pairs") as progress:
@@ -119,6 +121,7 @@ def pairs(
         if out is None:
             out = str(settings.resolved(model.spec.solver, model.spec.steps).folder(precision))
             console.say(f"the store is {out} (--out names another)")
+            _check_folder(out)
         store = make_pairs(settings, out, compute=compute, share=share, say=console.say, progress=progress, stop=stop, teacher=model,
                            prompts=texts)  # fmt: skip
     if store is not None:
@@ -148,6 +151,15 @@ def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: f
         raise UserError(f"{names} {'is' if len(lacking) == 1 else 'are'} missing", hint)
     if kind is not None and not methods_for(kind):
         console.say(f"note: teacher {teacher!r} {kind.words()}; no method of `d2o train` takes its pairs yet (d2o.PairStore reads them)")
+
+
+def _check_folder(out: str) -> None:
+    """UserError: a store cannot be made there. (Of a URL it shows later.)"""
+    from d2o.data.objects import local_path
+    from d2o.interop.outputs import check_output
+
+    if (folder := local_path(out)) is not None:
+        check_output(folder, folder=True)
 
 
 def _verify(path: str) -> None:

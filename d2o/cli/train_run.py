@@ -28,9 +28,11 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
 
 def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:
     """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
+    from d2o.interop.outputs import check_output
     from d2o.interop.safetensors_io import read_meta
     from d2o.recipes.load import diff_recipes, load_recipe
 
+    check_output(folder, folder=True)
     before, state = folder / "recipe.yaml", folder / "checkpoints" / "state.safetensors"
     if not folder.exists() or not any(folder.iterdir()):
         return True
@@ -67,6 +69,7 @@ def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device
         except MissingImages as error:
             raise UserError(error.message, f"{error.hint}\n{_ways_on(name, overrides)}") from error
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup), say=console.say)
+    trainer.evaluation.check()  # what is refused leaves no folder
     if rank == 0:
         atomic_write(folder / "recipe.yaml", recipe.to_yaml())
     barrier(world)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from d2o.export.card import HUB_LICENCES
 from d2o.export.parity import Parity
 from d2o.export.source import stated
 from d2o.interop.safetensors_io import atomic_write, file_sha256, resolve_checkpoint, write_error
+from d2o.interop.temporary import sweep, temporary_folder
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
 from d2o.teachers.base import UNSTATED
 from d2o.teachers.diffusers_parts import quiet
@@ -176,18 +175,15 @@ def _contents(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk, removed whatever happens."""
+    """A temporary folder on the same disk, removed whatever happens; those of killed exports go too."""
+    target = target.absolute()
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}.", suffix=".tmp"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent, target.name)
+        with temporary_folder(target) as folder:
+            yield folder
     except OSError as error:
         raise write_error(target, error) from error
-    try:
-        yield folder
-    except OSError as error:
-        raise write_error(target, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(folder: Path, target: Path) -> None:

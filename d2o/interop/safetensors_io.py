@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as _serialise
 
 from d2o.errors import UserError
+from d2o.interop import seal
+from d2o.interop.inputs import check_input
+from d2o.interop.temporary import temporary_file
 
 META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, and equal content must give equal bytes
 
@@ -28,22 +31,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     Raises UserError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)
-        os.replace(temporary, path)
+        with temporary_file(path) as temporary:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_UMASK)
+            os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Let the folder's new name reach the disk too, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _read_umask() -> int:
@@ -73,48 +81,73 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able record. Equal content gives equal bytes."""
-    atomic_write(path, to_bytes(tensors, meta))
+def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> str:
+    """Write tensors and a JSON-able record, and return the file's sha256. Equal content gives equal bytes."""
+    pieces = _pieces(tensors, meta)
+    digest = hashlib.sha256()
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def to_bytes(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> bytes:
     """The bytes of the file that `save_file` writes."""
+    return b"".join(_pieces(tensors, meta))
+
+
+def _pieces(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> list[bytes | memoryview]:
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    return _serialise(plain, {META_KEY: json.dumps(meta, sort_keys=True)})
+    return seal.sealed(_serialise(plain, {META_KEY: json.dumps({**meta, **seal.BLANK}, sort_keys=True)}))
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON record of a file that d2o wrote. UserError: missing, truncated, or not one of ours."""
+    return _unsealed(_record(path))
+
+
+def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors and the JSON record, after a look at all of the file's bytes. Errors as `read_meta`, or: the bytes have changed."""
+    record = _record(path)
+    seal.check_digest(path, record)
+    with _open(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _unsealed(record)  # noqa: SIM118 (not a dict)
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """UserError: not a file of d2o's, or its bytes are not those that were written."""
+    seal.check_digest(path, _record(path))
+
+
+def _record(path: str | os.PathLike) -> dict[str, Any]:
     with _open(path) as file:
         metadata = file.metadata() or {}
     if META_KEY not in metadata:
         raise UserError(f"{path} is a safetensors file, but not one of d2o's (no {META_KEY!r} metadata)", "expected a file made by `d2o`")
     try:
-        return json.loads(metadata[META_KEY])
-    except ValueError as error:
+        record = json.loads(metadata[META_KEY])
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its {META_KEY!r} metadata is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: its {META_KEY!r} metadata is not a record (a JSON object)")
+    seal.check_size(path, record)
+    return record
 
 
-def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors and the JSON record. Errors as `read_meta`."""
-    meta = read_meta(path)
-    with _open(path, device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in seal.BLANK}
 
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a .safetensors file")
+    check_input(path, "a .safetensors file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download") from error
+        why = textwrap.shorten(str(error), 200)  # it may quote the whole of a header
+        raise UserError(f"{path} is truncated or not a safetensors file ({why})", "make it again, or check the download") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -36,7 +36,7 @@ from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
-from d2o.training.evaluation import open_evaluator, times
+from d2o.training.evaluation import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide
 
@@ -183,7 +183,7 @@ def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
         here = lookup(e.reference).path.exists()
         if not here:
             plan.fetched(f"reference {e.reference} is not on this machine; it is fetched from {lookup(e.reference).url} when it is needed")
-    elif not here and "://" not in e.reference:
+    elif not here and e.reference != OWN_IMAGES and "://" not in e.reference:
         _attempt(plan.missing, lambda: check_there(e.reference))
     if extractor is not None and here:
         _attempt(plan.refused, lambda: open_evaluator(recipe, torch.device("cpu")))
@@ -195,6 +195,8 @@ def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> N
     spec = method.spec()
     if spec is None and recipe.eval and recipe.eval.metric == "fd":
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
+    if recipe.eval and recipe.eval.metric == "accuracy" and recipe.eval.extractor is None and type(method).validate is Method.validate:
+        raise UserError(f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
     if spec is not None and extractor is not None and spec.space == "pixel":
         check_shape(spec.shape, extractor, of="the student's images")
 

@@ -17,14 +17,16 @@ from d2o.data.pairs import PairStore
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
-from d2o.runtime import StopFlag
+from d2o.networks.freeze import freeze
+from d2o.runtime import StopFlag, worker
 from d2o.students.base import load_student
 from d2o.teachers.base import UNSTATED
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
-from d2o.training.evaluation import open_evaluator
+from d2o.training.evaluation import Evaluation, open_evaluator
+from d2o.training.share import checkpointed, divide
 
 Report = Callable[[str], None]
 
@@ -98,10 +100,22 @@ def prepare(
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
+        try_out(recipe, setup)
         compute = Compute(p.batch, precision=p.precision, channels_last=p.channels_last)
         make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
         setup.pairs = PairStore(folder)
     return setup
+
+
+def try_out(recipe: Any, setup: Setup) -> None:
+    """UserError: what the method, the number of processes or the evaluation would refuse once the pairs are made."""
+    rank, world = worker()
+    divide(recipe, rank, world)
+    method = get_method(recipe.method)(setup)
+    freeze(method.networks()[method.product], recipe.student.freeze)
+    if recipe.checkpointing:
+        checkpointed(recipe, method.networks(), setup.teacher)
+    Evaluation(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:

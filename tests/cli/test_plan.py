@@ -45,7 +45,8 @@ def test_the_quickstart_would_start(plan):
         ("eval.reference=nowhere.npz", "missing: no such file or teacher: 'nowhere.npz'"),
         ("data.path=nowhere", "missing: no such file or folder: nowhere"),
         ("data.resolution=12", "12x12 pixels"),
-        ("eval={every: 8, metric: accuracy}", ""),
+        ("eval={metric: accuracy, extractor: null, reference: null}", "does not fit: eval.metric: method edm gives no metric of its own"),
+        ("eval=null", ""),
         ("teacher=digits", "does not fit: method edm learns without a teacher"),
     ],
 )
@@ -86,3 +87,25 @@ def test_a_network_that_is_switched_off_fetches_nothing(plan, monkeypatch):
     monkeypatch.setenv("D2O_OFFLINE", "1")
     code, out = plan("train", "quickstart", "--set", "eval.reference=edm-cifar10")
     assert code == 1 and "missing: reference edm-cifar10" in out and "the network is switched off (D2O_OFFLINE=1)" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mine.yaml"], "12x12 pixels"),
+        (["mine.yaml", "--set", "eval={metric: accuracy, extractor: null, reference: null}"], "gives no metric of its own"),
+        (["quickstart", "--set", "micro_batch=3"], "3 does not divide"),
+        (["quickstart", "--set", "ode.loss=perceptual"], "needs a feature extractor"),
+        (["quickstart", "--set", "pairs.labels='77'"], "class 77 is out of range"),
+        (["quickstart", "--set", "teacher=sdxl"], "in diffusers' format"),
+        (["quickstart", "--out", "a/b", "--device", "mps:7"], "usable here"),
+    ],
+)
+def test_what_is_refused_is_refused_before_pairs_are_made_and_leaves_nothing(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("D2O_HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    with pytest.raises(SystemExit) as done:
+        main(["train", *words])
+    assert done.value.code == 2 and said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import stat
 
 import numpy as np
 import pytest
@@ -369,7 +370,7 @@ def test_a_full_disk_is_one_line_and_the_store_goes_on_later(build, reference, m
 
     def full(handle):
         nonlocal calls
-        calls += 1
+        calls += stat.S_ISREG(os.fstat(handle).st_mode)
         if calls == 4:  # manifest, shard 0, manifest, shard 1
             raise OSError(28, "No space left on device")
         return real(handle)
