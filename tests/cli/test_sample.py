@@ -75,7 +75,7 @@ def test_a_teacher(run, tmp_path):
         (["--teacher", "s.safetensors", "--n", 3, "--out", "x.zip"], "holds a student, not a teacher"),
         (["missing.safetensors", "--n", 3, "--out", "x.zip"], "no such file"),
         (["--teacher", "digitz", "--n", 3, "--out", "x.zip"], "did you mean 'digits'"),
-        (["s.safetensors", "--n", 3, "--out", "t.safetensors/x.zip"], "a part of the path is a file"),
+        (["s.safetensors", "--n", 3, "--out", "t.safetensors/x.zip"], "t.safetensors is a file"),
     ],
 )
 def test_mistakes_are_one_line_and_create_nothing(run, tmp_path, words, message):
