@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 
 class Stopped(Exception):
-    """A command was asked to stop (SIGINT, SIGTERM), has saved its work, and says how to go on."""
+    """A command was asked to stop (SIGINT, SIGTERM), has saved its work, and says how to go on (`way`)."""
 
-    def __init__(self, message: str, signal_number: int = signal.SIGINT):
+    def __init__(self, message: str, signal_number: int = signal.SIGINT, way: str = ""):
         super().__init__(message)
-        self.message, self.exit_code = message, 128 + signal_number
+        self.message, self.exit_code, self.way = message, 128 + signal_number, way
 
 
 class StopFlag:

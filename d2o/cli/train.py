@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.cli.pairs import open_device
 from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
+from d2o.errors import UserError
 
-RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False)
-SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False)
-OUT = typer.Option(None, "--out", help="Run folder. Default: runs/<recipe name>; of a sweep runs/<recipe name>-sweep-<keys>.", show_default=False)
+RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False,
+                        autocompletion=complete.recipes)  # fmt: skip
+SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False,
+                   autocompletion=complete.keys)  # fmt: skip
+OUT = typer.Option(None, "--out", help="Run folder. Default: `runs/<recipe name>`; of a sweep `runs/<recipe name>-sweep-<keys>`.", show_default=False)
 RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state.")
-DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ...", show_default=False)
-ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False)
+DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
+                    "Their licence is `--set data.licence=...`.", show_default=False, autocompletion=complete.files)  # fmt: skip
+ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False,
+                      autocompletion=complete.among("refuse", "skip"))  # fmt: skip
 MINI = typer.Option(False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU.")
-PLAN = typer.Option(False, "--plan", help="Only print networks, parameters, memory, network calls, disk and what is missing.")
+PLAN = typer.Option(False, "--plan", help="Only print networks, parameters, memory, network calls, disk, and all that is missing or does not fit. "
+                    "Exit code 0: it would start; 1: it would not.")
 SWEEP = typer.Option([], "--sweep", metavar="KEY=A,B,...", help="Train once for each of these values of a recipe's key, or of one in its method's "
-                     "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues.", show_default=False)  # fmt: skip
-DEVICE = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False)
+                     "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues.", show_default=False,
+                     autocompletion=complete.keys)  # fmt: skip
+DEVICE = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False,
+                      autocompletion=complete.among("cpu", "cuda", "cuda:0"))  # fmt: skip
 
 
 def train(
@@ -59,13 +68,10 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         run_sweep(name, overrides, sweeps, out, data or on_bad, mini, plan, device_name, start)
         return
     recipe = load_recipe(name, overrides, mini=mini)
-    check_options(recipe, data or on_bad, start)
-    if plan:
-        from d2o.cli.plan import show_plan
-
-        show_plan(recipe, start)
-        return
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
+    if plan:
+        return _plan(recipe, folder, resume, data or on_bad, device_name, start)
+    check_options(recipe, data or on_bad, start)
     from d2o.runtime import stop_flag
     from d2o.training.distributed import barrier, process_group
 
@@ -78,3 +84,18 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         else:
             console.say(f"{folder} is finished ({recipe.images:,} images); nothing to do")
 
+
+def _plan(recipe: Any, folder: Path, resume: bool, data: str | None, device_name: str | None, start: Path | None) -> None:
+    """`--plan`: all that would keep the command from starting, in one answer. typer.Exit 1 if there is any."""
+    from d2o.cli.plan import show_plan, verdict
+    from d2o.recipes.plan import make_plan
+
+    plan = make_plan(recipe, start)
+    checks = (lambda: check_options(recipe, data, start), lambda: open_run(folder, recipe, resume, start), lambda: open_device(device_name))
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            plan.refused.append(str(error))
+    show_plan(recipe, plan)
+    verdict([plan])

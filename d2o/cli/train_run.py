@@ -69,6 +69,7 @@ def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device
         except MissingImages as error:
             raise UserError(error.message, f"{error.hint}\n{_ways_on(name, overrides)}") from error
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup), say=console.say)
+    trainer.evaluation.check()  # what is refused leaves no folder
     if rank == 0:
         atomic_write(folder / "recipe.yaml", recipe.to_yaml())
     barrier(world)

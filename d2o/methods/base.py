@@ -18,7 +18,7 @@ from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
-from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.base import UNSTATED, Spec, Teacher
 
 METHODS = {
     "edm": "d2o.methods.edm",
@@ -68,6 +68,13 @@ class Setup:
     name: str = "model"
     seed: int = 0
     batch: int = 1  # images of an iteration, of all processes together
+    licence: str = UNSTATED  # of the images (`data.licence`), and so of what is trained on them alone
+
+    def product_licence(self) -> str:
+        """The licence of what is trained on the images alone: theirs, and that of the student it starts from."""
+        licences = [self.licence] + ([self.start.spec.licence] if self.start is not None else [])
+        stated = list(dict.fromkeys(licence for licence in licences if licence != UNSTATED))
+        return "; ".join(stated) or UNSTATED
 
     def need_network(self) -> dict[str, Any]:
         if not self.network:
@@ -159,6 +166,7 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
+    takes: ClassVar[str] = ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     product: ClassVar[str] = "student"  # which of networks() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 

@@ -18,6 +18,7 @@ from d2o.losses import consistency as c
 from d2o.methods.base import Batch, Draws, Loop, Method, Setup
 from d2o.methods.consistency_options import ConsistencyOptions, check
 from d2o.methods.lpips import load_lpips
+from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.networks.second_time import second_time_config, with_second_time
@@ -29,18 +30,19 @@ from d2o.teachers.base import Spec
 class Consistency(Method):
     Options = ConsistencyOptions
     data = "images"
+    takes = "edm pixel"
     product = "student"
 
     def __init__(self, setup: Setup):
         self.options: ConsistencyOptions = setup.options
         check(self.options)
-        if setup.teacher is None or setup.images is None:
-            raise UserError("method consistency needs a `teacher:` and `data:`")
-        self.teacher, self.device, self.batch, self.sigma = setup.teacher, setup.device, setup.batch, float(setup.student.sigma)
+        if setup.images is None:
+            raise UserError("method consistency needs `data:`")
+        self.teacher, self.device, self.batch = check_teacher("consistency", setup.teacher), setup.device, setup.batch
+        self.sigma = float(setup.student.sigma)
         self._spec = spec = self.teacher.spec
         teacher = self.teacher.network
-        if not isinstance(teacher, EDMPrecond) or teacher.precond not in ("edm", "consistency"):
-            raise UserError(f"method consistency distils EDM's pixel networks in EDM's preconditioning; teacher {spec.name!r} is another one")
+        assert isinstance(teacher, EDMPrecond)
         if tuple(setup.images.shape) != spec.shape:
             have, want = (" x ".join(map(str, shape)) for shape in (setup.images.shape, spec.shape))
             raise UserError(f"the images are of {have}, those of teacher {spec.name!r} of {want}", "data.resolution and data.channels make them fit")

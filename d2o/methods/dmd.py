@@ -24,7 +24,8 @@ from d2o.losses.regression import LOSSES
 from d2o.losses.score import denoising_loss, karras_sigma, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.lpips import load_lpips
-from d2o.methods.score_networks import ScoreMethod, check_teacher, has_uncertainty, start_score, start_student
+from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
+from d2o.methods.teachers import check_teacher
 from d2o.metrics.features import load_classifier
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised

@@ -24,7 +24,6 @@ class EDMOptions(Options):
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations, of which the network is told (EDM: 0.12 on CIFAR-10, "
                            "0.15 on FFHQ and AFHQv2; network.augment_dim: 9); 0: none")
     steps: int = Field(18, ge=1, description="Heun steps of previews and metrics")
-    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
 class EDM(Method):
@@ -51,7 +50,7 @@ class EDM(Method):
             have = f"{channels} x {resolution} x {resolution}, {classes} classes"
             raise UserError(f"the network section asks for other images than the data has ({have})")
         self._spec = Spec(setup.name, (channels, resolution, resolution), condition="label" if classes else "none", classes=classes,
-                          licence=self.options.licence, guidable=self.options.label_dropout > 0)  # fmt: skip
+                          licence=setup.licence, guidable=self.options.label_dropout > 0)  # fmt: skip
 
     def networks(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser}

@@ -18,7 +18,8 @@ from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.losses.style import d_logistic
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, check_real_images, check_teacher, labels_of_images, look, start_score, start_student, true_score
+from d2o.methods.score_networks import ScoreMethod, check_real_images, labels_of_images, look, start_score, start_student, true_score
+from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
 from d2o.networks.precond import set_disc_map

@@ -50,7 +50,6 @@ class SPIGANOptions(Options):
     ada_kimg: float = Field(500, gt=0, description="thousand images in which the probability can go from 0 to 1")
     ada_fixed: float | None = Field(None, ge=0, le=1, description="hold the probability here instead")
     critic: dict[str, Any] = Field({}, description="options of the critic (blocks, base, max_channels, mbstd_group, time, time_scale, ...)")
-    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
 class SPIGAN(GeneratorMethod):
@@ -78,7 +77,7 @@ class SPIGAN(GeneratorMethod):
         self.pipeline = AdaPipeline(o.ada) if o.ada else None
         self.controller = AdaController(setup.batch, o.ada_target, o.ada_interval, o.ada_kimg, fixed=o.ada_fixed)
         self.path_length = PathLength()
-        self._spec = Spec(setup.name, setup.images.shape, licence=o.licence)
+        self._spec = Spec(setup.name, setup.images.shape, licence=setup.product_licence())
 
     def continued(self, start: nn.Module) -> nn.Module:
         if not isinstance(start, StyleStudent):

@@ -64,6 +64,8 @@ class Data(Section):
     """Real images."""
 
     path: Text = field(..., "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`")
+    licence: Text | None = field(None, "under which terms the images are had, recorded in everything trained on them; it is that of `path` and goes "
+                                 "with it: another path has another (default none: not stated)")  # fmt: skip
     get: Text | None = field(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
     resolution: Resolution | None = field(None, "height and width in pixels after resizing and centre-cropping (default none: as they are)")
     channels: Annotated[Literal[1, 3], BeforeValidator(_exact_integer)] | None = field(None, "1 (grey) or 3 (RGB) (default none: as they are)")

@@ -56,16 +56,22 @@ class Evaluation:
         self.recipe, self.method, self.work, self.device, self.rank, self.world = recipe, method, folder / "evaluation", device, rank, world
         self.say, self.told, self.spec = say, False, method.spec()
 
-    def announce(self) -> None:
-        """Say what is measured and how much that is. UserError where it cannot be: missing weights, images of another shape."""
+    def check(self) -> None:
+        """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method does not give."""
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         if e is None:
             return
-        if evaluator is None or self.spec is None:
-            if e.metric == "fd":
-                raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+        if e.metric == "fd" and (evaluator is None or self.spec is None):
+            raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+        if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
+            raise UserError(f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
+        if evaluator is not None and self.spec is not None:
+            evaluator.check(self.spec)
+
+    def announce(self) -> None:
+        """Say what is measured and how much that is."""
+        if self.recipe.eval is None or self.recipe.eval.extractor is None or self.spec is None:
             return
-        evaluator.check(self.spec)
         self.say(cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else ""))
 
     def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:

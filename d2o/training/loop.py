@@ -183,7 +183,7 @@ class Trainer:
                 if self.due(recipe.checkpoint.every) or last or stopping:
                     self.save(images)
                 if stopping and not last:
-                    raise Stopped(f"stopped after {images:,} images, saved; `--resume` with the same command continues", stop.received or 2)
+                    raise Stopped(f"stopped after {images:,} images, saved", stop.received or 2, "`--resume` with the same command continues")
             if finished:
                 self.save(recipe.images)
         finally:

@@ -273,7 +273,7 @@ def test_mistakes_are_named():
 
 def test_only_the_regression_needs_pairs(tmp_path):
     assert DMD.needs(DMDOptions()) == "none" and DMD.needs(DMDOptions(lambda_reg=0.25)) == "pairs"
-    assert any("pair store" in why for why in make_plan(load_recipe("dmd_digits", ["batch=2", f"pairs.path={tmp_path / 'p'}"])).missing)
+    assert any("pair store" in why for why in make_plan(load_recipe("dmd_digits", ["batch=2", f"pairs.path={tmp_path / 'p'}"])).first)
     assert make_plan(load_recipe("diff_instruct_digits", ["batch=2"])).missing == []
     with pytest.raises(UserError, match="needs `teacher:` and `pairs:`"):
         train(load_recipe("diff_instruct_digits", ["dmd.lambda_reg=0.1"], mini=True), tmp_path / "run")

@@ -228,7 +228,7 @@ def test_translate_moves_by_whole_pixels():
 
 
 def test_spec_of_a_trained_teacher():
-    method = get_method("edm")(Setup(EDMOptions(licence="CC0"), network=NETWORK, images=Images(), name="mine"))
+    method = get_method("edm")(Setup(EDMOptions(), network=NETWORK, images=Images(), name="mine", licence="CC0"))
     spec = method.spec()
     assert (spec.name, spec.shape, spec.condition, spec.classes, spec.licence) == ("mine", (1, 8, 8), "label", 10, "CC0")
     out = method.generate(method.denoiser, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))

@@ -77,7 +77,7 @@ def test_what_is_missing_or_wrong_is_told_before_anything_is_made(recipe, tmp_pa
         err = capsys.readouterr().err
         assert all(word in err for word in words) and "--weights" not in err
     assert not (tmp_path / "run").exists() and not (tmp_path / "pairs").exists()
-    assert d2o("train", recipe, "--plan", "--set", "eval.protocol=sida_cifar10") == 0
+    assert d2o("train", recipe, "--plan", "--set", "eval.protocol=sida_cifar10") == 1
     out = capsys.readouterr().out
     assert "evaluation (3 x 50,000 images)" in out and "reference edm-cifar10 is not on this machine" in out
 
