@@ -94,7 +94,7 @@ def test_defaults():
     assert (r.student.sigma, r.student.init) == (80.0, "teacher")
     assert r.optim.betas == (0.9, 0.999) and r.optim.lr == 0.001 and r.optim.clip_norm is None and r.optim_critic is None
     assert (r.ema.half_life, r.ema.decay, r.ema.ramp) == (None, None, 0.05)
-    assert (r.precision, r.channels_last, r.compile, r.bad_gradients, r.log_every) == ("fp32", False, False, "raise", 20)
+    assert (r.precision, r.channels_last, r.compile, r.bad_gradients, r.log_every) == ("fp32", "auto", False, "raise", 20)
     assert (r.checkpoint.every, r.checkpoint.keep) == (50_000, 3)
     assert r.options == FakeOptions()
 
