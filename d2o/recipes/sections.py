@@ -207,7 +207,7 @@ class Tracker(Section):
     name: Literal["wandb", "mlflow"] = field(..., "Weights & Biases (pip install 'd2o[wandb]') or MLflow (pip install 'd2o[mlflow]')")
     project: Text = field("d2o", "project of wandb, experiment of MLflow")
     run: Text | None = field(None, "name of the run there (default none: the recipe's)")
-    uri: Text | None = field(None, "server; of MLflow also a folder (default none: what the package's own settings say)")
+    uri: Text | None = field(None, "server; of MLflow also sqlite:///FILE.db (default none: what the package's own settings say)")
 
 
 def _named(value: Any) -> Any:

@@ -53,7 +53,7 @@ def tracked(log: Any, recipe: Any, folder: Path, say: Callable[[str], None]) -> 
     except UserError:
         raise
     except Exception as error:  # whatever these packages raise: no account, no server, a run that was deleted there
-        ways = {"wandb": "`wandb login`, or WANDB_MODE=offline", "mlflow": "tracker.uri names the server, or a folder"}[name]
+        ways = {"wandb": "`wandb login`, or WANDB_MODE=offline", "mlflow": "tracker.uri names the server, or sqlite:///FILE.db"}[name]
         what = f"tracker {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
         raise UserError(what, f"{ways}; --set tracker=null trains without it") from error
     if service.id != known:
