@@ -30,7 +30,7 @@ def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> boo
     """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
     from d2o.interop.safetensors_io import read_meta
     from d2o.recipes.load import diff_recipes
-    from d2o.training.choices import as_begun, begun_recipe
+    from d2o.training.choices import as_begun
 
     before, state = folder / "recipe.yaml", folder / "checkpoints" / "state.safetensors"
     if not folder.exists() or not any(folder.iterdir()):
@@ -55,11 +55,19 @@ def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> boo
     return True
 
 
+def begun_recipe(folder: Path) -> Any | None:
+    """The recipe that the run in the folder was begun with; None where there is none."""
+    from d2o.recipes.load import load_recipe
+
+    path = folder / "recipe.yaml"
+    return load_recipe(str(path)) if path.is_file() else None
+
+
 def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device: Any, rank: int, world: int, start: Path | None,
               stop: Any) -> Trainer:  # fmt: skip
     """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for what is missing."""
     from d2o.interop.safetensors_io import atomic_write
-    from d2o.training.choices import as_begun, begun_recipe
+    from d2o.training.choices import as_begun
     from d2o.training.distributed import barrier
     from d2o.training.loop import Trainer
     from d2o.training.setup import prepare, provenance_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +32,3 @@ def choose(recipe: Any, product: nn.Module, device: torch.device, say: Callable[
     if recipe.channels_last == AUTO:
         changes["channels_last"] = prefers_channels_last(product, device)
     return recipe.model_copy(update=changes)
-
-
-def begun_recipe(folder: Path) -> Any | None:
-    """The recipe that the run in the folder was begun with."""
-    from d2o.recipes.load import load_recipe
-
-    path = folder / "recipe.yaml"
-    return load_recipe(str(path)) if path.is_file() else None
