@@ -19,7 +19,7 @@ from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import TRUST, Stopped, worker
+from d2o.runtime import TRUST, Stopped, share_cores, worker
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
@@ -70,6 +70,8 @@ app.command(cls=Command)(env)
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
     program = arguments is None  # the process is ours, and ends here
+    if program:
+        share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, console.quiet = ("--debug" in arguments), ("--quiet" in arguments)
     if "--trust" in arguments:

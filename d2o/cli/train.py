@@ -28,30 +28,47 @@ PLAN = typer.Option(False, "--plan", help="Only print networks, parameters, memo
 SWEEP = typer.Option([], "--sweep", metavar="KEY=A,B,...", help="Train once for each of these values of a recipe's key, or of one in its method's "
                      "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues.", show_default=False,
                      autocompletion=complete.keys)  # fmt: skip
+SEED = typer.Option(None, "--seed", min=0, max=2**32 - 1, help="Seed of everything random in training, instead of the recipe's.",
+                    show_default=False)  # fmt: skip
+PRECISION = typer.Option(None, "--precision", help="Instead of the recipe's: fp32; bf16; fp16, with dynamic loss scaling; auto: bf16 where the "
+                         "processor computes in it.", show_default=False,
+                         autocompletion=complete.among("fp32", "bf16", "fp16", "auto"))  # fmt: skip
 DEVICE = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False,
                       autocompletion=complete.among("cpu", "cuda", "cuda:0"))  # fmt: skip
 
 
 def train(
     recipe: str = RECIPE, set_: list[str] = SET, out: Path = OUT, resume: bool = RESUME, data: str = DATA, on_bad: str = ON_BAD,
-    mini: bool = MINI, plan: bool = PLAN, sweep: list[str] = SWEEP, device: str = DEVICE,
+    mini: bool = MINI, plan: bool = PLAN, sweep: list[str] = SWEEP, seed: int = SEED, precision: str = PRECISION, device: str = DEVICE,
 ) -> None:  # fmt: skip
     """Train what a recipe describes: a one-step student, a teacher, a classifier.
 
     Missing pairs are made first. The run folder holds recipe.yaml (fully resolved, re-runnable), metrics.jsonl, TensorBoard events, previews
     and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all processes share the recipe's global batch.
     """
-    _run(recipe, list(set_), out, resume, data, on_bad, mini, plan, sweep, device, None)
+    _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, None)
 
 
 def finetune(
     recipe: str = RECIPE,
     from_: Path = typer.Option(..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False),
     set_: list[str] = SET, out: Path = OUT, resume: bool = RESUME, data: str = DATA, on_bad: str = ON_BAD,
-    mini: bool = MINI, plan: bool = PLAN, sweep: list[str] = SWEEP, device: str = DEVICE,
+    mini: bool = MINI, plan: bool = PLAN, sweep: list[str] = SWEEP, seed: int = SEED, precision: str = PRECISION, device: str = DEVICE,
 ) -> None:  # fmt: skip
     """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the result."""
-    _run(recipe, list(set_), out, resume, data, on_bad, mini, plan, sweep, device, from_)
+    _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, from_)
+
+
+def _with(overrides: list[str], seed: int | None, precision: str | None) -> list[str]:
+    """What has an option of its own, as --set takes it, and after it."""
+    if precision is not None:
+        from d2o.errors import unknown
+        from d2o.networks.processor import AUTO, PRECISIONS
+
+        if precision not in (*PRECISIONS, AUTO):
+            raise unknown("precision", precision, (*PRECISIONS, AUTO))
+    given = {"seed": seed, "precision": precision}
+    return [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
 def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: str | None, on_bad: str | None, mini: bool, plan: bool,

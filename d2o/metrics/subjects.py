@@ -20,6 +20,7 @@ from d2o.metrics.prepare import parse_preparation, quantize
 from d2o.metrics.protocol import Settings
 from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
 from d2o.networks.build import count_parameters
+from d2o.networks.processor import arrange
 from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
@@ -185,6 +186,7 @@ def reference_settings(settings: Settings) -> Settings:
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
     model = load_teacher(text, device)
+    ordered = arrange(model.network, device)
     solver = model.solver(settings.solver, settings.steps)
     solver.grid(model.schedule)  # whether it fits
     if solver.stochastic:
@@ -201,6 +203,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         "steps": solver.steps,
         "cfg": settings.cfg,
         "licence": model.spec.licence,
+        **({"channels_last": True} if ordered else {}),
     }
 
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -233,6 +236,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     if isinstance(model, ConsistencyStudent) and settings.steps is not None:  # of others --steps is not: it may be for a teacher among the X
         model = model.with_steps(settings.steps)
         label += f", {settings.steps} steps" if settings.steps > 1 else ""
+    ordered = arrange(model.network, device)
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -249,6 +253,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "teacher": made_from.get("name"),
         "teacher_sha256": made_from.get("sha256"),
         "licence": model.spec.licence,
+        **({"channels_last": True} if ordered else {}),
     }
     return Generator(
         label, text, "student", model.spec, sample, torch.inference_mode()(model.decode), made_from.get("name"), record,
