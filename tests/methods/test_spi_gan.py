@@ -184,7 +184,8 @@ def test_regularisers_are_lazy_and_scaled() -> None:
 @pytest.mark.parametrize("options", [
     {"update_mode": "joint"}, {"update_mode": "joint", "ivp": "incremental"}, {"ivp": "incremental_detach"}, {"latent": "z"}, {"latent": "alternate"},
     {"process": "ve"}, {"process": "subvp"}, {"mixing_prob": 1.0}, {"ada": "bgc", "ada_fixed": 0.5}, {"pair_noise": False, "K": 3},
-    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}},
+    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}}, {"j_sampling": "fixed_with_0", "ivp": "incremental_detach"},
+    {"j_sampling": "fixed_with_0", "update_mode": "joint", "ivp": "incremental"},
 ])  # fmt: skip
 def test_every_switch_trains_both_networks(options: dict) -> None:
     method, data = spi_gan(pl_weight=1.0, **options), batch()
