@@ -11,6 +11,10 @@ from typing import Any
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.evaluate import FORMAT
+from d2o.metrics.record_model import mistake
+
+LARGEST = 2**28
+"""Bytes of a file of results; one with its pictures has some hundred thousand."""
 
 
 def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
@@ -38,18 +42,24 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
     for record in records:
         if record["version"] > FORMAT["version"]:
             raise UserError(f"{path} was written by a newer d2o ({record.get('d2o')})")
+        if (wrong := mistake(record)) is not None:
+            raise UserError(f"{path} is not a whole result of `d2o eval`: {wrong}", "was it edited? Measure again")
     return records
 
 
 def _parse(path: Path) -> list[dict[str, Any]] | None:
     """The records, or None when the file holds something else. UserError when it can't be read."""
     try:
+        if not path.is_file() and path.exists():
+            raise UserError(f"{path} is not a file", "expected a result of `d2o eval --json`")
+        if path.stat().st_size > LARGEST:
+            return None
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     records = data if isinstance(data, list) else [data]
     ours = all(isinstance(r, dict) and r.get("format") == FORMAT["format"] and isinstance(r.get("version"), int) for r in records)

@@ -107,8 +107,8 @@ def _tiles(records: Sequence[Record]) -> str:
     tiles = [(name, value, " · ".join(beside) or n)]
     if teacher is not None:
         tiles.insert(0, ("Network calls per image", f"{teacher['x']['nfe']} → {student['x']['nfe']}", "teacher → student"))
-        if "speed" in student["metrics"] and "speed" in teacher["metrics"] and machine(student) == machine(teacher):
-            ours, theirs = (r["metrics"]["speed"]["samples_per_s"] for r in (student, teacher))
+        ours, theirs = ((r["metrics"].get("speed") or {}).get("samples_per_s") for r in (student, teacher))
+        if ours and theirs and machine(student) == machine(teacher):
             tiles.append(("Sampling speed", f"{number(ours / theirs)}×", f"{number(ours)} images/s · teacher {number(theirs)}"))
     if key != "accuracy" and (accuracy := dict(metrics(student)).get("accuracy")):
         theirs = dict(metrics(teacher)).get("accuracy") if teacher else None
