@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import atomic_write
+from d2o.interop.safetensors_io import atomic_write, write_error
+from d2o.interop.temporary import sweep, temporary_file
 from d2o.metrics.evaluate import FORMAT
 from d2o.metrics.record_model import mistake
 
@@ -75,12 +77,20 @@ def check_json_target(path: str | Path) -> None:
 
 
 def check_target(path: str | Path) -> None:
-    """UserError, before hours of work, if `path` cannot be written."""
+    """UserError, before hours of work, if `path` cannot be written: tried with a temporary file, in its folder or what is there of it. What a
+    killed writer of it left goes."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: a folder of that name is in the way")
-    above = next(p for p in path.absolute().parents if p.exists())
-    if not above.is_dir():
-        raise UserError(f"cannot write {path}: {above.name} is a file")
-    if not os.access(above, os.W_OK):
-        raise UserError(f"cannot write {path}: permission denied")
+    try:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: a folder of that name is in the way")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is neither a file nor absent")
+        above = next(p for p in path.absolute().parents if p.exists())
+        if not above.is_dir():
+            raise UserError(f"cannot write {path}: {above.name} is a file")
+        if not os.access(above, os.W_OK):
+            raise UserError(f"cannot write {path}: permission denied")
+        with temporary_file(above / path.name):
+            sweep(above, glob.escape(path.name))
+    except OSError as error:
+        raise write_error(path, error) from error
