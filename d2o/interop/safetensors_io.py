@@ -144,6 +144,8 @@ def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
         raise UserError(f"no such file: {path}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected a .safetensors file")
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
