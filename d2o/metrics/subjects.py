@@ -104,8 +104,14 @@ Subject = Generator | Pictures | Numbers
 
 
 def check_there(text: str) -> None:
-    """UserError, at once, where `open_subject` would find nothing of that name."""
+    """UserError, at once, where `open_subject` would find nothing of that name, or nothing that can be opened."""
     path = Path(text)
+    try:
+        special = path.exists() and not (path.is_file() or path.is_dir())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot look for {text[:80]!r}...: {error.strerror or error}") from error
+    if special:
+        raise UserError(f"{text} is neither a file nor a folder")
     if not (text.startswith("real:") or text in teacher_names() or any(mark in path.name for mark in "*{") or path.exists()):
         raise _absent(text)
 
@@ -124,6 +130,7 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
 
     `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or foreign file.
     """
+    check_there(text)
     path = Path(text)
     if text.startswith("real:"):
         return _pictures(text, settings, extractor, on_bad)
@@ -131,8 +138,6 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
         return _teacher(text, text, asset(BUILTIN[text]) if text in BUILTIN else None, settings, device)
     if any(mark in path.name for mark in "*{"):  # shards of a tar, as open_images takes them
         return _pictures(text, settings, extractor, on_bad)
-    if not path.exists():
-        raise _absent(text)
     if (path.suffix == ".pkl" and not is_statistics(path)) or (path / "model_index.json").is_file():
         return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
