@@ -8,7 +8,7 @@ import typer
 
 from d2o.cli import console
 from d2o.cli.pairs import open_device
-from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
+from d2o.cli.train_run import begin_run, check_options, finish_run, opened
 
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False)
 SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False)
@@ -67,14 +67,15 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         return
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
     from d2o.runtime import stop_flag
-    from d2o.training.distributed import barrier, process_group
+    from d2o.training.distributed import process_group
 
     device = open_device(device_name)
-    with stop_flag() as stop, process_group(device) as (rank, world):
-        unfinished = open_run(folder, recipe, resume, start)
-        barrier(world)  # all have looked before one of them writes
+    with (
+        stop_flag() as stop,
+        process_group(device) as (rank, world),
+        opened(folder, recipe, resume, start, device, rank, world) as unfinished,
+    ):
         if unfinished:
             finish_run(begin_run(name, overrides, recipe, folder, device, rank, world, start, stop), stop)
         else:
             console.say(f"{folder} is finished ({recipe.images:,} images); nothing to do")
-

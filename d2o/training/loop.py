@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from d2o.data.latents import LatentSet
-from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.curves import HIGHER_IS_BETTER
 from d2o.networks.freeze import freeze
@@ -20,12 +20,15 @@ from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed
 from d2o.training.batches import Batches, mix
-from d2o.training.checkpoint import keep_newest, load_state, save_state
+from d2o.training.checkpoint import load_state, save_state, settle, state_file
+from d2o.training.divergence import BAD, Divergence, check_finite, rows_without_flags
 from d2o.training.ema import EMA
-from d2o.training.evaluation import Evaluation, Say
+from d2o.training.evaluation import Evaluation, Say, same_measure
+from d2o.training.folder import drop_previews, tidy
 from d2o.training.logging import RunLog
 from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
 from d2o.training.preview import Preview
+from d2o.training.products import Products, snapshot
 from d2o.training.share import checkpointed, divide
 from d2o.training.watch import Watch
 
@@ -72,9 +75,12 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.scores: dict[str, float] = {}
         self.collected: list[dict[str, Tensor]] = []  # scalars of the iterations since the last line of the log
-        self.watch = Watch()
+        self.watch, self.divergence = Watch(), Divergence()
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.evaluation = Evaluation(recipe, self.method, folder, self.device, rank, world, say)
+        self.say = say
+        self.products = Products(folder / "checkpoints")
+        self.saved: int | None = None  # iteration of the newest state
 
     # What methods use ------------------------------------------------------------------------------------------------------------------
 
@@ -126,80 +132,121 @@ class Trainer:
     # The run ---------------------------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Continue from the run folder's state, if it has one."""
-        path = self.state_path
-        if path.exists():
-            record = load_state(path, {**self.networks, **self.states}, self.ema.network, self.optimizers)
-            self.iteration, self.best, self.scores = record["iteration"], record["best"], record["scores"]
-            for name, count in record["bad_gradients"].items():
-                self.guards[name].count += count
-            if watched := record.get("watch"):
-                self.watch = Watch(watched["state"])
-                self.collected = [{key: torch.tensor(value, device=self.device) for key, value in row.items()} for row in watched["since"]]
+        """Continue from the run folder's state, if it has one, and bring the folder to it: what killed processes left goes. UserError: a state
+        that is damaged or does not fit; checkpoints without one."""
+        if self.rank == 0:
+            tidy(self.folder)
+        if not self.state_path.exists():
+            if self.rank == 0:
+                self.products.settle()
+                drop_previews(self.folder, -1)
+            return
+        record = load_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers)
+        self.iteration = self.saved = record["iteration"]
+        self.best, self.scores = record["best"], record["scores"]
+        if self.best is not None and not same_measure(record["recipe"]["eval"], self.recipe.eval):
+            self.best = None  # numbers of another kind: the next one is the best so far
+        for name, count in record["bad_gradients"].items():
+            self.guards[name].count += count
+        self.divergence = Divergence(record.get("divergence"))
+        watched = record.get("watch")
+        self.watch = Watch(watched["state"] if watched else None)
+        rows = record.get("since", watched.get("since", []) if watched else [])  # an older d2o kept them beside the watch
+        self.collected = [{key: torch.tensor(value, device=self.device) for key, value in row.items()} for row in rows]
+        here = snapshot(record["images"])
+        missing: list[str] = []
+        if self.rank == 0:
+            missing = settle(self.folder, record, self.products)
+            drop_previews(self.folder, record["images"])
+            if gone := [name for name in missing if name not in ("last", here)]:
+                self.say(f"{self.products.folder}: {', '.join(gone)}: removed or changed since the run wrote it, and cannot be made again")
+            missing = [name for name in missing if name in ("last", here)]
+        if distributed.any_process(bool(missing), self.device, self.world):
+            self.save(record["images"], numbered=here in self.products.digests)  # the state's own product, from its weights
 
     def run(self, progress: Progress, stop: StopFlag) -> None:
-        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`."""
-        recipe, log = self.recipe, RunLog(self.folder, self.iteration) if self.rank == 0 else None
+        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`, or a run
+        that has diverged."""
+        if self.iteration >= self.iterations:
+            return
+        recipe = self.recipe
+        log = RunLog(self.folder, self.iteration, self.images) if self.rank == 0 else None
         preview = self.make_preview() if self.rank == 0 else None
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
         clock, since = time.perf_counter(), self.iteration
-        finished = self.iteration == self.iterations  # resumed after the last step: only the checkpoints may be missing
         try:
-            if recipe.eval and not finished:
+            if recipe.eval:
                 self.evaluation.announce()
             if preview and self.iteration == 0:
                 preview.write(0, self.generate)
             while self.iteration < self.iterations:
                 batch = self.batches.get(self.iteration)
                 torch.manual_seed(mix(recipe.seed, "step", self.iteration, self.rank))  # dropout
+                bad = self.bad_updates()
                 with half:
                     scalars = self.method.step(self, batch, self.iteration)
-                self.collected.append({**scalars, **{key: self.mean(values) for key, values in self.norms.items()}})
+                norms = {key: self.mean(values) for key, values in self.norms.items()}
+                self.collected.append({**scalars, **norms, BAD: (self.bad_updates() > bad).float()})
                 self.norms.clear()
                 self.iteration += 1
-                images = min(self.iteration * recipe.batch, recipe.images)
-                last = self.iteration == self.iterations
+                images, last = self.images, self.iteration == self.iterations
                 stopping = distributed.any_process(bool(stop), self.device, self.world)
                 regular = self.iteration % recipe.log_every == 0 or last
                 if regular or stopping:
-                    values = self.read()
-                    if regular:  # a line between, for a signal, would make the resumed run's verdict another than that of a whole one
-                        self.watch.see(self.iteration, values)
-                        self.collected = []
-                    verdict = {"watch": self.watch.verdict} if self.watch.verdict else {}
+                    rows = self.gather()
+                    values = self.read(rows)
                     speed = (self.iteration - since) * recipe.batch / (time.perf_counter() - clock)
-                    if log:
-                        rate = self.optimizers[self.method.product].param_groups[0]["lr"]
-                        log.write(self.iteration, images, **values, **verdict, lr=rate, images_per_s=round(speed, 1))
+                    if regular:  # nothing is logged for a signal: the log of a resumed run is that of a whole one
+                        self.watch.see(self.iteration, values)
+                        self.divergence.see(self.iteration, rows)
+                        self.collected = []
+                    if log and regular:
+                        verdict = {"watch": self.watch.verdict} if self.watch.verdict else {}
+                        log.write(self.iteration, images, **values, **verdict, lr=self.rate(), images_per_s=round(speed, 1))
                     shown = {**{key: value for key, value in values.items() if not key.startswith("grad_")}, **self.scores}
                     progress(images, "  ".join([*(f"{key} {value:.4g}" for key, value in shown.items()), self.watch.brief]).rstrip())
                     clock, since = time.perf_counter(), self.iteration
+                    self.divergence.check(self.iteration, last, recipe.bad_gradients, self.saved)
                 if recipe.eval and (self.due(recipe.eval.every) or last):
                     self.evaluate(log, images)
                     clock, since = time.perf_counter(), self.iteration
                 if preview and recipe.preview and (self.due(recipe.preview.every) or last):
                     preview.write(images, self.generate)
-                if self.due(recipe.checkpoint.every) or last or stopping:
-                    self.save(images)
+                regular = self.due(recipe.checkpoint.every) or last
+                if regular or stopping:
+                    if log:
+                        log.sync()
+                    self.save(images, numbered=regular)  # a whole run has no number for a signal
                 if stopping and not last:
                     raise Stopped(f"stopped after {images:,} images, saved; `--resume` with the same command continues", stop.received or 2)
-            if finished:
-                self.save(recipe.images)
         finally:
             self.batches.close()
             if log:
                 log.close()
+
+    @property
+    def images(self) -> int:
+        """Trained on so far; the last batch may be cut short by the recipe."""
+        return min(self.iteration * self.recipe.batch, self.recipe.images)
+
+    def rate(self) -> float:
+        """The product's learning rate in the iteration that was done last."""
+        done = self.iteration - 1
+        return learning_rate(self.options[self.method.product], done, self.iterations) * self.method.rate(done)
+
+    def bad_updates(self) -> Tensor:
+        """How many updates had gradients that are not finite: a number that stays on the device."""
+        return torch.stack([guard.count for guard in self.guards.values()]).sum()
 
     def due(self, every: int) -> bool:
         """True in the iteration in which the count of images passes a multiple of `every`."""
         batch = self.recipe.batch
         return self.iteration * batch // every > (self.iteration - 1) * batch // every
 
-    def read(self) -> dict[str, float]:
-        """Mean of the scalars since the last line of the log, also of those that some iterations leave out (lazy regularisation). Waits for the
-        device. Bad gradients are counted or refused here."""
-        rows = self.gather()
-        values = {}
+    def read(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """Mean of each scalar over the iterations, also of those that some leave out (lazy regularisation). Bad gradients are counted or refused
+        here."""
+        rows, values = rows_without_flags(rows), {}
         for key in dict.fromkeys(key for row in rows for key in row):
             numbers = [row[key] for row in rows if key in row]
             values[key] = sum(numbers) / len(numbers)
@@ -209,7 +256,7 @@ class Trainer:
         return values
 
     def gather(self) -> list[dict[str, float]]:
-        """The scalars of each iteration since the last line of the log, means over the processes."""
+        """The scalars of each iteration since the last line of the log, means over the processes. Waits for the device."""
         rows: list[dict[str, float]] = [{} for _ in self.collected]
         for key in dict.fromkeys(key for scalars in self.collected for key in scalars):
             having = [i for i, scalars in enumerate(self.collected) if key in scalars]
@@ -231,37 +278,44 @@ class Trainer:
         return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
 
     def evaluate(self, log: RunLog | None, images: int) -> None:
-        """Score the EMA product; the first process keeps it as `best` if it is."""
+        """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved that knows of it."""
+        check_finite({"the average": self.ema.network}, self.iteration, self.saved)
         scores, metric = self.evaluation.scores(self.ema.network, self.generate, self.iteration), self.recipe.eval.metric
         if self.rank == 0:
             if log:
                 log.write(self.iteration, images, eval=scores)
             self.scores = scores
             sign = -1 if metric in HIGHER_IS_BETTER else 1
-            if self.best is None or sign * scores[metric] < sign * self.best[metric]:
+            if math.isfinite(scores[metric]) and (self.best is None or sign * scores[metric] < sign * self.best[metric]):
                 self.best = {**scores, "iteration": self.iteration, "images": images}
-                self.save_product(self.folder / "checkpoints" / "best.safetensors", images)
+                self.put_product("best", images)
         distributed.barrier(self.world)
 
-    def save(self, images: int) -> None:
-        """State first, then the checkpoints that follow from it."""
-        watched = self.watch.started or any(self.watch.applies(scalars) for scalars in self.collected[-1:])
-        rows = self.gather() if watched else []  # on all processes
+    def save(self, images: int, numbered: bool) -> None:
+        """The product's checkpoints and the state that they belong to, in the order that `products` explains. UserError: weights that are not
+        finite; nothing is written then."""
+        rows = self.gather()  # on all processes, as what may be refused
+        bad = {name: guard.check(name) for name, guard in self.guards.items()}
+        check_finite({**self.networks, "the average": self.ema.network}, self.iteration, self.saved)
         if self.rank == 0:
-            bad = {name: guard.check(name) for name, guard in self.guards.items()}
+            self.put_product("last", images)
+            if numbered and self.recipe.checkpoint.keep:
+                self.put_product(snapshot(images), images)
+            self.products.keep(self.recipe.checkpoint.keep)
             record = {"iteration": self.iteration, "images": images, "best": self.best, "scores": self.scores, "bad_gradients": bad,
-                      "recipe": self.recipe.resolved(), "start": self.start}  # fmt: skip
-            if watched:
-                record["watch"] = {"state": self.watch.state, "since": rows}
+                      "products": self.products.digests, "recipe": self.recipe.resolved(), "start": self.start}  # fmt: skip
+            if rows:
+                record["since"] = rows
+            if self.watch.started:
+                record["watch"] = {"state": self.watch.state}
+            if self.divergence.state["bad"]:
+                record["divergence"] = self.divergence.state
             save_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers, record)
-            folder = self.folder / "checkpoints"
-            self.save_product(folder / "last.safetensors", images)
-            if self.recipe.checkpoint.keep:
-                self.save_product(folder / f"images-{images:012d}.safetensors", images)
-                keep_newest(folder, "images-*.safetensors", self.recipe.checkpoint.keep)
+            self.products.publish()
+        self.saved = self.iteration
         distributed.barrier(self.world)
 
-    def save_product(self, path: Path, images: int) -> None:
+    def put_product(self, name: str, images: int) -> None:
         """The EMA product as a self-describing checkpoint."""
         described = self.method.describe()
         teacher = self.setup.teacher
@@ -274,8 +328,8 @@ class Trainer:
             teacher=made_from, metrics=self.scores, images=images, provenance=[*self.provenance, made],
         )  # fmt: skip
         network = self.ema.network
-        save_file(path, (network.network if isinstance(network, Student) else network).state_dict(), meta)
+        self.products.put(name, (network.network if isinstance(network, Student) else network).state_dict(), meta)
 
     @property
     def state_path(self) -> Path:
-        return self.folder / "checkpoints" / "state.safetensors"
+        return state_file(self.folder)
