@@ -14,6 +14,9 @@ from d2o.errors import UserError
 PATIENCE = 50
 """So many more bad iterations than good ones, counted from where they began, stop the run. Outliers never add up to it."""
 
+DOUBT = 10
+"""From so many on, checkpoints that are due wait until the run has recovered: what it has of better days is not replaced."""
+
 BAD = "bad_step"
 """Scalar of an iteration: 1 where the gradients of one of its updates were not finite."""
 
@@ -37,6 +40,10 @@ class Divergence:
                 state["since"] = at
             if state["excess"] < PATIENCE:
                 state["excess"] = max(state["excess"] + (1 if bad else -1), 0)
+
+    @property
+    def doubtful(self) -> bool:
+        return self.state["excess"] >= DOUBT
 
     def check(self, iterations: int, last: bool, policy: str, saved: int | None) -> None:
         """UserError: too many bad iterations, or, after the `last` one, more than half of all. `saved`: iteration of the newest

@@ -212,7 +212,7 @@ class Trainer:
                     clock, since = time.perf_counter(), self.iteration
                 if preview and recipe.preview and (self.due(recipe.preview.every) or last):
                     preview.write(images, self.generate)
-                regular = self.due(recipe.checkpoint.every) or last
+                regular = self.due(recipe.checkpoint.every) and not self.divergence.doubtful or last
                 if regular or stopping:
                     if log:
                         log.sync()
