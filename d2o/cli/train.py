@@ -13,7 +13,8 @@ from d2o.cli.train_run import begin_run, check_options, finish_run, opened
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False)
 SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False)
 OUT = typer.Option(None, "--out", help="Run folder. Default: runs/<recipe name>; of a sweep runs/<recipe name>-sweep-<keys>.", show_default=False)
-RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state.")
+RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state. What its past does not depend on may change: "
+                      "images (with a constant learning rate), eval, preview, checkpoint, log_every.")  # fmt: skip
 DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ...", show_default=False)
 ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False)
 MINI = typer.Option(False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU.")

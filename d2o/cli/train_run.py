@@ -29,7 +29,8 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
 
 
 def check_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> dict[str, Any] | None:
-    """The record of the state of the run in the folder; None: there is none yet. UserError: the run must not be overwritten, or is another one."""
+    """The record of the state of the run in the folder; None: there is none yet. UserError: the run must not be
+    overwritten, or is another one."""
     from d2o.recipes.changes import forbidden
     from d2o.recipes.load import load_recipe
     from d2o.training.checkpoint import read_state
@@ -60,14 +61,18 @@ def _instead(recipe: Any, folder: Path, trained: bool) -> str:
 
     ways = ["give the recipe that it was started with"]
     if trained and get_method(recipe.method).product in ("student", "generator"):
-        ways.append(f"train its student further, as a run of its own: d2o finetune RECIPE --from {folder} --out ANOTHER")
+        way = f"d2o finetune RECIPE --from {folder} --out ANOTHER"
+        ways.append(f"train its student further, as a run of its own: {way}")
     return "; ".join([*ways, "or start anew with another --out"])
 
 
 @contextmanager
-def opened(folder: Path, recipe: Any, resume: bool, start: Path | None, device: Any, rank: int, world: int) -> Iterator[bool]:
-    """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is anything to do: False of a run that
-    is finished, once the folder is as its state says. UserError: as `check_run`, or the folder is held already."""
+def opened(
+    folder: Path, recipe: Any, resume: bool, start: Path | None, device: Any, rank: int, world: int
+) -> Iterator[bool]:
+    """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is anything
+    to do: False of a run that is finished, once the folder is as its state says. UserError: as `check_run`, or the folder
+    is held already."""
     from d2o.training.checkpoint import settle
     from d2o.training.distributed import any_process, first_process
     from d2o.training.folder import locked, tidy

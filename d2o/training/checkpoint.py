@@ -20,18 +20,20 @@ def state_file(run: Path) -> Path:
 
 
 def read_state(run: Path) -> dict[str, Any] | None:
-    """The record of a run's state, after a look at all of its bytes; None: nothing was saved yet. UserError: it is damaged (and
-    what is left to do), or there are checkpoints without one."""
+    """The record of a run's state, after a look at all of its bytes; None: nothing was saved yet. UserError: it is damaged
+    (and what is left to do), or there are checkpoints without one."""
     path = state_file(run)
     if not path.exists():
         if found := sorted(path.parent.glob("*.safetensors")):
-            what = f"{run} has checkpoints ({', '.join(file.name for file in found)}) and no {path.name} to continue from"
+            names = ", ".join(file.name for file in found)
+            what = f"{run} has checkpoints ({names}) and no {path.name} to continue from"
             raise UserError(what, f"put it back; {_from(found[-1])}; or choose another --out")
         return None
     try:
         check_file(path)
     except UserError as error:
-        raise UserError(error.message, f"put back a copy, if there is one; {_way_on(path.with_name('last.safetensors'))}") from error
+        ways = _way_on(path.with_name("last.safetensors"))
+        raise UserError(error.message, f"put back a copy, if there is one; {ways}") from error
     record = read_meta(path)
     if record.get("kind") != "state":
         raise UserError(f"{path} is not a training state", "choose another --out")

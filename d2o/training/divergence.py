@@ -1,10 +1,9 @@
-"""When a run is lost: most of its steps are not finite, or its weights are not. It stops, and keeps what it saved before."""
+"""When a run is lost: most of its steps or its weights are not finite. It stops, and keeps what it saved before."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 
 PATIENCE = 50
-"""So many more bad iterations than good ones, counted from where they began, stop the run. Outliers never add up to it."""
+"""So many more bad iterations than good ones, from where they began, stop the run. Outliers never add up to it."""
 
 DOUBT = 10
 """From so many on, checkpoints that are due wait until the run has recovered: what it has of better days is not replaced."""
@@ -20,12 +19,12 @@ DOUBT = 10
 BAD = "bad_step"
 """Scalar of an iteration: 1 where the gradients of one of its updates were not finite."""
 
-HINT = "lower optim.lr (or optim_critic.lr), lengthen optim.warmup, or set optim.clip_norm, and start anew with another --out"
+HINT = "lower optim.lr (optim_critic.lr), lengthen optim.warmup or set optim.clip_norm, and start anew with another --out"
 
 
 class Divergence:
-    """Counts the iterations whose loss or gradients are not finite, from the scalars that the log reads anyway. `state` is all
-    there is to it."""
+    """Counts the iterations whose loss or gradients are not finite, from the scalars that the log reads anyway. `state`
+    is all there is to it."""
 
     def __init__(self, state: Mapping[str, int] | None = None):
         self.state: dict[str, int] = {"bad": 0, "excess": 0, "since": 0, **(state or {})}
@@ -34,7 +33,8 @@ class Divergence:
         """Take in the scalars of the iterations up to `iteration` (how many are done)."""
         state = self.state
         for at, row in enumerate(rows, start=iteration - len(rows)):
-            bad = row.get(BAD, 0.0) > 0 or any(key.startswith("loss") and not math.isfinite(value) for key, value in row.items())
+            losses = [value for key, value in row.items() if key.startswith("loss")]
+            bad = row.get(BAD, 0.0) > 0 or not all(map(math.isfinite, losses))
             state["bad"] += bad
             if bad and state["excess"] == 0:
                 state["since"] = at
@@ -46,16 +46,16 @@ class Divergence:
         return self.state["excess"] >= DOUBT
 
     def check(self, iterations: int, last: bool, policy: str, saved: int | None) -> None:
-        """UserError: too many bad iterations, or, after the `last` one, more than half of all. `saved`: iteration of the newest
-        state."""
+        """UserError: too many bad iterations, or, after the `last` one, more than half of all. `saved`: iteration of the
+        newest state."""
         bad, since = self.state["bad"], self.state["since"]
         if self.state["excess"] >= PATIENCE:
-            what = f"training has diverged: since iteration {since:,} most steps have had a loss or gradients that are not finite"
+            what = f"since iteration {since:,} most steps have had a loss or gradients that are not finite"
         elif last and 2 * bad > iterations:
-            what = f"training has diverged: in {bad:,} of {iterations:,} iterations the loss or the gradients were not finite"
+            what = f"in {bad:,} of {iterations:,} iterations the loss or the gradients were not finite"
         else:
             return
-        raise UserError(f"{what} (bad_gradients: {policy})", f"{HINT}; {kept(saved)}")
+        raise UserError(f"training has diverged: {what} (bad_gradients: {policy})", f"{HINT}; {kept(saved)}")
 
 
 def check_finite(networks: Mapping[str, nn.Module], iteration: int, saved: int | None) -> None:
@@ -77,9 +77,6 @@ def _finite(tensors: Iterable[Tensor]) -> Tensor:
 
 def kept(saved: int | None) -> str:
     """What there is from before, in words."""
-    return f"state and checkpoints are those of iteration {saved:,}, and were left as they are" if saved else "nothing had been saved"
-
-
-def rows_without_flags(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The scalars for people."""
-    return [{key: value for key, value in row.items() if key != BAD} for row in rows]
+    if not saved:
+        return "nothing had been saved"
+    return f"state and checkpoints are those of iteration {saved:,}, and were left as they are"

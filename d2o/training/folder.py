@@ -16,9 +16,9 @@ from d2o.interop.temporary import sweep
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made if need be, for this process. The folder itself is locked (flock): no file is left that
-    tells of it, and a killed process frees it. Folders that were made and stay empty go again. UserError: another process holds
-    it, or it cannot be made."""
+    """Hold the folder, which is made if need be, for this process. The folder itself is locked (flock): no file is left
+    that tells of it, and a killed process frees it. Folders that were made and stay empty go again. UserError: another
+    process holds it, or it cannot be made."""
     with contextlib.ExitStack() as after:
         while True:
             made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -33,7 +33,8 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another process is training in {folder}", "wait for its end, or choose another --out") from error
+                hint = "wait for its end, or choose another --out"
+                raise UserError(f"another process is training in {folder}", hint) from error
             except OSError:  # a file system without locks
                 pass
             if _is_still(folder, handle):
@@ -56,7 +57,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a run's folder: temporary files, shares of an evaluation. The caller holds the folder."""
+    """Remove what killed processes left in a run's folder: temporary files, shares of an evaluation. The caller holds it."""
     for place in (folder, folder / "checkpoints", folder / "previews"):
         sweep(place)
     shutil.rmtree(folder / "evaluation", ignore_errors=True)

@@ -11,8 +11,8 @@ from d2o.interop.safetensors_io import atomic_write
 
 
 class RunLog:
-    """Appends records with `iteration` and `images`. A resumed run has done `iteration` iterations on `images` images: what an earlier process
-    wrote after that is dropped, as it will be written again."""
+    """Appends records with `iteration` and `images`. A resumed run has done `iteration` iterations on `images` images:
+    what an earlier process wrote after that is dropped, as it will be written again."""
 
     def __init__(self, folder: Path, iteration: int, images: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -24,7 +24,7 @@ class RunLog:
             if kept != lines:
                 atomic_write(path, "".join(kept))
         self.file = path.open("a")
-        # Scalars are written at images. Where an earlier process may have left some, TensorBoard forgets those from the next image on.
+        # Scalars are written at images. Where an earlier process has left some, those from the next image on are void.
         self.board = SummaryWriter(str(board), purge_step=images + 1 if board.exists() else None)
 
     def write(self, iteration: int, images: int, **values: Any) -> None:

@@ -17,18 +17,16 @@ from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.curves import HIGHER_IS_BETTER
 from d2o.networks.freeze import freeze
 from d2o.runtime import StopFlag, Stopped
-from d2o.students.base import Student, checkpoint_meta
-from d2o.training import distributed
+from d2o.training import distributed, saving
 from d2o.training.batches import Batches, mix
-from d2o.training.checkpoint import load_state, save_state, settle, state_file
-from d2o.training.divergence import BAD, Divergence, check_finite, rows_without_flags
+from d2o.training.divergence import BAD, Divergence, check_finite
 from d2o.training.ema import EMA
-from d2o.training.evaluation import Evaluation, Say, same_measure
-from d2o.training.folder import drop_previews, tidy
+from d2o.training.evaluation import Evaluation, Say
 from d2o.training.logging import RunLog
 from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
 from d2o.training.preview import Preview
-from d2o.training.products import Products, snapshot
+from d2o.training.products import Products
+from d2o.training.scalars import Scalars, means
 from d2o.training.share import checkpointed, divide
 from d2o.training.watch import Watch
 
@@ -74,7 +72,7 @@ class Trainer:
         self.iteration = 0  # done so far
         self.best: dict[str, Any] | None = None
         self.scores: dict[str, float] = {}
-        self.collected: list[dict[str, Tensor]] = []  # scalars of the iterations since the last line of the log
+        self.scalars = Scalars(self.device, world)  # since the last line of the log
         self.watch, self.divergence = Watch(), Divergence()
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.evaluation = Evaluation(recipe, self.method, folder, self.device, rank, world, say)
@@ -132,37 +130,8 @@ class Trainer:
     # The run ---------------------------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Continue from the run folder's state, if it has one, and bring the folder to it: what killed processes left goes. UserError: a state
-        that is damaged or does not fit; checkpoints without one."""
-        if self.rank == 0:
-            tidy(self.folder)
-        if not self.state_path.exists():
-            if self.rank == 0:
-                self.products.settle()
-                drop_previews(self.folder, -1)
-            return
-        record = load_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers)
-        self.iteration = self.saved = record["iteration"]
-        self.best, self.scores = record["best"], record["scores"]
-        if self.best is not None and not same_measure(record["recipe"]["eval"], self.recipe.eval):
-            self.best = None  # numbers of another kind: the next one is the best so far
-        for name, count in record["bad_gradients"].items():
-            self.guards[name].count += count
-        self.divergence = Divergence(record.get("divergence"))
-        watched = record.get("watch")
-        self.watch = Watch(watched["state"] if watched else None)
-        rows = record.get("since", watched.get("since", []) if watched else [])  # an older d2o kept them beside the watch
-        self.collected = [{key: torch.tensor(value, device=self.device) for key, value in row.items()} for row in rows]
-        here = snapshot(record["images"])
-        missing: list[str] = []
-        if self.rank == 0:
-            missing = settle(self.folder, record, self.products)
-            drop_previews(self.folder, record["images"])
-            if gone := [name for name in missing if name not in ("last", here)]:
-                self.say(f"{self.products.folder}: {', '.join(gone)}: removed or changed since the run wrote it, and cannot be made again")
-            missing = [name for name in missing if name in ("last", here)]
-        if distributed.any_process(bool(missing), self.device, self.world):
-            self.save(record["images"], numbered=here in self.products.digests)  # the state's own product, from its weights
+        """Continue from the run folder's state, if it has one, see `saving`."""
+        saving.resume(self)
 
     def run(self, progress: Progress, stop: StopFlag) -> None:
         """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`, or a run
@@ -186,20 +155,20 @@ class Trainer:
                 with half:
                     scalars = self.method.step(self, batch, self.iteration)
                 norms = {key: self.mean(values) for key, values in self.norms.items()}
-                self.collected.append({**scalars, **norms, BAD: (self.bad_updates() > bad).float()})
+                self.scalars.add({**scalars, **norms, BAD: (self.bad_updates() > bad).float()})
                 self.norms.clear()
                 self.iteration += 1
                 images, last = self.images, self.iteration == self.iterations
                 stopping = distributed.any_process(bool(stop), self.device, self.world)
                 regular = self.iteration % recipe.log_every == 0 or last
                 if regular or stopping:
-                    rows = self.gather()
+                    rows = self.scalars.rows()
                     values = self.read(rows)
                     speed = (self.iteration - since) * recipe.batch / (time.perf_counter() - clock)
                     if regular:  # nothing is logged for a signal: the log of a resumed run is that of a whole one
                         self.watch.see(self.iteration, values)
                         self.divergence.see(self.iteration, rows)
-                        self.collected = []
+                        self.scalars.clear()
                     if log and regular:
                         verdict = {"watch": self.watch.verdict} if self.watch.verdict else {}
                         log.write(self.iteration, images, **values, **verdict, lr=self.rate(), images_per_s=round(speed, 1))
@@ -212,11 +181,11 @@ class Trainer:
                     clock, since = time.perf_counter(), self.iteration
                 if preview and recipe.preview and (self.due(recipe.preview.every) or last):
                     preview.write(images, self.generate)
-                regular = self.due(recipe.checkpoint.every) and not self.divergence.doubtful or last
+                regular = (self.due(recipe.checkpoint.every) and not self.divergence.doubtful) or last
                 if regular or stopping:
                     if log:
                         log.sync()
-                    self.save(images, numbered=regular)  # a whole run has no number for a signal
+                    saving.save(self, images, numbered=regular)  # a whole run has no number for a signal
                 if stopping and not last:
                     raise Stopped(f"stopped after {images:,} images, saved; `--resume` with the same command continues", stop.received or 2)
         finally:
@@ -244,26 +213,12 @@ class Trainer:
         return self.iteration * batch // every > (self.iteration - 1) * batch // every
 
     def read(self, rows: list[dict[str, float]]) -> dict[str, float]:
-        """Mean of each scalar over the iterations, also of those that some leave out (lazy regularisation). Bad gradients are counted or refused
-        here."""
-        rows, values = rows_without_flags(rows), {}
-        for key in dict.fromkeys(key for row in rows for key in row):
-            numbers = [row[key] for row in rows if key in row]
-            values[key] = sum(numbers) / len(numbers)
+        """The scalars of a line of the log. Bad gradients are counted or refused here."""
+        values = means(rows)
         for name, guard in self.guards.items():
             if count := guard.check(name):
                 values["bad_gradients" if len(self.guards) == 1 else f"bad_gradients_{name}"] = count
         return values
-
-    def gather(self) -> list[dict[str, float]]:
-        """The scalars of each iteration since the last line of the log, means over the processes. Waits for the device."""
-        rows: list[dict[str, float]] = [{} for _ in self.collected]
-        for key in dict.fromkeys(key for scalars in self.collected for key in scalars):
-            having = [i for i, scalars in enumerate(self.collected) if key in scalars]
-            values = torch.stack([self.collected[i][key].float() for i in having])
-            for i, value in zip(having, distributed.mean_over_processes(values, self.world).tolist(), strict=True):
-                rows[i][key] = value
-        return rows
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         with torch.inference_mode():
@@ -288,48 +243,5 @@ class Trainer:
             sign = -1 if metric in HIGHER_IS_BETTER else 1
             if math.isfinite(scores[metric]) and (self.best is None or sign * scores[metric] < sign * self.best[metric]):
                 self.best = {**scores, "iteration": self.iteration, "images": images}
-                self.put_product("best", images)
+                saving.put_product(self, "best", images)
         distributed.barrier(self.world)
-
-    def save(self, images: int, numbered: bool) -> None:
-        """The product's checkpoints and the state that they belong to, in the order that `products` explains. UserError: weights that are not
-        finite; nothing is written then."""
-        rows = self.gather()  # on all processes, as what may be refused
-        bad = {name: guard.check(name) for name, guard in self.guards.items()}
-        check_finite({**self.networks, "the average": self.ema.network}, self.iteration, self.saved)
-        if self.rank == 0:
-            self.put_product("last", images)
-            if numbered and self.recipe.checkpoint.keep:
-                self.put_product(snapshot(images), images)
-            self.products.keep(self.recipe.checkpoint.keep)
-            record = {"iteration": self.iteration, "images": images, "best": self.best, "scores": self.scores, "bad_gradients": bad,
-                      "products": self.products.digests, "recipe": self.recipe.resolved(), "start": self.start}  # fmt: skip
-            if rows:
-                record["since"] = rows
-            if self.watch.started:
-                record["watch"] = {"state": self.watch.state}
-            if self.divergence.state["bad"]:
-                record["divergence"] = self.divergence.state
-            save_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers, record)
-            self.products.publish()
-        self.saved = self.iteration
-        distributed.barrier(self.world)
-
-    def put_product(self, name: str, images: int) -> None:
-        """The EMA product as a self-describing checkpoint."""
-        described = self.method.describe()
-        teacher = self.setup.teacher
-        made_from = None if teacher is None else {"name": str(self.recipe.teacher), "sha256": teacher.fingerprint, "licence": teacher.spec.licence}
-        source = self.setup.pairs or self.setup.images
-        data = None if source is None else source.fingerprint
-        made = {"method": self.recipe.method, "recipe": self.recipe.name, "images": images, "data": data}
-        meta = checkpoint_meta(
-            described.pop("kind"), described.pop("network"), described.pop("spec", None), **described, recipe=self.recipe.resolved(),
-            teacher=made_from, metrics=self.scores, images=images, provenance=[*self.provenance, made],
-        )  # fmt: skip
-        network = self.ema.network
-        self.products.put(name, (network.network if isinstance(network, Student) else network).state_dict(), meta)
-
-    @property
-    def state_path(self) -> Path:
-        return state_file(self.folder)

@@ -1,8 +1,8 @@
 """The checkpoints of a run's product (`last`, `best`, `images-<n>`), and how they stay in step with its state, whatever
 kills the process.
 
-The state is the one thing that counts: its record names every checkpoint that belongs to it, with the sha256 of the file.
-What is done, in order:
+The state is the one thing that counts: its record names every checkpoint that belongs to it, with the sha256 of the
+file. What is done, in order:
 
     1. best.safetensors.next                                 `put`, whenever an evaluation is better
     2. last.safetensors.next, images-<n>.safetensors.next    `put`, when the state is to be saved
@@ -10,11 +10,11 @@ What is done, in order:
     4. each x.safetensors.next -> x.safetensors              `publish`
     5. snapshots that the state does not name are removed    `publish`
 
-Killed before 3, in the middle of a file or between two: the old state stands, and so do its checkpoints, since nothing but
-`.next` files was written. Opening the run (`settle`) removes these: the old state names no digest of theirs. The iterations
-since then run again and write the same again. Killed after 3: all that the new state names is on the disk, under one of two
-names. `settle` finds each by its digest, and does what is left of 4 and 5; killed in that, the next one does. So after
-`settle` the folder is a function of the state.
+Killed before 3, in the middle of a file or between two: the old state stands, and so do its checkpoints, since nothing
+but `.next` files was written. Opening the run (`settle`) removes these: the old state names no digest of theirs. The
+iterations since then run again and write the same again. Killed after 3: all that the new state names is on the disk,
+under one of two names. `settle` finds each by its digest, and does what is left of 4 and 5; killed in that, the next
+one does. So after `settle` the folder is a function of the state.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def snapshot(images: int) -> str:
 
 
 class Products:
-    """The checkpoints in a folder. `digests`: name -> sha256 of those that belong to the state, or will when it is saved next."""
+    """The checkpoints in a folder. `digests`: name -> sha256 of those that belong to the state, or to the next one."""
 
     def __init__(self, folder: Path, digests: Mapping[str, str] | None = None):
         self.folder, self.digests = folder, dict(digests or {})
@@ -63,8 +63,8 @@ class Products:
         self._drop_snapshots()
 
     def settle(self) -> list[str]:
-        """Finish what a killed process had begun, and undo what it had not committed. Returns the names of checkpoints that
-        are there neither finished nor pending: somebody removed or changed them."""
+        """Finish what a killed process had begun, and undo what it had not committed. Returns the names of checkpoints
+        that are there neither finished nor pending: somebody removed or changed them."""
         missing = []
         for name, digest in self.digests.items():
             if _is(self._next(name), digest):
@@ -77,8 +77,8 @@ class Products:
         return missing
 
     def adopt(self, images: int) -> list[str]:
-        """`settle` for the state of an older d2o, which names no checkpoints and was saved after `images`: those in the folder
-        are taken as its own, but for a `last` that was not written with it."""
+        """`settle` for the state of an older d2o, which names no checkpoints and was saved after `images`: those in the
+        folder are taken as its own, but for a `last` that was not written with it."""
         for path in [self.path("best"), *self.folder.glob(SNAPSHOTS)]:
             if path.exists():
                 self.digests[path.stem] = file_sha256(path)
