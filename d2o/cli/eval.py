@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2o.cli import console
-from d2o.cli.eval_run import Outputs, check_asked, measure
+from d2o.cli.eval_run import Outputs, check_asked, measured
 from d2o.runtime import worker
 
 WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
@@ -78,7 +79,8 @@ IS_SPLITS = _numbers("--is-splits", default=10, help="Splits of the Inception Sc
 IS_MODE = _numbers("--is-mode", default="torch_fidelity", help="torch_fidelity (shuffled by seed 2020), edm_order, or adm (splits of 5,000).")
 CLIP_MODEL = _numbers("--clip-model", default="clip-vit-g-14", help="Of clip-score: clip-vit-g-14 or clip-vit-b-32.")
 
-JSON = _out("--json", help="Write the result, with its protocol, to this file (a list for several X).")
+JSON = _out("--json", help="Write the result, with its protocol, to this file (a list for several X). -: to standard output, and the table to "
+            "stderr.")  # fmt: skip
 CSV = _out("--csv", help="Write the table with all digits, one row for each X.")
 MARKDOWN = _out("--markdown", help="Write the table as markdown (or LaTeX: FILE.tex).")
 REPORT = _out("--report", help="Write a self-contained HTML page: table, sample grids, curves, protocols.")
@@ -112,21 +114,18 @@ def evaluate(
     check_asked(values)
     outputs.check(save_stats)
     given = {key for key in values if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"}
-    if compare:
-        records = outputs.read(values["x"])
-    else:
-        records = measure(values, given)
-    if worker()[0] == 0:
-        outputs.write(records)
-        show(records)
+    with nullcontext(outputs.read(values["x"])) if compare else measured(values, given) as records:
+        if worker()[0] == 0:
+            outputs.write(records)
+            show(records, console.err if outputs.piped else console.out)
 
 
-def show(records: Sequence[dict[str, Any]]) -> None:
+def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
     """The results as a table, with the protocol below."""
     from d2o.metrics.table import fold, results_table
 
-    width = console.out.width if console.out.is_terminal else max(console.out.width, 160)  # in a file or pipe there is room
-    target = console.out if console.out.is_terminal else Console(file=console.out.file, width=width, highlight=False)
+    width = to.width if to.is_terminal else max(to.width, 160)  # in a file or pipe there is room
+    target = to if to.is_terminal else Console(file=to.file, width=width, highlight=False)
     for piece in fold(results_table(list(records)), width - 4):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, header in enumerate(piece.headers):
@@ -135,4 +134,4 @@ def show(records: Sequence[dict[str, Any]]) -> None:
             table.add_row(*(f"[bold]{escape(cell)}[/]" if (i, j) in piece.best else escape(cell) for j, cell in enumerate(row)))
         target.print(table)
         for line in piece.footer:
-            console.out.print(escape(line), style="dim")
+            to.print(escape(line), style="dim")

@@ -103,7 +103,9 @@ def pairs(
         if value is None:
             raise UserError(f"{name} is missing", "for example: d2o pairs --teacher digits --n 8192 --out runs/pairs")
 
+    from d2o.data.objects import local_path
     from d2o.data.pair_settings import PairSettings
+    from d2o.interop.outputs import check_output
     from d2o.runtime import stop_flag
     from d2o.teachers import catalogue
     from d2o.teachers.compute import Compute
@@ -114,6 +116,8 @@ def pairs(
         shard_size, dtype, store_noise, decode,
     )  # fmt: skip
     settings.check()
+    if (folder := local_path(out)) is not None:
+        check_output(folder, folder=True)
     entry = catalogue.find(teacher)
     if prompts is None and entry is not None and entry.kind == "diffusers":  # all of these take text; said before anything is fetched
         raise UserError(f"teacher {teacher!r} is conditioned on text", "give --prompts FILE (.txt, one a line; .jsonl; .parquet)")

@@ -25,7 +25,7 @@ def sample(
     labels: str = typer.Option(None, "--labels", help="Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
                                "prompts likewise (default: balanced).", show_default=False),
     batch: int = typer.Option(None, "--batch", help="Images per call (256); a begun output keeps its own.", show_default=False),
-    grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, one row per label.",
+    grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, with their classes.",
                               show_default=False),
     teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
                                 "that both can be compared.", show_default=False),
@@ -69,8 +69,13 @@ def sample(
     if grid is not None and grid.suffix.lower() != ".png":
         raise UserError(f"--grid {grid}: expected the name of a .png file")
 
+    from d2o.interop.outputs import check_output
     from d2o.runtime import stop_flag, worker
     from d2o.students.generate import SampleSettings, make_samples
+
+    check_output(out)
+    if grid is not None:
+        check_output(grid, folder=False)
 
     texts = prompts or prompt or None
     sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, truncation, device), SampleSettings(n, seed, labels)
@@ -122,28 +127,32 @@ def _walk(
     if checkpoint is None or out is None:
         raise UserError("--path needs a student's checkpoint and --out FILE.png or .gif", example)
     from d2o.export.source import find_checkpoint
+    from d2o.interop.outputs import check_output
     from d2o.students.base import load_student
-    from d2o.students.paths import path_images, save_path
+    from d2o.students.paths import path_images, save_path, walk_names
     from d2o.students.style import StyleStudent
 
     if out.suffix.lower() not in (".png", ".gif"):
         raise UserError(f"--out {out}: a path is written as .png or .gif", example)
+    check_output(out, folder=False)
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     if not isinstance(student, StyleStudent):
         raise UserError(f"{checkpoint} has no latent path: it is a student of another kind", "--path is for students of spi-gan")
     if truncation is not None:
         student.truncation = truncation
-    save_path(path_images(student, path, n or 8, steps, seed, interpolation), out)
+    save_path(path_images(student, path, n or 8, steps, seed, interpolation), out, walk_names(path, n or 8, seed))
     console.say(f"wrote {out}")
 
 
 def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
-    from d2o.data.images import image_grid
+    from d2o.data.pictures import draw_sheet, lay_out
     from d2o.interop.safetensors_io import atomic_path
-    from d2o.students.generate import first_images, label_rows
+    from d2o.students.generate import first_images
 
-    images, columns = label_rows(*first_images(sampler, record, 64))
-    picture = image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))
+    images, labels = first_images(sampler, record, 64)
+    classes = None if labels is None else labels.tolist()
+    names = dict(zip(classes, sampler.prompts.many(classes), strict=True)) if sampler.prompts is not None and classes is not None else None
+    picture = draw_sheet([("", images)], lay_out(len(images), classes, names))
     with atomic_path(path) as temporary:
         picture.save(temporary, "png")
     console.say(f"wrote {path}")

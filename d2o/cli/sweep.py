@@ -34,6 +34,7 @@ def run_sweep(
     Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be trained, or a member
     that failed (the others are trained all the same). Stopped: the same command continues.
     """
+    from d2o.interop.outputs import check_output
     from d2o.recipes.sweep import check_folder, plan_sweep
     from d2o.recipes.sweep_record import check_same, update
     from d2o.training.distributed import barrier, first_process, process_group
@@ -52,6 +53,7 @@ def run_sweep(
     with stop_flag() as stop, process_group(device) as (rank, world), ExitStack() as held:
 
         def hold() -> None:
+            check_output(folder, folder=True)
             held.enter_context(locked(folder))
             clear(folder)
 

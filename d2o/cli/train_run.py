@@ -73,6 +73,7 @@ def opened(
     """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is anything
     to do: False of a run that is finished, once the folder is as its state says. UserError: as `check_run`, or the folder
     is held already."""
+    from d2o.interop.outputs import check_output
     from d2o.training.checkpoint import settle
     from d2o.training.distributed import any_process, first_process
     from d2o.training.folder import locked, tidy
@@ -81,6 +82,7 @@ def opened(
     with ExitStack() as held:
 
         def hold() -> None:
+            check_output(folder, folder=True)
             held.enter_context(locked(folder))
             tidy(folder)
 

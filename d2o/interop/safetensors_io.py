@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save as _serialise
 
 from d2o.errors import UserError
 from d2o.interop import seal
+from d2o.interop.inputs import check_input
 from d2o.interop.temporary import temporary_file
 
 META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, and equal content must give equal bytes
@@ -139,16 +141,13 @@ def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a .safetensors file")
+    check_input(path, "a .safetensors file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download") from error
+        why = textwrap.shorten(str(error), 200)  # it may quote the whole of a header
+        raise UserError(f"{path} is truncated or not a safetensors file ({why})", "make it again, or check the download") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

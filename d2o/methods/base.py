@@ -132,7 +132,8 @@ class Loop(Protocol):
         ...
 
     def update(self, name: str) -> None:
-        """Sanitise, clip, optimiser step, zero the gradients of the network of that name; EMA where it is the product."""
+        """Sanitise, clip, optimiser step, zero the gradients of the network of that name. The average of the product follows once, after the
+        iteration, however many updates it had."""
         ...
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
@@ -186,6 +187,9 @@ class Method(ABC):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Exactly one iteration of the algorithm; returns scalars for the log (detached tensors, not read here)."""
 
+    def settle(self) -> None:  # noqa: B027  most have nothing to do
+        """What is done to the networks at the end of an iteration, after the product's average has moved."""
+
     def heaviest(self) -> int:
         """An iteration whose step takes the most memory, for plans: of a method with phases, one of the last."""
         return 0
@@ -205,6 +209,10 @@ class Method(ABC):
     def nfe(self) -> int:
         """Network calls of one generated sample."""
         return 1
+
+    def optim(self, name: str, options: Any) -> Any:
+        """The optimiser's settings of the network of that name, from the recipe's section for it."""
+        return options
 
     def rate(self, iteration: int) -> float:
         """Factor of the recipe's learning rates in this iteration, for methods in stages that each have a course of their own."""

@@ -133,7 +133,8 @@ class Consistency(Method):
         to s (Table 5, CTM)."""
         i, z = self.index(draw, n), draw.randn(*x.shape[1:])
         longest = min(self.options.max_hops or n, n)
-        hops = _upto(draw, i.clamp(max=longest)) + 1 if self.options.hops == "from_1" else _upto(draw, i.clamp(max=longest) + 1)
+        most = (i - (min(self.options.lowest, n) - 1)).clamp(max=longest)  # with 1 <= j, where 2 <= i
+        hops = _upto(draw, most) + 1 if self.options.hops == "from_1" else _upto(draw, most + 1)
         j = i - hops
         k = _upto(draw, j + 1)
         t, u, s, end = self.T(i, n), self.T(j, n), self.T(k, n), self.T(0 * i, n)
@@ -187,9 +188,10 @@ class Consistency(Method):
 
     def index(self, draw: Draws, n: int) -> Tensor:
         """i of t = T(i, n), from i_min to n."""
+        lowest = min(self.options.lowest, n)
         if self.options.i_sampling == "lognormal":
-            return c.lognormal_index(draw.rand(), n, self.options.p_mean, self.options.p_std, self.sigma).clamp(min=min(self.options.i_min, n))
-        return draw.randint(min(self.options.i_min, n), n + 1)
+            return c.lognormal_index(draw.rand(), n, self.options.p_mean, self.options.p_std, self.sigma).clamp(min=lowest)
+        return draw.randint(lowest, n + 1)
 
     def solve(self, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
         """One step of the teacher's solver."""
@@ -243,7 +245,8 @@ class Consistency(Method):
     # The product -------------------------------------------------------------------------------------------------------------------------
 
     def made(self, network: nn.Module) -> ConsistencyStudent:
-        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle)
+        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle,
+                                  self.options.clamp)  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "student", "network": network_config(self.student), "spec": self._spec, "student": self.made(self.student).record}

@@ -136,8 +136,10 @@ class DMD(ScoreMethod):
             loop.backward(loss)
             made.append(Made(x.detach(), labels))
         loop.update("student")
-        keep_normalised(self.student.network)
         return made
+
+    def settle(self) -> None:
+        keep_normalised(self.student.network)
 
     def score_step(self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]) -> None:
         """One step of the score network: denoising of the student's samples, given or new ones."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
+from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.evaluate import FORMAT
 
@@ -16,8 +17,13 @@ from d2o.metrics.evaluate import FORMAT
 def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Write one record as an object, several as a list (atomically)."""
     check_json_target(path)
+    atomic_write(path, as_json(records))
+
+
+def as_json(records: Sequence[dict[str, Any]]) -> str:
+    """The content of such a file."""
     data = records[0] if len(records) == 1 else list(records)
-    atomic_write(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
@@ -38,12 +44,9 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
 
 def _parse(path: Path) -> list[dict[str, Any]] | None:
     """The records, or None when the file holds something else. UserError when it can't be read."""
+    data = read_file(path, MAX_JSON_BYTES, "a file of results")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        data = parse_json(data)
     except ValueError:
         return None
     records = data if isinstance(data, list) else [data]
@@ -53,19 +56,9 @@ def _parse(path: Path) -> list[dict[str, Any]] | None:
 
 def check_json_target(path: str | Path) -> None:
     """UserError if writing a result to `path` would overwrite something else, or cannot work."""
-    check_target(path)
+    check_output(path, folder=False)
     path = Path(path)
     if path.exists() and path.stat().st_size and _parse(path) is None:
         raise UserError(f"{path} exists and is not a result of `d2o eval`: it is not overwritten", "choose another name for --json")
 
 
-def check_target(path: str | Path) -> None:
-    """UserError, before hours of work, if `path` cannot be written."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: a folder of that name is in the way")
-    above = next(p for p in path.absolute().parents if p.exists())
-    if not above.is_dir():
-        raise UserError(f"cannot write {path}: {above.name} is a file")
-    if not os.access(above, os.W_OK):
-        raise UserError(f"cannot write {path}: permission denied")

@@ -28,7 +28,7 @@ from d2o.students.base import Student, make_student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
-from d2o.training.evaluation import times
+from d2o.training.evaluation import OWN_IMAGES, times
 from d2o.training.setup import open_data, pair_folder
 from d2o.training.share import checkpointed, divide
 
@@ -70,7 +70,8 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
         return plan
     if recipe.eval and recipe.eval.extractor:
         _attempt(plan.missing, lambda: _extractor(recipe.eval.extractor))
-        _attempt(plan.missing, lambda: _reference(recipe.eval.reference))
+        if recipe.eval.reference != OWN_IMAGES:  # whose absence is told above
+            _attempt(plan.missing, lambda: _reference(recipe.eval.reference))
     if setup.teacher is not None:
         plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]

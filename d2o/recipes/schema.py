@@ -66,6 +66,13 @@ class Recipe(Section):
             raise ValueError(f"expected at most batch = {info.data['batch']}, got {value}")
         return value
 
+    @field_validator("eval")
+    @classmethod
+    def _has_its_images(cls, value: Eval | None, info: ValidationInfo) -> Eval | None:
+        if value is not None and value.reference == "data" and "data" in info.data and info.data["data"] is None:
+            raise ValueError("reference: data means the recipe's own images, and it has no `data:` section")
+        return value
+
     @property
     def options(self) -> Any:
         """The method's own settings, an instance of its `Options`. None only for a Recipe built without `from_dict`."""

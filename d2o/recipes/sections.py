@@ -149,8 +149,8 @@ class Eval(Section):
                                 validate_default=True)  # fmt: skip
     n: Annotated[int, Field(ge=2)] | None = field(None, "generated samples per measurement (default none: the protocol's, else 1000)",
                                                validate_default=True)  # fmt: skip
-    reference: Text | None = field(None, "what to compare with: images or statistics, as `d2o eval --against` takes it (default none: the "
-                                "protocol's)", validate_default=True)  # fmt: skip
+    reference: Text | None = field(None, "what to compare with: `data`, the recipe's own images as training reads them, or images or "
+                                "statistics, as `d2o eval --against` takes it (default none: the protocol's)", validate_default=True)  # fmt: skip
     seed: Seed = field(2_000_000, "seed of the first sample; away from those of the pairs")
     batch: Count = field(250, "samples per network call")
 

@@ -48,12 +48,14 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what it is."""
+    """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what it is. `prompts`: those
+    whose numbers the labels are."""
 
     call: Callable[[Tensor, Tensor | None], Tensor]
     spec: Spec
     device: torch.device
     record: dict[str, Any]
+    prompts: Prompts | None = None
 
 
 def student_sampler(student: Student) -> Sampler:
@@ -94,7 +96,7 @@ def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float =
             condition = prompts.many(labels.tolist())
         return teacher.decode(teacher.sample(noise, condition, solver, cfg=cfg))
 
-    return Sampler(call, spec, teacher.device, record)
+    return Sampler(call, spec, teacher.device, record, prompts)
 
 
 def make_samples(
@@ -182,18 +184,6 @@ def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tens
     images = torch.cat([images for _, images, _ in made])[:n]
     labels = [labels for _, _, labels in made if labels is not None]
     return images, torch.cat(labels)[:n] if labels else None
-
-
-def label_rows(images: Tensor, labels: Tensor | None, columns: int = 8, most: int = 16) -> tuple[Tensor, int]:
-    """Images in an order to be shown in that many columns: one row for each label, filled up with white; as they are if unlabelled or of
-    more than `most` classes."""
-    if labels is None or len(labels.unique()) > most:
-        return images, columns
-    counts = [int((labels == label).sum()) for label in labels.unique()]
-    rows = images.new_full((len(counts), max(counts), *images.shape[1:]), 255)
-    for row, label, count in zip(rows, labels.unique(), counts, strict=True):
-        row[:count] = images[labels == label]
-    return rows.flatten(0, 1), max(counts)
 
 
 def new_record(sampler: Sampler, settings: SampleSettings, batch: int | None, threads: int | None, chunk: int | None) -> dict[str, Any]:

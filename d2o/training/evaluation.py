@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,16 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.interop.discard import discard
+from d2o.interop.temporary import sweep
 from d2o.methods.base import Generate, Method
-from d2o.metrics.collect import Workplace
 from d2o.metrics.quick import FrechetEvaluator
+from d2o.metrics.workplace import Workplace
 from d2o.training import distributed
 
 Say = Callable[[str], None]
+OWN_IMAGES = "data"
+"""Reference of an `eval:` section: the recipe's own images."""
 
 
 def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
@@ -28,7 +31,7 @@ def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None
     e = recipe.eval
     if e is None or e.extractor is None:
         return None
-    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol)
+    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None)
 
 
 def times(recipe: Any) -> int:
@@ -40,8 +43,9 @@ def cost(recipe: Any, nfe: int) -> str:
     """What the evaluations of a run are and take, in one line."""
     e, many = recipe.eval, times(recipe)
     how = f"protocol {e.protocol}, " if e.protocol else ""
+    reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
-    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {e.reference}, every {e.every:,} images: "
+    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
             f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
 
 
@@ -91,13 +95,15 @@ class Evaluation:
     def distance(self, generate: Generate, iteration: int) -> dict[str, float]:
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         assert evaluator is not None and self.spec is not None
+        if self.rank == 0:  # what a killed run left, of several processes or one
+            sweep(self.work.parent, self.work.name)
+            discard(self.work)
         if self.world == 1:
             return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
-        shutil.rmtree(self.work, ignore_errors=True)  # what a killed run left
         distributed.barrier(self.world)
         place = Workplace(self.work)
         found = evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}")
         distributed.barrier(self.world)
         if self.rank == 0:
-            shutil.rmtree(self.work, ignore_errors=True)
+            discard(self.work)
         return found

@@ -58,7 +58,8 @@ class Trainer:
             for net in self.networks.values():
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = EMA(self.networks[self.method.product], recipe.ema.half_life, recipe.ema.decay, recipe.ema.ramp)
-        self.options = {name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim for name in self.networks}
+        given = {name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim for name in self.networks}
+        self.options = {name: self.method.optim(name, options) for name, options in given.items()}
         self.parameters = {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
         self.optimizers = {name: build_optimizer(self.parameters[name], self.options[name]) for name in self.networks}
         self.guards = {name: GradientGuard(recipe.bad_gradients, self.device) for name in self.networks}
@@ -104,8 +105,6 @@ class Trainer:
             optimizer.step()
             torch.clear_autocast_cache()  # later calls in the same iteration are of the new weights
         optimizer.zero_grad(set_to_none=True)
-        if name == self.method.product:
-            self.ema.update(self.networks[name], self.iteration * self.recipe.batch, self.recipe.batch)
 
     def net(self, name: str) -> nn.Module:
         return self.networks[name]
@@ -154,6 +153,8 @@ class Trainer:
                 bad = self.bad_updates()
                 with half:
                     scalars = self.method.step(self, batch, self.iteration)
+                self.ema.update(self.networks[self.method.product], self.iteration * recipe.batch, recipe.batch)
+                self.method.settle()
                 norms = {key: self.mean(values) for key, values in self.norms.items()}
                 self.scalars.add({**scalars, **norms, BAD: (self.bad_updates() > bad).float()})
                 self.norms.clear()

@@ -75,6 +75,14 @@ def prepare(
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
         raise UserError(f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`", "d2o teachers lists some")
+    if needs == "images":
+        if recipe.data is None:
+            raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
+        setup.images = open_data(recipe.data, method)
+        for note in setup.images.notes:
+            say(f"{recipe.data.path}: {note}")
+        for name, why in setup.images.bad:
+            say(f"{recipe.data.path}: skipped {name}: {why}")
     try:  # before anything is made for training
         open_evaluator(recipe, device)
     except UserError as error:
@@ -85,14 +93,6 @@ def prepare(
         setup.teacher = load_teacher(recipe.teacher, device, say=say)
     if start is not None:
         setup.start = load_student(start, device)
-    if needs == "images":
-        if recipe.data is None:
-            raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
-        setup.images = open_data(recipe.data, method)
-        for note in setup.images.notes:
-            say(f"{recipe.data.path}: {note}")
-        for name, why in setup.images.bad:
-            say(f"{recipe.data.path}: skipped {name}: {why}")
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")

@@ -50,7 +50,7 @@ def test_a_folder_of_256_px_trains(tmp_path):
     small = [
         "network={h_dim: 8, mapping: {r_layers: 2}, synthesis: {base: 1024, max_channels: 8}}",
         "spi_gan.critic={blocks: resnet, base: 1024, max_channels: 8, mbstd_group: 2, time_dim: 8}",
-        "batch=4", "micro_batch=2", "images=8", "data.limit=4", "preview=null", "log_every=1", "threads=1",
+        "batch=4", "micro_batch=2", "images=8", "data.limit=4", "eval=null", "preview=null", "log_every=1", "threads=1",
     ]  # fmt: skip
     out = tmp_path / "run"
     assert run("train", "spi_gan_celeba", "--data", tmp_path / "faces", "--out", out, *(part for text in small for part in ("--set", text))) == 0

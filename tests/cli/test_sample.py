@@ -30,7 +30,7 @@ def test_sample_again_and_with_other_settings(run, tmp_path):
     assert code == 0 and out == "" and "x.zip: 12 images, 1 network call each" in err
     assert len(open_images(tmp_path / "x.zip")) == 12
     with Image.open(tmp_path / "grids" / "g.png") as grid:
-        assert grid.size == (2 * 34 + 2, 10 * 34 + 2)  # ten labels, at most two of each, 8x8 shown four times as large
+        assert grid.size == (4 * 68 + 4, 3 * (68 + 15) + 4)  # two of classes 0 and 1, one of the others: each named below its image
     code, out, err = run(*words)
     assert code == 0 and "x.zip holds all 12 images already; nothing to do" in err
     code, out, err = run(*words, "--n", 13)

@@ -15,7 +15,7 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, load_student
-from d2o.students.generate import SampleSettings, first_images, label_rows, make_samples, student_sampler, teacher_sampler
+from d2o.students.generate import SampleSettings, first_images, make_samples, student_sampler, teacher_sampler
 from d2o.teachers.base import Teacher
 from tests.helpers import tiny_student, tiny_teacher
 from tests.workers import files, finish, start, wait_for
@@ -276,13 +276,6 @@ def test_the_first_images_again_are_those_of_the_file(build, student):
     found = open_images(out)
     assert torch.equal(images, found.images(range(11))) and torch.equal(labels, found.labels[:11])
     assert len(first_images(sampler, check_free(archive_for(out)), 64)[0]) == 20
-
-
-def test_rows_of_a_grid_are_labels():
-    images = torch.arange(5).reshape(5, 1, 1, 1).to(torch.uint8)
-    rows, columns = label_rows(images, torch.tensor([7, 2, 7, 7, 2]))
-    assert columns == 3 and rows.flatten().tolist() == [1, 4, 255, 0, 2, 3]
-    assert label_rows(images, None)[1] == 8 and torch.equal(label_rows(images, torch.arange(5), most=4)[0], images)
 
 
 def test_a_teacher_is_not_asked_for_gradients(build, monkeypatch):

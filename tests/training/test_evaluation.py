@@ -95,3 +95,19 @@ eval: {every: 8, extractor: digits, n: 8, reference: real:digits}
     assert d2o("train", large, "--out", tmp_path / "large") == 2
     assert "12x12 pixels" in capsys.readouterr().err
     assert not (tmp_path / "large" / "checkpoints").exists()
+
+
+def test_the_reference_can_be_the_images_that_are_trained_on(tmp_path, capsys):
+    """As training reads them: those of the real digits are those that `real:digits` stands for; of a part of them another distance."""
+    own = ["eval.reference=data", "eval.n=60", "images=32", "batch=16", "preview=null"]
+    scores = []
+    for changes in (own, [*own, "eval.reference=real:digits"], [*own, "data.limit=300"]):
+        out = tmp_path / str(len(scores))
+        arguments = [word for change in changes for word in ("--set", change)]
+        assert d2o("train", "spi_gan_digits", "--mini", "--out", out, *arguments) == 0
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        scores.append([line["eval"]["fd"] for line in lines if "eval" in line])
+        assert ("to the training images, every" in capsys.readouterr().err) == ("eval.reference=real:digits" not in changes)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3) and scores[2] != pytest.approx(scores[0], rel=1e-3)
+    assert d2o("train", "sid_digits", "--mini", "--out", tmp_path / "sid", "--set", "eval.reference=data") == 2
+    assert "eval: reference: data means the recipe's own images" in capsys.readouterr().err
