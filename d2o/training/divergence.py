@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,18 +60,18 @@ class Divergence:
 
 def check_finite(networks: Mapping[str, nn.Module], iteration: int, saved: int | None) -> None:
     """UserError: weights that are not finite, which never go into a file. One look at the device for all networks."""
-    finite = {name: _finite(network.state_dict().values()) for name, network in networks.items()}
+    finite = {name: flag for name, network in networks.items() if (flag := _finite(network)) is not None}
     if finite and not bool(torch.stack(list(finite.values())).all()):
         names = " and ".join(name for name, good in finite.items() if not good)
         what = f"training has diverged: after iteration {iteration:,} weights are not finite ({names})"
         raise UserError(what, f"{HINT}; {kept(saved)}")
 
 
-def _finite(tensors: Iterable[Tensor]) -> Tensor:
-    """A boolean scalar on the device."""
-    some = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+def _finite(network: nn.Module) -> Tensor | None:
+    """A boolean scalar that stays on the device; None for a network without weights."""
+    some = [t for t in network.state_dict().values() if t.is_floating_point() and t.numel()]
     if not some:
-        return torch.tensor(True)
+        return None
     return torch.stack([norm.isfinite() for norm in torch._foreach_norm(some, float("inf"))]).all()
 
 

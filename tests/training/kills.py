@@ -1,10 +1,8 @@
-"""A small training that is killed at a chosen change of its folder, in a process of its own."""
+"""A small training that is killed in a chosen change of its folder, in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ from d2o.runtime import StopFlag
 from d2o.training.folder import locked
 from d2o.training.loop import Trainer
 from tests import workers
+from tests.torture.events import Events
 from tests.training.test_two_networks import TinyGAN
 
 RECIPE = """
@@ -33,7 +32,6 @@ eval: {every: 24, metric: accuracy}
 checkpoint: {every: 40, keep: 2}
 threads: 1
 """
-EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 class Scored(TinyGAN):
@@ -53,34 +51,25 @@ def recipe_of(path: Path) -> Any:
     return load_recipe(path)
 
 
-def _train(path: str, folder: str, log: str, die_at: int) -> None:
-    seen = 0
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        name = str(args[0]) if event in EVENTS else ""
-        if not name.startswith(folder + "/") or "tensorboard" in name or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        seen += 1
-        os.write(out, f"{event} {Path(name).name}\n".encode())
-        if seen == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _train(path: str, folder: str, listed: str, die_at: int) -> None:
     recipe = recipe_of(Path(path))
     with locked(Path(folder)):
-        sys.addaudithook(hook)
+        events = Events(Path(folder), die_at)
+        events.install()
         trainer = Trainer(recipe, Setup(recipe.options), Path(folder))
         trainer.resume()
         trainer.run(lambda done, note: None, StopFlag())
+    events.save(Path(listed))
 
 
-def train(recipe: Path, folder: Path, die_at: int = 0) -> tuple[int, list[str]]:
-    """Train, or go on, in the folder, and kill -9 it just before the `die_at`-th change there (0: never). The exit code, and the changes."""
-    log = folder.with_suffix(".log")
-    process = workers.CONTEXT.Process(target=_train, args=(str(recipe), str(folder), str(log), die_at))
+def train(recipe: Path, folder: Path, die_at: int = 0) -> tuple[int, list[tuple[str, str]]]:
+    """Train, or go on, in the folder, and kill -9 it in the `die_at`-th change of a file there (0: never). The exit code, and
+    the changes of a process that lived: what and which file."""
+    listed = folder.with_suffix(".events")
+    process = workers.CONTEXT.Process(target=_train, args=(str(recipe), str(folder), str(listed), die_at))
     process.start()
-    return workers.finish(process, 120), log.read_text().splitlines()
+    code = workers.finish(process, 120)
+    return code, [] if code else [tuple(event) for event in json.loads(listed.read_text())]
 
 
 def content(run: Path) -> dict[str, Any]:
