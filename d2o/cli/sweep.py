@@ -55,7 +55,7 @@ def run_sweep(
         def hold() -> None:
             check_output(folder, folder=True)
             held.enter_context(locked(folder))
-            clear(folder)
+            clear(folder, "sweep.*")
 
         first_process(hold, device, rank, world)
         check_folder(folder)

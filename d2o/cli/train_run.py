@@ -74,6 +74,7 @@ def opened(
     to do: False of a run that is finished, once the folder is as its state says. UserError: as `check_run`, or the folder
     is held already."""
     from d2o.interop.outputs import check_output
+    from d2o.interop.temporary import sweep
     from d2o.training.checkpoint import settle
     from d2o.training.distributed import any_process, first_process
     from d2o.training.folder import locked, tidy
@@ -84,14 +85,17 @@ def opened(
         def hold() -> None:
             check_output(folder, folder=True)
             held.enter_context(locked(folder))
-            tidy(folder)
+            sweep(folder, "recipe.yaml")  # the rest is tidied once the folder is known to be a run's
 
         first_process(hold, device, rank, world)
         record = check_run(folder, recipe, resume, start)
         any_process(False, device, world)  # all have looked before one of them writes
         unfinished = record is None or record["iteration"] < -(-recipe.images // recipe.batch)
         if not unfinished and record is not None:
-            missing = settle(folder, record, Products(folder / "checkpoints")) if rank == 0 else []
+            missing = []
+            if rank == 0:
+                tidy(folder)
+                missing = settle(folder, record, Products(folder / "checkpoints"))
             unfinished = any_process("last" in missing, device, world)
         yield unfinished
 

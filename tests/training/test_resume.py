@@ -251,6 +251,17 @@ def test_a_folder_that_was_made_and_not_used_goes_again(tmp_path):
     assert (tmp_path / "a" / "b" / "file").exists()
 
 
+def test_a_folder_that_is_no_run_is_left_as_it_is(recipe, tmp_path, capsys):
+    for name in (".notes.txt.abc.tmp", "evaluation/mine.txt", "checkpoints/.x.tmp", "previews/5.png"):
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / name).write_text("precious")
+    before = content(tmp_path / "other")
+    for more in ([], ["--resume"], ["--sweep", "optim.lr=0.1,0.2"]):
+        assert d2o("train", recipe, "--out", tmp_path / "other", *more) == 2
+        assert "holds other files" in capsys.readouterr().err
+    assert content(tmp_path / "other") == before
+
+
 def test_a_log_that_cannot_be_written_anew_is_not_lost(recipe, tmp_path, monkeypatch):
     run, loaded = tmp_path / "run", load_recipe(recipe)
     stopped(recipe, run, 11)
