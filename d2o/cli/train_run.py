@@ -115,7 +115,7 @@ def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup), say=console.say)
     trainer.resume()
     if rank == 0:
-        write_recipe(folder, recipe, trainer.images)
+        write_recipe(folder, trainer.recipe, trainer.images)
     barrier(world)
     return trainer
 
