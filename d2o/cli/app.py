@@ -9,7 +9,8 @@ import sys
 import typer
 
 from d2o import __version__
-from d2o.cli import console
+from d2o.cli import console, hints
+from d2o.cli.env import env
 from d2o.cli.eval import evaluate
 from d2o.cli.export import export
 from d2o.cli.numbers import Command
@@ -18,9 +19,9 @@ from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import TRUST, Stopped, worker
+from d2o.runtime import TRUST, Stopped, share_cores, worker
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 
 
@@ -39,16 +40,21 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+FLAGS = ("--debug", "--quiet", "--trust")
+"""Options of all commands, before or behind them: `main` takes them out."""
+
+
 @app.callback()
 def common(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (goes before the command: d2o --debug train ...)."),
-    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with "
-                               "(goes before the command)."),
-) -> None:
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. With any command."),
+    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with. "
+                               "With any command."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."),
+) -> None:  # fmt: skip
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
-    if trust:
-        os.environ[TRUST] = "1"
+    hints.typed(context)
 
 
 app.command(cls=Command)(teachers)
@@ -58,13 +64,19 @@ app.command(cls=Command)(finetune)
 app.command(cls=Command)(sample)
 app.command(name="eval", cls=Command)(evaluate)
 app.command(cls=Command)(export)
+app.command(cls=Command)(env)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
     program = arguments is None  # the process is ours, and ends here
+    if program:
+        share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, console.quiet = ("--debug" in arguments), ("--quiet" in arguments)
+    if "--trust" in arguments:
+        os.environ[TRUST] = "1"
+    arguments = [text for text in arguments if text not in FLAGS]
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8, and not every terminal has a †
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -80,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         console.err.print("stopped")
         sys.exit(130)
     except Stopped as stop:
-        console.err.print(stop.message, markup=False)
+        console.err.print("; ".join(filter(None, (stop.message, stop.way))), markup=False)
         sys.exit(stop.exit_code)
     except UserError as error:
         if debug:
@@ -101,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         if _out_of_memory(error):
             console.error("not enough memory", f"{str(error).splitlines()[0] if str(error) else 'it is used up'}; a smaller --batch takes less")
             sys.exit(2)
-        console.error(f"{type(error).__name__}: {error}", "this is a fault of d2o or its surroundings; run `d2o --debug ...` for the traceback")
+        hint = "this is a fault of d2o or its surroundings; the same command with --debug shows the traceback"
+        console.error(f"{type(error).__name__}: {error}", hint)
         sys.exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from d2o.cli import console
-from d2o.cli.eval_run import Outputs, check_asked, measure
+from d2o.cli import complete, console
+from d2o.cli.eval_run import Outputs, check_asked, measured
 from d2o.runtime import worker
 
 WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
@@ -31,15 +32,20 @@ X = typer.Argument(
     help="What to measure: a student's or teacher's .safetensors, a run folder (its best checkpoint, else its last), a teacher by name "
     "(digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or statistics (.npz, .pkl). Several give one table.",
     show_default=False,
+    autocompletion=complete.subjects,
 )
 AGAINST = _what("--against", help="The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
-                "what comes of digits: real:digits.")  # fmt: skip
+                "what comes of digits: real:digits.", autocompletion=complete.references)  # fmt: skip
 METRICS = _what("--metrics", default=[], help="fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, "
-                "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.")  # fmt: skip
-PROTOCOL = _what("--protocol", help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.")
-TABLE = _what("--table", help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.")
+                "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.",
+                autocompletion=complete.metrics)  # fmt: skip
+PROTOCOL = _what("--protocol", help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.",
+                 autocompletion=complete.of("protocols"))  # fmt: skip
+TABLE = _what("--table", help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.",
+              autocompletion=complete.tables)  # fmt: skip
 EXTRACTOR = _what("--extractor", help="Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
-                  "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.")  # fmt: skip
+                  "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.",
+                  autocompletion=complete.of("extractors", ".safetensors", paths=True))  # fmt: skip
 WEIGHTS = _what("--weights", default=[], help="Weights file of a network: [NAME=]PATH. Default: in $D2O_HOME/weights, else downloaded.")
 TEACHER = _what("--teacher", help="Teacher to measure the distance to. Default: the one that the student names, if it is here.")
 NO_DISTANCE = _what("--no-teacher-distance", default=False, help="Leave out the distance to the teacher from equal noise.")
@@ -78,7 +84,8 @@ IS_SPLITS = _numbers("--is-splits", default=10, help="Splits of the Inception Sc
 IS_MODE = _numbers("--is-mode", default="torch_fidelity", help="torch_fidelity (shuffled by seed 2020), edm_order, or adm (splits of 5,000).")
 CLIP_MODEL = _numbers("--clip-model", default="clip-vit-g-14", help="Of clip-score: clip-vit-g-14 or clip-vit-b-32.")
 
-JSON = _out("--json", help="Write the result, with its protocol, to this file (a list for several X).")
+JSON = _out("--json", help="Write the result, with its protocol, to this file (a list for several X). -: to standard output, and the table to "
+            "stderr.")  # fmt: skip
 CSV = _out("--csv", help="Write the table with all digits, one row for each X.")
 MARKDOWN = _out("--markdown", help="Write the table as markdown (or LaTeX: FILE.tex).")
 REPORT = _out("--report", help="Write a self-contained HTML page: table, sample grids, curves, protocols.")
@@ -112,21 +119,18 @@ def evaluate(
     check_asked(values)
     outputs.check(save_stats)
     given = {key for key in values if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"}
-    if compare:
-        records = outputs.read(values["x"])
-    else:
-        records = measure(values, given)
-    if worker()[0] == 0:
-        outputs.write(records)
-        show(records)
+    with nullcontext(outputs.read(values["x"])) if compare else measured(values, given) as records:
+        if worker()[0] == 0:
+            outputs.write(records)
+            show(records, console.err if outputs.piped else console.out)
 
 
-def show(records: Sequence[dict[str, Any]]) -> None:
+def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
     """The results as a table, with the protocol below."""
     from d2o.metrics.table import fold, results_table
 
-    width = console.out.width if console.out.is_terminal else max(console.out.width, 160)  # in a file or pipe there is room
-    target = console.out if console.out.is_terminal else Console(file=console.out.file, width=width, highlight=False)
+    width = to.width if to.is_terminal else max(to.width, 160)  # in a file or pipe there is room
+    target = to if to.is_terminal else Console(file=to.file, width=width, highlight=False)
     for piece in fold(results_table(list(records)), width - 4):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, header in enumerate(piece.headers):
@@ -135,4 +139,4 @@ def show(records: Sequence[dict[str, Any]]) -> None:
             table.add_row(*(f"[bold]{escape(cell)}[/]" if (i, j) in piece.best else escape(cell) for j, cell in enumerate(row)))
         target.print(table)
         for line in piece.footer:
-            console.out.print(escape(line), style="dim")
+            to.print(escape(line), style="dim")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from d2o.cli import console
 from d2o.cli.pairs import open_device
 from d2o.errors import UserError
-from d2o.runtime import worker
+from d2o.runtime import Stopped, worker
 
 if TYPE_CHECKING:
     from d2o.metrics.protocol import Settings
     from d2o.metrics.run import Request
 
 Record = dict[str, Any]
+STDOUT = Path("-")
 
 
 def check_asked(values: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ def check_asked(values: dict[str, Any]) -> None:
 
 @dataclass
 class Outputs:
-    """Where the results go."""
+    """Where the results go. `json` "-" is the standard output, which then holds nothing else."""
 
     json: Path | None
     csv: Path | None
@@ -45,6 +46,10 @@ class Outputs:
     report: Path | None
     runs: Sequence[Path]
     title: str
+
+    @property
+    def piped(self) -> bool:
+        return self.json == STDOUT
 
     def check(self, save_stats: Path | None) -> None:
         """Refuse what cannot end well before anything is measured."""
@@ -58,7 +63,7 @@ class Outputs:
         from d2o.metrics.report import check_report_target
         from d2o.metrics.statistics import is_statistics
 
-        if self.json:
+        if self.json and not self.piped:
             check_json_target(self.json)
         for option, path, suffixes in (("--csv", self.csv, (".csv",)), ("--markdown", self.markdown, (".md", ".tex"))):
             if path is not None:
@@ -85,9 +90,13 @@ class Outputs:
 
     def write(self, records: list[Record]) -> None:
         if self.json:
-            from d2o.metrics.records import save_records
+            from d2o.metrics.records import as_json, save_records
 
-            save_records(self.json, records)
+            if self.piped:
+                console.out.file.write(as_json(records))
+                console.out.file.flush()
+            else:
+                save_records(self.json, records)
         for path in (self.csv, self.markdown):
             if path is not None:
                 from d2o.metrics.formats import write_table
@@ -98,26 +107,25 @@ class Outputs:
 
             write_report(self.report, records, self.runs, self.title)
         for path in (self.json, self.csv, self.markdown, self.report):
-            if path is not None:
+            if path is not None and path != STDOUT:
                 console.say(f"wrote {path}")
 
 
-def measure(values: dict[str, Any], given: set[str]) -> list[Record]:
-    """The records of what these option values ask for; `given` are the options that the user typed."""
-    from d2o.metrics.collect import Workplace, others_finish
+@contextmanager
+def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Record]]:
+    """The records of what these option values ask for; `given` are the options that the user typed. What was kept of the work goes when the
+    block, which writes them, has ended well."""
+    from d2o.metrics.workplace import Workplace
     from d2o.runtime import stop_flag
 
-    with stop_flag() as stop, others_finish():
+    with stop_flag() as stop:
         if values["table"] is None:
             request, settings = prepare(values, given)
-            place = Workplace(request.work, stop=stop)
-            records = _one_after_another(request, settings, values["save_stats"], place)
+            with Workplace(request.work, stop=stop, say=console.say) as place:
+                yield _one_after_another(request, settings, values["save_stats"], place)
         else:
-            place = Workplace(values["work"], stop=stop)
-            records = _table(values, given, place)
-        place.close()
-        return records
-    return []  # a worker whose work others had finished
+            with Workplace(values["work"], stop=stop, say=console.say) as place:
+                yield _table(values, given, place)
 
 
 def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:
@@ -183,7 +191,7 @@ def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
 
     table = load_table(values["table"])
     records, measured = [], 0
-    for row in table.rows:
+    for i, row in enumerate(table.rows):
         reason = absent(row)
         if row.x is None or reason is not None:
             if reason is not None:
@@ -200,6 +208,8 @@ def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
             records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
+        except Stopped as stopped:
+            raise Stopped(f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}", stopped.exit_code - 128) from stopped
         else:
             measured += 1
     if not measured and worker()[0] == 0:

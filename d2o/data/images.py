@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from d2o.data import decode
@@ -283,20 +282,6 @@ class ImageSet:
             counts[f"enlarged to a short side of {side} ({self._resize})"] = sum(min(head.size) < side for head in heads)
             counts["cropped to the centre square"] = sum(head.size[0] != head.size[1] for head in heads)
         return [f"{count} {'image' if count == 1 else 'images'} {what}" for what, count in counts.items() if count]
-
-
-def image_grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Image:
-    """One picture of uint8 [n, C, H, W] (n >= 1, C 1 or 3), row by row, each pixel `scale` wide, `pad` white pixels around each."""
-    count, channels, height, width = images.shape
-    columns = min(columns, count)
-    lines = -(-count // columns)
-    tall, wide = height * scale + pad, width * scale + pad
-    sheet = np.full((lines * tall + pad, columns * wide + pad, channels), 255, np.uint8)
-    for i, image in enumerate(images.cpu().numpy()):
-        top, left = pad + i // columns * tall, pad + i % columns * wide
-        big = image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
-        sheet[top : top + height * scale, left : left + width * scale] = big
-    return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
 
 
 def save_png_bytes(image: Tensor) -> bytes:

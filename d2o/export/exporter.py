@@ -18,10 +18,11 @@ from d2o.export.diffusers import write_diffusers
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
-from d2o.export.source import Source, find_checkpoint, for_graph, open_source
+from d2o.export.source import Source, find_checkpoint, for_graph, open_source, stated
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
+from d2o.teachers.base import UNSTATED
 
 SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}
 FORMATS = (*SUFFIX, "diffusers")
@@ -29,7 +30,7 @@ FORMATS = (*SUFFIX, "diffusers")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states, else "unstated"."""
+    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states, else "not stated"."""
 
     path: Path
     card: Path
@@ -112,7 +113,7 @@ def _diffusers(
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
     spec = meta.get("spec") or {}
-    return Exported(target, target / "README.md", parity, spec.get("licence") or "unstated", spec.get("name") or "unstated", unchanged)
+    return Exported(target, target / "README.md", parity, stated(spec.get("licence")) or UNSTATED, spec.get("name") or UNSTATED, unchanged)
 
 
 def _write(source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str) -> tuple[Runner, str]:

@@ -39,7 +39,7 @@ CLASSES = {
     "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm",
     "PositionalEmbedding", "FourierEmbedding", "Precond", "UNet", "Block", "MPConv", "MPFourier", "AugmentPipe", "StabilityVAEEncoder",
     "StandardRGBEncoder", "EDMPrecond_EncoderDecoder", "SongUNet_EncoderDecoder", "DhariwalUNet_EncoderDecoder",
-    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder", "GDDPrecond",
+    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder", "GDDPrecond", "D2OPrecond",
 }  # fmt: skip
 """Objects that such files hold, besides losses (`*Loss`)."""
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,13 @@ def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
-    path = Path(path)
     check_input(path, "a .safetensors file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download") from error
+        why = textwrap.shorten(str(error), 200)  # it may quote the whole of a header
+        raise UserError(f"{path} is truncated or not a safetensors file ({why})", "make it again, or check the download") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -165,8 +166,11 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        while chunk := file.read(seal.CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:

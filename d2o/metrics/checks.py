@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from d2o.data.draws import label_mode
 from d2o.errors import UserError
 from d2o.metrics.plan import Plan
 from d2o.metrics.protocol import Settings
@@ -14,7 +15,10 @@ from d2o.metrics.subjects import Generator, Numbers, Pictures, Subject, check_su
 
 
 def check(x: Subject, reference: Reference | None, plan: Plan, settings: Settings) -> None:
-    """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of another extractor."""
+    """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of another extractor,
+    a network that is not here. `reference` may be opened only."""
+    if isinstance(x, Generator) and x.spec.condition != "text":
+        label_mode(settings.labels, x.spec.classes, x.spec.name)
     for want in plan.wants:
         name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)
         if want.metric.output and extractor is None:
@@ -38,12 +42,19 @@ def check(x: Subject, reference: Reference | None, plan: Plan, settings: Setting
             with told(name):
                 if isinstance(x, Generator | Pictures):
                     check_subject(x, extractor)
-                sides = [reference.side] + ([Given(x.source, x.read)] if isinstance(x, Numbers) else [])
+                sides = [reference.measured] + ([Given(x.source, x.read)] if isinstance(x, Numbers) else [])
                 for side in sides:
                     if isinstance(side, Given):
                         (side.statistics if kind == "statistics" else side.column)(extractor, want.metric.output)
         if isinstance(x, Numbers) and kind not in ("statistics", "rows"):
             raise UserError(f"metric {name} needs images; {x.source} is statistics")
+        if name == "clip-score":
+            plan.tools.clip(settings.clip_model)
+        elif kind == "pair" and name != "dreamsim":
+            plan.tools.pair_distance(name)
+    if plan.neighbours and reference is not None and not (isinstance(reference.subject, Pictures) and not isinstance(reference.measured, Given)):
+        raise UserError(f"nearest neighbours are looked for among images; {reference.name} holds none (kind: {reference.kind})",
+                        "give the training images with --against, or leave --neighbours away")  # fmt: skip
 
 
 def check_counts(name: str, n: int, settings: Settings) -> None:

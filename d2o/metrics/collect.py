@@ -6,10 +6,8 @@ On disk (`root`) a pass is a folder of finished chunks named after all that the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,19 +19,17 @@ import torch
 from torch import Tensor
 
 from d2o import __version__
-from d2o.data.work import Unit, Vanished, fill
+from d2o.data.work import Unit, WorkFolder, fill
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import write_error
-from d2o.metrics.columns import Columns, FolderColumns, MemoryColumns, join, open_folder
-from d2o.runtime import StopFlag, Stopped, worker
+from d2o.metrics.columns import Columns, FolderColumns, MemoryColumns, begin, chunks, intact, join
+from d2o.runtime import StopFlag, Stopped
 
 CHUNK = 256
 """Images that a kill can lose, at least; a chunk is made of whole batches."""
-OLD = 14 * 86400
-"""Seconds after which an unfinished pass in d2o's own folder is taken to be forgotten."""
-
 Progress = Callable[[int], None]
 """Called with the number of images just done."""
+Say = Callable[[str], None]
 Meter = Callable[[str, int], AbstractContextManager[Progress]]
 """meter(what is being worked on, images in all) -> the progress of that work."""
 
@@ -89,8 +85,13 @@ class Pass:
         return hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def collect(work: Pass, root: Path | None = None, progress: Progress = lambda done: None, stop: StopFlag | None = None) -> Columns:
-    """Make (or continue, or share) the pass. `root` None: in memory. UserError as its parts raise; Stopped: `stop` was set."""
+def collect(
+    work: Pass, root: Path | None = None, progress: Progress = lambda done: None, stop: StopFlag | None = None, say: Say = lambda message: None
+) -> Columns:
+    """Make (or continue, or share) the pass. `root` None: in memory. Chunks found damaged are made again, and `say` is told.
+
+    UserError as its parts raise; Stopped: `stop` was set.
+    """
     chunk = -(-max(1, min(CHUNK, work.n)) // work.batch) * work.batch
     if root is None:
         memory = MemoryColumns(work.n, work.batch)
@@ -100,7 +101,8 @@ def collect(work: Pass, root: Path | None = None, progress: Progress = lambda do
             memory.seconds += seconds
             progress(len(part[next(iter(part))]))
         return memory
-    folder, units = open_folder(root / work.fingerprint[:24], work.record, work.n, chunk)
+    folder, units = begin(root / work.fingerprint[:24], work.record), chunks(work.n, chunk)
+    checked = _checked(folder, units, say)
     shown = work.n - sum(unit.n for unit in folder.left(units))
     if shown:
         getattr(progress, "found", progress)(shown)  # made earlier: not a matter of this run's speed
@@ -124,17 +126,33 @@ def collect(work: Pass, root: Path | None = None, progress: Progress = lambda do
 
     def write(unit: Unit, made: tuple[dict[str, Tensor], list[float]]) -> dict[str, Any]:
         try:
-            saved = folder.save(unit.file, made[0], {"start": unit.start, "n": unit.n})
+            saved = folder.save(unit.file, made[0], {"start": unit.start, "n": unit.n, "seconds": made[1]})
         except OSError as error:
             raise write_error(folder.path, error) from error
-        return {"file": unit.file, "start": unit.start, "n": unit.n, "seconds": made[1], **saved}
+        checked.add(unit.file)
+        return {"file": unit.file, "start": unit.start, "n": unit.n, **saved}
 
     if not fill(folder, units, make, write, stop):
         kept = work.n - sum(unit.n for unit in folder.left(units))
         number = stop.received if stop is not None else 0
         raise Stopped(f"stopped with {kept:,} of {work.n:,} images of {work.title}; run the same command again to continue", number)
     show(work.n)
-    return FolderColumns(folder, units, work.n, work.batch)
+    return FolderColumns(folder, units, work.n, work.batch, checked)
+
+
+def _checked(folder: WorkFolder, units: Sequence[Unit], say: Say) -> set[str]:
+    """The finished chunks, each read once and compared with its digest. A damaged one goes: it is made again."""
+    good, recorded = set(), folder.recorded()
+    left = {unit.file for unit in folder.left(units)}
+    for unit in units:
+        if unit.file in left:
+            continue
+        if intact(folder, recorded[unit.file]):
+            good.add(unit.file)
+        else:
+            say(f"{folder.path / unit.file} was damaged; its {unit.n:,} images are measured again")
+            folder.local(unit.file).unlink(missing_ok=True)
+    return good
 
 
 def _measure(work: Pass, numbers: range) -> tuple[dict[str, Tensor], list[float]]:
@@ -144,51 +162,6 @@ def _measure(work: Pass, numbers: range) -> tuple[dict[str, Tensor], list[float]
         columns |= probe(batch)
     whole = batch.seconds is not None and len(numbers) == min(work.batch, work.n)
     return columns, [batch.seconds] if whole and batch.seconds is not None else []
-
-
-class Workplace:
-    """Where the passes of an evaluation are kept until it is done: `folder`, whose passes stay and are found again by later evaluations, or
-    (None) d2o's own folder, from which they go at the end. With `memory` nothing is written."""
-
-    def __init__(self, folder: Path | None = None, memory: bool = False, stop: StopFlag | None = None):
-        from d2o.interop.download import home
-
-        self.root = None if memory else folder or home() / "eval"
-        self.kept, self.stop = folder is not None, stop
-        self.used: list[Path] = []
-        if self.root is not None:
-            try:
-                self.root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot write to {self.root}: {error.strerror or error}", "name a folder for unfinished work with --work") from error
-            if not self.kept:
-                _forget(self.root)
-
-    def collect(self, work: Pass, progress: Progress) -> Columns:
-        if self.root is not None:
-            self.used.append(self.root / work.fingerprint[:24])
-        return collect(work, self.root, progress, self.stop)
-
-    def close(self) -> None:
-        """The results are written: remove what is not to be kept."""
-        if not self.kept and worker()[0] == 0:
-            for path in self.used:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def others_finish() -> Iterator[None]:
-    """For workers besides the first one: it may have finished, and cleared the table, while they were looking for more to do."""
-    with contextlib.suppress(Vanished) if worker()[0] else contextlib.nullcontext():
-        yield
-
-
-def _forget(root: Path) -> None:
-    """Remove passes that were killed long ago and never taken up again."""
-    for path in root.iterdir():
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > OLD:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def blocks(numbers: range, size: int) -> Iterator[range]:

@@ -7,7 +7,7 @@ the same order, so what is computed from them depends neither on the number of p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from d2o.data.work import Unit, WorkFolder, cut
-from d2o.interop.safetensors_io import load_file
+from d2o.errors import UserError
+from d2o.interop.safetensors_io import load_file, read_meta
+from d2o.interop.temporary import sweep
+from d2o.runtime import trusting
 
 KIND = "d2o-eval-columns"
 
@@ -67,12 +70,18 @@ class MemoryColumns(Columns):
 
 
 class FolderColumns(Columns):
-    """Columns in a finished work folder."""
+    """Columns in a finished work folder. `checked`: files whose digest this process has looked at, or written.
 
-    def __init__(self, folder: WorkFolder, units: Sequence[Unit], n: int, batch: int):
+    UserError: a chunk whose bytes are not those that were written.
+    """
+
+    def __init__(self, folder: WorkFolder, units: Sequence[Unit], n: int, batch: int, checked: Container[str] = ()):
         self.folder, self.units, self.n, self.batch = folder, list(units), n, batch
         recorded = folder.recorded()
-        self.seconds = [s for unit in self.units for s in recorded[unit.file].get("seconds", [])]
+        for unit in self.units:
+            if unit.file not in checked and not intact(folder, recorded[unit.file]):
+                raise UserError(f"{folder.path / unit.file} is damaged: its bytes are not those that were written", "the same command makes it again")
+        self.seconds = [s for unit in self.units for s in read_meta(folder.path / unit.file)["seconds"]]
 
     def names(self) -> list[str]:
         return sorted(self._part(self.units[0]))
@@ -90,11 +99,22 @@ class FolderColumns(Columns):
             return {name: file.get_tensor(name)}
 
 
-def open_folder(path: Path, record: dict[str, Any], n: int, chunk: int) -> tuple[WorkFolder, list[Unit]]:
-    """Begin or join the folder of a pass over n images."""
+def begin(path: Path, record: dict[str, Any]) -> WorkFolder:
+    """Begin or join the folder of a pass. What killed writers left in it goes."""
+    sweep(path)
     folder = WorkFolder(path, KIND, "parts")
     folder.open({"format": KIND, "version": 1, "record": record, "parts": []})
-    return folder, cut(n, chunk, "part-{:06d}.safetensors")
+    return folder
+
+
+def chunks(n: int, size: int) -> list[Unit]:
+    """The files of a pass over n images."""
+    return cut(n, size, "part-{:06d}.safetensors")
+
+
+def intact(folder: WorkFolder, entry: dict[str, Any]) -> bool:
+    """Whether the file has the bytes that were written. UserError: it cannot be read."""
+    return trusting() or folder.sha256(entry["file"]) == entry["sha256"]
 
 
 def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from d2o.data.draws import label_mode
 from d2o.metrics.accuracy import accuracy
 from d2o.metrics.catalogue import Want, combine
 from d2o.metrics.checks import check, told
-from d2o.metrics.collect import Meter, Workplace, silent
+from d2o.metrics.collect import Meter, silent
 from d2o.metrics.columns import Columns
 from d2o.metrics.extractor import Extractor
 from d2o.metrics.grids import sample_grid
@@ -20,12 +20,13 @@ from d2o.metrics.passes import feature_probes, generator_pass, pair_pass, pictur
 from d2o.metrics.plan import Plan
 from d2o.metrics.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
 from d2o.metrics.protocol import Settings, hardware
-from d2o.metrics.reference import Reference, measured_reference
+from d2o.metrics.reference import Reference, generated_reference, measure_reference
 from d2o.metrics.scores import Score, Sides
 from d2o.metrics.sides import Given, Measured, Side
 from d2o.metrics.speed import latency, throughput
 from d2o.metrics.statistics import Statistics
 from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
+from d2o.metrics.workplace import Workplace
 from d2o.runtime import worker
 
 FORMAT = {"format": "d2o-eval", "version": 1}
@@ -59,6 +60,7 @@ def evaluate_one(
     sources = {"teacher": teacher_reference, "statistics": reference, "rows": reference}
     metrics: dict[str, Any] = {}
     for want in plan.wants:
+        place.check_stop(f"{want.metric.name} of {x.name}")
         extractor, kind = plan.extractor(want), want.metric.reference
         other = sources[kind].side if kind in sources else None  # type: ignore[union-attr]
         sides = [diversity] if kind == "diversity" else [pairs] if kind == "pair" else runs
@@ -86,9 +88,11 @@ def evaluate_one(
         "timings": {"seconds": round(time.perf_counter() - started, 3), "generating": round(sum(seconds), 3)},
         "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
+    place.check_stop(f"the pictures of {x.name}")
     if plan.grid and not isinstance(x, Numbers):
         record["grid"] = sample_grid(x, plan.teacher, settings, device)
     if plan.neighbours and not isinstance(x, Numbers) and reference is not None and plan.main is not None:
+        place.check_stop(f"the nearest images of {x.name}")
         from d2o.metrics.memorisation import nearest_images
 
         record["neighbours"] = nearest_images(x, runs[0], reference, plan.main, plan.neighbours, settings, device)
@@ -132,7 +136,8 @@ def _teacher_reference(x: Subject, plan: Plan, settings: Settings, device: Devic
     if not outputs:
         return None
     assert plan.teacher is not None
-    return measured_reference(plan.teacher.name, plan.teacher, outputs, settings, device, place, meter)
+    reference = generated_reference(plan.teacher.name, plan.teacher, outputs, settings)
+    return measure_reference(reference, outputs, settings, device, place, meter)
 
 
 def _diversity_pass(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Measured | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2o.data.images import image_grid, to_uint8
+from d2o.data.images import to_uint8
+from d2o.data.pictures import to_png
 from d2o.metrics.protocol import Settings, noise_for
 from d2o.metrics.subjects import Generator, Pictures
 
@@ -37,19 +36,12 @@ def sample_grid(x: Generator | Pictures, teacher: Generator | None, settings: Se
     if isinstance(condition, list):
         record["prompts"] = condition
     if teacher is not None:
-        record |= {"teacher_png": png(to_uint8(teacher.generate(noise, given)), columns), "teacher": teacher.name}
+        record |= {"teacher_png": to_png(to_uint8(teacher.generate(noise, given)), columns), "teacher": teacher.name}
     return record
 
 
 def _record(images: Tensor, labels: Tensor | None, order: Tensor, columns: int) -> dict[str, Any]:
-    return {"png": png(images, columns), "columns": columns, "n": len(images), "labels": None if labels is None else labels[order].tolist()}
-
-
-def png(images: Tensor, columns: int) -> str:
-    """uint8 [n, C, H, W] -> one PNG without gaps, base64."""
-    data = io.BytesIO()
-    image_grid(images.cpu(), columns, pad=0).save(data, format="PNG", optimize=True)
-    return base64.b64encode(data.getvalue()).decode()
+    return {"png": to_png(images, columns), "columns": columns, "n": len(images), "labels": None if labels is None else labels[order].tolist()}
 
 
 def _columns(shape: tuple[int, ...]) -> int:

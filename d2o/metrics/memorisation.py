@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.errors import UserError
 from d2o.metrics.extractor import Extractor
 from d2o.metrics.neighbours import neighbours_record
 from d2o.metrics.passes import generate
@@ -23,14 +22,9 @@ SEARCHED = 512
 def nearest_images(
     x: Generator | Pictures, run: Side, reference: Reference, extractor: Extractor, k: int, settings: Settings, device: Device
 ) -> dict[str, Any]:
-    """`record["neighbours"]`: the first samples of x beside the k images of the reference whose features are nearest.
-
-    UserError: the reference is statistics, or a generator.
-    """
+    """`record["neighbours"]`: the first samples of x beside the k images of the reference (a set of images) whose features are nearest."""
     images, side = reference.subject, reference.side
-    if not isinstance(images, Pictures) or not isinstance(side, Measured) or not isinstance(run, Measured):
-        raise UserError(f"nearest neighbours are looked for among images; {reference.name} holds none (kind: {reference.kind})",
-                        "give the training images with --against, or leave --neighbours away")  # fmt: skip
+    assert isinstance(images, Pictures) and isinstance(side, Measured) and isinstance(run, Measured), "refused by `check`"
     n = min(SEARCHED, run.columns.n)
     if isinstance(x, Pictures):
         samples = x.batch(range(n))[0]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2o.data.pictures import to_png
 from d2o.errors import UserError
-from d2o.metrics.grids import png
 from d2o.metrics.prdc import nearest
 
 REAL_QUERIES = 2000  # training images whose own nearest neighbour is looked up: enough for a median
@@ -91,7 +91,7 @@ def _sheet(samples: Tensor, neighbours: Tensor, k: int) -> str:
     channels = max(ours.shape[1], theirs.shape[1])
     ours, theirs = ours.expand(-1, channels, -1, -1), theirs.expand(-1, channels, -1, -1)
     rows = torch.cat([ours[:, None], theirs.reshape(len(ours), k, *ours.shape[1:])], 1)
-    return png(rows.flatten(0, 1), k + 1)
+    return to_png(rows.flatten(0, 1), k + 1)
 
 
 def _small(images: Tensor, side: int) -> Tensor:

@@ -12,13 +12,19 @@ from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.evaluate import FORMAT
+from d2o.metrics.record_model import mistake
 
 
 def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Write one record as an object, several as a list (atomically)."""
     check_json_target(path)
+    atomic_write(path, as_json(records))
+
+
+def as_json(records: Sequence[dict[str, Any]]) -> str:
+    """The content of such a file."""
     data = records[0] if len(records) == 1 else list(records)
-    atomic_write(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
@@ -34,6 +40,8 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
     for record in records:
         if record["version"] > FORMAT["version"]:
             raise UserError(f"{path} was written by a newer d2o ({record.get('d2o')})")
+        if (wrong := mistake(record)) is not None:
+            raise UserError(f"{path} is not a whole result of `d2o eval`: {wrong}", "was it edited? Measure again")
     return records
 
 
@@ -55,5 +63,3 @@ def check_json_target(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and path.stat().st_size and _parse(path) is None:
         raise UserError(f"{path} exists and is not a result of `d2o eval`: it is not overwritten", "choose another name for --json")
-
-

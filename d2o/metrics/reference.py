@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import os
+from dataclasses import dataclass, field, replace
 
 from d2o.errors import UserError
-from d2o.metrics.collect import Meter, Workplace, silent
+from d2o.metrics.collect import Meter, silent
 from d2o.metrics.extractor import Extractor
 from d2o.metrics.named_references import REFERENCES, find_reference, is_named, load_reference_statistics
 from d2o.metrics.passes import Outputs, feature_probes, generator_pass, pictures_pass
 from d2o.metrics.protocol import Settings
 from d2o.metrics.sides import Batchwise, Given, Measured, Side
 from d2o.metrics.statistics import Statistics, holds_statistics, load_statistics
-from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject, open_subject, reference_settings
+from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject, check_there, open_subject, reference_settings
+from d2o.metrics.workplace import Workplace
 from d2o.teachers.registry import asset
 
 SHIPPED = {"real:digits": "reference_digits.npz"}
@@ -24,19 +25,26 @@ OWN_IMAGES = {"digits": "real:digits"}
 
 @dataclass
 class Reference:
-    """`subject`: what it was opened as; its images can be shown where it holds any."""
+    """`subject`: what it was opened as; its images can be shown where it holds any. `measured` None: opened, and not measured yet."""
 
     name: str
     kind: str  # images, pairs, statistics, student or teacher
-    side: Side
+    measured: Side | None
     subject: Subject | None = None
     seeds: list[int] | None = None  # first and last, of a generated reference
     resize: str = "none"
     notes: list[str] = field(default_factory=list)
+    images: int | None = None  # how many it has, where it is not measured yet
+    given: Given | None = None  # statistics that a file of images holds besides
+
+    @property
+    def side(self) -> Side:
+        assert self.measured is not None, f"{self.name} is not measured yet"
+        return self.measured
 
     @property
     def n(self) -> int | None:
-        return self.side.n
+        return self.images if self.measured is None else self.measured.n
 
 
 def default_reference(subject: Subject) -> str:
@@ -61,11 +69,20 @@ def load_reference(
 
     UserError: too few images, and what `open_subject` raises.
     """
+    reference = open_reference(text, outputs, rows, settings, device, on_bad, main)
+    return measure_reference(reference, outputs, settings, device, place or Workplace(memory=True), meter)
+
+
+def open_reference(
+    text: str, outputs: Outputs, rows: bool, settings: Settings, device: Device = "cpu", on_bad: str = "refuse", main: Extractor | None = None
+) -> Reference:  # fmt: skip
+    """The same without measuring any image: all that can be refused is refused here."""
     extractors = [extractor for extractor, _ in outputs.values()]
     if (shipped := _shipped(text, extractors)) is not None and not rows and not any("spatial" in wanted for _, wanted in outputs.values()):
         return Reference(text, "images", Given(text, lambda name: shipped))
-    named = is_named(text) and not Path(text).exists()
+    named = is_named(text) and not os.path.exists(text)
     path = str(find_reference(text)) if named else text
+    check_there(path)
     given: Given | None = None
     if named or holds_statistics(path):
         given = Given(text, lambda name: load_reference_statistics(text, name) if named else load_statistics(path, name))
@@ -76,28 +93,33 @@ def load_reference(
         raise UserError(f"{text} holds images; to compare statistics with them name the --extractor that made the statistics")
     if given is not None and not rows and all(extractor.name == "inception" for extractor in extractors):
         return Reference(text, subject.kind, given, subject)
-    reference = measured_reference(text, subject, outputs, settings, device, place or Workplace(memory=True), meter)
-    if given is not None and isinstance(reference.side, Measured):
-        reference.side = Batchwise(reference.side.columns, reference.resize, given)
-    return reference
+    return replace(generated_reference(text, subject, outputs, settings), given=given)
 
 
-def measured_reference(
-    text: str, subject: Generator | Pictures, outputs: Outputs, settings: Settings, device: Device, place: Workplace, meter: Meter
-) -> Reference:
-    """The reference that these images are."""
+def generated_reference(text: str, subject: Generator | Pictures, outputs: Outputs, settings: Settings) -> Reference:
+    """The reference that these images are, not measured yet. UserError: too few, or of a shape that an extractor doesn't take."""
     for extractor, _ in outputs.values():
         check_subject(subject, extractor)
-    probes = feature_probes(outputs)
     if isinstance(subject, Pictures):
         check_enough(subject)
-        work, name, seeds, resize = pictures_pass(subject, settings, probes), text, None, subject.resize
-    else:
-        work, seeds = generator_pass(subject, settings, 0, probes, device), [settings.seed, settings.seed + settings.n - 1]
-        name, resize = subject.name if subject.kind == "teacher" else subject.source, settings.preparation.describe()
-    with meter(f"reference {subject.name if isinstance(subject, Generator) else text}", work.n) as progress:
+        return Reference(text, subject.kind, None, subject, None, subject.resize, subject.notes, subject.n)
+    name, seeds = subject.name if subject.kind == "teacher" else subject.source, [settings.seed, settings.seed + settings.n - 1]
+    return Reference(name, subject.kind, None, subject, seeds, settings.preparation.describe(), subject.notes, settings.n)
+
+
+def measure_reference(
+    reference: Reference, outputs: Outputs, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Reference:  # fmt: skip
+    """The reference with what is needed of its images; as it is where that is known."""
+    subject = reference.subject
+    if reference.measured is not None or not isinstance(subject, Generator | Pictures):
+        return reference
+    probes = feature_probes(outputs)
+    work = pictures_pass(subject, settings, probes) if isinstance(subject, Pictures) else generator_pass(subject, settings, 0, probes, device)
+    with meter(f"reference {subject.name if isinstance(subject, Generator) else reference.name}", work.n) as progress:
         columns = place.collect(work, progress)
-    return Reference(name, subject.kind, Measured(columns, resize), subject, seeds, resize, subject.notes)
+    given, resize = reference.given, reference.resize
+    return replace(reference, measured=Batchwise(columns, resize, given) if given is not None else Measured(columns, resize))
 
 
 def check_enough(pictures: Pictures) -> None:

@@ -64,6 +64,8 @@ class Data(Section):
     """Real images."""
 
     path: Text = field(..., "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`")
+    licence: Text | None = field(None, "under which terms the images are had, recorded in everything trained on them; it is that of `path` and goes "
+                                 "with it: another path has another (default none: not stated)")  # fmt: skip
     get: Text | None = field(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
     resolution: Resolution | None = field(None, "height and width in pixels after resizing and centre-cropping (default none: as they are)")
     channels: Annotated[Literal[1, 3], BeforeValidator(_exact_integer)] | None = field(None, "1 (grey) or 3 (RGB) (default none: as they are)")
@@ -109,8 +111,12 @@ class Pairs(Section):
     per_prompt: Count = field(1, "pairs in a row that share a prompt")
     rewire: Literal["none", "permute"] = field("none", "permute: give every noise the output of another one (an experiment that must fail)")
     dtype: Literal["fp32", "fp16", "bf16"] = field("fp32", "number format of the targets on disk")
-    precision: Literal["fp32", "bf16", "fp16"] = field("fp32", "precision of the teacher's network while pairs are made")
-    channels_last: bool = field(False, "channels-last memory order of the teacher's network while pairs are made")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
+        "fp32", "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it, recorded in the store"
+    )
+    channels_last: bool | Literal["auto"] = field(
+        "auto", "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded in the store"
+    )
     store_noise: bool = field(False, "keep the noise in the store instead of deriving it from the seeds")
 
 
@@ -165,8 +171,8 @@ class Eval(Section):
                                 validate_default=True)  # fmt: skip
     n: Annotated[int, Field(ge=2)] | None = field(None, "generated samples per measurement (default none: the protocol's, else 1000)",
                                                validate_default=True)  # fmt: skip
-    reference: Text | None = field(None, "what to compare with: images or statistics, as `d2o eval --against` takes it (default none: the "
-                                "protocol's)", validate_default=True)  # fmt: skip
+    reference: Text | None = field(None, "what to compare with: `data`, the recipe's own images as training reads them, or images or "
+                                "statistics, as `d2o eval --against` takes it (default none: the protocol's)", validate_default=True)  # fmt: skip
     seed: Seed = field(2_000_000, "seed of the first sample; away from those of the pairs")
     batch: Batch = field(250, "samples per network call")
 
@@ -211,6 +217,25 @@ def _preset(name: str) -> Preset:
         return find_preset(name)
     except UserError as error:
         raise ValueError(f"{error.message} ({error.hint})") from error
+
+
+class Tracker(Section):
+    """Where the log goes besides metrics.jsonl and TensorBoard."""
+
+    name: Literal["wandb", "mlflow"] = field(..., "Weights & Biases (pip install 'd2o[wandb]') or MLflow (pip install 'd2o[mlflow]')")
+    project: Text = field("d2o", "project of wandb, experiment of MLflow")
+    run: Text | None = field(None, "name of the run there (default none: the recipe's)")
+    uri: Text | None = field(None, "server; of MLflow also sqlite:///FILE.db (default none: what the package's own settings say)")
+
+
+def _named(value: Any) -> Any:
+    """`tracker: wandb` is short for `tracker: {name: wandb}`."""
+    if isinstance(value, str) and value not in ("wandb", "mlflow"):
+        raise ValueError(f"expected 'wandb', 'mlflow' or a section, got {show(value)}")
+    return Tracker(name=value) if isinstance(value, str) else value  # type: ignore[arg-type]
+
+
+TrackerSection = Annotated[Tracker, BeforeValidator(_named)]
 
 
 class Preview(Section):

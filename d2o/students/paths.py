@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from d2o.data.draws import check_range, draw
-from d2o.data.images import image_grid, to_uint8
+from d2o.data.images import to_uint8
+from d2o.data.pictures import Layout, columns_for, draw_sheet
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import atomic_path
 from d2o.students.style import StyleStudent, interpolate
@@ -47,19 +49,28 @@ def path_images(student: StyleStudent, path: str, n: int, steps: int, seed: int 
     return images.cpu().reshape(n, steps, *images.shape[1:])
 
 
-def save_path(images: Tensor, out: str | Path, scale: int | None = None) -> None:
-    """Walks [n, steps, C, R, R] as a picture (.png: a row for each walk) or an animation (.gif: there and back). UserError: another suffix."""
+def save_path(images: Tensor, out: str | Path, names: Sequence[str] | None = None) -> None:
+    """Walks [n, steps, C, R, R] as a picture (.png: a row for each walk, with its name) or an animation (.gif: there and back).
+
+    UserError: another suffix.
+    """
     out = Path(out)
     n, steps = images.shape[:2]
-    scale = scale or max(1, 64 // images.shape[-1])
     if out.suffix.lower() == ".png":
+        heads = [f"{i / (steps - 1):.2f}" for i in range(steps)]
+        layout = Layout(list(range(n * steps)), steps, list(names) if names else None)
         with atomic_path(out) as temporary:
-            image_grid(images.flatten(0, 1), steps, scale=scale).save(temporary, "png")
+            draw_sheet([("", images.flatten(0, 1))], layout, heads).save(temporary, "png")
     elif out.suffix.lower() == ".gif":
-        columns = min(n, max(1, round(n**0.5)))
-        frames = [image_grid(images[:, i], columns, scale=scale).convert("P", palette=Image.Palette.ADAPTIVE) for i in range(steps)]
+        layout = Layout(list(range(n)), columns_for(n), captions=list(names) if names else None)
+        frames = [draw_sheet([("", images[:, i])], layout).convert("P", palette=Image.Palette.ADAPTIVE) for i in range(steps)]
         frames += frames[-2:0:-1]
         with atomic_path(out) as temporary:
             frames[0].save(temporary, "gif", save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     else:
         raise UserError(f"{out}: a path is written as .png (a row for each walk) or .gif")
+
+
+def walk_names(path: str, n: int, seed: int) -> list[str]:
+    """What the walks of `path_images` are between."""
+    return [f"seed {seed + i}" + ("" if path == "h" else f" to {seed + n + i}") for i in range(n)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,16 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.interop.discard import discard
+from d2o.interop.temporary import sweep
 from d2o.methods.base import Generate, Method
-from d2o.metrics.collect import Workplace
 from d2o.metrics.quick import FrechetEvaluator
+from d2o.metrics.workplace import Workplace
 from d2o.training import distributed
 
 Say = Callable[[str], None]
+OWN_IMAGES = "data"
+"""Reference of an `eval:` section: the recipe's own images."""
 
 
 def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
@@ -28,7 +31,7 @@ def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None
     e = recipe.eval
     if e is None or e.extractor is None:
         return None
-    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol)
+    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None)
 
 
 def times(recipe: Any) -> int:
@@ -40,9 +43,18 @@ def cost(recipe: Any, nfe: int) -> str:
     """What the evaluations of a run are and take, in one line."""
     e, many = recipe.eval, times(recipe)
     how = f"protocol {e.protocol}, " if e.protocol else ""
+    reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
-    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {e.reference}, every {e.every:,} images: "
+    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
             f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
+
+
+def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
+    """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured now."""
+    if now is None:
+        return True
+    rest = {"every", "batch"}
+    return before is not None and all(value == before.get(key) for key, value in now.model_dump().items() if key not in rest)
 
 
 class Evaluation:
@@ -52,16 +64,22 @@ class Evaluation:
         self.recipe, self.method, self.work, self.device, self.rank, self.world = recipe, method, folder / "evaluation", device, rank, world
         self.say, self.told, self.spec = say, False, method.spec()
 
-    def announce(self) -> None:
-        """Say what is measured and how much that is. UserError where it cannot be: missing weights, images of another shape."""
+    def check(self) -> None:
+        """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method does not give."""
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         if e is None:
             return
-        if evaluator is None or self.spec is None:
-            if e.metric == "fd":
-                raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+        if e.metric == "fd" and (evaluator is None or self.spec is None):
+            raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+        if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
+            raise UserError(f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
+        if evaluator is not None and self.spec is not None:
+            evaluator.check(self.spec)
+
+    def announce(self) -> None:
+        """Say what is measured and how much that is."""
+        if self.recipe.eval is None or self.recipe.eval.extractor is None or self.spec is None:
             return
-        evaluator.check(self.spec)
         self.say(cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else ""))
 
     def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
@@ -83,13 +101,15 @@ class Evaluation:
     def distance(self, generate: Generate, iteration: int) -> dict[str, float]:
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         assert evaluator is not None and self.spec is not None
+        if self.rank == 0:  # what a killed run left, of several processes or one
+            sweep(self.work.parent, self.work.name)
+            discard(self.work)
         if self.world == 1:
             return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
-        shutil.rmtree(self.work, ignore_errors=True)  # what a killed run left
         distributed.barrier(self.world)
         place = Workplace(self.work)
         found = evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}")
         distributed.barrier(self.world)
         if self.rank == 0:
-            shutil.rmtree(self.work, ignore_errors=True)
+            discard(self.work)
         return found

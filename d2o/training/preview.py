@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from d2o.data.images import ImageSet, image_grid, to_uint8
+from d2o.data.images import ImageSet, to_uint8
+from d2o.data.pictures import draw_sheet, lay_out
 from d2o.diffusion.noise import noise_and_labels
 from d2o.interop.safetensors_io import atomic_path
 from d2o.methods.base import Generate
@@ -21,36 +21,28 @@ class Preview:
     """Left: the teacher's samples from these noises (or real images where there is no teacher); right: the product's."""
 
     def __init__(self, folder: Path, spec: Spec, count: int, teacher: Teacher | None, images: ImageSet | None, steps: int, device: torch.device):
-        self.folder, self.columns = folder, max(int(count**0.5), 1)
+        self.folder = folder
+        if spec.classes:
+            count = max(count // spec.classes * spec.classes, min(count, spec.classes))  # as many of each class, if there is room for all
         noise, labels = noise_and_labels(range(PREVIEW_SEED, PREVIEW_SEED + count), spec.shape, spec.classes)
         if spec.classes:
             labels = (torch.arange(count) * spec.classes) // max(count, 1)  # class by class, so that the rows read well
         self.noise, self.labels = noise.to(device), labels.to(device) if spec.classes else None
-        self.left = None
+        self.layout = lay_out(count, labels.tolist() if spec.classes else None)
+        self.left: tuple[str, Tensor] | None = None
+        self.who = "network" if teacher is None else "student"
         if teacher is not None:
-            self.left = to_uint8(teacher.decode(teacher.sample(self.noise, self.labels, "heun", steps)))
+            self.left = f"teacher, {steps} steps of heun", to_uint8(teacher.decode(teacher.sample(self.noise, self.labels, "heun", steps))).cpu()
         elif images is not None:
-            self.left = images.images(_matching(images, self.labels, count))
+            self.left = "real images", images.images(_matching(images, self.labels, count)).cpu()
 
     def write(self, images_seen: int, generate: Generate) -> Path:
         """previews/<images seen>.png; returns its path."""
-        right = to_uint8(generate(self.noise, self.labels)).cpu()
-        grids = [image_grid(right, self.columns)]
-        if self.left is not None:
-            grids.insert(0, image_grid(self.left.cpu(), self.columns))
-        height, gap = max(g.height for g in grids), 8
-        white = 255 if grids[0].mode == "L" else (255, 255, 255)
-        sheet = Image.new(grids[0].mode, (sum(g.width for g in grids) + gap * (len(grids) - 1), height), white)
-        x = 0
-        for grid in grids:
-            sheet.paste(grid, (x, 0))
-            x += grid.width + gap
-        scale = max(1, 512 // height)
+        right = f"{self.who} after {images_seen:,} images", to_uint8(generate(self.noise, self.labels)).cpu()
         path = self.folder / f"{images_seen:09d}.png"
         with atomic_path(path) as temporary:
-            sheet.resize((sheet.width * scale, sheet.height * scale), 0).save(temporary, format="PNG")
+            draw_sheet([self.left, right] if self.left is not None else [right], self.layout).save(temporary, format="PNG")
         return path
-
 
 
 def _matching(images: ImageSet, labels: Tensor | None, count: int) -> Tensor:

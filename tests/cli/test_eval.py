@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from d2o.cli.app import main
 from d2o.cli.eval import evaluate
 from d2o.errors import UserError
-from d2o.metrics import features
+from d2o.interop.safetensors_io import write_error
+from d2o.metrics import collect, features, records
 from d2o.metrics.statistics import load_statistics
+from d2o.runtime import Stopped
 from tests.helpers import tiny_student, tiny_teacher
 from tests.metrics.samples import make_extractor
 
@@ -52,6 +58,63 @@ def test_table_json_and_report(work: Path) -> None:
     assert records[0]["grid"]["teacher_png"] and records[0]["protocol"]["n_gen"] == 20
     assert "Samples from equal noise" in Path("r.html").read_text()
     assert not [p for p in work.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_json_to_standard_output_is_all_that_is_there(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["eval", "student.safetensors", "real:digits/a", "--against", "real:digits", *SMALL, "--json", "-"])
+    said = capfd.readouterr()
+    assert done.value.code == 0 and [r["name"] for r in json.loads(said.out)] == ["student", "real:digits/a"]
+    assert "FD(digits)" in said.err and not Path("-").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["real:digits/a", "student.safetensors"], "student.safetensors be compared with\\? Give --against"),
+        (["student.safetensors", "damaged.safetensors", "--against", "real:digits"], "damaged.safetensors is truncated"),
+        (["student.safetensors", "real:digits", "--against", "real:digits", "--metrics", "fd,lpips"], "no teacher here"),
+        (["real:digits/a", "student.safetensors", "--against", "real:digits", "--labels", "3,10"], "10"),
+        (["real:digits/a", "real:digits/b", "--against", "teacher.safetensors", "--neighbours", "2"], "holds none"),
+        (["real:digits/a", "real:digits/b", "--against", "absent.npz"], "no such file or teacher: 'absent.npz'"),
+    ],
+)
+def test_every_x_is_checked_before_the_first_is_measured(
+    work: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: object) -> None:
+        raise AssertionError("an image was measured")
+
+    Path("damaged.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(collect, "_measure", measured)
+    with pytest.raises(UserError, match=message):
+        run(*arguments, *SMALL)
+
+
+def test_a_full_disk_costs_no_work(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2O_HOME", str(work / "home"))
+    command = ["student.safetensors", "--against", "real:digits/a", *SMALL, "--no-teacher-distance", "--json", "e.json"]
+    with monkeypatch.context() as full:
+        full.setattr(records, "atomic_write", lambda path, data: (_ for _ in ()).throw(write_error(path, OSError(errno.ENOSPC, "full"))))
+        with pytest.raises(UserError, match="the disk is full"):
+            run(*command)
+    monkeypatch.setattr(collect, "_measure", lambda *arguments: pytest.fail("measured again"))
+    run(*command)
+    assert json.loads(Path("e.json").read_text())["name"] == "student" and not list((work / "home" / "eval").iterdir())
+
+
+def test_stopped_between_two_x_it_says_how_far_it_was(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = collect._measure
+
+    def stop_at_a_generator(work: collect.Pass, numbers: range) -> object:
+        if work.title == "student":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(work, numbers)
+
+    monkeypatch.setattr(collect, "_measure", stop_at_a_generator)
+    with pytest.raises(Stopped, match="1 of 2 X measured; stopped with 0 of 20 images of student; run the same command again") as caught:
+        run("real:digits/a", "student.safetensors", "--against", "real:digits", *SMALL)
+    assert caught.value.exit_code == 143
 
 
 def test_compare_puts_results_together(work: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from d2o.data import images as module
-from d2o.data.images import image_grid, open_images, save_png_bytes, to_float, to_uint8
+from d2o.data.images import open_images, save_png_bytes, to_float, to_uint8
 from d2o.data.synthetic.digits import digits
 from d2o.errors import UserError
 from d2o.interop.inputs import MAX_IMAGE_BYTES
@@ -857,14 +857,3 @@ def test_png_bytes_hold_the_pixels(shape: tuple[int, int, int]) -> None:
     pixels = np.asarray(picture)
     assert np.array_equal(pixels[None] if shape[0] == 1 else pixels.transpose(2, 0, 1), image.numpy())
     assert save_png_bytes(image.transpose(1, 2).contiguous().transpose(1, 2)) == data  # strides do not matter
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid_geometry(channels: int) -> None:
-    images = torch.stack([torch.full((channels, 4, 5), i * 10, dtype=torch.uint8) for i in range(5)])
-    grid = image_grid(images, columns=3, scale=2, pad=1)
-    assert grid.size == (3 * 11 + 1, 2 * 9 + 1) and grid.mode == ("L" if channels == 1 else "RGB")
-    pixels = np.asarray(grid.convert("L"))
-    assert pixels[0, 0] == 255 and pixels[1, 1] == 0 and pixels[8, 10] == 0 and pixels[9, 10] == 255
-    assert pixels[10, 12] == 40 and pixels[10, 23] == 255  # the fifth image, and the empty sixth place
-    assert image_grid(images[:2], columns=8).size == (2 * 7 + 2, 4 + 4)

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.metrics import collect as module
-from d2o.metrics.collect import Batch, Pass, Workplace, check_finite, collect
+from d2o.metrics.collect import Batch, Pass, check_finite, collect
 from d2o.runtime import StopFlag, Stopped
 from tests.helpers import tiny_student
 from tests.metrics.samples import make_extractor
@@ -76,33 +75,6 @@ def test_another_question_is_another_pass(tmp_path: Path) -> None:
 def test_the_last_batch_counts_and_is_not_timed() -> None:
     columns = collect(numbered(n=130, batch=50))
     assert columns.column("number").tolist() == list(range(130)) and columns.seconds == [0.5, 0.5]
-
-
-def test_work_is_removed_when_done_and_kept_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))
-    place = Workplace()
-    place.collect(numbered(), lambda done: None)
-    assert len(list((tmp_path / "home" / "eval").iterdir())) == 1
-    place.close()
-    assert not list((tmp_path / "home" / "eval").iterdir())
-    mine = Workplace(tmp_path / "mine")
-    mine.collect(numbered(), lambda done: None)
-    mine.close()
-    assert len(list((tmp_path / "mine").iterdir())) == 1
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to") as caught:
-        Workplace(tmp_path / "file" / "work")
-    assert "--work" in caught.value.hint
-
-
-def test_forgotten_work_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("D2O_HOME", str(tmp_path))
-    old, new = tmp_path / "eval" / "old", tmp_path / "eval" / "new"
-    for path in (old, new):
-        path.mkdir(parents=True)
-    os.utime(old, (time.time() - module.OLD - 60,) * 2)
-    Workplace()
-    assert not old.exists() and new.exists()
 
 
 def test_images_that_are_not_finite_are_counted_and_named() -> None:

@@ -15,7 +15,7 @@ from d2o.export.exporter import export_checkpoint
 from d2o.networks.build import build_network
 from d2o.students.base import load_student, save_student
 from d2o.students.multistep import MultistepStudent
-from d2o.students.paths import path_images, save_path
+from d2o.students.paths import path_images, save_path, walk_names
 from d2o.students.style import StyleStudent, interpolate
 from d2o.teachers.base import Spec
 
@@ -99,8 +99,9 @@ def test_paths_end_where_they_say(path: str) -> None:
 
 def test_paths_as_pictures(tmp_path: Path) -> None:
     walks = path_images(style_student(), "h", 4, 5)
-    save_path(walks, tmp_path / "p.png")
+    save_path(walks, tmp_path / "p.png", walk_names("z", 4, seed=2))
     save_path(walks, tmp_path / "p.gif")
+    assert walk_names("z", 4, seed=2)[1] == "seed 3 to 7" and walk_names("h", 4, seed=2)[1] == "seed 3"
     with Image.open(tmp_path / "p.png") as picture, Image.open(tmp_path / "p.gif") as film:
         assert picture.width > picture.height and film.n_frames == 8  # there and back
     with pytest.raises(UserError, match="written as .png"):
