@@ -22,7 +22,7 @@ SETTINGS = ("D2O_HOME", "D2O_OFFLINE", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACH
 """Environment variables that change what d2o does; tokens are not among them."""
 EXTRAS = {
     "eval": "networks of d2o eval beside Inception (CLIP, DINOv2, DreamSim, LPIPS, EfficientNet-lite0)", "pairs": "prompts in .parquet files",
-    "lsun": "images in LMDBs", "export": "d2o export --format onnx", "wandb": "tracker: wandb", "mlflow": "tracker: mlflow",
+    "export": "d2o export --format onnx", "wandb": "tracker: wandb", "mlflow": "tracker: mlflow",
 }  # fmt: skip
 """What an extra is for, in the words of who misses it."""
 

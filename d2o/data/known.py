@@ -13,13 +13,12 @@ CelebA-HQ: 30,000 faces of 1024 px. For non-commercial research only.
 - CelebAMask-HQ.zip (about 3 GB, JPEG) from github.com/switchablenorms/CelebAMask-HQ: unzip it and give its folder CelebA-HQ-img.
 - The version at 256 px without loss that NVAE and DD-GAN take (27,000 for training): celeba-tfr.tar from
   storage.googleapis.com/glow-demo/data/celeba-tfr.tar, made into an LMDB by scripts/convert_tfrecord_to_lmdb.py of github.com/NVlabs/NVAE:
-  give the folder train.lmdb (some 5 GB; reading it takes `pip install 'd2o[lsun]'`).
+  give the folder train.lmdb (some 5 GB).
 - Or the original: CelebA with the deltas of github.com/tkarras/progressive_growing_of_gans, as a folder or zip of images.""",
     "lsun_church": """\
 LSUN, category church_outdoor: 126,227 photographs for training, short side 256 px. No licence is stated; they were found on the web.
 - church_outdoor_train_lmdb.zip (about 2.3 GB) from http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip, or by
   `python3 download.py -c church_outdoor` of github.com/fyu/lsun: unzip it and give the folder church_outdoor_train_lmdb, which holds data.mdb.
-  Reading it takes `pip install 'd2o[lsun]'`.
 - Or a folder or zip of the images that `data.py export` of the same repository takes out of it.""",
     "imagenet64": """\
 ImageNet (ILSVRC 2012): 1,281,167 training images in 1000 classes. For non-commercial research only.

@@ -46,8 +46,8 @@ def test_as_json(home, capsys):
 
 
 def test_a_package_that_is_missing_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda package: None if package == "lmdb" else "1")
-    assert environment.collect()["can run"]["images in LMDBs"] == "no: lmdb missing; pip install 'd2o[lsun]'"
+    monkeypatch.setattr(environment, "_version", lambda package: None if package == "pyarrow" else "1")
+    assert environment.collect()["can run"]["prompts in .parquet files"] == "no: pyarrow missing; pip install 'd2o[pairs]'"
 
 
 def test_a_torch_that_is_broken_does_not_keep_the_rest_from_being_told(monkeypatch, capsys):
