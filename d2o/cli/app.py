@@ -13,12 +13,13 @@ from d2o.cli import console, hints
 from d2o.cli.env import env
 from d2o.cli.eval import evaluate
 from d2o.cli.export import export
+from d2o.cli.numbers import Command
 from d2o.cli.pairs import pairs
 from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import TRUST, Stopped, worker
+from d2o.runtime import TRUST, Stopped, share_cores, worker
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
@@ -28,7 +29,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 CLICK_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
-SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+                errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 """What is wrong with the disk or its permissions, and not with d2o."""
 
 
@@ -55,24 +57,29 @@ def common(
     hints.typed(context)
 
 
-app.command()(teachers)
-app.command()(pairs)
-app.command()(train)
-app.command()(finetune)
-app.command()(sample)
-app.command(name="eval")(evaluate)
-app.command()(export)
-app.command()(env)
+app.command(cls=Command)(teachers)
+app.command(cls=Command)(pairs)
+app.command(cls=Command)(train)
+app.command(cls=Command)(finetune)
+app.command(cls=Command)(sample)
+app.command(name="eval", cls=Command)(evaluate)
+app.command(cls=Command)(export)
+app.command(cls=Command)(env)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
     program = arguments is None  # the process is ours, and ends here
+    if program:
+        share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, console.quiet = ("--debug" in arguments), ("--quiet" in arguments)
     if "--trust" in arguments:
         os.environ[TRUST] = "1"
     arguments = [text for text in arguments if text not in FLAGS]
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8, and not every terminal has a †
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
         if program and worker()[1] > 1 and not code:
@@ -103,6 +110,14 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         if debug:
             raise
+        if _out_of_memory(error):
+            console.error("not enough memory", f"{str(error).splitlines()[0] if str(error) else 'it is used up'}; a smaller --batch takes less")
+            sys.exit(2)
         hint = "this is a fault of d2o or its surroundings; the same command with --debug shows the traceback"
         console.error(f"{type(error).__name__}: {error}", hint)
         sys.exit(1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's, or that of torch's allocator on the CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -57,8 +57,10 @@ def pairs(
                                 rich_help_panel=STORE),
     batch: int = typer.Option(None, "--batch", help="Pairs per teacher call (256); a begun store keeps its own.", show_default=False,
                               rich_help_panel=RUNNING),
-    precision: str = typer.Option("fp32", "--precision", help="fp32, or bf16 or fp16 inside the network.", rich_help_panel=RUNNING),
-    channels_last: bool = typer.Option(False, "--channels-last", help="Channels-last memory order of the network.", rich_help_panel=RUNNING),
+    precision: str = typer.Option("fp32", "--precision", help="fp32; bf16 or fp16 inside the network; or auto: bf16 where the processor computes "
+                                  "in it.", rich_help_panel=RUNNING),
+    channels_last: bool = typer.Option(None, "--channels-last/--no-channels-last", help="Channels-last memory order of the network. Default: where "
+                                       "that is faster.", show_default=False, rich_help_panel=RUNNING),
     compile: str = typer.Option("none", "--compile", help="torch.compile: none, default, or graphs (CUDA graphs).", rich_help_panel=RUNNING),
     device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False,
                                rich_help_panel=RUNNING),

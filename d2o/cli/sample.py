@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,10 @@ def sample(
                                      show_default=False),
     device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
     threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False),
+    precision: str = typer.Option("fp32", "--precision", help="fp32; bf16 or fp16 inside the network; or auto: bf16 where the processor computes "
+                                  "in it."),
+    channels_last: bool = typer.Option(None, "--channels-last/--no-channels-last", help="Channels-last memory order of the network. Default: where "
+                                       "that is faster.", show_default=False),
     chunk: int = typer.Option(None, "--chunk", help="Images per part, the unit of work that an interruption can lose. Default 1024.",
                               show_default=False),
 ) -> None:  # fmt: skip
@@ -87,7 +92,8 @@ def sample(
         console.say(default)
     with stop_flag() as stop, progress_bar("sample", "images") as progress:
         record = make_samples(
-            sampler, out, settings, batch=batch, threads=threads, chunk=chunk, say=console.say, progress=progress, stop=stop
+            sampler, out, settings, batch=batch, threads=threads, chunk=chunk, precision=precision, channels_last=channels_last,
+            say=console.say, progress=progress, stop=stop,
         )  # fmt: skip
     if grid is not None and worker()[0] == 0:
         _write_grid(grid, sampler, record)
@@ -184,12 +190,14 @@ def _walk(
 def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
     from d2o.data.pictures import draw_sheet, lay_out
     from d2o.interop.safetensors_io import atomic_path
+    from d2o.interop.temporary import sweep
     from d2o.students.generate import first_images
 
     images, labels = first_images(sampler, record, 64)
     classes = None if labels is None else labels.tolist()
     names = dict(zip(classes, sampler.prompts.many(classes), strict=True)) if sampler.prompts is not None and classes is not None else None
     picture = draw_sheet([("", images)], lay_out(len(images), classes, names))
+    sweep(path.parent, glob.escape(path.name))
     with atomic_path(path) as temporary:
         picture.save(temporary, "png")
     console.say(f"wrote {path}")

@@ -85,6 +85,6 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         version = np.lib.format.read_magic(start)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(start)
-    except (SyntaxError, TypeError, RecursionError, AttributeError, OverflowError) as error:  # it is parsed as a Python literal
+    except Exception as error:  # numpy parses it as a Python literal, which fails in many ways
         raise ValueError(f"damaged .npy header ({type(error).__name__})") from error
     return shape, dtype, start.tell()

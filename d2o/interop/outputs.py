@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from d2o.errors import UserError
 from d2o.interop.inputs import kind_of
 from d2o.interop.safetensors_io import write_error
-from d2o.interop.temporary import temporary_file
+from d2o.interop.temporary import sweep, temporary_file
 
 
 def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> None:
@@ -35,7 +36,7 @@ def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> No
                 raise OSError(errno.EROFS if os.access(path, os.W_OK) else errno.EACCES, "cannot be written")
         else:
             with temporary_file(above / path.name):
-                pass
+                sweep(above, glob.escape(path.name))
     except OSError as error:
         raise UserError(write_error(path, error).message, "choose another place") from error
     except ValueError as error:  # a zero byte

@@ -18,7 +18,7 @@ from safetensors.torch import save as _serialise
 
 from d2o.errors import UserError
 from d2o.interop import seal
-from d2o.interop.inputs import check_input
+from d2o.interop.inputs import check_input, parse_json
 from d2o.interop.temporary import temporary_file
 
 META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, and equal content must give equal bytes
@@ -76,9 +76,9 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write the whole file or nothing."""
+    """Write the whole file or nothing. Names of files that are no valid UTF-8 become escapes, which JSON reads back."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> str:
@@ -126,8 +126,8 @@ def _record(path: str | os.PathLike) -> dict[str, Any]:
     if META_KEY not in metadata:
         raise UserError(f"{path} is a safetensors file, but not one of d2o's (no {META_KEY!r} metadata)", "expected a file made by `d2o`")
     try:
-        record = json.loads(metadata[META_KEY])
-    except (ValueError, RecursionError) as error:
+        record = parse_json(metadata[META_KEY])
+    except ValueError as error:
         raise UserError(f"{path}: its {META_KEY!r} metadata is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: its {META_KEY!r} metadata is not a record (a JSON object)")
@@ -166,8 +166,11 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        while chunk := file.read(seal.CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:

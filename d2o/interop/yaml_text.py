@@ -209,7 +209,10 @@ def _plain(node: yaml.Node, mark: Mark, problems: Problems) -> Any:
 def _scalar(kind: str, text: str) -> Any:
     text.encode()  # a lone surrogate ("\ud800") is a UnicodeEncodeError, which is a ValueError: no file could hold it
     if kind == "int":
-        return int(text, 16 if text.lower().startswith("0x") else 10)
+        number = int(text, 16 if text.lower().startswith("0x") else 10)
+        if abs(number) >= 2**63:  # no setting is, and no library takes it
+            raise ValueError
+        return number
     if kind == "float":
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if kind == "bool":

@@ -128,7 +128,9 @@ class SPIGAN(GeneratorMethod):
                 for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                     z = starts[i][::2]  # half of them, whichever way they are divided into micro-batches
                     noises = [_halves(draw, shape, group) for shape in self.generator.synthesis.noise_shapes]
-                    fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group)
+                    mix = self.mix(draw)
+                    mix = mix and (mix[0][::2], mix[1][::2])
+                    fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group, mix=mix)
                     loss = self.path_length(fake, ws, noise=_halves(draw, self._spec.shape, group), share=loop.everywhere)
                     loop.backward(loss * o.pl_weight * o.pl_every)
                     log.setdefault("path_length", []).append(loss)

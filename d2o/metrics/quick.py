@@ -36,10 +36,11 @@ def cached(extractor: str, reference: str, device: str, protocol: str | None, da
     if data is None:
         found = load_reference(reference, outputs, False, settings, device, main=network)
     else:
-        images = generated_reference(data.path, training_images(data), outputs, settings)
-        found = measure_reference(images, outputs, settings, device, Workplace(memory=True), silent)
+        found = generated_reference(data.path, training_images(data), outputs, settings)
     if protocol is not None:
         hold_to(find_preset(protocol), [network], found.name, found.n)
+    if data is not None:  # after what could refuse it: all of its images are looked at
+        found = measure_reference(found, outputs, settings, device, Workplace(memory=True), silent)
     return network, found
 
 

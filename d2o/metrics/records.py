@@ -12,6 +12,7 @@ from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.evaluate import FORMAT
+from d2o.metrics.record_model import mistake
 
 
 def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
@@ -39,6 +40,8 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
     for record in records:
         if record["version"] > FORMAT["version"]:
             raise UserError(f"{path} was written by a newer d2o ({record.get('d2o')})")
+        if (wrong := mistake(record)) is not None:
+            raise UserError(f"{path} is not a whole result of `d2o eval`: {wrong}", "was it edited? Measure again")
     return records
 
 
@@ -60,5 +63,3 @@ def check_json_target(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and path.stat().st_size and _parse(path) is None:
         raise UserError(f"{path} exists and is not a result of `d2o eval`: it is not overwritten", "choose another name for --json")
-
-

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.metrics.collect import Meter, silent
@@ -13,7 +13,7 @@ from d2o.metrics.passes import Outputs, feature_probes, generator_pass, pictures
 from d2o.metrics.protocol import Settings
 from d2o.metrics.sides import Batchwise, Given, Measured, Side
 from d2o.metrics.statistics import Statistics, holds_statistics, load_statistics
-from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject, open_subject, reference_settings
+from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject, check_there, open_subject, reference_settings
 from d2o.metrics.workplace import Workplace
 from d2o.teachers.registry import asset
 
@@ -80,8 +80,9 @@ def open_reference(
     extractors = [extractor for extractor, _ in outputs.values()]
     if (shipped := _shipped(text, extractors)) is not None and not rows and not any("spatial" in wanted for _, wanted in outputs.values()):
         return Reference(text, "images", Given(text, lambda name: shipped))
-    named = is_named(text) and not Path(text).exists()
+    named = is_named(text) and not os.path.exists(text)
     path = str(find_reference(text)) if named else text
+    check_there(path)
     given: Given | None = None
     if named or holds_statistics(path):
         given = Given(text, lambda name: load_reference_statistics(text, name) if named else load_statistics(path, name))

@@ -31,12 +31,13 @@ from d2o.metrics.cells import (
 from d2o.metrics.curves import Curves, read_curves
 from d2o.metrics.protocol import protocol_line
 from d2o.metrics.report_charts import WORDS, by_class, comparison, training
-from d2o.metrics.report_parts import neighbours, samples, scroll
-from d2o.metrics.table import results_table
+from d2o.metrics.report_parts import neighbours, samples
+from d2o.metrics.table import Table, fold, results_table
 
 STYLE = Path(__file__).with_name("report.css")
 MARK = '<meta name="generator" content="d2o'
-WIDE = 10  # columns, from which on the table may be wider than the text
+WIDTH, NAMES = 122, 28
+"""Characters of a table in the text's width, and of the names in it: what does not fit folds."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -106,8 +107,8 @@ def _tiles(records: Sequence[Record]) -> str:
     tiles = [(name, value, " · ".join(beside) or n)]
     if teacher is not None:
         tiles.insert(0, ("Network calls per image", f"{teacher['x']['nfe']} → {student['x']['nfe']}", "teacher → student"))
-        if "speed" in student["metrics"] and "speed" in teacher["metrics"] and machine(student) == machine(teacher):
-            ours, theirs = (r["metrics"]["speed"]["samples_per_s"] for r in (student, teacher))
+        ours, theirs = ((r["metrics"].get("speed") or {}).get("samples_per_s") for r in (student, teacher))
+        if ours and theirs and machine(student) == machine(teacher):
             tiles.append(("Sampling speed", f"{number(ours / theirs)}×", f"{number(ours)} images/s · teacher {number(theirs)}"))
     if key != "accuracy" and (accuracy := dict(metrics(student)).get("accuracy")):
         theirs = dict(metrics(teacher)).get("accuracy") if teacher else None
@@ -122,24 +123,29 @@ def _tiles(records: Sequence[Record]) -> str:
 
 def _results(records: Sequence[Record]) -> str:
     table = results_table(records)
+    pieces = "".join(_table(records, piece) for piece in fold(table, WIDTH, names=NAMES))
+    return (
+        '<section><h2>Results</h2><p class="lead">Numbers are comparable only under one protocol: equal n, features, reference and pixel '
+        "handling, all stated below. A Fréchet distance (FD) is named by the network whose features it compares.</p>"
+        f'<div class="card">{pieces}</div><ul class="protocol">{"".join(_footnote(line) for line in table.footer)}</ul></section>'
+    )
+
+
+def _table(records: Sequence[Record], table: Table) -> str:
+    """A piece of the table. On a narrow page its rows become lists, in which each cell says what it is."""
     heads = "".join(f'<th scope="col"{_class(kind)}>{_arrowed(h)}</th>' for h, kind in zip(table.headers, table.columns, strict=True))
     rows = []
     for i, (r, cells) in enumerate(zip(records, table.rows, strict=True)):
         kind = escape(r["x"]["kind"])
         name = f'<th scope="row">{escape(cells[0])}<span class="kind">{kind}</span></th>'
         rest = "".join(
-            f"<td{_class(table.columns[j])}>{f'<strong>{escape(cell)}</strong>' if (i, j) in table.best else escape(cell)}</td>"
+            f'<td{_class(table.columns[j])} data-label="{escape(table.headers[j])}">'
+            f"{f'<strong>{escape(cell)}</strong>' if (i, j) in table.best else escape(cell)}</td>"
             for j, cell in enumerate(cells)
             if j
         )
         rows.append(f'<tr class="{kind}">{name}{rest}</tr>')
-    kind = "card wide " if len(table.headers) > WIDE else "card "
-    grid = scroll("Results", f"<table class=results><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>", kind)
-    return (
-        '<section><h2>Results</h2><p class="lead">Numbers are comparable only under one protocol: equal n, features, reference and pixel '
-        "handling, all stated below. A Fréchet distance (FD) is named by the network whose features it compares.</p>"
-        f'{grid}<ul class="protocol">{"".join(_footnote(line) for line in table.footer)}</ul></section>'
-    )
+    return f'<table class="results"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _class(kind: str) -> str:

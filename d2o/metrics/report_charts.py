@@ -138,7 +138,7 @@ def _by_class(records: Sequence[Record], key: str, column: dict[int, Metric]) ->
     log = _wide(values) and not percent
     rows = []
     for row, m in scored.items():
-        cells = "".join(_cell(m["per_class"].get(c), low, high, percent, lower, log) for c in classes)
+        cells = "".join(_cell(str(c), m["per_class"].get(c), low, high, percent, lower, log) for c in classes)
         rows.append(f'<tr><th scope="row">{escape(records[row]["name"])}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{escape(str(c))}</th>' for c in classes)
     if key == "accuracy":
@@ -152,10 +152,10 @@ def _by_class(records: Sequence[Record], key: str, column: dict[int, Metric]) ->
     return section(title, about + told, scroll(title, table))
 
 
-def _cell(value: float | None, low: float, high: float, percent: bool, lower: bool, log: bool) -> str:
+def _cell(name: str, value: float | None, low: float, high: float, percent: bool, lower: bool, log: bool) -> str:
     if value is None:
-        return "<td>–</td>"
+        return f'<td data-label="{escape(name)}">–</td>'
     at, low, high = (math.log(v) if log else v for v in (value, low, high))
     share = min(max((at - low) / (high - low), 0), 1) if high > low else float(not lower)
     text = f"{100 * value:.1f}" if percent else number(value)
-    return f'<td class="cell" style="--v:{1 - share if lower else share:.3f}">{text}</td>'
+    return f'<td class="cell" data-label="{escape(name)}" style="--v:{1 - share if lower else share:.3f}">{text}</td>'

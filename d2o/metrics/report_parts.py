@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from d2o.data.pictures import from_png
 from d2o.metrics.cells import Record, number
 from d2o.metrics.charts import Series, line_chart
 
@@ -59,17 +60,25 @@ def _columns(group: Sequence[Record]) -> Iterable[str]:
 
 
 def _figure(grid: dict[str, Any], png: str, name: str, what: str) -> str:
-    rows, alt = -(-grid["n"] // grid["columns"]), f"{grid['n']} images: {name}"
-    return (
-        f'<figure class="card">{_sheet(png, grid["columns"], rows, alt)}<figcaption>{escape(name)}<span>{escape(what)}</span></figcaption></figure>'
+    n, alt = grid["n"], f"{grid['n']} images: {name}"
+    captions = grid.get("prompts") or ([f"class {label}" for label in grid["labels"]] if grid["labels"] else [""] * n)
+    wide = min(range(2, 9), key=lambda c: (-n % c, -c)) if n % grid["columns"] else grid["columns"]
+    try:
+        parts = from_png(png, n, grid["columns"])
+    except ValueError:  # of another d2o: shown as it is
+        parts, captions, wide = [png], [""], 1
+    items = "".join(
+        f'<li title="{escape(caption)}">{_image(part)}{f"<span>{escape(caption)}</span>" if caption else ""}</li>'
+        for part, caption in zip(parts, captions, strict=False)
     )
+    narrow = -(-wide // 2) if wide > 5 else wide
+    sheet = f'<ul class="pictures" aria-label="{escape(alt)}" style="--wide:{wide};--narrow:{narrow}">{items}</ul>'
+    caption = f"<figcaption>{escape(name)}<span>{escape(what)}</span></figcaption>"
+    return f'<figure class="card"><div class="sheet">{sheet}</div>{caption}</figure>'
 
 
-def _sheet(png: str, columns: int, rows: int, alt: str, kind: str = "") -> str:
-    return (
-        f'<div class="tilesheet{kind}" style="--columns:{int(columns)};--rows:{int(rows)}">'
-        f'<img alt="{escape(alt)}" src="data:image/png;base64,{escape(png)}"></div>'
-    )
+def _image(png: str) -> str:
+    return f'<img alt="" src="data:image/png;base64,{escape(png)}">'
 
 
 NEIGHBOURS = (
@@ -116,16 +125,22 @@ def _neighbours(record: Record) -> str:
 
 
 def _pairs(name: str, near: dict[str, Any], sheet: dict[str, Any], title: str) -> str:
-    usual, rows = near["median_real"], len(sheet["samples"])
+    """A line for each sample: it, its neighbours (wrapped, where there are many), and how near the nearest is."""
+    usual, rows, columns = near["median_real"], len(sheet["samples"]), near["columns"]
+    try:
+        parts = from_png(sheet["png"], rows * columns, columns)
+    except ValueError:
+        return ""
     items = "".join(
-        f'<li{" class=close" if d[0] < near["near"] * usual else ""} title="sample {int(i)}, training image {int(j[0])}">{_ratio(d[0], usual)}</li>'
-        for i, j, d in zip(sheet["samples"], sheet["neighbours"], sheet["distances"], strict=True)
+        f'<li title="sample {int(i)}, training image {int(j[0])}">{_image(parts[row * columns])}'
+        f'<div>{"".join(_image(part) for part in parts[row * columns + 1 : (row + 1) * columns])}</div>'
+        f'<b{" class=close" if d[0] < near["near"] * usual else ""}>{_ratio(d[0], usual)}</b></li>'
+        for row, (i, j, d) in enumerate(zip(sheet["samples"], sheet["neighbours"], sheet["distances"], strict=True))
     )
     alt = f"{name}: {rows} rows of a sample and its {near['k']} nearest training images"
-    pictures = _sheet(sheet["png"], near["columns"], rows, alt, " pairs")
     return (
-        f'<figure class="card"><div class="paired"><div class="heads"><span>sample</span><span>nearest training images</span></div>'
-        f'{pictures}<ol class="ratios">{items}</ol></div><figcaption>{escape(title)}</figcaption></figure>'
+        f'<figure class="card"><div class="heads"><span>sample</span><span>nearest training images</span></div>'
+        f'<ol class="paired" aria-label="{escape(alt)}">{items}</ol><figcaption>{escape(title)}</figcaption></figure>'
     )
 
 

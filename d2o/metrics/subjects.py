@@ -20,6 +20,7 @@ from d2o.metrics.prepare import parse_preparation, quantize
 from d2o.metrics.protocol import Settings
 from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
 from d2o.networks.build import count_parameters
+from d2o.networks.processor import arrange
 from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
@@ -103,8 +104,14 @@ Subject = Generator | Pictures | Numbers
 
 
 def check_there(text: str) -> None:
-    """UserError, at once, where `open_subject` would find nothing of that name."""
+    """UserError, at once, where `open_subject` would find nothing of that name, or nothing that can be opened."""
     path = Path(text)
+    try:
+        special = path.exists() and not (path.is_file() or path.is_dir())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot look for {text[:80]!r}...: {error.strerror or error}") from error
+    if special:
+        raise UserError(f"{text} is neither a file nor a folder")
     if not (text.startswith("real:") or text in teacher_names() or any(mark in path.name for mark in "*{") or path.exists()):
         raise _absent(text)
 
@@ -123,6 +130,7 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
 
     `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or foreign file.
     """
+    check_there(text)
     path = Path(text)
     if text.startswith("real:"):
         return _pictures(text, settings, extractor, on_bad)
@@ -130,8 +138,6 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
         return _teacher(text, text, asset(BUILTIN[text]) if text in BUILTIN else None, settings, device)
     if any(mark in path.name for mark in "*{"):  # shards of a tar, as open_images takes them
         return _pictures(text, settings, extractor, on_bad)
-    if not path.exists():
-        raise _absent(text)
     if (path.suffix == ".pkl" and not is_statistics(path)) or (path / "model_index.json").is_file():
         return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
@@ -185,6 +191,7 @@ def reference_settings(settings: Settings) -> Settings:
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
     model = load_teacher(text, device)
+    ordered = arrange(model.network, device)
     solver = model.solver(settings.solver, settings.steps)
     solver.grid(model.schedule)  # whether it fits
     if solver.stochastic:
@@ -201,6 +208,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         "steps": solver.steps,
         "cfg": settings.cfg,
         "licence": model.spec.licence,
+        **({"channels_last": True} if ordered else {}),
     }
 
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -233,6 +241,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     if isinstance(model, ConsistencyStudent) and settings.steps is not None:  # of others --steps is not: it may be for a teacher among the X
         model = model.with_steps(settings.steps)
         label += f", {settings.steps} steps" if settings.steps > 1 else ""
+    ordered = arrange(model.network, device)
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -249,6 +258,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "teacher": made_from.get("name"),
         "teacher_sha256": made_from.get("sha256"),
         "licence": model.spec.licence,
+        **({"channels_last": True} if ordered else {}),
     }
     return Generator(
         label, text, "student", model.spec, sample, torch.inference_mode()(model.decode), made_from.get("name"), record,

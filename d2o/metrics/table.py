@@ -90,10 +90,11 @@ def results_table(records: Sequence[Record]) -> Table:
     )
 
 
-def fold(table: Table, width: int, gap: int = 3) -> list[Table]:
+def fold(table: Table, width: int, gap: int = 3, names: int | None = None) -> list[Table]:
     """The table in pieces that fit into `width` characters, each with the names; the footer under the last. A column that is too wide alone
-    stands alone."""
+    stands alone. `names`: the width of the first column, where its texts are wrapped."""
     sizes = [max(map(len, cells)) + gap for cells in zip(table.headers, *table.rows, strict=True)]
+    sizes[0] = sizes[0] if names is None else names
     pieces: list[list[int]] = [[]]
     used = sizes[0]
     for i in range(1, len(sizes)):

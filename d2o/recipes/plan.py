@@ -39,6 +39,7 @@ from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
 from d2o.training.evaluation import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide
+from d2o.training.tracker import check_tracker
 
 MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
 
@@ -78,6 +79,7 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
     needs = method_class.needs(recipe.options)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch,
                   licence=licence_of(recipe))  # fmt: skip
+    _attempt(plan.missing, lambda: check_tracker(recipe))
     if recipe.teacher and _fits(plan, recipe):
         known = {} if teachers is None else teachers
         setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher)))
@@ -261,7 +263,7 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
     plan.memory.update({f"{name} (kept beside them)": size for name, size in kept.items() if size > 2**16})
     loop = CountingLoop(method, micro)
     loop.run(method, meta_batch(method, setup, micro))
-    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (2 if recipe.precision == "bf16" else 1)
+    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (1 if recipe.precision == "fp32" else 2)
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if recipe.eval and recipe.eval.extractor and method.spec() is not None:
         plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = times(recipe) * recipe.eval.n * method.nfe()

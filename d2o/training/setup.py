@@ -101,7 +101,7 @@ def prepare(
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
         try_out(recipe, setup)
-        compute = Compute(p.batch, precision=p.precision, channels_last=p.channels_last)
+        compute = Compute(p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last)
         make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
         setup.pairs = PairStore(folder)
     return setup

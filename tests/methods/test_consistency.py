@@ -146,6 +146,12 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
     assert m.describe()["student"] == {**m.made(m.student).record, "form": "pd", "steps": 1}
 
 
+def test_the_clamp_of_the_sampler_goes_into_the_checkpoint():
+    assert method().describe()["student"]["clamp"] is True and method(clamp=False).describe()["student"]["clamp"] is False
+    m = method(clamp=False)
+    assert m.made(m.student).with_steps(2).clamp is False
+
+
 @pytest.mark.parametrize("i_min", [None, 1])
 def test_ctm_is_table_5(i_min):
     options = {"kind": "ctm", "max_hops": 3, "distance": "l1", "i_min": i_min}

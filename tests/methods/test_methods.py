@@ -135,7 +135,7 @@ def test_edm_trains_with_its_augmentation_and_tells_the_network():
     moved, told = augment(y, 0.5, draw.randn, draw.rand)
     sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
     noisy = moved + sigma * draw.randn(1, 8, 8)
-    (x, _, kept, asked), = seen
+    ((x, _, kept, asked),) = seen
     assert torch.equal(asked, told) and (told != 0).any() and not torch.equal(moved, y)
     torch.testing.assert_close(x, noisy)
     denoised = method.denoiser(noisy, sigma.flatten(), kept, augment_labels=told)

@@ -122,6 +122,14 @@ def test_styles_are_mixed_image_by_image() -> None:
     assert spi_gan().mix(Draws(0, 0, 8, 8, CPU)) is None
 
 
+def test_every_image_that_is_generated_in_training_may_be_mixed() -> None:
+    method, data, seen = spi_gan(mixing_prob=1.0, pl_weight=1.0), batch(), []
+    method.generator.register_forward_pre_hook(lambda module, args, kwargs: seen.append((len(kwargs["z"]), kwargs["mix"])), with_kwargs=True)
+    method.step(OneStep(method, data), data, 0)
+    assert [n for n, _ in seen] == [8, 4, 8] * 2  # the generator's turn, its path lengths, the critic's turn, at both times
+    assert all(len(second) == len(cutoffs) == n for n, (second, cutoffs) in seen)
+
+
 def test_the_lazy_correction_is_a_switch() -> None:
     optim = load_recipe("spi_gan_digits").optim
     assert spi_gan(pl_every=4).optim("generator", optim) is optim
@@ -176,7 +184,8 @@ def test_regularisers_are_lazy_and_scaled() -> None:
 @pytest.mark.parametrize("options", [
     {"update_mode": "joint"}, {"update_mode": "joint", "ivp": "incremental"}, {"ivp": "incremental_detach"}, {"latent": "z"}, {"latent": "alternate"},
     {"process": "ve"}, {"process": "subvp"}, {"mixing_prob": 1.0}, {"ada": "bgc", "ada_fixed": 0.5}, {"pair_noise": False, "K": 3},
-    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}},
+    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}}, {"j_sampling": "fixed_with_0", "ivp": "incremental_detach"},
+    {"j_sampling": "fixed_with_0", "update_mode": "joint", "ivp": "incremental"},
 ])  # fmt: skip
 def test_every_switch_trains_both_networks(options: dict) -> None:
     method, data = spi_gan(pl_weight=1.0, **options), batch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,33 @@ def test_foreign_files_are_neither_read_nor_overwritten(tmp_path: Path, content:
     with pytest.raises(UserError, match="not overwritten"):
         save_records(path, [record()])
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["protocol"], None), (["protocol", "n_gen"], "many"), (["metrics", "fd", "value"], "low"), (["metrics", "fd", "value"], float("nan")),
+        (["x"], []), (["x", "kind"], None), (["grid", "n"], 10**30), (["grid"], None), (["notes"], [1]), (["env", "threads"], {}), (["name"], 3),
+    ],
+)  # fmt: skip
+def test_edited_results_are_refused_with_the_key(tmp_path: Path, keys: list[str], value: object) -> None:
+    edited = record()
+    place = edited
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / "x.json").write_text(json.dumps(edited))
+    with pytest.raises(UserError, match=keys[-1]):
+        load_records(tmp_path / "x.json")
+
+
+def test_deep_json_and_pipes_are_no_results(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="not a result"):
+        load_records(tmp_path / "deep.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a file"):
+        load_records(tmp_path / "pipe")
 
 
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from d2o.data.pictures import to_png
 from d2o.errors import UserError
 from d2o.metrics.cells import quoted
 from d2o.metrics.charts import Dot, Series, dot_chart, line_chart, short
@@ -170,8 +171,9 @@ def test_nearest_training_images_are_shown_with_how_to_read_them() -> None:
     assert (
         "Nearest training images" in found.text and "10.0 % of 10 samples are nearer" in found.text and "Features pixels, 40 training" in found.text
     )
-    ratios = re.findall(r'<li( class=close)? title="sample (\d+), training image (\d+)">([\d.]+)</li>', page)
-    assert len(ratios) == 6 and ratios[0] == (" class=close", "3", "7", "0.00") and sum(bool(r[0]) for r in ratios) == 1
+    ratios = re.findall(r'<li title="sample (\d+), training image (\d+)">(.*?)<b( class=close)?>([\d.]+)</b></li>', page)
+    assert len(ratios) == 6 and ratios[0][:2] + ratios[0][3:] == ("3", "7", " class=close", "0.00") and sum(bool(r[3]) for r in ratios) == 1
+    assert all(r[2].count("<img") == 1 + 2 for r in ratios)  # the sample and its two neighbours
     assert page.count("<svg") == 1  # how near, over all samples
     assert "Nearest training images" not in render([record()])
 
@@ -201,17 +203,38 @@ def test_best_cells_presets_papers_and_what_speed_is_made_of() -> None:
     rows.append(quoted("DDPM", {"fd": 3.17}, "SiDA, Table 1"))
     page = render(rows)
     text = check(page).text
-    assert "<strong>1.000 ± 0.070</strong>" in page and '<td class="paper">3.17</td>' in page
+    assert "<strong>1.000 ± 0.070</strong>" in page and '<td class="paper" data-label="paper">3.17</td>' in page
     assert "sida_cifar10 · SiDA, Table 1 · tool EDM fid.py" in text and "the paper prints 0.8 (+25.0 %)" in text
     assert "12.0 ms (median) · nine of ten within 14.0 ms; network 10.0 ms, decoder 2.00 ms" in text
     assert "runs 1.00, 1.10 · k 3 · the paper" in text and "3.00 GiB" in text and "batch 250 · float16" in text and "paper 0.8" in text
     assert page.count("<details") == 2  # a quoted row was not measured
 
 
-def test_arrows_are_read_as_words_and_wide_tables_scroll_by_keyboard() -> None:
+def test_samples_are_shown_one_by_one_with_class_or_prompt() -> None:
+    images = torch.randint(0, 256, (6, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    grid = {"png": to_png(images, 2), "columns": 2, "n": 6, "labels": [0, 0, 1, 1, 2, 2], "seeds": [0, 5]}
+    page = render([record(grid=grid)])
+    assert re.findall(r"<span>(class \d)</span>", page) == ["class 0"] * 2 + ["class 1"] * 2 + ["class 2"] * 2
+    assert page[page.index("Samples from") :].count("<img") == 6 and 'style="--wide:2;--narrow:2"' in page
+    page = render([record(grid=grid | {"labels": None, "prompts": ["<b>a cat</b>"] + ["a dog"] * 5, "n": 6, "columns": 4})])
+    assert page.count("<span>a dog</span>") == 5 and "&lt;b&gt;a cat" in page and "--wide:6;--narrow:3" in page  # none of its cells is empty
+
+
+def test_wide_tables_fold_and_narrow_pages_name_each_cell() -> None:
+    rows = [record(f"student {i}") for i in range(3)]
+    for r in rows:
+        r["metrics"] |= {f"kid@{i}": {"label": f"KID(network-{i})", "value": 1.5, "runs": [1.5], "std": 0.1, "better": "lower"} for i in range(12)}
+    page = render(rows)
+    tables = re.findall(r'<table class="results">.*?</table>', page)
+    assert 2 <= len(tables) <= 5 and all(table.count('<th scope="row">student ') == 3 for table in tables)
+    assert [len(re.findall(rf'data-label="KID\(network-{i}\) ↓"', page)) for i in range(12)] == [3] * 12
+    assert all(len(re.findall("<th scope=.col", table)) <= 10 for table in tables) and 'aria-label="Results"' not in page
+
+
+def test_arrows_are_read_as_words() -> None:
     page = render([record()])
     assert 'aria-label="lower is better">↓</span>' in page and 'aria-label="higher is better">↑</span>' in page
-    assert '<th scope="row">student' in page and 'tabindex="0" role="region" aria-label="Results"' in page
+    assert '<th scope="row">student' in page
 
 
 def test_other_metrics_by_class_and_many_classes() -> None:

@@ -77,6 +77,14 @@ def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
     assert (mini.protocol, mini.extractor, mini.reference) == (None, "digits", "real:digits")
 
 
+@pytest.mark.parametrize("name", ["cd_cifar10", "cd_cifar10_cond", "cd_i_cifar10", "cd_i_cifar10_unfrozen", "cd_imagenet64", "dmd_cifar10",
+                                  "dmd_cifar10_noreg", "diff_instruct_cifar10"])  # fmt: skip
+def test_baselines_are_scored_on_the_way_as_their_headers_score_them(name):
+    recipe, text = load_recipe(name), find_recipe(name).read_text()
+    assert f"d2o eval runs/{name} --protocol {recipe.eval.protocol}" in text and recipe.images >= 20 * recipe.eval.every
+    assert load_recipe(name, mini=True).eval.extractor == "digits"
+
+
 def test_cd_i_and_its_twin_differ_in_freeze_alone():
     """Zheng & Yang 2024, Fig. 4A."""
     for frozen, twin in (("cd_i_cifar10", "cd_i_cifar10_unfrozen"), ("cd_i_digits", "cd_digits")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def kills(asked: argparse.Namespace, once: dict | None, base: Path, report: Repo
             report.add({"what": name, "kind": "undisturbed", "failures": reference.failures()})
         moments = asked.kills // len(chosen) + (i < asked.kills % len(chosen))
         planned += kill.plan(reference, moments, None if asked.events < 0 else asked.events, asked.full, asked.seed)
+    random.Random(asked.seed).shuffle(planned)
     if once:
         planned = [kill.Trial(**once)]
     for result in kill.trials(references, planned, base / "kills", asked.jobs, keep=asked.keep is not None):

@@ -20,6 +20,7 @@ from tests.torture.specimens import SPECIMENS, Specimen, build, find_file
 
 SECONDS = 20.0
 MEMORY = 4 * 2**30  # bytes, above what is in use when the command starts
+BEHIND_DIGESTS = ("json_node", "record", "tensor_header")
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Intact:
         if outcome.code != 0:
             raise RuntimeError(f"{specimen.name}, intact: {outcome.brief}\n{outcome.text}")
 
-    def read(self, folder: Path, log: Path, data: bytes | None = None) -> tuple[forks.Outcome, dict[str, str]]:
-        """Read it in a copy of its folder, with `data` in its place; the file itself is no product, nor are logs of what was trained."""
+    def read(self, folder: Path, log: Path, data: bytes | None = None, trust: bool = False) -> tuple[forks.Outcome, dict[str, str]]:
+        """Read it in a copy of its folder, with `data` in its place; the file itself is no product. `trust`: without looking at digests."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.folder, folder)
         if data is not None:
             (folder / self.file).write_bytes(data)
         read = self.specimen.read
-        function: Callable[[], Any] = forks.d2o(read) if isinstance(read, list) else read
+        function: Callable[[], Any] = forks.d2o(["--trust", *read] if trust else read) if isinstance(read, list) else read
         outcome = forks.run(function, cwd=folder, log=log, seconds=SECONDS, memory=MEMORY)
         if outcome.code != 0:
             return outcome, {}
@@ -70,6 +71,7 @@ def plan(specimens: list[Specimen], count: int, seed: int) -> list[Mutant]:
         for k in range(share):
             names = known if known and k % 2 else raw
             mutants.append(Mutant(specimen.name, names[(k // 2) % len(names)] if known else names[k % len(names)], rng.randrange(2**31)))
+    random.Random(seed).shuffle(mutants)  # so that a run that is stopped has seen something of everything
     return mutants
 
 
@@ -80,8 +82,12 @@ def attempt(mutant: Mutant, intact: Intact, folder: Path, log: Path) -> dict[str
     result: dict[str, Any] = {"what": specimen.name, "kind": mutant.mutation, "failures": [], "replay": mutant.replay}
     if data is None or data == intact.data:
         return {**result, "code": -1, "peak": 0}
-    outcome, products = intact.read(folder, log, data)
-    failures = _verdict(specimen, mutant.mutation, intact, outcome, products, own=specimen.own and tells)
+    # Behind a digest nobody would ever see whether values are checked: sometimes it is not looked at.
+    trust = specimen.own and mutant.mutation in BEHIND_DIGESTS and rng.random() < 0.4
+    outcome, products = intact.read(folder, log, data, trust)
+    failures = _verdict(specimen, intact, outcome, products, own=specimen.own and tells and not trust)
+    if trust:
+        result["kind"] += " --trust"
     return {**result, "code": outcome.code if outcome.code is not None else -outcome.signal, "peak": outcome.peak, "seconds": outcome.seconds,
             "failures": failures}  # fmt: skip
 
@@ -102,7 +108,7 @@ def find(name: str) -> Specimen:
     return next(specimen for specimen in SPECIMENS if specimen.name == name)
 
 
-def _verdict(specimen: Specimen, mutation: str, intact: Intact, outcome: forks.Outcome, products: dict[str, str], own: bool) -> list[str]:
+def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, products: dict[str, str], own: bool) -> list[str]:
     said = [line.strip() for line in outcome.text.splitlines() if line.strip()]
     if outcome.timed_out:
         return ["hang: " + outcome.brief]
@@ -112,10 +118,10 @@ def _verdict(specimen: Specimen, mutation: str, intact: Intact, outcome: forks.O
         text = outcome.text
         if "Traceback" in text:
             return ["traceback with exit 2", *said[-2:]]
-        named = any(name in text for name in (*specimen.names, intact.file.name, intact.file.parts[0]))
-        if not named and mutation != "forged_tensors":  # then the weights are wrong, and the file is as it was written
+        named = any(name in text for name in (*specimen.names, intact.file.name))
+        if not named and "not finite" not in text:  # weights that are wrong, but as they were written, are said of the network
             return ["the message names no file", *said[-3:]]
-        if max(len(line) for line in said) > 4000:
+        if max(len(line) for line in said) > 20_000:
             return [f"a message of {max(len(line) for line in said):,} characters", *(line[:200] for line in said[-3:])]
         return []
     if outcome.code != 0:

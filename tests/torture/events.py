@@ -60,8 +60,10 @@ class Events:
     def event(self, kind: str, path: str, before: Callable[[], None] = lambda: None) -> None:
         """`before` is done if this is where the process dies or the disk gets full: a part of a write."""
         with self.lock:
-            self.seen.append((kind, path))
-            here = len(self.seen) == self.at or (self.where is not None and self.where(kind, path))
+            counted = ".tfevents." not in path  # TensorBoard writes in a thread of its own: the numbers would not be the same twice
+            if counted:
+                self.seen.append((kind, path))
+            here = (counted and len(self.seen) == self.at) or (self.where is not None and self.where(kind, path))
             if here and self.action == "kill":
                 before()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -177,18 +177,17 @@ def share(jobs: int, count: int, work: Callable[[int], dict[str, Any]], folder: 
                 sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
-    read = [0] * jobs
     running = list(pids)
+    streams = [file.open() for file in files]
+    begun = [""] * jobs  # a line that is not whole yet
     while True:
-        for i, file in enumerate(files):
-            lines = file.read_text().splitlines(keepends=True)
-            for line in lines[read[i] :]:
-                if line.endswith("\n"):
-                    read[i] += 1
-                    yield json.loads(line)
-        if not running:
+        ended = not running  # looked at once more after the last has ended
+        for i, stream in enumerate(streams):
+            *whole, begun[i] = (begun[i] + stream.read()).split("\n")
+            yield from (json.loads(line) for line in whole)
+        if ended:
             return
-        time.sleep(0.2)
+        time.sleep(0.1)
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:

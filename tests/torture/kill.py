@@ -55,13 +55,13 @@ class Reference:
         return [f"left over: {name}" for name in leftovers(self.products)] + differences(self.products, snapshot(folder, self.command.inputs))
 
     def tail(self) -> list[int]:
-        """The events of the last checkpoint (or part) and of the end, by number. TensorBoard's own file is left to the random moments."""
+        """The events of the last checkpoint (or part) and of the end, by number."""
         ends = [i for i, (kind, path) in enumerate(self.events, 1) if kind == "os.rename" and path.endswith(self.command.marker)]
         first = ends[-2] if len(ends) > 1 else 0
         return [i for i in self.telling() if i > first]
 
     def telling(self) -> list[int]:
-        return [i for i, (_, path) in enumerate(self.events, 1) if ".tfevents." not in path and not path.endswith(".lock")]
+        return [i for i, (_, path) in enumerate(self.events, 1) if not path.endswith(".lock")]
 
 
 def plan(reference: Reference, moments: int, events: int | None, full: int, seed: int) -> list[Trial]:

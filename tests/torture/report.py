@@ -34,10 +34,10 @@ class Report:
         return [result for result in self.results if result["failures"]]
 
     def table(self) -> str:
-        """One line for each command or format and kind of trial: how many, how many failed, and how in short."""
+        """One line for each format, or command and kind of trial: how many, how many failed, and how in short."""
         groups: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
-            groups.setdefault((result["what"], result["kind"]), []).append(result)
+            groups.setdefault((result["what"], "damage" if "code" in result else result["kind"]), []).append(result)
         lines = [("what", "kind", "trials", "failed", "kills", "exit 0 / 2", "worst MB", "most frequent failures")]
         for (what, kind), results in sorted(groups.items()):
             lines.append((what, kind, *_counts(results), _frequent(results)))

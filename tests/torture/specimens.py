@@ -37,7 +37,8 @@ class Specimen:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.named, Path(self.file).name, self.file.partition("/")[0])
+        first = self.file.partition("/")[0]
+        return (*self.named, Path(self.file).name, *([first] if first != "images" else []))
 
 
 def build(specimen: Specimen, base: Path) -> Path:
@@ -225,6 +226,15 @@ def _pickled_statistics(folder: Path) -> None:
     _folder("png")(folder)
     random = np.random.RandomState(0).randn(100, 64)
     (folder / "stats.pkl").write_bytes(pickle.dumps({"mu": random.mean(0), "sigma": np.cov(random, rowvar=False)}))
+
+
+def _log(folder: Path) -> None:
+    """A run's log, for the curves of a report."""
+    _folder("png")(folder)
+    rows = [{"iteration": i, "images": 8 * i, "loss": 2.0 / i, "lr": 1e-3, "images_per_s": 9.5} for i in range(1, 6)]
+    rows.append({"iteration": 5, "images": 40, "eval": {"fd": 3.5, "accuracy": 0.5}})
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 TABLE = """
@@ -416,6 +426,8 @@ SPECIMENS = [
     Specimen("statistics pkl", _pickled_statistics, "stats.pkl", ["eval", "images", "--against", "stats.pkl", "--extractor", "digits", "--json",
                                                                  "out.json"]),
     Specimen("result json", _statistics, "result.json", ["eval", "result.json", "--compare", "--csv", "out.csv", "--report", "out.html"], "json",
+             after=[STATS, RESULT]),
+    Specimen("log, report", _log, "run/metrics.jsonl", ["eval", "result.json", "--compare", "--report", "out.html", "--run", "run"], "jsonl",
              after=[STATS, RESULT]),
     Specimen("table yaml", _table, "table.yaml", ["eval", "--table", "./table.yaml", "--json", "out.json"], "yaml", after=[STATS]),
     *(Specimen(f"prompts {suffix}", _prompts(suffix), f"prompts.{suffix}", [*TEXT, "--prompts", f"prompts.{suffix}"], kind)

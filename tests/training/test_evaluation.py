@@ -11,7 +11,9 @@ from d2o.cli.app import main
 from d2o.interop.safetensors_io import read_meta
 from d2o.metrics import presets
 from d2o.metrics.presets import Preset
+from d2o.metrics.quick import FrechetEvaluator
 from d2o.recipes.load import load_recipe
+from d2o.teachers.base import Spec
 from tests.helpers import tiny_recipe
 
 RECIPE = """
@@ -97,17 +99,27 @@ eval: {every: 8, extractor: digits, n: 8, reference: real:digits}
     assert not (tmp_path / "large" / "checkpoints").exists()
 
 
-def test_the_reference_can_be_the_images_that_are_trained_on(tmp_path, capsys):
-    """As training reads them: those of the real digits are those that `real:digits` stands for; of a part of them another distance."""
-    own = ["eval.reference=data", "eval.n=60", "images=32", "batch=16", "preview=null"]
-    scores = []
-    for changes in (own, [*own, "eval.reference=real:digits"], [*own, "data.limit=300"]):
-        out = tmp_path / str(len(scores))
+def test_the_reference_can_be_the_images_that_are_trained_on():
+    """As training reads them: all digits are what `real:digits` stands for; of a part of them the distance is another."""
+    spec, score = Spec("s", (1, 8, 8)), {"n": 60, "seed": 0}
+    data = [load_recipe("spi_gan_digits", changes).data for changes in ([], ["data.limit=300"])]
+    whole, part = (FrechetEvaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"] for section in data)
+    named = FrechetEvaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+    assert whole == pytest.approx(named, rel=1e-3) and part != pytest.approx(named, rel=1e-3)
+
+
+def test_a_recipe_is_scored_against_its_own_images(tmp_path, capsys, monkeypatch):
+    settings = {"n": 60, "resize": "none", "quantize": "edm_round", "labels": "random", "repeats": 1}
+    for count in (1797, 50_000):  # as the protocols of SPI-GAN, whose reference the user brings
+        preset = Preset(f"own{count}", "a paper", "digits", ("fd",), settings, None, count, "digits", "d2o", (), {"against": "the digits"})
+        monkeypatch.setitem(presets.PRESETS, preset.name, preset)
+        changes = [f"eval={{every: 16, protocol: own{count}, reference: data, n: 60}}", "images=16", "batch=8", "preview=null",
+                   "network.synthesis.base=64", "spi_gan.critic.base=64"]  # fmt: skip
         arguments = [word for change in changes for word in ("--set", change)]
-        assert d2o("train", "spi_gan_digits", "--mini", "--out", out, *arguments) == 0
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        scores.append([line["eval"]["fd"] for line in lines if "eval" in line])
-        assert ("to the training images, every" in capsys.readouterr().err) == ("eval.reference=real:digits" not in changes)
-    assert scores[0] == pytest.approx(scores[1], rel=1e-3) and scores[2] != pytest.approx(scores[0], rel=1e-3)
+        assert d2o("train", "spi_gan_digits", "--out", tmp_path / f"own{count}", *arguments) == (0 if count == 1797 else 2)
+    said = capsys.readouterr().err
+    assert "of 60 images to the training images, every 16" in said
+    assert "images of the reference: 1,797, the protocol has 50,000" in said
+    assert read_meta(tmp_path / "own1797" / "checkpoints" / "best.safetensors")["metrics"]["fd"] > 0
     assert d2o("train", "sid_digits", "--mini", "--out", tmp_path / "sid", "--set", "eval.reference=data") == 2
     assert "eval: reference: data means the recipe's own images" in capsys.readouterr().err
