@@ -138,12 +138,15 @@ def _sampler(
     from d2o.export.source import find_checkpoint
     from d2o.students.base import load_student
     from d2o.students.generate import student_sampler, teacher_sampler
+    from d2o.teachers.registry import teacher_names
 
     if teacher is not None:
         model = open_teacher(teacher, device)
         prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
         return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
+    if str(checkpoint) in teacher_names() and not checkpoint.exists():
+        raise UserError(f"{checkpoint} is a teacher, not a student's checkpoint", f"d2o sample --teacher {checkpoint} samples it")
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     student = student if steps is None else student.with_steps(steps)
     return student_sampler(student if truncation is None else _truncated(student, truncation, checkpoint))

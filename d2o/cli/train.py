@@ -90,6 +90,8 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
     if plan:
         return _plan(recipe, folder, resume, data or on_bad, device_name, start)
     check_options(recipe, data or on_bad, start)
+    if data is not None and recipe.data is not None and recipe.data.licence is None:
+        console.say("the licence of these images is not stated; --set data.licence=... records it in what is trained on them")
     from d2o.runtime import stop_flag
     from d2o.training.distributed import process_group
 
