@@ -1,6 +1,7 @@
 # Each target sets everything up by itself: a virtual environment in .venv with the tested versions, re-used the next time.
 #   make demo      distil the builtin teacher on this machine, ends with a table and runs/demo/report.html
 #   make test      the test suite
+#   make torture   every command killed at every event, every kind of file damaged; half an hour (JOBS=2 at once)
 #   make lint      ruff, mypy, and the floors of the house
 #   make results   docs/results.md and the README's table, from results/*.json
 #   make clean     remove what these leave behind
@@ -8,6 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint results clean
+.PHONY: help demo test torture lint results clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -24,7 +26,10 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS)
+
+torture: $(READY)
+	$(BIN)/python -m tests.torture --kills 200 --mutations 5000 --jobs $(JOBS) $(TORTURE_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

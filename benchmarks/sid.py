@@ -119,6 +119,8 @@ def stepper(trainer: Trainer) -> Callable[[], None]:
         batch = trainer.batches.get(trainer.iteration)
         trainer.norms.clear()
         trainer.method.step(trainer, batch, trainer.iteration)
+        trainer.ema.update(trainer.networks["student"], trainer.iteration * trainer.recipe.batch, trainer.recipe.batch)
+        trainer.method.settle()
         trainer.iteration += 1
 
     return step

@@ -9,6 +9,9 @@ os.environ.update(NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", 
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_name, None)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these as there are cores: one thread each, in the commands that they start, too
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -9,17 +9,19 @@ import sys
 import typer
 
 from d2o import __version__
-from d2o.cli import console
+from d2o.cli import console, hints
+from d2o.cli.env import env
 from d2o.cli.eval import evaluate
 from d2o.cli.export import export
+from d2o.cli.numbers import Command
 from d2o.cli.pairs import pairs
 from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
-from d2o.runtime import TRUST, Stopped, worker
+from d2o.runtime import TRUST, Stopped, share_cores, worker
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 
 
@@ -27,7 +29,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 CLICK_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
-SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+                errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 """What is wrong with the disk or its permissions, and not with d2o."""
 
 
@@ -37,32 +40,46 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+FLAGS = ("--debug", "--quiet", "--trust")
+"""Options of all commands, before or behind them: `main` takes them out."""
+
+
 @app.callback()
 def common(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (goes before the command: d2o --debug train ...)."),
-    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with "
-                               "(goes before the command)."),
-) -> None:
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. With any command."),
+    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with. "
+                               "With any command."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."),
+) -> None:  # fmt: skip
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
-    if trust:
-        os.environ[TRUST] = "1"
+    hints.typed(context)
 
 
-app.command()(teachers)
-app.command()(pairs)
-app.command()(train)
-app.command()(finetune)
-app.command()(sample)
-app.command(name="eval")(evaluate)
-app.command()(export)
+app.command(cls=Command)(teachers)
+app.command(cls=Command)(pairs)
+app.command(cls=Command)(train)
+app.command(cls=Command)(finetune)
+app.command(cls=Command)(sample)
+app.command(name="eval", cls=Command)(evaluate)
+app.command(cls=Command)(export)
+app.command(cls=Command)(env)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
     program = arguments is None  # the process is ours, and ends here
+    if program:
+        share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, console.quiet = ("--debug" in arguments), ("--quiet" in arguments)
+    if "--trust" in arguments:
+        os.environ[TRUST] = "1"
+    arguments = [text for text in arguments if text not in FLAGS]
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8, and not every terminal has a †
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
         if program and worker()[1] > 1 and not code:
@@ -75,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         console.err.print("stopped")
         sys.exit(130)
     except Stopped as stop:
-        console.err.print(stop.message, markup=False)
+        console.err.print("; ".join(filter(None, (stop.message, stop.way))), markup=False)
         sys.exit(stop.exit_code)
     except UserError as error:
         if debug:
@@ -93,5 +110,14 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         if debug:
             raise
-        console.error(f"{type(error).__name__}: {error}", "this is a fault of d2o or its surroundings; run `d2o --debug ...` for the traceback")
+        if _out_of_memory(error):
+            console.error("not enough memory", f"{str(error).splitlines()[0] if str(error) else 'it is used up'}; a smaller --batch takes less")
+            sys.exit(2)
+        hint = "this is a fault of d2o or its surroundings; the same command with --debug shows the traceback"
+        console.error(f"{type(error).__name__}: {error}", hint)
         sys.exit(1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's, or that of torch's allocator on the CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

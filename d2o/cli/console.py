@@ -9,39 +9,44 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from d2o.cli.hints import fit
 from d2o.runtime import worker
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+quiet = False
+"""--quiet: only results and errors."""
 
 
 def say(message: str) -> None:
     """One line about what is going on (stderr, first worker only)."""
-    if worker()[0] == 0:
+    if worker()[0] == 0 and not quiet:
         err.print(escape(message))
 
 
 def error(message: str, hint: str = "") -> None:
     err.print(f"[bold red]error:[/] {escape(message)}")
-    if hint:
+    if hint := fit(hint):
         err.print("  " + escape(hint).replace("\n", "\n  "))
 
 
 class Meter:
-    """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. Silent on all workers but the first."""
+    """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. The time that is left is shown from the second update
+    on, as the mean rate since the first has it. Silent on all workers but the first, and under --quiet."""
 
     def __init__(self, title: str, total: int, unit: str = "images", done: int = 0):
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.start, self.first, self.printed = time.perf_counter(), done, time.perf_counter()
-        self.quiet = worker()[0] != 0
+        self.quiet = quiet or worker()[0] != 0
+        self.told = False
         self.progress = None
         if not self.quiet and sys.stderr.isatty():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                       TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
+                       TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}")]  # fmt: skip
             self.progress = Progress(*columns, console=err)
-            self.task = self.progress.add_task(title, total=total, completed=done, rate="", note="")
+            self.task = self.progress.add_task(title, total=total, completed=done, rate="", left="", note="")
             self.progress.start()
 
     def update(self, done: int, note: str = "") -> None:
@@ -49,12 +54,14 @@ class Meter:
         self.done = done
         now = time.perf_counter()
         rate = (done - self.first) / max(now - self.start, 1e-9)
+        speed = f"{_speed(rate)} {self.unit}/s" if rate > 0 else ""
+        left = f"ETA {_clock((self.total - done) / rate)}" if rate > 0 and done < self.total else ""
         if self.progress is not None:
-            self.progress.update(self.task, completed=done, rate=f"{_speed(rate)} {self.unit}/s" if rate else "", note=note)
-        elif not self.quiet and (now - self.printed > 5 or done >= self.total):
-            self.printed = now
-            speed = f", {_speed(rate)}/s, {(self.total - done) / rate:,.0f} s left" if rate else ""
-            err.print(escape(f"{self.title} {done:,}/{self.total:,} {self.unit}{speed}  {note}".rstrip()))
+            self.progress.update(self.task, completed=done, rate=speed, left=left, note=note)
+        elif not self.quiet and (now - self.printed > 5 or done >= self.total or (left and not self.told)):
+            self.printed, self.told = now, bool(left) or self.told
+            text = ", ".join(filter(None, (f"{self.title} {done:,}/{self.total:,} {self.unit}", speed, left)))
+            err.print(escape(f"{text}  {note}".rstrip()))
 
     def close(self) -> None:
         if self.progress is not None:
@@ -63,6 +70,12 @@ class Meter:
 
 def _speed(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.cli.eval_run import Outputs, check_asked, measured
 from d2o.runtime import worker
 
@@ -32,15 +32,20 @@ X = typer.Argument(
     help="What to measure: a student's or teacher's .safetensors, a run folder (its best checkpoint, else its last), a teacher by name "
     "(digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or statistics (.npz, .pkl). Several give one table.",
     show_default=False,
+    autocompletion=complete.subjects,
 )
 AGAINST = _what("--against", help="The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
-                "what comes of digits: real:digits.")  # fmt: skip
+                "what comes of digits: real:digits.", autocompletion=complete.references)  # fmt: skip
 METRICS = _what("--metrics", default=[], help="fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, "
-                "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.")  # fmt: skip
-PROTOCOL = _what("--protocol", help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.")
-TABLE = _what("--table", help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.")
+                "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.",
+                autocompletion=complete.metrics)  # fmt: skip
+PROTOCOL = _what("--protocol", help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.",
+                 autocompletion=complete.of("protocols"))  # fmt: skip
+TABLE = _what("--table", help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.",
+              autocompletion=complete.tables)  # fmt: skip
 EXTRACTOR = _what("--extractor", help="Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
-                  "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.")  # fmt: skip
+                  "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.",
+                  autocompletion=complete.of("extractors", ".safetensors", paths=True))  # fmt: skip
 WEIGHTS = _what("--weights", default=[], help="Weights file of a network: [NAME=]PATH. Default: in $D2O_HOME/weights, else downloaded.")
 TEACHER = _what("--teacher", help="Teacher to measure the distance to. Default: the one that the student names, if it is here.")
 NO_DISTANCE = _what("--no-teacher-distance", default=False, help="Leave out the distance to the teacher from equal noise.")

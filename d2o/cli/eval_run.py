@@ -57,8 +57,9 @@ class Outputs:
             raise UserError("--run shows training curves in a report", "add --report FILE.html")
         if not (self.json or self.csv or self.markdown or self.report or save_stats):
             return
+        from d2o.interop.outputs import check_output
         from d2o.metrics.formats import check_table_target
-        from d2o.metrics.records import check_json_target, check_target
+        from d2o.metrics.records import check_json_target
         from d2o.metrics.report import check_report_target
         from d2o.metrics.statistics import is_statistics
 
@@ -75,7 +76,7 @@ class Outputs:
                 if not (folder / "metrics.jsonl").exists():
                     raise UserError(f"{folder} is not a run folder: it holds no metrics.jsonl", "--run takes what `d2o train --out` wrote")
         if save_stats:
-            check_target(save_stats)
+            check_output(save_stats, folder=False)
             if save_stats.suffix != ".npz":
                 raise UserError(f"--save-stats {save_stats}: statistics are an .npz file")
             if save_stats.exists() and not is_statistics(save_stats):

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 
 CHECKPOINT = typer.Argument(
     help="A student's or teacher's .safetensors checkpoint, a run folder (its best checkpoint, else its last), or a builtin teacher.",
     show_default=False,
+    autocompletion=complete.checkpoints,
 )
 FORMAT = typer.Option(
     "onnx",
     "--format",
     help="onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or diffusers (a "
     "text-to-image teacher as a folder for StableDiffusionPipeline).",
+    autocompletion=complete.among("onnx", "program", "safetensors", "diffusers"),
 )
 OUT = typer.Option(
     None,

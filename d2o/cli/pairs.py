@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ RUNNING, STORE, WORKERS, TOOLS = "How the network is run", "What is stored", "Se
 
 def pairs(
     teacher: str = typer.Option(None, "--teacher", help="Teacher: a name (digits, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
-                                "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder.", show_default=False),
+                                "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder.", show_default=False,
+                                autocompletion=complete.teachers),
     n: int = typer.Option(None, "--n", "-n", help="Number of pairs. Default with --prompts: one for every prompt, times --per-prompt.",
                           show_default=False),
     out: str = typer.Option(None, "--out", help="Folder of the store, or any fsspec URL (s3://bucket/pairs); a store that was begun there is "
-                            "continued.", show_default=False),
+                            "continued. Default: a name made of the settings, under runs/pairs.", show_default=False),
     solver: str = typer.Option(None, "--solver", help="heun, euler, ddim, dpmpp (DPM-Solver++ 2M) or sde (stochastic Heun). Default: the "
                                "teacher's usual one.", show_default=False),
     steps: int = typer.Option(None, "--steps", help="Solver steps (heun and sde evaluate the network 2 x steps - 1 times, the others steps "
@@ -56,8 +57,10 @@ def pairs(
                                 rich_help_panel=STORE),
     batch: int = typer.Option(None, "--batch", help="Pairs per teacher call (256); a begun store keeps its own.", show_default=False,
                               rich_help_panel=RUNNING),
-    precision: str = typer.Option("fp32", "--precision", help="fp32, or bf16 or fp16 inside the network.", rich_help_panel=RUNNING),
-    channels_last: bool = typer.Option(False, "--channels-last", help="Channels-last memory order of the network.", rich_help_panel=RUNNING),
+    precision: str = typer.Option("fp32", "--precision", help="fp32; bf16 or fp16 inside the network; or auto: bf16 where the processor computes "
+                                  "in it.", rich_help_panel=RUNNING),
+    channels_last: bool = typer.Option(None, "--channels-last/--no-channels-last", help="Channels-last memory order of the network. Default: where "
+                                       "that is faster.", show_default=False, rich_help_panel=RUNNING),
     compile: str = typer.Option("none", "--compile", help="torch.compile: none, default, or graphs (CUDA graphs).", rich_help_panel=RUNNING),
     device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False,
                                rich_help_panel=RUNNING),
@@ -99,13 +102,10 @@ def pairs(
 
         texts = open_prompts(prompts)  # a mistake in it is found before the teacher is fetched
         n = len(texts) * max(per_prompt, 1) if n is None else n
-    for name, value in (("--teacher", teacher), ("--n", n), ("--out", out)):
-        if value is None:
-            raise UserError(f"{name} is missing", "for example: d2o pairs --teacher digits --n 8192 --out runs/pairs")
+    _check_given(teacher, n, prompts, cfg)
 
     from d2o.data.pair_settings import PairSettings
     from d2o.runtime import stop_flag
-    from d2o.teachers import catalogue
     from d2o.teachers.compute import Compute
     from d2o.teachers.generate import Share, make_pairs
 
@@ -114,19 +114,54 @@ def pairs(
         shard_size, dtype, store_noise, decode,
     )  # fmt: skip
     settings.check()
-    entry = catalogue.find(teacher)
-    if prompts is None and entry is not None and entry.kind == "diffusers":  # all of these take text; said before anything is fetched
-        raise UserError(f"teacher {teacher!r} is conditioned on text", "give --prompts FILE (.txt, one a line; .jsonl; .parquet)")
+    if out is not None:
+        _check_folder(out)
     compute = Compute(batch, threads, precision, channels_last, compile)
     share = Share.parse(worker, share_only)
     with stop_flag() as stop, progress_bar("pairs", "pairs") as progress:
         model = open_teacher(teacher, device)
+        if out is None:
+            out = str(settings.resolved(model.spec.solver, model.spec.steps).folder(precision))
+            console.say(f"the store is {out} (--out names another)")
+            _check_folder(out)
         store = make_pairs(settings, out, compute=compute, share=share, say=console.say, progress=progress, stop=stop, teacher=model,
                            prompts=texts)  # fmt: skip
     if store is not None:
         made = store.settings
         calls = f"{made.nfe} network evaluations" + (f" ({made.forwards} passes)" if made.forwards != made.nfe else "")
         console.say(f"{out}: {len(store):,} pairs of {calls} in {len(store.units)} shards")
+
+
+def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: float) -> None:
+    """UserError: what cannot be done without is missing; all of it, with an example for this teacher. Says what nothing can be trained on."""
+    from d2o.methods.teachers import methods_for
+    from d2o.teachers.kinds import look
+
+    kind = None if teacher is None else look(teacher)
+    text = kind is not None and kind.text
+    lacking = [("--teacher", "any that `d2o teachers` lists, or the path of one")] if teacher is None else []
+    lacking += [("--n", "how many pairs" + (" (without it one for every prompt)" if text else ""))] if n is None else []
+    if text and prompts is None:
+        files = "a .txt file (one a line), .jsonl or .parquet (column prompt, text or caption)"
+        lacking.append(("--prompts", f"{teacher!r} is conditioned on text: {files}"))
+    if lacking:
+        words = ["d2o pairs --teacher", teacher or "digits", *(["--prompts prompts.txt"] if text else []), f"--n {n or 8192}"]
+        words += [] if cfg == 1 else [f"--cfg {cfg:g}"]
+        rows = [f"{name:<10} {what}" for name, what in lacking] if len(lacking) > 1 or text else []
+        hint = "\n".join([*rows, f"for example: {' '.join(words)}", "the store goes under runs/pairs unless --out says where"])
+        names = " and ".join(name for name, _ in lacking)
+        raise UserError(f"{names} {'is' if len(lacking) == 1 else 'are'} missing", hint)
+    if kind is not None and not methods_for(kind):
+        console.say(f"note: teacher {teacher!r} {kind.words()}; no method of `d2o train` takes its pairs yet (d2o.PairStore reads them)")
+
+
+def _check_folder(out: str) -> None:
+    """UserError: a store cannot be made there. (Of a URL it shows later.)"""
+    from d2o.data.objects import local_path
+    from d2o.interop.outputs import check_output
+
+    if (folder := local_path(out)) is not None:
+        check_output(folder, folder=True)
 
 
 def _verify(path: str) -> None:
@@ -191,13 +226,6 @@ def open_teacher(name: str, device: str | None) -> Teacher:
 
 def open_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is. UserError: no such device, or not usable here."""
-    import torch
-
     from d2o.training.distributed import pick_device
 
-    try:
-        device = pick_device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).strip().splitlines()[0]}", "known: cpu, cuda, cuda:N") from error
-    return device
+    return pick_device(name)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.table import Table
 
 from d2o.cli import console
+from d2o.cli.hints import fit
+
+if TYPE_CHECKING:
+    from d2o.recipes.plan import Plan
 
 
 def size(n: int) -> str:
@@ -20,11 +25,8 @@ def size(n: int) -> str:
     raise AssertionError
 
 
-def show_plan(recipe: Any, start: Path | None) -> None:
-    """Print what `recipe` builds and costs; creates nothing."""
-    from d2o.recipes.plan import make_plan
-
-    plan = make_plan(recipe, start)
+def show_plan(recipe: Any, plan: Plan) -> None:
+    """Print what `recipe` builds and costs, and whether it would start."""
     title = f"{recipe.name}: method {recipe.method}, {recipe.images:,} images in {plan.iterations:,} iterations of {recipe.batch}"
     table = Table(title=title, title_justify="left")
     table.add_column("part")
@@ -43,7 +45,17 @@ def show_plan(recipe: Any, start: Path | None) -> None:
             if title.startswith("memory"):
                 table.add_row("  sum", size(sum(plan.memory.values())))
             table.add_section()
-    console.out.print(table)
-    if plan.refused:
-        console.out.print("cannot be trained: " + "; ".join(plan.refused), markup=False)
-    console.out.print("missing: " + ("; ".join(plan.missing) if plan.missing else "nothing"), markup=False)
+    if table.row_count:
+        console.out.print(table)
+    for head, lines in (("before it begins", plan.first), ("missing", plan.missing), ("does not fit", plan.refused)):
+        for line in lines:
+            console.out.print(f"{head}: " + fit(line).replace("\n", "\n  "), markup=False)
+
+
+def verdict(plans: Sequence[Plan]) -> None:
+    """The last line of a plan. typer.Exit 1: the command would not start."""
+    problems = len({line for plan in plans for line in (*plan.missing, *plan.refused)})
+    if problems:
+        console.out.print(f"would not start: {'one problem' if problems == 1 else f'{problems} problems'}, above")
+        raise typer.Exit(1)
+    console.out.print("would start: nothing is missing")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.cli.pairs import open_device, open_teacher, progress_bar
 from d2o.errors import UserError
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 def sample(
     checkpoint: Path = typer.Argument(None, help="A student's .safetensors checkpoint, or a run folder (its best, else last checkpoint).",
-                                      show_default=False),
+                                      show_default=False, autocompletion=complete.checkpoints),
     n: int = typer.Option(None, "--n", "-n", help="Number of images.", show_default=False),
-    out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file.", show_default=False),
+    out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file. Default: "
+                             "`samples/<name>-n<n>-seed<seed>.zip`.", show_default=False),
     seed: int = typer.Option(0, "--seed", help="Seed of the first image; image i has seed + i."),
     labels: str = typer.Option(None, "--labels", help="Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
                                "prompts likewise (default: balanced).", show_default=False),
@@ -29,9 +30,9 @@ def sample(
     grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, with their classes.",
                               show_default=False),
     teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
-                                "that both can be compared.", show_default=False),
+                                "that both can be compared.", show_default=False, autocompletion=complete.teachers),
     solver: str = typer.Option(None, "--solver", help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
-                               show_default=False),
+                               show_default=False, autocompletion=complete.among("heun", "euler", "ddim", "dpmpp")),
     steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher (default: its usual number); network calls of a consistency "
                               "student, 1 or 2; pictures of a --path (9).", show_default=False),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
@@ -46,6 +47,10 @@ def sample(
                                      show_default=False),
     device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
     threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False),
+    precision: str = typer.Option("fp32", "--precision", help="fp32; bf16 or fp16 inside the network; or auto: bf16 where the processor computes "
+                                  "in it."),
+    channels_last: bool = typer.Option(None, "--channels-last/--no-channels-last", help="Channels-last memory order of the network. Default: where "
+                                       "that is faster.", show_default=False),
     chunk: int = typer.Option(None, "--chunk", help="Images per part, the unit of work that an interruption can lose. Default 1024.",
                               show_default=False),
 ) -> None:  # fmt: skip
@@ -54,15 +59,13 @@ def sample(
     Image i depends on seed + i and its label alone; equal seeds give files of equal bytes. The same command again continues what was
     interrupted. Several workers may run it at once (started twice, or under torchrun) and share the work.
     """
-    example = "for example: d2o sample runs/quickstart --n 1000 --out x.zip"
+    example = "for example: d2o sample runs/quickstart --n 1000"
     if path is not None:
         _walk(checkpoint, path, n, out or grid, seed, 9 if steps is None else steps, interpolation, truncation, device)
         return
     if (checkpoint is None) == (teacher is None):
         raise UserError("give a student's checkpoint or --teacher, one of them", example)
-    for name, value in (("--n", n), ("--out", out)):
-        if value is None:
-            raise UserError(f"{name} is missing", example)
+    _check_given(checkpoint, teacher, n, prompt or prompts)
     if checkpoint is not None and (solver, cfg, prompt or None, prompts) != (None, 1.0, None, None):
         raise UserError("--solver, --cfg and prompts are a teacher's", "leave them away")
     if prompt and prompts:
@@ -70,20 +73,60 @@ def sample(
     if grid is not None and grid.suffix.lower() != ".png":
         raise UserError(f"--grid {grid}: expected the name of a .png file")
 
+    from d2o.interop.outputs import check_output
     from d2o.runtime import stop_flag, worker
     from d2o.students.generate import SampleSettings, make_samples
 
     texts = prompts or prompt or None
+    default = ""
+    if out is None:
+        out = _default_out(checkpoint or Path(str(teacher)), n, seed, solver=solver, steps=steps, cfg=None if cfg == 1 else cfg, labels=labels,
+                           truncation=truncation, prompts=prompts and Path(prompts).stem, prompt="+".join(prompt or ()) or None)  # fmt: skip
+        default = f"writing {out} (--out names another file or a folder)"
+    check_output(out)
+    if grid is not None:
+        check_output(grid, folder=False)
     sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, truncation, device), SampleSettings(n, seed, labels)
+    if default:
+        console.say(default)
     with stop_flag() as stop, progress_bar("sample", "images") as progress:
         record = make_samples(
-            sampler, out, settings, batch=batch, threads=threads, chunk=chunk, say=console.say, progress=progress, stop=stop
+            sampler, out, settings, batch=batch, threads=threads, chunk=chunk, precision=precision, channels_last=channels_last,
+            say=console.say, progress=progress, stop=stop,
         )  # fmt: skip
     if grid is not None and worker()[0] == 0:
         _write_grid(grid, sampler, record)
     made = sampler.record
     passes = f" ({made['forwards']} passes)" if made.get("forwards", made["nfe"]) != made["nfe"] else ""
     console.say(f"{out}: {n:,} images, {made['nfe']} network {'call' if made['nfe'] == 1 else 'calls'}{passes} each")
+
+
+def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, texts: Any) -> None:
+    """UserError: what cannot be done without is missing; all of it, with an example for this checkpoint or teacher."""
+    lacking = ["--n"] if n is None else []
+    words = [f"d2o sample {checkpoint}"]
+    if teacher is not None:
+        from d2o.teachers.kinds import look
+
+        kind = look(teacher)
+        text = kind is not None and kind.text
+        words = [f"d2o sample --teacher {teacher}", *(['--prompt "a lighthouse at dawn"'] if text else [])]
+        lacking += ["--prompt (or --prompts FILE)"] if text and not texts else []
+    if lacking:
+        raise UserError(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing", f"for example: {' '.join(words)} --n {n or 64}")
+
+
+def _default_out(source: Path, n: int, seed: int, **others: Any) -> Path:
+    """samples/NAME-n50000-seed0.zip; what else was chosen is part of the name, so that other choices make other files."""
+    from d2o.data.pair_settings import short_name
+
+    run = source.parent.parent.name if source.parent.name == "checkpoints" else ""
+    words = [run, short_name(str(source.resolve() if source.name in ("", "..") else source))]
+    for key, value in others.items():
+        if value is not None:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(re.sub(r"[^\w.+]+", "_", f"{'' if key in ('solver', 'prompts', 'prompt') else key}{text}")[:60])
+    return Path("samples") / "-".join([*filter(None, words), f"n{n}", f"seed{seed}.zip"])
 
 
 def _sampler(
@@ -123,12 +166,14 @@ def _walk(
     if checkpoint is None or out is None:
         raise UserError("--path needs a student's checkpoint and --out FILE.png or .gif", example)
     from d2o.export.source import find_checkpoint
+    from d2o.interop.outputs import check_output
     from d2o.students.base import load_student
     from d2o.students.paths import path_images, save_path, walk_names
     from d2o.students.style import StyleStudent
 
     if out.suffix.lower() not in (".png", ".gif"):
         raise UserError(f"--out {out}: a path is written as .png or .gif", example)
+    check_output(out, folder=False)
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     if not isinstance(student, StyleStudent):
         raise UserError(f"{checkpoint} has no latent path: it is a student of another kind", "--path is for students of spi-gan")
@@ -141,14 +186,12 @@ def _walk(
 def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
     from d2o.data.pictures import draw_sheet, lay_out
     from d2o.interop.safetensors_io import atomic_path
-    from d2o.interop.temporary import sweep
     from d2o.students.generate import first_images
 
     images, labels = first_images(sampler, record, 64)
     classes = None if labels is None else labels.tolist()
     names = dict(zip(classes, sampler.prompts.many(classes), strict=True)) if sampler.prompts is not None and classes is not None else None
     picture = draw_sheet([("", images)], lay_out(len(images), classes, names))
-    sweep(path.parent, glob.escape(path.name))
     with atomic_path(path) as temporary:
         picture.save(temporary, "png")
     console.say(f"wrote {path}")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from d2o.cli import console
 from d2o.cli.pairs import open_device
-from d2o.cli.plan import show_plan, size
+from d2o.cli.plan import show_plan, size, verdict
 from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
 from d2o.errors import UserError
 from d2o.runtime import Stopped, stop_flag
@@ -37,13 +37,14 @@ def run_sweep(
     from d2o.training.distributed import barrier, process_group
 
     sweep = plan_sweep(name, overrides, sweeps, mini)
-    for member in sweep.members:
-        check_options(member.recipe, data, start)
-    plans = _plan_all(sweep, start)
+    plans = _plan_all(sweep, data, start)
     if plan:
-        show_plan(sweep.members[0].recipe, start)
+        show_plan(sweep.members[0].recipe, plans[0])
         _show_plans(sweep, plans)
+        verdict(plans)
         return
+    if lines := [f"--sweep: {member.name}: {'; '.join(p.refused)}" for member, p in zip(sweep.members, plans, strict=True) if p.refused]:
+        raise UserError("\n".join(lines))
     folder, count = out or Path("runs") / (sweep.folder + ("-mini" if mini else "")), len(sweep.members)
     check_folder(folder)
     check_same(folder, sweep, start)
@@ -71,8 +72,7 @@ def run_sweep(
                     console.error(f"{where}: {error.message}", error.hint)
                 del trainer  # before the next one takes as much memory
             except Stopped as stopped:
-                text = stopped.message.replace("`--resume` with the same command", "the same command")
-                raise Stopped(f"{where}: {text}", stopped.exit_code - 128) from stopped
+                raise Stopped(f"{where}: {stopped.message}", stopped.exit_code - 128, "the same command continues") from stopped
             finally:
                 if rank == 0:
                     update(folder, sweep, start, failed)
@@ -83,15 +83,17 @@ def run_sweep(
         raise UserError(f"{len(failed)} of {count} runs failed: {', '.join(failed)}", "the lines above say why; the same command tries them again")
 
 
-def _plan_all(sweep: Sweep, start: Path | None) -> list[Plan]:
-    """UserError: what the methods would refuse, a line for each member."""
+def _plan_all(sweep: Sweep, data: str | None, start: Path | None) -> list[Plan]:
+    """A plan for each member, with what its method would not use."""
     from d2o.recipes.plan import make_plan
 
     teachers: dict[str, Any] = {}
     plans = [make_plan(member.recipe, start, teachers) for member in sweep.members]
-    lines = [f"--sweep: {member.name}: {'; '.join(plan.refused)}" for member, plan in zip(sweep.members, plans, strict=True) if plan.refused]
-    if lines:
-        raise UserError("\n".join(lines))
+    for member, plan in zip(sweep.members, plans, strict=True):
+        try:
+            check_options(member.recipe, data, start)
+        except UserError as error:
+            plan.refused.append(str(error))
     return plans
 
 
@@ -101,6 +103,10 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
     for member, plan in zip(sweep.members, plans, strict=True):
         table.add_row(*_cells(member, plan))
     _print(table)
+    for member, plan in zip(sweep.members[1:], plans[1:], strict=True):
+        for line in (*plan.missing, *plan.refused):
+            if line not in (*plans[0].missing, *plans[0].refused):
+                console.out.print(f"{member.name}: {line}", markup=False)
     calls, disk = sum(sum(plan.calls.values()) for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
     console.out.print(f"together: {calls:,} network calls, {size(disk)} of disk")
 
@@ -138,4 +144,4 @@ def _table(title: str, heads: Sequence[str]) -> Table:
 def _print(table: Table) -> None:
     """In a file or pipe there is room for long names."""
     out = console.out
-    (out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False)).print(table)
+    (out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)).print(table)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from d2o.cli import console
+from d2o.cli import complete, console
 from d2o.errors import unknown
 
 
 def teachers(
-    name: str = typer.Argument(None, help="Say more about one of them.", show_default=False),
+    name: str = typer.Argument(None, help="Say more about one of them.", show_default=False, autocompletion=complete.of("teachers")),
 ) -> None:
     """List the teachers that have a name: parameters, licence, and whether they are on this machine.
 

@@ -28,9 +28,12 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
 
 def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:
     """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
+    from d2o.interop.outputs import check_output
     from d2o.interop.safetensors_io import read_meta
-    from d2o.recipes.load import diff_recipes, load_recipe
+    from d2o.recipes.load import diff_recipes
+    from d2o.training.choices import as_begun
 
+    check_output(folder, folder=True)
     before, state = folder / "recipe.yaml", folder / "checkpoints" / "state.safetensors"
     if not folder.exists() or not any(folder.iterdir()):
         return True
@@ -38,7 +41,8 @@ def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> boo
         raise UserError(f"{folder} holds other files and no run", "choose another --out")
     if not resume:
         raise UserError(f"{folder} holds a run already", "--resume continues it; another --out starts a new one")
-    changes = diff_recipes(load_recipe(str(before)).resolved(), recipe.resolved())
+    begun: Any = begun_recipe(folder)
+    changes = diff_recipes(begun.resolved(), as_begun(recipe, begun).resolved())
     if changes:
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
         raise UserError(what, "restore it, or choose another --out")
@@ -53,22 +57,37 @@ def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> boo
     return True
 
 
+def begun_recipe(folder: Path) -> Any | None:
+    """The recipe that the run in the folder was begun with; None where there is none."""
+    from d2o.recipes.load import load_recipe
+
+    path = folder / "recipe.yaml"
+    return load_recipe(str(path)) if path.is_file() else None
+
+
 def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device: Any, rank: int, world: int, start: Path | None,
               stop: Any) -> Trainer:  # fmt: skip
     """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for what is missing."""
     from d2o.interop.safetensors_io import atomic_write
+    from d2o.training.choices import as_begun
     from d2o.training.distributed import barrier
     from d2o.training.loop import Trainer
     from d2o.training.setup import prepare, provenance_of
+    from d2o.training.threads import settle_threads
+    from d2o.training.tracker import check_tracker
 
+    recipe = as_begun(recipe, begun_recipe(folder))
+    check_tracker(recipe)
     with progress_bar("pairs", "pairs") as progress:
         try:
             setup = prepare(recipe, device, start, console.say, progress, stop)
         except MissingImages as error:
             raise UserError(error.message, f"{error.hint}\n{_ways_on(name, overrides)}") from error
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup), say=console.say)
+    trainer.evaluation.check()  # what is refused leaves no folder
+    settle_threads(trainer)
     if rank == 0:
-        atomic_write(folder / "recipe.yaml", recipe.to_yaml())
+        atomic_write(folder / "recipe.yaml", trainer.recipe.to_yaml())
     barrier(world)
     trainer.resume()
     return trainer

@@ -29,10 +29,13 @@ import torch
 
 from d2o.data.images import save_png_bytes
 from d2o.errors import UserError, unknown
+from d2o.interop.inputs import check_size, parse_json, read_json
+from d2o.interop.npz import read_npz
 
 Part = dict[str, torch.Tensor]
 RECORD = "samples.json"
 PER_FOLDER = 1000
+MAX_RECORD = 1 << 24  # bytes of samples.json
 DOS_DATE = 33  # 1980-01-01, the first day that a zip can name
 LOCAL, CENTRAL = "<4s5H3I2H", "<4s6H3I5H2I"
 MANY, LARGE = 0xFFFF, 0xFFFFFFFF  # from here on a zip needs its 64-bit records
@@ -90,7 +93,10 @@ class Zip(Archive):
 
     def read_record(self) -> dict[str, Any] | None:
         with zipfile.ZipFile(self.out) as file:
-            return json.loads(file.read(RECORD)) if RECORD in file.namelist() else None
+            if RECORD not in file.namelist():
+                return None
+            check_size(RECORD, file.getinfo(RECORD).file_size, MAX_RECORD)
+            return parse_json(file.read(RECORD))
 
 
 class Tar(Archive):
@@ -114,7 +120,7 @@ class Tar(Archive):
         with tarfile.open(self.out, "r:") as file:
             first = file.next()
             content = file.extractfile(first) if first is not None and first.name == "." + RECORD else None
-            return None if content is None else json.loads(content.read())
+            return None if content is None else parse_json(content.read(MAX_RECORD))
 
 
 class Npz(Archive):
@@ -137,8 +143,8 @@ class Npz(Archive):
                     np.lib.format.write_array(file, more[name], allow_pickle=False)
 
     def read_record(self) -> dict[str, Any] | None:
-        with np.load(self.out, allow_pickle=False) as arrays:
-            return json.loads(str(arrays["samples"])) if "samples" in arrays else None
+        arrays = read_npz(self.out, lambda name: name == "samples")
+        return parse_json(str(arrays["samples"])) if arrays else None
 
 
 class Folder(Archive):
@@ -157,7 +163,7 @@ class Folder(Archive):
 
     def read_record(self) -> dict[str, Any] | None:
         path = self.out / RECORD
-        return json.loads(path.read_bytes()) if path.exists() else None
+        return read_json(path, MAX_RECORD) if path.exists() else None
 
 
 FORMATS: dict[str, type[Archive]] = {"": Folder, ".zip": Zip, ".tar": Tar, ".npz": Npz}

@@ -6,17 +6,17 @@ import functools
 import hashlib
 import posixpath
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from d2o.data import decode
-from d2o.data.containers import Container, Member
+from d2o.data.containers import Container, Member, printable
 from d2o.data.layouts import LAYOUTS, Source, wrong_label
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Malformed
+from d2o.interop.npz import DAMAGED, read_npz
 from d2o.interop.numpy_pickle import HINT, loads
 
 
@@ -65,18 +65,17 @@ class Arrays(Source):
 
 def open_npz(path: str) -> Arrays:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("one array without a name")
-        with loaded:
-            key = next((key for key in ("images", "x", "arr_0") if key in loaded.files), None)
-            if key is None:
-                hint = "d2o eval --against takes statistics; here images are needed" if {"mu", "sigma"} <= set(loaded.files) else LAYOUTS
-                raise UserError(f"{path} holds no array named images, x or arr_0, but: {', '.join(loaded.files) or 'nothing'}", hint)
-            pixels = loaded[key]
-            labels_key = next((key for key in ("labels", "y", "arr_1") if key in loaded.files), None)
-            labels = None if labels_key is None else loaded[labels_key]
-    except (ValueError, OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(path) as file:
+            names = [name.removesuffix(".npy") for name in file.namelist()]
+        key = next((key for key in ("images", "x", "arr_0") if key in names), None)
+        if key is None:
+            hint = "d2o eval --against takes statistics; here images are needed" if {"mu", "sigma"} <= set(names) else LAYOUTS
+            shown = ", ".join(map(printable, names[:20])) + (", ..." if len(names) > 20 else "")
+            raise UserError(f"{path} holds no array named images, x or arr_0, but: {shown or 'nothing'}", hint)
+        labels_key = next((key for key in ("labels", "y", "arr_1") if key in names), None)
+        loaded = read_npz(path, lambda name: name in (key, labels_key))
+        pixels, labels = loaded[key], None if labels_key is None else loaded[labels_key]
+    except DAMAGED as error:
         raise UserError(f"{path} is not a readable npz: {error}", "it may be cut off, or hold Python objects (not read)") from error
     if pixels.dtype != np.uint8:
         raise UserError(f"{path}: {key} is {pixels.dtype}, not uint8", "save pixels as uint8, 0 to 255")

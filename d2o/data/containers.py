@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import os
 import posixpath
@@ -13,12 +14,15 @@ import threading
 import weakref
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from d2o.errors import UserError
+from d2o.interop.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, kind_of
 
-MAX_MEMBER_BYTES = 1 << 30  # a larger "image" is a mistake or an attack
 _PREAD = hasattr(os, "pread")  # not on Windows
+_UNPACKERS: dict[int, Callable[[], Any]] = {zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15), zipfile.ZIP_BZIP2: bz2.BZ2Decompressor}
+"""What unpacks a member to a given length and no further. Not LZMA's: it takes the memory that the file asks for."""
 
 
 class Member(NamedTuple):
@@ -38,10 +42,11 @@ class Container:
         self.bad: list[tuple[str, str]] = []
         self.notes: list[str] = []
 
-    def read(self, member: Member, limit: int | None = None) -> bytes:
-        """The member's bytes, checked; with a limit about that many of the first ones, unchecked. OSError if they cannot be had."""
-        if member.size > MAX_MEMBER_BYTES:
-            raise OSError(f"{member.size} bytes are too many for one image")
+    def read(self, member: Member, limit: int | None = None, most: int = MAX_IMAGE_BYTES) -> bytes:
+        """The member's bytes, checked; with a limit about that many of the first ones, unchecked. OSError if they cannot be had, or if it says
+        that it has more than `most`."""
+        if member.size > most:
+            raise OSError(f"it says that it has {member.size:,} bytes; the limit is {most:,}")
         return self._read(member, limit)
 
     def _read(self, member: Member, limit: int | None) -> bytes:
@@ -80,13 +85,14 @@ class Folder(Container):
                 elif stat.S_ISREG(about.st_mode):
                     self.members.append(Member(name, name, about.st_size, entry.path))
                 else:
-                    self.bad.append((name, "not a regular file"))
+                    self.bad.append((name, f"{kind_of(about.st_mode)}, not a regular file"))
         if not found and prefix:
             self.empty.append(prefix.rstrip("/"))
 
     def _read(self, member: Member, limit: int | None) -> bytes:
         with open(member.where, "rb") as file:
-            return file.read(-1 if limit is None else limit)
+            size = min(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES)  # it may have changed since it was listed
+            return file.read(size if limit is None else min(limit, size))
 
 
 class Zip(Container):
@@ -97,7 +103,6 @@ class Zip(Container):
                 members = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise UserError(f"{path} is not a readable zip: {error}", "it may be cut off: compare its size with the original's") from error
-        self.path = path
         self._file = _SharedFile(open(path, "rb"))  # noqa: SIM115  # closed by it
         last: dict[str, zipfile.ZipInfo] = {}
         for info in members:
@@ -113,28 +118,23 @@ class Zip(Container):
         info: zipfile.ZipInfo = member.where
         if info.flag_bits & 1:
             raise OSError("encrypted")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            return self._read_rare(info)
+        if info.compress_type not in (zipfile.ZIP_STORED, *_UNPACKERS):
+            raise OSError("packed by a method that is not read; deflate is")
+        if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
+            raise OSError("broken zip: a stored member of two sizes")
         header = self._file.read(info.header_offset, 30)
         if len(header) < 30 or header[:4] != b"PK\3\4":
             raise OSError("broken zip: no such member at its place")
         begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         data = self._file.read(begin, info.compress_size if limit is None else min(limit, info.compress_size))
         try:
-            if info.compress_type == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-15).decompress(data, limit or info.file_size + 1)
-        except zlib.error as error:
+            if info.compress_type != zipfile.ZIP_STORED:
+                data = _UNPACKERS[info.compress_type]().decompress(data, limit or info.file_size + 1)
+        except (zlib.error, OSError, ValueError) as error:
             raise OSError(f"broken zip: {error}") from error
         if limit is None and (len(data) != info.file_size or zlib.crc32(data) != info.CRC):
             raise OSError("broken zip: the checksum differs")
         return data
-
-    def _read_rare(self, info: zipfile.ZipInfo) -> bytes:  # bzip2, lzma: nobody packs images so, and zipfile can do it
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
-                return file.read(info.file_size + 1)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
-            raise OSError(f"broken zip: {error}") from error
 
 
 class Tar(Container):
@@ -187,6 +187,7 @@ class Tar(Container):
         if not gzipped:
             return file
         plain = tempfile.TemporaryFile()  # noqa: SIM115  # likewise
+        size, packed_size = 0, check_input(path)
         with file, gzip.GzipFile(fileobj=file) as packed:
             while True:
                 try:
@@ -196,6 +197,11 @@ class Tar(Container):
                     break
                 if not block:
                     break
+                size += len(block)
+                if size > max(UNPACKED_FREELY, MAX_RATIO * packed_size):
+                    plain.close()
+                    most = f"the limit is {max(UNPACKED_FREELY, MAX_RATIO * packed_size):,}"
+                    raise UserError(f"{path} would unpack from {packed_size:,} to more than {size:,} bytes; {most}", "gunzip it first if it is right")
                 try:
                     plain.write(block)
                 except OSError as error:
@@ -226,10 +232,12 @@ class _SharedFile:
     """One open file, read at any place by any thread (and by forked processes)."""
 
     def __init__(self, file: IO[bytes]):
-        self._file, self._lock = file, threading.Lock()
+        self._file, self._lock, self._size = file, threading.Lock(), os.fstat(file.fileno()).st_size
         weakref.finalize(self, file.close)
 
     def read(self, begin: int, count: int) -> bytes:
+        """`count` bytes, or as many as the file has there: places and lengths come from the archive, which may lie."""
+        begin, count = min(begin, self._size), max(0, min(count, self._size - begin))
         if _PREAD:
             return os.pread(self._file.fileno(), count, begin)
         with self._lock:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from d2o.interop.inputs import MAX_PIXELS, check_size
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Only these decoders are tried: some of PIL's others start outside programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -57,7 +59,9 @@ def open_picture(data: bytes) -> Image.Image:
     """The PIL image of a file's bytes, pixels not yet decoded. Raises ValueError or PIL's errors."""
     if not data:
         raise ValueError("empty file (0 bytes)")
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_size("its header", picture.width * picture.height, MAX_PIXELS, "pixels")
+    return picture
 
 
 def read_head(read: Callable[[int | None], bytes]) -> Head:

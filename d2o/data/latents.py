@@ -6,7 +6,6 @@ array [2C, h, w] (ImageNet at 512 px: [8, 64, 64]), with labels in dataset.json.
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from d2o.data.images import ImageSet, listed, open_images, set_name
 from d2o.data.sources import LatentFiles, open_source
 from d2o.data.threads import map_threads
 from d2o.errors import UserError
+from d2o.interop.npz import read_npy
 
 PIXELS = 8
 """Pixels of an image along one value of its latent."""
@@ -67,8 +67,8 @@ class LatentSet:
 
     def _read(self, index: int) -> np.ndarray:
         try:
-            values = np.load(io.BytesIO(self._source.read(self._rows[index])), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            values = read_npy(self._source.read(self._rows[index]))
+        except (OSError, ValueError) as error:
             raise self._damaged(index, f"no readable .npy: {error}") from error
         if values.ndim != 3 or values.shape[0] % 2 or values.dtype.kind != "f" or 0 in values.shape:
             raise self._damaged(index, f"holds {values.dtype} {list(values.shape)}, not the floats [2C, h, w] of means and standard deviations")

@@ -108,6 +108,24 @@ class PairSettings:
         names = [field.name for field in fields(self) if field.name not in ("teacher", "prompts")]
         return [f"{name}: {getattr(self, name)} -> {getattr(other, name)}" for name in names if getattr(self, name) != getattr(other, name)]
 
+    def folder(self, precision: str = "fp32") -> Path:
+        """Where the store is unless another place is given: a name made of the (resolved) settings, under runs/pairs. `precision` of the
+        teacher's network."""
+        words = [short_name(self.teacher), f"{self.solver}{self.steps}"]
+        words += [self.spacing] if self.spacing else []
+        words += ["x0"] if self.final != "scheduler" else []
+        words += [f"eta{self.eta:g}"] if self.eta else []
+        if self.solver == "sde":
+            churn = {f"{name}{getattr(self, name):g}": getattr(self, name) == f.default for f in fields(self) if (name := f.name).startswith("s_")}
+            words += [word for word, usual in churn.items() if not usual]
+        words += [] if self.cfg == 1.0 else [f"cfg{self.cfg:g}"]
+        words += [] if self.labels in ("random", "none", "text") else [self.labels.replace(",", "_")]
+        words += [Path(self.prompts).stem + (f"x{self.per_prompt}" if self.per_prompt > 1 else "")] if self.prompts else []
+        words += [] if self.rewire == "none" else [self.rewire]
+        words += [word for word, plain in ((self.dtype, "fp32"), (f"net_{precision}", "net_fp32")) if word != plain]
+        words += ["decoded"] if self.decode else []
+        return Path("runs") / "pairs" / "-".join([*words, f"n{self.n}", f"seed{self.seed}"])
+
     def command(self, out: str | Path) -> str:
         """The command line that makes or continues the store."""
         words = ["d2o", "pairs", "--teacher", self.teacher, "--n", str(self.n), "--out", str(out)]
@@ -130,6 +148,11 @@ class PairSettings:
         if self.rewire == "none":
             return np.arange(start, start + n)
         return _permutation(self.n, self.seed)[start : start + n]
+
+
+def short_name(teacher: str) -> str:
+    """A teacher's name for files: that of its file, folder or repository."""
+    return Path(teacher).name.removesuffix(".safetensors").removesuffix(".pkl")
 
 
 @functools.lru_cache(maxsize=1)

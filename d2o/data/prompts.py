@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import mmap
 import os
 import threading
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o.data.containers import printable
 from d2o.data.objects import filesystem, local_path, whole_url
 from d2o.errors import UserError
 from d2o.interop.download import download, home
+from d2o.interop.inputs import check_input, check_size, check_unpacked, parse_json
 from d2o.interop.safetensors_io import file_sha256
 
 COLUMNS = ("prompt", "text", "caption")
@@ -28,6 +29,12 @@ COLUMNS = ("prompt", "text", "caption")
 CHUNK = 2**24
 GROUPS = 2
 """Row groups of a .parquet file that are kept in memory."""
+MAX_PROMPT_BYTES = 2**16
+"""Of one prompt: text encoders read some hundred tokens of it."""
+MAX_LINE_BYTES = 2**20
+"""Of one line of a .jsonl, with whatever else it says."""
+MAX_GROUP_ROWS = 2**25
+"""Of one row group of a .parquet file; writers make groups of a million."""
 
 
 class Prompts(ABC):
@@ -79,8 +86,7 @@ def open_prompts(path: str | os.PathLike) -> Prompts:
     kinds: dict[str, Callable[[Path], Prompts]] = {".txt": _Lines, ".jsonl": _JsonLines, ".parquet": _Table}
     if file.suffix.lower() not in kinds:
         raise UserError(f"{path}: prompts come as {', '.join(kinds)}", "one prompt a line in a .txt is the simplest")
-    if not file.is_file():
-        raise UserError(f"no such file: {path}" if not file.exists() else f"{path} is a folder; expected a file of prompts")
+    check_input(file, "a file of prompts")
     try:
         return kinds[file.suffix.lower()](file)
     except OSError as error:
@@ -103,6 +109,8 @@ def _copied(url: str) -> Path:
 class _Lines(Prompts):
     """Lines of a mapped file. `_starts` and `_ends` are their places in it."""
 
+    longest = MAX_PROMPT_BYTES
+
     def __init__(self, path: Path):
         self.path, self.sha256 = path, file_sha256(path)
         if not path.stat().st_size:
@@ -110,6 +118,9 @@ class _Lines(Prompts):
         with open(path, "rb") as file:
             self._data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._starts, self._ends = _cut_lines(path, self._data)
+        lengths = self._ends - self._starts
+        if (long := int(np.argmax(lengths))) >= 0 and lengths[long] > self.longest:
+            raise _too_long(f"{path}, line {long + 1}", int(lengths[long]), self.longest)
         self._check()
 
     def __len__(self) -> int:
@@ -128,7 +139,7 @@ class _Lines(Prompts):
             raise UserError(f"{self.path}, line {i + 1}: not UTF-8 ({error.reason})", "save the file as UTF-8") from error
 
     def _check(self) -> None:
-        """UserError: a line without a prompt, or not UTF-8."""
+        """UserError: a line without a prompt, too long, or not UTF-8."""
         for first in range(0, len(self), 4096):
             last = min(first + 4096, len(self)) - 1
             try:
@@ -162,6 +173,8 @@ def _cut_lines(path: Path, data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndar
 
 
 class _JsonLines(_Lines):
+    longest = MAX_LINE_BYTES
+
     def _check(self) -> None:
         first = self._record(0)
         self._column = next((name for name in COLUMNS if name in first), "")
@@ -173,8 +186,8 @@ class _JsonLines(_Lines):
     def _record(self, i: int) -> dict[str, Any]:
         text = self._text(i)
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(text)
+        except ValueError as error:
             raise UserError(f"{self.path}, line {i + 1}: not JSON ({error})", "every line is an object on its own") from error
         if not isinstance(record, dict):
             raise UserError(f"{self.path}, line {i + 1}: not an object with a {_either()}")
@@ -198,27 +211,65 @@ class _Table(Prompts):
             raise UserError(f"{path}: reading .parquet takes pyarrow", "pip install 'd2o[pairs]'") from error
         self.path, self.sha256 = path, file_sha256(path)
         try:
-            self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        except pyarrow.ArrowInvalid as error:
+            schema = pyarrow.parquet.ParquetFile(path, memory_map=True).schema_arrow
+            self._column = _text_column(path, schema)
+            # What the file says once is in memory once: a page of a few bytes may name one text a million times.
+            self._file = pyarrow.parquet.ParquetFile(path, memory_map=True, read_dictionary=[self._column])
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is truncated or not a parquet file ({error})") from error
-        schema = self._file.schema_arrow
-        self._column = next((name for name in COLUMNS if name in schema.names), "")
-        if not self._column:
-            raise UserError(f"{path}: no column {_either()}; it has {', '.join(schema.names) or 'none'}")
-        rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        rows = self._declared()
         self._starts = [0, *np.cumsum(rows, dtype=np.int64).tolist()]
         self._groups: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        kind = schema.field(self._column).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise UserError(f"{path}: its column {self._column!r} holds {kind}, not strings")
         if not len(self):
             raise UserError(f"{path} holds no prompts: it has no rows")
         for group, start in enumerate(self._starts[:-1]):
-            values = self._values(group)
-            if values.null_count:
-                raise UserError(f"{path}, row {start + values.is_null().index(True).as_py() + 1}: its {self._column!r} is missing")
+            self._check(self._values(group), start, rows[group])
+
+    def _declared(self) -> list[int]:
+        """The rows of each group. UserError: more than a group has, or texts that would unpack to more than they could."""
+        rows = []
+        for i in range(self._file.num_row_groups):
+            group = self._file.metadata.row_group(i)
+            try:
+                check_size(f"row group {i}", group.num_rows, MAX_GROUP_ROWS, "rows")
+                for k in range(group.num_columns):
+                    chunk = group.column(k)
+                    if chunk.path_in_schema == self._column:
+                        check_unpacked(f"row group {i}", chunk.total_uncompressed_size, chunk.total_compressed_size)
+            except ValueError as error:
+                raise UserError(f"{self.path}: {error}", "write it in smaller row groups") from error
+            rows.append(group.num_rows)
+        return rows
+
+    def _check(self, values: Any, start: int, rows: int) -> None:
+        """UserError: a row without a prompt, with one that is not UTF-8 or too long; fewer rows than the file says."""
+        import pyarrow
+        import pyarrow.compute
+
+        if len(values) != rows:
+            raise UserError(f"{self.path} is damaged: it says {rows:,} rows, and {len(values):,} are there")
+        if values.null_count:
+            raise UserError(f"{self.path}, row {start + values.is_null().index(True).as_py() + 1}: its {self._column!r} is missing")
+        try:
+            values.validate(full=True)
+            texts = [chunk.dictionary if pyarrow.types.is_dictionary(chunk.type) else chunk for chunk in values.chunks]
+            longest = max(pyarrow.compute.max(pyarrow.compute.binary_length(part)).as_py() or 0 for part in texts)
+        except pyarrow.ArrowException as error:
+            self._many([*range(len(values))], values, start)
+            raise UserError(f"{self.path} is damaged ({error})") from error
+        if longest > MAX_PROMPT_BYTES:
+            self._many([*range(len(values))], values, start)
+
+    def _many(self, rows: list[int], values: Any, start: int) -> list[str]:
+        """The prompts of these rows of a group. UserError: not UTF-8, or too long."""
+        found = []
+        for row in rows:
+            try:
+                found.append(_whole_text(values[row].as_py(), f"{self.path}, row {start + row + 1}"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.path}, row {start + row + 1}: not UTF-8 ({error.reason})", "save the texts as UTF-8") from error
+        return found
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -229,8 +280,10 @@ class _Table(Prompts):
         found = [""] * len(numbers)
         for group in sorted(set(groups)):  # each is read once
             values = self._values(group)
-            for place in (k for k, g in enumerate(groups) if g == group):
-                found[place] = values[numbers[place] - self._starts[group]].as_py()
+            places = [k for k, g in enumerate(groups) if g == group]
+            texts = self._many([numbers[place] - self._starts[group] for place in places], values, self._starts[group])
+            for place, text in zip(places, texts, strict=True):
+                found[place] = text
         return found
 
     def _values(self, group: int) -> Any:
@@ -240,12 +293,26 @@ class _Table(Prompts):
 
                 try:
                     self._groups[group] = self._file.read_row_group(group, columns=[self._column]).column(0)
-                except (pyarrow.ArrowInvalid, OSError) as error:
+                except (pyarrow.ArrowException, OSError) as error:
                     raise UserError(f"{self.path} is damaged ({error})") from error
                 if len(self._groups) > GROUPS:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             return self._groups[group]
+
+
+def _text_column(path: Path, schema: Any) -> str:
+    """The name of the table's column of prompts. UserError: it has none, or one of something else."""
+    from pyarrow import types
+
+    column = next((name for name in COLUMNS if name in schema.names), None)
+    if column is None:
+        raise UserError(f"{path}: no column {_either()}; it has {', '.join(map(printable, schema.names)) or 'none'}")
+    kind = schema.field(schema.names.index(column)).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind)):
+        raise UserError(f"{path}: its column {column!r} holds {kind}, not strings")
+    return column
 
 
 class _Listed(Prompts):
@@ -287,12 +354,18 @@ def unpack(tensors: dict[str, Tensor], indices: Iterable[int] | Tensor | np.ndar
 
 
 def _whole_text(prompt: str, where: str) -> str:
-    """UserError: half a character, which JSON can spell and UTF-8 cannot."""
+    """UserError: half a character, which JSON can spell and UTF-8 cannot; too long."""
     try:
-        prompt.encode()
+        size = len(prompt.encode())
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: not Unicode text ({error.reason})") from error
+    if size > MAX_PROMPT_BYTES:
+        raise _too_long(where, size, MAX_PROMPT_BYTES)
     return prompt
+
+
+def _too_long(where: str, size: int, limit: int) -> UserError:
+    return UserError(f"{where}: a prompt of {size:,} bytes; the limit is {limit:,}", "text encoders read some hundred words: shorten it")
 
 
 def _either() -> str:

@@ -17,7 +17,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import os
 import posixpath
 import re
@@ -33,6 +32,7 @@ from d2o.data.layouts import LAYOUTS, MAX_CLASSES, Reason, Source, wrong_label
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
+from d2o.interop.inputs import check_input, parse_json
 
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".rst", ".csv", ".tsv", ".yaml", ".yml", ".html", ".xml", ".log", ".db", ".ini"}
@@ -130,10 +130,10 @@ class Files(Source):
 
     def _from_table(self, images: list[Member], root: str, table: Member) -> list[Any] | None:
         try:
-            rows = json.loads(self._container.read(table))["labels"]
+            rows = parse_json(self._container.read(table))["labels"]
             pairs = list(rows.items() if isinstance(rows, dict) else rows or [])
             pairs = [(posixpath.normpath(str(name).replace("\\", "/")), label) for name, label in pairs]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             hint = 'expected: {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}'
             raise UserError(f"{table.name} does not hold labels as EDM writes them: {what}", hint) from error
@@ -175,11 +175,11 @@ class Files(Source):
         try:
             text = self._container.read(field).decode("utf-8").strip()
             if field.path.endswith(".json"):
-                value = json.loads(text)
+                value = parse_json(text)
                 held = isinstance(value, dict) and "label" in value
                 return (value["label"] if held else None), held
             return (int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text), True
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             return Reason(f"its label cannot be read from {field.name}: {error}"), True
 
     def _from_folders(self, paths: list[str], problems: dict[int, str]) -> tuple[list[Any] | None, list[str]]:
@@ -224,8 +224,7 @@ def open_source(path: str) -> Source:
         if any(sign in path for sign in "*?[{"):
             return _files(Tar(_named(_shards(path))))
         raise MissingImages(f"no such file or folder: {path}", LAYOUTS)
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is neither a file nor a folder", LAYOUTS)
+    check_input(path, "a file or folder of images")
     if lower.endswith(".zip"):
         return _from_container(Zip(path), path)
     if lower.endswith((".tar", ".tar.gz", ".tgz")):

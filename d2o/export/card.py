@@ -10,7 +10,8 @@ import yaml
 from d2o import __version__
 from d2o.export import snippets
 from d2o.export.parity import Parity
-from d2o.export.source import Source
+from d2o.export.source import Source, stated
+from d2o.teachers.base import UNSTATED
 
 # Licence identifiers that the Hugging Face Hub knows, of those that models and image data come with.
 HUB_LICENCES = {
@@ -39,12 +40,12 @@ def card(source: Source, file_name: str, file_format: str, detail: str, parity: 
 
 
 def _front_matter(source: Source, file_format: str) -> str:
-    stated = source.licence
-    front: dict[str, Any] = {"license": stated.lower()}
-    if stated == "unstated":
+    licence = source.licence
+    front: dict[str, Any] = {"license": licence.lower()}
+    if licence == UNSTATED:
         front = {"license": "unknown"}
-    elif stated.lower() not in HUB_LICENCES:
-        front = {"license": "other", "license_name": _slug(stated)}
+    elif licence.lower() not in HUB_LICENCES:
+        front = {"license": "other", "license_name": _slug(licence)}
     front["library_name"] = "d2o"
     if source.spec.condition == "none" and source.kind == "student":
         front["pipeline_tag"] = "unconditional-image-generation"
@@ -56,7 +57,7 @@ def _front_matter(source: Source, file_format: str) -> str:
 def _what(source: Source, file_format: str, detail: str, source_name: str) -> str:
     meta, spec = source.meta, source.spec
     if source.kind == "student":
-        known = source.teacher != "unstated"
+        known = source.teacher != UNSTATED
         origin = f"distilled from the diffusion model {_code(source.teacher)}" if known else "from a teacher that the checkpoint does not name"
         what = f"A one-step generator (one network call from noise to {'image' if spec.space == 'pixel' else 'latent'}), {origin}."
     else:
@@ -76,9 +77,10 @@ def _what(source: Source, file_format: str, detail: str, source_name: str) -> st
 
 
 def _teacher(source: Source) -> str:
-    licence = "The checkpoint states no licence: find out under which terms the teacher may be used before you use or share this file."
-    if source.licence != "unstated":
+    licence = "The checkpoint states no licence: find out under which terms its teacher and its images may be used before you use or share this file."
+    if source.licence != UNSTATED:
         licence = f"Licence as the checkpoint states it: {_code(source.licence)}. Read its terms before you use or share this file."
+    licence += _images(source.meta)
     if source.kind == "teacher":
         return f"This file is itself a teacher, {_code(source.spec.name)}.\n\n{licence}"
     record = source.made_from
@@ -86,6 +88,16 @@ def _teacher(source: Source) -> str:
         return f"The checkpoint does not name its teacher.\n\n{licence}"
     digest = f"weights sha256 {_code(record['sha256'])}" if record.get("sha256") else "weights sha256 not recorded"
     return f"Teacher: {_code(record['name'])}, {digest}.\n\n{licence}"
+
+
+def _images(meta: dict[str, Any]) -> str:
+    """What the recipe says of the images it was trained on; nothing where there were none."""
+    recipe = meta.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(data, dict) or not data.get("path"):
+        return ""
+    terms = stated(data.get("licence"))
+    return f"\n\nImages it was trained on: licence {_code(terms) if terms else UNSTATED}."
 
 
 def _metrics(meta: dict[str, Any]) -> str:

@@ -17,9 +17,11 @@ from d2o import __version__
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
 from d2o.export.parity import Parity
+from d2o.export.source import stated
 from d2o.interop.safetensors_io import atomic_write, file_sha256, resolve_checkpoint, write_error
 from d2o.interop.temporary import sweep, temporary_folder
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
+from d2o.teachers.base import UNSTATED
 from d2o.teachers.diffusers_parts import quiet
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -126,9 +128,9 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
 def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parity: Parity) -> str:
     recipe = meta.get("recipe") or {}
     data = str((recipe.get("data") or {}).get("path", "not recorded"))
-    licence = str((meta.get("spec") or {}).get("licence") or "unstated")
+    licence = stated((meta.get("spec") or {}).get("licence")) or UNSTATED
     front: dict[str, Any] = {"license": licence.lower()}
-    if licence == "unstated":
+    if licence == UNSTATED:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:
         front = {"license": "other", "license_name": licence}

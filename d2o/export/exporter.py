@@ -18,9 +18,11 @@ from d2o.export.diffusers import write_diffusers
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
-from d2o.export.source import Source, find_checkpoint, for_graph, open_source
+from d2o.export.source import Source, find_checkpoint, for_graph, open_source, stated
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
+from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
+from d2o.teachers.base import UNSTATED
 
 SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}
 FORMATS = (*SUFFIX, "diffusers")
@@ -28,7 +30,7 @@ FORMATS = (*SUFFIX, "diffusers")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states, else "unstated"."""
+    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states, else "not stated"."""
 
     path: Path
     card: Path
@@ -107,10 +109,11 @@ def _diffusers(
     given = find_checkpoint(checkpoint)
     beside = Path(checkpoint) if Path(checkpoint).is_dir() else given.parent
     target = Path(out) if out is not None else beside / f"{given.stem}-diffusers"
+    check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
     spec = meta.get("spec") or {}
-    return Exported(target, target / "README.md", parity, spec.get("licence") or "unstated", spec.get("name") or "unstated", unchanged)
+    return Exported(target, target / "README.md", parity, stated(spec.get("licence")) or UNSTATED, spec.get("name") or UNSTATED, unchanged)
 
 
 def _write(source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str) -> tuple[Runner, str]:
@@ -146,6 +149,7 @@ def _target(source: Source, checkpoint: str | Path, file_format: str, dtype: str
         raise UserError(f"--out {target}: a file of format {file_format} ends in {suffix}")
     if target.exists() and target.resolve() == source.path.resolve():
         raise UserError(f"--out {target} is the checkpoint itself", "choose another --out")
+    check_output(target, folder=False)
     return target
 
 

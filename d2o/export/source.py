@@ -15,7 +15,7 @@ from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoin
 from d2o.networks.build import network_config
 from d2o.students.base import Student, checkpoint_meta, load_student
 from d2o.students.style import StyleStudent
-from d2o.teachers.base import Spec
+from d2o.teachers.base import UNSTATED, Spec
 from d2o.teachers.registry import BUILTIN, asset, load_teacher
 
 
@@ -41,6 +41,11 @@ class DenoiserCall(nn.Module):
         return self.network(noisy, sigma, label)
 
 
+def stated(value: Any) -> str | None:
+    """The licence or name that a record states, None where it states none."""
+    return None if value in (None, "", "unstated", UNSTATED) else str(value)
+
+
 @dataclass
 class Source:
     """A loaded checkpoint. `kind` "student" or "teacher"; `network` holds the file's weights; `call(*inputs)` is what is exported."""
@@ -64,16 +69,16 @@ class Source:
 
     @property
     def licence(self) -> str:
-        """The teacher's licence as the checkpoint states it, or "unstated"."""
-        stated = self.made_from.get("licence") if self.kind == "student" else None
-        return str(stated if stated not in (None, "", "unstated") else self.spec.licence or "unstated")
+        """The teacher's licence as the checkpoint states it, or "not stated"."""
+        of_teacher = self.made_from.get("licence") if self.kind == "student" else None
+        return stated(of_teacher) or stated(self.spec.licence) or UNSTATED
 
     @property
     def teacher(self) -> str:
-        """The teacher's name as the checkpoint states it (its own for a teacher), or "unstated"."""
+        """The teacher's name as the checkpoint states it (its own for a teacher), or "not stated"."""
         if self.kind == "teacher":
             return self.spec.name
-        return str(self.made_from.get("name") or "unstated")
+        return stated(self.made_from.get("name")) or UNSTATED
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _pickled_student(path: Path, sigma: float) -> Source:
         raise UserError(f"--student-sigma {sigma:g}: expected a noise level above 0, at most {teacher.spec.sigma_max:g}", "SiD and SiDA: 2.5")
     student = Student(teacher.network, teacher.spec, sigma).eval()
     meta = checkpoint_meta("student", network_config(student.network), student.spec, student=student.record, recipe={}, metrics={}, provenance=[],
-                           teacher={"name": "unstated", "licence": teacher.spec.licence},
+                           teacher={"name": UNSTATED, "licence": teacher.spec.licence},
                            converted_from={"file": path.name, "sha256": file_sha256(path)})  # fmt: skip
     return Source(path, "student", student.spec, meta, student.network, student.fingerprint, StudentCall(student).eval())
 

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from d2o.errors import UserError
+from d2o.interop.content import check_content
 from d2o.interop.safetensors_io import atomic_write, write_error
 from d2o.interop.transfer import Part, Progress, failed, feed, fetch_fsspec, fetch_http, read_json
 
@@ -57,7 +58,7 @@ def download(url: str, path: str | os.PathLike, sha256: str | None = None, size:
     with _locked(path):
         if path.exists():  # another process was faster
             return verify(path, sha256, size)
-        with Part(path, url) as part:
+        with Part(path, url, sha256 is not None) as part:
             (fetch_http if protocol in ("http", "https") else fetch_fsspec)(part, url, path, size, progress)
             _check(part, url, path, sha256)
             part.finish()
@@ -100,11 +101,19 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _check(part: Part, url: str, path: Path, sha256: str | None) -> None:
-    """UserError, and the part is gone, unless it has the published sha256, or the one that the same URL gave before."""
+    """UserError, and the part is gone, unless it has the published sha256, or the one that the same URL gave before; where neither is known,
+    unless it is whole and of the kind that its name says."""
     earlier = read_record(path) or {}
     seen = None if sha256 or earlier.get("url") != url else earlier.get("sha256")
     expected = (sha256 or seen or "").lower()
-    if not expected or part.digest.hexdigest() == expected:
+    if not expected:
+        try:
+            check_content(part.path, path.name)
+        except (ValueError, OSError) as error:
+            part.discard()
+            raise failed(url, path, f"{part.position:,} bytes came, and {error}", again=False) from error
+        return
+    if part.digest.hexdigest() == expected:
         return
     part.discard()
     what = f"what {url} gave is not the expected file: sha256 {part.digest.hexdigest()}, expected {expected}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.interop.download import offline
-from d2o.interop.transfer import feed, read_json
+from d2o.interop.transfer import check_reachable, feed, read_json
 
 TEXTS = ("*.json", "*.txt", "*.md", "*spiece.model", "*tokenizer.model")
 """Configurations, tokenizers, the licence."""
@@ -51,12 +51,19 @@ def hub_snapshot(
     if setting := offline():
         absent = f"only a part of it is in the cache ({folder} lacks {', '.join(missing)})" if folder else "it is not in the cache"
         raise UserError(f"cannot fetch {repo} from the hub: the network is switched off ({setting}), and {absent}", f"run {by_hand}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     patterns = [*(allow_patterns or (*TEXTS, *weight_patterns(variant)))]
     try:
+        validate_repo_id(repo)
+        if why := check_reachable(constants.ENDPOINT):  # once, where the hub's client would try every file several times
+            what = f"cannot fetch {repo} from the hub: {constants.ENDPOINT} cannot be reached ({why})"
+            raise UserError(what, f"is there a network here? Else run {by_hand}")
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*NEVER]))
+    except UserError:
+        raise
     except GatedRepoError as error:
         hint = f"accept its licence at https://huggingface.co/{repo}, then `hf auth login`"
         raise UserError(f"the hub gives {repo} only to those who accepted its licence", hint) from error

@@ -21,6 +21,7 @@ import numpy as np
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed
+from d2o.interop.inputs import check_input
 
 _RECONSTRUCT = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 _SCALAR = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
@@ -73,11 +74,10 @@ def loads(data: bytes | memoryview, python2: bool = False) -> Any:
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
     """The file's bytes, without reading those that are not looked at. UserError: missing or unreadable."""
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
+    size = check_input(path)
     try:
         with open(path, "rb") as file:
-            yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if path.stat().st_size else memoryview(b"")
+            yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

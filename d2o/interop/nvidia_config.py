@@ -16,6 +16,7 @@ EDM_CLASSES = {
     "EDMPrecond": ("edm", "DhariwalUNet"),
     "EDMPrecond_EncoderDecoder": ("edm", "DhariwalUNet"),  # SiDA
     "GDDPrecond": ("consistency", "DhariwalUNet"),
+    "D2OPrecond": ("consistency", "DhariwalUNet"),  # the same, as GDD's repository calls it now
     "VPPrecond": ("vp", "SongUNet"),
     "VEPrecond": ("ve", "SongUNet"),
     "iDDPMPrecond": ("iddpm", "DhariwalUNet"),

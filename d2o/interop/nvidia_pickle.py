@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
+from d2o.interop.inputs import check_input
 from d2o.interop.nvidia_config import EDM2_CLASSES, network_config
 
 RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
@@ -38,7 +39,7 @@ CLASSES = {
     "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm",
     "PositionalEmbedding", "FourierEmbedding", "Precond", "UNet", "Block", "MPConv", "MPFourier", "AugmentPipe", "StabilityVAEEncoder",
     "StandardRGBEncoder", "EDMPrecond_EncoderDecoder", "SongUNet_EncoderDecoder", "DhariwalUNet_EncoderDecoder",
-    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder", "GDDPrecond",
+    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder", "GDDPrecond", "D2OPrecond",
 }  # fmt: skip
 """Objects that such files hold, besides losses (`*Loss`)."""
 
@@ -100,12 +101,11 @@ def read_nvidia_pickle(path: str | Path, key: str = "ema", dtype: torch.dtype | 
     not hold (named).
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
+    size = check_input(path, "a network pickle")
     try:
         with open(path, "rb") as file:
             # A private mapping: tensors are copied straight out of it, so that the weights are in memory once.
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if path.stat().st_size else memoryview(b"")
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if size else memoryview(b"")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save as _serialise
 
 from d2o.errors import UserError
 from d2o.interop import seal
+from d2o.interop.inputs import check_input, parse_json
 from d2o.interop.temporary import temporary_file
 
 META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, and equal content must give equal bytes
@@ -74,9 +76,9 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write the whole file or nothing."""
+    """Write the whole file or nothing. Names of files that are no valid UTF-8 become escapes, which JSON reads back."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> str:
@@ -124,8 +126,8 @@ def _record(path: str | os.PathLike) -> dict[str, Any]:
     if META_KEY not in metadata:
         raise UserError(f"{path} is a safetensors file, but not one of d2o's (no {META_KEY!r} metadata)", "expected a file made by `d2o`")
     try:
-        record = json.loads(metadata[META_KEY])
-    except (ValueError, RecursionError) as error:
+        record = parse_json(metadata[META_KEY])
+    except ValueError as error:
         raise UserError(f"{path}: its {META_KEY!r} metadata is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: its {META_KEY!r} metadata is not a record (a JSON object)")
@@ -139,18 +141,13 @@ def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a .safetensors file")
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is not a file")
+    check_input(path, "a .safetensors file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download") from error
+        why = textwrap.shorten(str(error), 200)  # it may quote the whole of a header
+        raise UserError(f"{path} is truncated or not a safetensors file ({why})", "make it again, or check the download") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
+from d2o.interop.inputs import check_input
 from d2o.interop.nvidia_pickle import EXPECTED, RECONSTRUCT, STORAGE_MAGIC, TENSOR, TORCH_MODULES, StateDict, check_persistent
 
 HINT = "expected published weights: .safetensors, what torch.save wrote, TorchScript, or NVIDIA's .pkl; if it is one, download it again"
@@ -62,8 +63,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     UserError: missing, truncated, damaged or foreign file; one that holds no tensor; one that would execute something.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is a folder; expected a weights file" if path.is_dir() else f"no such file: {path}")
+    check_input(path, "a weights file")
     try:
         tensors = _read(path)
         if not tensors:

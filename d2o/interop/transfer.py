@@ -7,22 +7,30 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from d2o.errors import UserError
+from d2o.interop.content import START, wrong_start
+from d2o.interop.inputs import MAX_JSON_BYTES, parse_json
 from d2o.interop.safetensors_io import atomic_write, write_error
 
 Progress = Callable[[int, "int | None"], None]
 """Called with the bytes that are there and the bytes of the whole file (None: not known)."""
 
 TRIES = 5
-"""Failures in a row, without one new byte, until we give up."""
+"""Failures in a row, with less than a new block each, until we give up."""
 PAUSE = 1.0
 """Seconds before the second try; doubled for each one after it, to at most 30."""
 TIMEOUT = (20.0, 60.0)
 """Seconds to wait for a connection, and for the next bytes."""
+SLOWEST = (1000, 60.0)
+"""A server that sends fewer than so many bytes a second, over so many seconds, has stalled."""
+MAX_BYTES = 2**37
+"""Of one file: 128 GiB. Whatever declares more, or goes on beyond it, is none that d2o reads."""
+MAX_UNDECLARED = 2**32
+"""Of a file whose length the server does not say: 4 GiB."""
 BLOCK = 1 << 16
 """Bytes asked of the network at once: what a broken connection costs at most."""
 CHUNK = 1 << 20
@@ -36,10 +44,12 @@ class Interrupted(Exception):
 class Part:
     """`NAME.part`: the first `position` bytes of the file, with their running sha256.
 
-    `validator` is the server's strong ETag (else its Last-Modified), without which bytes of two requests are never joined.
+    `validator` is the server's strong ETag (else its Last-Modified), without which bytes of two requests are never joined. `known`: the
+    file's sha256 is, so that nobody needs to guess from its first bytes whether it is the right one.
     """
 
-    def __init__(self, path: Path, url: str):
+    def __init__(self, path: Path, url: str, known: bool = False):
+        self.known = known
         self.path, self.target, self.url = path.with_name(path.name + ".part"), path, url
         self.note = path.with_name(path.name + ".part.json")
         self.file: BinaryIO | None = None
@@ -130,7 +140,9 @@ def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Pro
             except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
                 raise failed(url, path, "that is no URL", again=False) from error
             except (requests.RequestException, Interrupted) as error:
-                failures = 1 if part.position > furthest else failures + 1
+                if _no_network(error) and not part.position:
+                    raise failed(url, path, f"{_reason(error)}; is there a network here?") from error
+                failures = 1 if part.position - furthest >= BLOCK else failures + 1  # a server that drips makes no progress
                 furthest = max(furthest, part.position)
                 if failures >= TRIES:
                     raise failed(url, path, _reason(error)) from error
@@ -167,16 +179,50 @@ def _request(session: Any, part: Part, url: str, path: Path, size: int | None, p
         if total is None and size is None and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
             raise failed(url, path, "the server does not say how long the file is, so nobody could tell a part from the whole", again=False)
         total = total if total is not None else size
+        limit = MAX_BYTES if total is not None else MAX_UNDECLARED
+        if total is not None and total > limit:
+            part.begin(None, None)
+            raise failed(url, path, f"the file on the server has {total:,} bytes; the limit is {limit:,}", again=False)
         part.room(total - part.position if total is not None else 0)
-        for data in response.iter_content(BLOCK):
+        start = b"" if part.position == 0 and not part.known else None
+        for data in _blocks(response):
+            if start is not None and len(start := start + data) >= START:
+                if why := wrong_start(start, path.name):
+                    part.begin(None, None)
+                    raise failed(url, path, why, again=False)
+                start = None
             part.append(data)
             if total is not None and part.position > total:
                 part.begin(None, None)
                 raise Interrupted(f"more than the {total:,} bytes came that the file should have")
+            if part.position > limit:
+                part.begin(None, None)
+                raise failed(url, path, f"the server does not say how long the file is, and sent more than {limit:,} bytes", again=False)
             if progress is not None:
                 progress(part.position, total)
         if total is not None and part.position < total:
             raise Interrupted(f"the connection was closed after {part.position:,} of {total:,} bytes")
+
+
+def _blocks(response: Any) -> Iterator[bytes]:
+    """The body as it comes, in blocks of at most BLOCK bytes. Interrupted: it comes more slowly than SLOWEST.
+
+    Not `iter_content`: it waits for a whole block, which from a server that drips never comes.
+    """
+    from urllib3.exceptions import HTTPError
+
+    rate, seconds = SLOWEST
+    since, came = time.monotonic(), 0
+    try:
+        while data := response.raw.read1(BLOCK):
+            yield data
+            came += len(data)
+            if (passed := time.monotonic() - since) >= seconds:
+                if came < rate * passed:
+                    raise Interrupted(f"the server sent only {came:,} bytes in {passed:.0f} seconds")
+                since, came = time.monotonic(), 0
+    except HTTPError as error:
+        raise Interrupted(_reason(error)) from error
 
 
 def _continues(response: Any, part: Part) -> bool:
@@ -216,6 +262,8 @@ def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: P
         with system.open(remote, "rb") as source:
             while data := source.read(CHUNK):
                 part.append(data)
+                if part.position > (MAX_UNDECLARED if total is None else MAX_BYTES):
+                    raise failed(url, path, f"more than {part.position:,} bytes came: that is no file that d2o reads", again=False)
                 if progress is not None:
                     progress(part.position, total)
     except UserError:
@@ -232,6 +280,30 @@ def failed(url: str, path: Path, reason: str, again: bool = True) -> UserError:
     """The error of a download: what failed, which URL, and where to put the file."""
     hint = f"download it by other means and put it at {path}"
     return UserError(f"cannot download {url}: {reason}", f"run again to continue, or {hint}" if again else hint)
+
+
+def _no_network(error: BaseException | None) -> bool:
+    """Whether no connection came about at all: trying again at once would not change that."""
+    from urllib3.exceptions import NewConnectionError
+
+    while error is not None:
+        if isinstance(error, NewConnectionError) or ((reason := getattr(error, "reason", None)) is not None and _no_network(reason)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def check_reachable(url: str) -> str | None:
+    """Why no connection to the server of `url` comes about, or None. One try, and nothing is fetched."""
+    import requests  # type: ignore[import-untyped]
+
+    try:
+        requests.head(url, timeout=(TIMEOUT[0] / 2, TIMEOUT[0]), allow_redirects=False).close()
+    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        return _reason(error)
+    except requests.RequestException:
+        return None  # the client itself will say what is wrong
+    return None
 
 
 def _reason(error: Exception) -> str:
@@ -262,7 +334,7 @@ def feed(digest: Any, file: BinaryIO) -> int:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None: there is none."""
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES else None
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None

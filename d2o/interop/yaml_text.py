@@ -15,6 +15,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from d2o.errors import UserError
+from d2o.interop.inputs import check_input
 from d2o.interop.shipped import shown
 from d2o.interop.wording import show
 
@@ -110,6 +111,7 @@ def dump(data: dict[str, Any]) -> str:
 def read(path: Path, what: str) -> yaml.Node | None:
     """The node tree of a file (a recipe, a table), None for an empty one. UserError: unreadable, or not YAML, in one line."""
     where = shown(path)
+    check_input(path, f"a {what}")
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -207,7 +209,10 @@ def _plain(node: yaml.Node, mark: Mark, problems: Problems) -> Any:
 def _scalar(kind: str, text: str) -> Any:
     text.encode()  # a lone surrogate ("\ud800") is a UnicodeEncodeError, which is a ValueError: no file could hold it
     if kind == "int":
-        return int(text, 16 if text.lower().startswith("0x") else 10)
+        number = int(text, 16 if text.lower().startswith("0x") else 10)
+        if abs(number) >= 2**63:  # no setting is, and no library takes it
+            raise ValueError
+        return number
     if kind == "float":
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if kind == "bool":

@@ -51,8 +51,9 @@ def path_lengths(images: Tensor, ws: Tensor, generator: torch.Generator | None =
 class PathLength(nn.Module):
     """Mean over the batch of (|J^T y| - a)^2, where a is the running mean of the lengths (Karras et al. 2020, eq. 4).
 
-    `mean` (a) is its only state, a buffer for checkpoints: 0 at first, moved by `decay` towards each batch's mean before it is used. The caller
-    applies the weight and the interval, and makes the images from fresh noise (StyleGAN2: weight 2, every 4 steps times 4, half a batch).
+    `mean` (a) is its only state, a buffer for checkpoints: 0 at first, moved by `decay` towards each batch's mean before it is used; the gradient
+    goes through that move too, as in the authors' code. The caller applies the weight and the interval, and makes the images from fresh noise
+    (StyleGAN2: weight 2, every 4 steps times 4, half a batch).
     """
 
     def __init__(self, decay: float = 0.01):
@@ -65,6 +66,10 @@ class PathLength(nn.Module):
                 share: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:  # fmt: skip
         """Arguments as for `path_lengths` -> scalar. `share` makes of this process's mean that of all."""
         lengths = path_lengths(images, ws, generator, noise)
+        own = lengths.mean()
         with torch.no_grad():
-            self.mean.lerp_(share(lengths.detach().mean()).to(self.mean.dtype), self.decay)
-        return (lengths - self.mean).square().mean()
+            whole = share(own.detach())
+            self.mean.lerp_(whole.to(self.mean.dtype), self.decay)
+            pull = 2 * self.decay * (whole - self.mean)  # - d penalty / d whole, the part of it that a's move makes
+        # The last term is 0 and has that gradient: of this process's share, so that all of them together have the whole batch's.
+        return (lengths - self.mean).square().mean() - pull * (own - own.detach())

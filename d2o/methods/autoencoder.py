@@ -14,7 +14,6 @@ from d2o.networks.latent import Autoencoder
 
 class AutoencoderOptions(Options):
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence to N(0, 1), nats per pixel value, beside the mean absolute error")
-    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
 class AutoencoderMethod(Method):
@@ -23,6 +22,7 @@ class AutoencoderMethod(Method):
     product = "autoencoder"
 
     def __init__(self, setup: Setup):
+        self.licence = setup.licence
         assert setup.images is not None
         self.options: AutoencoderOptions = setup.options
         channels, resolution, _ = setup.images.shape
@@ -59,7 +59,7 @@ class AutoencoderMethod(Method):
         return {"loss": loop.mean(losses), "l1": loop.mean(errors), "kl": loop.mean(divergences), "psnr": psnr}
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "autoencoder", "network": self.autoencoder.config, "licence": self.options.licence}
+        return {"kind": "autoencoder", "network": self.autoencoder.config, "licence": self.licence}
 
 
 METHOD = AutoencoderMethod

@@ -18,7 +18,7 @@ from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
-from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.base import UNSTATED, Spec, Teacher
 
 METHODS = {
     "edm": "d2o.methods.edm",
@@ -68,6 +68,13 @@ class Setup:
     name: str = "model"
     seed: int = 0
     batch: int = 1  # images of an iteration, of all processes together
+    licence: str = UNSTATED  # of the images (`data.licence`), and so of what is trained on them alone
+
+    def product_licence(self) -> str:
+        """The licence of what is trained on the images alone: theirs, and that of the student it starts from."""
+        licences = [self.licence] + ([self.start.spec.licence] if self.start is not None else [])
+        stated = list(dict.fromkeys(licence for licence in licences if licence != UNSTATED))
+        return "; ".join(stated) or UNSTATED
 
     def need_network(self) -> dict[str, Any]:
         if not self.network:
@@ -132,7 +139,8 @@ class Loop(Protocol):
         ...
 
     def update(self, name: str) -> None:
-        """Sanitise, clip, optimiser step, zero the gradients of the network of that name; EMA where it is the product."""
+        """Sanitise, clip, optimiser step, zero the gradients of the network of that name. The average of the product follows once, after the
+        iteration, however many updates it had."""
         ...
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
@@ -158,6 +166,7 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
+    takes: ClassVar[str] = ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     product: ClassVar[str] = "student"  # which of networks() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 
@@ -186,6 +195,9 @@ class Method(ABC):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Exactly one iteration of the algorithm; returns scalars for the log (detached tensors, not read here)."""
 
+    def settle(self) -> None:  # noqa: B027  most have nothing to do
+        """What is done to the networks at the end of an iteration, after the product's average has moved."""
+
     def heaviest(self) -> int:
         """An iteration whose step takes the most memory, for plans: of a method with phases, one of the last."""
         return 0
@@ -205,6 +217,10 @@ class Method(ABC):
     def nfe(self) -> int:
         """Network calls of one generated sample."""
         return 1
+
+    def optim(self, name: str, options: Any) -> Any:
+        """The optimiser's settings of the network of that name, from the recipe's section for it."""
+        return options
 
     def rate(self, iteration: int) -> float:
         """Factor of the recipe's learning rates in this iteration, for methods in stages that each have a course of their own."""

@@ -18,6 +18,7 @@ from d2o.losses import consistency as c
 from d2o.methods.base import Batch, Draws, Loop, Method, Setup
 from d2o.methods.consistency_options import ConsistencyOptions, check
 from d2o.methods.lpips import load_lpips
+from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.networks.second_time import second_time_config, with_second_time
@@ -29,18 +30,19 @@ from d2o.teachers.base import Spec
 class Consistency(Method):
     Options = ConsistencyOptions
     data = "images"
+    takes = "edm pixel"
     product = "student"
 
     def __init__(self, setup: Setup):
         self.options: ConsistencyOptions = setup.options
         check(self.options)
-        if setup.teacher is None or setup.images is None:
-            raise UserError("method consistency needs a `teacher:` and `data:`")
-        self.teacher, self.device, self.batch, self.sigma = setup.teacher, setup.device, setup.batch, float(setup.student.sigma)
+        if setup.images is None:
+            raise UserError("method consistency needs `data:`")
+        self.teacher, self.device, self.batch = check_teacher("consistency", setup.teacher), setup.device, setup.batch
+        self.sigma = float(setup.student.sigma)
         self._spec = spec = self.teacher.spec
         teacher = self.teacher.network
-        if not isinstance(teacher, EDMPrecond) or teacher.precond not in ("edm", "consistency"):
-            raise UserError(f"method consistency distils EDM's pixel networks in EDM's preconditioning; teacher {spec.name!r} is another one")
+        assert isinstance(teacher, EDMPrecond)
         if tuple(setup.images.shape) != spec.shape:
             have, want = (" x ".join(map(str, shape)) for shape in (setup.images.shape, spec.shape))
             raise UserError(f"the images are of {have}, those of teacher {spec.name!r} of {want}", "data.resolution and data.channels make them fit")
@@ -133,7 +135,8 @@ class Consistency(Method):
         to s (Table 5, CTM)."""
         i, z = self.index(draw, n), draw.randn(*x.shape[1:])
         longest = min(self.options.max_hops or n, n)
-        hops = _upto(draw, i.clamp(max=longest)) + 1 if self.options.hops == "from_1" else _upto(draw, i.clamp(max=longest) + 1)
+        most = (i - (min(self.options.lowest, n) - 1)).clamp(max=longest)  # with 1 <= j, where 2 <= i
+        hops = _upto(draw, most) + 1 if self.options.hops == "from_1" else _upto(draw, most + 1)
         j = i - hops
         k = _upto(draw, j + 1)
         t, u, s, end = self.T(i, n), self.T(j, n), self.T(k, n), self.T(0 * i, n)
@@ -187,9 +190,10 @@ class Consistency(Method):
 
     def index(self, draw: Draws, n: int) -> Tensor:
         """i of t = T(i, n), from i_min to n."""
+        lowest = min(self.options.lowest, n)
         if self.options.i_sampling == "lognormal":
-            return c.lognormal_index(draw.rand(), n, self.options.p_mean, self.options.p_std, self.sigma).clamp(min=min(self.options.i_min, n))
-        return draw.randint(min(self.options.i_min, n), n + 1)
+            return c.lognormal_index(draw.rand(), n, self.options.p_mean, self.options.p_std, self.sigma).clamp(min=lowest)
+        return draw.randint(lowest, n + 1)
 
     def solve(self, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
         """One step of the teacher's solver."""
@@ -243,7 +247,8 @@ class Consistency(Method):
     # The product -------------------------------------------------------------------------------------------------------------------------
 
     def made(self, network: nn.Module) -> ConsistencyStudent:
-        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle)
+        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle,
+                                  self.options.clamp)  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "student", "network": network_config(self.student), "spec": self._spec, "student": self.made(self.student).record}

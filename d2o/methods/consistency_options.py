@@ -25,7 +25,9 @@ class ConsistencyOptions(Options):
         "constant", description="N in the course of training: constant; doubled from N to n_max (iCT); by CT's square root (both count points)")
     n_max: int | None = Field(None, ge=2, description="s1 of the schedule, the largest N less 1; its s0 is N")
     schedule_images: int | None = Field(None, ge=1, description="images over which the schedule of N runs")
-    i_min: Literal[1, 2] = Field(1, description="lowest index of t on the grid: 1 (Table 5) or 2 (the authors' code)")
+    i_min: Literal[1, 2] | None = Field(
+        None, description="lowest index of t on the grid (default none: as Table 5, 2 for ctm, whose solver then stops one step above sigma_min, "
+        "else 1; the authors' code has 2 for cd too)")
     i_sampling: Literal["uniform", "lognormal"] = Field("uniform", description="distribution of that index: uniform, or after ln t ~ N (iCT)")
     p_mean: float = Field(-1.1, description="mean of ln t for lognormal")
     p_std: float = Field(2.0, gt=0, description="standard deviation of ln t for lognormal")
@@ -44,6 +46,13 @@ class ConsistencyOptions(Options):
     stage_target: Literal["previous", "student"] = Field(
         "previous", description="who takes the two steps after the first stage (pd): the student of the stage before, or the one in training")
     middle: float = Field(MIDDLE, gt=0, lt=1, description="place of the second call's noise level on Karras' scale, 0 the lowest, 1 the highest")
+    clamp: bool = Field(True, description="the student brings its estimate of the clean image into [-1, 1] at every call, as the sampler of Song et "
+                        "al. 2023 does; never in latent spaces")  # fmt: skip
+
+    @property
+    def lowest(self) -> int:
+        """`i_min`, or what the kind has."""
+        return self.i_min or (2 if self.kind == "ctm" else 1)
 
 
 def check(o: ConsistencyOptions) -> None:

@@ -31,7 +31,6 @@ class DDGANOptions(Options):
     critic_width: int = Field(64, ge=1, description="width of the critic; its first layer has twice as many channels")
     critic_temb: int = Field(256, ge=2, description="width of the critic's embedding of the step")
     conditional: bool = Field(False, description="tell both networks the images' classes (the paper's are unconditional)")
-    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
 class Randoms(NamedTuple):
@@ -69,7 +68,7 @@ class DDGAN(GeneratorMethod):
             "kind": self.options.critic, "width": self.options.critic_width, "temb": self.options.critic_temb,
         })  # fmt: skip
         self.process = DDGANProcess(self.options.steps)
-        self._spec = Spec(setup.name, shape, condition="label" if classes else "none", classes=classes, licence=self.options.licence)
+        self._spec = Spec(setup.name, shape, condition="label" if classes else "none", classes=classes, licence=setup.product_licence())
 
     def continued(self, start: nn.Module, shape: tuple[int, int, int], classes: int) -> nn.Module:
         """The generator of the student that training starts from; the critic is always new."""

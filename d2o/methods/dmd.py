@@ -24,7 +24,8 @@ from d2o.losses.regression import LOSSES
 from d2o.losses.score import denoising_loss, karras_sigma, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.lpips import load_lpips
-from d2o.methods.score_networks import ScoreMethod, check_teacher, has_uncertainty, start_score, start_student
+from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
+from d2o.methods.teachers import check_teacher
 from d2o.metrics.features import load_classifier
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
@@ -136,8 +137,10 @@ class DMD(ScoreMethod):
             loop.backward(loss)
             made.append(Made(x.detach(), labels))
         loop.update("student")
-        keep_normalised(self.student.network)
         return made
+
+    def settle(self) -> None:
+        keep_normalised(self.student.network)
 
     def score_step(self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]) -> None:
         """One step of the score network: denoising of the student's samples, given or new ones."""

@@ -42,7 +42,6 @@ class LatentDiffusionOptions(Options):
     cfg: float = Field(3.0, ge=0, description="guidance weight of previews and of the accuracy; 1 is none")
     extractor: str | None = Field(None, description="classifier whose agreement with the prompts is the metric `accuracy`")
     check_n: int = Field(500, ge=1, description="generated samples of that metric")
-    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
 class LatentDiffusion(Method):
@@ -73,7 +72,7 @@ class LatentDiffusion(Method):
         self.schedule = DiscreteSchedule.scaled_linear()
         self.ids = self.model.tokens.encode(self.captions.all).reshape(setup.images.classes, -1, 77).to(setup.device)
         self.no_caption = self.model.tokens.encode([""]).to(setup.device)
-        licence = self.options.licence
+        licence = setup.licence
         self._spec = Spec(setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50)
 
     def networks(self) -> dict[str, nn.Module]:

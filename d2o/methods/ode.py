@@ -15,9 +15,9 @@ from d2o.errors import UserError
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES, pseudo_huber
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
+from d2o.methods.teachers import check_teacher
 from d2o.metrics.features import load_classifier
 from d2o.networks.build import build_network, network_config, set_dropout
-from d2o.networks.precond import Denoiser
 from d2o.students.base import Student
 from d2o.teachers.base import Spec
 
@@ -32,15 +32,12 @@ class ODEOptions(Options):
 class ODE(Method):
     Options = ODEOptions
     data = "pairs"
+    takes = "edm"
     product = "student"
 
     def __init__(self, setup: Setup):
         self.options: ODEOptions = setup.options
-        if setup.teacher is None:
-            raise UserError("method ode needs a `teacher:`")
-        teacher = setup.teacher
-        if not isinstance(teacher.network, Denoiser):
-            raise UserError(f"method ode trains students of the EDM family; teacher {teacher.spec.name!r} ({teacher.spec.condition}) is of another")
+        teacher = check_teacher("ode", setup.teacher)
         if setup.start is not None:
             self.student = copy.deepcopy(setup.start)
             if self.student.spec.shape != teacher.spec.shape or self.student.spec.classes != teacher.spec.classes:

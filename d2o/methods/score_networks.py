@@ -24,6 +24,7 @@ class ScoreMethod(Method):
 
     product = "student"
     student: Student
+    takes = "edm"
     score: Any  # the teacher's class of network
     teacher: Teacher
 
@@ -38,16 +39,6 @@ class ScoreMethod(Method):
 
     def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
         return self.teacher.decode(product(noise, labels))
-
-
-def check_teacher(method: str, teacher: Teacher | None) -> Teacher:
-    """The teacher if it is a denoiser of the EDM family. UserError otherwise."""
-    if teacher is None:
-        raise UserError(f"method {method} needs a `teacher:`", "d2o teachers lists some")
-    if not isinstance(teacher.network, Denoiser) or teacher.spec.condition == "text":
-        what = f"teacher {teacher.spec.name!r} ({teacher.spec.condition}) is of another"
-        raise UserError(f"method {method} distils denoisers of the EDM family; {what}")
-    return teacher
 
 
 def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: bool = False) -> Student:

@@ -7,10 +7,10 @@ has the score network's encoder tell real images from the student's, by no weigh
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from d2o.augment import edm
@@ -18,13 +18,17 @@ from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.losses.style import d_logistic
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, check_real_images, check_teacher, labels_of_images, look, start_score, start_student, true_score
+from d2o.methods.score_networks import ScoreMethod, check_real_images, labels_of_images, look, start_score, start_student, true_score
+from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
 from d2o.networks.precond import set_disc_map
 
 CHECK_EVERY = 20
 """Iterations between two looks at the count of bad samples, where looking waits for the device."""
+
+
+ForceWN = Literal["post_step", "pre_forward", "off"]
 
 
 class SiDOptions(Options):
@@ -41,8 +45,11 @@ class SiDOptions(Options):
     train_dropout: bool = Field(True, description="dropout of the student in its own step; there is none where it makes images for the score network")
     score_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the score network in its own step (default none: the teacher's)")
     uncertainty: bool = Field(True, description="EDM2: weigh losses by the score network's uncertainty, where it has the head for it")
-    force_wn: Literal["post_step", "pre_forward", "off"] | None = Field(
-        None, description="EDM2: forced weight normalisation of student and score network (default none: as the teacher's network says)")
+    student_force_wn: ForceWN | None = Field(
+        None, description="EDM2: forced weight normalisation of the student (default none: as the network that it begins from says)")
+    score_force_wn: ForceWN | None = Field(
+        None, description="EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the published runs "
+        "have it on for SiD, off for SiDA and SiD2A)")
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="precision of the true score (default none: as the rest)")
     labels: Literal["uniform", "data"] | None = Field(
         None, description="classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if adversarial)")
@@ -66,6 +73,15 @@ class SiDOptions(Options):
         "shared", description="noise of the real images: the fakes' own, another of the same level, or one of its own level")
     disc_map: Literal["enc_last_mean", "mid_mean"] = Field(
         "enc_last_mean", description="the map is taken after the encoder's last block, or after the two blocks in the U-Net's middle")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, data: Any) -> Any:
+        """`force_wn`, as older recipes have it, was one switch for both networks."""
+        if not isinstance(data, dict) or "force_wn" not in data:
+            return data
+        rest = {key: value for key, value in data.items() if key != "force_wn"}
+        return {"student_force_wn": data["force_wn"], "score_force_wn": data["force_wn"], **rest}
 
 
 class SiD(ScoreMethod):
@@ -92,11 +108,12 @@ class SiD(ScoreMethod):
         self.labels_of_data = labels_of_images("sid", setup, self.teacher.spec) if self.needs(o) == "images" else None
         if o.adversarial:
             check_real_images("sid", setup, self.teacher)
-        for network in (self.student.network, self.score):
+        for network, force_wn in ((self.student.network, o.student_force_wn), (self.score, o.score_force_wn)):
             if isinstance(network, EDM2Precond):
-                network.force_wn = network.config["force_wn"] = o.force_wn or network.force_wn
+                network.force_wn = network.config["force_wn"] = force_wn or network.force_wn
                 if network.force_wn != "off":
                     network.normalize_weights()
+        self.stepped = False  # whether the student learned in this iteration
         self.bad = torch.zeros((), device=self.device)  # samples so far that were not finite, under nan: raise
 
     def check(self, o: SiDOptions) -> None:
@@ -108,8 +125,9 @@ class SiD(ScoreMethod):
                             "leave sid.labels away")  # fmt: skip
         if o.adversarial and self.batch % (o.batch_pool or 1):
             raise UserError(f"sid.batch_pool: {o.batch_pool} does not divide the batch of {self.batch}")
-        if o.force_wn and not isinstance(self.score, EDM2Precond):
-            raise UserError("sid.force_wn: only networks of EDM2 have forced weight normalisation", "leave it away")
+        for key in ("student_force_wn", "score_force_wn"):
+            if getattr(o, key) and not isinstance(self.score, EDM2Precond):
+                raise UserError(f"sid.{key}: only networks of EDM2 have forced weight normalisation", "leave it away")
         if o.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
             raise UserError(f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
                             "would come out of the student", "set sid.augment: 0")  # fmt: skip
@@ -121,7 +139,8 @@ class SiD(ScoreMethod):
         log: dict[str, list[Tensor]] = {}
         self.score_step(loop, batch, log)
         wait = o.start_g_nimg if o.start_g_nimg is not None else 100_000 if o.adversarial else -1
-        if seen > wait:
+        self.stepped = seen > wait
+        if self.stepped:
             self.student_step(loop, batch, log, adversarial=o.adversarial and seen > o.start_adv_nimg)
         scalars = {key: loop.mean(values) for key, values in log.items()}
         bad = self.batch * torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars]).sum()
@@ -199,7 +218,10 @@ class SiD(ScoreMethod):
             delta = self.per_sample((true - fake).abs(), keep).mean() / x[0].numel()
             self.note(log, loss_g=sid.mean() / x[0].numel(), delta=delta, bad_student=1 - keep.float().mean())
         loop.update("student")
-        keep_normalised(self.student.network)
+
+    def settle(self) -> None:
+        if self.stepped:
+            keep_normalised(self.student.network)
 
     # What the steps are made of --------------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,9 @@ from d2o.teachers.base import Spec
 
 class SPIGANOptions(Options):
     K: int = Field(2, ge=1, description="times of an iteration; the last is 1, the clean image")
-    j_sampling: Literal["uniform_sorted", "stratified", "fixed"] = Field(
-        "uniform_sorted", description="the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; or k / K (the ablation)")
+    j_sampling: Literal["uniform_sorted", "stratified", "fixed", "fixed_with_0"] = Field(
+        "uniform_sorted", description="the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; k / K (the ablation); these and "
+        "0, which is x_T")
     update_mode: Literal["per_j", "joint"] = Field("per_j", description="one step of each network for each time, or one for the mean over all times")
     ivp: Literal["restart", "incremental", "incremental_detach"] = Field(
         "restart", description="h(t_k) solved from 0; from h(t_{k-1}) with gradients (joint); or from its value without (per_j)")
@@ -36,18 +37,19 @@ class SPIGANOptions(Options):
         "xT", description="noise that the generator starts from: x_T of the images, fresh noise, or x_T for the critic's step and fresh for its own")
     pair_noise: bool = Field(True, description="the real path ends in the same x_T as the fake one; false: in another")
     process: Literal["vp", "ve", "subvp"] = Field("vp", description="forward process of x_T")
-    mixing_prob: float = Field(0.0, ge=0, le=1, description="share of batches whose styles come from two noises")
+    mixing_prob: float = Field(0.0, ge=0, le=1, description="share of images whose styles come from two noises")
     r1_gamma: float = Field(0.01, ge=0, description="weight of R1, gamma / 2 |grad D|^2 on real images; 0: none")
     r1_every: int = Field(16, ge=1, description="iterations from one R1 to the next; its weight is multiplied by this")
     pl_weight: float = Field(0.0, ge=0, description="weight of path length regularisation; 0: none")
     pl_every: int = Field(4, ge=1, description="iterations from one to the next; its weight is multiplied by this")
+    lazy_correction: bool = Field(False, description="StyleGAN2's correction for lazy regularisation: with c = k / (k + 1), k the interval of the "
+                                  "network's regulariser whatever its weight, learning rates times c and betas to the power of c")  # fmt: skip
     ada: str | None = Field("bgc", description="augmentation pipeline (b, bg, bgc, bgcf, bgcfn, bgcfnc); null: none")
     ada_target: float = Field(0.6, ge=-1, le=1, description="what the mean sign of the critic's logits of real images is held at")
     ada_interval: int = Field(4, ge=1, description="iterations between two moves of the probability")
     ada_kimg: float = Field(500, gt=0, description="thousand images in which the probability can go from 0 to 1")
     ada_fixed: float | None = Field(None, ge=0, le=1, description="hold the probability here instead")
     critic: dict[str, Any] = Field({}, description="options of the critic (blocks, base, max_channels, mbstd_group, time, time_scale, ...)")
-    licence: str = Field("unstated", description="licence of the trained weights, recorded in everything made from them")
 
 
 class SPIGAN(GeneratorMethod):
@@ -75,7 +77,7 @@ class SPIGAN(GeneratorMethod):
         self.pipeline = AdaPipeline(o.ada) if o.ada else None
         self.controller = AdaController(setup.batch, o.ada_target, o.ada_interval, o.ada_kimg, fixed=o.ada_fixed)
         self.path_length = PathLength()
-        self._spec = Spec(setup.name, setup.images.shape, licence=o.licence)
+        self._spec = Spec(setup.name, setup.images.shape, licence=setup.product_licence())
 
     def continued(self, start: nn.Module) -> nn.Module:
         if not isinstance(start, StyleStudent):
@@ -87,6 +89,13 @@ class SPIGAN(GeneratorMethod):
 
     def states(self) -> dict[str, nn.Module]:
         return {"ada": self.controller, "path_length": self.path_length}
+
+    def optim(self, name: str, options: Any) -> Any:
+        if not self.options.lazy_correction:
+            return options
+        every = self.options.pl_every if name == "generator" else self.options.r1_every
+        c = every / (every + 1)
+        return options.model_copy(update={"lr": c * options.lr, "final_lr": c * options.final_lr, "betas": tuple(b**c for b in options.betas)})
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Algorithm 1: for each time, ascending, the generator (mapping and synthesis together), then the critic."""
@@ -119,7 +128,9 @@ class SPIGAN(GeneratorMethod):
                 for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                     z = starts[i][::2]  # half of them, whichever way they are divided into micro-batches
                     noises = [_halves(draw, shape, group) for shape in self.generator.synthesis.noise_shapes]
-                    fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group)
+                    mix = self.mix(draw)
+                    mix = mix and (mix[0][::2], mix[1][::2])
+                    fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group, mix=mix)
                     loss = self.path_length(fake, ws, noise=_halves(draw, self._spec.shape, group), share=loop.everywhere)
                     loop.backward(loss * o.pl_weight * o.pl_every)
                     log.setdefault("path_length", []).append(loss)
@@ -156,6 +167,8 @@ class SPIGAN(GeneratorMethod):
         """t_k = j_k / K, ascending, the last one 1 (section 3.4); the same for all samples and processes."""
         K = self.options.K
         k = torch.arange(1, K)
+        if self.options.j_sampling == "fixed_with_0":
+            return [0.0, *(k / K).tolist(), 1.0]
         if self.options.j_sampling == "fixed" or K == 1:
             return [*(k / K).tolist(), 1.0]
         u = draw.shared(K - 1).cpu()
@@ -183,14 +196,13 @@ class SPIGAN(GeneratorMethod):
             logits.append(critic(seen, t))
         return torch.cat(logits)
 
-    def mix(self, draw: Draws) -> tuple[Tensor, int] | None:
-        """Style mixing (appendix B.3): another noise, and the style input from which it is used."""
+    def mix(self, draw: Draws) -> tuple[Tensor, Tensor] | None:
+        """Style mixing (appendix B.3), for each image by itself: another noise, and the style input from which it is used [B]."""
         if self.options.mixing_prob == 0:
             return None
-        second = draw.randn(*self._spec.shape)
-        chance, where = draw.shared(2).tolist()
+        second, (chance, where) = draw.randn(*self._spec.shape), draw.rand(2).unbind(1)
         num_ws = self.generator.synthesis.num_ws
-        return (second, 1 + int(where * (num_ws - 1))) if chance < self.options.mixing_prob else None
+        return second, torch.where(chance < self.options.mixing_prob, 1 + (where * (num_ws - 1)).long(), num_ws)
 
     def noises(self, draw: Draws, times: int) -> list[Tensor]:
         """The synthesis network's noise for the images at so many times, one after the other."""

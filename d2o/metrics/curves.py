@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.interop.inputs import MAX_LOG_BYTES, parse_json, read_file
 
 
 @dataclass
@@ -32,15 +32,14 @@ def read_curves(run: str | Path) -> Curves:
     """Losses (keys that say so) and scores (the "eval" records). A line that a kill cut short is passed over. UserError: no such log."""
     path = Path(run) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{run} is not a run folder: no readable metrics.jsonl ({error.strerror or error})", "--run takes what `d2o train --out` wrote"
-        ) from None
+        lines = read_file(path, MAX_LOG_BYTES).decode("utf-8", "replace").splitlines()
+    except UserError as error:
+        what = f"{run} is not a run folder: no readable metrics.jsonl ({error.message})"
+        raise UserError(what, "--run takes what `d2o train --out` wrote") from None
     curves = Curves(Path(run).resolve().name)
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
         if not isinstance(record, dict) or not isinstance(record.get("images"), (int, float)):

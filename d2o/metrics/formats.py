@@ -12,9 +12,9 @@ from typing import Any
 
 from d2o import __version__
 from d2o.errors import UserError
+from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.cells import ARROWS, NONE, Record, metrics, paper_of
-from d2o.metrics.records import check_target
 from d2o.metrics.table import results_table
 
 MARKDOWN_MARK = "<!-- results: written by d2o"
@@ -40,7 +40,7 @@ def check_table_target(path: str | Path) -> None:
     if path.suffix.lower() not in FORMATS:
         known = f"known formats: {', '.join(FORMATS)}, and .json for results"
         raise UserError(f"cannot write a table as {path.suffix or 'a file without a suffix'}: {path}", known)
-    check_target(path)
+    check_output(path, folder=False)
     mark = FORMATS[path.suffix.lower()][1].encode()
     if path.exists() and path.stat().st_size:
         with open(path, "rb") as file:

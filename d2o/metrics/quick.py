@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.data.latents import LatentSet, open_set
+from d2o.errors import UserError
 from d2o.metrics.accuracy import accuracy
+from d2o.metrics.collect import silent
 from d2o.metrics.extractor import check_shape
 from d2o.metrics.features import Extractor, load_extractor
 from d2o.metrics.passes import feature_probes, generator_pass
 from d2o.metrics.presets import find_preset, hold_to
 from d2o.metrics.protocol import Settings
-from d2o.metrics.reference import Reference, load_reference
+from d2o.metrics.reference import Reference, generated_reference, load_reference, measure_reference
 from d2o.metrics.sides import Measured
-from d2o.metrics.subjects import Device, Generator
+from d2o.metrics.subjects import Device, Generator, Pictures, pictures
 from d2o.metrics.workplace import Workplace
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
@@ -27,13 +30,26 @@ IMAGES = ("labels", "quantize", "resize")
 
 
 @lru_cache(maxsize=4)
-def cached(extractor: str, reference: str, device: str, protocol: str | None) -> tuple[Extractor, Reference]:
+def cached(extractor: str, reference: str, device: str, protocol: str | None, data: Any = None) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
-    settings = Settings(**{"resize": "crop", **images_of(protocol)})
-    found = load_reference(reference, {network.name: (network, {"features"})}, False, settings, device, main=network)
+    settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
+    if data is None:
+        found = load_reference(reference, outputs, False, settings, device, main=network)
+    else:
+        found = generated_reference(data.path, training_images(data), outputs, settings)
     if protocol is not None:
         hold_to(find_preset(protocol), [network], found.name, found.n)
+    if data is not None:  # after what could refuse it: all of its images are looked at
+        found = measure_reference(found, outputs, settings, device, Workplace(memory=True), silent)
     return network, found
+
+
+def training_images(data: Any) -> Pictures:
+    """The images of a recipe's `data:` section as training reads them, but not mirrored. UserError: stored latents, which no network here takes."""
+    found = open_set(data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit)
+    if isinstance(found, LatentSet):
+        raise UserError(f"eval.reference: {found.name} holds stored latents, and a Fréchet distance is between images", "name a reference")
+    return pictures(found, data.path)
 
 
 def images_of(protocol: str | None) -> dict[str, Any]:
@@ -44,12 +60,13 @@ def images_of(protocol: str | None) -> dict[str, Any]:
 class FrechetEvaluator:
     """A score taken again and again against one reference, which is loaded once. Deterministic; global random state is left alone.
 
-    `protocol`: the preset that says how images are made and what network and reference have to be. UserError: absent or other than these.
+    `protocol`: the preset that says how images are made and what network and reference have to be. `data`: a recipe's section, whose images are
+    the reference instead. UserError: absent or other than these.
     """
 
-    def __init__(self, extractor: str, reference: str, device: Device = "cpu", protocol: str | None = None):
+    def __init__(self, extractor: str, reference: str, device: Device = "cpu", protocol: str | None = None, data: Any = None):
         self.device, self.settings = device, images_of(protocol)
-        self.extractor, self.reference = cached(extractor, reference, str(device), protocol)
+        self.extractor, self.reference = cached(extractor, reference, str(device), protocol, data)
 
     def check(self, spec: Spec) -> None:
         """UserError unless the extractor takes the images of that spec."""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import atomic_write, write_error
-from d2o.interop.temporary import sweep, temporary_file
+from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
+from d2o.interop.outputs import check_output
+from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.evaluate import FORMAT
 from d2o.metrics.record_model import mistake
-
-LARGEST = 2**28
-"""Bytes of a file of results; one with its pictures has some hundred thousand."""
 
 
 def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
@@ -51,17 +47,10 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
 
 def _parse(path: Path) -> list[dict[str, Any]] | None:
     """The records, or None when the file holds something else. UserError when it can't be read."""
+    data = read_file(path, MAX_JSON_BYTES, "a file of results")
     try:
-        if not path.is_file() and path.exists():
-            raise UserError(f"{path} is not a file", "expected a result of `d2o eval --json`")
-        if path.stat().st_size > LARGEST:
-            return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError):
+        data = parse_json(data)
+    except ValueError:
         return None
     records = data if isinstance(data, list) else [data]
     ours = all(isinstance(r, dict) and r.get("format") == FORMAT["format"] and isinstance(r.get("version"), int) for r in records)
@@ -70,27 +59,7 @@ def _parse(path: Path) -> list[dict[str, Any]] | None:
 
 def check_json_target(path: str | Path) -> None:
     """UserError if writing a result to `path` would overwrite something else, or cannot work."""
-    check_target(path)
+    check_output(path, folder=False)
     path = Path(path)
     if path.exists() and path.stat().st_size and _parse(path) is None:
         raise UserError(f"{path} exists and is not a result of `d2o eval`: it is not overwritten", "choose another name for --json")
-
-
-def check_target(path: str | Path) -> None:
-    """UserError, before hours of work, if `path` cannot be written: tried with a temporary file, in its folder or what is there of it. What a
-    killed writer of it left goes."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: a folder of that name is in the way")
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is neither a file nor absent")
-        above = next(p for p in path.absolute().parents if p.exists())
-        if not above.is_dir():
-            raise UserError(f"cannot write {path}: {above.name} is a file")
-        if not os.access(above, os.W_OK):
-            raise UserError(f"cannot write {path}: permission denied")
-        with temporary_file(above / path.name):
-            sweep(above, glob.escape(path.name))
-    except OSError as error:
-        raise write_error(path, error) from error

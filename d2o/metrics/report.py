@@ -10,6 +10,7 @@ from typing import Any
 
 from d2o import __version__
 from d2o.errors import UserError
+from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.cells import (
     ARROWS,
@@ -29,7 +30,6 @@ from d2o.metrics.cells import (
 )  # fmt: skip
 from d2o.metrics.curves import Curves, read_curves
 from d2o.metrics.protocol import protocol_line
-from d2o.metrics.records import check_target
 from d2o.metrics.report_charts import WORDS, by_class, comparison, training
 from d2o.metrics.report_parts import neighbours, samples
 from d2o.metrics.table import Table, fold, results_table
@@ -49,7 +49,7 @@ def write_report(path: str | Path, records: Sequence[Record], runs: Sequence[str
 
 def check_report_target(path: str | Path) -> None:
     """UserError if writing to `path` would overwrite something else, or cannot work."""
-    check_target(path)
+    check_output(path, folder=False)
     path = Path(path)
     if path.exists() and path.stat().st_size and MARK.encode() not in path.read_bytes()[:4096]:
         raise UserError(f"{path} exists and is not a report of d2o: it is not overwritten", "choose another name for --report")

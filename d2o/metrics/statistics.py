@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from d2o import __version__
 from d2o.errors import UserError
+from d2o.interop.inputs import check_input
+from d2o.interop.npz import npz_names, read_npz
 from d2o.interop.numpy_pickle import keys as pickled_keys
 from d2o.interop.numpy_pickle import read_pickled
 from d2o.interop.safetensors_io import atomic_write
@@ -130,7 +131,7 @@ def is_statistics(path: str | Path) -> bool:
     """Whether a file holds statistics that `load_statistics` reads, and no images: the evaluation batches of guided-diffusion hold both and
     are images here, though `load_statistics` takes their statistics. False for what cannot be read at all."""
     path = Path(path)
-    names = _npz_names(path) if path.is_file() else set()
+    names = set(npz_names(path))
     if names:
         return "arr_0" not in names and ({"mu", "sigma"} <= names or "feats" in names)
     found = pickled_keys(path) if path.is_file() else set()
@@ -140,7 +141,7 @@ def is_statistics(path: str | Path) -> bool:
 def holds_statistics(path: str | Path) -> bool:
     """Whether it is one of ADM's evaluation batches: images, and the statistics (of a larger set) that FID compares with."""
     path = Path(path)
-    return path.is_file() and {"arr_0", "mu", "sigma"} <= _npz_names(path)
+    return {"arr_0", "mu", "sigma"} <= set(npz_names(path))
 
 
 def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
@@ -151,10 +152,7 @@ def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
     not finite, not symmetric or has negative variances; no statistics of `feature` among several.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a file of statistics", EXPECTED)
+    check_input(path, "a file of statistics")
     record = _pick(path, _read(path), feature)
     about: dict[str, Any] = {key: str(record[key]) for key in TEXTS if key in record}
     count = next((record[key] for key in ("n", "num_images", "num_items") if key in record), 0)
@@ -171,16 +169,6 @@ def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
     return Statistics(mu, sigma, n or None, **about, features=features, spatial=spatial)
 
 
-def _npz_names(path: Path) -> set[str]:
-    """The arrays in an npz; none if it is something else."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    except (OSError, zipfile.BadZipFile, ValueError):
-        return set()
-    return {name.removesuffix(".npy") for name in names} if all(name.endswith(".npy") for name in names) else set()
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The dict that the file is. Of an npz only what statistics are made of is read; the rest is there by name."""
     try:
@@ -188,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
             start = file.read(6)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    archive = start.startswith(b"PK") and (bool(_npz_names(path)) or not zipfile.is_zipfile(path))
+    archive = start.startswith(b"PK") and (bool(npz_names(path)) or not zipfile.is_zipfile(path))
     if not archive and not start.startswith((b"PK", b"\x80", b"\x93NUMPY")):
         raise UserError(f"{path} cannot be read as statistics: it is neither an npz nor a pickle", EXPECTED)
     if not archive:
@@ -197,11 +185,9 @@ def _read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} holds a {type(found).__name__}, not a dict of mu and sigma", EXPECTED)
         return found
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] if name in (*ARRAYS, *TEXTS, "n") else None for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        what = "it holds pickled objects, which are not run" if "allow_pickle" in str(error) else str(error)
-        raise UserError(f"{path} cannot be read as statistics ({what})", f"{EXPECTED}; a truncated file is smaller than its original") from error
+        return {**dict.fromkeys(npz_names(path)), **read_npz(path, lambda name: name in (*ARRAYS, *TEXTS, "n"))}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as statistics ({error})", f"{EXPECTED}; a truncated file is smaller than its original") from error
 
 
 def _pick(path: Path, record: dict[str, Any], feature: str | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.data.images import open_images
+from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
+from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.metrics.features import Extractor, check_shape
 from d2o.metrics.prepare import parse_preparation, quantize
 from d2o.metrics.protocol import Settings
 from d2o.metrics.statistics import Statistics, is_statistics, load_statistics
 from d2o.networks.build import count_parameters
+from d2o.networks.processor import arrange
 from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
@@ -190,6 +191,7 @@ def reference_settings(settings: Settings) -> Settings:
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
     model = load_teacher(text, device)
+    ordered = arrange(model.network, device)
     solver = model.solver(settings.solver, settings.steps)
     solver.grid(model.schedule)  # whether it fits
     if solver.stochastic:
@@ -206,6 +208,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         "steps": solver.steps,
         "cfg": settings.cfg,
         "licence": model.spec.licence,
+        **({"channels_last": True} if ordered else {}),
     }
 
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -238,6 +241,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     if isinstance(model, ConsistencyStudent) and settings.steps is not None:  # of others --steps is not: it may be for a teacher among the X
         model = model.with_steps(settings.steps)
         label += f", {settings.steps} steps" if settings.steps > 1 else ""
+    ordered = arrange(model.network, device)
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
@@ -254,6 +258,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "teacher": made_from.get("name"),
         "teacher_sha256": made_from.get("sha256"),
         "licence": model.spec.licence,
+        **({"channels_last": True} if ordered else {}),
     }
     return Generator(
         label, text, "student", model.spec, sample, torch.inference_mode()(model.decode), made_from.get("name"), record,
@@ -263,8 +268,8 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
 
 def _is_pair_store(folder: Path) -> bool:
     try:
-        record = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        record = read_json(folder / "manifest.json")
+    except UserError:
         return False
     return isinstance(record, dict) and record.get("format") == "d2o-pairs"
 
@@ -303,6 +308,11 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
     except UserError as error:
         hint = "--resize 256 (or another size) cuts out the centre square and resizes it" if "differ in size" in error.message else error.hint
         raise UserError(error.message, hint) from error
+    return pictures(found, text, preparation.describe())
+
+
+def pictures(found: ImageSet, text: str, resize: str = "none") -> Pictures:
+    """A set of images that is open; `text`: how it was named."""
     notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
     # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
     numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)
@@ -323,7 +333,7 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
         labels is not None,
         None if numbered else found.classes,
         {"fingerprint": found.fingerprint},
-        resize=preparation.describe(),
+        resize=resize,
         duplicates=lambda: found.duplicates,
         notes=notes,
     )

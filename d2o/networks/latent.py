@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest
 from d2o.interop import torchvision_compat
+from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.bpe import BOS, EOS, Tokens, build_tokens
 from d2o.networks.fill import fill_network
@@ -146,13 +147,11 @@ def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
 
 
 def _from_diffusers(folder: Path) -> Autoencoder:
-    import json
-
     from safetensors import SafetensorError
     from safetensors.torch import load_file as load_tensors
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         tensors = load_tensors(folder / "diffusion_pytorch_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no autoencoder that can be read ({error})") from error

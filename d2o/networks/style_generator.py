@@ -34,20 +34,21 @@ class StyleGenerator(nn.Module):
         self.synthesis = StyleSynthesis(img_resolution, img_channels, h_dim, **synthesis)
 
     def forward(self, ws: Tensor | None = None, noises: Sequence[Tensor] | None = None, *, z: Tensor | None = None, times: Sequence[float] = (1.0,),
-                mix: tuple[Tensor, int] | None = None, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                mix: tuple[Tensor, Tensor] | None = None, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(images, ws, h): of noise `z` at sorted `times` [T], one after the other [T B, ...], or of given `ws` [B, num_ws, h_dim].
 
-        `mix` (second noise, cutoff): the styles from input `cutoff` on come from it (style mixing). `start`: h(times[0]) instead of solving
-        to it from z.
+        `mix` (second noise, cutoffs [B]): an image's styles from input `cutoff` on come from it (style mixing; num_ws: none do). `start`:
+        h(times[0]) instead of solving to it from z.
         """
         if ws is None:
             assert z is not None
             h = self.mapping.path(z, times) if start is None else start[None]
             ws = self.synthesis.broadcast(h.flatten(0, 1))
             if mix is not None:
-                second, cutoff = mix
+                second, cutoffs = mix
                 other = self.synthesis.broadcast(self.mapping.path(second, times).flatten(0, 1))
-                ws = torch.cat([ws[:, :cutoff], other[:, cutoff:]], dim=1)
+                first = torch.arange(ws.shape[1], device=ws.device) < cutoffs.repeat(len(times))[:, None]
+                ws = torch.where(first[:, :, None], ws, other)
         else:
             h = ws[None, :, 0]
         return self.synthesis(ws, noises=noises), ws, h

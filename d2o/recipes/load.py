@@ -87,7 +87,7 @@ def _extended(root: Node, path: Path, problems: Problems) -> Node:
     base = _read(found, problems)
     if "extends" in base.value:
         raise UserError(f"{where}: {extends.value} itself extends {show(base.value['extends'].value)}; only one level is allowed")
-    return Node(merge(base, root).value, root.mark)
+    return Node(merge(_relicensed(base, [root]), root).value, root.mark)
 
 
 def _override(text: str, problems: Problems, flag: str = "--set") -> Node | None:
@@ -130,6 +130,22 @@ def merge(low: Node, high: Node) -> Node:
     for key, node in high.value.items():
         merged[key] = merge(merged[key], node) if key in merged else node
     return Node(merged, low.mark)
+
+
+def _names_images(layer: Node, key: str = "path") -> Any:
+    """What a layer says of `data.path`, or of another key of that section; None if nothing."""
+    data = layer.value.get("data")
+    return data.value[key].value if data is not None and isinstance(data.value, dict) and key in data.value else None
+
+
+def _relicensed(low: Node, layers: Sequence[Node]) -> Node:
+    """`low` without its `data.licence` where layers that will be merged over it name other images: those have a licence of their own."""
+    paths = [path for layer in layers if (path := _names_images(layer)) is not None]
+    if not paths or paths[-1] == _names_images(low) or _names_images(low, "licence") is None:
+        return low
+    data = low.value["data"]
+    rest = {key: node for key, node in data.value.items() if key != "licence"}
+    return Node({**low.value, "data": Node(rest, data.mark)}, low.mark)
 
 
 def _settled(node: Node, schema: Schema | None) -> Any:
@@ -207,7 +223,8 @@ def load_recipe(
     else:
         small = None
 
-    chosen = root if small is None or not mini else merge(root, small)
+    chosen = root if small is None or not mini else merge(_relicensed(root, [small]), small)
+    chosen = _relicensed(chosen, changes)
     for change in changes:
         chosen = merge(chosen, change)
     unread = frozenset(problems.marks)  # no need to say more about what could not be read
@@ -217,7 +234,7 @@ def load_recipe(
             problems.add(problem.mark, problem.line())
     if small is not None and not mini:  # what --mini would stumble over
         alone = set(_checked(root)[1])
-        for problem in _checked(merge(root, small))[1]:
+        for problem in _checked(merge(_relicensed(root, [small]), small))[1]:
             if problem not in alone and problem.mark not in unread:
                 inside = problem.mark.path[:1] == ("mini",)
                 problems.add(problem.mark, problem.line() + ("" if inside else " (with --mini)"))

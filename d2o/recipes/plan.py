@@ -7,57 +7,86 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from d2o.data.draws import label_mode
 from d2o.data.pair_files import store_folder
+from d2o.data.pair_settings import PairSettings
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.interop.download import offline
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
-from d2o.methods.base import Batch, Draws, Method, Setup, get_method
+from d2o.methods.base import Method, Setup, get_method
+from d2o.methods.teachers import check_kind, check_teacher
+from d2o.metrics.extractor import Extractor, check_shape
 from d2o.metrics.features import load_extractor
 from d2o.metrics.named_references import is_named, lookup
+from d2o.metrics.reference import SHIPPED
+from d2o.metrics.subjects import check_there
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
+from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.students.base import Student, make_student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
-from d2o.training.evaluation import times
-from d2o.training.setup import open_data, pair_folder
+from d2o.training.evaluation import OWN_IMAGES, open_evaluator, times
+from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide
+from d2o.training.tracker import check_tracker
 
-META = torch.device("meta")
 MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
 
 
 @dataclass
 class Plan:
-    """Parameters by network, bytes of memory and disk by part, network calls by phase; what is missing, and what cannot be trained so at all."""
+    """Parameters by network, bytes of memory and disk by part, network calls by phase. `first`: what training makes or fetches before it begins.
+    Why it would not start: `missing`, what is not there, and `refused`, what does not fit."""
 
     networks: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
+    first: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     iterations: int = 0
 
+    @property
+    def starts(self) -> bool:
+        """Whether training would start."""
+        return not self.missing and not self.refused
+
+    def fetched(self, what: str) -> None:
+        """Something that is fetched when it is needed: missing where the network is switched off."""
+        if setting := offline():
+            self.missing.append(f"{what}, and the network is switched off ({setting})")
+        else:
+            self.first.append(what)
+
 
 def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teacher] | None = None) -> Plan:
-    """Never raises: what is absent is listed in `missing`, what the method would refuse in `refused`. `teachers`: loaded for another plan."""
+    """All that is wrong is listed, nothing is raised, made or fetched. `start`: the student of `d2o finetune --from`; `teachers`: loaded for
+    another plan."""
     plan = Plan(iterations=-(-recipe.images // recipe.batch))
     method_class = get_method(recipe.method)
     needs = method_class.needs(recipe.options)
-    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch)
-    if recipe.teacher:
+    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch,
+                  licence=licence_of(recipe))  # fmt: skip
+    _attempt(plan.missing, lambda: check_tracker(recipe))
+    if recipe.teacher and _fits(plan, recipe):
         known = {} if teachers is None else teachers
         setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher)))
+        if setup.teacher is not None:
+            setup.teacher = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
+    elif needs == "none" and recipe.teacher is None:
+        plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
     if needs == "images":
@@ -65,26 +94,35 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
             setup.images = _attempt(plan.missing, lambda: _images(plan, recipe.data, method_class))
-    if needs == "none" and recipe.teacher is None:
-        plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
-        return plan
-    if recipe.eval and recipe.eval.extractor:
-        _attempt(plan.missing, lambda: _extractor(recipe.eval.extractor))
-        _attempt(plan.missing, lambda: _reference(recipe.eval.reference))
+    if needs == "pairs" and (recipe.pairs is None or recipe.teacher is None):
+        plan.missing.append(f"pairs: method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
+    evaluator = _evaluator(plan, recipe) if recipe.eval and recipe.eval.extractor else None
     if setup.teacher is not None:
         plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
         if recipe.pairs:
-            _plan_pairs(plan, recipe, setup.teacher.spec)
-    if (recipe.teacher and setup.teacher is None) or (needs == "images" and setup.images is None):
+            _attempt(plan.refused, lambda: _plan_pairs(plan, recipe, setup.teacher))
+    lacking = (recipe.teacher or needs == "none") and setup.teacher is None, needs == "images" and setup.images is None
+    if any(lacking) or (start is not None and setup.start is None):
         return plan
     method = _attempt(plan.refused, lambda: _build(method_class, setup))
     parts = _attempt(plan.refused, lambda: divide(recipe))
+    if method is not None:
+        _attempt(plan.refused, lambda: _check_metric(recipe, method, evaluator))
     if method is not None and parts is not None:
         if recipe.checkpointing:
             _attempt(plan.refused, lambda: checkpointed(recipe, method.networks(), setup.teacher))
         _plan_training(plan, recipe, method, setup, parts[1])
     return plan
+
+
+def _fits(plan: Plan, recipe: Any) -> bool:
+    """Whether the method takes the teacher, as far as its name or file says it."""
+    kind = look(recipe.teacher)
+    before = len(plan.refused)
+    if kind is not None:
+        _attempt(plan.refused, lambda: check_kind(recipe.method, kind))
+    return len(plan.refused) == before
 
 
 def _build(method_class: type[Method], setup: Setup) -> Method:
@@ -111,37 +149,64 @@ def _attempt(lacking: list[str], make: Any) -> Any:
     try:
         return make()
     except UserError as error:
-        lacking.append(str(error).replace("\n", "; "))
+        lacking.append(str(error))
         return None
 
 
-def _extractor(name: str) -> None:
-    """What training would refuse; nothing is fetched for a plan."""
+
+@contextmanager
+def _without_network() -> Iterator[None]:
+    """Nothing is fetched for a plan."""
     before = os.environ.get("D2O_OFFLINE")
     os.environ["D2O_OFFLINE"] = "1"
     try:
-        load_extractor(name)
-    except UserError as error:
-        what, download, _ = error.message.partition(": cannot download")
-        raise UserError(f"{what}; training fetches them" if download else error.message, "" if download else error.hint) from error
+        yield
     finally:
         os.environ.pop("D2O_OFFLINE")
         if before is not None:
             os.environ["D2O_OFFLINE"] = before
 
 
-def _reference(name: str) -> None:
-    if is_named(name) and not Path(name).exists() and not lookup(name).path.exists():
-        raise UserError(f"reference {name} is not on this machine; it is fetched from {lookup(name).url} when it is needed")
+def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
+    """The extractor of the recipe's `eval:` if it is here. What is not there, and what is not the protocol's, is listed."""
+    e, extractor, fetch = recipe.eval, None, ""
+    try:
+        with _without_network():
+            extractor = load_extractor(e.extractor)
+    except UserError as error:
+        what, download, _ = error.message.partition(": cannot download")
+        fetch = f"{what}; training fetches them" if download else ""
+        if not fetch:
+            plan.missing.append(str(error))
+    if fetch:
+        plan.fetched(fetch)
+    here = e.reference in SHIPPED
+    if is_named(e.reference) and not Path(e.reference).exists():
+        here = lookup(e.reference).path.exists()
+        if not here:
+            plan.fetched(f"reference {e.reference} is not on this machine; it is fetched from {lookup(e.reference).url} when it is needed")
+    elif not here and e.reference != OWN_IMAGES and "://" not in e.reference:
+        _attempt(plan.missing, lambda: check_there(e.reference))
+    if extractor is not None and here:
+        _attempt(plan.refused, lambda: open_evaluator(recipe, torch.device("cpu")))
+    return extractor
+
+
+def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> None:
+    """UserError: the recipe's `eval:` asks for what the method's product does not give, or has a network that does not take its images."""
+    spec = method.spec()
+    if spec is None and recipe.eval and recipe.eval.metric == "fd":
+        raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
+    if recipe.eval and recipe.eval.metric == "accuracy" and recipe.eval.extractor is None and type(method).validate is Method.validate:
+        raise UserError(f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
+    if spec is not None and extractor is not None and spec.space == "pixel":
+        check_shape(spec.shape, extractor, of="the student's images")
 
 
 def _teacher(plan: Plan, name: str) -> Teacher:
     published = catalogue.find(name)
     if published is not None and not Path(name).exists() and catalogue.local_path(published) is None:
-        missing = f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})"
-        if published.network is None:
-            raise UserError(missing)
-        plan.missing.append(missing)
+        plan.fetched(f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})")
         return planned_teacher(published)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
     if published is not None or path.suffix == ".pkl" or (path / "model_index.json").is_file():
@@ -165,11 +230,21 @@ def _student(path: Path) -> Student:
         return make_student(build_network(meta["network"]), Spec.from_dict(meta["spec"]), meta["student"])
 
 
-def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:
-    pairs, folder = recipe.pairs, pair_folder(recipe)
-    if store_folder(folder).manifest() is not None:
+def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
+    """UserError: settings that do not fit the teacher, or a store of that name with others."""
+    pairs, folder, spec = recipe.pairs, pair_folder(recipe), teacher.spec
+    settings = pair_settings(recipe).resolved(spec.solver, spec.steps)
+    settings.check()
+    teacher.check_cfg(settings.cfg)
+    label_mode(settings.labels, spec.classes, spec.name)
+    settings.ode.grid(teacher.schedule)
+    if (manifest := store_folder(folder).manifest()) is not None:
+        made = replace(PairSettings.from_manifest(manifest), n=settings.n)  # more of them may join it
+        labels = label_mode(settings.labels, spec.classes, spec.name)
+        if different := made.differences(replace(settings, labels=labels)):
+            raise UserError(f"{folder} is a pair store with other settings: {', '.join(different)}", "set pairs.path to another folder")
         return
-    plan.missing.append(f"the pair store {folder} (training makes it first)")
+    plan.first.append(f"the pair store {folder} is made ({pairs.n:,} pairs)")
     plan.calls["making pairs"] = pairs.n * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
     plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
 
@@ -186,100 +261,11 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
     plan.memory["EMA"] = product
     kept = {name: sum(t.numel() * t.element_size() for t in state.state_dict().values()) for name, state in method.states().items()}
     plan.memory.update({f"{name} (kept beside them)": size for name, size in kept.items() if size > 2**16})
-    loop = _CountingLoop(method, micro)
-    loop.run(method, _meta_batch(method, setup, micro))
-    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (2 if recipe.precision == "bf16" else 1)
+    loop = CountingLoop(method, micro)
+    loop.run(method, meta_batch(method, setup, micro))
+    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (1 if recipe.precision == "fp32" else 2)
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if recipe.eval and recipe.eval.extractor and method.spec() is not None:
         plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = times(recipe) * recipe.eval.n * method.nfe()
     states = plan.memory["trained weights"] + plan.memory[f"optimiser ({recipe.optim.name})"] + product
     plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))
-
-
-def _meta_batch(method: Method, setup: Setup, n: int) -> Batch:
-    if method.needs(setup.options) == "none":
-        return Batch()
-    spec = setup.teacher.spec if setup.teacher else method.spec()
-    shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
-    classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
-    x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
-    return Batch(labels=labels, noise=x, target=x, images=x)
-
-
-class _MetaDraws(Draws):
-    def __init__(self, count: int):
-        self.count = count
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.empty(self.count, *shape, device=META)
-
-    def rand(self, *shape: int) -> Tensor:
-        return torch.empty(self.count, *shape, device=META)
-
-    def randint(self, low: int, high: int, *shape: int) -> Tensor:
-        return torch.empty(self.count, *shape, dtype=torch.int64, device=META)
-
-    def shared(self, *shape: int) -> Tensor:
-        return torch.full(shape, 0.5)
-
-
-class _CountingLoop:
-    """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the backward pass."""
-
-    def __init__(self, method: Method, micro: int):
-        self.networks, self.micro, self.calls, self.bytes, self.peak = method.networks(), micro, 0, 0, 0
-        self.seen: set[int] = set()
-        self.kept: list[Tensor] = []
-
-    def run(self, method: Method, batch: Batch) -> None:
-        handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
-        for block in [block for net in self.networks.values() for part in net.modules() if getattr(part, "checkpointing", False)
-                      for blocks in part.children() if isinstance(blocks, nn.ModuleDict) for block in blocks.values()]:  # fmt: skip
-            handles.append(block.register_forward_pre_hook(self._keep))
-        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
-            method.step(self, batch, method.heaviest())
-        for handle in handles:
-            handle.remove()
-
-    def _count(self, *_: Any) -> None:
-        self.calls += 1
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """What checkpointing keeps of a block is what goes into it."""
-        if torch.is_grad_enabled():
-            for tensor in args:
-                if isinstance(tensor, Tensor):
-                    self._save(tensor)
-
-    def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.kept.append(tensor)  # alive, so that its address is not used again
-            self.bytes += tensor.numel() * tensor.element_size()
-        return tensor
-
-    def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
-        yield batch, _MetaDraws(self.micro)
-
-    def backward(self, loss: Tensor) -> None:
-        """What was kept is freed here, so that of several backward passes in a step the largest counts."""
-        self.peak = max(self.peak, self.bytes)
-        self.bytes = 0
-        self.seen.clear()
-        self.kept.clear()
-
-    def update(self, name: str) -> None: ...
-
-    def net(self, name: str) -> nn.Module:
-        return self.networks[name]
-
-    @contextmanager
-    def frozen(self, name: str) -> Iterator[nn.Module]:
-        yield self.networks[name]
-
-    def everywhere(self, value: Tensor) -> Tensor:
-        return value
-
-    def mean(self, values: list[Tensor]) -> Tensor:
-        return values[0]

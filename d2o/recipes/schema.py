@@ -16,7 +16,24 @@ from pydantic_core import to_jsonable_python
 from d2o.errors import UserError, unknown
 from d2o.interop.wording import Problem, Schema, Shape, dotted, phrase, tree, word
 from d2o.interop.yaml_text import dump
-from d2o.recipes.sections import Checkpoint, Count, Data, Ema, Eval, Optim, Pairs, Preview, Section, Seed, Student, Text, field
+from d2o.recipes.sections import (
+    Batch,
+    Checkpoint,
+    Count,
+    Data,
+    Ema,
+    Eval,
+    Optim,
+    Pairs,
+    Preview,
+    Section,
+    Seed,
+    Student,
+    Text,
+    Threads,
+    TrackerSection,
+    field,
+)  # fmt: skip
 
 LOADER_KEYS = {
     "extends": "another recipe, by path (relative to this file) or name, that this one changes; one level only",
@@ -41,19 +58,28 @@ class Recipe(Section):
     optim: Optim = field(..., "optimiser")
     optim_critic: Optim | None = field(None, "second optimiser, of methods with two players (default none: as optim)")
     ema: Ema = Field(Ema(), description="moving average of the weights (default: no average)")
-    batch: Count = field(..., "images per iteration, all processes together")
-    micro_batch: Count | None = field(None, "images per process and forward pass (default none: as large as the share of the batch)")
+    batch: Batch = field(..., "images per iteration, all processes together")
+    micro_batch: Batch | None = field(None, "images per process and forward pass (default none: as large as the share of the batch)")
     images: Count = field(..., "length of training in images")
-    precision: Literal["fp32", "bf16"] = field("fp32", "fp32, or bf16 autocast")
-    channels_last: bool = field(False, "keep images and weights in channels-last memory order")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
+        "fp32", "fp32; bf16 autocast; fp16 autocast with dynamic loss scaling; auto: bf16 where the processor computes in it. The run's recipe.yaml "
+                "says what was chosen"
+    )  # fmt: skip
+    channels_last: bool | Literal["auto"] = field(
+        "auto", "keep images and weights in channels-last memory order; auto: where that is faster. The run's recipe.yaml says what was chosen"
+    )
     checkpointing: bool = field(False, "recompute activations in the backward pass instead of keeping them: less memory, a third more computing")
     compile: bool = field(False, "compile the networks (torch.compile)")
     bad_gradients: Literal["raise", "skip", "zero"] = field(
         "raise", "infinite or undefined gradients: stop, skip the iteration, or zero them; counted"
     )
-    threads: Count | None = field(None, "CPU threads of torch (default none: torch's choice)")
+    threads: Threads | Literal["auto"] | None = field(
+        None, "CPU threads of torch; auto: a few iterations are measured with one and with all, the faster is kept, and the run's recipe.yaml says "
+              "which (default none: torch's choice)"
+    )  # fmt: skip
     log_every: Count = field(20, "iterations between two lines of metrics.jsonl")
     eval: Eval | None = field(None, "metric measured on the way")
+    tracker: TrackerSection | None = field(None, "where the log goes besides metrics.jsonl and TensorBoard: wandb or mlflow, or a section")
     preview: Preview | None = field(None, "grids of samples on the way")
     checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
@@ -64,6 +90,13 @@ class Recipe(Section):
     def _part_of_batch(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value > info.data.get("batch", value):
             raise ValueError(f"expected at most batch = {info.data['batch']}, got {value}")
+        return value
+
+    @field_validator("eval")
+    @classmethod
+    def _has_its_images(cls, value: Eval | None, info: ValidationInfo) -> Eval | None:
+        if value is not None and value.reference == "data" and "data" in info.data and info.data["data"] is None:
+            raise ValueError("reference: data means the recipe's own images, and it has no `data:` section")
         return value
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from d2o.data.known import GET
 from d2o.errors import UserError
@@ -31,8 +31,24 @@ def _exact_integer(value: Any) -> Any:
     return value
 
 
+def _at_most(most: int) -> AfterValidator:
+    """A limit that no real setting comes near: said only to those who exceed it."""
+
+    def check(value: int) -> int:
+        if value > most:
+            raise ValueError(f"expected at most {most}, got {show(value)}")
+        return value
+
+    return AfterValidator(check)
+
+
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]  # below 2**63, as every integer of a recipe
+Batch = Annotated[Count, _at_most(2**20)]
+Steps = Annotated[Count, _at_most(100_000)]
+Threads = Annotated[Count, _at_most(1024)]
+Resolution = Annotated[Count, _at_most(2**13)]
+Pictures = Annotated[Count, _at_most(4096)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -48,8 +64,10 @@ class Data(Section):
     """Real images."""
 
     path: Text = field(..., "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`")
+    licence: Text | None = field(None, "under which terms the images are had, recorded in everything trained on them; it is that of `path` and goes "
+                                 "with it: another path has another (default none: not stated)")  # fmt: skip
     get: Text | None = field(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
-    resolution: Count | None = field(None, "height and width in pixels after resizing and centre-cropping (default none: as they are)")
+    resolution: Resolution | None = field(None, "height and width in pixels after resizing and centre-cropping (default none: as they are)")
     channels: Annotated[Literal[1, 3], BeforeValidator(_exact_integer)] | None = field(None, "1 (grey) or 3 (RGB) (default none: as they are)")
     on_bad: Literal["refuse", "skip"] = field("refuse", "a corrupt or odd file: stop and name it, or leave it out and name it")
     limit: Count | None = field(None, "use the first so many images, in order of their names (default none: all)")
@@ -80,21 +98,25 @@ class Pairs(Section):
     path: Text | None = field(None, "folder of the store (default none: derived from the settings)")
     n: Count = field(..., "number of pairs")
     solver: Text = field("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
-    steps: Count = field(18, "solver steps; heun makes 2 * steps - 1 network calls")
+    steps: Steps = field(18, "solver steps; heun makes 2 * steps - 1 network calls")
     spacing: Literal["leading", "trailing", "linspace"] | None = field(None, "time steps of SD-like teachers (default none: the teacher's own)")
     final: Literal["scheduler", "x0"] = field("scheduler", "last step of SD-like teachers: as its scheduler says, or to the predicted image itself")
     eta: float = field(0.0, "fresh noise in ddim, 0 to 1", ge=0, le=1)
     seed: Seed = field(0, "seed of the first pair; pair i has seed + i")
-    batch: Count = field(256, "pairs per teacher call")
-    shard_size: Count = field(1024, "pairs per file of the store")
+    batch: Batch = field(256, "pairs per teacher call")
+    shard_size: Batch = field(1024, "pairs per file of the store")
     labels: Text = field("random", "which classes, as `d2o pairs --labels` takes it")
     cfg: float = field(1.0, "guidance weight of the teacher; 1 is none", ge=0)
     prompts: Text | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
     per_prompt: Count = field(1, "pairs in a row that share a prompt")
     rewire: Literal["none", "permute"] = field("none", "permute: give every noise the output of another one (an experiment that must fail)")
     dtype: Literal["fp32", "fp16", "bf16"] = field("fp32", "number format of the targets on disk")
-    precision: Literal["fp32", "bf16", "fp16"] = field("fp32", "precision of the teacher's network while pairs are made")
-    channels_last: bool = field(False, "channels-last memory order of the teacher's network while pairs are made")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
+        "fp32", "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it, recorded in the store"
+    )
+    channels_last: bool | Literal["auto"] = field(
+        "auto", "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded in the store"
+    )
     store_noise: bool = field(False, "keep the noise in the store instead of deriving it from the seeds")
 
 
@@ -149,10 +171,10 @@ class Eval(Section):
                                 validate_default=True)  # fmt: skip
     n: Annotated[int, Field(ge=2)] | None = field(None, "generated samples per measurement (default none: the protocol's, else 1000)",
                                                validate_default=True)  # fmt: skip
-    reference: Text | None = field(None, "what to compare with: images or statistics, as `d2o eval --against` takes it (default none: the "
-                                "protocol's)", validate_default=True)  # fmt: skip
+    reference: Text | None = field(None, "what to compare with: `data`, the recipe's own images as training reads them, or images or "
+                                "statistics, as `d2o eval --against` takes it (default none: the protocol's)", validate_default=True)  # fmt: skip
     seed: Seed = field(2_000_000, "seed of the first sample; away from those of the pairs")
-    batch: Count = field(250, "samples per network call")
+    batch: Batch = field(250, "samples per network call")
 
     @field_validator("protocol")
     @classmethod
@@ -197,11 +219,30 @@ def _preset(name: str) -> Preset:
         raise ValueError(f"{error.message} ({error.hint})") from error
 
 
+class Tracker(Section):
+    """Where the log goes besides metrics.jsonl and TensorBoard."""
+
+    name: Literal["wandb", "mlflow"] = field(..., "Weights & Biases (pip install 'd2o[wandb]') or MLflow (pip install 'd2o[mlflow]')")
+    project: Text = field("d2o", "project of wandb, experiment of MLflow")
+    run: Text | None = field(None, "name of the run there (default none: the recipe's)")
+    uri: Text | None = field(None, "server; of MLflow also sqlite:///FILE.db (default none: what the package's own settings say)")
+
+
+def _named(value: Any) -> Any:
+    """`tracker: wandb` is short for `tracker: {name: wandb}`."""
+    if isinstance(value, str) and value not in ("wandb", "mlflow"):
+        raise ValueError(f"expected 'wandb', 'mlflow' or a section, got {show(value)}")
+    return Tracker(name=value) if isinstance(value, str) else value  # type: ignore[arg-type]
+
+
+TrackerSection = Annotated[Tracker, BeforeValidator(_named)]
+
+
 class Preview(Section):
     """Grids of samples from the same noises every time."""
 
     every: Count = field(..., "images between two grids")
-    n: Count = field(64, "samples in a grid")
+    n: Pictures = field(64, "samples in a grid")
 
 
 class Checkpoint(Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError, nearest
+from d2o.interop.outputs import check_output
 from d2o.interop.wording import dotted, is_section
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe, section_key, shape_of
@@ -141,7 +142,8 @@ def _clean(text: str) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """UserError: the folder holds a run, or something foreign."""
+    """UserError: the folder holds a run, or something foreign, or cannot be written."""
+    check_output(folder, folder=True)
     if (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} holds a run, not a sweep", "choose another --out")
     if folder.exists() and any(folder.iterdir()) and not (folder / "sweep.json").exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import atomic_write, read_meta
 from d2o.metrics.curves import HIGHER_IS_BETTER, read_curves
 from d2o.metrics.sweep_chart import Line, sweep_chart
@@ -63,11 +64,11 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
 def _read(folder: Path) -> Record | None:
     path = folder / "sweep.json"
     try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
+        record = read_json(path) if path.exists() else None
+    except UserError as error:
+        raise UserError(error.message, "remove it: the runs beside it hold everything that it says") from error
+    if record is None:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}", "remove it: the runs beside it hold everything that it says") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT["format"]:
         raise UserError(f"{path} is not the record of a sweep", "choose another --out")
     return record

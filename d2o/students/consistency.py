@@ -28,26 +28,31 @@ def estimate(network: nn.Module, form: str, x: Tensor, t: Tensor, s: Tensor, lab
 
 
 class ConsistencyStudent(Student):
-    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32, unclipped.
+    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32.
 
     "cd": f(sigma z, sigma); a second step adds noise up to the level `middle` (unit Karras scale; between sigma_min and sigma) and calls f again.
     "ctm": F(x, sigma, s) to sigma_min, or to `middle` and from there to sigma_min. "pd": `steps` jumps over Karras' grid, as it was trained.
-    Fresh noise comes from the samples' own generators (`OwnNoise`) unless `randn` gives it.
+    Fresh noise comes from the samples' own generators (`OwnNoise`) unless `randn` gives it. `clamp`: estimates of the clean image are brought
+    into the range of images at every call (never those of latents, nor "ctm"'s on the way to a noisy one), as the sampler of Song et al. does.
     """
 
-    def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0, form: str = "cd", steps: int = 1, middle: float = MIDDLE):
+    def __init__(
+        self, network: nn.Module, spec: Spec, sigma: float = 80.0, form: str = "cd", steps: int = 1, middle: float = MIDDLE, clamp: bool = True
+    ):  # fmt: skip
         super().__init__(network, spec, sigma)
         if form not in FORMS:
             raise unknown("form of a consistency student", form, FORMS)
-        self.form, self.nfe, self.middle = form, steps, middle
+        self.form, self.nfe, self.middle, self.clamp = form, steps, middle, clamp
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"kind": "consistency", "form": self.form, "sigma": self.sigma, "steps": self.nfe, "middle": self.middle}
+        return {"kind": "consistency", "form": self.form, "sigma": self.sigma, "steps": self.nfe, "middle": self.middle,
+                "clamp": self.clamp}  # fmt: skip
 
     @classmethod
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> ConsistencyStudent:
-        return cls(network, spec, record["sigma"], record["form"], record["steps"], record["middle"])
+        """A record without `clamp` is from before there was one: that student goes on making the images that it made."""
+        return cls(network, spec, record["sigma"], record["form"], record["steps"], record["middle"], record.get("clamp", False))
 
     def with_steps(self, steps: int) -> ConsistencyStudent:
         """The same student, called that often. UserError: one that it cannot do."""
@@ -58,7 +63,7 @@ class ConsistencyStudent(Student):
             raise UserError(f"--steps {steps}: {what}", "train one with consistency.final_steps, or leave --steps away")
         if steps not in (1, 2):
             raise UserError(f"--steps {steps}: a consistency student makes an image in 1 or 2 network calls", "--steps 1 or --steps 2")
-        other = ConsistencyStudent(self.network, self.spec, self.sigma, self.form, steps, self.middle)
+        other = ConsistencyStudent(self.network, self.spec, self.sigma, self.form, steps, self.middle, self.clamp)
         other.meta = self.meta
         return other.train(self.training)
 
@@ -81,6 +86,8 @@ class ConsistencyStudent(Student):
                 x = x + (t**2 - SIGMA_MIN**2) ** 0.5 * randn(*x.shape[1:])
             at, to = (torch.full((len(x),), level, dtype=torch.float64, device=x.device) for level in (t, s))
             f = estimate(self.network, self.form, x, at, to, labels)
+            if self.clamp and self.spec.space == "pixel" and (self.form != "ctm" or s == grid[-1]):
+                f = f.clamp(*self.spec.value_range)
             x = f if self.form == "cd" else jump(x, f, at, to)
         return x
 

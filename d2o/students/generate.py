@@ -10,12 +10,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2o import __version__
 from d2o.data.archive import RECORD, Archive, Part, archive_for, check_free, join_pieces
@@ -26,10 +27,11 @@ from d2o.data.work import Unit, Vanished, WorkFolder, ahead, cut, fill
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, save_file, write_error
+from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student
 from d2o.teachers.base import Condition, Spec, Teacher
-from d2o.teachers.compute import Compute, join_compute, torch_threads
+from d2o.teachers.compute import Compute, join_compute, torch_threads, tune, tune_network
 from d2o.teachers.generate import Progress, Say, check_finite
 
 CHUNK = 1024
@@ -49,25 +51,34 @@ class SampleSettings:
 @dataclass(frozen=True)
 class Sampler:
     """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what it is. `prompts`: those
-    whose numbers the labels are."""
+    whose numbers the labels are. `tune` has `network` run as an output records it."""
 
     call: Callable[[Tensor, Tensor | None], Tensor]
     spec: Spec
     device: torch.device
     record: dict[str, Any]
     prompts: Prompts | None = None
+    network: nn.Module | None = None
+    tune: Callable[[dict[str, Any]], None] = lambda recorded: None
 
 
 def student_sampler(student: Student) -> Sampler:
     """One call of the student."""
     device = next(student.parameters()).device
+    dtype: torch.dtype | None = None
+
+    def tune(recorded: dict[str, Any]) -> None:
+        nonlocal dtype
+        dtype = tune_network(student.network, recorded)
 
     def call(noise: Tensor, labels: Tensor | None) -> Tensor:
-        return student.decode(student(noise.to(device), None if labels is None else labels.to(device)))
+        with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
+            x = student(noise.to(device), None if labels is None else labels.to(device))
+        return student.decode(x.to(torch.float32))
 
     about = student.record  # as it is called now: its steps or truncation may be others than the checkpoint's
     record = {"kind": "student", "sha256": student.fingerprint, "student": about, "nfe": student.nfe, "checkpoint": student.meta}
-    return Sampler(call, student.spec, device, record)
+    return Sampler(call, student.spec, device, record, network=student.network, tune=tune)
 
 
 def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float = 1.0, prompts: Prompts | None = None) -> Sampler:
@@ -96,7 +107,7 @@ def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float =
             condition = prompts.many(labels.tolist())
         return teacher.decode(teacher.sample(noise, condition, solver, cfg=cfg))
 
-    return Sampler(call, spec, teacher.device, record, prompts)
+    return Sampler(call, spec, teacher.device, record, prompts, teacher.network, lambda recorded: tune(teacher, recorded))
 
 
 def make_samples(
@@ -107,20 +118,23 @@ def make_samples(
     batch: int | None = None,
     threads: int | None = None,
     chunk: int | None = None,
+    precision: str = "fp32",
+    channels_last: bool | None = None,
     say: Say = lambda message: None,
     progress: Progress = lambda done, total, note: None,
     stop: StopFlag | None = None,
 ) -> dict[str, Any]:
     """Make or continue `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns its record (samples.json).
 
-    `batch` images per call (256), `threads` of torch and `chunk` images per part (1024, rounded up to whole batches) hold for a new output;
-    one that was begun keeps its own. Raises UserError: bad settings, something else at `out`, unwritable, an image that is not finite
-    (named by its seed); Stopped: `stop` was set; finished parts are kept.
+    `batch` images per call (256), `threads` of torch, `chunk` images per part (1024, rounded up to whole batches), `precision` and
+    `channels_last` (as `Compute` has them) hold for a new output; one that was begun keeps its own. Raises UserError: bad settings, something
+    else at `out`, unwritable, an image that is not finite (named by its seed); Stopped: `stop` was set; finished parts are kept.
     """
     check_range(settings.n, settings.seed)
     out, archive = Path(out), archive_for(out)
     parts = WorkFolder(out.with_name(out.name + ".parts"), "d2o-sample-parts", "parts")
-    mine = new_record(sampler, settings, batch, threads, chunk)
+    how = Compute(batch, threads, precision, channels_last)
+    mine = new_record(sampler, settings, how, chunk)
 
     if (done := _finished(archive, parts)) is None:
         manifest = parts.open({"format": parts.kind, "version": 1, "record": mine, "parts": []})
@@ -132,8 +146,11 @@ def make_samples(
         return done
     record = manifest["record"]
     _refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
-    asked = [name for name, value in (("batch", batch), ("threads", threads), ("chunk", chunk)) if value is not None]
+    asked = [*how.asked, *(["chunk"] if chunk is not None else [])]
     compute = join_compute(record["compute"], mine["compute"], str(out), say, asked)
+    if precision == AUTO:
+        say(explain_precision(compute.get("precision", "fp32"), sampler.device))
+    sampler.tune(compute)
     units = cut(settings.n, compute["chunk"], "part-{:05d}.safetensors")
 
     with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:
@@ -179,6 +196,7 @@ def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tens
     """The first n images of the output with that record, made again: uint8 [n, C, H, W] and their labels."""
     batch = record["compute"]["batch"]
     count = min(-(-n // batch) * batch, record["settings"]["n"])  # whole batches, as they were, for the same last bits
+    sampler.tune(record["compute"])
     with torch_threads(record["compute"]["threads"]):
         made = list(_images(sampler, record, 0, count))
     images = torch.cat([images for _, images, _ in made])[:n]
@@ -186,11 +204,11 @@ def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tens
     return images, torch.cat(labels)[:n] if labels else None
 
 
-def new_record(sampler: Sampler, settings: SampleSettings, batch: int | None, threads: int | None, chunk: int | None) -> dict[str, Any]:
+def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: int | None) -> dict[str, Any]:
     """What an output says about itself (and `chunk`, which it does not: it has no influence)."""
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, not {chunk}")
-    compute = Compute(batch, threads).describe(settings.n, sampler.device)
+    compute = how.describe(settings.n, sampler.device, sampler.network)
     batches = -(-(chunk or CHUNK) // compute["batch"])
     wanted = settings.labels or ("balanced" if "prompts" in sampler.record else None)
     labels = label_mode(wanted, sampler.spec.classes, sampler.spec.name)

@@ -15,6 +15,9 @@ from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import tensors_sha256
 
+UNSTATED = "not stated"
+"""The licence, or the name, of what does not say it. Files of older versions have "unstated"."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -31,7 +34,7 @@ class Spec:
     value_range: tuple[float, float] = (-1.0, 1.0)
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    licence: str = "unstated"
+    licence: str = UNSTATED
     solver: str = "heun"
     steps: int = 18
     guidable: bool = True
@@ -46,6 +49,8 @@ class Spec:
         if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
             raise UserError(f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know", "use the d2o that made it")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        if values.get("licence") in ("", "unstated"):
+            values["licence"] = UNSTATED
         return cls(**values)
 
     @property

@@ -11,22 +11,23 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError, unknown
+from d2o.networks.processor import AUTO, PRECISIONS, chosen_precision, prefers_channels_last, to_channels_last
 from d2o.teachers.base import Teacher
 
 BATCH = 256
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILES = {"none": None, "default": "default", "graphs": "reduce-overhead"}
 
 
 @dataclass(frozen=True)
 class Compute:
     """How the network is run, which changes the last bits of its output and nothing else. `batch`: samples per teacher call (256); `threads`
-    of torch (the process's own number); `precision` fp32, bf16 or fp16 (autocast); `compile` none, default, or graphs (CUDA graphs)."""
+    of torch (the process's own number); `precision` fp32, bf16 or fp16 (autocast), or auto: bf16 where the processor computes in it;
+    `channels_last` order (None: where that is faster); `compile` none, default, or graphs (CUDA graphs)."""
 
     batch: int | None = None
     threads: int | None = None
     precision: str = "fp32"
-    channels_last: bool = False
+    channels_last: bool | None = None
     compile: str = "none"
 
     def check(self) -> None:
@@ -34,8 +35,8 @@ class Compute:
         for name in ("batch", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, PRECISIONS)
+        if self.precision not in (*PRECISIONS, AUTO):
+            raise unknown("precision", self.precision, (*PRECISIONS, AUTO))
         if self.compile not in COMPILES:
             raise unknown("compile", self.compile, COMPILES)
 
@@ -44,32 +45,40 @@ class Compute:
         """What was asked for, other than the defaults."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
-    def describe(self, most: int, device: torch.device) -> dict[str, Any]:
-        """As it is recorded, with what else the last bits depend on. There are no batches larger than `most`. UserError: as `check`."""
+    def describe(self, most: int, device: torch.device, network: object = None) -> dict[str, Any]:
+        """As it is recorded, with what is chosen for that network and with what else the last bits depend on. There are no batches larger
+        than `most`. UserError: as `check`."""
         self.check()
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         batch, threads = min(self.batch or BATCH, most), self.threads or torch.get_num_threads()
         record = {"batch": batch, "threads": threads, "device": device.type, "torch": torch.__version__, "processor": processor}
         # Only what departs from the plain way is recorded, so that records of an older d2o stay what they are.
-        record |= {"precision": self.precision} if self.precision != "fp32" else {}
-        record |= {"channels_last": True} if self.channels_last else {}
+        precision = chosen_precision(self.precision, device)
+        record |= {"precision": precision} if precision != "fp32" else {}
+        ordered = prefers_channels_last(network, device) if self.channels_last is None else self.channels_last
+        record |= {"channels_last": True} if ordered else {}
         record |= {"compile": self.compile} if self.compile != "none" else {}
         return record
 
 
 def tune(teacher: Teacher, recorded: dict[str, Any]) -> None:
     """Have the teacher run as recorded: precision, memory format, compilation. Changes its network; take its fingerprint before."""
+    teacher.dtype = tune_network(teacher.network, recorded) or teacher.dtype
+    if (mode := COMPILES[recorded.get("compile", "none")]) is not None and teacher.call is teacher.network:
+        teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
+
+
+def tune_network(network: nn.Module, recorded: dict[str, Any]) -> torch.dtype | None:
+    """Weights in the recorded precision and memory format; the type to call the network under (autocast), None for fp32."""
     dtype = PRECISIONS[recorded.get("precision", "fp32")]
     if dtype is not None:
-        teacher.dtype = dtype
         # Autocast would convert these weights anew in every call; norms and embeddings stay float32, as under autocast.
-        for module in teacher.network.modules():
+        for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
     if recorded.get("channels_last"):
-        teacher.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if (mode := COMPILES[recorded.get("compile", "none")]) is not None and teacher.call is teacher.network:
-        teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
+        to_channels_last(network)
+    return dtype
 
 
 def join_compute(

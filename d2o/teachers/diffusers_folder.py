@@ -9,7 +9,7 @@ import torch
 
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError
-from d2o.teachers.base import Condition, Spec, Teacher
+from d2o.teachers.base import UNSTATED, Condition, Spec, Teacher
 from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Folder, quiet, read_json, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
@@ -35,7 +35,7 @@ def is_diffusers_folder(path: str | Path) -> bool:
 
 
 def load_diffusers(
-    path: str | Path, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, licence: str = "unstated",
+    path: str | Path, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, licence: str = UNSTATED,
     sdxl_uncond: str | None = None,
 ) -> Teacher:  # fmt: skip
     """The teacher in a diffusers folder (or hub snapshot): Stable Diffusion 1, 2, XL and 3, or DDPM's UNets in pixel space.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
+from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
 
 INDEX = "model_index.json"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -143,14 +143,10 @@ def variant(folder: Path, stem: str) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. UserError: missing, damaged, or something else."""
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(read_file(path, MAX_JSON_BYTES, "a JSON file"))
+    except ValueError as error:
         raise UserError(f"{path} is damaged: not JSON ({words(error)})", "check the download") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: not a JSON object", "check the download")
     return found

@@ -23,6 +23,7 @@ from d2o.data.prompts import Prompts, open_prompts
 from d2o.data.work import Unit, ahead, fill
 from d2o.diffusion.noise import StepNoise
 from d2o.errors import UserError
+from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped, worker
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute, join_compute, torch_threads, tune
@@ -93,7 +94,7 @@ def make_pairs(
     settings.ode.grid(teacher.schedule)  # what does not fit this teacher is refused before any work
     about = {"name": settings.teacher, "sha256": teacher.fingerprint, "licence": spec.licence}
     described = None if prompts is None else {"path": str(settings.prompts), "sha256": prompts.sha256, "count": len(prompts)}
-    new = new_manifest(settings, about, spec.to_dict(), compute.describe(settings.shard_size, teacher.device), described)
+    new = new_manifest(settings, about, spec.to_dict(), compute.describe(settings.shard_size, teacher.device, teacher.network), described)
     manifest = folder.open(new)
     if different := differences(manifest, new):
         hint = "choose another --out, or the settings it was made with"
@@ -106,6 +107,8 @@ def make_pairs(
         folder.close()
         return PairStore(out)
     recorded = join_compute(manifest["compute"], new["compute"], str(out), say, compute.asked)
+    if compute.precision == AUTO:
+        say(explain_precision(recorded.get("precision", "fp32"), teacher.device))
     tune(teacher, recorded)
     if lost := [unit.file for unit in folder.left(units) if unit.file in folder.recorded()]:
         say(f"{out}: {len(lost)} shards are missing or cut short and are made again, {lost[0]} first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from d2o.errors import UserError, nearest
 from d2o.interop.download import verify
 from d2o.interop.hub import hub_snapshot
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
-from d2o.interop.safetensors_io import load_file, resolve_checkpoint
+from d2o.interop.safetensors_io import file_sha256, load_file, resolve_checkpoint
+from d2o.interop.seal import damaged
 from d2o.networks.build import build_network
 from d2o.networks.fill import fill_network
 from d2o.networks.latent import TextToImage
 from d2o.networks.precond import Denoiser
+from d2o.runtime import trusting
 from d2o.teachers import catalogue
-from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.base import UNSTATED, Spec, Teacher
 from d2o.teachers.catalogue import NVIDIA_LICENCE, Published
 from d2o.teachers.edm2_latents import EDM2LatentTeacher
 from d2o.teachers.latent import text_to_image_teacher
@@ -38,9 +41,15 @@ def teacher_names() -> list[str]:
     return sorted([*BUILTIN, *catalogue.names()])
 
 
+@lru_cache
 def asset(name: str) -> Path:
-    """Path of a file that ships with the package."""
-    return Path(str(resources.files("d2o") / "assets" / name))
+    """Path of a file or folder that ships with the package. UserError: its bytes are not those that were shipped."""
+    folder = Path(str(resources.files("d2o") / "assets"))
+    for line in (folder / "sha256sums.txt").read_text().splitlines():
+        digest, file = line.split(maxsplit=1)
+        if (file == name or file.startswith(f"{name}/")) and not trusting() and file_sha256(folder / file) != digest:
+            raise damaged(folder / file, "it is not as it came with d2o (install d2o again)")
+    return folder / name
 
 
 def load_teacher(
@@ -80,28 +89,33 @@ def load_teacher(
     return _nvidia(path, device, dtype) if path.suffix == ".pkl" else _checkpoint(path, device, dtype)
 
 
-def _diffusers(path: Path, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str = "unstated") -> Teacher:
+def _diffusers(path: Path, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str = UNSTATED) -> Teacher:
     from d2o.teachers.diffusers_folder import load_diffusers  # brings diffusers and transformers, which are slow to import
 
-    return load_diffusers(path, name, device, dtype, licence=stated_licence(path) if licence == "unstated" else licence)
+    return load_diffusers(path, name, device, dtype, licence=stated_licence(path) if licence == UNSTATED else licence)
 
 
 def stated_licence(folder: Path) -> str:
-    """The `license` in the head of a folder's README.md, as the hub's model cards have it, else "unstated"."""
+    """The `license` in the head of a folder's README.md, as the hub's model cards have it, else "not stated"."""
     try:
         head = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:10_000]
     except OSError:
-        return "unstated"
+        return UNSTATED
     parts = head.split("---", 2)
     lines = parts[1].splitlines() if len(parts) == 3 and not parts[0].strip() else []
     stated = {key.strip(): value.strip().strip("'\"") for key, _, value in (line.partition(":") for line in lines)}
-    return stated.get("license_name") or stated.get("license") or "unstated"
+    return stated.get("license_name") or stated.get("license") or UNSTATED
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is of the form owner/name, as repositories of the hub have it."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
 
 def _from_hub(name: str) -> Path:
     """The snapshot of a repository owner/name. UserError: not the form of one, or not to be had."""
-    parts = name.split("/")
-    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+    if is_repository(name):
         return hub_snapshot(name)
     near = nearest(name, teacher_names())
     raise UserError(

@@ -30,16 +30,40 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def devices() -> list[str]:
+    """The devices that this torch can use here, the best one first."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    found += [name for name, backend in (("mps", torch.backends.mps), ("xpu", torch.xpu)) if backend.is_available()]
+    return [*found, "cpu"]
+
+
 def pick_device(name: str | None) -> torch.device:
-    """`name` (cpu, cuda, cuda:1), or the best there is; under torchrun each process takes its own GPU."""
-    if name and name != "cuda":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        if name:
-            raise UserError("--device cuda: this torch finds no CUDA device", "leave --device away, or give cpu")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
+    """`name` (cpu, cuda, cuda:1, ...), or CUDA where there is one, else the CPU; under torchrun each process takes its own GPU.
+
+    UserError, in one line: no name of a device, or one that cannot be used here.
+    """
+    here = devices()
+    if name is None:
+        name = "cuda" if here[0].startswith("cuda") else "cpu"
+    hint = f"usable here: {', '.join(here)}"
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (index and not (index.isascii() and index.isdigit())):
+        raise UserError(f"--device {name}: no device of d2o's; it knows {', '.join(DEVICES)}, and cuda:N for one of several", hint)
+    if not any(usable.partition(":")[0] == kind for usable in here):
+        raise UserError(f"--device {name}: this torch ({torch.__version__}) finds no {kind.upper()} device", hint)
+    number = int(index) if index else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
+    if (f"cuda:{number}" if kind == "cuda" else "cpu") not in here or (kind != "cuda" and number):
+        raise UserError(f"--device {name}: there is no {kind} device number {number}", hint)
+    device = torch.device("cuda", number) if kind == "cuda" else torch.device(kind)
+    try:
+        torch.ones(1, device=device).add(1).cpu()
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).strip().splitlines()[0][:200]}", hint) from error
     return device
 
 

@@ -19,6 +19,8 @@ from d2o.metrics.workplace import Workplace
 from d2o.training import distributed
 
 Say = Callable[[str], None]
+OWN_IMAGES = "data"
+"""Reference of an `eval:` section: the recipe's own images."""
 
 
 def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
@@ -29,7 +31,7 @@ def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None
     e = recipe.eval
     if e is None or e.extractor is None:
         return None
-    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol)
+    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None)
 
 
 def times(recipe: Any) -> int:
@@ -41,8 +43,9 @@ def cost(recipe: Any, nfe: int) -> str:
     """What the evaluations of a run are and take, in one line."""
     e, many = recipe.eval, times(recipe)
     how = f"protocol {e.protocol}, " if e.protocol else ""
+    reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
-    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {e.reference}, every {e.every:,} images: "
+    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
             f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
 
 
@@ -53,16 +56,22 @@ class Evaluation:
         self.recipe, self.method, self.work, self.device, self.rank, self.world = recipe, method, folder / "evaluation", device, rank, world
         self.say, self.told, self.spec = say, False, method.spec()
 
-    def announce(self) -> None:
-        """Say what is measured and how much that is. UserError where it cannot be: missing weights, images of another shape."""
+    def check(self) -> None:
+        """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method does not give."""
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         if e is None:
             return
-        if evaluator is None or self.spec is None:
-            if e.metric == "fd":
-                raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+        if e.metric == "fd" and (evaluator is None or self.spec is None):
+            raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+        if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
+            raise UserError(f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
+        if evaluator is not None and self.spec is not None:
+            evaluator.check(self.spec)
+
+    def announce(self) -> None:
+        """Say what is measured and how much that is."""
+        if self.recipe.eval is None or self.recipe.eval.extractor is None or self.spec is None:
             return
-        evaluator.check(self.spec)
         self.say(cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else ""))
 
     def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:

@@ -16,17 +16,21 @@ from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.curves import HIGHER_IS_BETTER
 from d2o.networks.freeze import freeze
+from d2o.networks.processor import to_channels_last
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed
 from d2o.training.batches import Batches, mix
 from d2o.training.checkpoint import keep_newest, load_state, save_state
+from d2o.training.choices import choose
 from d2o.training.ema import EMA
 from d2o.training.evaluation import Evaluation, Say
 from d2o.training.logging import RunLog
 from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
+from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.share import checkpointed, divide
+from d2o.training.tracker import tracked
 from d2o.training.watch import Watch
 
 Progress = Callable[[int, str], None]
@@ -43,24 +47,29 @@ class Trainer:
                  provenance: list[dict] | None = None, say: Say = lambda message: None):  # fmt: skip
         self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, setup.device
         self.setup, self.start, self.provenance = setup, str(start) if start else None, provenance or []
-        if recipe.threads:
+        self.say = say
+        if isinstance(recipe.threads, int):
             torch.set_num_threads(recipe.threads)
         self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
         self.networks = {name: net.to(self.device).train() for name, net in self.method.networks().items()}
+        self.recipe = recipe = choose(recipe, self.networks[self.method.product], self.device, say)
         freeze(self.networks[self.method.product], recipe.student.freeze)
         if recipe.checkpointing:
             checkpointed(recipe, self.networks, setup.teacher)
         self.states = {name: module.to(self.device) for name, module in self.method.states().items()}
         if recipe.channels_last:
-            for net in self.networks.values():
-                net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            frozen = [] if setup.teacher is None else [setup.teacher.network]
+            for net in (*self.networks.values(), *self.states.values(), *frozen):
+                to_channels_last(net)
         self.ema = EMA(self.networks[self.method.product], recipe.ema.half_life, recipe.ema.decay, recipe.ema.ramp)
-        self.options = {name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim for name in self.networks}
+        given = {name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim for name in self.networks}
+        self.options = {name: self.method.optim(name, options) for name, options in given.items()}
         self.parameters = {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
         self.optimizers = {name: build_optimizer(self.parameters[name], self.options[name]) for name in self.networks}
         self.guards = {name: GradientGuard(recipe.bad_gradients, self.device) for name in self.networks}
+        self.loss_scale = LossScale(recipe.precision)
         if recipe.compile:
             for net in self.networks.values():
                 net.compile()
@@ -85,13 +94,13 @@ class Trainer:
             yield batch.part(begin, begin + self.micro), Draws(seed, start + begin, self.micro, self.recipe.batch, self.device)
 
     def backward(self, loss: Tensor) -> None:
-        (loss * (self.micro / (self.local[1] - self.local[0]))).backward()
+        self.loss_scale.scaled(loss * (self.micro / (self.local[1] - self.local[0]))).backward()
 
     def update(self, name: str) -> None:
         options, optimizer, parameters = self.options[name], self.optimizers[name], self.parameters[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
         distributed.average(gradients, self.world)
-        if self.guards[name].admit(gradients, self.iteration):
+        if self.loss_scale.unscale(gradients) and self.guards[name].admit(gradients, self.iteration):
             if gradients and len(self.networks) > 1:  # networks against each other: their gradients tell who wins
                 self.norms.setdefault(f"grad_{name}", []).append(norm(gradients))
             clip(parameters, options)
@@ -100,8 +109,6 @@ class Trainer:
             optimizer.step()
             torch.clear_autocast_cache()  # later calls in the same iteration are of the new weights
         optimizer.zero_grad(set_to_none=True)
-        if name == self.method.product:
-            self.ema.update(self.networks[name], self.iteration * self.recipe.batch, self.recipe.batch)
 
     def net(self, name: str) -> nn.Module:
         return self.networks[name]
@@ -131,6 +138,7 @@ class Trainer:
         if path.exists():
             record = load_state(path, {**self.networks, **self.states}, self.ema.network, self.optimizers)
             self.iteration, self.best, self.scores = record["iteration"], record["best"], record["scores"]
+            self.loss_scale.load(record)
             for name, count in record["bad_gradients"].items():
                 self.guards[name].count += count
             if watched := record.get("watch"):
@@ -139,9 +147,9 @@ class Trainer:
 
     def run(self, progress: Progress, stop: StopFlag) -> None:
         """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`."""
-        recipe, log = self.recipe, RunLog(self.folder, self.iteration) if self.rank == 0 else None
+        recipe, log = self.recipe, tracked(RunLog(self.folder, self.iteration), self.recipe, self.folder, self.say) if self.rank == 0 else None
         preview = self.make_preview() if self.rank == 0 else None
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+        half = autocast(recipe.precision, self.device)
         clock, since = time.perf_counter(), self.iteration
         finished = self.iteration == self.iterations  # resumed after the last step: only the checkpoints may be missing
         try:
@@ -154,8 +162,11 @@ class Trainer:
                 torch.manual_seed(mix(recipe.seed, "step", self.iteration, self.rank))  # dropout
                 with half:
                     scalars = self.method.step(self, batch, self.iteration)
+                self.ema.update(self.networks[self.method.product], self.iteration * recipe.batch, recipe.batch)
+                self.method.settle()
                 self.collected.append({**scalars, **{key: self.mean(values) for key, values in self.norms.items()}})
                 self.norms.clear()
+                self.loss_scale.end_iteration()
                 self.iteration += 1
                 images = min(self.iteration * recipe.batch, recipe.images)
                 last = self.iteration == self.iterations
@@ -166,7 +177,8 @@ class Trainer:
                     if regular:  # a line between, for a signal, would make the resumed run's verdict another than that of a whole one
                         self.watch.see(self.iteration, values)
                         self.collected = []
-                    verdict = {"watch": self.watch.verdict} if self.watch.verdict else {}
+                    verdict: dict[str, Any] = {"watch": self.watch.verdict} if self.watch.verdict else {}
+                    verdict |= {"loss_scale": self.loss_scale.scale} if self.loss_scale.on else {}
                     speed = (self.iteration - since) * recipe.batch / (time.perf_counter() - clock)
                     if log:
                         rate = self.optimizers[self.method.product].param_groups[0]["lr"]
@@ -182,7 +194,7 @@ class Trainer:
                 if self.due(recipe.checkpoint.every) or last or stopping:
                     self.save(images)
                 if stopping and not last:
-                    raise Stopped(f"stopped after {images:,} images, saved; `--resume` with the same command continues", stop.received or 2)
+                    raise Stopped(f"stopped after {images:,} images, saved", stop.received or 2, "`--resume` with the same command continues")
             if finished:
                 self.save(recipe.images)
         finally:
@@ -250,7 +262,7 @@ class Trainer:
         if self.rank == 0:
             bad = {name: guard.check(name) for name, guard in self.guards.items()}
             record = {"iteration": self.iteration, "images": images, "best": self.best, "scores": self.scores, "bad_gradients": bad,
-                      "recipe": self.recipe.resolved(), "start": self.start}  # fmt: skip
+                      "recipe": self.recipe.resolved(), "start": self.start, **self.loss_scale.record()}  # fmt: skip
             if watched:
                 record["watch"] = {"state": self.watch.state, "since": rows}
             save_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers, record)

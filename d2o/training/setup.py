@@ -16,12 +16,17 @@ from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
-from d2o.runtime import StopFlag
+from d2o.methods.teachers import check_kind, check_teacher
+from d2o.networks.freeze import freeze
+from d2o.runtime import StopFlag, worker
 from d2o.students.base import load_student
+from d2o.teachers.base import UNSTATED
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
+from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
-from d2o.training.evaluation import open_evaluator
+from d2o.training.evaluation import Evaluation, open_evaluator
+from d2o.training.share import checkpointed, divide
 
 Report = Callable[[str], None]
 
@@ -31,16 +36,7 @@ def pair_folder(recipe: Any) -> Path | str:
     pairs = recipe.pairs
     if pairs.path:
         return pairs.path if "://" in pairs.path else Path(pairs.path)
-    words = [Path(str(recipe.teacher)).stem, f"{pairs.solver}{pairs.steps}"]
-    words += [pairs.spacing] if pairs.spacing else []
-    words += ["x0"] if pairs.final != "scheduler" else []
-    words += [f"eta{pairs.eta:g}"] if pairs.eta else []
-    words += [] if pairs.cfg == 1.0 else [f"cfg{pairs.cfg:g}"]
-    words += [] if pairs.labels == "random" else [pairs.labels.replace(",", "_")]
-    words += [Path(pairs.prompts).stem + (f"x{pairs.per_prompt}" if pairs.per_prompt > 1 else "")] if pairs.prompts else []
-    words += [] if pairs.rewire == "none" else [pairs.rewire]
-    words += [word for word, plain in ((pairs.dtype, "fp32"), (f"net_{pairs.precision}", "net_fp32")) if word != plain]
-    return Path("runs") / "pairs" / "-".join([*words, f"n{pairs.n}", f"seed{pairs.seed}"])
+    return pair_settings(recipe).folder(pairs.precision)
 
 
 def pair_settings(recipe: Any) -> PairSettings:
@@ -65,26 +61,24 @@ def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
     return found
 
 
+def licence_of(recipe: Any) -> str:
+    """The licence of the recipe's images."""
+    return UNSTATED if recipe.data is None or recipe.data.licence is None else recipe.data.licence
+
+
 def prepare(
     recipe: Any, device: torch.device, start: str | Path | None, say: Report, progress: Callable[[int, int, str], None], stop: StopFlag
 ) -> Setup:
-    """Load, check and where needed make what the recipe names. UserError for whatever is missing."""
+    """Load, check and where needed make what the recipe names. UserError for whatever is missing or does not fit: first what is found out from
+    names and local files, then what may have to be fetched."""
     method = get_method(recipe.method)
     setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed,
-                  batch=recipe.batch)  # fmt: skip
+                  batch=recipe.batch, licence=licence_of(recipe))  # fmt: skip
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
         raise UserError(f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`", "d2o teachers lists some")
-    try:  # before anything is made for training
-        open_evaluator(recipe, device)
-    except UserError as error:
-        hint = error.hint.partition(", or name it with --weights")[0]  # an option of `d2o eval`
-        way = "this is for the recipe's `eval:`; --set eval=null trains without it"
-        raise UserError(error.message, f"{hint}\n{way}" if hint else way) from error
-    if recipe.teacher is not None:
-        setup.teacher = load_teacher(recipe.teacher, device, say=say)
-    if start is not None:
-        setup.start = load_student(start, device)
+    if recipe.teacher is not None and (kind := look(recipe.teacher)) is not None:
+        check_kind(recipe.method, kind)
     if needs == "images":
         if recipe.data is None:
             raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
@@ -93,14 +87,35 @@ def prepare(
             say(f"{recipe.data.path}: {note}")
         for name, why in setup.images.bad:
             say(f"{recipe.data.path}: skipped {name}: {why}")
+    if start is not None:
+        setup.start = load_student(start, device)
+    try:
+        open_evaluator(recipe, device)
+    except UserError as error:
+        way = "this is for the recipe's `eval:`; --set eval=null trains without it"
+        raise UserError(error.message, f"{error.hint}\n{way}" if error.hint else way) from error
+    if recipe.teacher is not None:
+        setup.teacher = check_teacher(recipe.method, load_teacher(recipe.teacher, device, say=say))
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
-        compute = Compute(p.batch, precision=p.precision, channels_last=p.channels_last)
+        try_out(recipe, setup)
+        compute = Compute(p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last)
         make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
         setup.pairs = PairStore(folder)
     return setup
+
+
+def try_out(recipe: Any, setup: Setup) -> None:
+    """UserError: what the method, the number of processes or the evaluation would refuse once the pairs are made."""
+    rank, world = worker()
+    divide(recipe, rank, world)
+    method = get_method(recipe.method)(setup)
+    freeze(method.networks()[method.product], recipe.student.freeze)
+    if recipe.checkpointing:
+        checkpointed(recipe, method.networks(), setup.teacher)
+    Evaluation(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ import pytest
 
 from d2o.cli.app import main
 from d2o.data.pairs import PairStore
+from d2o.recipes.load import load_recipe
+from d2o.training.setup import pair_folder
 from tests.helpers import tiny_teacher
 
 
@@ -55,11 +57,11 @@ def test_make_again_verify_damage_and_repair(run, tmp_path):
     [
         (["--n", 3, "--out", "p"], "--teacher is missing"),
         (["--teacher", "digits", "--out", "p"], "--n is missing"),
-        (["--teacher", "digits", "--n", 3], "--out is missing"),
+        ([], "--teacher and --n are missing"),
         (["--teacher", "digit", "--n", 3, "--out", "p"], "did you mean 'digits'"),
         (["--teacher", "missing.safetensors", "--n", 3, "--out", "p"], "no such file"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--solver", "eular"], "did you mean 'euler'"),
-        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"], "device 'tpu9' cannot be used"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"], "--device tpu9: no device of d2o's; it knows cpu, cuda"),
         (["--teacher", "t.safetensors", "--n", "three", "--out", "p"], "integer"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "t.safetensors"], "is a file; expected a folder"),
         (["--verify", "nowhere"], "nowhere is not a pair store"),
@@ -143,3 +145,22 @@ def test_teachers_are_listed(run, capsys):
     with pytest.raises(SystemExit) as end:
         main(["teachers", "sd14"])
     assert end.value.code == 2 and "did you mean 'sd15'" in capsys.readouterr().err
+
+
+def test_one_answer_says_all_that_is_missing_with_an_example_for_the_teacher(run, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run("--teacher", "sd15", "--cfg", 3)
+    assert code == 2 and "--n and --prompts are missing" in err and ".jsonl or .parquet" in err
+    assert "for example: d2o pairs --teacher sd15 --prompts prompts.txt --n 8192 --cfg 3" in err and sorted(tmp_path.iterdir()) == before
+    assert "--n and --prompts are missing" in run("--teacher", "tiny-sd")[2]
+
+
+def test_without_out_the_store_is_where_training_looks_for_it(run, tmp_path):
+    code, _, err = run("--teacher", "digits", "--n", 4, "--steps", 3, "--labels", "1,2")
+    assert code == 0 and "the store is runs/pairs/digits-heun3-1_2-n4-seed0" in err
+    recipe = load_recipe("quickstart", ["pairs.n=4", "pairs.steps=3", "pairs.labels='1,2'"])
+    assert PairStore(pair_folder(recipe)).settings.n == 4
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    code, _, err = run("--teacher", "tiny-sd", "--prompts", "p.txt", "--steps", 1)
+    assert code == 0 and "note: teacher 'tiny-sd' is in diffusers' format; no method of `d2o train` takes its pairs yet" in err
+    assert "runs/pairs/tiny-sd-ddim1-p-n2-seed0" in err

@@ -1,9 +1,12 @@
 """`d2o sample` on the command line."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from d2o.cli.app import main
+from d2o.cli.sample import _default_out
 from d2o.data.images import open_images
 from tests.helpers import tiny_student, tiny_teacher
 
@@ -62,7 +65,7 @@ def test_a_teacher(run, tmp_path):
         (["--n", 3, "--out", "x.zip"], "give a student's checkpoint or --teacher"),
         (["s.safetensors", "--teacher", "t.safetensors", "--n", 3, "--out", "x.zip"], "one of them"),
         (["s.safetensors", "--out", "x.zip"], "--n is missing"),
-        (["s.safetensors", "--n", 3], "--out is missing"),
+        (["--teacher", "sd15"], "--n and --prompt (or --prompts FILE) are missing"),
         (["s.safetensors", "--n", 3, "--out", "x.rar"], "unknown output format '.rar'"),
         (["s.safetensors", "--n", 3, "--out", "x.zip", "--steps", 3], "makes an image in one network call"),
         (["s.safetensors", "--n", 3, "--out", "x.zip", "--solver", "heun"], "are a teacher's"),
@@ -72,10 +75,21 @@ def test_a_teacher(run, tmp_path):
         (["--teacher", "s.safetensors", "--n", 3, "--out", "x.zip"], "holds a student, not a teacher"),
         (["missing.safetensors", "--n", 3, "--out", "x.zip"], "no such file"),
         (["--teacher", "digitz", "--n", 3, "--out", "x.zip"], "did you mean 'digits'"),
-        (["s.safetensors", "--n", 3, "--out", "t.safetensors/x.zip"], "a part of the path is a file"),
+        (["s.safetensors", "--n", 3, "--out", "t.safetensors/x.zip"], "t.safetensors is a file"),
     ],
 )
 def test_mistakes_are_one_line_and_create_nothing(run, tmp_path, words, message):
     code, out, err = run(*words)
     assert code == 2 and message in err and "Traceback" not in err and out == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.safetensors", "t.safetensors"]
+
+
+def test_without_out_the_name_says_what_was_made(run, tmp_path):
+    code, _, err = run("s.safetensors", "--n", 5)
+    assert code == 0 and "writing samples/s-n5-seed0.zip (--out names another" in err
+    assert run("s.safetensors", "--n", 5, "--labels", "0,1")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["s-labels0_1-n5-seed0.zip", "s-n5-seed0.zip"]
+    for source, name in (("runs/quickstart", "quickstart"), ("runs/q/checkpoints/best.safetensors", "q-best"), ("a/v1.5", "v1.5")):
+        assert _default_out(Path(source), 50000, 0, cfg=None) == Path(f"samples/{name}-n50000-seed0.zip")
+    code, _, err = run("gone.safetensors", "--n", 5)
+    assert code == 2 and "writing" not in err

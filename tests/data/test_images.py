@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tarfile
 import threading
 import zipfile
@@ -20,6 +21,7 @@ from d2o.data import images as module
 from d2o.data.images import open_images, save_png_bytes, to_float, to_uint8
 from d2o.data.synthetic.digits import digits
 from d2o.errors import UserError
+from d2o.interop.inputs import MAX_IMAGE_BYTES
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -342,10 +344,12 @@ def test_decompression_bomb_is_a_bad_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [name for name, _ in found.bad] == ["bomb.png"] and "decompression bomb" in found.bad[0][1]
 
 
-def test_overlong_member_is_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2o.data.containers.MAX_MEMBER_BYTES", 1000)
-    found = open_images(write_zip(tmp_path / "x.zip", {"ok.png": png(0), "z.png": bytes(2000)}), on_bad="skip")
-    assert found.bad == [("z.png", "2000 bytes are too many for one image")]
+def test_overlong_member_is_a_bad_file(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", {"ok.png": png(0), "z.png": png(1)}, zipfile.ZIP_DEFLATED)
+    entry = path.read_bytes().rindex(b"PK\1\2")  # of z.png in the central directory; its size stands 24 bytes further
+    path.write_bytes(path.read_bytes()[: entry + 24] + struct.pack("<I", 900_000_000) + path.read_bytes()[entry + 28 :])
+    found = open_images(path, on_bad="skip")
+    assert found.bad == [("z.png", f"it says that it has 900,000,000 bytes; the limit is {MAX_IMAGE_BYTES:,}")]
 
 
 def test_unreadable_files_and_odd_things(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from d2o.diffusion.noise import StepNoise, noise_and_labels, noise_for_seeds
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, save_file
+from d2o.networks import processor
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import Share, make_pairs
@@ -299,3 +300,23 @@ def test_pairs_in_latent_space_keep_images_only_if_asked(build):
     images = store.images([3, 12])
     assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8 and torch.equal(store.batch([3])[2], plain.batch([3])[2])
     assert torch.equal(images[0, 0, :8, :8], ((store[3][2][0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_what_auto_takes_is_recorded_and_taken_by_every_worker(build, monkeypatch):
+    monkeypatch.setattr(processor, "bf16_unit", lambda device: "AMX")
+    monkeypatch.setattr(processor, "WIDE", 1000)
+    auto, said = Compute(4, 1, "auto"), []
+    store = build("auto", teacher=tiny_teacher(), compute=auto)
+    assert (store.manifest["compute"]["precision"], store.manifest["compute"]["channels_last"]) == ("bf16", True)
+    whole = {path.name: path.read_bytes() for path in Path(store.path).glob("shard-*")}
+    lost = Path(store.path) / "shard-00001.safetensors"
+    lost.unlink()
+    monkeypatch.setattr(processor, "bf16_unit", lambda device: None)  # a worker on another machine
+    monkeypatch.setattr(processor, "WIDE", 10**9)
+    make_pairs(store.settings, store.path, compute=auto, teacher=tiny_teacher(), say=said.append)
+    assert {path.name: path.read_bytes() for path in Path(store.path).glob("shard-*")} == whole
+    assert any("precision bf16 (auto: as it was begun; nothing here computes in bf16)" in line for line in said)
+    plain = build("plain", teacher=tiny_teacher(), compute=auto).manifest["compute"]
+    assert "precision" not in plain and "channels_last" not in plain
+    asked = build("asked", teacher=tiny_teacher(), compute=Compute(4, 1, channels_last=True)).manifest["compute"]
+    assert asked["channels_last"] is True

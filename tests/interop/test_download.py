@@ -20,8 +20,10 @@ from d2o.interop import transfer
 from d2o.interop.download import download, home, offline, read_record, verify
 from tests.workers import CONTEXT, finish, wait_for
 
-CONTENT = bytes(hashlib.shake_128(b"weights").digest(3_000_000))
-OTHER = CONTENT[::-1]
+NOISE = hashlib.shake_128(b"weights").digest(3_000_000 - 8)
+CONTENT = b"\x80\x04B" + len(NOISE).to_bytes(4, "little") + NOISE + b"."  # a pickle, as its name says
+OTHER = CONTENT[:7] + NOISE[::-1] + b"."
+SHORTER = b"\x80\x04B" + (900_000).to_bytes(4, "little") + NOISE[:900_000] + b"."
 BLOCK = transfer.BLOCK
 
 
@@ -156,9 +158,9 @@ def test_another_file_on_the_server_is_never_spliced(server, path, deaf):
 
 def test_a_shorter_file_on_the_server_starts_anew(server, path):
     interrupted(server, path)
-    server.content, server.deaf = OTHER[:900_000], True  # the server answers 416
+    server.content, server.deaf = SHORTER, True  # the server answers 416
     download(server.url, path)
-    assert path.read_bytes() == OTHER[:900_000]
+    assert path.read_bytes() == SHORTER
 
 
 def test_a_server_without_ranges_starts_anew(server, path):
@@ -409,3 +411,84 @@ def test_the_waiting_process_takes_over_from_a_killed_one(server, path):
     server.hold.clear()
     assert finish(second) == 0
     assert path.read_bytes() == CONTENT and server.requests[1]["Range"].startswith("bytes=")
+
+
+# What nobody published a sha256 of
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.pkl", b"", "it is empty"),
+        ("a.pkl", b"\n<!DOCTYPE html><html>please log in</html>", "0 bytes came|web page"),
+        ("a.safetensors", b"<html>" + bytes(2000), "web page"),
+        ("a.pkl", CONTENT[:-1], "truncated"),
+        ("a.npz", CONTENT, "not an npz file"),
+        ("a.pth", b"PK\3\4" + bytes(5000), "cut off or damaged"),
+        ("a.safetensors", (2**40).to_bytes(8, "little") + b"{}" + bytes(600), "its header says that it has"),
+        ("a.safetensors", (64).to_bytes(8, "little") + b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'.ljust(64) + b"abc", "promises 4"),
+        ("a.parquet", b"PAR1" + bytes(600), "without its end"),
+        ("a.txt", b"a prompt\0", "no text"),
+    ],
+)
+def test_what_does_not_parse_is_neither_kept_nor_pinned(server, tmp_path, name, content, words):
+    server.content = content
+    path = tmp_path / "weights" / name
+    with pytest.raises(UserError, match=words) as error:
+        download(server.url, path)
+    assert str(path) in error.value.hint and names(path) == [] and len(server.requests) == 1
+
+
+def test_a_login_page_is_given_up_at_its_first_bytes(server, path, monkeypatch):
+    server.content = b"<html>" + bytes(50_000_000)
+    seen = []
+    with pytest.raises(UserError, match="web page"):
+        download(server.url, path, progress=lambda done, total: seen.append(done))
+    assert not seen and names(path) == []
+
+
+def test_a_server_that_drips_is_given_up(server, path, monkeypatch):
+    monkeypatch.setattr(transfer, "SLOWEST", (1e9, 0.05))
+    server.hold.set()  # 2 MB/s
+    with pytest.raises(UserError, match=r"sent only [\d,]+ bytes in 0 seconds"):
+        monkeypatch.setattr(transfer, "TRIES", 1)
+        download(server.url, path)
+    assert not path.exists()
+    monkeypatch.setattr(transfer, "SLOWEST", (1000, 0.05))
+    download(server.url, path, sha(CONTENT))
+    assert path.read_bytes() == CONTENT and "Range" in server.requests[-1]
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_endless_body_ends_at_the_limit(path, monkeypatch):
+    monkeypatch.setattr(transfer, "MAX_UNDECLARED", 1_000_000)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as running:
+        running.daemon_threads = True
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        with pytest.raises(UserError, match="sent more than 1,000,000 bytes"):
+            download(f"http://127.0.0.1:{running.server_port}/weights", path.with_suffix(""))
+        running.shutdown()
+        thread.join()
+    assert names(path) == []
+
+
+def test_a_length_beyond_all_limits_is_refused(server, path):
+    server.lie = 2**50
+    with pytest.raises(UserError, match="the limit is 137,438,953,472"):
+        download(server.url, path)
+    assert names(path) == []

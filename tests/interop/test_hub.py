@@ -10,7 +10,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from d2o.errors import UserError
+from d2o.interop import hub
 from d2o.interop.hub import NEVER, TEXTS, cached_snapshot, hub_snapshot, missing_files, weight_patterns
+from d2o.interop.transfer import check_reachable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = {
@@ -120,6 +122,7 @@ def online(monkeypatch, answer):
         return answer()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "check_reachable", lambda url: None)
     return calls
 
 
@@ -176,6 +179,16 @@ def test_refusals_of_the_hub(cache, monkeypatch, error, words):
     with pytest.raises(UserError) as raised:
         hub_snapshot("owner/model")
     assert words in str(raised.value)
+
+
+def test_without_a_network_there_is_one_try(cache, monkeypatch, tmp_path):
+    calls = online(monkeypatch, lambda: "")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    tries: list[str] = []
+    monkeypatch.setattr(hub, "check_reachable", lambda url: tries.append(url) or check_reachable(url))
+    with pytest.raises(UserError, match="127.0.0.1:9 cannot be reached .*refused") as error:
+        hub_snapshot("owner/model", place=tmp_path / "model")
+    assert tries == ["http://127.0.0.1:9"] and not calls and "hf download owner/model" in error.value.hint
 
 
 def test_no_name_of_a_repository(cache, monkeypatch):

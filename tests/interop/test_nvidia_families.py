@@ -56,6 +56,8 @@ def agree(found, network):
         ("EDMPrecond_EncoderDecoder", {"model_type": "SongUNet_EncoderDecoder", "augment_dim": 9}, {"augment_dim": 9}),
         ("EDMPrecond_EncoderDecoder", {"model_type": "DhariwalUNet_EncoderDecoder"}, {"arch": "adm"}),
         ("GDDPrecond", {"model_type": "SongUNet", **VE}, {"arch": "ncsnpp", "precond": "consistency"}),
+        ("D2OPrecond", {"model_type": "SongUNet", **VE}, {"arch": "ncsnpp", "precond": "consistency"}),
+        ("D2OPrecond", {}, {"arch": "adm", "precond": "consistency"}),
     ],
 )
 def test_edm_in_all_its_forms(tmp_path, class_name, kwargs, ours):
@@ -118,12 +120,14 @@ def test_half_precision_is_kept_or_converted_while_reading(tmp_path):
         assert torch.equal(found.state_dict[name], tensor) and torch.equal(full.state_dict[name], tensor.float())
 
 
-def test_snapshots_with_several_networks(tmp_path):
-    """GDD writes `net` beside `ema`."""
+@pytest.mark.parametrize("name", ["GDD", "D2O"])
+def test_snapshots_with_several_networks(tmp_path, name):
+    """GDD writes `net` beside `ema`, and its loss; its repository calls its classes D2O... now."""
     path, kwargs = tmp_path / "x.pkl", {**COMMON, **UNET, "model_type": "SongUNet"}
     torch.manual_seed(1)
     net = build_network({**OURS, "precond": "consistency"})
-    ema = snapshot(path, {**OURS, "precond": "consistency"}, "GDDPrecond", kwargs, net=official(net, kwargs, "GDDPrecond"), augment_pipe=None)
+    ema = snapshot(path, {**OURS, "precond": "consistency"}, f"{name}Precond", kwargs, net=official(net, kwargs, f"{name}Precond"),
+                   augment_pipe=None, loss_fn=Persistent(f"{name}Loss", {}))  # fmt: skip
     assert agree(read_nvidia_pickle(path), ema) and agree(read_nvidia_pickle(path, "net"), net.eval())
     with pytest.raises(UserError, match="no network under 'G'; its objects are 'ema', 'net'"):
         read_nvidia_pickle(path, "G")

@@ -8,7 +8,7 @@ import pytest
 from d2o.errors import UserError
 from d2o.interop.weights import WEIGHTS, Weights, find_weights
 
-CONTENT = b"the published weights" * 1000
+CONTENT = b"\x80\x02" + b"K\x00K\x010" * 1000 + b"."  # a pickle, as the name .pth says
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 

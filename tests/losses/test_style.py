@@ -76,6 +76,43 @@ def test_path_lengths_of_a_linear_generator():
     assert torch.equal(*draws)
 
 
+def test_the_gradient_goes_through_the_running_mean():
+    """As in the authors' code: of (l - a)^2 with a = 0.9 a_0 + 0.1 mean l, whatever share of the batch a process has."""
+    y, ws = torch.ones(4, 1, 2, 2), torch.ones(4, 1, 1)
+    start, decay = 3.0, 0.1
+
+    def lengths_of(scale):  # J^T y = 2 scale for each image
+        styles = ws[: len(scale)].clone().requires_grad_()
+        return path_lengths(scale[:, None, None, None] * styles[..., None].expand(-1, 1, 2, 2), styles, noise=y[: len(scale)])
+
+    def gradient(loss_of):
+        scale = torch.tensor([0.5, 1.0, 2.0, 3.0], requires_grad=True)
+        return torch.autograd.grad(loss_of(scale), scale)[0]
+
+    def attached(scale):
+        lengths = lengths_of(scale)
+        return (lengths - (0.9 * start + 0.1 * lengths.mean())).square().mean()
+
+    def detached(scale):
+        lengths = lengths_of(scale)
+        return (lengths - (0.9 * start + 0.1 * lengths.mean().detach())).square().mean()
+
+    def ours(scale, whole=None):
+        penalty = PathLength(decay)
+        penalty.mean.fill_(start)
+        styles = ws[: len(scale)].clone().requires_grad_()
+        images = scale[:, None, None, None] * styles[..., None].expand(-1, 1, 2, 2)
+        return penalty(images, styles, noise=y[: len(scale)], share=lambda mean: mean if whole is None else whole)
+
+    expected = gradient(attached)
+    assert torch.allclose(gradient(ours), expected, rtol=1e-5)
+    assert not torch.allclose(gradient(detached), expected, rtol=1e-2)
+    mean = lengths_of(torch.tensor([0.5, 1.0, 2.0, 3.0])).mean().detach()
+    two_processes = gradient(lambda scale: (ours(scale[:2], mean) + ours(scale[2:], mean)) / 2)
+    assert torch.allclose(two_processes, expected, rtol=1e-5)
+    assert torch.allclose(ours(torch.tensor([0.5, 1.0, 2.0, 3.0])), attached(torch.tensor([0.5, 1.0, 2.0, 3.0])))
+
+
 def test_running_mean_of_lengths_is_explicit_state():
     penalty = PathLength()
     ws = torch.ones(2, 1, 1, requires_grad=True)

@@ -146,8 +146,16 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
     assert m.describe()["student"] == {**m.made(m.student).record, "form": "pd", "steps": 1}
 
 
-def test_ctm_is_table_5():
-    m, data, teacher = method(kind="ctm", max_hops=3, distance="l1"), batch(), tiny_teacher()
+def test_the_clamp_of_the_sampler_goes_into_the_checkpoint():
+    assert method().describe()["student"]["clamp"] is True and method(clamp=False).describe()["student"]["clamp"] is False
+    m = method(clamp=False)
+    assert m.made(m.student).with_steps(2).clamp is False
+
+
+@pytest.mark.parametrize("i_min", [None, 1])
+def test_ctm_is_table_5(i_min):
+    options = {"kind": "ctm", "max_hops": 3, "distance": "l1", "i_min": i_min}
+    m, data, teacher, low = method(**options), batch(16), tiny_teacher(), i_min or 2
     with torch.no_grad():
         m.student.model.map_augment.weight.normal_(0, 0.1)
     f = copy.deepcopy(m.student)
@@ -156,15 +164,16 @@ def test_ctm_is_table_5():
     def hop(x, t, s):
         return c.jump(x, f(x, t, data.labels, second_time(s)), t, s)
 
-    draw = Draws(3, 0, 8, 8, CPU)
-    i, z = draw.randint(1, N + 1), draw.randn(1, 8, 8)
-    hops = 1 + (draw.rand().double() * i.clamp(max=3)).long()
+    draw = Draws(3, 0, 16, 16, CPU)
+    i, z = draw.randint(low, N + 1), draw.randn(1, 8, 8)
+    hops = 1 + (draw.rand().double() * (i - (low - 1)).clamp(max=3)).long()
     j = i - hops
+    assert (j >= low - 1).all()  # T(j), 1 <= j: the target network always has a way to go
     k = (draw.rand().double() * (j + 1)).long()
     assert hops.min() >= 1 and hops.max() <= 3 and (j >= 0).all() and (k <= j).all() and len(hops.unique()) > 1
     x_t = data.images + col(T(i)) * z
     ends = []
-    for b in range(8):  # each sample's own number of solver steps
+    for b in range(16):  # each sample's own number of solver steps
         x = x_t[b : b + 1]
         for at in range(int(i[b]), int(j[b]), -1):
             x = c.heun_step(lambda y, level, b=b: teacher.denoise(y, level, data.labels[b : b + 1]), x, *(T(torch.tensor([n])) for n in (at, at - 1)))
@@ -177,7 +186,7 @@ def test_ctm_is_table_5():
     loss = (y - goal).abs().mean()
     assert scalars["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
     loss.backward()
-    other = method(kind="ctm", max_hops=3, distance="l1", target="ema")  # a target of its own: this loop fixes no parameters
+    other = method(**options, target="ema")  # a target of its own: this loop fixes no parameters
     for network in (other.student, other.states()["target"]):
         network.load_state_dict(f.state_dict())
     step(other, data)

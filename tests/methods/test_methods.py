@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from d2o.augment.edm import augment
 from d2o.errors import UserError
 from d2o.methods.base import METHODS, Batch, Draws, Setup, get_method
 from d2o.methods.classifier import ClassifierOptions, translate
@@ -114,11 +115,34 @@ def test_edm_trains_edm2_with_its_uncertainty_and_normalised_weights(options):
             u = network.logvar(sigma.flatten())
             expected = (error / u.exp() + u).mean()  # Karras et al. 2024, eq. 21
     method.step(loop, batch, 0)
+    method.settle()
     assert torch.allclose(loop.losses[0].detach(), expected, rtol=1e-4)
     kept = all(torch.equal(p, before[name]) for name, p in network.named_parameters())  # this loop takes no optimiser steps
     weight = network.unet.out_conv.weight.detach()
     assert kept == (options.get("force_wn") == "off")
     assert kept or torch.allclose(weight.square().mean(dim=(1, 2, 3)), torch.ones(len(weight)), atol=1e-3)
+
+
+def test_edm_trains_with_its_augmentation_and_tells_the_network():
+    """As EDM's teachers were trained (Karras et al. 2022, appendix F.2)."""
+    network = {**NETWORK, "augment_dim": 9}
+    method = get_method("edm")(Setup(EDMOptions(augment=0.5, label_dropout=0.5), network=network, images=Images(), name="x"))
+    seen = []
+    method.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append((*args, kwargs["augment_labels"])), with_kwargs=True)
+    y, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6)
+    scalars, _ = run(method, Batch(images=y, labels=labels))
+    draw = Draws(3, 0, 6, 6, CPU)
+    moved, told = augment(y, 0.5, draw.randn, draw.rand)
+    sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
+    noisy = moved + sigma * draw.randn(1, 8, 8)
+    ((x, _, kept, asked),) = seen
+    assert torch.equal(asked, told) and (told != 0).any() and not torch.equal(moved, y)
+    torch.testing.assert_close(x, noisy)
+    denoised = method.denoiser(noisy, sigma.flatten(), kept, augment_labels=told)
+    expected = ((sigma**-2 + 4) * (denoised - moved).square()).mean()  # of the image as it was augmented
+    assert scalars["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(UserError, match="edm.augment: the network takes no augmentation labels"):
+        get_method("edm")(Setup(EDMOptions(augment=0.12), network=NETWORK, images=Images()))
 
 
 def test_edm_refuses_networks_that_are_no_denoiser_or_do_not_fit():
@@ -204,7 +228,7 @@ def test_translate_moves_by_whole_pixels():
 
 
 def test_spec_of_a_trained_teacher():
-    method = get_method("edm")(Setup(EDMOptions(licence="CC0"), network=NETWORK, images=Images(), name="mine"))
+    method = get_method("edm")(Setup(EDMOptions(), network=NETWORK, images=Images(), name="mine", licence="CC0"))
     spec = method.spec()
     assert (spec.name, spec.shape, spec.condition, spec.classes, spec.licence) == ("mine", (1, 8, 8), "label", 10, "CC0")
     out = method.generate(method.denoiser, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))

@@ -52,7 +52,9 @@ def real(n: int = 8) -> Batch:
 
 def run(method: SiD, batch: Batch | None = None, iteration: int = 0, size: int | None = None, **more) -> tuple[dict, Loop]:
     loop = Loop(method, size, **more)
-    return method.step(loop, batch or Batch(), iteration), loop
+    scalars = method.step(loop, batch or Batch(), iteration)
+    method.settle()
+    return scalars, loop
 
 
 def test_an_iteration_is_algorithm_1_and_needs_no_data():
@@ -283,22 +285,32 @@ def norms(network: nn.Module) -> torch.Tensor:
     return torch.cat([p.flatten(1).square().mean(1).sqrt() for name, p in network.named_parameters() if name.endswith("weight")])
 
 
-@pytest.mark.parametrize("force_wn", [None, "post_step", "pre_forward", "off"])
-def test_forced_weight_normalisation_is_a_switch(force_wn):
-    teacher = edm2_teacher(force_wn="off" if force_wn == "post_step" else "post_step")
+@pytest.mark.parametrize(("student", "score"), [
+    (None, None), ("post_step", "post_step"), ("pre_forward", "pre_forward"), ("off", "off"), ("post_step", "off"), ("off", "pre_forward"),
+])  # fmt: skip
+def test_forced_weight_normalisation_is_a_switch_of_each_network(student, score):
+    teacher = edm2_teacher(force_wn="off" if student == "post_step" else "post_step")
     with torch.no_grad():
         for p in teacher.network.parameters():
             p.mul_(2.0 if p.ndim > 1 else 1.0)
     before = copy.deepcopy(teacher.network.state_dict())
-    method = sid(teacher, force_wn=force_wn)
+    method = sid(teacher, student_force_wn=student, score_force_wn=score)
     z, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     torch.testing.assert_close(method.student.eval()(z, labels), teacher.network(2.5 * z, torch.tensor([2.5]), labels), rtol=1e-3, atol=1e-3)
     run(method, lr=1e-4)
-    for network in (method.student.network, method.score):
+    for network, force_wn in ((method.student.network, student), (method.score, score)):
         far = (norms(network) - 1).abs().max()
         assert far > 0.5 if force_wn == "off" else far < (0.3 if force_wn == "pre_forward" else 1e-3)
-    assert method.student.network.config["force_wn"] == method.student.network.force_wn == (force_wn or "post_step")
+        assert network.config["force_wn"] == network.force_wn == (force_wn or "post_step")
     assert all(torch.equal(before[name], value) for name, value in teacher.network.state_dict().items())
+
+
+def test_the_one_switch_of_older_recipes_is_both():
+    recipe = load_recipe("sid_digits", ["sid.force_wn=off"])
+    assert (recipe.options.student_force_wn, recipe.options.score_force_wn) == ("off", "off")
+    mixed = SiDOptions.model_validate({"force_wn": "off", "score_force_wn": "post_step"})
+    assert (mixed.student_force_wn, mixed.score_force_wn) == ("off", "post_step")
+    assert "force_wn" not in recipe.resolved()["sid"]
 
 
 def test_latent_teachers_encode_the_real_images():
@@ -333,7 +345,8 @@ def other_images(**attributes):
     (lambda: sid(sigma_min=3.0, sigma_max=3.0), "no range of noise levels"),
     (lambda: sid(adversarial=True, labels="uniform"), "uniform does not go with adversarial"),
     (lambda: sid(**{**ADVERSARIAL, "batch_pool": 3}), "3 does not divide the batch of 8"),
-    (lambda: sid(force_wn="off"), "only networks of EDM2"),
+    (lambda: sid(student_force_wn="off"), "sid.student_force_wn: only networks of EDM2"),
+    (lambda: sid(score_force_wn="off"), "sid.score_force_wn: only networks of EDM2"),
     (lambda: sid(augment=0.12), "takes no augmentation labels"),
     (lambda: sid(images=other_images(labels=None, classes=0), **ADVERSARIAL), "images has no classes, teacher 'tiny' has 10"),
     (lambda: sid(images=other_images(classes=7), labels="data"), "images has 7 classes, teacher 'tiny' has 10"),

@@ -10,8 +10,11 @@ from d2o.errors import UserError
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.spi_gan import SPIGAN, SPIGANOptions, spread
 from d2o.recipes.load import load_recipe
+from d2o.runtime import StopFlag
 from d2o.students.base import load_student
 from d2o.students.style import StyleStudent
+from d2o.training.loop import Trainer
+from d2o.training.setup import prepare
 from tests.helpers import tiny_student
 from tests.methods.test_latent import train
 from tests.methods.test_methods import CPU, Images, OneStep
@@ -52,12 +55,15 @@ def test_x_T_has_unit_variance_and_the_path_is_straight() -> None:
     assert abs(float((unpaired * x_T).mean())) < 0.02
 
 
-@pytest.mark.parametrize("sampling", ["uniform_sorted", "stratified", "fixed"])
+@pytest.mark.parametrize("sampling", ["uniform_sorted", "stratified", "fixed", "fixed_with_0"])
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_times_rise_to_one(sampling: str, K: int) -> None:
     method = spi_gan(K=K, j_sampling=sampling)
     for seed in range(20):
         times = method.times(Draws(seed, 0, 8, 8, CPU))
+        if sampling == "fixed_with_0":
+            assert times == pytest.approx([k / K for k in range(K + 1)])
+            continue
         assert len(times) == K and times[-1] == 1 and times == sorted(times) and times[0] > 0
         assert times == method.times(Draws(seed, 4, 4, 8, CPU))  # every process draws the same
         if sampling == "stratified":
@@ -86,6 +92,76 @@ def test_an_iteration_is_algorithm_1() -> None:
     assert float(loop.losses[0].detach()) == pytest.approx(float(F.softplus(-logits).mean().detach()), rel=1e-4)
 
 
+def test_fixed_j_can_begin_with_the_noise_itself() -> None:
+    """Section 4.4: "when K = 2, j in {0, 1, 2}"."""
+    method, data = spi_gan(K=2, j_sampling="fixed_with_0", r1_gamma=0.0), batch()
+    loop = Seeing(method, data)
+    method.step(loop, data, 0)
+    assert [t for _, t in loop.shown] == [0.0] * 3 + [0.5] * 3 + [1.0] * 3 and loop.updated == ["generator", "critic"] * 3
+    draw = Draws(3, 0, 8, 8, CPU)
+    method.times(draw)
+    torch.testing.assert_close(loop.shown[1][0], method.x_T(data, draw))  # i(0)
+
+
+def test_styles_are_mixed_image_by_image() -> None:
+    """Appendix B.3: mixing_prob says how many of the generated images come from two noises."""
+    method = spi_gan(mixing_prob=0.25)
+    num_ws, shape = method.generator.synthesis.num_ws, (1, 8, 8)
+    second, cutoffs = method.mix(Draws(0, 0, 4000, 4000, CPU))
+    assert second.shape == (4000, *shape) and float((cutoffs < num_ws).float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert set(cutoffs.tolist()) == set(range(1, num_ws + 1))  # each mixed image with a place of its own
+    part = method.mix(Draws(0, 1000, 500, 4000, CPU))[1]
+    assert torch.equal(part, cutoffs[1000:1500])  # however the batch is divided
+    z, other = torch.randn(3, *shape), torch.randn(3, *shape)
+    times, network = (0.5, 1.0), method.generator
+    _, ws, _ = network(z=z, times=times, mix=(other, torch.tensor([1, num_ws, 2])))
+    (_, own, _), (_, its, _) = network(z=z, times=times), network(z=other, times=times)
+    for row in range(6):
+        cutoff = (1, num_ws, 2)[row % 3]
+        assert torch.equal(ws[row], torch.cat([own[row, :cutoff], its[row, cutoff:]]))
+    assert spi_gan().mix(Draws(0, 0, 8, 8, CPU)) is None
+
+
+def test_every_image_that_is_generated_in_training_may_be_mixed() -> None:
+    method, data, seen = spi_gan(mixing_prob=1.0, pl_weight=1.0), batch(), []
+    method.generator.register_forward_pre_hook(lambda module, args, kwargs: seen.append((len(kwargs["z"]), kwargs["mix"])), with_kwargs=True)
+    method.step(OneStep(method, data), data, 0)
+    assert [n for n, _ in seen] == [8, 4, 8] * 2  # the generator's turn, its path lengths, the critic's turn, at both times
+    assert all(len(second) == len(cutoffs) == n for n, (second, cutoffs) in seen)
+
+
+def test_the_lazy_correction_is_a_switch() -> None:
+    optim = load_recipe("spi_gan_digits").optim
+    assert spi_gan(pl_every=4).optim("generator", optim) is optim
+    method = spi_gan(pl_every=4, r1_every=16, lazy_correction=True)
+    for name, c in (("generator", 4 / 5), ("critic", 16 / 17)):
+        found = method.optim(name, optim)
+        assert (found.lr, found.final_lr) == (pytest.approx(0.01 * c), pytest.approx(0.001 * c))
+        assert found.betas == (0.0, pytest.approx(0.99**c)) and found.schedule == optim.schedule
+
+
+def tiny(*changes: str):
+    return load_recipe("spi_gan_digits", overrides=["images=256", "batch=16", "network.h_dim=16", "network.synthesis.base=64",
+                                               "network.synthesis.max_channels=8", "spi_gan.critic.base=64", "spi_gan.critic.max_channels=8",
+                                               "spi_gan.ada_kimg=0.2", "spi_gan.r1_every=3", "log_every=1", "eval=null",
+                                               "preview=null", *changes])  # fmt: skip
+
+
+def test_the_average_moves_once_an_iteration_whatever_its_updates(tmp_path) -> None:
+    """Table 8's decay is of an iteration: four updates of the generator (two times, path lengths at each) are one step of the average."""
+    recipe = tiny("ema={decay: 0.75, half_life: null}", "spi_gan.K=2", "spi_gan.pl_weight=1.0", "spi_gan.lazy_correction=true", "images=4", "batch=4")
+    setup = prepare(recipe, CPU, None, lambda text: None, lambda *_: None, StopFlag())
+    trainer = Trainer(recipe, setup, tmp_path)
+    assert trainer.optimizers["generator"].param_groups[0]["betas"][1] == pytest.approx(0.99 ** (4 / 5))
+    before = [p.detach().clone() for p in trainer.networks["generator"].parameters()]
+    trainer.run(lambda images, text: None, StopFlag())  # one iteration
+    for mine, old, new in zip(trainer.ema.network.parameters(), before, trainer.networks["generator"].parameters(), strict=True):
+        torch.testing.assert_close(mine, torch.lerp(old, new.detach(), 0.25))
+    moved = max(float((old - new.detach()).abs().max()) for old, new in zip(before, trainer.networks["generator"].parameters(), strict=True))
+    assert moved > 0.01
+    torch.testing.assert_close(trainer.ema.network.mapping.w_avg, trainer.networks["generator"].mapping.w_avg)
+
+
 def test_k_1_is_a_gan_of_clean_images() -> None:
     method, data = spi_gan(K=1, r1_gamma=0.0), batch()
     loop = Seeing(method, data)
@@ -108,7 +184,8 @@ def test_regularisers_are_lazy_and_scaled() -> None:
 @pytest.mark.parametrize("options", [
     {"update_mode": "joint"}, {"update_mode": "joint", "ivp": "incremental"}, {"ivp": "incremental_detach"}, {"latent": "z"}, {"latent": "alternate"},
     {"process": "ve"}, {"process": "subvp"}, {"mixing_prob": 1.0}, {"ada": "bgc", "ada_fixed": 0.5}, {"pair_noise": False, "K": 3},
-    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}},
+    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}}, {"j_sampling": "fixed_with_0", "ivp": "incremental_detach"},
+    {"j_sampling": "fixed_with_0", "update_mode": "joint", "ivp": "incremental"},
 ])  # fmt: skip
 def test_every_switch_trains_both_networks(options: dict) -> None:
     method, data = spi_gan(pl_weight=1.0, **options), batch()
@@ -160,10 +237,7 @@ def test_mistakes(options: dict, words: str) -> None:
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path) -> None:
-    recipe = load_recipe("spi_gan_digits", overrides=["images=256", "batch=16", "network.h_dim=16", "network.synthesis.base=64",
-                                                 "network.synthesis.max_channels=8", "spi_gan.critic.base=64", "spi_gan.critic.max_channels=8",
-                                                 "spi_gan.ada_kimg=0.2", "spi_gan.r1_every=3", "log_every=1", "eval=null",
-                                                 "preview=null"])  # fmt: skip
+    recipe = tiny()
     train(recipe, tmp_path / "whole")
     for stop in (5, 9):
         train(recipe, tmp_path / "parts", stop)

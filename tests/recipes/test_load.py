@@ -94,7 +94,7 @@ def test_defaults():
     assert (r.student.sigma, r.student.init) == (80.0, "teacher")
     assert r.optim.betas == (0.9, 0.999) and r.optim.lr == 0.001 and r.optim.clip_norm is None and r.optim_critic is None
     assert (r.ema.half_life, r.ema.decay, r.ema.ramp) == (None, None, 0.05)
-    assert (r.precision, r.channels_last, r.compile, r.bad_gradients, r.log_every) == ("fp32", False, False, "raise", 20)
+    assert (r.precision, r.channels_last, r.compile, r.bad_gradients, r.log_every) == ("fp32", "auto", False, "raise", 20)
     assert (r.checkpoint.every, r.checkpoint.keep) == (50_000, 3)
     assert r.options == FakeOptions()
 
@@ -317,13 +317,13 @@ def test_a_pydantic_message_we_have_no_words_for(monkeypatch):
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file():
-    assert lines("log_every: 0\npairs:\n  m: 3\n  solver: 4\nprecision: fp16\nmini:\n  batc: 3\n", "images=x", "optim.lrr=3") == [
+    assert lines("log_every: 0\npairs:\n  m: 3\n  solver: 4\nprecision: fp8\nmini:\n  batc: 3\n", "images=x", "optim.lrr=3") == [
         "r.yaml:7: log_every: expected an integer >= 1, got 0",
         "r.yaml:8: pairs.n: missing; expected an integer >= 1",
         "r.yaml:9: pairs.m: unknown key; known here: path, n, solver, steps, spacing, final, eta, seed, batch, shard_size, labels, cfg, prompts, "
         "per_prompt, rewire, dtype, precision, channels_last, store_noise",
         "r.yaml:10: pairs.solver: expected a text, not empty, got 4 (put it in quotes)",
-        "r.yaml:11: precision: expected 'fp32' or 'bf16', got 'fp16'; did you mean 'bf16'?",
+        "r.yaml:11: precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8'; did you mean 'fp32'?",
         "r.yaml:13: mini.batc: unknown key; did you mean 'batch'?",
         "--set optim.lrr: unknown key; did you mean 'lr'?",
         "--set images: expected an integer >= 1, got 'x'",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from d2o.methods.sid import SiD
+from d2o.methods.spi_gan import SPIGAN
 from d2o.metrics.tables import load_table, table_names
-from d2o.recipes.load import find_recipe, load_recipe
+from d2o.recipes.load import find_recipe, load_recipe, recipe_names
 from d2o.recipes.plan import make_plan
 
 FIRST = {32: 3 * 32 * 32 * 512 + 512, 256: 3 * 256 * 256 * 512 + 512}  # Table 6
@@ -25,7 +26,8 @@ TIMED = 2 * R + 513 * (64 + 128 + 256 + 3 * 512)
 def test_published_sizes(name, generator, critic):
     plan = make_plan(load_recipe(name))
     assert plan.networks == {"generator": generator, "critic": critic}
-    assert len(plan.missing) == 1 and "training says how to get them" in plan.missing[0]  # planned without its images
+    images, weights = plan.missing  # planned without its images, and without what scores them
+    assert "training says how to get them" in images and "'inception' are not on this machine" in weights
 
 
 def test_table_8():
@@ -38,8 +40,13 @@ def test_table_8():
     assert (cifar.ema.decay, celeba.ema.decay, church.ema.decay) == (0.9999, 0.999, 0.999)
     for recipe in (cifar, celeba):
         for optim, every in ((recipe.optim, 4), (recipe.optim_critic, 16)):
-            share = every / (every + 1)
-            assert optim.lr == pytest.approx(0.0025 * share, abs=1e-6) and optim.betas == (0, pytest.approx(0.99**share, abs=1e-5))
+            assert (optim.lr, optim.betas) == (0.0025, (0, 0.99)) and not recipe.options.lazy_correction  # as printed
+            c = every / (every + 1)  # StyleGAN2's reading of them
+            method = SPIGAN.__new__(SPIGAN)
+            method.options = recipe.options.model_copy(update={"lazy_correction": True})
+            corrected = method.optim("generator" if every == 4 else "critic", optim)
+            assert (corrected.lr, corrected.betas) == (pytest.approx(0.0025 * c), (0, pytest.approx(0.99**c)))
+            assert corrected.eps == optim.eps
     assert (cifar.images // cifar.batch, celeba.images // celeba.batch) == (1_000_000, 390_625)
     assert not cifar.data.xflip and celeba.data.xflip and church.data.xflip
 
@@ -50,9 +57,45 @@ def test_table_4():
     same = {name: load_recipe(f"spi_gan_{name.split('_')[0]}").resolved() for name in rows}
     for name, k in rows.items():
         recipe = load_recipe(f"spi_gan_{name}")
-        assert k == recipe.options.K and (recipe.options.j_sampling == "fixed") == name.endswith("fixed_j")
+        assert k == recipe.options.K and recipe.options.j_sampling.startswith("fixed") == name.endswith("fixed_j")
         different = {key for key, value in recipe.resolved().items() if value != same[name][key]}
         assert different <= {"name", "title", "spi_gan", "reproduces"}
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith(("spi_gan_", "dd_gan_"))])
+def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
+    recipe = load_recipe(name)
+    assert recipe.eval is not None and recipe.images >= 5 * recipe.eval.every  # a curve, and a best of several
+    if "digits" in name:
+        assert (recipe.eval.extractor, recipe.eval.reference, recipe.eval.protocol) == ("digits", "real:digits", None)
+        return
+    own = {"spi_gan_celeba": "spi_gan_celeba", "spi_gan_church": "spi_gan_church"}.get(name, "spi_gan_cifar10")
+    assert recipe.eval.protocol == (own if name.startswith("spi") else "ddgan")
+    assert (recipe.eval.metric, recipe.eval.n, recipe.eval.reference) == ("fd", 50_000, "data")
+    assert recipe.eval.extractor == ("inception" if own == "spi_gan_cifar10" and name.startswith("spi") else "inception-legacy_pytorch")
+    mini = load_recipe(name, mini=True).eval
+    assert (mini.protocol, mini.extractor, mini.reference) == (None, "digits", "real:digits")
+
+
+@pytest.mark.parametrize("name", ["cd_cifar10", "cd_cifar10_cond", "cd_i_cifar10", "cd_i_cifar10_unfrozen", "cd_imagenet64", "dmd_cifar10",
+                                  "dmd_cifar10_noreg", "diff_instruct_cifar10"])  # fmt: skip
+def test_baselines_are_scored_on_the_way_as_their_headers_score_them(name):
+    recipe, text = load_recipe(name), find_recipe(name).read_text()
+    assert f"d2o eval runs/{name} --protocol {recipe.eval.protocol}" in text and recipe.images >= 20 * recipe.eval.every
+    assert load_recipe(name, mini=True).eval.extractor == "digits"
+
+
+def test_cd_i_and_its_twin_differ_in_freeze_alone():
+    """Zheng & Yang 2024, Fig. 4A."""
+    for frozen, twin in (("cd_i_cifar10", "cd_i_cifar10_unfrozen"), ("cd_i_digits", "cd_digits")):
+        for mini in (False, True):
+            a, b = (load_recipe(name, mini=mini).resolved() for name in (frozen, twin))
+            assert {key for key in a if a[key] != b[key]} <= {"name", "title", "student"}
+            assert (a["student"].pop("freeze"), b["student"].pop("freeze")) == ("conv", "none") and a["student"] == b["student"]
+    recipe = load_recipe("cd_i_cifar10")
+    assert (recipe.precision, recipe.data.xflip, recipe.options.i_min, recipe.options.form) == ("bf16", False, 2, "F")
+    assert load_recipe("ctm_digits").options.i_min == load_recipe("ctm_digits", ["consistency.i_min=null"]).options.lowest == 2
+
 
 # ---- SiDA (arXiv 2410.14919) -------------------------------------------------------------------------------------------------------------
 
@@ -108,7 +151,8 @@ def test_edm2_512(method, size):
     assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, recipe.optim_critic) == (5e-5, (0, 0.999), 1e-6, None)
     assert (recipe.ema.half_life, o.alpha, o.p_mean, o.p_std, o.augment, recipe.student.sigma) == (2_000_000, 1.0, -0.4, 1.0, 0, 2.5)
     assert recipe.student.dropout == o.score_dropout == (0.0 if size in ("xs", "s") else 0.1)
-    assert (o.uncertainty, o.force_wn) == ((True, "post_step") if plain else (False, "off"))
+    assert (o.uncertainty, o.student_force_wn) == ((True, "post_step") if plain else (False, "off"))
+    assert o.score_force_wn == ("post_step" if method == "sid" else "off")  # what their copied hooks come to
     assert o.lambda_sid == (50 if (method, size) == ("sid2a", "m") else 100) and o.lambda_score == 1
     if method != "sid":
         assert (o.adversarial, o.batch_pool, o.lambda_d, o.lambda_adv, recipe.data.resolution) == (True, EDM2_POOL[size], 100, 0.01, 512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -23,13 +24,13 @@ from tests.helpers import SPEC, tiny_network
 LABELS = torch.tensor([3, 7, 0, 3])
 
 
-def student(form: str = "cd", steps: int = 1) -> ConsistencyStudent:
+def student(form: str = "cd", steps: int = 1, clamp: bool = False, spec=SPEC) -> ConsistencyStudent:
     network = tiny_network(1, precond="consistency" if form == "cd" else "edm")
     if form == "ctm":
         network = with_second_time(network)
         with torch.no_grad():
             network.model.map_augment.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    return ConsistencyStudent(network, SPEC, form=form, steps=steps).eval().requires_grad_(False)
+    return ConsistencyStudent(network, spec, form=form, steps=steps, clamp=clamp).eval().requires_grad_(False)
 
 
 def level(value: float) -> torch.Tensor:
@@ -87,6 +88,47 @@ def test_a_progressively_distilled_student_walks_its_grid():
         model.with_steps(2)
 
 
+@pytest.mark.parametrize(("form", "steps"), [("cd", 1), ("cd", 2), ("pd", 4), ("ctm", 2)])
+def test_estimates_are_clamped_at_every_call(form, steps):
+    """As Song et al.'s sampler: not only the last one, which decoding clamps anyway; never latents, which have no such range."""
+    noise, asked = torch.randn(4, 1, 8, 8), []
+
+    def loud(network):  # estimates far outside of [-1, 1]
+        network.register_forward_hook(lambda module, args, out: (asked.append(args[0].clone()), 5 * out)[1])
+
+    model, free, latent = student(form, steps, True), student(form, steps, False), student(form, steps, True, replace(SPEC, space="latent"))
+    for each in (model, free, latent):
+        loud(each.network)
+
+    def quiet(*shape):
+        return torch.zeros(4, *shape)
+
+    found = model(noise, LABELS, randn=quiet)
+    calls = list(asked)
+    x, grid = 80 * noise, model.grid()
+    for i, (t, s) in enumerate(pairwise(grid)):
+        torch.testing.assert_close(calls[i], x, rtol=1e-4, atol=1e-4)
+        to = second_time(level(s)) if form == "ctm" else None
+        f = model.network(calls[i], level(t), LABELS, to) if to is not None else model.network(calls[i], level(t), LABELS)
+        f = f.clamp(-1, 1) if form != "ctm" or i == steps - 1 else f
+        x = f if form == "cd" else jump(calls[i], f, level(t), level(s))
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+    assert float(found.abs().max()) < 1.02  # pd: with what noise is left at 0.002
+    unclamped = free(noise, LABELS, randn=quiet)
+    assert float(unclamped.abs().max()) > 1.1 and torch.equal(latent(noise, LABELS, randn=quiet), unclamped)
+    if form in ("cd", "pd") and steps > 1:  # the last call's clamp alone is another image
+        assert not torch.allclose(unclamped.clamp(-1, 1), found, atol=1e-3)
+
+
+def test_students_of_before_the_switch_go_on_as_they_were(tmp_path):
+    save_student(tmp_path / "s.safetensors", student("cd", 2))
+    tensors, meta = load_file(tmp_path / "s.safetensors")
+    record = {key: value for key, value in meta["student"].items() if key != "clamp"}
+    save_file(tmp_path / "old.safetensors", tensors, {**meta, "student": record})
+    old, noise = d2o.load_student(tmp_path / "old.safetensors"), 3 * torch.randn(4, 1, 8, 8)
+    assert old.clamp is False and torch.equal(old(noise, LABELS), student("cd", 2)(noise, LABELS))
+
+
 @pytest.mark.parametrize("form", ["cd", "ctm"])
 def test_an_image_depends_on_its_own_seed_alone(form):
     model, noise, labels = student(form, 2), noise_for_seeds(range(40, 46), SPEC.shape), torch.arange(6)
@@ -97,11 +139,11 @@ def test_an_image_depends_on_its_own_seed_alone(form):
 
 @pytest.mark.parametrize(("form", "steps"), [("cd", 2), ("pd", 4), ("ctm", 1)])
 def test_checkpoints_state_the_kind_and_bring_it_back(tmp_path, form, steps):
-    model, noise = student(form, steps), torch.randn(4, 1, 8, 8)
+    model, noise = student(form, steps, clamp=True), torch.randn(4, 1, 8, 8)
     save_student(tmp_path / "s.safetensors", model)
     again = d2o.load_student(tmp_path / "s.safetensors")
     assert isinstance(again, ConsistencyStudent) and torch.equal(again(noise, LABELS), model(noise, LABELS))
-    assert again.record == {"kind": "consistency", "form": form, "sigma": 80.0, "steps": steps, "middle": MIDDLE}
+    assert again.record == {"kind": "consistency", "form": form, "sigma": 80.0, "steps": steps, "middle": MIDDLE, "clamp": True}
     rebuilt = build_student(again.config, SPEC)
     rebuilt.network.load_state_dict(again.network.state_dict())
     assert torch.equal(rebuilt(noise, LABELS), model(noise, LABELS))

@@ -13,6 +13,7 @@ from d2o.data.prompts import Prompts
 from d2o.diffusion.noise import noise_and_labels, noise_for_seeds
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
+from d2o.networks import processor
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, load_student
 from d2o.students.generate import SampleSettings, first_images, make_samples, student_sampler, teacher_sampler
@@ -284,3 +285,18 @@ def test_a_teacher_is_not_asked_for_gradients(build, monkeypatch):
     monkeypatch.setattr(Teacher, "denoise", lambda self, *a: seen.append(torch.is_inference_mode_enabled()) or real(self, *a))
     build(sampler=teacher_sampler(tiny_teacher(), Solver("euler", 1)))
     assert seen and all(seen)
+
+
+def test_how_the_network_is_run_is_recorded_and_goes_on(build, student, monkeypatch):
+    monkeypatch.setattr(processor, "bf16_unit", lambda device: "AMX")
+    monkeypatch.setattr(processor, "WIDE", 1000)
+    exact, said = build("exact.npz", how={"channels_last": False}), []
+    half = build("half.npz", how={"precision": "auto", "say": said.append})
+    compute = check_free(archive_for(half))["compute"]
+    assert (compute["precision"], compute["channels_last"]) == ("bf16", True) and "precision" not in check_free(archive_for(exact))["compute"]
+    assert said == ["precision bf16 (auto: AMX computes in bf16)"]
+    a, b = (open_images(path).images(range(20)).float() for path in (exact, half))
+    assert 0 < (a - b).abs().max() < 16  # of 255: bf16 has 8 bits
+    # A picture of it is made as the output was, also by a sampler that made none of it.
+    images, _ = first_images(student_sampler(load_student(student)), check_free(archive_for(half)), 8)
+    assert torch.equal(images, open_images(half).images(range(8)))

@@ -80,12 +80,12 @@ def test_edm2_decodes_by_the_autoencoder_of_its_latents(home, monkeypatch):
 
 
 def test_a_repositorys_licence_is_read_from_its_card(tmp_path):
-    assert stated_licence(tmp_path) == "unstated"
+    assert stated_licence(tmp_path) == "not stated"
     for text, licence in (
         ("---\nlicense: creativeml-openrail-m\ntags:\n- x\n---\n# Model", "creativeml-openrail-m"),
         ("---\nlicense: other\nlicense_name: 'my-licence'\n---\n", "my-licence"),
-        ("# No head\nlicense: mit\n", "unstated"),
-        ("", "unstated"),
+        ("# No head\nlicense: mit\n", "not stated"),
+        ("", "not stated"),
     ):
         (tmp_path / "README.md").write_text(text)
         assert stated_licence(tmp_path) == licence

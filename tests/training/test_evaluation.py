@@ -11,7 +11,9 @@ from d2o.cli.app import main
 from d2o.interop.safetensors_io import read_meta
 from d2o.metrics import presets
 from d2o.metrics.presets import Preset
+from d2o.metrics.quick import FrechetEvaluator
 from d2o.recipes.load import load_recipe
+from d2o.teachers.base import Spec
 from tests.helpers import tiny_recipe
 
 RECIPE = """
@@ -75,7 +77,7 @@ def test_what_is_missing_or_wrong_is_told_before_anything_is_made(recipe, tmp_pa
         err = capsys.readouterr().err
         assert all(word in err for word in words) and "--weights" not in err
     assert not (tmp_path / "run").exists() and not (tmp_path / "pairs").exists()
-    assert d2o("train", recipe, "--plan", "--set", "eval.protocol=sida_cifar10") == 0
+    assert d2o("train", recipe, "--plan", "--set", "eval.protocol=sida_cifar10") == 1
     out = capsys.readouterr().out
     assert "evaluation (3 x 50,000 images)" in out and "reference edm-cifar10 is not on this machine" in out
 
@@ -95,3 +97,29 @@ eval: {every: 8, extractor: digits, n: 8, reference: real:digits}
     assert d2o("train", large, "--out", tmp_path / "large") == 2
     assert "12x12 pixels" in capsys.readouterr().err
     assert not (tmp_path / "large" / "checkpoints").exists()
+
+
+def test_the_reference_can_be_the_images_that_are_trained_on():
+    """As training reads them: all digits are what `real:digits` stands for; of a part of them the distance is another."""
+    spec, score = Spec("s", (1, 8, 8)), {"n": 60, "seed": 0}
+    data = [load_recipe("spi_gan_digits", changes).data for changes in ([], ["data.limit=300"])]
+    whole, part = (FrechetEvaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"] for section in data)
+    named = FrechetEvaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+    assert whole == pytest.approx(named, rel=1e-3) and part != pytest.approx(named, rel=1e-3)
+
+
+def test_a_recipe_is_scored_against_its_own_images(tmp_path, capsys, monkeypatch):
+    settings = {"n": 60, "resize": "none", "quantize": "edm_round", "labels": "random", "repeats": 1}
+    for count in (1797, 50_000):  # as the protocols of SPI-GAN, whose reference the user brings
+        preset = Preset(f"own{count}", "a paper", "digits", ("fd",), settings, None, count, "digits", "d2o", (), {"against": "the digits"})
+        monkeypatch.setitem(presets.PRESETS, preset.name, preset)
+        changes = [f"eval={{every: 16, protocol: own{count}, reference: data, n: 60}}", "images=16", "batch=8", "preview=null",
+                   "network.synthesis.base=64", "spi_gan.critic.base=64"]  # fmt: skip
+        arguments = [word for change in changes for word in ("--set", change)]
+        assert d2o("train", "spi_gan_digits", "--out", tmp_path / f"own{count}", *arguments) == (0 if count == 1797 else 2)
+    said = capsys.readouterr().err
+    assert "of 60 images to the training images, every 16" in said
+    assert "images of the reference: 1,797, the protocol has 50,000" in said
+    assert read_meta(tmp_path / "own1797" / "checkpoints" / "best.safetensors")["metrics"]["fd"] > 0
+    assert d2o("train", "sid_digits", "--mini", "--out", tmp_path / "sid", "--set", "eval.reference=data") == 2
+    assert "eval: reference: data means the recipe's own images" in capsys.readouterr().err

@@ -34,6 +34,7 @@ threads: 1
 class Pooled(TinyGAN):
     """Takes four samples in a row together, and notes what it was given."""
 
+    takes = "edm"
     seen: list[tuple[int, int, torch.Tensor]] = []
 
     @classmethod

@@ -246,10 +246,10 @@ def test_plan_prints_and_creates_nothing(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run, "--plan") == 0
     out = capsys.readouterr().out
-    for words in ("41,329", "optimiser (adam)", "EMA", "activations", "making pairs", "128", "missing: the pair store"):
+    for words in ("41,329", "optimiser (adam)", "EMA", "activations", "making pairs", "128", "before it begins: the pair store", "would start"):
         assert words in out, words
     assert not run.exists() and not (tmp_path / "pairs").exists()
-    assert d2o("train", recipe, "--plan", "--set", "teacher=gone.safetensors") == 0
+    assert d2o("train", recipe, "--plan", "--set", "teacher=gone.safetensors") == 1
     assert "no such file: gone.safetensors" in capsys.readouterr().out
 
 

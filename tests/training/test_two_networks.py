@@ -100,6 +100,29 @@ def test_two_optimisers_alternate_and_the_critic_is_held_in_the_generators_turn(
     assert trainer.ema.network.bias.item() == pytest.approx(trainer.method.generator.bias.item(), abs=0.5)
 
 
+def test_the_average_moves_once_after_the_iteration_and_before_it_settles(recipe, tmp_path, monkeypatch):
+    def twice(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        once(self, loop, batch, iteration)
+        return once(self, loop, batch, iteration)
+
+    once = TinyGAN.step
+    monkeypatch.setattr(TinyGAN, "step", twice)
+    seen: list[Tensor] = []
+
+    def settle(self) -> None:  # as EDM2's weights are normalised
+        seen.append(self.generator.bias.detach().clone())
+        with torch.no_grad():
+            self.generator.bias.mul_(2)
+
+    monkeypatch.setattr(TinyGAN, "settle", settle)
+    run = recipe("images=64")
+    trainer = Trainer(run, Setup(run.options), tmp_path)
+    before = trainer.method.generator.bias.detach().clone()
+    trainer.run(lambda done, note: None, StopFlag())
+    assert len(seen) == 1 and not torch.equal(seen[0], before)
+    torch.testing.assert_close(trainer.ema.network.bias, 0.9 * before + 0.1 * seen[0])
+
+
 def test_both_networks_and_optimisers_resume_to_the_same_bytes(recipe, tmp_path):
     train(recipe(), tmp_path / "whole")
     train(recipe(), tmp_path / "parts", iterations=77)

@@ -5,7 +5,6 @@ The transformers are the classes of the package `dreamsim`; the weights are read
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import zipfile
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
+from d2o.interop.inputs import check_unpacked, read_json
+from d2o.interop.npz import DAMAGED
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import WEIGHTS, find_weights
@@ -130,8 +131,10 @@ def _unpack(path: Path, folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 if member in (CLIP, OPEN_CLIP) or re.fullmatch(rf"{ADAPTER}/adapter_(config\.json|model\.(safetensors|bin))", member):
+                    info = archive.getinfo(member)
+                    check_unpacked(member, info.file_size, info.compress_size)
                     archive.extract(member, folder)
-    except zipfile.BadZipFile as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is truncated or no zip archive ({error})", HINT) from error
 
 
@@ -194,9 +197,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     UserError: missing or damaged, or an adapter of another kind than a plain LoRA.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = read_json(folder / "adapter_config.json")
         scale = float(config["lora_alpha"]) / int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (UserError, ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{ADAPTER}/adapter_config.json of DreamSim's weights is no configuration of a LoRA ({error!r})", HINT) from error
     other = [key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
     if other or config.get("bias", "none") != "none":

@@ -1,0 +1,103 @@
+"""A method's step on the meta device, which computes nothing: its network calls are counted, and what autograd keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2o.methods.base import Batch, Draws, Method, Setup
+
+META = torch.device("meta")
+
+
+def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
+    if method.needs(setup.options) == "none":
+        return Batch()
+    spec = setup.teacher.spec if setup.teacher else method.spec()
+    shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
+    classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
+    x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
+    return Batch(labels=labels, noise=x, target=x, images=x)
+
+
+class _MetaDraws(Draws):
+    def __init__(self, count: int):
+        self.count = count
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape, device=META)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape, device=META)
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape, dtype=torch.int64, device=META)
+
+    def shared(self, *shape: int) -> Tensor:
+        return torch.full(shape, 0.5)
+
+
+class CountingLoop:
+    """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the backward pass."""
+
+    def __init__(self, method: Method, micro: int):
+        self.networks, self.micro, self.calls, self.bytes, self.peak = method.networks(), micro, 0, 0, 0
+        self.seen: set[int] = set()
+        self.kept: list[Tensor] = []
+
+    def run(self, method: Method, batch: Batch) -> None:
+        handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
+        for block in [block for net in self.networks.values() for part in net.modules() if getattr(part, "checkpointing", False)
+                      for blocks in part.children() if isinstance(blocks, nn.ModuleDict) for block in blocks.values()]:  # fmt: skip
+            handles.append(block.register_forward_pre_hook(self._keep))
+        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
+            method.step(self, batch, method.heaviest())
+        for handle in handles:
+            handle.remove()
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """What checkpointing keeps of a block is what goes into it."""
+        if torch.is_grad_enabled():
+            for tensor in args:
+                if isinstance(tensor, Tensor):
+                    self._save(tensor)
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.kept.append(tensor)  # alive, so that its address is not used again
+            self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
+        yield batch, _MetaDraws(self.micro)
+
+    def backward(self, loss: Tensor) -> None:
+        """What was kept is freed here, so that of several backward passes in a step the largest counts."""
+        self.peak = max(self.peak, self.bytes)
+        self.bytes = 0
+        self.seen.clear()
+        self.kept.clear()
+
+    def update(self, name: str) -> None: ...
+
+    def net(self, name: str) -> nn.Module:
+        return self.networks[name]
+
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[nn.Module]:
+        yield self.networks[name]
+
+    def everywhere(self, value: Tensor) -> Tensor:
+        return value
+
+    def mean(self, values: list[Tensor]) -> Tensor:
+        return values[0]

@@ -1,0 +1,44 @@
+"""What a process asks of its surroundings before the heavy imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from d2o.runtime import SPINS, share_cores
+
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back whatever the test does
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_idle_threads_make_way(clean):
+    share_cores()
+    assert (os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"]) == (SPINS, "0") and "OMP_WAIT_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "9")])
+def test_what_the_user_chose_stands(clean, name, value):
+    clean.setenv(name, value)
+    share_cores()
+    assert {key: os.environ[key] for key in NAMES if key in os.environ} == {name: value}
+
+
+def test_the_command_asks_before_torch_is_there(clean):
+    script = """
+import os, sys
+from d2o.cli import app
+def look(*a, **k): print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules); return 0
+app.app = look
+sys.argv = ["d2o"]
+app.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == [SPINS, "False"], done.stderr
