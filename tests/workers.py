@@ -21,7 +21,7 @@ from d2o.students.base import Student
 from d2o.teachers.base import Teacher
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.workers"])
+CONTEXT.set_forkserver_preload(["tests.workers", "tests.training.kills"])
 
 
 def _command(arguments: list[str], log: str, pause: float, die_in: str, die_at: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from rich.table import Table
 from d2o.cli import console
 from d2o.cli.pairs import open_device
 from d2o.cli.plan import show_plan, size, verdict
-from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
+from d2o.cli.train_run import begin_run, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
+from d2o.interop.temporary import sweep as clear
 from d2o.runtime import Stopped, stop_flag
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ def run_sweep(
     Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be trained, or a member
     that failed (the others are trained all the same). Stopped: the same command continues.
     """
+    from d2o.interop.outputs import check_output
     from d2o.recipes.sweep import check_folder, plan_sweep
     from d2o.recipes.sweep_record import check_same, update
-    from d2o.training.distributed import barrier, process_group
+    from d2o.training.distributed import barrier, first_process, process_group
+    from d2o.training.folder import locked
 
     sweep = plan_sweep(name, overrides, sweeps, mini)
     plans = _plan_all(sweep, data, start)
@@ -46,37 +50,46 @@ def run_sweep(
     if lines := [f"--sweep: {member.name}: {'; '.join(p.refused)}" for member, p in zip(sweep.members, plans, strict=True) if p.refused]:
         raise UserError("\n".join(lines))
     folder, count = out or Path("runs") / (sweep.folder + ("-mini" if mini else "")), len(sweep.members)
-    check_folder(folder)
-    check_same(folder, sweep, start)
     device = open_device(device_name)
-    with stop_flag() as stop, process_group(device) as (rank, world):
-        unfinished = [open_run(folder / member.name, member.recipe, True, start) for member in sweep.members]
+    with stop_flag() as stop, process_group(device) as (rank, world), ExitStack() as held:
+
+        def hold() -> None:
+            check_output(folder, folder=True)
+            held.enter_context(locked(folder))
+            clear(folder, "sweep.*")
+
+        first_process(hold, device, rank, world)
+        check_folder(folder)
+        check_same(folder, sweep, start)
+        for member in sweep.members:
+            check_run(folder / member.name, member.recipe, True, start)
         barrier(world)  # all have looked before one of them writes
         failed: dict[str, str] = {}
         if rank == 0:
             update(folder, sweep, start, failed)
         for i, member in enumerate(sweep.members):
             where = f"{member.name} ({i + 1} of {count})"
-            if not unfinished[i]:
-                console.say(f"{where} is finished")
-                continue
-            console.say(f"--- {where}")
-            try:
-                trainer = begin_run(name, overrides, member.recipe, folder / member.name, device, rank, world, start, stop)
+            with opened(folder / member.name, member.recipe, True, start, device, rank, world) as unfinished:
+                if not unfinished:
+                    console.say(f"{where} is finished")
+                    continue
+                console.say(f"--- {where}")
                 try:
-                    finish_run(trainer, stop)
-                except UserError as error:
-                    if world > 1:  # the other processes may not have met it
-                        raise
-                    failed[member.name] = error.message
-                    console.error(f"{where}: {error.message}", error.hint)
-                del trainer  # before the next one takes as much memory
-            except Stopped as stopped:
-                raise Stopped(f"{where}: {stopped.message}", stopped.exit_code - 128, "the same command continues") from stopped
-            finally:
-                if rank == 0:
-                    update(folder, sweep, start, failed)
-            barrier(world)
+                    trainer = begin_run(name, overrides, member.recipe, folder / member.name, device, rank, world, start, stop)
+                    try:
+                        finish_run(trainer, stop)
+                    except UserError as error:
+                        if world > 1:  # the other processes may not have met it
+                            raise
+                        failed[member.name] = error.message
+                        console.error(f"{where}: {error.message}", error.hint)
+                    del trainer  # before the next one takes as much memory
+                except Stopped as stopped:
+                    raise Stopped(f"{where}: {stopped.message}", stopped.exit_code - 128, "the same command continues") from stopped
+                finally:
+                    if rank == 0:
+                        update(folder, sweep, start, failed)
+                barrier(world)
         if rank == 0:
             show(update(folder, sweep, start, failed), folder)
     if failed:

@@ -9,7 +9,7 @@ import typer
 
 from d2o.cli import complete, console
 from d2o.cli.pairs import open_device
-from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
+from d2o.cli.train_run import begin_run, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
 
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False,
@@ -17,7 +17,8 @@ RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with 
 SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False,
                    autocompletion=complete.keys)  # fmt: skip
 OUT = typer.Option(None, "--out", help="Run folder. Default: `runs/<recipe name>`; of a sweep `runs/<recipe name>-sweep-<keys>`.", show_default=False)
-RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state.")
+RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state. What its past does not depend on may change: "
+                      "images (with a constant learning rate), eval, preview, checkpoint, log_every.")  # fmt: skip
 DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
                     "Their licence is `--set data.licence=...`.", show_default=False, autocompletion=complete.files)  # fmt: skip
 ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False,
@@ -90,12 +91,14 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         return _plan(recipe, folder, resume, data or on_bad, device_name, start)
     check_options(recipe, data or on_bad, start)
     from d2o.runtime import stop_flag
-    from d2o.training.distributed import barrier, process_group
+    from d2o.training.distributed import process_group
 
     device = open_device(device_name)
-    with stop_flag() as stop, process_group(device) as (rank, world):
-        unfinished = open_run(folder, recipe, resume, start)
-        barrier(world)  # all have looked before one of them writes
+    with (
+        stop_flag() as stop,
+        process_group(device) as (rank, world),
+        opened(folder, recipe, resume, start, device, rank, world) as unfinished,
+    ):
         if unfinished:
             finish_run(begin_run(name, overrides, recipe, folder, device, rank, world, start, stop), stop)
         else:
@@ -105,10 +108,12 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
 def _plan(recipe: Any, folder: Path, resume: bool, data: str | None, device_name: str | None, start: Path | None) -> None:
     """`--plan`: all that would keep the command from starting, in one answer. typer.Exit 1 if there is any."""
     from d2o.cli.plan import show_plan, verdict
+    from d2o.interop.outputs import check_output
     from d2o.recipes.plan import make_plan
 
     plan = make_plan(recipe, start)
-    checks = (lambda: check_options(recipe, data, start), lambda: open_run(folder, recipe, resume, start), lambda: open_device(device_name))
+    checks = (lambda: check_options(recipe, data, start), lambda: check_output(folder, folder=True),
+              lambda: check_run(folder, recipe, resume, start), lambda: open_device(device_name))
     for check in checks:
         try:
             check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,38 +28,79 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
         raise UserError(f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student", "use `d2o train`")
 
 
-def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:
-    """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
-    from d2o.interop.outputs import check_output
-    from d2o.interop.safetensors_io import read_meta
-    from d2o.recipes.load import diff_recipes
+def check_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> dict[str, Any] | None:
+    """The record of the state of the run in the folder; None: there is none yet. UserError: the run must not be
+    overwritten, or is another one."""
+    from d2o.recipes.changes import forbidden
+    from d2o.training.checkpoint import read_state
     from d2o.training.choices import as_begun
 
-    check_output(folder, folder=True)
-    before, state = folder / "recipe.yaml", folder / "checkpoints" / "state.safetensors"
+    before = folder / "recipe.yaml"
     if not folder.exists() or not any(folder.iterdir()):
-        return True
+        return None
     if not before.exists():
         raise UserError(f"{folder} holds other files and no run", "choose another --out")
     if not resume:
         raise UserError(f"{folder} holds a run already", "--resume continues it; another --out starts a new one")
-    begun: Any = begun_recipe(folder)
-    changes = diff_recipes(begun.resolved(), as_begun(recipe, begun).resolved())
+    record, begun = read_state(folder), begun_recipe(folder)
+    changes = forbidden(begun.resolved(), as_begun(recipe, begun).resolved(), record["images"] if record else 0)
     if changes:
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
-        raise UserError(what, "restore it, or choose another --out")
-    if state.exists():
-        record = read_meta(state)
+        raise UserError(what, _instead(recipe, folder, record is not None))
+    if record is not None:
         was, now = record.get("start"), str(start) if start else None
         if was != now:
             what = f"{folder} was started from {was or 'no student'}, not from {now or 'no student'}"
             raise UserError(what, "give the same --from, or choose another --out")
-        if record["images"] >= recipe.images and (folder / "checkpoints" / "last.safetensors").exists():
-            return False
-    return True
+    return record
 
 
-def begun_recipe(folder: Path) -> Any | None:
+def _instead(recipe: Any, folder: Path, trained: bool) -> str:
+    """What can be done about a recipe that a run cannot go on with."""
+    from d2o.methods.base import get_method
+
+    ways = ["give the recipe that it was started with"]
+    if trained and get_method(recipe.method).product in ("student", "generator"):
+        way = f"d2o finetune RECIPE --from {folder} --out ANOTHER"
+        ways.append(f"train its student further, as a run of its own: {way}")
+    return "; ".join([*ways, "or start anew with another --out"])
+
+
+@contextmanager
+def opened(
+    folder: Path, recipe: Any, resume: bool, start: Path | None, device: Any, rank: int, world: int
+) -> Iterator[bool]:
+    """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is anything
+    to do: False of a run that is finished, once the folder is as its state says. UserError: as `check_run`, or the folder
+    is held already."""
+    from d2o.interop.outputs import check_output
+    from d2o.interop.temporary import sweep
+    from d2o.training.checkpoint import settle
+    from d2o.training.distributed import any_process, first_process
+    from d2o.training.folder import locked, tidy
+    from d2o.training.products import Products
+
+    with ExitStack() as held:
+
+        def hold() -> None:
+            check_output(folder, folder=True)
+            held.enter_context(locked(folder))
+            sweep(folder, "recipe.yaml")  # the rest is tidied once the folder is known to be a run's
+
+        first_process(hold, device, rank, world)
+        record = check_run(folder, recipe, resume, start)
+        any_process(False, device, world)  # all have looked before one of them writes
+        unfinished = record is None or record["iteration"] < -(-recipe.images // recipe.batch)
+        if not unfinished and record is not None:
+            missing = []
+            if rank == 0:
+                tidy(folder)
+                missing = settle(folder, record, Products(folder / "checkpoints"))
+            unfinished = any_process("last" in missing, device, world)
+        yield unfinished
+
+
+def begun_recipe(folder: Path) -> Any:
     """The recipe that the run in the folder was begun with; None where there is none."""
     from d2o.recipes.load import load_recipe
 
@@ -68,7 +111,6 @@ def begun_recipe(folder: Path) -> Any | None:
 def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device: Any, rank: int, world: int, start: Path | None,
               stop: Any) -> Trainer:  # fmt: skip
     """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for what is missing."""
-    from d2o.interop.safetensors_io import atomic_write
     from d2o.training.choices import as_begun
     from d2o.training.distributed import barrier
     from d2o.training.loop import Trainer
@@ -86,11 +128,31 @@ def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup), say=console.say)
     trainer.evaluation.check()  # what is refused leaves no folder
     settle_threads(trainer)
-    if rank == 0:
-        atomic_write(folder / "recipe.yaml", trainer.recipe.to_yaml())
-    barrier(world)
     trainer.resume()
+    if rank == 0:
+        write_recipe(folder, trainer.recipe, trainer.images)
+    barrier(world)
     return trainer
+
+
+def write_recipe(folder: Path, recipe: Any, images: int) -> None:
+    """recipe.yaml, with a line at its head for each setting that was changed on the way, and after how many images."""
+    from d2o.interop.safetensors_io import atomic_write
+    from d2o.recipes.load import diff_recipes, load_recipe
+
+    path, head = folder / "recipe.yaml", []
+    if path.exists():
+        changes = diff_recipes(load_recipe(str(path)).resolved(), recipe.resolved())
+        if not changes:
+            return
+        head = [line for line in path.read_text().splitlines() if line.startswith(CHANGED)]
+        head += [f"{CHANGED} {images:,} images: {change}" for change in changes]
+        for change in changes:
+            console.say(f"changed: {change}")
+    atomic_write(path, "".join(f"{line}\n" for line in head) + recipe.to_yaml())
+
+
+CHANGED = "# changed after"
 
 
 def finish_run(trainer: Trainer, stop: Any) -> None:
@@ -99,8 +161,8 @@ def finish_run(trainer: Trainer, stop: Any) -> None:
     described = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,} parameters" for name, net in trainer.networks.items())
     console.say(f"{recipe.name}: method {recipe.method}; {described}; {recipe.images:,} images, batch {recipe.batch}, {trainer.device}, {folder}")
     if trainer.iteration:
-        console.say(f"resumed after {trainer.iteration * recipe.batch:,} images")
-    with console.meter("train", recipe.images, done=min(trainer.iteration * recipe.batch, recipe.images)) as bar:
+        console.say(f"resumed after {trainer.images:,} images")
+    with console.meter("train", recipe.images, done=trainer.images) as bar:
         trainer.run(bar.update, stop)
     for key, value in trainer.scores.items():
         console.say(f"{key} {value:.4g}")

@@ -1,4 +1,4 @@
-"""What a run writes: `state.safetensors`, from which it continues bit for bit, and the product's own checkpoints. No pickles."""
+"""`state.safetensors`, from which a run continues bit for bit. No pickles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,56 @@ from torch import Tensor, nn
 
 from d2o import __version__
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import load_file, save_file
+from d2o.interop.safetensors_io import check_file, load_file, read_meta, save_file
+from d2o.training.products import Products
+
+
+def state_file(run: Path) -> Path:
+    """Where the state of a run folder is."""
+    return run / "checkpoints" / "state.safetensors"
+
+
+def read_state(run: Path) -> dict[str, Any] | None:
+    """The record of a run's state, after a look at all of its bytes; None: nothing was saved yet. UserError: it is damaged
+    (and what is left to do), or there are checkpoints without one."""
+    path = state_file(run)
+    if not path.exists():
+        if found := sorted(path.parent.glob("*.safetensors")):
+            names = ", ".join(file.name for file in found)
+            what = f"{run} has checkpoints ({names}) and no {path.name} to continue from"
+            raise UserError(what, f"put it back; {_from(found[-1])}; or choose another --out")
+        return None
+    try:
+        check_file(path)
+    except UserError as error:
+        ways = _way_on(path.with_name("last.safetensors"))
+        raise UserError(error.message, f"put back a copy, if there is one; {ways}") from error
+    record = read_meta(path)
+    if record.get("kind") != "state":
+        raise UserError(f"{path} is not a training state", "choose another --out")
+    return record
+
+
+def _way_on(last: Path) -> str:
+    try:
+        check_file(last)
+    except UserError:
+        return "or start anew with another --out"
+    return f"{_from(last)}; or start anew with another --out"
+
+
+def _from(checkpoint: Path) -> str:
+    if read_meta(checkpoint).get("kind") != "student":
+        return f"{checkpoint} itself can be used as it is"
+    return f"train its student further, as a run of its own: d2o finetune RECIPE --from {checkpoint} --out ANOTHER"
+
+
+def settle(run: Path, record: dict[str, Any], products: Products) -> list[str]:
+    """Bring the checkpoints in the folder to what the state's record says. Returns the names of those that are missing."""
+    if "products" not in record:
+        return products.adopt(record["images"])
+    products.digests = dict(record["products"])
+    return products.settle()
 
 
 def pack_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -59,10 +108,3 @@ def load_state(path: Path, networks: dict[str, nn.Module], ema: nn.Module, optim
 
 def _strip(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def keep_newest(folder: Path, pattern: str, keep: int) -> None:
-    """Delete all but the `keep` newest (by name) of the files that match."""
-    files = sorted(folder.glob(pattern))
-    for file in files[: max(len(files) - keep, 0)]:
-        file.unlink()

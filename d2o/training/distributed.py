@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -98,6 +98,18 @@ def any_process(flag: bool, device: torch.device, world: int) -> bool:
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
+
+
+def first_process(work: Callable[[], None], device: torch.device, rank: int, world: int) -> None:
+    """Do something on the first process alone. If that refuses it, all end: the first with its own words."""
+    error: UserError | None = None
+    if rank == 0:
+        try:
+            work()
+        except UserError as refused:
+            error = refused
+    if any_process(error is not None, device, world):
+        raise error or UserError("the first of the processes has refused to start", "its message says why")
 
 
 def mean_over_processes(value: Tensor, world: int) -> Tensor:

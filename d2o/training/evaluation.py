@@ -49,6 +49,14 @@ def cost(recipe: Any, nfe: int) -> str:
             f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
 
 
+def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
+    """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured now."""
+    if now is None:
+        return True
+    rest = {"every", "batch"}
+    return before is not None and all(value == before.get(key) for key, value in now.model_dump().items() if key not in rest)
+
+
 class Evaluation:
     """Scores of a run, measured again and again."""
 

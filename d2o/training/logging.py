@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from d2o.interop.safetensors_io import atomic_write
+
 
 class RunLog:
-    """Appends records with `iteration` and `images`. On resume, lines after `iteration` are dropped: they will be written again."""
+    """Appends records with `iteration` and `images`. A resumed run has done `iteration` iterations on `images` images:
+    what an earlier process wrote after that is dropped, as it will be written again."""
 
-    def __init__(self, folder: Path, iteration: int):
+    def __init__(self, folder: Path, iteration: int, images: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["iteration"] <= iteration:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):  # the last line of a killed process may be cut short
-                    continue
-        self.path.write_text("".join(kept))
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
+        path, board = folder / "metrics.jsonl", folder / "tensorboard"
+        if path.exists():
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _iteration(line) <= iteration]
+            if kept != lines:
+                atomic_write(path, "".join(kept))
+        self.file = path.open("a")
+        # Scalars are written at images. Where an earlier process has left some, those from the next image on are void.
+        self.board = SummaryWriter(str(board), purge_step=images + 1 if board.exists() else None)
 
     def write(self, iteration: int, images: int, **values: Any) -> None:
         self.file.write(json.dumps({"iteration": iteration, "images": images, **values}) + "\n")
@@ -34,6 +35,19 @@ class RunLog:
                 if isinstance(number, (int, float)):
                     self.board.add_scalar(name if key is None else f"{name}/{key}", number, images)
 
+    def sync(self) -> None:
+        """Let the lines so far reach the disk, before a state does that comes after them."""
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+def _iteration(line: str) -> float:
+    """Of a line; infinite where it is none: the last one of a killed process may be cut short."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from d2o.data.latents import LatentSet
-from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.curves import HIGHER_IS_BETTER
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
 from d2o.runtime import StopFlag, Stopped
-from d2o.students.base import Student, checkpoint_meta
-from d2o.training import distributed
+from d2o.training import distributed, saving
 from d2o.training.batches import Batches, mix
-from d2o.training.checkpoint import keep_newest, load_state, save_state
 from d2o.training.choices import choose
+from d2o.training.divergence import BAD, Divergence, check_finite
 from d2o.training.ema import EMA
 from d2o.training.evaluation import Evaluation, Say
 from d2o.training.logging import RunLog
 from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
 from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
+from d2o.training.products import Products
+from d2o.training.scalars import Scalars, means
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import tracked
 from d2o.training.watch import Watch
@@ -80,10 +81,13 @@ class Trainer:
         self.iteration = 0  # done so far
         self.best: dict[str, Any] | None = None
         self.scores: dict[str, float] = {}
-        self.collected: list[dict[str, Tensor]] = []  # scalars of the iterations since the last line of the log
-        self.watch = Watch()
+        self.scalars = Scalars(self.device, world)  # since the last line of the log
+        self.watch, self.divergence = Watch(), Divergence()
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.evaluation = Evaluation(recipe, self.method, folder, self.device, rank, world, say)
+        self.say = say
+        self.products = Products(folder / "checkpoints")
+        self.saved: int | None = None  # iteration of the newest state
 
     # What methods use ------------------------------------------------------------------------------------------------------------------
 
@@ -133,102 +137,99 @@ class Trainer:
     # The run ---------------------------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Continue from the run folder's state, if it has one."""
-        path = self.state_path
-        if path.exists():
-            record = load_state(path, {**self.networks, **self.states}, self.ema.network, self.optimizers)
-            self.iteration, self.best, self.scores = record["iteration"], record["best"], record["scores"]
-            self.loss_scale.load(record)
-            for name, count in record["bad_gradients"].items():
-                self.guards[name].count += count
-            if watched := record.get("watch"):
-                self.watch = Watch(watched["state"])
-                self.collected = [{key: torch.tensor(value, device=self.device) for key, value in row.items()} for row in watched["since"]]
+        """Continue from the run folder's state, if it has one, see `saving`."""
+        saving.resume(self)
 
     def run(self, progress: Progress, stop: StopFlag) -> None:
-        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`."""
-        recipe, log = self.recipe, tracked(RunLog(self.folder, self.iteration), self.recipe, self.folder, self.say) if self.rank == 0 else None
+        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`, or a run
+        that has diverged."""
+        if self.iteration >= self.iterations:
+            return
+        recipe = self.recipe
+        log = tracked(RunLog(self.folder, self.iteration, self.images), recipe, self.folder, self.say) if self.rank == 0 else None
         preview = self.make_preview() if self.rank == 0 else None
         half = autocast(recipe.precision, self.device)
         clock, since = time.perf_counter(), self.iteration
-        finished = self.iteration == self.iterations  # resumed after the last step: only the checkpoints may be missing
         try:
-            if recipe.eval and not finished:
+            if recipe.eval:
                 self.evaluation.announce()
             if preview and self.iteration == 0:
                 preview.write(0, self.generate)
             while self.iteration < self.iterations:
                 batch = self.batches.get(self.iteration)
                 torch.manual_seed(mix(recipe.seed, "step", self.iteration, self.rank))  # dropout
+                bad = self.bad_updates()
                 with half:
                     scalars = self.method.step(self, batch, self.iteration)
                 self.ema.update(self.networks[self.method.product], self.iteration * recipe.batch, recipe.batch)
                 self.method.settle()
-                self.collected.append({**scalars, **{key: self.mean(values) for key, values in self.norms.items()}})
+                norms = {key: self.mean(values) for key, values in self.norms.items()}
+                self.scalars.add({**scalars, **norms, BAD: (self.bad_updates() > bad).float()})
                 self.norms.clear()
                 self.loss_scale.end_iteration()
                 self.iteration += 1
-                images = min(self.iteration * recipe.batch, recipe.images)
-                last = self.iteration == self.iterations
+                images, last = self.images, self.iteration == self.iterations
                 stopping = distributed.any_process(bool(stop), self.device, self.world)
                 regular = self.iteration % recipe.log_every == 0 or last
                 if regular or stopping:
-                    values = self.read()
-                    if regular:  # a line between, for a signal, would make the resumed run's verdict another than that of a whole one
-                        self.watch.see(self.iteration, values)
-                        self.collected = []
-                    verdict: dict[str, Any] = {"watch": self.watch.verdict} if self.watch.verdict else {}
-                    verdict |= {"loss_scale": self.loss_scale.scale} if self.loss_scale.on else {}
+                    rows = self.scalars.rows()
+                    values = self.read(rows)
                     speed = (self.iteration - since) * recipe.batch / (time.perf_counter() - clock)
-                    if log:
-                        rate = self.optimizers[self.method.product].param_groups[0]["lr"]
-                        log.write(self.iteration, images, **values, **verdict, lr=rate, images_per_s=round(speed, 1))
+                    if regular:  # nothing is logged for a signal: the log of a resumed run is that of a whole one
+                        self.watch.see(self.iteration, values)
+                        self.divergence.see(self.iteration, rows)
+                        self.scalars.clear()
+                    if log and regular:
+                        verdict: dict[str, Any] = {"watch": self.watch.verdict} if self.watch.verdict else {}
+                        verdict |= {"loss_scale": self.loss_scale.scale} if self.loss_scale.on else {}
+                        log.write(self.iteration, images, **values, **verdict, lr=self.rate(), images_per_s=round(speed, 1))
                     shown = {**{key: value for key, value in values.items() if not key.startswith("grad_")}, **self.scores}
                     progress(images, "  ".join([*(f"{key} {value:.4g}" for key, value in shown.items()), self.watch.brief]).rstrip())
                     clock, since = time.perf_counter(), self.iteration
+                    self.divergence.check(self.iteration, last, recipe.bad_gradients, self.saved)
                 if recipe.eval and (self.due(recipe.eval.every) or last):
                     self.evaluate(log, images)
                     clock, since = time.perf_counter(), self.iteration
                 if preview and recipe.preview and (self.due(recipe.preview.every) or last):
                     preview.write(images, self.generate)
-                if self.due(recipe.checkpoint.every) or last or stopping:
-                    self.save(images)
+                regular = (self.due(recipe.checkpoint.every) and not self.divergence.doubtful) or last
+                if regular or stopping:
+                    if log:
+                        log.sync()
+                    saving.save(self, images, numbered=regular)  # a whole run has no number for a signal
                 if stopping and not last:
                     raise Stopped(f"stopped after {images:,} images, saved", stop.received or 2, "`--resume` with the same command continues")
-            if finished:
-                self.save(recipe.images)
         finally:
             self.batches.close()
             if log:
                 log.close()
+
+    @property
+    def images(self) -> int:
+        """Trained on so far; the last batch may be cut short by the recipe."""
+        return min(self.iteration * self.recipe.batch, self.recipe.images)
+
+    def rate(self) -> float:
+        """The product's learning rate in the iteration that was done last."""
+        done = self.iteration - 1
+        return learning_rate(self.options[self.method.product], done, self.iterations) * self.method.rate(done)
+
+    def bad_updates(self) -> Tensor:
+        """How many updates had gradients that are not finite: a number that stays on the device."""
+        return torch.stack([guard.count for guard in self.guards.values()]).sum()
 
     def due(self, every: int) -> bool:
         """True in the iteration in which the count of images passes a multiple of `every`."""
         batch = self.recipe.batch
         return self.iteration * batch // every > (self.iteration - 1) * batch // every
 
-    def read(self) -> dict[str, float]:
-        """Mean of the scalars since the last line of the log, also of those that some iterations leave out (lazy regularisation). Waits for the
-        device. Bad gradients are counted or refused here."""
-        rows = self.gather()
-        values = {}
-        for key in dict.fromkeys(key for row in rows for key in row):
-            numbers = [row[key] for row in rows if key in row]
-            values[key] = sum(numbers) / len(numbers)
+    def read(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """The scalars of a line of the log. Bad gradients are counted or refused here."""
+        values = means(rows)
         for name, guard in self.guards.items():
             if count := guard.check(name):
                 values["bad_gradients" if len(self.guards) == 1 else f"bad_gradients_{name}"] = count
         return values
-
-    def gather(self) -> list[dict[str, float]]:
-        """The scalars of each iteration since the last line of the log, means over the processes."""
-        rows: list[dict[str, float]] = [{} for _ in self.collected]
-        for key in dict.fromkeys(key for scalars in self.collected for key in scalars):
-            having = [i for i, scalars in enumerate(self.collected) if key in scalars]
-            values = torch.stack([self.collected[i][key].float() for i in having])
-            for i, value in zip(having, distributed.mean_over_processes(values, self.world).tolist(), strict=True):
-                rows[i][key] = value
-        return rows
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         with torch.inference_mode():
@@ -243,51 +244,15 @@ class Trainer:
         return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
 
     def evaluate(self, log: RunLog | None, images: int) -> None:
-        """Score the EMA product; the first process keeps it as `best` if it is."""
+        """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved that knows of it."""
+        check_finite({"the average": self.ema.network}, self.iteration, self.saved)
         scores, metric = self.evaluation.scores(self.ema.network, self.generate, self.iteration), self.recipe.eval.metric
         if self.rank == 0:
             if log:
                 log.write(self.iteration, images, eval=scores)
             self.scores = scores
             sign = -1 if metric in HIGHER_IS_BETTER else 1
-            if self.best is None or sign * scores[metric] < sign * self.best[metric]:
+            if math.isfinite(scores[metric]) and (self.best is None or sign * scores[metric] < sign * self.best[metric]):
                 self.best = {**scores, "iteration": self.iteration, "images": images}
-                self.save_product(self.folder / "checkpoints" / "best.safetensors", images)
+                saving.put_product(self, "best", images)
         distributed.barrier(self.world)
-
-    def save(self, images: int) -> None:
-        """State first, then the checkpoints that follow from it."""
-        watched = self.watch.started or any(self.watch.applies(scalars) for scalars in self.collected[-1:])
-        rows = self.gather() if watched else []  # on all processes
-        if self.rank == 0:
-            bad = {name: guard.check(name) for name, guard in self.guards.items()}
-            record = {"iteration": self.iteration, "images": images, "best": self.best, "scores": self.scores, "bad_gradients": bad,
-                      "recipe": self.recipe.resolved(), "start": self.start, **self.loss_scale.record()}  # fmt: skip
-            if watched:
-                record["watch"] = {"state": self.watch.state, "since": rows}
-            save_state(self.state_path, {**self.networks, **self.states}, self.ema.network, self.optimizers, record)
-            folder = self.folder / "checkpoints"
-            self.save_product(folder / "last.safetensors", images)
-            if self.recipe.checkpoint.keep:
-                self.save_product(folder / f"images-{images:012d}.safetensors", images)
-                keep_newest(folder, "images-*.safetensors", self.recipe.checkpoint.keep)
-        distributed.barrier(self.world)
-
-    def save_product(self, path: Path, images: int) -> None:
-        """The EMA product as a self-describing checkpoint."""
-        described = self.method.describe()
-        teacher = self.setup.teacher
-        made_from = None if teacher is None else {"name": str(self.recipe.teacher), "sha256": teacher.fingerprint, "licence": teacher.spec.licence}
-        source = self.setup.pairs or self.setup.images
-        data = None if source is None else source.fingerprint
-        made = {"method": self.recipe.method, "recipe": self.recipe.name, "images": images, "data": data}
-        meta = checkpoint_meta(
-            described.pop("kind"), described.pop("network"), described.pop("spec", None), **described, recipe=self.recipe.resolved(),
-            teacher=made_from, metrics=self.scores, images=images, provenance=[*self.provenance, made],
-        )  # fmt: skip
-        network = self.ema.network
-        save_file(path, (network.network if isinstance(network, Student) else network).state_dict(), meta)
-
-    @property
-    def state_path(self) -> Path:
-        return self.folder / "checkpoints" / "state.safetensors"

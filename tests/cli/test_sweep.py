@@ -99,6 +99,10 @@ def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
     for more, words in ((["--set", "batch=8"], "batch: 16 -> 8"), (["--sweep", "loss=l1"], "is a sweep over optim.lr")):
         assert d2o("train", recipe, "--sweep", "optim.lr=1e-3,2e-3", "--out", out, *more) == 2
         assert words in capsys.readouterr().err
+    # and may grow longer, as a run may
+    steps.clear()
+    assert d2o("train", recipe, "--sweep", "optim.lr=1e-3", "--out", out, "--set", "images=128") == 0
+    assert steps == [6, 7] and {m["name"]: m["seen"] for m in json.loads((out / "sweep.json").read_text())["members"]}["optim.lr=0.001"] == 128
 
 
 def test_nothing_is_made_where_a_value_is_wrong_or_a_plan_is_asked_for(recipe, tmp_path, capsys, monkeypatch):

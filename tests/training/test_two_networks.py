@@ -163,7 +163,7 @@ def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, mon
     state = "checkpoints/state.safetensors"
     assert (tmp_path / "whole" / state).read_bytes() == (tmp_path / "parts" / state).read_bytes()
     logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
-    whole, parts = ([{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if line["iteration"] % 10 == 0] for lines in logs)
+    whole, parts = ([{k: v for k, v in line.items() if k != "images_per_s"} for line in lines] for lines in logs)
     assert whole == parts and whole[1]["r1"] == 16 and "r1" not in whole[2]  # the mean over the iterations that have it
     assert [line.get("watch") for line in whole[:5]] == [None] * 4 + ["stable"]
 

@@ -1,0 +1,30 @@
+"""Which settings of a run may change while it is under way: those that its past does not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2o.recipes.load import diff_recipes
+
+FREE = ("eval", "preview", "checkpoint", "log_every", "tracker")
+"""What is measured, shown, kept and logged: no weight depends on it."""
+
+
+def forbidden(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> list[str]:
+    """Why a run with the resolved recipe `before`, `done` images of which are trained, cannot go on as `now`: a line for
+    each setting; empty when it can. More (or fewer) images are allowed where the learning rate does not depend on their
+    number."""
+    rest = [{key: value for key, value in recipe.items() if key not in (*FREE, "images")} for recipe in (before, now)]
+    lines = diff_recipes(*rest)
+    if before["images"] == now["images"]:
+        return lines
+    line = f"images: {before['images']} -> {now['images']}"
+    for section in ("optim", "optim_critic"):
+        course = (before.get(section) or {}).get("schedule", "constant")
+        if course != "constant":
+            why = f"the learning rate ({section}.schedule: {course}) would have been another from the start"
+            return [*lines, f"{line}: {why}"]
+    if now["images"] < done:
+        return [*lines, f"{line}: {done:,} are trained already"]
+    return lines
