@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,14 +189,12 @@ def _walk(
 def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
     from d2o.data.pictures import draw_sheet, lay_out
     from d2o.interop.safetensors_io import atomic_path
-    from d2o.interop.temporary import sweep
     from d2o.students.generate import first_images
 
     images, labels = first_images(sampler, record, 64)
     classes = None if labels is None else labels.tolist()
     names = dict(zip(classes, sampler.prompts.many(classes), strict=True)) if sampler.prompts is not None and classes is not None else None
     picture = draw_sheet([("", images)], lay_out(len(images), classes, names))
-    sweep(path.parent, glob.escape(path.name))
     with atomic_path(path) as temporary:
         picture.save(temporary, "png")
     console.say(f"wrote {path}")
