@@ -25,6 +25,7 @@ class Specimen:
     format: str = ""
     own: bool = False
     named: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()  # folders that need not be the same: they hold times
     after: list[list[str]] = field(default_factory=list)  # commands that finish what `make` began
     killed_at: str = ""  # the last of them is killed when a file whose name ends so gets its name for the second time
 
@@ -151,7 +152,8 @@ SPECIMENS = [
     Specimen("manifest of samples", makers.student("denoiser"), "out.zip.parts/manifest.json", [*SAMPLES, "--chunk", "2", "--out", "out.zip"], "json",
              True, named=("out.zip",), after=[[*SAMPLES[:5], "2", "--labels", "0,1", "--chunk", "2", "--out", "out.zip"]],
              killed_at=".safetensors"),
-    *(Specimen(f"{what} of an evaluation", makers.student("denoiser"), f"work/*/{file}", MEASURE, kind, True, named=("work",), after=[MEASURE])
+    *(Specimen(f"{what} of an evaluation", makers.student("denoiser"), f"work/*/{file}", MEASURE, kind, True, named=("work",), unlike=("work",),
+               after=[MEASURE])
       for what, file, kind in (("part", "part-*.safetensors", "sealed"), ("manifest", "manifest.json", "json"))),
     Specimen("statistics npz", makers.images_only, "stats.npz", ["eval", "images", "--against", "stats.npz", "--json", "out.json"], "zip", True,
              after=[STATS]),
