@@ -101,7 +101,7 @@ def test_a_state_of_an_older_version_resumes(recipe, tmp_path):
     stopped(recipe, run, 11)
     tensors, record = load_file(file(run, "state"))
     old = {key: value for key, value in record.items() if key not in ("products", "since", "watch", "divergence")}
-    old["watch"] = {"state": record["watch"]["state"], "since": record["since"]}
+    old["watch"] = {"state": record["watch"]["state"], "since": [dict(row) for row in record["since"]]}
     save_file(file(run, "state"), tensors, old)
     assert d2o("train", recipe, "--out", run, "--resume") == 0
     assert content(run) == content(tmp_path / "whole")
