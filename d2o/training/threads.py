@@ -63,7 +63,7 @@ def measure(trainer: Trainer, candidates: tuple[int, ...]) -> dict[int, float]:
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    """All that an iteration changes: what a training state holds (see `Trainer.save`)."""
+    """All that an iteration changes: what a training state holds (see `saving.save`)."""
     modules = {**trainer.networks, **trainer.states}
     return copy.deepcopy({
         "modules": {name: module.state_dict() for name, module in modules.items()},
