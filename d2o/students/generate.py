@@ -30,7 +30,8 @@ from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student
 from d2o.teachers.base import Condition, Spec, Teacher
 from d2o.teachers.compute import Compute, join_compute, torch_threads
-from d2o.teachers.generate import Progress, Say, check_finite
+from d2o.teachers.generate import Progress, Say
+from d2o.teachers.pair_maker import check_finite
 
 CHUNK = 1024
 ENCODE_BYTES = 2**20
