@@ -8,7 +8,7 @@ import typer
 
 from d2o.cli import console
 from d2o.cli.pairs import open_device
-from d2o.cli.train_run import begin_run, check_options, finish_run, open_run
+from d2o.cli.train_run import begin_run, begun_recipe, check_options, finish_run, open_run
 
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False)
 SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False)
@@ -66,6 +66,8 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         show_plan(recipe, start)
         return
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
+    if resume:
+        recipe = load_recipe(name, overrides, mini=mini, begun=begun_recipe(folder))
     from d2o.runtime import stop_flag
     from d2o.training.distributed import barrier, process_group
 

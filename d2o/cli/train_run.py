@@ -26,6 +26,14 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
         raise UserError(f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student", "use `d2o train`")
 
 
+def begun_recipe(folder: Path) -> dict[str, Any] | None:
+    """The resolved recipe of the run in the folder, if there is one."""
+    from d2o.recipes.load import load_recipe
+
+    path = folder / "recipe.yaml"
+    return load_recipe(str(path)).resolved() if path.is_file() else None
+
+
 def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:
     """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
     from d2o.interop.safetensors_io import read_meta

@@ -130,7 +130,7 @@ class Folder(ABC):
 
     def recorded(self) -> dict[str, dict[str, Any]]:
         """The manifest's entries by file name. Vanished: there is no manifest any more."""
-        return {entry["file"]: entry for entry in self._present()[self.entries]}
+        return {entry["file"]: entry for entry in self.present()[self.entries]}
 
     def left(self, units: Iterable[Unit]) -> list[Unit]:
         """The units that are not recorded (or only with fewer samples), or whose file is missing or cut short."""
@@ -152,7 +152,8 @@ class Folder(ABC):
         finally:
             lock.release()
 
-    def _present(self) -> dict[str, Any]:
+    def present(self) -> dict[str, Any]:
+        """The manifest. Vanished: there is none any more."""
         manifest = self.manifest()
         if manifest is None:
             raise Vanished(f"{self.url}/{MANIFEST} has vanished", "was the folder removed meanwhile?")

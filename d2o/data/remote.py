@@ -90,7 +90,7 @@ class RemoteFolder(Folder):
             self._refuse(names - {MANIFEST, CLAIMS, ENTRIES, TIMING})
             self.objects.put(MANIFEST, dump(record).encode())
             time.sleep(self.settle)  # if another worker does the same, both go on with what was written last
-            manifest = self._present()
+            manifest = self.present()
         self._begun = _settings(manifest, self.entries)
         return manifest
 
@@ -102,12 +102,12 @@ class RemoteFolder(Folder):
 
     def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """Without a lock: of workers that change it at the same moment the last one's change stays, and the others see that it does."""
-        manifest = self._present()
+        manifest = self.present()
         while (wanted := how(manifest)) != manifest:
             self.objects.put(MANIFEST, dump(wanted).encode())
             self._begun = None
             time.sleep(self.settle)
-            manifest = self._present()
+            manifest = self.present()
         self._begun = _settings(manifest, self.entries)
         return manifest
 

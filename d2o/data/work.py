@@ -70,14 +70,14 @@ class WorkFolder(Folder):
 
     def add(self, entry: dict[str, Any]) -> None:
         with self.locked():
-            manifest = self._present()
+            manifest = self.present()
             others = [e for e in manifest[self.entries] if e["file"] != entry["file"]]
             manifest[self.entries] = sorted([*others, entry], key=lambda e: e["start"])
             self._write(manifest)
 
     def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         with self.locked():
-            before = self._present()
+            before = self.present()
             after = how(before)
             if after != before:
                 self._write(after)
@@ -104,7 +104,7 @@ class WorkFolder(Folder):
     def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
         if (self.path / LOCKS).exists():
             with self.locked():
-                if finished(self._present()):
+                if finished(self.present()):
                     sweep(self.path)
                     shutil.rmtree(self.path / LOCKS, ignore_errors=True)
 

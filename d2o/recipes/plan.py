@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2o.data.pair_files import store_folder
+from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
@@ -29,7 +29,7 @@ from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
 from d2o.training.evaluation import times
-from d2o.training.setup import open_data, pair_folder
+from d2o.training.setup import open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide
 
 META = torch.device("meta")
@@ -167,11 +167,26 @@ def _student(path: Path) -> Student:
 
 def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:
     pairs, folder = recipe.pairs, pair_folder(recipe)
-    if store_folder(folder).manifest() is not None:
+    there = _attempt(plan.refused, lambda: _pairs_there(recipe, folder))
+    if there is None or (missing := pairs.n - there) <= 0:
         return
-    plan.missing.append(f"the pair store {folder} (training makes it first)")
-    plan.calls["making pairs"] = pairs.n * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
-    plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
+    more = f"{missing:,} more pairs in {folder}" if there else f"the pair store {folder}"
+    plan.missing.append(f"{more} (training makes {'them' if there else 'it'} first)")
+    plan.calls["making pairs"] = missing * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
+    plan.disk[f"pairs ({folder})"] = missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
+
+
+def _pairs_there(recipe: Any, folder: Path | str) -> int:
+    """Pairs that the recipe's store holds. UserError: it was made with other settings, or is damaged."""
+    if store_folder(folder).manifest() is None:
+        return 0
+    opened, _, settings = open_store(folder)
+    different = [line for line in settings.differences(pair_settings(recipe)) if line.split(":")[0] not in ("n", "labels", "decode")]
+    if different:
+        what = f"{folder} is a pair store with other settings: {', '.join(different)}"
+        raise UserError(what, "leave these keys of `pairs:` away, or name another store")
+    recorded = opened.recorded()
+    return sum(recorded[unit.file]["n"] for unit in settings.units() if unit.file in recorded)
 
 
 def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro: int) -> None:

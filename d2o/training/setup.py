@@ -13,7 +13,6 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
-from d2o.data.pairs import PairStore
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
 from d2o.runtime import StopFlag
@@ -98,8 +97,7 @@ def prepare(
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
         compute = Compute(p.batch, precision=p.precision, channels_last=p.channels_last)
-        make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
-        setup.pairs = PairStore(folder)
+        setup.pairs = make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
     return setup
 
 
