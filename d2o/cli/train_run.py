@@ -36,6 +36,7 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
 
 def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> bool:
     """Refuse to overwrite or to mix runs; False when the run in the folder is finished already."""
+    from d2o.interop.checkpoint_record import check_checkpoint
     from d2o.interop.safetensors_io import read_meta
     from d2o.recipes.load import diff_recipes, load_recipe
 
@@ -51,7 +52,7 @@ def open_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> boo
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
         raise UserError(what, "restore it, or choose another --out")
     if state.exists():
-        record = read_meta(state)
+        record = check_checkpoint(read_meta(state), state)
         was, now = record.get("start"), str(start) if start else None
         if was != now:
             what = f"{folder} was started from {was or 'no student'}, not from {now or 'no student'}"

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.metrics.features import load_extractor
 from d2o.metrics.named_references import is_named, lookup
+from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
 from d2o.students.base import Student, make_student
@@ -150,19 +152,20 @@ def _teacher(plan: Plan, name: str) -> Teacher:
         teacher.device = META
         return teacher
     path = resolve_checkpoint(path)
-    meta = read_meta(path)
+    meta = check_checkpoint(read_meta(path), path)
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} is not a teacher")
     with META:
-        return Teacher(build_network(meta["network"]), Spec.from_dict(meta["spec"]), META)
+        return Teacher(build_network(meta["network"], file_holdings([path]), f"{path}: network"), Spec.from_dict(meta["spec"]), META)
 
 
 def _student(path: Path) -> Student:
-    meta = read_meta(resolve_checkpoint(path))
+    path = resolve_checkpoint(path)
+    meta = check_checkpoint(read_meta(path), path)
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
     with META:
-        return make_student(build_network(meta["network"]), Spec.from_dict(meta["spec"]), meta["student"])
+        return make_student(build_network(meta["network"], file_holdings([path]), f"{path}: network"), Spec.from_dict(meta["spec"]), meta["student"])
 
 
 def _plan_pairs(plan: Plan, recipe: Any, spec: Spec) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2o import __version__
 from d2o.errors import UserError
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, save_file
 
 
@@ -46,6 +47,7 @@ def load_state(path: Path, networks: dict[str, nn.Module], ema: nn.Module, optim
     tensors, record = load_file(path)
     if record.get("kind") != "state":
         raise UserError(f"{path} is not a training state")
+    check_checkpoint(record, path)
     try:
         for name, network in networks.items():
             network.load_state_dict(_strip(f"network/{name}/", tensors))

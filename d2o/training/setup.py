@@ -105,5 +105,5 @@ def provenance_of(setup: Setup) -> list[dict[str, Any]]:
     """The history of the student that training starts from, with that student's own fingerprint last; empty without one."""
     if setup.start is None:
         return []
-    before = {"started_from": setup.start.fingerprint, "recipe": setup.start.meta.get("recipe", {}).get("name")}
-    return [*setup.start.meta.get("provenance", []), before]
+    before = {"started_from": setup.start.fingerprint, "recipe": (setup.start.meta.get("recipe") or {}).get("name")}
+    return [*(setup.start.meta.get("provenance") or []), before]
