@@ -27,7 +27,7 @@ N = TypeVar("N", bound=nn.Module)
 
 MAX_NUMBER = 2**20
 """The largest integer in a description: channels, blocks, classes, pixels, words."""
-MAX_TENSORS, MAX_VALUES = 2**16, 2**40
+MAX_TENSORS, MAX_VALUES = 2**13, 2**40
 """The largest network that anything may describe: SDXL's has 1,680 tensors and 2.6e9 numbers."""
 SPARE = 2**22
 """Numbers that a network may hold beside those in its file: buffers that are not saved."""

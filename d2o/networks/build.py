@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,7 @@ def _build(config: dict[str, Any]) -> Network:
             near = nearest(key, known)
             advice = f"; did you mean {near!r}?" if near else ""
             raise UserError(f"network.{key}: unknown key for {arch}{advice}", f"known: {', '.join(sorted(known))}")
+    _check_types(arch, config)
     if arch == "edm2" and (preset := config.pop("preset", None)) is not None:
         if not isinstance(preset, str) or preset not in EDM2_SIZES:
             raise unknown("network.preset", preset, EDM2_SIZES)
@@ -81,6 +83,23 @@ def _build(config: dict[str, Any]) -> Network:
         return EDM2Precond(**config) if arch == "edm2" else PLAIN[arch](**config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError) as error:
         raise UserError(f"network: cannot build {arch} from {config}: {error or type(error).__name__}") from error
+
+
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"), "str": ((str,), "a text"),
+}  # fmt: skip
+
+
+def _check_types(arch: str, config: dict[str, Any]) -> None:
+    """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks themselves know.)"""
+    classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(arch, (PLAIN.get(arch),))
+    stated = {name: parameter.annotation for cls in classes if cls for name, parameter in inspect.signature(cls).parameters.items()}
+    for key, value in config.items():
+        kinds, words = TYPES.get(stated.get(key, ""), ((object,), ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds not in ((bool,), (object,))):
+            raise UserError(f"network.{key}: expected {words}, got {show(value)}")
+        if isinstance(value, float) and stated.get(key) == "float" and not math.isfinite(value):
+            raise UserError(f"network.{key}: expected a finite number, got {value}")
 
 
 def _arguments(*classes: type) -> set[str]:
