@@ -44,7 +44,9 @@ def build_within(make: Callable[[], N], holds: Mapping[str, Tensor] | None, wher
     if holds is not None:
         bare = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in holds.items()}
         fill_network(module, bare, where, assign=True)
-    elif torch.get_default_device().type == "cpu" and 4 * values[0] > (memory := physical_memory()):
+    if torch.get_default_device().type == "meta":
+        return module
+    if holds is None and torch.get_default_device().type == "cpu" and 4 * values[0] > (memory := physical_memory()):
         what = f"{where}: {values[0]:,} parameters take {4 * values[0] / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f}"
         raise UserError(what, "describe a smaller network")
     return make()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2o.data import pair_reading
 from d2o.data.folder import dump
 from d2o.data.pair_files import store_folder
 from d2o.data.pair_settings import PairSettings
@@ -283,6 +284,20 @@ def test_verify_names_the_bad_shard_and_the_same_command_repairs(build, referenc
     assert "bytes instead of" in verify(store.path)[0]
     build()
     assert files(store.path) == reference
+
+
+def test_no_flipped_bit_of_a_shard_is_used(build, monkeypatch):
+    monkeypatch.setattr(pair_reading, "PATIENCE", 1)
+    store = build(n=4, shard_size=4)
+    path = store.path / "shard-00000.safetensors"
+    before, time = path.read_bytes(), path.stat().st_mtime_ns
+    for i, at in enumerate(range(0, len(before), 13)):
+        data = bytearray(before)
+        data[at] ^= 1 << (at % 8)
+        path.write_bytes(bytes(data))
+        os.utime(path, ns=(time, time + 10**9 * (i + 1)))  # a clock's tick may be longer than this loop
+        with pytest.raises(UserError, match=r"shard-00000.safetensors is damaged: its checksum(.|\n)*to repair: delete it, and run: d2o pairs"):
+            PairStore(store.path).batch([0])
 
 
 def test_changed_random_numbers_are_noticed(build):
