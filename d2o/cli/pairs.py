@@ -79,7 +79,8 @@ def pairs(
 ) -> None:  # fmt: skip
     """Make pairs of noise and a teacher's output, to train students on.
 
-    The same command again continues a store that was interrupted in any way, and makes shards again that are missing. Any number of workers
+    The same command again continues a store that was interrupted in any way, and makes shards again that are missing; with a larger --n it adds
+    to the store. Any number of workers
     may run it at once on the same folder or URL (the same command started again, torchrun, a Slurm array, --worker on separate machines):
     each takes unfinished shards, and those of a worker that died.
 

@@ -57,7 +57,8 @@ def sample(
     """Write images of a student (or of a teacher, for comparison) to a folder, zip, tar or npz.
 
     Image i depends on seed + i and its label alone; equal seeds give files of equal bytes. The same command again continues what was
-    interrupted. Several workers may run it at once (started twice, or under torchrun) and share the work.
+    interrupted; with a larger --n it adds to what is there, which stays until the larger output takes its place. Several workers may run it at
+    once (started twice, or under torchrun) and share the work.
     """
     example = "for example: d2o sample runs/quickstart --n 1000"
     if path is not None:

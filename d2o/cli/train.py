@@ -9,7 +9,7 @@ import typer
 
 from d2o.cli import complete, console
 from d2o.cli.pairs import open_device
-from d2o.cli.train_run import begin_run, check_options, check_run, finish_run, opened
+from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
 
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False,
@@ -87,6 +87,8 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         return
     recipe = load_recipe(name, overrides, mini=mini)
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
+    if resume and (begun := begun_recipe(folder)) is not None:
+        recipe = load_recipe(name, overrides, mini=mini, begun=begun.resolved())
     if plan:
         return _plan(recipe, folder, resume, data or on_bad, device_name, start)
     check_options(recipe, data or on_bad, start)

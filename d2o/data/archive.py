@@ -34,6 +34,8 @@ from d2o.interop.npz import read_npz
 
 Part = dict[str, torch.Tensor]
 RECORD = "samples.json"
+PARTIAL = ".partial"
+"""End of the name of a file that is being written into a folder; only one worker at a time makes it, and another after it is killed."""
 PER_FOLDER = 1000
 MAX_RECORD = 1 << 24  # bytes of samples.json
 DOS_DATE = 33  # 1980-01-01, the first day that a zip can name
@@ -52,6 +54,10 @@ class Archive:
 
     def encode(self, start: int, images: torch.Tensor, labels: torch.Tensor | None) -> Part:
         """Images start .. start + k - 1 (uint8 [k, C, H, W], labels int64 [k] or None) as a part."""
+        return self.pack(start, _pngs(images), labels)
+
+    def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
+        """`encode` for images that are PNG files already."""
         raise NotImplementedError
 
     def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
@@ -64,10 +70,9 @@ class Archive:
 
 
 class Zip(Archive):
-    def encode(self, start: int, images: torch.Tensor, labels: torch.Tensor | None) -> Part:
-        files = _pngs(images)
+    def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
         crcs = [zlib.crc32(file) for file in files]
-        entries = [_zip_local(_png_path(i), crc, file) for i, (crc, file) in enumerate(zip(crcs, files, strict=True), start)]
+        entries = [_zip_local(png_path(i), crc, file) for i, (crc, file) in enumerate(zip(crcs, files, strict=True), start)]
         return {"body": _bytes(entries), "crc": torch.tensor(crcs), "length": torch.tensor([len(file) for file in files])}
 
     def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
@@ -83,7 +88,7 @@ class Zip(Archive):
             for part in parts():
                 file.write(part["body"].numpy().data)
                 for crc, length in zip(part["crc"].tolist(), part["length"].tolist(), strict=True):
-                    list_entry(_png_path(len(directory)), crc, length)
+                    list_entry(png_path(len(directory)), crc, length)
             for name, data in ((b"dataset.json", _dataset_json(labels)), (RECORD.encode(), _record_json(record))):
                 crc = zlib.crc32(data)
                 file.write(_zip_local(name, crc, data))
@@ -100,9 +105,9 @@ class Zip(Archive):
 
 
 class Tar(Archive):
-    def encode(self, start: int, images: torch.Tensor, labels: torch.Tensor | None) -> Part:
+    def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
         entries = []
-        for i, file in enumerate(_pngs(images)):
+        for i, file in enumerate(files):
             entries.append(_tar_entry(f"img{start + i:08d}.png", file))
             if labels is not None:
                 entries.append(_tar_entry(f"img{start + i:08d}.cls", str(int(labels[i])).encode()))
@@ -150,15 +155,24 @@ class Npz(Archive):
 class Folder(Archive):
     in_place = True
 
-    def encode(self, start: int, images: torch.Tensor, labels: torch.Tensor | None) -> Part:
-        for k in range(start // PER_FOLDER, (start + len(images) - 1) // PER_FOLDER + 1):
+    def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
+        for k in range(start // PER_FOLDER, (start + len(files) - 1) // PER_FOLDER + 1):
             (self.out / f"{k:05d}").mkdir(parents=True, exist_ok=True)
-        for i, file in enumerate(_pngs(images), start):
-            (self.out / _png_path(i).decode()).write_bytes(file)
+        grows = (self.out / RECORD).exists()  # what is finished stays so until all are there: `join` gives the new images their names
+        for i, file in enumerate(files, start):
+            path = self.out / png_path(i).decode()
+            hidden = path.with_name(f".{path.name}{PARTIAL}")
+            hidden.write_bytes(file)
+            if not grows:
+                os.replace(hidden, path)
         return {}
 
     def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
-        (self.out / "dataset.json").write_bytes(_dataset_json(labels))
+        for hidden in sorted(self.out.glob(f"*/.img*{PARTIAL}")):
+            os.replace(hidden, hidden.with_name(hidden.name[1:].removesuffix(PARTIAL)))
+        listing = self.out / f".dataset.json{PARTIAL}"
+        listing.write_bytes(_dataset_json(labels))
+        os.replace(listing, self.out / "dataset.json")
         target.write_bytes(_record_json(record))
 
     def read_record(self) -> dict[str, Any] | None:
@@ -213,12 +227,12 @@ def _bytes(pieces: list[bytes]) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
 
 
-def _png_path(i: int) -> bytes:
+def png_path(i: int) -> bytes:
     return b"%05d/img%08d.png" % (i // PER_FOLDER, i)
 
 
 def _dataset_json(labels: torch.Tensor | None) -> bytes:
-    rows = None if labels is None else [[_png_path(i).decode(), label] for i, label in enumerate(labels.tolist())]
+    rows = None if labels is None else [[png_path(i).decode(), label] for i, label in enumerate(labels.tolist())]
     return json.dumps({"labels": rows}).encode()
 
 

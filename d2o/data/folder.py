@@ -1,17 +1,19 @@
 """What a folder that any number of processes fill together can do, wherever it lies: on a disk (`WorkFolder` in d2o/data/work.py) or on an
 object store (`RemoteFolder` in d2o/data/remote.py).
 
-`manifest.json` lists the finished files; `timing/` holds statistics of the workers, on which nothing depends.
+`manifest.json` lists the finished files, and names the sha256 of its own content; `timing/` holds statistics of the workers, on which nothing
+depends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +21,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.runtime import trusting
 
 MANIFEST, TIMING = "manifest.json", "timing"
+SHA256 = "sha256"
+"""Key of a manifest's digest of its own content."""
 POLL = 0.1
 """Seconds between two looks at what other workers are doing."""
 
@@ -74,6 +79,10 @@ class Folder(ABC):
         """Record a finished file (in place of an earlier record of the same file)."""
 
     @abstractmethod
+    def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Replace the manifest that holds by `how(it)`, and return that; nothing is written where they are equal."""
+
+    @abstractmethod
     def claim(self, name: str) -> Claim | None:
         """The claim of a file, held until `.release()` or the death of this process; None when another worker holds it."""
 
@@ -82,8 +91,8 @@ class Folder(ABC):
         """Remove what a killed worker left of the file `name`; only for the holder of its claim."""
 
     @abstractmethod
-    def close(self) -> None:
-        """All is finished: remove what only working together needed."""
+    def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
+        """All is finished: remove what only working together needed, unless the manifest that now holds says otherwise."""
 
     @abstractmethod
     def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
@@ -121,13 +130,13 @@ class Folder(ABC):
 
     def recorded(self) -> dict[str, dict[str, Any]]:
         """The manifest's entries by file name. Vanished: there is no manifest any more."""
-        return {entry["file"]: entry for entry in self._present()[self.entries]}
+        return {entry["file"]: entry for entry in self.present()[self.entries]}
 
     def left(self, units: Iterable[Unit]) -> list[Unit]:
-        """The units that are not recorded, or whose file is missing or cut short."""
+        """The units that are not recorded (or only with fewer samples), or whose file is missing or cut short."""
         recorded, units = self.recorded(), list(units)
         sizes = self.sizes(unit.file for unit in units if unit.file in recorded)
-        return [u for u in units if u.file not in recorded or sizes[u.file] != recorded[u.file]["bytes"]]
+        return [u for u in units if u.file not in recorded or recorded[u.file]["n"] < u.n or sizes[u.file] != recorded[u.file]["bytes"]]
 
     def order(self, units: list[Unit]) -> list[Unit]:
         """The order in which this worker should try to claim the units, if nothing speaks for another: give them to `fill` so."""
@@ -143,24 +152,30 @@ class Folder(ABC):
         finally:
             lock.release()
 
-    def _present(self) -> dict[str, Any]:
+    def present(self) -> dict[str, Any]:
+        """The manifest. Vanished: there is none any more."""
         manifest = self.manifest()
         if manifest is None:
             raise Vanished(f"{self.url}/{MANIFEST} has vanished", "was the folder removed meanwhile?")
         return manifest
 
     def _parse(self, data: bytes) -> dict[str, Any]:
-        """The manifest in these bytes. UserError: not one of this kind."""
+        """The manifest in these bytes. UserError: not one of this kind, or not as it was written."""
         where = f"{self.url}/{MANIFEST}"
         try:
             record = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is damaged: it is not JSON ({error})", "move it away, or choose another folder") from error
         if not isinstance(record, dict) or record.get("format") != self.kind or not isinstance(record.get(self.entries), list):
             raise UserError(f"{where} does not belong to a {self.kind} folder", "choose another folder")
         if record.get("version") != 1:
             raise UserError(f"{where} has version {record.get('version')}; this d2o reads version 1", "use the d2o that made it")
-        return record
+        if not intact(record):
+            hint = "move it away and make the folder again; `d2o --trust ...` reads it without looking at digests"
+            raise UserError(f"{where} is damaged: its content is not what was written (sha256)", hint)
+        if wrong := next((entry for entry in record[self.entries] if not _is_entry(entry)), None):
+            raise UserError(f"{where} is damaged: {self.entries} holds {json.dumps(wrong)[:80]}, which names no finished file")
+        return {key: value for key, value in record.items() if key != SHA256}
 
     def _refuse(self, foreign: Iterable[str]) -> None:
         """UserError if there are such files, since the folder has no manifest that speaks for them."""
@@ -170,8 +185,26 @@ class Folder(ABC):
 
 
 def dump(manifest: dict[str, Any]) -> str:
-    """A manifest as it is written: equal content gives equal bytes."""
-    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    """A manifest as it is written, with its digest: equal content gives equal bytes."""
+    return json.dumps({**manifest, SHA256: content_sha256(manifest)}, indent=1, sort_keys=True) + "\n"
+
+
+def content_sha256(record: dict[str, Any]) -> str:
+    """Hex digest of a JSON record, however it is written; its own entry for the digest aside."""
+    rest = {key: value for key, value in record.items() if key != SHA256}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def intact(record: dict[str, Any]) -> bool:
+    """Whether a record's content is that of its digest. Those of an older d2o have none; with `--trust` nobody looks."""
+    return SHA256 not in record or trusting() or record[SHA256] == content_sha256(record)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this may be a manifest's line for a finished file."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        return False
+    return all(type(entry.get(key)) is int and entry[key] >= least for key, least in (("start", 0), ("n", 1), ("bytes", 0)))
 
 
 def note_file(name: str) -> str:

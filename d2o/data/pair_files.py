@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from d2o.data.folder import Folder
-from d2o.data.pair_settings import DTYPES, FORMAT, PairSettings
+from d2o.data.pair_reading import first_not_finite, misfit
+from d2o.data.pair_record import check_manifest
+from d2o.data.pair_settings import FORMAT, PairSettings
 from d2o.data.prompts import pack, unpack
 from d2o.data.remote import open_folder
 from d2o.data.work import MANIFEST, Unit
@@ -42,10 +44,8 @@ def open_store(path: str | Path) -> tuple[Folder, dict[str, Any], PairSettings]:
     manifest = folder.manifest()
     if manifest is None:
         raise UserError(f"{path} is not a pair store (no {MANIFEST})", f"make one: d2o pairs --teacher digits --n 8192 --out {path}")
-    try:
-        return folder, manifest, PairSettings.from_manifest(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder.url}/{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    check_manifest(manifest, f"{folder.url}/{MANIFEST}")
+    return folder, manifest, PairSettings.from_manifest(manifest)
 
 
 def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
@@ -85,9 +85,7 @@ def adopt_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[st
         tensors, meta = load_file(path)
     except UserError:
         return None
-    shape, dtype = (unit.n, *manifest["spec"]["shape"]), DTYPES[manifest["settings"]["dtype"]]
-    target = tensors.get("target")
-    if meta != shard_record(manifest, unit) or target is None or tuple(target.shape) != shape or target.dtype != dtype:
+    if meta != shard_record(manifest, unit) or misfit(manifest, tensors, unit.n) or first_not_finite(tensors) is not None:
         return None
     noise = unit_noise(manifest, unit)
     if "noise" in tensors and not torch.equal(tensors["noise"], noise):

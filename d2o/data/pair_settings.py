@@ -15,6 +15,7 @@ import torch
 
 from d2o import __version__
 from d2o.data.draws import check_range, label_mode
+from d2o.data.pair_record import MAX_SHARDS
 from d2o.data.work import Unit, cut
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.solvers import Solver
@@ -23,6 +24,7 @@ from d2o.errors import UserError, unknown
 FORMAT = "d2o-pairs"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REWIRES = ("none", "permute")
+REWIRED = "rewired pairs are permuted over the whole store, so that one of another size holds other pairs"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class PairSettings:
         for name in ("shard_size", "per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if -(-self.n // self.shard_size) > MAX_SHARDS:
+            raise UserError(f"{self.n:,} pairs in shards of {self.shard_size} are more than {MAX_SHARDS:,} files", "choose a larger shard_size")
         if not (math.isfinite(self.cfg) and self.cfg >= 0):
             raise UserError(f"cfg must be a number from 0 up, not {self.cfg}", "1 is no guidance")
         if self.dtype not in DTYPES:
@@ -75,6 +79,14 @@ class PairSettings:
     def resolved(self, solver: str, steps: int) -> PairSettings:
         """With the teacher's usual solver and steps where none were given."""
         return replace(self, solver=self.solver or solver, steps=self.steps if self.steps is not None else steps)
+
+    def first(self, n: int, path: str | Path) -> PairSettings:
+        """Those of the store's first n pairs. UserError: there are fewer; they depend on how many follow."""
+        if not 1 <= n <= self.n:
+            raise UserError(f"{path} holds {self.n:,} pairs, not {n:,}", f"add to it: {replace(self, n=n).command(path)}" if n > 0 else "")
+        if n != self.n and self.rewire != "none":
+            raise UserError(f"{path}: {REWIRED}; it holds {self.n:,}, not {n:,}", "take all, or make another store")
+        return replace(self, n=n)
 
     @property
     def ode(self) -> Solver:
@@ -171,6 +183,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if (before or {}).get("sha256") != (after or {}).get("sha256"):
         found.append("prompts: " + " -> ".join(f"{p['path']} (sha256 {p['sha256'][:12]}, {p['count']:,})" if p else "none" for p in (before, after)))
     return found
+
+
+def with_n(manifest: dict[str, Any], n: int) -> dict[str, Any]:
+    """The manifest of a store of n pairs."""
+    return {**manifest, "settings": {**manifest["settings"], "n": n}}
 
 
 def new_manifest(

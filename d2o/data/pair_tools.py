@@ -11,6 +11,7 @@ import numpy as np
 
 from d2o.data.folder import Folder
 from d2o.data.pair_files import noise_sha256, open_store, shard_record, store_folder, unit_noise
+from d2o.data.pair_reading import first_not_finite, misfit, read_shard
 from d2o.data.pair_settings import PairSettings, differences
 from d2o.data.work import Unit
 from d2o.errors import UserError
@@ -42,10 +43,17 @@ def _problem(folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[s
     size = folder.size(unit.file)
     if size < 0:
         return "missing"
+    if entry["n"] < unit.n:
+        return f"{entry['n']} of its {unit.n} pairs are made so far"
     if size != entry["bytes"]:
         return f"{size} bytes instead of {entry['bytes']}"
     if folder.sha256(unit.file) != entry["sha256"]:
         return "its checksum differs from the manifest's"
+    tensors = load_file(folder.local(unit.file))[0]
+    if why := misfit(manifest, tensors, unit.n):
+        return why
+    if (row := first_not_finite(tensors)) is not None:
+        return f"pair {unit.start + row} holds values that are not finite (NaN or infinite)"
     if not manifest["settings"]["store_noise"] and noise_sha256(unit_noise(manifest, unit)) != entry["noise_sha256"]:
         return "its noise, derived from the seeds here, differs from the one it was made from (another torch or processor)"
     return None
@@ -58,7 +66,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     """
     folder, manifest, settings = open_store(path)
     recorded = folder.recorded()
-    units = [unit for unit in settings.units() if unit.file in recorded]
+    units = [replace(unit, n=min(unit.n, recorded[unit.file]["n"])) for unit in settings.units() if unit.file in recorded]
     pairs, notes = sum(unit.n for unit in units), folder.notes()
     timed, seconds = sum(note["pairs"] for note in notes), sum(note["seconds"] for note in notes)
     size = sum(recorded[unit.file]["bytes"] for unit in units)
@@ -77,7 +85,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     elif settings.labels != "none":
         classes = np.zeros(manifest["spec"]["classes"], dtype=np.int64)
         for unit in units:
-            classes += np.bincount(load_file(folder.local(unit.file))[0]["label"].numpy(), minlength=len(classes))
+            classes += np.bincount(read_shard(folder, manifest, unit, recorded[unit.file])[0]["label"].numpy(), minlength=len(classes))
         report["labels"] = {"used": int((classes > 0).sum()), "of": len(classes), "least": int(classes.min()), "most": int(classes.max())}
     return report
 
@@ -96,6 +104,7 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | N
         manifest, moves = _same(sources, stores)
     else:
         manifest, moves = _following(sources, stores)
+    manifests = {folder.url: theirs for folder, theirs, _ in stores}
     target = store_folder(out)
     found = target.open({**manifest, "shards": []})
     if different := differences(found, manifest):
@@ -104,9 +113,7 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | N
     units = settings.units()
     for unit, (folder, theirs, entry) in zip(units, moves, strict=True):
         if target.left([unit]):
-            tensors, meta = load_file(folder.local(theirs.file))
-            if folder.sha256(theirs.file) != entry["sha256"]:
-                raise UserError(f"{folder.url}/{theirs.file} is damaged: its checksum differs from the manifest's", "d2o pairs --verify, then repair")
+            tensors, meta = read_shard(folder, manifests[folder.url], theirs, entry)
             record = shard_record(found, unit)
             if meta != {**record, "seed": meta.get("seed"), "start": meta.get("start")}:
                 raise UserError(f"{folder.url}/{theirs.file} was made in another way than its store says", "d2o pairs --verify names such shards")

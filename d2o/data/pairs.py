@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from d2o.data.pair_files import open_store, prompts_of
+from d2o.data.pair_reading import read_shard
 from d2o.data.pair_settings import check_probe
 from d2o.data.pair_tools import verify
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import load_file
 
 CACHE_BYTES = 2**30
 """Stores whose noises and targets take at most this many bytes in float32 are kept in memory."""
@@ -40,12 +40,15 @@ class PairStore:
 
     len(store), store[i] -> (noise [C, H, W] float32, class index, prompt or None, target [C, H, W] float32), store.batch(indices) for many.
     Stores up to `cache_bytes` (noises and targets as float32) are read into memory by the first `batch`; larger ones are memory-mapped.
-    UserError: no store, damaged, unfinished, or made by a torch that draws other noise.
+    `n`: only the first n pairs, which need be all that is finished. UserError: no store, damaged, unfinished, fewer than n pairs, or made by a
+    torch that draws other noise. A shard that is damaged, or holds a value that is not finite, is refused when it is first touched.
     """
 
-    def __init__(self, path: str | Path, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, path: str | Path, cache_bytes: int = CACHE_BYTES, n: int | None = None):
         self.path = path
         self.folder, self.manifest, self.settings = open_store(path)
+        if n is not None:
+            self.settings = self.settings.first(n, path)
         self.units = self.settings.units()
         if left := self.folder.left(self.units):
             hint = f"continue it: {self.settings.command(path)}"
@@ -54,6 +57,7 @@ class PairStore:
         self.spec: dict[str, Any] = self.manifest["spec"]
         self.shape = tuple(self.spec["shape"])
         self.has_prompts = self.settings.labels == "text"
+        self._entries = {entry["file"]: entry for entry in self.manifest["shards"]}
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._labelled = self.settings.labels not in ("none", "text")
         self._fits = 8 * len(self) * math.prod(self.shape) <= cache_bytes
@@ -104,7 +108,8 @@ class PairStore:
     def shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of shard `number`, mapped: a page is read from the disk when it is touched."""
         if number not in self._shards:
-            self._shards[number] = load_file(self.folder.local(self.units[number].file))[0]
+            unit = self.units[number]
+            self._shards[number] = read_shard(self.folder, self.manifest, unit, self._entries[unit.file])[0]
         return self._shards[number]
 
     def forget(self, number: int) -> None:
@@ -114,8 +119,7 @@ class PairStore:
     @property
     def fingerprint(self) -> str:
         """sha256 over the teacher's weights and the shards' checksums, whatever the folder is called."""
-        entries = self.folder.recorded()
-        content = [self.manifest["teacher"]["sha256"], *(entries[unit.file]["sha256"] for unit in self.units)]
+        content = [self.manifest["teacher"]["sha256"], *(self._entries[unit.file]["sha256"] for unit in self.units)]
         return hashlib.sha256(json.dumps([self.settings.seed, content]).encode()).hexdigest()
 
     def verify(self) -> list[str]:

@@ -16,7 +16,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,14 +24,17 @@ from fsspec import AbstractFileSystem
 from torch import Tensor
 
 from d2o.data.claims import CLAIMS, Claims, Held
-from d2o.data.folder import MANIFEST, TIMING, Folder, Unit, dump, note_file, read_notes
+from d2o.data.folder import MANIFEST, SHA256, TIMING, Folder, Unit, content_sha256, dump, intact, note_file, read_notes
 from d2o.data.objects import Objects, filesystem, local_path, whole_url
 from d2o.data.work import WorkFolder
 from d2o.errors import UserError
 from d2o.interop.download import home
 from d2o.interop.safetensors_io import atomic_path, file_sha256, to_bytes
+from d2o.interop.seal import check_against
 
 ENTRIES = "entries"
+DIGEST = "entry_sha256"
+"""Key of an entry's digest of its own content, in its object."""
 IDENTITY = ("size", "ETag", "etag", "mtime", "created", "LastModified")
 """What file systems say of an object that changes when it is written again."""
 
@@ -87,18 +90,30 @@ class RemoteFolder(Folder):
             self._refuse(names - {MANIFEST, CLAIMS, ENTRIES, TIMING})
             self.objects.put(MANIFEST, dump(record).encode())
             time.sleep(self.settle)  # if another worker does the same, both go on with what was written last
-            manifest = self._present()
+            manifest = self.present()
         self._begun = _settings(manifest, self.entries)
         return manifest
 
     def add(self, entry: dict[str, Any]) -> None:
         if self.recorded().get(entry["file"]) != entry:
-            self.objects.put(_entry_name(entry["file"]), json.dumps(entry, sort_keys=True).encode())
+            sealed = {**entry, DIGEST: content_sha256({"entry": entry})}
+            self.objects.put(_entry_name(entry["file"]), json.dumps(sealed, sort_keys=True).encode())
             self._recorded[entry["file"]] = entry
 
-    def close(self) -> None:
+    def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Without a lock: of workers that change it at the same moment the last one's change stays, and the others see that it does."""
+        manifest = self.present()
+        while (wanted := how(manifest)) != manifest:
+            self.objects.put(MANIFEST, dump(wanted).encode())
+            self._begun = None
+            time.sleep(self.settle)
+            manifest = self.present()
+        self._begun = _settings(manifest, self.entries)
+        return manifest
+
+    def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
         entries, manifest = self._entries(), self.manifest()
-        if manifest is None:
+        if manifest is None or not finished(manifest):
             return
         if entries:
             self.objects.put(MANIFEST, dump(manifest).encode())
@@ -158,7 +173,7 @@ class RemoteFolder(Folder):
         entry = self._recorded.get(file, {})
         size, sha256 = entry.get("bytes"), entry.get("sha256")
         copy = self.cache / hashlib.sha256(self.url.encode()).hexdigest()[:16] / (f"{sha256[:16]}-{file}" if sha256 else file)
-        if sha256 and copy.exists() and copy.stat().st_size == size:
+        if sha256 and copy.exists() and copy.stat().st_size == size and check_against(copy, sha256):
             return copy
         with atomic_path(copy) as temporary:
             self.objects.fetch(file, temporary)
@@ -187,8 +202,9 @@ class RemoteFolder(Folder):
 
 
 def _settings(record: dict[str, Any], entries: str) -> dict[str, Any]:
-    """The manifest without its list of files: what does not change while the folder is filled."""
-    return {name: value for name, value in record.items() if name != entries}
+    """The manifest without its list of files: what does not change while the folder is filled, but for the number of samples, which may grow."""
+    rest = {name: value for name, value in record.items() if name != entries}
+    return {**rest, "settings": {**rest["settings"], "n": None}} if isinstance(rest.get("settings"), dict) else rest
 
 
 def _entry_name(file: str) -> str:
@@ -199,7 +215,8 @@ def _read_entry(name: str, data: bytes) -> dict[str, Any] | None:
     """The entry in these bytes; None unless it is whole and belongs under that name."""
     try:
         entry = json.loads(data)
+        digest = entry.pop(DIGEST, None)  # that of an older d2o has none
         whole = all(isinstance(entry[key], int) for key in ("start", "n", "bytes")) and _entry_name(entry["file"]) == name
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return entry if whole else None
+    return entry if whole and intact({"entry": entry, **({} if digest is None else {SHA256: digest})}) else None

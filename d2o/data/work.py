@@ -23,6 +23,7 @@ from torch import Tensor
 from d2o.data.folder import MANIFEST, POLL, TIMING, Claim, Folder, Unit, Vanished, cut, dump, note_file, read_notes
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, file_sha256, to_bytes, write_error
+from d2o.interop.temporary import sweep
 from d2o.runtime import StopFlag
 
 __all__ = ["MANIFEST", "POLL", "Claim", "Folder", "Unit", "Vanished", "WorkFolder", "ahead", "cut", "fill"]
@@ -61,6 +62,7 @@ class WorkFolder(Folder):
             if self.manifest() is None:
                 self._refuse(foreign)
         with self.locked():
+            sweep(self.path)
             if (manifest := self.manifest()) is None:
                 manifest = json.loads(json.dumps(record))  # as it will be read
                 self._write(manifest)
@@ -68,10 +70,18 @@ class WorkFolder(Folder):
 
     def add(self, entry: dict[str, Any]) -> None:
         with self.locked():
-            manifest = self._present()
+            manifest = self.present()
             others = [e for e in manifest[self.entries] if e["file"] != entry["file"]]
             manifest[self.entries] = sorted([*others, entry], key=lambda e: e["start"])
             self._write(manifest)
+
+    def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        with self.locked():
+            before = self.present()
+            after = how(before)
+            if after != before:
+                self._write(after)
+        return after
 
     def claim(self, name: str) -> FileLock | None:
         # Not thread-local: the thread that writes the file releases the lock that the computing thread took.
@@ -89,14 +99,14 @@ class WorkFolder(Folder):
         return lock
 
     def remove_temporary(self, name: str) -> None:
-        for path in self.path.glob(f".{name}.*.tmp"):
-            path.unlink(missing_ok=True)
+        sweep(self.path, name)
 
-    def close(self) -> None:
+    def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
         if (self.path / LOCKS).exists():
             with self.locked():
-                self.remove_temporary(MANIFEST)
-                shutil.rmtree(self.path / LOCKS, ignore_errors=True)
+                if finished(self.present()):
+                    sweep(self.path)
+                    shutil.rmtree(self.path / LOCKS, ignore_errors=True)
 
     def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
         data = to_bytes(tensors, meta)

@@ -47,8 +47,7 @@ def check_digest(path: str | os.PathLike, record: dict[str, Any]) -> None:
     """UserError: its bytes are not those that were written. A file from before there were seals passes; each is read once per process."""
     if SHA256 not in record or trusting():
         return
-    about = os.stat(path)
-    key = (os.path.realpath(path), about.st_size, about.st_mtime_ns, about.st_ino)
+    key = _identity(path)
     if key in _seen:
         return
     digest = hashlib.sha256()
@@ -59,7 +58,30 @@ def check_digest(path: str | os.PathLike, record: dict[str, Any]) -> None:
     _seen.add(key)
 
 
+def check_against(path: str | os.PathLike, sha256: str) -> bool:
+    """Whether the file's bytes are those of a digest that is kept elsewhere, read once per process; `check_digest` need not read it then."""
+    key = _identity(path)
+    if trusting() or _known.get(key) == sha256:
+        return True
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        return False
+    _known[key] = sha256
+    _seen.add(key)
+    return True
+
+
+def _identity(path: str | os.PathLike) -> tuple[str, int, int, int]:
+    """What changes when a file is written again."""
+    about = os.stat(path)
+    return os.path.realpath(path), about.st_size, about.st_mtime_ns, about.st_ino
+
+
 _seen: set[tuple[str, int, int, int]] = set()
+_known: dict[tuple[str, int, int, int], str] = {}
 
 
 def damaged(path: str | os.PathLike, why: str) -> UserError:

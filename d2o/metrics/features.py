@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError, nearest
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import file_sha256, load_file
 from d2o.metrics.extractor import Extractor, check_shape, describe_shape
 from d2o.networks.classifier import Classifier
@@ -49,7 +50,7 @@ def read_extractor(name: str, path: Path, device: Device = "cpu") -> ClassifierE
             f"{path} holds a {meta.get('kind', 'foreign object')}, not a feature extractor",
             "`d2o train recipes/classifier_digits.yaml` makes one",
         )
-    network = load_weights(meta["network"], tensors, path)
+    network = load_weights(check_checkpoint(meta, path)["network"], tensors, path)
     if not isinstance(network, Classifier):
         raise UserError(f"{path}: a {type(network).__name__} has no features; an extractor is a classifier")
     return ClassifierExtractor(name, network, file_sha256(path), device)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest, unknown
+from d2o.interop.wording import show
+from d2o.networks.budget import build_within, check_numbers
 from d2o.networks.classifier import Classifier
 from d2o.networks.ddgan_critic import DDGANCritic
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
@@ -29,26 +33,34 @@ Network = (
 )  # fmt: skip
 
 
-def build_network(config: dict[str, Any]) -> Network:
+def build_network(config: dict[str, Any], holds: Mapping[str, Tensor] | None = None, where: str = "network") -> Network:
     """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
-    edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace.
-    UserError: unknown arch, preset or argument, bad value.
+    edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace. `holds`: the tensors of the
+    file that `config` is from (`where`), which must be the network's. UserError: unknown arch, preset or argument, bad value; a network that
+    does not fit `holds`, or this machine. Nothing is allocated before that is known.
     """
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: expected a section with `arch`, got {show(config)}")
+    check_numbers(config, where)
+    return build_within(lambda: _build(config), holds, where)
+
+
+def _build(config: dict[str, Any]) -> Network:
     config = dict(config)
     arch = config.pop("arch", None)
     if arch is None:
         raise UserError("network: no `arch` given", f"known: {', '.join(NETWORKS)}")
-    if arch not in NETWORKS:
+    if not isinstance(arch, str) or arch not in NETWORKS:
         raise unknown("network architecture", arch, NETWORKS)
-    if arch == "autoencoder_kl":
-        return Autoencoder(**config)  # it checks its arguments itself: they are those of diffusers
     if arch in ARCHITECTURES:
         known = _arguments(EDMPrecond, ARCHITECTURES[arch]) - {"arch", "in_channels", "out_channels"}
     elif arch == "edm2":
         known = _arguments(EDM2Precond, UNet) | {"preset"}
     elif arch == "text_to_image":
         known = _arguments(TextToImage) | {"unet"}
+    elif arch == "autoencoder_kl":
+        known = set(config)  # it checks its arguments itself: they are those of diffusers
     else:
         known = _arguments(PLAIN[arch])
     for key in config:
@@ -56,6 +68,7 @@ def build_network(config: dict[str, Any]) -> Network:
             near = nearest(key, known)
             advice = f"; did you mean {near!r}?" if near else ""
             raise UserError(f"network.{key}: unknown key for {arch}{advice}", f"known: {', '.join(sorted(known))}")
+    _check_types(arch, config)
     if arch == "edm2" and (preset := config.pop("preset", None)) is not None:
         if not isinstance(preset, str) or preset not in EDM2_SIZES:
             raise unknown("network.preset", preset, EDM2_SIZES)
@@ -65,9 +78,28 @@ def build_network(config: dict[str, Any]) -> Network:
             return EDMPrecond(arch, **config)
         if arch == "text_to_image":
             return TextToImage(**config)
+        if arch == "autoencoder_kl":
+            return Autoencoder(**config)
         return EDM2Precond(**config) if arch == "edm2" else PLAIN[arch](**config)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"network: cannot build {arch} from {config}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+        raise UserError(f"network: cannot build {arch} from {config}: {error or type(error).__name__}") from error
+
+
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"), "str": ((str,), "a text"),
+}  # fmt: skip
+
+
+def _check_types(arch: str, config: dict[str, Any]) -> None:
+    """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks themselves know.)"""
+    classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(arch, (PLAIN.get(arch),))
+    stated = {name: parameter.annotation for cls in classes if cls for name, parameter in inspect.signature(cls).parameters.items()}
+    for key, value in config.items():
+        kinds, words = TYPES.get(stated.get(key, ""), ((object,), ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds not in ((bool,), (object,))):
+            raise UserError(f"network.{key}: expected {words}, got {show(value)}")
+        if isinstance(value, float) and stated.get(key) == "float" and not math.isfinite(value):
+            raise UserError(f"network.{key}: expected a finite number, got {value}")
 
 
 def _arguments(*classes: type) -> set[str]:

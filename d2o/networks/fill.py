@@ -16,7 +16,7 @@ def fill_network(network: N, tensors: dict[str, Tensor], path: str | Path, assig
     """The network with these tensors as its state. `assign`: they become the weights, uncopied. UserError, naming `path`: they do not fit."""
     try:
         network.load_state_dict(tensors, assign=assign)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: the weights do not fit the network that the file describes ({detail})") from error
     return network

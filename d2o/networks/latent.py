@@ -8,23 +8,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest
 from d2o.interop import torchvision_compat
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.bpe import BOS, EOS, Tokens, build_tokens
+from d2o.networks.budget import build_within, check_numbers
 from d2o.networks.fill import fill_network
+
+N = TypeVar("N", bound=nn.Module)
 
 SD_SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
     "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading",
 }  # fmt: skip
 """The scheduler settings of Stable Diffusion 1.5."""
+BROKEN = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError)
+"""What bad arguments make networks raise."""
 
 
 class Autoencoder(nn.Module):
@@ -132,18 +138,32 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     if read_meta(path).get("kind") != "autoencoder":
         raise UserError(f"{path} holds a {read_meta(path).get('kind', 'foreign object')}, not an autoencoder", "train one: d2o train tiny_sd_vae")
     tensors, meta = load_file(path)
-    return fill_network(Autoencoder(**{k: v for k, v in meta["network"].items() if k != "arch"}), tensors, path)
+    check_checkpoint(meta, path)
+    return _described(Autoencoder, {k: v for k, v in meta["network"].items() if k != "arch"}, tensors, path)
 
 
 def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
     """The whole model, in eval mode on the CPU, and the metadata of a checkpoint of method `latent-diffusion`. UserError: any other file."""
     path = resolve_checkpoint(path)
-    meta = read_meta(path)
+    meta = check_checkpoint(read_meta(path), path)
     config = dict(meta.get("network") or {})
     if config.pop("arch", None) != "text_to_image":
         what = f"{path} holds a {meta.get('kind', 'foreign object')} that is no text-to-image model of d2o's own"
         raise UserError(what, "d2o train tiny_sd makes one")
-    return fill_network(TextToImage(**config), load_file(path)[0], path).eval(), meta
+    return _described(TextToImage, config, load_file(path)[0], path).eval(), meta
+
+
+def _described(cls: type[N], config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> N:
+    """The network that a file describes, with the file's tensors. UserError: it is none, or they do not fit."""
+
+    def make() -> N:
+        try:
+            return cls(**config)
+        except BROKEN as error:
+            raise UserError(f"{path}: cannot build a {cls.__name__} as it describes it: {error or type(error).__name__}") from error
+
+    check_numbers(config, f"{path}: network")
+    return fill_network(build_within(make, tensors, f"{path}: network"), tensors, path)
 
 
 def _from_diffusers(folder: Path) -> Autoencoder:
@@ -153,12 +173,13 @@ def _from_diffusers(folder: Path) -> Autoencoder:
     try:
         config = read_json(folder / "config.json")
         tensors = load_tensors(folder / "diffusion_pytorch_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} holds no autoencoder that can be read ({error})") from error
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{folder} holds a {config.get('_class_name', 'foreign object')}, not an AutoencoderKL")
-    network = Autoencoder(**{key: value for key, value in config.items() if not key.startswith("_")})
-    return fill_network(network, {f"vae.{name}": tensor.to(torch.float32) for name, tensor in tensors.items()}, folder)
+    kind = config.get("_class_name", "foreign object") if isinstance(config, dict) else "foreign object"
+    if kind != "AutoencoderKL":
+        raise UserError(f"{folder} holds a {kind}, not an AutoencoderKL")
+    tensors = {f"vae.{name}": tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return _described(Autoencoder, {key: value for key, value in config.items() if not key.startswith("_")}, tensors, folder)
 
 
 def _text_encoder(config: dict[str, Any], tokens: Tokens) -> nn.Module:
@@ -168,7 +189,9 @@ def _text_encoder(config: dict[str, Any], tokens: Tokens) -> nn.Module:
     own = {"vocab_size": len(tokens.vocab), "bos_token_id": tokens.vocab[BOS], "eos_token_id": tokens.vocab[EOS], "pad_token_id": tokens.vocab[EOS]}
     try:
         return CLIPTextModel(CLIPTextConfig(**{**config, **own}))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers has its own kinds of errors
         raise UserError(f"network.text_encoder: cannot build a CLIPTextModel from {config}: {error}") from error
 
 
@@ -187,5 +210,5 @@ def _build(cls: type[nn.Module], config: dict[str, Any], where: str) -> Any:
             raise UserError(f"{where}.{key}: unknown key for {cls.__name__}" + (f"; did you mean {near!r}?" if near else ""))
     try:
         return cls(**config)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{where}: cannot build a {cls.__name__} from {config}: {error}") from error
+    except BROKEN as error:
+        raise UserError(f"{where}: cannot build a {cls.__name__} from {config}: {error or type(error).__name__}") from error

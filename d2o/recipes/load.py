@@ -20,6 +20,7 @@ from d2o.interop.shipped import recipe_folders, shown
 from d2o.interop.wording import KeyPath, Schema, child, dotted, is_free, is_section, may_be_null, members, show
 from d2o.interop.yaml_text import Mark, Node, Problems, build, compose, read
 from d2o.recipes.schema import LOADER_KEYS, Recipe, check, shape_of
+from d2o.recipes.stores import fill_from_store
 
 # ---- finding -----------------------------------------------------------------------------------------------------------------------------
 
@@ -181,10 +182,10 @@ class _Placed(NamedTuple):
         return self.text if not key or self.mark.file in (f"--set {key}", f"--sweep {key}") else f"{key}: {self.text}"
 
 
-def _checked(root: Node) -> tuple[Recipe | None, list[_Placed]]:
+def _checked(root: Node, begun: Mapping[str, Any] | None) -> tuple[Recipe | None, list[_Placed]]:
     """The Recipe of a merged tree, or None and what is wrong with it."""
     method = root.value["method"].value if "method" in root.value else None
-    recipe, problems = check(_settled(root, shape_of(method).tree))
+    recipe, problems = check(fill_from_store(_settled(root, shape_of(method).tree), begun))
     return recipe, [_Placed(_mark(root, path), path, text) for path, text in problems]
 
 
@@ -199,10 +200,12 @@ def _mark(root: Node, path: KeyPath) -> Mark:
 
 
 def load_recipe(
-    path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), mini: bool = False, sweep: Sequence[str] = ()
+    path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), mini: bool = False, sweep: Sequence[str] = (),
+    begun: Mapping[str, Any] | None = None,
 ) -> Recipe:  # fmt: skip
     """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section; `sweep`: `key=value` of
-    --sweep, over all others.
+    --sweep, over all others. What `pairs:` leaves open is as the store at `pairs.path` says, or as in `begun`, the resolved recipe of a run
+    that is continued.
 
     The `mini:` section is checked in any case. UserError: a line for everything that is wrong, with file, line, key and what was expected.
     """
@@ -228,13 +231,13 @@ def load_recipe(
     for change in changes:
         chosen = merge(chosen, change)
     unread = frozenset(problems.marks)  # no need to say more about what could not be read
-    recipe, found = _checked(chosen)
+    recipe, found = _checked(chosen, begun)
     for problem in found:
         if problem.mark not in unread:
             problems.add(problem.mark, problem.line())
     if small is not None and not mini:  # what --mini would stumble over
-        alone = set(_checked(root)[1])
-        for problem in _checked(merge(_relicensed(root, [small]), small))[1]:
+        alone = set(_checked(root, begun)[1])
+        for problem in _checked(merge(_relicensed(root, [small]), small), begun)[1]:
             if problem not in alone and problem.mark not in unread:
                 inside = problem.mark.path[:1] == ("mini",)
                 problems.add(problem.mark, problem.line() + ("" if inside else " (with --mini)"))

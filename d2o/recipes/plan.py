@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from d2o.data.draws import label_mode
-from d2o.data.pair_files import store_folder
-from d2o.data.pair_settings import PairSettings
+from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Method, Setup, get_method
@@ -28,6 +28,7 @@ from d2o.metrics.features import load_extractor
 from d2o.metrics.named_references import is_named, lookup
 from d2o.metrics.reference import SHIPPED
 from d2o.metrics.subjects import check_there
+from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
@@ -215,19 +216,20 @@ def _teacher(plan: Plan, name: str) -> Teacher:
         teacher.device = META
         return teacher
     path = resolve_checkpoint(path)
-    meta = read_meta(path)
+    meta = check_checkpoint(read_meta(path), path)
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} is not a teacher")
     with META:
-        return Teacher(build_network(meta["network"]), Spec.from_dict(meta["spec"]), META)
+        return Teacher(build_network(meta["network"], file_holdings([path]), f"{path}: network"), Spec.from_dict(meta["spec"]), META)
 
 
 def _student(path: Path) -> Student:
-    meta = read_meta(resolve_checkpoint(path))
+    path = resolve_checkpoint(path)
+    meta = check_checkpoint(read_meta(path), path)
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
     with META:
-        return make_student(build_network(meta["network"]), Spec.from_dict(meta["spec"]), meta["student"])
+        return make_student(build_network(meta["network"], file_holdings([path]), f"{path}: network"), Spec.from_dict(meta["spec"]), meta["student"])
 
 
 def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
@@ -238,15 +240,25 @@ def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
     teacher.check_cfg(settings.cfg)
     label_mode(settings.labels, spec.classes, spec.name)
     settings.ode.grid(teacher.schedule)
-    if (manifest := store_folder(folder).manifest()) is not None:
-        made = replace(PairSettings.from_manifest(manifest), n=settings.n)  # more of them may join it
-        labels = label_mode(settings.labels, spec.classes, spec.name)
-        if different := made.differences(replace(settings, labels=labels)):
-            raise UserError(f"{folder} is a pair store with other settings: {', '.join(different)}", "set pairs.path to another folder")
+    there = _pairs_there(recipe, folder)
+    if (missing := pairs.n - there) <= 0:
         return
-    plan.first.append(f"the pair store {folder} is made ({pairs.n:,} pairs)")
-    plan.calls["making pairs"] = pairs.n * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
-    plan.disk[f"pairs ({folder})"] = pairs.n * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
+    plan.first.append(f"{missing:,} more pairs are made in {folder}" if there else f"the pair store {folder} is made ({missing:,} pairs)")
+    plan.calls["making pairs"] = missing * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
+    plan.disk[f"pairs ({folder})"] = missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
+
+
+def _pairs_there(recipe: Any, folder: Path | str) -> int:
+    """Pairs that the recipe's store holds. UserError: it was made with other settings, or is damaged."""
+    if store_folder(folder).manifest() is None:
+        return 0
+    opened, _, settings = open_store(folder)
+    different = [line for line in settings.differences(pair_settings(recipe)) if line.split(":")[0] not in ("n", "labels", "decode")]
+    if different:
+        what = f"{folder} is a pair store with other settings: {', '.join(different)}"
+        raise UserError(what, "leave these keys of `pairs:` away, or name another store")
+    recorded = opened.recorded()
+    return sum(recorded[unit.file]["n"] for unit in settings.units() if unit.file in recorded)
 
 
 def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro: int) -> None:

@@ -93,10 +93,10 @@ class Student(Section):
 
 
 class Pairs(Section):
-    """The store of (noise, condition, teacher output); made first if it is missing."""
+    """The store of (noise, condition, teacher output); made first if it is missing. Keys that are left away are as the store at `path` says."""
 
     path: Text | None = field(None, "folder of the store (default none: derived from the settings)")
-    n: Count = field(..., "number of pairs")
+    n: Count = field(..., "number of pairs: a store with fewer grows, of one with more the first are taken; all, if `path` is a store")
     solver: Text = field("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
     steps: Steps = field(18, "solver steps; heun makes 2 * steps - 1 network calls")
     spacing: Literal["leading", "trailing", "linspace"] | None = field(None, "time steps of SD-like teachers (default none: the teacher's own)")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import atomic_write, read_meta
 from d2o.metrics.curves import HIGHER_IS_BETTER, read_curves
@@ -79,7 +80,7 @@ def _member(folder: Path, name: str, settings: Mapping[str, Any], images: int, m
     run = folder / name
     state, seen, curve = run / "checkpoints" / "state.safetensors", 0, []
     if state.exists():
-        seen = read_meta(state)["images"]
+        seen = check_checkpoint(read_meta(state), state)["images"]
     if (run / "metrics.jsonl").exists():
         curves = read_curves(run)
         curve = curves.scores.get(metric, []) if metric != "loss" else next(iter(curves.losses.values()), [])

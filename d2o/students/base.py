@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2o import __version__
 from d2o.errors import UserError, unknown
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
 from d2o.teachers import edm2_latents
@@ -109,6 +110,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     tensors, meta = load_file(path)
     if meta.get("kind") != "student":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a student", "teachers are loaded with d2o.load_teacher")
+    if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
+        raise unknown("kind of student", str(meta["student"].get("kind")), STUDENTS)
+    check_checkpoint(meta, path)
     student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)

@@ -7,7 +7,6 @@ and joined at the end, so that OUT is there as a whole or not at all (a folder i
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,20 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from d2o import __version__
-from d2o.data.archive import RECORD, Archive, Part, archive_for, check_free, join_pieces
+from d2o.data.archive import Archive, Part, archive_for, join_pieces
 from d2o.data.draws import check_range, draw, label_mode
+from d2o.data.finished import Finished, take_over
 from d2o.data.images import to_uint8
 from d2o.data.prompts import Prompts
 from d2o.data.work import Unit, Vanished, WorkFolder, ahead, cut, fill
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import load_file, save_file, write_error
+from d2o.interop.safetensors_io import save_file, write_error
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student
+from d2o.students.outputs import discard, finished, join, parts_of, public, refuse_other
+from d2o.students.sample_record import check_parts
 from d2o.teachers.base import Condition, Spec, Teacher
-from d2o.teachers.compute import Compute, join_compute, torch_threads, tune, tune_network
-from d2o.teachers.generate import Progress, Say, check_finite
+from d2o.teachers.compute import BATCH, Compute, join_compute, torch_threads, tune, tune_network
+from d2o.teachers.generate import Progress, Say
+from d2o.teachers.pair_maker import check_finite
 
 CHUNK = 1024
 ENCODE_BYTES = 2**20
@@ -124,7 +127,10 @@ def make_samples(
     progress: Progress = lambda done, total, note: None,
     stop: StopFlag | None = None,
 ) -> dict[str, Any]:
-    """Make or continue `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns its record (samples.json).
+    """Make, continue or add to `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns its record (samples.json).
+
+    A finished output of fewer images grows: it stays as it is until the larger one takes its place, with the bytes of one made at once. Workers
+    that are asked for different numbers all go on to the largest. One that holds as many already is left alone.
 
     `batch` images per call (256), `threads` of torch, `chunk` images per part (1024, rounded up to whole batches), `precision` and
     `channels_last` (as `Compute` has them) hold for a new output; one that was begun keeps its own. Raises UserError: bad settings, something
@@ -132,41 +138,66 @@ def make_samples(
     """
     check_range(settings.n, settings.seed)
     out, archive = Path(out), archive_for(out)
-    parts = WorkFolder(out.with_name(out.name + ".parts"), "d2o-sample-parts", "parts")
+    parts = parts_of(out)
     how = Compute(batch, threads, precision, channels_last)
     mine = new_record(sampler, settings, how, chunk)
-
-    if (done := _finished(archive, parts)) is None:
-        manifest = parts.open({"format": parts.kind, "version": 1, "record": mine, "parts": []})
-        done = _finished(archive, parts)  # again: others may have finished, and removed their parts, before we opened ours
-    if done is not None:
-        _refuse_other(done, mine, out, "choose another --out, or move it away")
-        _discard(parts)
-        say(f"{out} holds all {settings.n:,} images already; nothing to do")
-        return done
-    record = manifest["record"]
-    _refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
     asked = [*how.asked, *(["chunk"] if chunk is not None else [])]
+    while True:
+        done = finished(archive, parts)
+        if done is not None:
+            refuse_other(done, mine, out, "choose another --out, or move it away")
+            if (there := done["settings"]["n"]) >= settings.n:
+                discard(parts, there)
+                already = f"all {there:,} images already" if there == settings.n else f"{there:,} images already, and so the first {settings.n:,}"
+                say(f"{out} holds {already}; nothing to do")
+                return done
+        try:
+            return _work(sampler, archive, parts, done, mine, settings.n, how, asked, say, progress, stop)
+        except Vanished:  # others have finished, and removed the parts
+            if finished(archive, parts) == done:
+                raise
+
+
+def _work(
+    sampler: Sampler, archive: Archive, parts: WorkFolder, done: dict[str, Any] | None, mine: dict[str, Any], n: int, how: Compute, asked: list[str],
+    say: Say, progress: Progress, stop: StopFlag | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Make the parts that are missing, and join them. `done`: the record of the smaller output that is there."""
+    out = archive.out
+    compute = mine["compute"] if done is None else {**done["compute"], "chunk": chunk_of(mine["compute"]["chunk"], done["compute"]["batch"])}
+    begun = mine if done is None else {**done, "settings": {**done["settings"], "n": n}, "compute": compute}
+    record = check_parts(parts.open({"format": parts.kind, "version": 1, "record": begun, "parts": []}).get("record"), str(parts.path))
+    if finished(archive, parts) != done:  # others have finished, and removed their parts, before we opened ours
+        raise Vanished(f"{parts.path} has vanished")
+    refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
+    with parts.locked("join"):  # while nobody takes its number of images for the last word
+        record = parts.change(lambda manifest: _of_size(manifest, max(n, manifest["record"]["settings"]["n"])))["record"]
+    if (size := record["settings"]["n"]) > n or done is not None:
+        say(f"{out} grows to {size:,} images" + (", as another command has asked" if size > n else ""))
     compute = join_compute(record["compute"], mine["compute"], str(out), say, asked)
-    if precision == AUTO:
+    if how.precision == AUTO:
         say(explain_precision(compute.get("precision", "fp32"), sampler.device))
     sampler.tune(compute)
-    units = cut(settings.n, compute["chunk"], "part-{:05d}.safetensors")
+    # Images of its last batch were made beside fewer others, with other last bits: they are made again.
+    whole = 0 if done is None or done["compute"] != public(record)["compute"] else done["settings"]["n"] // compute["batch"] * compute["batch"]
+    old = take_over(archive, whole) if whole else None
 
     with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:
         shown = 0
 
         def make(unit: Unit, before: int) -> list[Future[Part]] | None:
             nonlocal shown
-            pieces = []
-            for start, images, labels in _images(sampler, record, unit.start, unit.n):
-                pieces += _encode(encoders, archive, start, images, labels)
+            taken = None if old is None else _taken(sampler, old, record, unit)
+            kept = 0 if taken is None else taken[0]
+            encoded = [] if taken is None else [taken[1]]
+            for start, images, labels in _images(sampler, record, unit.start + kept, unit.n - kept):
+                encoded += _encode(encoders, archive, start, images, labels)
                 made = start + len(images) - unit.start
                 shown = before + made
-                progress(shown, settings.n, "")
+                progress(shown, size, "")
                 if stop and made < unit.n:
                     return None
-            return pieces
+            return encoded
 
         def write(unit: Unit, pieces: list[Future[Part]]) -> dict[str, Any]:
             try:
@@ -175,21 +206,42 @@ def make_samples(
                 raise write_error(out, error) from error
             return {"file": unit.file, "start": unit.start, "n": unit.n, "bytes": (parts.path / unit.file).stat().st_size}
 
-        try:
+        while True:
+            size = record["settings"]["n"]
+            units = cut(size, compute["chunk"], "part-{:05d}.safetensors")
             if not fill(parts, units, make, write, stop):
-                kept = settings.n - sum(unit.n for unit in parts.left(units))
+                kept = size - sum(unit.n for unit in parts.left(units))
                 number = stop.received if stop is not None else 0
-                raise Stopped(f"stopped with {kept:,} of {settings.n:,} images; run the same command again to continue {out}", number)
+                raise Stopped(f"stopped with {kept:,} of {size:,} images; run the same command again to continue {out}", number)
             with parts.locked("join"):
-                if _finished(archive, parts) is None:
-                    _join(archive, parts, units, record)
-        except Vanished:
-            if _finished(archive, parts) is None:
-                raise
-    _discard(parts)
-    if shown < settings.n:  # others made the rest
-        progress(settings.n, settings.n, "")
-    return _public(record)
+                record = parts.present()["record"]
+                if record["settings"]["n"] == size:
+                    join(archive, parts, units, record)
+                    discard(parts, size)
+                    break
+    if shown < size:  # others made the rest
+        progress(size, size, "")
+    return public(record)
+
+
+def _taken(sampler: Sampler, old: Finished, record: dict[str, Any], unit: Unit) -> tuple[int, Future[Part]] | None:
+    """How many of the unit's images the finished output holds, and these; None for none, or if they are damaged there."""
+    settings, count = record["settings"], min(unit.n, old.n - unit.start)
+    if count < 1:
+        return None
+    labels = draw(settings["seed"], unit.start, count, sampler.spec.shape, sampler.spec.classes, settings["labels"])[1]
+    found: Future[Part] = Future()
+    try:
+        found.set_result(old.part(unit.start, count, labels) | ({} if labels is None else {"label": labels}))
+    except Exception:  # a damaged archive may raise anything; they are made again
+        return None
+    return count, found
+
+
+def _of_size(manifest: dict[str, Any], n: int) -> dict[str, Any]:
+    """The manifest of the parts of n images."""
+    record = manifest["record"]
+    return {**manifest, "record": {**record, "settings": {**record["settings"], "n": n}}}
 
 
 def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tensor, Tensor | None]:
@@ -208,8 +260,7 @@ def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: 
     """What an output says about itself (and `chunk`, which it does not: it has no influence)."""
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, not {chunk}")
-    compute = how.describe(settings.n, sampler.device, sampler.network)
-    batches = -(-(chunk or CHUNK) // compute["batch"])
+    compute = how.describe(how.batch or BATCH, sampler.device, sampler.network)  # whatever n is: it may grow
     wanted = settings.labels or ("balanced" if "prompts" in sampler.record else None)
     labels = label_mode(wanted, sampler.spec.classes, sampler.spec.name)
     return {
@@ -218,8 +269,13 @@ def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: 
         "d2o": __version__,
         "settings": {**asdict(settings), "labels": labels},
         "source": sampler.record,
-        "compute": {**compute, "chunk": batches * compute["batch"]},
+        "compute": {**compute, "chunk": chunk_of(chunk or CHUNK, compute["batch"])},
     }
+
+
+def chunk_of(chunk: int, batch: int) -> int:
+    """Images per part: whole batches."""
+    return -(-chunk // batch) * batch
 
 
 def _images(sampler: Sampler, record: dict[str, Any], start: int, n: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -244,53 +300,3 @@ def _encode(encoders: ThreadPoolExecutor, archive: Archive, start: int, images: 
     size = max(1, ENCODE_BYTES // images[0].numel())
     cuts = range(0, len(images), size)
     return [encoders.submit(encode, start + i, images[i : i + size], None if labels is None else labels[i : i + size]) for i in cuts]
-
-
-def _join(archive: Archive, parts: WorkFolder, units: list[Unit], record: dict[str, Any]) -> None:
-    def load() -> Iterator[Part]:
-        return (load_file(parts.path / unit.file)[0] for unit in units)
-
-    labels = None if record["settings"]["labels"] == "none" else torch.cat([part["label"] for part in load()])
-    target, final = parts.path / "joined", archive.out / RECORD if archive.in_place else archive.out
-    try:
-        archive.join(target, load, labels, record["settings"]["n"], _public(record))
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(target, final)
-    except OSError as error:
-        raise write_error(archive.out, error) from error
-
-
-def _finished(archive: Archive, parts: WorkFolder) -> dict[str, Any] | None:
-    """The record of the finished output; None if there is none. UserError: something else is in its place."""
-    if archive.in_place and archive.out.is_dir() and any(archive.out.iterdir()):
-        # In this order: the first worker writes the parts' manifest before the first image, and the record before the parts go.
-        if parts.manifest() is not None and not (archive.out / RECORD).exists():
-            return None
-    return check_free(archive)
-
-
-def _public(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record, "compute": {name: value for name, value in record["compute"].items() if name != "chunk"}}
-
-
-def _refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str) -> None:
-    """UserError when the output is of other settings or another network, naming each difference."""
-    was, now = ({**record["source"], **record["settings"]} for record in (old, new))
-    said = ("checkpoint", "licence", "nfe", "forwards", "options")  # by others, or of no consequence
-    names = [name for name in [*now, *was] if name not in said] if was["kind"] == now["kind"] else ["kind"]
-    different = [f"{name}: {was.get(name)} -> {now.get(name)}" for name in dict.fromkeys(names) if was.get(name) != now.get(name)]
-    if different:
-        raise UserError(f"{out} holds samples of other settings:\n  " + "\n  ".join(different), hint)
-
-
-def _discard(parts: WorkFolder) -> None:
-    """Remove the parts of a finished output. Renamed first, so that no worker meets half of them."""
-    gone = parts.path.with_name(parts.path.name + ".done")
-    shutil.rmtree(gone, ignore_errors=True)
-    if parts.path.is_dir() and (parts.manifest() is not None or {p.name for p in parts.path.iterdir()} <= {".locks"}):
-        try:
-            os.replace(parts.path, gone)
-        except FileNotFoundError:
-            return  # another worker did it
-        shutil.rmtree(gone, ignore_errors=True)

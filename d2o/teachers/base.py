@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from d2o.diffusion.schedules import EDMSchedule, Schedule
 from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
+from d2o.interop.records import MAX_VALUES, SpecRecord, check_record
 from d2o.interop.safetensors_io import tensors_sha256
 
 UNSTATED = "not stated"
@@ -40,12 +42,18 @@ class Spec:
     guidable: bool = True
     latents: str = ""
 
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) > MAX_VALUES:
+            raise UserError(f"{self.name}: samples of {list(self.shape)} hold more than {MAX_VALUES:,} numbers", "d2o makes none so large")
+
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Spec:
-        """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that this d2o does not know."""
+        """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are missing, wrong, beyond what a
+        sample can be, or that this d2o does not know."""
+        check_record(SpecRecord, record, "the file describes its generator wrongly")
         if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
             raise UserError(f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know", "use the d2o that made it")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}

@@ -9,6 +9,7 @@ import torch
 
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError
+from d2o.networks.budget import check_numbers
 from d2o.teachers.base import UNSTATED, Condition, Spec, Teacher
 from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Folder, quiet, read_json, words
 from d2o.teachers.flow import StableDiffusion3Teacher
@@ -111,6 +112,7 @@ def _stable_diffusion(
 
 def _stable_diffusion_3(folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> StableDiffusion3Teacher:
     config = folder.scheduler
+    check_numbers({key: value for key, value in config.items() if not key.startswith("_")}, f"{folder.path / 'scheduler/scheduler_config.json'}")
     if config["_class_name"] != "FlowMatchEulerDiscreteScheduler":
         raise UserError(f"{folder.path}: Stable Diffusion 3 with scheduler {config['_class_name']}; expected FlowMatchEulerDiscreteScheduler")
     for key in ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
@@ -169,6 +171,7 @@ def discrete_schedule(folder: Folder) -> tuple[DiscreteSchedule, str, float | No
             raise UserError(f"{folder.path}: its scheduler has {key}, which d2o does not support")
     if config.get("timestep_spacing", "leading") not in SPACINGS:
         raise UserError(f"{folder.path}: its scheduler has timestep_spacing {config['timestep_spacing']!r}", f"known: {', '.join(SPACINGS)}")
+    check_numbers({key: value for key, value in config.items() if not key.startswith("_")}, f"{folder.path / 'scheduler/scheduler_config.json'}")
     clips = config.get("clip_sample", kind in CLIPPING)
     try:
         schedule = DiscreteSchedule.from_config(config)

@@ -11,6 +11,7 @@ from typing import Any
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
 from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
+from d2o.networks.budget import check_numbers, counted, file_holdings
 
 INDEX = "model_index.json"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -78,13 +79,16 @@ class Folder:
         import transformers
 
         library, kind = self.class_name(component)
-        self.config(component)
-        where = self.where(component)
-        options = {"use_safetensors": True, "variant": variant(where, WEIGHTS[library]), "local_files_only": True, "output_loading_info": True}
+        config, where = self.config(component), self.where(component)
+        check_numbers({key: value for key, value in config.items() if not key.startswith("_")}, f"{where / 'config.json'}")
+        which = variant(where, WEIGHTS[library])
+        options = {"use_safetensors": True, "variant": which, "local_files_only": True, "output_loading_info": True}
+        cls = getattr(diffusers if library == "diffusers" else transformers, kind)
+        _fits(cls, config, library, where, which)
         if library == "diffusers":
             options["low_cpu_mem_usage"] = False  # the other way needs a package that d2o does not, and has no word for missing weights
         try:
-            model, info = getattr(diffusers if library == "diffusers" else transformers, kind).from_pretrained(where, **options)
+            model, info = cls.from_pretrained(where, **options)
         except Exception as error:  # whatever a damaged file makes these libraries raise
             raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
         wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
@@ -119,6 +123,28 @@ class Folder:
             return getattr(transformers, kind).from_pretrained(where, local_files_only=True)
         except Exception as error:
             raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
+
+
+def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: str | None) -> None:
+    """UserError: config.json describes no such network, or one that is larger than the weights beside it. Nothing is allocated."""
+    import torch
+
+    ending = ".safetensors" if variant is None else f".{variant}.safetensors"
+    files = [path for path in sorted(where.glob(f"{WEIGHTS[library]}*.safetensors")) if path.name.endswith(ending) or "-of-" in path.name]
+    try:
+        holds = file_holdings(files)
+    except UserError as error:
+        raise UserError(f"{where} cannot be loaded as a {cls.__name__}: {error.message}", error.hint) from error
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), counted(holds, f"{where / 'config.json'}"):
+            if library == "diffusers":
+                cls.from_config(config)
+            else:
+                cls(cls.config_class.from_dict(config))
+    except UserError:
+        raise
+    except Exception as error:  # whatever wrong numbers make these libraries raise
+        raise UserError(f"{where} cannot be loaded as a {cls.__name__}: {words(error)}", "check the download") from error
 
 
 def variant(folder: Path, stem: str) -> str | None:

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.data.draws import draw_some
-from d2o.data.images import to_uint8
-from d2o.data.pair_files import Made, adopt_shard, store_folder, write_shard
-from d2o.data.pair_settings import DTYPES, PairSettings, check_probe, differences, new_manifest
+from d2o.data.pair_files import Made, adopt_shard, shard_record, store_folder, write_shard
+from d2o.data.pair_reading import read_shard
+from d2o.data.pair_record import check_manifest
+from d2o.data.pair_settings import REWIRED, PairSettings, check_probe, differences, new_manifest, with_n
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts, open_prompts
-from d2o.data.work import Unit, ahead, fill
-from d2o.diffusion.noise import StepNoise
+from d2o.data.work import MANIFEST, Folder, Unit, fill
 from d2o.errors import UserError
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped, worker
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute, join_compute, torch_threads, tune
+from d2o.teachers.pair_maker import Maker, Progress
 from d2o.teachers.registry import load_teacher
 
 Say = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
-"""progress(done, total, note)"""
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,15 @@ def make_pairs(
     teacher: Teacher | None = None,
     prompts: Prompts | None = None,
 ) -> PairStore | None:
-    """Make or continue the store `out`; returns when it is finished, whether by this process or by others that work on it (None if only this
-    worker's own share is).
+    """Make or continue the store `out`; returns when it has settings.n pairs, whether made by this process or by others that work on it (None
+    if only this worker's own share is made). What is returned are the first settings.n pairs of those that are there.
+
+    A store grows when it is asked for more pairs than it has: pair i depends on its seed and condition alone. Its manifest then says so at
+    once; every worker makes what its own n needs, in shards as large as the store now has them. Asked for fewer pairs it is left as it is.
 
     `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` and `prompts` save
     loading settings.teacher and settings.prompts. Raises UserError: bad settings, another store or foreign files at `out`, unwritable, a
-    target that is not finite (named by its seed); Stopped: `stop` was set; work is saved.
+    target that is not finite (named by its seed), another size for a rewired store; Stopped: `stop` was set; work is saved.
     """
     settings.check()
     compute.check()
@@ -95,26 +96,29 @@ def make_pairs(
     about = {"name": settings.teacher, "sha256": teacher.fingerprint, "licence": spec.licence}
     described = None if prompts is None else {"path": str(settings.prompts), "sha256": prompts.sha256, "count": len(prompts)}
     new = new_manifest(settings, about, spec.to_dict(), compute.describe(settings.shard_size, teacher.device, teacher.network), described)
-    manifest = folder.open(new)
-    if different := differences(manifest, new):
-        hint = "choose another --out, or the settings it was made with"
-        raise UserError(f"{out} is a pair store with other settings:\n  " + "\n  ".join(different), hint)
+    n = settings.n
+    manifest = _begun(folder, new, out)
+    if not folder.left(PairSettings.from_manifest(with_n(manifest, min(n, manifest["settings"]["n"]))).units()) and n <= manifest["settings"]["n"]:
+        more = f"{manifest['settings']['n']:,} pairs already, and so the first {n:,}" if n < manifest["settings"]["n"] else f"all {n:,} pairs already"
+        say(f"{out} holds {more}; nothing to do")
+        folder.close(_complete(folder))
+        return PairStore(out, n=n)
+    if n > manifest["settings"]["n"]:
+        say(f"{out} grows from {manifest['settings']['n']:,} to {n:,} pairs")
+    manifest = grow(folder, n)
     settings = PairSettings.from_manifest(manifest)
-    units = settings.units()
-    check_probe(manifest, out)
-    if not folder.left(units):
-        say(f"{out} holds all {settings.n:,} pairs already; nothing to do")
-        folder.close()
-        return PairStore(out)
+    units = [unit for unit in settings.units() if unit.start < n]
     recorded = join_compute(manifest["compute"], new["compute"], str(out), say, compute.asked)
     if compute.precision == AUTO:
         say(explain_precision(recorded.get("precision", "fp32"), teacher.device))
     tune(teacher, recorded)
-    if lost := [unit.file for unit in folder.left(units) if unit.file in folder.recorded()]:
+    listed = folder.recorded()
+    if lost := [unit.file for unit in folder.left(units) if unit.file in listed and listed[unit.file]["n"] == unit.n]:
         say(f"{out}: {len(lost)} shards are missing or cut short and are made again, {lost[0]} first")
     # Prompts that return are kept encoded (in bounded memory); to keep others would only fill it.
     teacher.expect_prompts(prompts is not None and settings.n > settings.per_prompt * len(prompts))
-    maker, timing = _Maker(settings, teacher, recorded["batch"], prompts, progress, stop), _Timing(folder, teacher)
+    timing = _Timing(folder, teacher)
+    maker = Maker(settings, teacher, recorded["batch"], prompts, progress, stop, partial(_begun_shard, folder, manifest))
 
     def write(unit: Unit, made: Made) -> dict[str, Any]:
         entry = write_shard(folder, manifest, unit, made)
@@ -124,17 +128,55 @@ def make_pairs(
     with torch_threads(recorded["threads"]):
         mine = share.order(units) if share.count > 1 else folder.order(units)
         finished = fill(folder, mine, maker.make, write, stop, partial(adopt_shard, folder, manifest))
+    whole = sum(unit.n for unit in units)
     if not finished:
-        made = settings.n - sum(unit.n for unit in folder.left(units))
+        made = whole - sum(unit.n for unit in folder.left(units))
         number = stop.received if stop is not None else 0
         raise Stopped(f"stopped with {made:,} of {settings.n:,} pairs in {out}; to continue: {settings.command(out)}", number)
     if left := folder.left(units):
         say(f"{out}: share {share.index}/{share.count} is finished; {len(left)} of {len(units)} shards are other workers'")
         return None
-    folder.close()
-    if maker.shown < settings.n:  # others made the rest
-        progress(settings.n, settings.n, "")
-    return PairStore(out)
+    grow(folder, n)  # where there are no locks, a worker that ended at the same moment may have written the number of before
+    folder.close(_complete(folder))
+    if maker.shown < whole:  # others made the rest
+        progress(whole, whole, "")
+    return PairStore(out, n=n)
+
+
+def _begun(folder: Folder, new: dict[str, Any], out: str | Path) -> dict[str, Any]:
+    """The manifest that holds in the folder, which is begun if it is empty. UserError: another store is there."""
+    manifest = folder.open(new)
+    check_manifest(manifest, f"{folder.url}/{MANIFEST}")
+    there, asked = manifest["settings"]["n"], new["settings"]["n"]
+    if different := differences(manifest, with_n(new, there)):
+        hint = "choose another --out, or the settings it was made with"
+        raise UserError(f"{out} is a pair store with other settings:\n  " + "\n  ".join(different), hint)
+    if there != asked and manifest["settings"].get("rewire", "none") != "none":
+        raise UserError(f"{out}: {REWIRED}; it has {there:,}, not {asked:,}", "choose another --out")
+    check_probe(manifest, out)
+    return manifest
+
+
+def grow(folder: Folder, n: int) -> dict[str, Any]:
+    """Let the store have at least n pairs; returns its manifest."""
+    return folder.change(lambda manifest: with_n(manifest, max(n, manifest["settings"]["n"])))
+
+
+def _complete(folder: Folder) -> Callable[[dict[str, Any]], bool]:
+    return lambda manifest: not folder.left(PairSettings.from_manifest(manifest).units())
+
+
+def _begun_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[str, Tensor]:
+    """The tensors of the unit's shard from when the store was smaller; none if there is no such shard, or it is not as it was written."""
+    entry = folder.recorded().get(unit.file)
+    if entry is None or entry["n"] >= unit.n:
+        return {}
+    before = replace(unit, n=entry["n"])
+    try:
+        tensors, record = read_shard(folder, manifest, before, entry)
+    except UserError:
+        return {}
+    return tensors if record == shard_record(manifest, before) else {}
 
 
 def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -> Prompts | None:
@@ -150,70 +192,6 @@ def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -
     return opened if opened is not None else open_prompts(settings.prompts)
 
 
-class _Maker:
-    """Makes the content of one shard."""
-
-    def __init__(self, settings: PairSettings, teacher: Teacher, batch: int, prompts: Prompts | None, progress: Progress, stop: StopFlag | None):
-        self.settings, self.teacher, self.batch, self.prompts, self.progress, self.stop = settings, teacher, batch, prompts, progress, stop
-        self.solver, self.shown = settings.ode, 0
-
-    def make(self, unit: Unit, before: int) -> Made | None:
-        """None when `stop` was seen. `before`: pairs that exist already."""
-        settings, shape = self.settings, self.teacher.spec.shape
-        target = torch.empty(unit.n, *shape, dtype=DTYPES[settings.dtype])
-        noises, labels, texts, images = [], [], [], []
-        cuts = [(first, min(self.batch, unit.n - first)) for first in range(0, unit.n, self.batch)]
-        # A compiled network is given batches of one size only: it would be compiled anew for another, with other last bits.
-        size = self.batch if self.teacher.call is not self.teacher.network else 1
-        for (first, count), drawn in zip(cuts, ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)):
-            if self.stop:
-                return None
-            condition: Any = drawn.prompts if drawn.prompts is not None else drawn.labels
-            x = self.teacher.sample(drawn.start, condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[:count]
-            drawn = drawn.first(count)
-            target[first : first + count] = x.cpu()
-            check_finite(target[first : first + count], settings.seed + unit.start + first, f"teacher {settings.teacher}", settings.dtype)
-            if settings.decode:
-                with torch.inference_mode():
-                    images.append(to_uint8(self.teacher.decode(x)).cpu())
-            noises.append(drawn.noise)
-            labels += [] if drawn.labels is None else [drawn.labels]
-            texts += drawn.prompts or []
-            self.shown = before + first + count
-            self.progress(self.shown, settings.n, "")
-        return Made(torch.cat(noises), target, torch.cat(labels) if labels else None, texts if self.prompts else None,
-                    torch.cat(images) if images else None)  # fmt: skip
-
-    def draw(self, start: int, n: int) -> _Drawn:
-        """What pairs start .. start + n - 1 are made from; beyond the last pair it is drawn again."""
-        settings, spec = self.settings, self.teacher.spec
-        mine = [min(i, settings.n - 1) for i in range(start, start + n)]
-        sources = [int(settings.sources(i, 1)[0]) for i in mine]
-        begin, labels = draw_some(settings.seed, sources, spec.shape, spec.classes, settings.labels)
-        noise = begin if settings.rewire == "none" else draw_some(settings.seed, mine, spec.shape, 0, "none")[0]
-        texts = None
-        if self.prompts is not None:
-            texts = self.prompts.many([int(settings.prompt_numbers(i, 1, len(self.prompts))[0]) for i in sources])
-        drawn_classes = spec.classes if settings.labels == "random" else 0
-        steps = StepNoise([settings.seed + i for i in sources], spec.shape, drawn_classes) if self.solver.stochastic else None
-        return _Drawn(noise, begin, labels, texts, steps)
-
-
-@dataclass
-class _Drawn:
-    """`noise` is what the pairs say they began with, `start` what the teacher begins with: another where pairs are rewired."""
-
-    noise: Tensor
-    start: Tensor
-    labels: Tensor | None
-    prompts: list[str] | None
-    steps: StepNoise | None
-
-    def first(self, n: int) -> _Drawn:
-        labels, prompts = None if self.labels is None else self.labels[:n], None if self.prompts is None else self.prompts[:n]
-        return _Drawn(self.noise[:n], self.start[:n], labels, prompts, self.steps)
-
-
 class _Timing:
     """How fast this worker is, for `d2o pairs --stats`: kept beside the store, and no part of what it holds."""
 
@@ -227,11 +205,3 @@ class _Timing:
         self.pairs += unit.n
         seconds = time.perf_counter() - self.begun
         self.folder.note(self.name, {**self.record, "pairs": self.pairs, "seconds": round(seconds, 3)})
-
-
-def check_finite(x: Tensor, seed: int, source: str, dtype: str = "fp32") -> None:
-    """UserError that names the seed of the first sample of x [k, ...] with a value that is not a number or infinite."""
-    bad = ~torch.isfinite(x).flatten(1).all(1)
-    if bad.any():
-        hint = "the weights may be damaged" + ("" if dtype == "fp32" else f", or {dtype} too narrow: try --dtype fp32")
-        raise UserError(f"{source} gives values that are not finite for seed {seed + int(bad.nonzero()[0])}", hint)

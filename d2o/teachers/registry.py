@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError, nearest
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import verify
 from d2o.interop.hub import hub_snapshot
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
@@ -128,6 +129,7 @@ def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | Non
     tensors, meta = load_file(path)
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher", "students are loaded with d2o.load_student")
+    check_checkpoint(meta, path)
     spec = Spec.from_dict(meta["spec"])
     if name is not None:
         spec = replace(spec, name=name)
@@ -172,10 +174,13 @@ def _edm_family(
 
 
 def load_weights(network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> torch.nn.Module:
-    """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit.
+    """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit: nothing is allocated then.
 
-    `assign`: the tensors become the weights, uncopied; nothing is allocated for a network that they do not fit.
+    `assign`: the tensors become the weights, uncopied.
     """
-    with torch.device("meta") if assign else nullcontext():
-        module = build_network(network)
+    try:
+        with torch.device("meta") if assign else nullcontext():
+            module = build_network(network, tensors, f"{path}: network")
+    except UserError as error:
+        raise error if str(path) in error.message else UserError(f"{path}: {error.message}", error.hint) from error
     return fill_network(module, tensors, path, assign)

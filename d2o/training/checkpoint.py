@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2o import __version__
 from d2o.errors import UserError
+from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import check_file, load_file, read_meta, save_file
 from d2o.training.products import Products
 
@@ -37,7 +38,7 @@ def read_state(run: Path) -> dict[str, Any] | None:
     record = read_meta(path)
     if record.get("kind") != "state":
         raise UserError(f"{path} is not a training state", "choose another --out")
-    return record
+    return check_checkpoint(record, path)
 
 
 def _way_on(last: Path) -> str:
@@ -95,6 +96,7 @@ def load_state(path: Path, networks: dict[str, nn.Module], ema: nn.Module, optim
     tensors, record = load_file(path)
     if record.get("kind") != "state":
         raise UserError(f"{path} is not a training state")
+    check_checkpoint(record, path)
     try:
         for name, network in networks.items():
             network.load_state_dict(_strip(f"network/{name}/", tensors))

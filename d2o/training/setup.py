@@ -13,7 +13,6 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
-from d2o.data.pairs import PairStore
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
@@ -102,8 +101,7 @@ def prepare(
         folder, p = pair_folder(recipe), recipe.pairs
         try_out(recipe, setup)
         compute = Compute(p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last)
-        make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
-        setup.pairs = PairStore(folder)
+        setup.pairs = make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
     return setup
 
 
@@ -122,5 +120,5 @@ def provenance_of(setup: Setup) -> list[dict[str, Any]]:
     """The history of the student that training starts from, with that student's own fingerprint last; empty without one."""
     if setup.start is None:
         return []
-    before = {"started_from": setup.start.fingerprint, "recipe": setup.start.meta.get("recipe", {}).get("name")}
-    return [*setup.start.meta.get("provenance", []), before]
+    before = {"started_from": setup.start.fingerprint, "recipe": (setup.start.meta.get("recipe") or {}).get("name")}
+    return [*(setup.start.meta.get("provenance") or []), before]

@@ -37,7 +37,9 @@ def test_sample_again_and_with_other_settings(run, tmp_path):
     code, out, err = run(*words)
     assert code == 0 and "x.zip holds all 12 images already; nothing to do" in err
     code, out, err = run(*words, "--n", 13)
-    assert code == 2 and "n: 12 -> 13" in err
+    assert code == 0 and "x.zip grows to 13 images" in err and len(open_images(tmp_path / "x.zip")) == 13
+    code, out, err = run(*words, "--seed", 6)
+    assert code == 2 and "seed: 5 -> 6" in err
 
 
 def test_a_run_folder_means_its_best_checkpoint(run, tmp_path):

@@ -177,7 +177,7 @@ def test_other_settings_are_refused_by_name(build, suffix, student, tmp_path):
     before = files(tmp_path)
     with pytest.raises(UserError) as error:
         build(f"x{suffix}", n=21, seed=1, labels="balanced")
-    assert error.value.message == f"{out} holds samples of other settings:\n  n: 20 -> 21\n  seed: 0 -> 1\n  labels: random -> balanced"
+    assert error.value.message == f"{out} holds samples of other settings:\n  seed: 0 -> 1\n  labels: random -> balanced"
     with pytest.raises(UserError, match="kind: student -> teacher"):
         build(f"x{suffix}", sampler=teacher_sampler(tiny_teacher()))
     tiny_student(tmp_path / "other.safetensors", seed=9)
@@ -300,3 +300,61 @@ def test_how_the_network_is_run_is_recorded_and_goes_on(build, student, monkeypa
     # A picture of it is made as the output was, also by a sampler that made none of it.
     images, _ = first_images(student_sampler(load_student(student)), check_free(archive_for(half)), 8)
     assert torch.equal(images, open_images(half).images(range(8)))
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_output_grows_to_the_bytes_of_one_made_at_once(build, tmp_path, suffix, monkeypatch):
+    build(f"whole/x{suffix}", n=27)
+    sizes = []
+    forward = Student.forward
+    monkeypatch.setattr(Student, "forward", lambda self, noise, *a: sizes.append(len(noise)) or forward(self, noise, *a))
+    said = []
+    for n in (3, 18, 27):
+        build(f"grown/x{suffix}", {"say": said.append, "batch": None if n > 3 else 4}, n=n)
+    assert files(tmp_path / "grown") == files(tmp_path / "whole")
+    assert sum(sizes) == 27 + 3 + 2 and any("grows to 18 images" in line for line in said)
+    before = files(tmp_path / "grown")
+    build(f"grown/x{suffix}", {"say": said.append}, n=9)
+    assert "holds 27 images already, and so the first 9; nothing to do" in said[-1] and files(tmp_path / "grown") == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip", ".tar"])
+def test_what_is_damaged_is_not_taken_over(build, tmp_path, suffix):
+    build(f"whole/x{suffix}", n=24)
+    out = build(f"grown/x{suffix}", n=20)
+    damaged = out / "00000" / "img00000003.png" if not suffix else out
+    data = bytearray(damaged.read_bytes())
+    at = data.index(b"IDAT", 0 if not suffix else len(data) // 4) + 6  # within pixels
+    data[at] ^= 1
+    damaged.write_bytes(bytes(data))
+    build(f"grown/x{suffix}", n=24)
+    assert files(tmp_path / "grown") == files(tmp_path / "whole")
+
+
+GROWING_KILLS = [("", "compute", 1), ("", "record", 2), ("", "replace", 4), ("", "replace", 9), (".zip", "replace", 1), (".zip", "record", 1),
+                 (".tar", "replace", 5), (".npz", "replace", 6)]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix, die_in, die_at", GROWING_KILLS)
+def test_a_kill_while_it_grows_leaves_what_was_there(student, reference, build, tmp_path, suffix, die_in, die_at):
+    out = build(f"work/x{suffix}", n=7)
+    before = files(tmp_path / "work")
+    assert finish(start(arguments(student, out), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
+    now = files(tmp_path / "work")
+    if suffix:
+        assert now[f"x{suffix}"] == before[f"x{suffix}"]
+    elif (die_in, die_at) != ("replace", 9):  # amid the new images' names
+        assert len(open_images(out)) == 7 and now["x/samples.json"] == before["x/samples.json"]
+    build(f"work/x{suffix}")
+    expected = {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+    assert files(tmp_path / "work") == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_workers_asked_for_different_numbers_make_the_largest(student, reference, tmp_path, suffix):
+    out = tmp_path / "work" / f"x{suffix}"
+    parts = out.with_name(out.name + ".parts")
+    small = [str(word) if word != 20 else "9" for word in arguments(student, out)]
+    first = start(small, tmp_path / "first", pause=0.1)
+    wait_for(lambda: (parts / ".locks" / "part-00000.safetensors.lock").exists())
+    workers = [start(arguments(student, out), tmp_path / "second"), start(small, tmp_path / "third")]
+    assert [finish(worker) for worker in (first, *workers)] == [0, 0, 0]
+    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}

@@ -1,0 +1,95 @@
+"""The metadata of d2o's own checkpoints and states, as files that may say anything."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from d2o.interop.records import Finite, Record, SpecRecord, check_record
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, le=2**53)]
+Calls = Annotated[int, Field(ge=1, le=1000)]
+
+
+class Maker(Record):
+    """The teacher that something was made from."""
+
+    name: str | None = None
+    sha256: str | None = None
+    licence: str | None = None
+
+
+class Product(Record):
+    """What every checkpoint says: its network, and where it comes from."""
+
+    format: Literal["d2o"] = "d2o"
+    version: Literal[1] = 1
+    kind: str
+    network: dict[str, Any]
+    teacher: Maker | None = None
+    recipe: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    provenance: list[dict[str, Any]] | None = None
+    images: Whole | None = None
+
+
+class Generator(Product):
+    """A teacher."""
+
+    spec: SpecRecord
+
+
+class Denoiser(Record):
+    kind: Literal["denoiser"]
+    sigma: Positive
+
+
+class Multistep(Record):
+    kind: Literal["multistep"]
+    steps: Calls
+
+
+class Style(Record):
+    kind: Literal["style"]
+    noise: str
+    truncation: Finite
+
+
+class Consistency(Record):
+    kind: Literal["consistency"]
+    form: str
+    sigma: Positive
+    steps: Calls
+    middle: Positive
+
+
+class Student(Generator):
+    """`student`: its kind, and that kind's settings."""
+
+    student: Annotated[Denoiser | Multistep | Style | Consistency, Field(discriminator="kind")]
+
+
+class State(Record):
+    """What a training continues from."""
+
+    version: Literal[1] = 1
+    iteration: Whole
+    images: Whole
+    best: dict[str, Any] | None = None
+    scores: dict[str, float] = {}
+    bad_gradients: dict[str, Whole] = {}
+    watch: dict[str, Any] | None = None
+
+
+MODELS: dict[str, type[Record]] = {"teacher": Generator, "student": Student, "extractor": Product, "autoencoder": Product, "state": State}
+"""Kind of file -> what its metadata must be."""
+
+
+def check_checkpoint(meta: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata itself. UserError, naming file and key: it is not what a file of its kind says. Other kinds are left to who knows them."""
+    if (model := MODELS.get(str(meta.get("kind")))) is not None:
+        check_record(model, meta, f"{path}: its metadata", "expected a file made by `d2o`; copy or make it again")
+    return meta

@@ -1,0 +1,39 @@
+"""What a recipe leaves open of its pairs, read from the store that it names: a store says itself how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2o.recipes.sections import Pairs
+
+
+def fill_from_store(data: dict[str, Any], begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's plain data, with what its `pairs:` do not say taken from the store at `pairs.path`, if there is one; the teacher too.
+
+    `begun`: the resolved recipe of the run that is continued, which is believed instead: the store may have grown since. UserError: the store's
+    manifest is damaged.
+    """
+    pairs = data.get("pairs")
+    if not isinstance(pairs, dict) or not isinstance(path := pairs.get("path"), str) or not path:
+        return data
+    before = (begun or {}).get("pairs") or {}
+    if before.get("path") == path:
+        assert begun is not None
+        found, teacher = before, begun.get("teacher")
+    else:
+        found, teacher = _said_by(path)
+    known = {key: value for key, value in found.items() if key in Pairs.model_fields}
+    filled = {**data, "pairs": {**known, **pairs}}
+    return {**filled, "teacher": teacher} if filled.get("teacher") is None and teacher is not None else filled
+
+
+def _said_by(path: str) -> tuple[dict[str, Any], str | None]:
+    """The settings that a store was made with, and its teacher; nothing where there is no store."""
+    from d2o.data.pair_files import open_store, store_folder
+
+    if store_folder(path).manifest() is None:
+        return {}, None
+    _, manifest, settings = open_store(path)
+    compute = {name: manifest["compute"][name] for name in ("batch", "precision", "channels_last") if name in manifest["compute"]}
+    return {**settings.to_dict(), **compute}, settings.teacher

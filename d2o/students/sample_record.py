@@ -1,0 +1,51 @@
+"""What a sample archive says of itself, as a file that may say anything."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from d2o.data.pair_record import Compute, Count
+from d2o.interop.records import MAX_SEED, Record, check_record
+
+
+class Settings(Record):
+    n: Count
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    labels: str
+
+
+class Source(Record):
+    kind: Literal["student", "teacher"]
+    sha256: str
+
+
+class SampleRecord(Record):
+    format: Literal["d2o-samples"]
+    version: Literal[1]
+    settings: Settings
+    source: Source
+    compute: Compute
+
+
+class Chunked(Compute):
+    chunk: Count
+
+
+class PartsRecord(SampleRecord):
+    """That of an archive that is being made."""
+
+    compute: Chunked
+
+
+def check_samples(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record itself. UserError, naming `where` and the key: not as d2o writes it."""
+    check_record(SampleRecord, record, f"{where}: its samples.json is damaged", "move it away, and sample again")
+    return record
+
+
+def check_parts(record: Any, where: str) -> dict[str, Any]:
+    """As `check_samples`, of the record of parts that are being made."""
+    check_record(PartsRecord, record, f"{where}: its record is damaged", f"remove {where} to begin again")
+    return record
