@@ -64,12 +64,18 @@ class Consistency(Record):
     sigma: Positive
     steps: Calls
     middle: Positive
+    clamp: bool = False
 
 
 class Student(Generator):
     """`student`: its kind, and that kind's settings."""
 
     student: Annotated[Denoiser | Multistep | Style | Consistency, Field(discriminator="kind")]
+
+
+class LossScale(Record):
+    scale: Positive
+    clean: Whole
 
 
 class State(Record):
@@ -81,7 +87,13 @@ class State(Record):
     best: dict[str, Any] | None = None
     scores: dict[str, float] = {}
     bad_gradients: dict[str, Whole] = {}
+    products: dict[str, str] = {}
+    since: list[dict[str, float]] = []
     watch: dict[str, Any] | None = None
+    divergence: dict[str, Any] | None = None
+    loss_scale: LossScale | None = None
+    start: str | None = None
+    recipe: dict[str, Any] = {}
 
 
 MODELS: dict[str, type[Record]] = {"teacher": Generator, "student": Student, "extractor": Product, "autoencoder": Product, "state": State}
