@@ -63,7 +63,7 @@ def test_deep_json_and_pipes_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a result"):
         load_records(tmp_path / "deep.json")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="is a named pipe"):
         load_records(tmp_path / "pipe")
 
 
