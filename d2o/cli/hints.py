@@ -26,12 +26,13 @@ def typed(context: Any) -> None:
     own.update(options.get(context.invoked_subcommand, ()), {"--help"})
     keys.clear()
     if context.invoked_subcommand in ("train", "finetune"):
+        keys.update({"--extractor": "eval.extractor", "--against": "eval.reference", "--protocol": "eval.protocol"})
         keys.update((option, f"pairs.{option[2:].replace('-', '_')}") for option in options["pairs"] - own if option.startswith("--"))
 
 
 def fit(hint: str) -> str:
-    """The ways out that the hint offers (parted by line breaks, `;` or `, or`), without those by options that this command does not have. What
-    names another command (`d2o eval --against`) stays; a recipe's keys stand for the options of `d2o pairs`."""
+    """The ways out that a hint offers (parted by line breaks, `;` or `, or`), without those by options that this command does not have. What
+    names another command (`d2o eval --against`) stays; a recipe's keys stand for the options of `d2o pairs` and `d2o eval`."""
     parts = BREAKS.split(hint)
     kept = ""
     for separator, part in zip(["", *parts[1::2]], parts[::2], strict=True):

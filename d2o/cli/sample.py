@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,12 +137,15 @@ def _sampler(
     from d2o.export.source import find_checkpoint
     from d2o.students.base import load_student
     from d2o.students.generate import student_sampler, teacher_sampler
+    from d2o.teachers.registry import teacher_names
 
     if teacher is not None:
         model = open_teacher(teacher, device)
         prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
         return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
+    if str(checkpoint) in teacher_names() and not checkpoint.exists():
+        raise UserError(f"{checkpoint} is a teacher, not a student's checkpoint", f"d2o sample --teacher {checkpoint} samples it")
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     student = student if steps is None else student.with_steps(steps)
     return student_sampler(student if truncation is None else _truncated(student, truncation, checkpoint))
@@ -187,14 +189,12 @@ def _walk(
 def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
     from d2o.data.pictures import draw_sheet, lay_out
     from d2o.interop.safetensors_io import atomic_path
-    from d2o.interop.temporary import sweep
     from d2o.students.generate import first_images
 
     images, labels = first_images(sampler, record, 64)
     classes = None if labels is None else labels.tolist()
     names = dict(zip(classes, sampler.prompts.many(classes), strict=True)) if sampler.prompts is not None and classes is not None else None
     picture = draw_sheet([("", images)], lay_out(len(images), classes, names))
-    sweep(path.parent, glob.escape(path.name))
     with atomic_path(path) as temporary:
         picture.save(temporary, "png")
     console.say(f"wrote {path}")

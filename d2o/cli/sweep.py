@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2o.cli import console
+from d2o.cli.hints import fit
 from d2o.cli.pairs import open_device
 from d2o.cli.plan import show_plan, size, verdict
 from d2o.cli.train_run import begin_run, check_options, check_run, finish_run, opened
@@ -47,8 +48,9 @@ def run_sweep(
         _show_plans(sweep, plans)
         verdict(plans)
         return
-    if lines := [f"--sweep: {member.name}: {'; '.join(p.refused)}" for member, p in zip(sweep.members, plans, strict=True) if p.refused]:
-        raise UserError("\n".join(lines))
+    refused = {member.name: "\n".join(map(fit, plan.refused)) for member, plan in zip(sweep.members, plans, strict=True) if plan.refused}
+    if refused:
+        raise UserError("\n".join(f"--sweep: {name}: {why}" for name, why in refused.items()))
     folder, count = out or Path("runs") / (sweep.folder + ("-mini" if mini else "")), len(sweep.members)
     device = open_device(device_name)
     with stop_flag() as stop, process_group(device) as (rank, world), ExitStack() as held:
@@ -119,7 +121,7 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
     for member, plan in zip(sweep.members[1:], plans[1:], strict=True):
         for line in (*plan.missing, *plan.refused):
             if line not in (*plans[0].missing, *plans[0].refused):
-                console.out.print(f"{member.name}: {line}", markup=False)
+                console.out.print(f"{member.name}: {fit(line)}", markup=False)
     calls, disk = sum(sum(plan.calls.values()) for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
     console.out.print(f"together: {calls:,} network calls, {size(disk)} of disk")
 

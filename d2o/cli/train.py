@@ -18,7 +18,7 @@ SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe val
                    autocompletion=complete.keys)  # fmt: skip
 OUT = typer.Option(None, "--out", help="Run folder. Default: `runs/<recipe name>`; of a sweep `runs/<recipe name>-sweep-<keys>`.", show_default=False)
 RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state. What its past does not depend on may change: "
-                      "images (with a constant learning rate), eval, preview, checkpoint, log_every.")  # fmt: skip
+                      "images (with a constant learning rate), eval, preview, checkpoint, log_every, tracker.")  # fmt: skip
 DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
                     "Their licence is `--set data.licence=...`.", show_default=False, autocompletion=complete.files)  # fmt: skip
 ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False,
@@ -90,6 +90,8 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
     if plan:
         return _plan(recipe, folder, resume, data or on_bad, device_name, start)
     check_options(recipe, data or on_bad, start)
+    if data is not None and recipe.data is not None and recipe.data.licence is None:
+        console.say("the licence of these images is not stated; --set data.licence=... records it in what is trained on them")
     from d2o.runtime import stop_flag
     from d2o.training.distributed import process_group
 

@@ -124,7 +124,7 @@ def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device
         try:
             setup = prepare(recipe, device, start, console.say, progress, stop)
         except MissingImages as error:
-            raise UserError(error.message, f"{error.hint}\n{_ways_on(name, overrides)}") from error
+            raise UserError(error.message, f"{error.hint}\n{_ways_on(name, overrides, start)}") from error
     trainer = Trainer(recipe, setup, folder, rank, world, start=start, provenance=provenance_of(setup), say=console.say)
     trainer.evaluation.check()  # what is refused leaves no folder
     settle_threads(trainer)
@@ -171,14 +171,15 @@ def finish_run(trainer: Trainer, stop: Any) -> None:
     console.say(f"wrote {folder / 'checkpoints' / 'last.safetensors'}")
 
 
-def _ways_on(name: str, overrides: list[str]) -> str:
+def _ways_on(name: str, overrides: list[str], start: Path | None) -> str:
     """What can be run once the images are there, and what can without them."""
     from d2o.recipes.load import load_recipe
 
-    lines = [f"with them:    d2o train {name} --data PATH"]
+    command = f"d2o train {name}" if start is None else f"d2o finetune {name} --from {start}"
+    lines = [f"with them:    {command} --data PATH"]
     try:
         load_recipe(name, [text for text in overrides if not text.startswith("data.")], mini=True)
-        lines.append(f"without them: d2o train {name} --mini     (the same code on small images that are here already)")
+        lines.append(f"without them: {command} --mini     (the same code on small images that are here already)")
     except UserError:  # a recipe without a `mini:` section
         pass
     return "\n".join(lines)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from d2o.errors import UserError
 from d2o.methods.base import get_method, method_names
 from d2o.teachers.base import Teacher
 from d2o.teachers.kinds import Kind, kind_of
+from d2o.teachers.registry import teacher_names
 
 DISTILS = {
     "edm": "denoisers of the EDM family",
@@ -38,8 +41,9 @@ def check_kind(method: str, kind: Kind) -> None:
     if ways := methods_for(kind):
         first = f"methods that take this teacher: {', '.join(ways)}"
     else:
-        commands = f"d2o sample --teacher {kind.name}, d2o pairs --teacher {kind.name}, d2o eval {kind.name}"
-        first = f"no method trains on such a teacher yet; what it can do: {commands}"
+        commands = f"d2o sample --teacher {kind.name}, d2o pairs --teacher {kind.name}"
+        measured = f", d2o eval {kind.name}" if kind.name in teacher_names() or Path(kind.name).exists() else ""  # not from the hub itself
+        first = f"no method trains on such a teacher yet; what it can do: {commands}{measured}"
     rest = "any of NVIDIA's .pkl, and what `d2o train` makes with method edm"
     names = "digits, edm-..., edm2-..." if wanted == "edm" else "digits, edm-..."
     hint = f"{first}\nteachers that method {method} takes: {names} (d2o teachers lists them), {rest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
-from d2o.interop.inputs import read_json
+from d2o.interop.inputs import check_input, read_json
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.metrics.features import Extractor, check_shape
 from d2o.metrics.prepare import parse_preparation, quantize
@@ -105,14 +106,10 @@ Subject = Generator | Pictures | Numbers
 
 def check_there(text: str) -> None:
     """UserError, at once, where `open_subject` would find nothing of that name, or nothing that can be opened."""
-    path = Path(text)
-    try:
-        special = path.exists() and not (path.is_file() or path.is_dir())
-    except OSError as error:  # a name that is too long
-        raise UserError(f"cannot look for {text[:80]!r}...: {error.strerror or error}") from error
-    if special:
-        raise UserError(f"{text} is neither a file nor a folder")
-    if not (text.startswith("real:") or text in teacher_names() or any(mark in path.name for mark in "*{") or path.exists()):
+    there = os.path.exists(text)
+    if there and not os.path.isdir(text):
+        check_input(text, "images, a checkpoint or statistics")
+    if not (there or text.startswith("real:") or text in teacher_names() or any(mark in Path(text).name for mark in "*{")):
         raise _absent(text)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from d2o.data.work import LOCKS, MANIFEST, WorkFolder
+from d2o.data.work import LOCKS, MANIFEST, Claim, WorkFolder
 from d2o.errors import UserError
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
@@ -61,7 +61,8 @@ class Workplace:
 
         self.root = None if memory else folder or home() / "eval"
         self.kept, self.stop, self.say = folder is not None, stop, say
-        self.used: dict[Path, FileLock] = {}
+        self.user = f"user-{os.getpid()}-{secrets.token_hex(4)}"
+        self.used: dict[Path, Claim] = {}
         if self.root is not None:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -100,19 +101,17 @@ class Workplace:
         while not self.kept and path not in self.used:
             folder = begin(path, work.record)
             with folder.locked():
-                if folder.manifest() is None:  # the last user left meanwhile
+                if folder.manifest() is None or (lock := folder.claim(self.user)) is None:  # the last user left meanwhile
                     continue
-                lock = folder.claim(f"user-{os.getpid()}-{secrets.token_hex(4)}")
-                if isinstance(lock, FileLock):
-                    self.used[path] = lock
-                    _signature(path, worker()[0]).unlink(missing_ok=True)  # of an evaluation that was killed
+                self.used[path] = lock
+                _signature(path, worker()[0]).unlink(missing_ok=True)  # of an evaluation that was killed
 
-    def _leave(self, path: Path, lock: FileLock, done: bool) -> None:
+    def _leave(self, path: Path, lock: Claim, done: bool) -> None:
         """Sign off where all is `done`; the last one removes the pass."""
         folder, (rank, workers) = WorkFolder(path, KIND, "parts"), worker()
         with contextlib.suppress(OSError, UserError), folder.locked():
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+            (path / LOCKS / f"{self.user}.lock").unlink(missing_ok=True)
             if done:
                 _signature(path, rank).touch()
                 if all(_signature(path, other).exists() for other in range(workers)) and not _living(path):

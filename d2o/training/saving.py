@@ -70,7 +70,7 @@ def save(t: Trainer, images: int, numbered: bool) -> None:
             **t.loss_scale.record(),
         }  # fmt: skip
         if rows:
-            record["since"] = rows
+            record["since"] = [list(row.items()) for row in rows]  # pairs: the record sorts names, the log does not
         if t.watch.started:
             record["watch"] = {"state": t.watch.state}
         if t.divergence.state["bad"]:

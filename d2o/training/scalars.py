@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ class Scalars:
     def clear(self) -> None:
         self.kept = []
 
-    def restore(self, rows: Sequence[Row]) -> None:
-        """Undo `rows`, for a resumed run whose next line begins before it was stopped."""
-        self.kept = [{key: torch.tensor(value, device=self.device) for key, value in row.items()} for row in rows]
+    def restore(self, rows: Iterable[Iterable[tuple[str, float]] | Row]) -> None:
+        """Undo `rows` (each may be pairs), for a resumed run whose next line begins before it was stopped."""
+        self.kept = [{key: torch.tensor(value, device=self.device) for key, value in dict(row).items()} for row in rows]
 
     def rows(self) -> list[Row]:
         """Those of each iteration, means over the processes, which all have to call this. Waits for the device."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,8 @@ from d2o.training.precision import autocast
 if TYPE_CHECKING:
     from d2o.training.loop import Trainer
 
-ITERATIONS, SECONDS = 3, 20.0
-"""What each number of threads is measured with, at most; each is measured twice, in turn, and its fastest iteration counts."""
+ITERATIONS, SECONDS = 6, 20.0
+"""At most so many iterations at a time, and so long altogether. Each number of threads is measured twice, in turn."""
 
 
 def settle_threads(trainer: Trainer) -> None:
@@ -27,7 +29,9 @@ def settle_threads(trainer: Trainer) -> None:
     recipe = trainer.recipe
     if recipe.threads == AUTO:
         most = torch.get_num_threads()
-        if trainer.device.type != "cpu" or trainer.world > 1 or most == 1:
+        if trainer.world > 1:
+            threads, why = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world))), "this process's share of the cores"
+        elif trainer.device.type != "cpu" or most == 1:
             threads, why = most, "as torch has it"
         else:
             found = measure(trainer, (1, most))
@@ -40,30 +44,39 @@ def settle_threads(trainer: Trainer) -> None:
 
 
 def measure(trainer: Trainer, candidates: tuple[int, ...]) -> dict[int, float]:
-    """Seconds of the fastest of a few first iterations with each number of threads; the trainer is as it was before."""
-    before, found = _state(trainer), dict.fromkeys(candidates, float("inf"))
+    """Mean seconds of a few first iterations with each number of threads (the mean: where a host takes cores away, threads that wait for each
+    other are slow on average, not at their best); the trainer is as it was before."""
+    before = _state(trainer)
+    spent: dict[int, list[float]] = {threads: [] for threads in candidates}
     try:
         for threads in (*candidates, *candidates):
             torch.set_num_threads(threads)
-            begun = time.perf_counter()
-            for iteration in range(ITERATIONS):
-                trainer.iteration = iteration
-                torch.manual_seed(mix(trainer.recipe.seed, "step", iteration, trainer.rank))
-                batch, start = trainer.batches.get(iteration), time.perf_counter()
-                with autocast(trainer.recipe.precision, trainer.device):
-                    trainer.method.step(trainer, batch, iteration)
-                now = time.perf_counter()
-                found[threads] = min(found[threads], now - start)
-                if now - begun > SECONDS / 4:
-                    break
+            seconds: list[float] = []
+            while len(seconds) < ITERATIONS and sum(seconds) < SECONDS / 4:
+                seconds.append(_iteration(trainer, len(seconds)))
+            spent[threads] += seconds[1:] or seconds  # the first one warms up
             _restore(trainer, before)
     finally:
         torch.set_num_threads(max(candidates))
-    return found
+    return {threads: statistics.mean(seconds) for threads, seconds in spent.items()}
+
+
+def _iteration(trainer: Trainer, iteration: int) -> float:
+    """Seconds of that iteration, done as `Trainer.run` does it."""
+    trainer.iteration = iteration
+    torch.manual_seed(mix(trainer.recipe.seed, "step", iteration, trainer.rank))
+    batch, start = trainer.batches.get(iteration), time.perf_counter()
+    with autocast(trainer.recipe.precision, trainer.device):
+        trainer.method.step(trainer, batch, iteration)
+    return time.perf_counter() - start
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    """All that an iteration changes: what a training state holds (see `Trainer.save`)."""
+    """All that an iteration changes: what a training state holds (see `saving.save`)."""
     modules = {**trainer.networks, **trainer.states}
     return copy.deepcopy({
         "modules": {name: module.state_dict() for name, module in modules.items()},

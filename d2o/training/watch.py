@@ -105,7 +105,7 @@ class Watch:
             self._judge(fault, iteration)
 
     def _faults(self) -> list[Fault]:
-        return [*FAULTS, *(_explosion(key) for key in self.state["recent"] if key.startswith("grad_"))]
+        return [*FAULTS, *(_explosion(key) for key in sorted(self.state["recent"]) if key.startswith("grad_"))]
 
     def _judge(self, fault: Fault, iteration: int) -> None:
         points = self.state["recent"].get(fault.key, [])

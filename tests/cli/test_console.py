@@ -26,6 +26,7 @@ def run(*words: object) -> int:
         ("eval", "put it at X, or name it with --weights inception=PATH", "put it at X, or name it with --weights inception=PATH"),
         ("train", "leave --cfg away", "leave pairs.cfg away"),
         ("pairs", "leave --cfg away", "leave --cfg away"),
+        ("train", "give another --extractor; --resize crop crops", "give another eval.extractor"),
         ("train", "for this teacher: --solver ddim --eta 1", "for this teacher: pairs.solver ddim pairs.eta 1"),
         ("teachers", "choose another --out", ""),
         ("train", "d2o eval --against takes statistics; here images are needed", "d2o eval --against takes statistics; here images are needed"),

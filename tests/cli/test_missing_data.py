@@ -28,6 +28,7 @@ def test_one_screen_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
     assert run("train", name, "--data", "typo", "--set", "batch=32") == 2
     assert "no such file or folder: typo" in (said := capsys.readouterr().err) and "--mini" in said
+    assert "the licence of these images is not stated; --set data.licence=" in said
 
 
 def test_own_recipes_say_their_own(tmp_path, monkeypatch, capsys):

@@ -74,6 +74,7 @@ def test_a_teacher(run, tmp_path):
         (["t.safetensors", "--n", 3, "--out", "x.zip"], "holds a teacher, not a student"),
         (["--teacher", "s.safetensors", "--n", 3, "--out", "x.zip"], "holds a student, not a teacher"),
         (["missing.safetensors", "--n", 3, "--out", "x.zip"], "no such file"),
+        (["digits", "--n", 3], "d2o sample --teacher digits samples it"),
         (["--teacher", "digitz", "--n", 3, "--out", "x.zip"], "did you mean 'digits'"),
         (["s.safetensors", "--n", 3, "--out", "t.safetensors/x.zip"], "t.safetensors is a file"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
+from d2o.interop.temporary import temporary_file
 from d2o.metrics.records import check_json_target, load_records, save_records
 from tests.metrics.samples import record
 
@@ -65,6 +66,14 @@ def test_deep_json_and_pipes_are_no_results(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is a named pipe"):
         load_records(tmp_path / "pipe")
+
+
+def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path: Path) -> None:
+    for name in (".e.json.12345678.tmp", ".other.json.12345678.tmp"):
+        (tmp_path / name).write_text("half")
+    with temporary_file(tmp_path / "e.json") as living:
+        check_json_target(tmp_path / "e.json")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([living.name, ".other.json.12345678.tmp"])
 
 
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Intact:
         outcome = forks.run(function, cwd=folder, log=log, seconds=SECONDS, memory=MEMORY)
         if outcome.code != 0:
             return outcome, {}
-        products = snapshot(folder)
+        products = snapshot(folder, self.specimen.unlike)
         products.pop(str(self.file), None)
         return outcome, products
 

@@ -76,7 +76,11 @@ def content(run: Path) -> dict[str, Any]:
     """All that is in a run's folder and does not depend on the clock."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in run.rglob("*") if "tensorboard" not in path.parts):
-        found[str(path.relative_to(run))] = log(run) if path.name == "metrics.jsonl" else path.read_bytes() if path.is_file() else None
+        name = str(path.relative_to(run))
+        if path.name == "metrics.jsonl":
+            found[name] = [list(line.items()) for line in log(run)]  # in this order
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
     return found
 
 
