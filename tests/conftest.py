@@ -9,6 +9,10 @@ os.environ.update(NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", 
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_name, None)
 
+from d2o.runtime import share_cores  # noqa: E402
+
+share_cores()  # as the command does it: idle threads of tests make way, for each other and for the processes that tests start
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
