@@ -12,6 +12,10 @@ for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these as there are cores: one thread each, in the commands that they start, too
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from d2o.runtime import share_cores  # noqa: E402
+
+share_cores()  # as the command does it: idle threads of tests make way, for each other and for the processes that tests start
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

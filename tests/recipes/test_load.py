@@ -662,7 +662,7 @@ def test_every_key_is_described_with_its_default():
     assert all(row.description for row in rows.values())
     sections = {"student", "optim", "checkpoint", "extends", "mini"}
     required = {"name", "method", "batch", "images", "data.path", "pairs.n", "optim.lr", "optim_critic.lr", "eval.every",
-                "preview.every"}  # fmt: skip
+                "preview.every", "tracker.name"}  # fmt: skip
     for key, row in rows.items():
         if not key.startswith("fake") and key not in sections | required:
             assert "(default" in row.description, key

@@ -358,3 +358,21 @@ def test_workers_asked_for_different_numbers_make_the_largest(student, reference
     workers = [start(arguments(student, out), tmp_path / "second"), start(small, tmp_path / "third")]
     assert [finish(worker) for worker in (first, *workers)] == [0, 0, 0]
     assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+
+
+
+
+def test_workers_of_several_threads_write_what_one_of_them_writes(student, tmp_path):
+    """They take the threads that the first one recorded, also where they would have taken another number themselves."""
+
+    def begin(out, threads, pause):
+        words = ["--threads", threads] if threads else []
+        return start(["sample", student, "--n", 20, "--out", out, "--batch", 4, "--chunk", 8, *words], tmp_path / f"log{threads}", pause)
+
+    assert finish(begin(tmp_path / "one.zip", 2, 0.0)) == 0
+    first = begin(tmp_path / "two.zip", 2, 0.2)
+    wait_for((tmp_path / "two.zip.parts" / "manifest.json").exists)
+    second = begin(tmp_path / "two.zip", 1, 0.0)
+    assert (finish(first), finish(second)) == (0, 0)
+    assert "was begun with threads 2" in (tmp_path / "log1").read_text().replace("\n", " ")
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
