@@ -81,7 +81,8 @@ def run_sweep(
                     try:
                         finish_run(trainer, stop)
                     except UserError as error:
-                        if world > 1:  # the other processes may not have met it
+                        # The other processes may not have met it; a disk that is full is so for the next member, too.
+                        if world > 1 or isinstance(error.__cause__, OSError):
                             raise
                         failed[member.name] = error.message
                         console.error(f"{where}: {error.message}", error.hint)
