@@ -88,7 +88,7 @@ class State(Record):
     scores: dict[str, float] = {}
     bad_gradients: dict[str, Whole] = {}
     products: dict[str, str] = {}
-    since: list[dict[str, float]] = []
+    since: list[list[tuple[str, float]]] = []  # in the order of the log
     watch: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
     loss_scale: LossScale | None = None
