@@ -159,7 +159,7 @@ class Folder(ABC):
             raise Vanished(f"{self.url}/{MANIFEST} has vanished", "was the folder removed meanwhile?")
         return manifest
 
-    def _parse(self, data: bytes) -> dict[str, Any]:
+    def parse(self, data: bytes) -> dict[str, Any]:
         """The manifest in these bytes. UserError: not one of this kind, or not as it was written."""
         where = f"{self.url}/{MANIFEST}"
         try:

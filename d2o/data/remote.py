@@ -129,9 +129,9 @@ class RemoteFolder(Folder):
         if (data := self.objects.read(MANIFEST)) is None:
             return None
         with contextlib.suppress(UserError):
-            return self._parse(data)
+            return self.parse(data)
         time.sleep(self.settle)
-        return self._parse(self.objects.read(MANIFEST) or b"")
+        return self.parse(self.objects.read(MANIFEST) or b"")
 
     def _present_entries(self) -> list[dict[str, Any]]:
         return (self._stored_manifest() or {self.entries: []})[self.entries]

@@ -51,7 +51,7 @@ class WorkFolder(Folder):
             return None
         except OSError as error:
             raise UserError(f"cannot read {self.path / MANIFEST}: {error.strerror or error}") from error
-        return self._parse(data)
+        return self.parse(data)
 
     def open(self, record: dict[str, Any]) -> dict[str, Any]:
         if self.path.exists() and not self.path.is_dir():

@@ -137,15 +137,15 @@ def _damage(path: Path, record: dict[str, Any]) -> str | None:
     """What is wrong with a folder that should hold the pass of this record; None: it is one, or not begun."""
     parts = any(path.glob("part-*.safetensors"))  # looked for first: a worker that starts beside us writes the manifest before them
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = WorkFolder(path, KIND, "parts").parse((path / MANIFEST).read_bytes())
         _Manifest.model_validate(manifest)
     except FileNotFoundError:
         return f"it has no {MANIFEST}" if parts else None
     except OSError:
         return None  # said where it is opened
-    except (ValueError, RecursionError, ValidationError):
+    except (UserError, ValidationError):
         return f"{MANIFEST} is not one of an evaluation"
-    if (manifest["format"], manifest["version"], manifest["record"]) != (KIND, 1, json.loads(json.dumps(record))):
+    if manifest["record"] != json.loads(json.dumps(record)):
         return f"{MANIFEST} is of another evaluation"
     return None
 
