@@ -6,6 +6,7 @@ import torch
 import yaml
 
 import d2o
+from d2o.errors import UserError
 from d2o.export.card import card
 from d2o.export.exporter import export_checkpoint
 from d2o.export.parity import Parity
@@ -100,8 +101,11 @@ def test_text_in_the_metadata_cannot_break_the_card(tmp_path):
     assert not re.search(r"^# heading", text.replace(section(text, "Recipe"), ""), re.M)
 
 
-def test_metadata_of_odd_types_still_gives_a_card(tmp_path):
-    save_conditional(tmp_path / "s.safetensors", teacher="x", recipe=["y"], metrics=3, provenance="z", images=None)
+def test_metadata_of_odd_types_is_refused_and_absent_ones_still_give_a_card(tmp_path):
+    save_conditional(tmp_path / "odd.safetensors", teacher="x", recipe=["y"], metrics=3, provenance="z")
+    with pytest.raises(UserError, match=r"metadata: teacher: [^\n]*\n.*metadata: recipe: "):
+        open_source(tmp_path / "odd.safetensors")
+    save_conditional(tmp_path / "s.safetensors", teacher=None, recipe=None, metrics=None, provenance=None, images=None)
     text = card(open_source(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
     assert "The checkpoint does not name its teacher." in text
     assert "`CC0-1.0`" in text  # from the spec

@@ -375,7 +375,7 @@ def test_what_does_not_fit_the_teacher():
     with pytest.raises(UserError, match="in EDM's own preconditioning"):
         method(teacher=vp)
     with pytest.raises(UserError, match="needs a `teacher:`"):
-        get_method("consistency")(Setup(ConsistencyOptions()))
+        get_method("consistency")(Setup(ConsistencyOptions(), images=Images()))
 
 
 SMALL = ["images=160", "batch=16", "consistency.N=8", "log_every=1", "eval=null", "preview=null", "checkpoint.every=64", "student.dropout=0.1"]

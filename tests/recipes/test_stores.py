@@ -77,7 +77,7 @@ def test_fewer_pairs_are_the_first_and_more_are_made(recipe, make, tmp_path):
     make()
     assert d2o("train", recipe, "--set", "pairs.n=9", "--out", tmp_path / "few", "--device", "cpu") == 0
     assert len(PairStore(tmp_path / "pairs")) == 24
-    assert "8 more pairs" in make_plan(load_recipe(recipe, ["pairs.n=32"])).missing[0]
+    assert "8 more pairs" in make_plan(load_recipe(recipe, ["pairs.n=32"])).first[0]
     assert d2o("train", recipe, "--set", "pairs.n=32", "--out", tmp_path / "more", "--device", "cpu") == 0
     assert len(PairStore(tmp_path / "pairs")) == 32
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 
 import pytest
@@ -92,12 +93,13 @@ def test_offline_says_which_file_to_put_where(home):
 
 
 def test_downloaded_then_checked_at_every_load(home, tmp_path, monkeypatch):
-    source = put(tmp_path / "server" / "net.pkl")
+    content = pickle.dumps({"ema": None})
+    source = put(tmp_path / "server" / "net.pkl", content)
     entry = catalogue.Published("mine", "nvidia", f"file://{source}", "MIT", "https://example.org", "a test", parameters=1)
     path = fetch(entry)
     assert path == home / "teachers" / "net.pkl"
-    assert download.read_record(path)["sha256"] == hashlib.sha256(b"weights").hexdigest()
-    path.write_bytes(b"weighty")
+    assert download.read_record(path)["sha256"] == hashlib.sha256(content).hexdigest()
+    path.write_bytes(content[:-1] + b"x")
     with pytest.raises(UserError, match="damaged or another file"):
         fetch(entry)
 

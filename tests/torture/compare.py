@@ -81,7 +81,7 @@ def _content(path: Path, speeds: set[str]) -> str:
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
             try:
                 return "\n".join(json.dumps(without_times(json.loads(line))) for line in lines)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return text
         if path.suffix == ".csv":
             text = _csv(text)
