@@ -10,7 +10,7 @@ import torch
 from d2o.errors import UserError
 from d2o.export.parity import Runner
 from d2o.export.source import Source
-from d2o.interop.safetensors_io import save_file
+from d2o.interop.safetensors_io import to_bytes
 from d2o.students.base import load_student
 from d2o.teachers.registry import load_teacher
 
@@ -27,7 +27,7 @@ def write_weights(source: Source, path: Path, record: dict[str, Any], dtype: str
         tensors[name] = tensor.to(DTYPES[dtype]) if name in parameters and tensor.is_floating_point() else tensor
         if not tensors[name].isfinite().all() and tensor.isfinite().all():
             raise UserError(f"{name} of {source.path} holds values that {dtype} cannot", "use --dtype bf16 or fp32")
-    save_file(path, tensors, record)
+    path.write_bytes(to_bytes(tensors, record))  # the caller's temporary file already
 
 
 def open_weights(source: Source, path: Path) -> Runner:

@@ -34,6 +34,5 @@ def _said_by(path: str) -> tuple[dict[str, Any], str | None]:
 
     if store_folder(path).manifest() is None:
         return {}, None
-    _, manifest, settings = open_store(path)
-    compute = {name: manifest["compute"][name] for name in ("batch", "precision", "channels_last") if name in manifest["compute"]}
-    return {**settings.to_dict(), **compute}, settings.teacher
+    _, _, settings = open_store(path)  # not how it was computed: a run's recipe is the same whether its store was there before or not
+    return settings.to_dict(), settings.teacher

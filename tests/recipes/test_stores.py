@@ -57,7 +57,7 @@ def test_what_is_left_open_is_as_the_store_says(recipe, make, tmp_path):
     make()
     found = load_recipe(recipe)
     p = found.pairs
-    assert (p.n, p.solver, p.steps, p.seed, p.cfg, p.labels, p.shard_size, p.dtype, p.batch) == (24, "euler", 2, 5, 1.5, "balanced", 8, "bf16", 4)
+    assert (p.n, p.solver, p.steps, p.seed, p.cfg, p.labels, p.shard_size, p.dtype) == (24, "euler", 2, 5, 1.5, "balanced", 8, "bf16")
     assert found.teacher == str(tmp_path / "teacher.safetensors")
     assert load_recipe(recipe, ["pairs.n=9"]).pairs.n == 9
     assert make_plan(found).refused == [] and not make_plan(found).missing
