@@ -134,9 +134,9 @@ def _cifar_batch(container: Container, member: Member) -> tuple[np.ndarray, list
     values = _unpickled(container, member)
     pixels, labels = values.get("data"), values.get("labels")
     if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072):
-        raise UserError(f"{member.name} holds no images of CIFAR-10", "expected: `data`, uint8 [n, 3072]")
+        raise UserError(f"{container.place(member)} holds no images of CIFAR-10", "expected: `data`, uint8 [n, 3072]")
     if not (isinstance(labels, list) and len(labels) == len(pixels) and all(type(label) is int and 0 <= label < 10 for label in labels)):
-        raise UserError(f"{member.name} holds no labels of CIFAR-10", "expected: `labels`, a number from 0 to 9 for each image")
+        raise UserError(f"{container.place(member)} holds no labels of CIFAR-10", "expected: `labels`, a number from 0 to 9 for each image")
     return pixels, labels
 
 
@@ -144,7 +144,7 @@ def _unpickled(container: Container, member: Member) -> dict[Any, Any]:
     try:
         values = loads(container.read(member), python2=True)
     except OSError as error:
-        raise UserError(f"cannot read {member.name}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {container.place(member)}: {error.strerror or error}") from error
     except Malformed as error:
-        raise UserError(f"{member.name} {error}", HINT) from error
+        raise UserError(f"{container.place(member)} {error}", HINT) from error
     return values if isinstance(values, dict) else {}

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from d2o.errors import UserError
 from d2o.interop.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, kind_of
+from d2o.interop.zips import listed
 
 _PREAD = hasattr(os, "pread")  # not on Windows
 _UNPACKERS: dict[int, Callable[[], Any]] = {zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15), zipfile.ZIP_BZIP2: bz2.BZ2Decompressor}
@@ -33,12 +34,12 @@ class Member(NamedTuple):
 
 
 class Container:
-    """`members`: files only, in no particular order. `bad`: (name, why) of those that cannot be read at all."""
+    """`members`: files only, in no particular order. `bad`: (name, why) of those that cannot be read at all. `path`: where it lies."""
 
     members: list[Member]
 
-    def __init__(self) -> None:
-        self.members = []
+    def __init__(self, path: str) -> None:
+        self.path, self.members = path, []
         self.bad: list[tuple[str, str]] = []
         self.notes: list[str] = []
 
@@ -49,13 +50,17 @@ class Container:
             raise OSError(f"it says that it has {member.size:,} bytes; the limit is {most:,}")
         return self._read(member, limit)
 
+    def place(self, member: Member) -> str:
+        """The member, for messages."""
+        return f"{member.name} in {self.path}"
+
     def _read(self, member: Member, limit: int | None) -> bytes:
         raise NotImplementedError
 
 
 class Folder(Container):
     def __init__(self, path: str):
-        super().__init__()
+        super().__init__(path)
         self.empty: list[str] = []
         try:
             about = os.stat(path)
@@ -97,10 +102,10 @@ class Folder(Container):
 
 class Zip(Container):
     def __init__(self, path: str):
-        super().__init__()
+        super().__init__(path)
         try:
             with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
+                members = listed(archive)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise UserError(f"{path} is not a readable zip: {error}", "it may be cut off: compare its size with the original's") from error
         self._file = SharedFile(open(path, "rb"))  # noqa: SIM115  # closed by it
@@ -142,7 +147,7 @@ class Tar(Container):
 
     def __init__(self, shards: list[tuple[str, str]]):
         """`shards`: (name, path); names stand before those of their members where there are several."""
-        super().__init__()
+        super().__init__(shards[0][1] if len(shards) == 1 else os.path.dirname(shards[0][1]))
         for name, path in shards:
             self._index(name, path, f"{name}/" if len(shards) > 1 else "")
 

@@ -27,7 +27,7 @@ class LmdbFiles(Container):
     """Members are called by their keys, in which order LMDB keeps them, with the suffix of what they are."""
 
     def __init__(self, path: str):
-        super().__init__()
+        super().__init__(path)
         file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
         size = check_input(file, "an LMDB")
         try:

@@ -136,7 +136,7 @@ class Files(Source):
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             hint = 'expected: {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}'
-            raise UserError(f"{table.name} does not hold labels as EDM writes them: {what}", hint) from error
+            raise UserError(f"{self._container.place(table)} does not hold labels as EDM writes them: {what}", hint) from error
         if rows is None:
             self.notes.append(f"unlabelled, as {table.name} says")
             return None

@@ -9,7 +9,7 @@ in all its versions, and any place in it is reached without reading what comes b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from d2o.data.prompts import unpack
-from d2o.data.work import Unit, ahead
+from d2o.data.work import Ahead, Unit
 from d2o.errors import UserError
 
 
@@ -95,7 +95,8 @@ class PairStream:
             what = f"the store has {self.pairs} pairs, fewer than one batch of {batch * world}"
             raise UserError(what + (f" ({batch} on each of {world} ranks)" if world > 1 else ""), "choose a smaller batch")
         self._position = (0, 0)
-        self._running: Generator[Batch, None, None] | None = None
+        self._running: Ahead[Any, Batch] | None = None  # the batches that come next
+        self._loading: Ahead[Any, Any] | None = None  # the groups that they are made from
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -121,9 +122,10 @@ class PairStream:
 
     def close(self) -> None:
         """End the threads; the stream can be used again."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.close()
+        for reader in (self._running, self._loading):
+            if reader is not None:
+                reader.close()
+        self._running = self._loading = None
 
     def __enter__(self) -> PairStream:
         return self
@@ -133,11 +135,11 @@ class PairStream:
 
     def _next(self) -> Batch:
         if self._running is None:
-            self._running = ahead(self._make, self._pieces(*self._position), self.prefetch)
+            self._running = Ahead(self._make, self._pieces(*self._position), self.prefetch)
         try:
             batch = next(self._running)
         except BaseException:  # a shard that cannot be read: the next attempt starts from here
-            self._running = None
+            self.close()
             raise
         epoch, index = self._position
         self._position = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
@@ -180,7 +182,7 @@ class PairStream:
 
     def _pieces(self, epoch: int, index: int) -> Iterator[list[tuple[_Rows, int, int]]]:
         """For each batch, without end, the parts of groups that it consists of: (rows, first, last + 1)."""
-        groups = ahead(self._load, self._wanted(epoch, index), min(self.prefetch, 1))
+        groups = self._loading = Ahead(self._load, self._wanted(epoch, index), min(self.prefetch, 1))
         rows, used = next(groups), 0
         for now in itertools.count(epoch):
             for number in range(index if now == epoch else 0, len(self)):

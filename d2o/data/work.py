@@ -12,10 +12,10 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -26,7 +26,7 @@ from d2o.interop.safetensors_io import atomic_write, file_sha256, to_bytes, writ
 from d2o.interop.temporary import sweep
 from d2o.runtime import StopFlag
 
-__all__ = ["MANIFEST", "POLL", "Claim", "Folder", "Unit", "Vanished", "WorkFolder", "ahead", "cut", "fill"]
+__all__ = ["MANIFEST", "POLL", "Claim", "Folder", "Unit", "Vanished", "Ahead", "WorkFolder", "cut", "fill"]
 
 LOCKS = ".locks"
 BEHIND = 2
@@ -198,26 +198,42 @@ def fill(
     return True
 
 
-def ahead(function: Callable[[A], B], arguments: Iterable[A], depth: int = 1) -> Generator[B, None, None]:
+class Ahead(Iterator[B], Generic[A, B]):
     """function(argument) for each in order; the next `depth` are computed in a thread while the caller uses the present one.
 
-    Depth 0 computes each one when it is asked for, without a thread.
+    Depth 0 computes each one when it is asked for, without a thread. `close` waits for the thread's end. One that is only dropped does not wait: the
+    garbage collector may come by in the middle of anything, such as the start of another thread, and waiting there can be for ever.
     """
-    if depth == 0:
-        yield from map(function, arguments)
-        return
-    waiting: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(1, "ahead") as executor:
+
+    def __init__(self, function: Callable[[A], B], arguments: Iterable[A], depth: int = 1):
+        self._function, self._arguments, self._depth = function, iter(arguments), depth
+        self._executor = ThreadPoolExecutor(1, "ahead") if depth else None
+        self._waiting: deque[Future[B]] = deque()
+
+    def __next__(self) -> B:
+        if self._executor is None:
+            return self._function(next(self._arguments))
         try:
-            for argument in arguments:
-                waiting.append(executor.submit(function, argument))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # the caller may have stopped early
-            for future in waiting:
-                future.cancel()
+            while len(self._waiting) <= self._depth:
+                self._waiting.append(self._executor.submit(self._function, next(self._arguments)))
+        except StopIteration:
+            pass
+        try:
+            if not self._waiting:
+                raise StopIteration
+            return self._waiting.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the thread. There is nothing more to come."""
+        self._arguments = iter(())
+        while self._waiting:
+            self._waiting.popleft().cancel()
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor, self._depth = None, 0
 
 
 def _is_temporary(path: Path, name: str) -> bool:

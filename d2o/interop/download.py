@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -96,8 +97,14 @@ def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None 
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What was written down when `path` was downloaded, or None: it was not, or the record is unreadable."""
-    return read_json(_beside(Path(path)))
+    """What was written down when `path` was downloaded, or None: it was not, or the record is no JSON. UserError: it has been changed."""
+    beside = _beside(Path(path))
+    record = read_json(beside)
+    if record is not None:
+        sound = isinstance(record.get("sha256"), str) and re.fullmatch("[0-9a-fA-F]{64}", record["sha256"]) and type(record.get("bytes")) is int
+        if not sound or not isinstance(record.get("url"), str):
+            raise UserError(f"{beside} is not the record of a download", "remove it: the file beside it counts as put there by hand then")
+    return record
 
 
 def _check(part: Part, url: str, path: Path, sha256: str | None) -> None:

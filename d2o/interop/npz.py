@@ -15,6 +15,7 @@ import numpy as np
 
 from d2o.errors import UserError
 from d2o.interop.inputs import MAX_ARRAY_BYTES, check_input, check_size, check_unpacked
+from d2o.interop.zips import listed
 
 DAMAGED = (ValueError, OSError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error)
 """What zipfile and numpy raise for damaged files (RuntimeError: an encrypted member)."""
@@ -25,7 +26,7 @@ def npz_names(path: str | os.PathLike[str]) -> list[str]:
     try:
         check_input(path)
         with zipfile.ZipFile(path) as file:
-            names = file.namelist()
+            names = [info.filename for info in listed(file)]
     except (UserError, *DAMAGED):
         return []
     return [name.removesuffix(".npy") for name in names] if all(name.endswith(".npy") for name in names) else []
@@ -38,7 +39,7 @@ def read_npz(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> dic
     arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
+            for info in listed(archive):
                 name = info.filename.removesuffix(".npy")
                 if info.filename == name or not wanted(name):
                     continue

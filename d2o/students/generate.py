@@ -23,7 +23,7 @@ from d2o.data.draws import check_range, draw, label_mode
 from d2o.data.finished import Finished, take_over
 from d2o.data.images import to_uint8
 from d2o.data.prompts import Prompts
-from d2o.data.work import Unit, Vanished, WorkFolder, ahead, cut, fill
+from d2o.data.work import Ahead, Unit, Vanished, WorkFolder, cut, fill
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file, write_error
@@ -282,7 +282,7 @@ def _images(sampler: Sampler, record: dict[str, Any], start: int, n: int) -> Ite
     """(number of the first, uint8 [k, C, H, W], labels) in batches cut at multiples of the batch size."""
     settings, batch = record["settings"], record["compute"]["batch"]
     cuts = [(first, min(batch, start + n - first)) for first in range(start, start + n, batch)]
-    drawn = ahead(lambda cut: draw(settings["seed"], *cut, sampler.spec.shape, sampler.spec.classes, settings["labels"]), cuts)
+    drawn = Ahead(lambda cut: draw(settings["seed"], *cut, sampler.spec.shape, sampler.spec.classes, settings["labels"]), cuts)
     for (first, _), (noise, labels) in zip(cuts, drawn, strict=True):
         with torch.inference_mode():
             x = sampler.call(noise, labels)

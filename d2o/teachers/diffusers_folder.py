@@ -176,6 +176,8 @@ def discrete_schedule(folder: Folder) -> tuple[DiscreteSchedule, str, float | No
     try:
         schedule = DiscreteSchedule.from_config(config)
         clip = float(config.get("clip_sample_range", 1.0)) if clips else None
+    except UserError as error:
+        raise UserError(f"{folder.path / 'scheduler/scheduler_config.json'}: {error.message}", error.hint) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder.path}: the numbers in scheduler_config.json make no schedule ({error})") from error
     return schedule, config.get("prediction_type", "epsilon"), clip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.networks.precond import Denoiser
 from d2o.teachers import catalogue
@@ -75,7 +75,7 @@ def _edm(name: str, config: dict[str, Any]) -> Kind:
 
 def _has_tokenizer(index: Path) -> bool:
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # loading says it
+        parts = read_json(index)
+    except UserError:  # loading says it
         return False
     return isinstance(parts, dict) and "tokenizer" in parts

@@ -14,7 +14,7 @@ from d2o.data.images import to_uint8
 from d2o.data.pair_files import Made
 from d2o.data.pair_settings import DTYPES, PairSettings
 from d2o.data.prompts import Prompts
-from d2o.data.work import Unit, ahead
+from d2o.data.work import Ahead, Unit
 from d2o.diffusion.noise import StepNoise
 from d2o.errors import UserError
 from d2o.runtime import StopFlag
@@ -44,7 +44,7 @@ class Maker:
         old = self.begun(unit)
         # Of a shard that was shorter, whole batches are taken over: pairs of the last one were made beside fewer others, with other last bits.
         kept = len(old["target"]) // self.batch * self.batch if old else 0
-        for (first, count), drawn in zip(cuts, ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)):
+        for (first, count), drawn in zip(cuts, Ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)):
             if self.stop:
                 return None
             part = slice(first, first + count)

@@ -49,5 +49,5 @@ def _iteration(line: str) -> float:
     """Of a line; infinite where it is none: the last one of a killed process may be cut short."""
     try:
         return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")

@@ -154,7 +154,7 @@ def _recorded(path: Path) -> dict[str, str]:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}", "remove it: the log goes on as a new run of the tracker") from error
     if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
         raise UserError(f"{path} is not a record of tracked runs", "remove it: the log goes on as a new run of the tracker")

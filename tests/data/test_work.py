@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from d2o.data.work import BEHIND, Unit, Vanished, WorkFolder, ahead, cut, fill
+from d2o.data.work import BEHIND, Ahead, Unit, Vanished, WorkFolder, cut, fill
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import file_sha256, load_file, save_file
 
@@ -175,11 +175,11 @@ def test_ahead_keeps_the_order_and_computes_one_in_advance():
         begun.append(x)
         return 2 * x
 
-    results = ahead(double, [1, 2, 3])
+    results = Ahead(double, [1, 2, 3])
     assert next(results) == 2
     time.sleep(0.05)
     assert begun == [1, 2]
-    assert list(results) == [4, 6] and list(ahead(double, [])) == []
+    assert list(results) == [4, 6] and list(Ahead(double, [])) == []
 
 
 @pytest.mark.parametrize("depth, most", [(0, 1), (1, 2), (3, 4)])
@@ -190,7 +190,7 @@ def test_ahead_is_no_further_ahead_than_it_should(depth, most):
         begun.append(x)
         return x
 
-    results = ahead(note, range(100), depth)
+    results = Ahead(note, range(100), depth)
     for k in range(5):
         assert next(results) == k
         time.sleep(0.02)
@@ -202,4 +202,4 @@ def test_ahead_is_no_further_ahead_than_it_should(depth, most):
 
 def test_ahead_passes_errors_on():
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda x: 1 // x, [1, 0]))
+        list(Ahead(lambda x: 1 // x, [1, 0]))
