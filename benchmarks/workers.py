@@ -28,8 +28,12 @@ STEPS, BATCH, SHARD = 9, 64, 64
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def work() -> None:
+def work(spin: bool) -> None:
     """A worker: makes the store of each line OUT N SHARD of its input, and answers with a line when it is finished."""
+    from d2o.runtime import share_cores
+
+    if not spin:
+        share_cores()  # as the command does it, before torch is imported
     from d2o.data.pair_settings import PairSettings
     from d2o.teachers.compute import Compute
     from d2o.teachers.generate import make_pairs
@@ -52,15 +56,9 @@ def warm(teacher):  # type: ignore[no-untyped-def]
 
 class Worker:
     def __init__(self, spin: bool):
-        from d2o.runtime import share_cores
-
-        before = {name: os.environ.pop(name) for name in WAITING if name in os.environ}
-        if not spin:
-            share_cores()  # as the command does it for itself
-        self.process = subprocess.Popen([sys.executable, __file__, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in WAITING:
-            os.environ.pop(name, None)
-        os.environ.update(before)
+        environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+        command = [sys.executable, __file__, "--work", *(["--spin"] if spin else [])]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.hear("ready")
 
     def tell(self, out: Path, n: int, shard: int) -> None:
@@ -103,9 +101,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--out", type=Path, help="also write the result there")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--spin", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work()
+        work(options.spin)
         return
     rounds, n = (2, 128) if options.quick else (4, 768)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,8 +4,10 @@ No torch here."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 
 
@@ -67,7 +69,38 @@ Longer than the gaps between the operations of a network: with none at all a pro
 
 
 def share_cores() -> None:
-    """Let idle threads make way for other processes. Before torch is imported, which reads this once; what the user chose stands."""
+    """Let idle threads make way for other processes, at once where another d2o is at work on this machine as this one starts. Before torch is
+    imported, which reads this once; what the user chose stands."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS  # libgomp, which torch ships on Linux
+        os.environ["GOMP_SPINCOUNT"] = SPINS if _alone() else "0"  # libgomp, which torch ships on Linux
         os.environ["KMP_BLOCKTIME"] = "0"  # Intel's and LLVM's, in milliseconds (200)
+
+
+def _alone() -> bool:
+    """Whether no other d2o process of this user lives on this machine. Each holds a lock on a file of its own until it ends, however it ends."""
+    with contextlib.suppress(OSError):
+        folder = os.path.join(tempfile.gettempdir(), f"d2o-{os.getuid()}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        mine = f"{os.getpid()}.lock"
+        handle = os.open(os.path.join(folder, mine), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _held.append(handle)
+        return not any([_lives(os.path.join(folder, name)) for name in os.listdir(folder) if name != mine])
+    return True
+
+
+_held: list[int] = []
+
+
+def _lives(path: str) -> bool:
+    """Whether the process whose file this is lives; that of a dead one goes."""
+    with contextlib.suppress(FileNotFoundError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+    return False

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -12,16 +13,32 @@ NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 @pytest.fixture
-def clean(monkeypatch):
+def clean(monkeypatch, tmp_path):
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is put back whatever the test does
         monkeypatch.delenv(name)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where processes know of each other
+    monkeypatch.setattr(tempfile, "tempdir", None)
     return monkeypatch
 
 
 def test_idle_threads_make_way(clean):
     share_cores()
     assert (os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"]) == (SPINS, "0") and "OMP_WAIT_POLICY" not in os.environ
+
+
+def test_beside_another_d2o_they_make_way_at_once(clean):
+    script = "import os; from d2o.runtime import share_cores; share_cores(); print(os.environ['GOMP_SPINCOUNT'], flush=True); input()"
+    first = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline().strip() == SPINS
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "0"
+    first.kill()  # whatever ends it, it no longer counts
+    first.wait()
+    clean.delenv("GOMP_SPINCOUNT")
+    clean.delenv("KMP_BLOCKTIME")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == SPINS
 
 
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "9")])
