@@ -59,6 +59,8 @@ def run_sweep(
             check_output(folder, folder=True)
             held.enter_context(locked(folder))
             clear(folder, "sweep.*")
+            for member in sweep.members:
+                clear(folder / member.name, "recipe.yaml")
 
         first_process(hold, device, rank, world)
         check_folder(folder)

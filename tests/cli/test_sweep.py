@@ -105,6 +105,15 @@ def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
     assert steps == [6, 7] and {m["name"]: m["seen"] for m in json.loads((out / "sweep.json").read_text())["members"]}["optim.lr=0.001"] == 128
 
 
+def test_a_member_killed_at_its_first_file_does_not_stop_the_sweep(recipe, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert d2o("train", recipe, "--sweep", "optim.lr=1e-2", "--out", out) == 0
+    (out / "optim.lr=0.001").mkdir()
+    (out / "optim.lr=0.001" / ".recipe.yaml.abc.tmp").touch()  # killed while it wrote this
+    assert d2o("train", recipe, "--sweep", "optim.lr=1e-2,1e-3", "--out", out) == 0
+    assert not [path for path in out.rglob(".*") if path.suffix == ".tmp"]
+
+
 def test_nothing_is_made_where_a_value_is_wrong_or_a_plan_is_asked_for(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
