@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
-from d2o.errors import UserError
+from d2o.errors import UserError, unknown
 from d2o.networks.budget import check_numbers
 from d2o.teachers.base import UNSTATED, Condition, Spec, Teacher
 from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Folder, quiet, read_json, words
 from d2o.teachers.flow import StableDiffusion3Teacher
+from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from d2o.teachers.unconditional import UNet2DTeacher
 
@@ -176,8 +177,10 @@ def discrete_schedule(folder: Folder) -> tuple[DiscreteSchedule, str, float | No
     try:
         schedule = DiscreteSchedule.from_config(config)
         clip = float(config.get("clip_sample_range", 1.0)) if clips else None
+        if (prediction := config.get("prediction_type", "epsilon")) not in PREDICTIONS:
+            raise unknown("prediction_type", str(prediction)[:40], PREDICTIONS)
     except UserError as error:
         raise UserError(f"{folder.path / 'scheduler/scheduler_config.json'}: {error.message}", error.hint) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder.path}: the numbers in scheduler_config.json make no schedule ({error})") from error
-    return schedule, config.get("prediction_type", "epsilon"), clip
+    return schedule, prediction, clip
