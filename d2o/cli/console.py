@@ -26,10 +26,19 @@ def say(message: str) -> None:
         err.print(escape(message))
 
 
+LONGEST = 4000
+"""Characters of a line of a message; what it quotes of a file may have no end."""
+
+
 def error(message: str, hint: str = "") -> None:
-    err.print(f"[bold red]error:[/] {escape(message)}")
+    err.print(f"[bold red]error:[/] {escape(_cut(message))}")
     if hint := fit(hint):
-        err.print("  " + escape(hint).replace("\n", "\n  "))
+        err.print("  " + escape(_cut(hint)).replace("\n", "\n  "))
+
+
+def _cut(text: str) -> str:
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= LONGEST else f"{line[: LONGEST - 100]}... ({len(line):,} characters)" for line in lines)
 
 
 class Meter:

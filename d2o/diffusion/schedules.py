@@ -121,6 +121,8 @@ class DiscreteSchedule:
             raise unknown("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         if config.get("rescale_betas_zero_snr"):
             raise UserError("the scheduler rescales its betas to zero terminal SNR, which d2o does not support")
+        if not len(betas):
+            raise UserError("the scheduler has no time steps", "num_train_timesteps (or trained_betas) says how many")
         bar = torch.cumprod(1 - betas, 0)
         to_one = config.get("set_alpha_to_one", True)  # the defaults are those of diffusers' DDIMScheduler
         return cls(bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None)

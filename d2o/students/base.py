@@ -111,7 +111,7 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     if meta.get("kind") != "student":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a student", "teachers are loaded with d2o.load_teacher")
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
-        raise unknown("kind of student", str(meta["student"].get("kind")), STUDENTS)
+        raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)
     student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
     student.meta = meta

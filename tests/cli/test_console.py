@@ -98,3 +98,9 @@ def test_what_is_printed_is_not_read_as_emoji(capsys):
 def test_names_of_placeholders_are_shown(capsys):
     assert run("train", "--help") == 0 and "runs/<recipe name>" in capsys.readouterr().out
     assert hints.fit("") == ""
+
+
+def test_what_a_message_quotes_has_an_end(capsys):
+    console.error("x is " + 100_000 * "y", "known: z")
+    text = "".join(capsys.readouterr().err.split("\n"))
+    assert len(text) < 4_200 and "(100,005 characters)" in text and "known: z" in text
