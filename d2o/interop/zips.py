@@ -23,6 +23,8 @@ def listed(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     number = struct.unpack_from("<H", tail, end + 10)[0] if 0 <= end <= len(tail) - 22 else len(members)
     if number == 0xFFFF and (end64 := tail.rfind(b"PK\6\6", 0, end)) >= 0:
         number = struct.unpack_from("<Q", tail, end64 + 32)[0]
+    if not all(info.filename for info in members):
+        raise zipfile.BadZipFile("a member has no name")
     if number != len(members):
         raise zipfile.BadZipFile(f"its end says that it has {number:,} members, and its directory lists {len(members):,}")
     return members

@@ -50,3 +50,11 @@ def test_more_members_than_16_bits_count(tmp_path):
             archive.writestr(zipfile.ZipInfo(str(i)), b"")
     with zipfile.ZipFile(tmp_path / "many.zip") as archive:
         assert len(listed(archive)) == 66_000
+
+
+def test_a_member_without_a_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo("a.png"), b"x")
+        archive.infolist()[0].filename = ""
+    with pytest.raises(UserError, match=r"x\.zip is not a readable zip: a member has no name"):
+        open_images(tmp_path / "x.zip")
