@@ -30,11 +30,11 @@ def samples(records: Sequence[Record]) -> Iterable[str]:
     groups: dict[str, list[Record]] = {}
     for r in records:
         if "grid" in r:
-            key = repr((r["grid"].get("seeds"), r["grid"]["labels"], r["grid"].get("prompts"))) if r["grid"].get("seeds") else ""
+            key = repr((r["grid"].get("seeds"), r["grid"].get("labels"), r["grid"].get("prompts"))) if r["grid"].get("seeds") else ""
             groups.setdefault(key, []).append(r)
     for key, group in sorted(groups.items(), key=lambda item: item[0] == ""):
         grid = group[0]["grid"]
-        order = ", in the order of the classes asked for" if grid["labels"] else ""
+        order = ", in the order of the classes asked for" if grid.get("labels") else ""
         if key:
             first, last = grid["seeds"]
             lead = f"The same {grid['n']} noises in every column, seeds {first} to {last}: the first ones, not chosen{order}."
@@ -61,7 +61,7 @@ def _columns(group: Sequence[Record]) -> Iterable[str]:
 
 def _figure(grid: dict[str, Any], png: str, name: str, what: str) -> str:
     n, alt = grid["n"], f"{grid['n']} images: {name}"
-    captions = grid.get("prompts") or ([f"class {label}" for label in grid["labels"]] if grid["labels"] else [""] * n)
+    captions = grid.get("prompts") or ([f"class {label}" for label in grid.get("labels")] if grid.get("labels") else [""] * n)
     wide = min(range(2, 9), key=lambda c: (-n % c, -c)) if n % grid["columns"] else grid["columns"]
     try:
         parts = from_png(png, n, grid["columns"])
