@@ -61,7 +61,7 @@ def _columns(group: Sequence[Record]) -> Iterable[str]:
 
 def _figure(grid: dict[str, Any], png: str, name: str, what: str) -> str:
     n, alt = grid["n"], f"{grid['n']} images: {name}"
-    captions = grid.get("prompts") or ([f"class {label}" for label in grid.get("labels")] if grid.get("labels") else [""] * n)
+    captions = grid.get("prompts") or [f"class {label}" for label in grid.get("labels") or []] or [""] * n
     wide = min(range(2, 9), key=lambda c: (-n % c, -c)) if n % grid["columns"] else grid["columns"]
     try:
         parts = from_png(png, n, grid["columns"])
