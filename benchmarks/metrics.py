@@ -86,10 +86,13 @@ def frechet(quick: bool) -> dict[str, Any]:
         kept.append((seconds(lambda: frechet_distance(mu1, sigma1, mu2, sigma2, root))[0], theirs))
         values = (a, b)
     return {
-        "what": "Fréchet distance over the formula with scipy.linalg.sqrtm", "d": d, **summary(rounds, 5.0),
+        "what": "Fréchet distance over the formula with scipy.linalg.sqrtm",
+        "d": d,
+        **summary(rounds, 5.0),
         "times_as_fast_with_kept_reference": summary(kept, 5.0)["times_as_fast"],
-        "relative_difference": abs(values[0] / values[1] - 1), "scipy": scipy.__version__,
-    }  # fmt: skip
+        "relative_difference": abs(values[0] / values[1] - 1),
+        "scipy": scipy.__version__,
+    }
 
 
 def two_sets(quick: bool) -> tuple[Tensor, Tensor]:
@@ -121,14 +124,23 @@ def prdc(quick: bool) -> dict[str, Any]:
         rounds.append((ours, theirs))
         values = (a, b)
     return {
-        "what": "precision, recall, density, coverage over prdc.compute_prdc", "n": len(real), "d": real.shape[1], "k": K, **summary(rounds, 3.0),
-        "largest_difference": max(abs(values[0][key] - values[1][key]) for key in values[1]), "values": values[0],
-    }  # fmt: skip
+        "what": "precision, recall, density, coverage over prdc.compute_prdc",
+        "n": len(real),
+        "d": real.shape[1],
+        "k": K,
+        **summary(rounds, 3.0),
+        "largest_difference": max(abs(values[0][key] - values[1][key]) for key in values[1]),
+        "values": values[0],
+    }
 
 
 def peak() -> int:
     """Bytes: the largest resident set of this process so far."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def memory_of(side: str, quick: bool) -> int:
@@ -148,10 +160,15 @@ def memory(quick: bool) -> dict[str, Any]:
         sizes[side] = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     real, _ = two_sets(quick)
     return {
-        "what": "peak memory of precision, recall, density, coverage over that of prdc.compute_prdc, features included", "n": len(real),
-        "d": real.shape[1], "ratio": round(sizes["ours"] / sizes["theirs"], 3), "target": 0.25, "mb": round(sizes["ours"] / 2**20),
-        "baseline_mb": round(sizes["theirs"] / 2**20), "features_mb": round(2 * real.nbytes / 2**20),
-    }  # fmt: skip
+        "what": "peak memory of precision, recall, density, coverage over that of prdc.compute_prdc, features included",
+        "n": len(real),
+        "d": real.shape[1],
+        "ratio": round(sizes["ours"] / sizes["theirs"], 3),
+        "target": 0.25,
+        "mb": round(sizes["ours"] / 2**20),
+        "baseline_mb": round(sizes["theirs"] / 2**20),
+        "features_mb": round(2 * real.nbytes / 2**20),
+    }
 
 
 def eval_command(words: list[str]) -> None:
@@ -181,17 +198,35 @@ def end_to_end(quick: bool) -> dict[str, Any]:
 
     name, batch, size, rounds_, duration = "lite0", 50, 64, 3, 4.0 if quick else 20.0
     extractor = load_extractor(name)
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     n = math.ceil(bare_rate(extractor, images, 2.0) * duration / batch) * batch
     rates = []
     with tempfile.TemporaryDirectory() as folder, home(Path(folder) / "home"):
         (Path(folder) / "images").mkdir()
-        pictures = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        pictures = torch.randint(
+            0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        )
         for i, picture in enumerate(pictures):
             (Path(folder) / "images" / f"{i:06d}.png").write_bytes(save_png_bytes(picture))
         np.savez(Path(folder) / "reference.npz", mu=np.zeros(extractor.dim), sigma=np.eye(extractor.dim))
-        words = ["eval", f"{folder}/images", "--against", f"{folder}/reference.npz", "--metrics", "fd", "--extractor", name, "--batch", str(batch),
-                 "--device", "cpu", "--json", f"{folder}/result.json"]  # fmt: skip
+        words = [
+            "eval",
+            f"{folder}/images",
+            "--against",
+            f"{folder}/reference.npz",
+            "--metrics",
+            "fd",
+            "--extractor",
+            name,
+            "--batch",
+            str(batch),
+            "--device",
+            "cpu",
+            "--json",
+            f"{folder}/result.json",
+        ]
         eval_command(words)  # the first one warms up
         for _ in range(rounds_):
             before, (spent, _) = bare_rate(extractor, images, duration / 4), seconds(lambda: eval_command(words))
@@ -207,7 +242,9 @@ def end_to_end(quick: bool) -> dict[str, Any]:
         "batch": batch,
         "pixels": size,
         "images_per_s": round(statistics.median(rate for _, rate, _ in rates), 1),
-        "bare_images_per_s": round(statistics.median(rate for before, _, after in rates for rate in (before, after)), 1),
+        "bare_images_per_s": round(
+            statistics.median(rate for before, _, after in rates for rate in (before, after)), 1
+        ),
     }
 
 
@@ -224,7 +261,12 @@ def home(folder: Path) -> Any:
             os.environ["D2O_HOME"] = before
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {"frechet": frechet, "prdc": prdc, "memory": memory, "eval": end_to_end}
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "frechet": frechet,
+    "prdc": prdc,
+    "memory": memory,
+    "eval": end_to_end,
+}
 
 
 def main() -> None:

@@ -76,7 +76,9 @@ class PlaneDenoiser(Denoiser):
         return copy.train(self.training)
 
 
-def make_teacher(width: int = 64, mixture: Mixture = PLANE, iterations: int = 800, batch: int = 512, seed: int = 0) -> Teacher:
+def make_teacher(
+    width: int = 64, mixture: Mixture = PLANE, iterations: int = 800, batch: int = 512, seed: int = 0
+) -> Teacher:
     """The exact teacher. Its network's copies begin as an MLP that has learnt its denoiser, as EDM trains (with the exact images as targets)."""
     torch.manual_seed(seed)
     network = PlaneDenoiser(width=width)
@@ -109,19 +111,40 @@ def shares(x: Tensor, mixture: Mixture) -> list[float]:
 
 
 def distil(
-    name: str, teacher: Teacher, images: int, folder: Path, *, every: int, batch: int = 128, lr: float = 1e-3, seed: int = 0
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    teacher: Teacher,
+    images: int,
+    folder: Path,
+    *,
+    every: int,
+    batch: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Train by the real method and loop; energy distances to the mixture at the start, `every` so many images, and at the end."""
     method, options, sigma = METHODS[name]
     network = teacher.network
     assert isinstance(network, PlaneDenoiser) and network.exact is not None
-    recipe = Recipe.from_dict({
-        "name": "mixture", "method": method, method: options, "student": {"sigma": sigma}, "batch": batch, "images": images, "seed": seed,
-        "optim": {"lr": lr, "betas": [0.0, 0.999], "schedule": "cosine"}, "optim_critic": {"lr": lr, "betas": [0.0, 0.999]},
-        "ema": {"half_life": 10 * batch}, "log_every": every // batch, "checkpoint": {"every": 10**9, "keep": 0},
-    })  # fmt: skip
+    recipe = Recipe.from_dict(
+        {
+            "name": "mixture",
+            "method": method,
+            method: options,
+            "student": {"sigma": sigma},
+            "batch": batch,
+            "images": images,
+            "seed": seed,
+            "optim": {"lr": lr, "betas": [0.0, 0.999], "schedule": "cosine"},
+            "optim_critic": {"lr": lr, "betas": [0.0, 0.999]},
+            "ema": {"half_life": 10 * batch},
+            "log_every": every // batch,
+            "checkpoint": {"every": 10**9, "keep": 0},
+        }
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, Setup(recipe.options, teacher=teacher, student=recipe.student, batch=batch, seed=seed), folder)
+    trainer = Trainer(
+        recipe, Setup(recipe.options, teacher=teacher, student=recipe.student, batch=batch, seed=seed), folder
+    )
     noise = torch.randn(POINTS, 2, 1, 1, generator=torch.Generator().manual_seed(7))
     real = network.exact.sample(POINTS, 123, (2,))[0].float()
     curve: list[tuple[int, float]] = []
@@ -133,8 +156,14 @@ def distil(
     start = time.perf_counter()
     trainer.run(measure, StopFlag())
     points = trainer.generate(noise, None).flatten(1)
-    return {"method": name, "images": images, "energy": curve[-1][1], "shares": shares(points, network.exact), "curve": curve,
-            "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+    return {
+        "method": name,
+        "images": images,
+        "energy": curve[-1][1],
+        "shares": shares(points, network.exact),
+        "curve": curve,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def fresh(mixture: Mixture, sets: int = 20) -> list[float]:
@@ -163,12 +192,20 @@ def main() -> None:
                 row = {"width": width, **distil(name, teacher, images, Path(folder), every=6400)}
             rows.append(row)
             early = "  ".join(f"{done:,}: {energy:.4f}" for done, energy in row["curve"][:4])
-            print(f"width {width}  {name:18s}  {early}  end: {row['energy']:.4f}  shares {[round(s, 2) for s in row['shares']]}", flush=True)
+            print(
+                f"width {width}  {name:18s}  {early}  end: {row['energy']:.4f}  shares {[round(s, 2) for s in row['shares']]}",
+                flush=True,
+            )
     result = {
-        "benchmark": "mixture", "images": images, "fresh": {"mean": sum(floor) / len(floor), "largest": max(floor), "sets": len(floor)},
-        "weights": PLANE.logits.softmax(0).tolist(), "rows": rows, "quick": arguments.quick, "hardware": hardware("cpu"),
+        "benchmark": "mixture",
+        "images": images,
+        "fresh": {"mean": sum(floor) / len(floor), "largest": max(floor), "sets": len(floor)},
+        "weights": PLANE.logits.softmax(0).tolist(),
+        "rows": rows,
+        "quick": arguments.quick,
+        "hardware": hardware("cpu"),
         "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    }
     Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -49,7 +49,9 @@ def pair_rate(teacher: Teacher, batch: int, n: int) -> float:
     """Pairs a second, from nothing to a finished store of two shards."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        make_pairs(PairSettings("bench", n, shard_size=n // 2), Path(folder) / "pairs", compute=Compute(batch), teacher=teacher)
+        make_pairs(
+            PairSettings("bench", n, shard_size=n // 2), Path(folder) / "pairs", compute=Compute(batch), teacher=teacher
+        )
         return n / (time.perf_counter() - start)
 
 
@@ -69,7 +71,9 @@ def read_rate(n: int, batch: int) -> float:
 def stream_rate(n: int, batch: int) -> float:
     """Pairs a second of one epoch of PairStream, memory-mapped, noise derived from the seeds."""
     with tempfile.TemporaryDirectory() as folder:
-        store = make_pairs(PairSettings("digits", n, solver="euler", steps=1), Path(folder) / "pairs", compute=Compute(512))
+        store = make_pairs(
+            PairSettings("digits", n, solver="euler", steps=1), Path(folder) / "pairs", compute=Compute(512)
+        )
         assert store is not None
         seen, start = 0, time.perf_counter()
         with PairStream(store, batch) as stream:

@@ -33,7 +33,21 @@ except SystemExit as end:
 
 def peak(teacher: str, n: int, folder: Path) -> tuple[int, float]:
     """(bytes, pairs a second) of one run."""
-    words = ["pairs", "--teacher", teacher, "--n", str(n), "--out", str(folder / str(n)), "--steps", "2", "--shard-size", "256", "--batch", "64"]
+    words = [
+        "pairs",
+        "--teacher",
+        teacher,
+        "--n",
+        str(n),
+        "--out",
+        str(folder / str(n)),
+        "--steps",
+        "2",
+        "--shard-size",
+        "256",
+        "--batch",
+        "64",
+    ]
     if teacher != "digits":
         prompts = folder / "prompts.txt"
         prompts.write_text("".join(f"a handwritten digit, number {i}\n" for i in range(n)))

@@ -41,7 +41,9 @@ def pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     torchvision_compat.ensure()
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+    ).to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -64,7 +66,9 @@ def their_rate(pipe: Any, prompts: list[str], batch: int, n: int, shape: tuple[i
 def our_rate(teacher: Teacher, prompts: Path, compute: Compute, n: int) -> float:
     """Pairs a second, from nothing to a finished store."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = PairSettings("bench", n, solver="ddim", steps=STEPS, cfg=CFG, prompts=str(prompts), shard_size=n, dtype="fp16")
+        settings = PairSettings(
+            "bench", n, solver="ddim", steps=STEPS, cfg=CFG, prompts=str(prompts), shard_size=n, dtype="fp16"
+        )
         start = time.perf_counter()
         make_pairs(settings, Path(folder) / "pairs", compute=compute, teacher=teacher, device=teacher.device)
         return n / (time.perf_counter() - start)
@@ -108,13 +112,32 @@ def random_folder(kind: str, folder: Path) -> Path:
     source = asset(BUILTIN["tiny-sd"])
     tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
     words = len(tokenizer)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=words, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                                        projection_dim=768, **special))  # fmt: skip
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            projection_dim=768,
+            **special,
+        )
+    )
     pipe = StableDiffusionPipeline(
-        AutoencoderKL(latent_channels=4), text, tokenizer, UNet2DConditionModel.from_config(SD15_UNET),
-        DDIMScheduler.from_pretrained(source / "scheduler"), None, None, requires_safety_checker=False,
-    )  # fmt: skip
+        AutoencoderKL(latent_channels=4),
+        text,
+        tokenizer,
+        UNet2DConditionModel.from_config(SD15_UNET),
+        DDIMScheduler.from_pretrained(source / "scheduler"),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     return folder
 
@@ -132,7 +155,9 @@ def best_batch(batches: list[int], rate: Any) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter blocks")
-    parser.add_argument("--teacher", default="tiny-sd", help="tiny-sd, or a diffusers folder of a StableDiffusionPipeline")
+    parser.add_argument(
+        "--teacher", default="tiny-sd", help="tiny-sd, or a diffusers folder of a StableDiffusionPipeline"
+    )
     parser.add_argument("--random", help="sd15: random weights at that size instead")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
@@ -143,7 +168,11 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     blocks, seconds = (3, 6.0) if options.quick else (7, 15.0)
     with tempfile.TemporaryDirectory() as place:
-        folder = random_folder(options.random, Path(place) / "model") if options.random else asset(BUILTIN.get(options.teacher, options.teacher))
+        folder = (
+            random_folder(options.random, Path(place) / "model")
+            if options.random
+            else asset(BUILTIN.get(options.teacher, options.teacher))
+        )
         prompts = Path(place) / "prompts.txt"
         texts = [f"a handwritten {word}" for word in WORDS]
         prompts.write_text("\n".join(texts) + "\n")
@@ -159,7 +188,14 @@ def main() -> None:
         for batch in batches:  # compile
             our_rate(teacher, prompts, Compute(batch, **compute), batch)
         our_best = best_batch(batches, lambda batch: our_rate(teacher, prompts, Compute(batch, **compute), batch))
-        count = max(1, round(seconds * their_rate(pipe, texts, their_best, their_best, teacher.spec.shape) / max(their_best, our_best)))
+        count = max(
+            1,
+            round(
+                seconds
+                * their_rate(pipe, texts, their_best, their_best, teacher.spec.shape)
+                / max(their_best, our_best)
+            ),
+        )
         n = count * max(their_best, our_best)
         rates = []
         for _ in range(blocks):
@@ -176,13 +212,19 @@ def main() -> None:
             "target": 1.3 if device.type == "cpu" else 1.5,
             "baseline": f"diffusers' pipeline, DDIM {STEPS} steps, guidance {CFG:g}, {options.precision}",
             "pairs_per_s": round(pairs, 2),
-            "diffusers_pairs_per_s": round(statistics.median(rate for before, _, after in rates for rate in (before, after)), 2),
-            "batch": our_best, "diffusers_batch": their_best, "pairs_a_block": n, "options": compute,
-            "max_difference": float((ours - theirs).abs().max()), "largest_value": float(theirs.abs().max()),
+            "diffusers_pairs_per_s": round(
+                statistics.median(rate for before, _, after in rates for rate in (before, after)), 2
+            ),
+            "batch": our_best,
+            "diffusers_batch": their_best,
+            "pairs_a_block": n,
+            "options": compute,
+            "max_difference": float((ours - theirs).abs().max()),
+            "largest_value": float(theirs.abs().max()),
             "teacher": options.random or options.teacher,
             "hardware": hardware(device),
             "date": datetime.date.today().isoformat(),
-        }  # fmt: skip
+        }
         if device.type == "cuda":
             rate = matrix_rate(device, dtype)
             report["matrix_tflops"] = round(rate / 1e12, 1)

@@ -62,7 +62,10 @@ def main() -> None:
     n = int(bare_rate(student, options.batch, seconds) * seconds)
     rates = []
     for _ in range(blocks):
-        before, images = bare_rate(student, options.batch, seconds), sample_rate(student, options.batch, n, options.suffix)
+        before, images = (
+            bare_rate(student, options.batch, seconds),
+            sample_rate(student, options.batch, n, options.suffix),
+        )
         rates.append((before, images, bare_rate(student, options.batch, seconds)))
     ratios = [images / ((before + after) / 2) for before, images, after in rates]
     report = {

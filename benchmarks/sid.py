@@ -41,15 +41,31 @@ from d2o.training.setup import prepare
 
 RESULTS = Path(__file__).parent / "results"
 WIDE: dict[str, dict[str, Any]] = {
-    "cpu": {"img_resolution": 16, "model_channels": 64, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [8], "dropout": 0.1},
-    "cuda": {"img_resolution": 32, "model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16], "dropout": 0.13},
+    "cpu": {
+        "img_resolution": 16,
+        "model_channels": 64,
+        "channel_mult": [1, 2],
+        "num_blocks": 2,
+        "attn_resolutions": [8],
+        "dropout": 0.1,
+    },
+    "cuda": {
+        "img_resolution": 32,
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+        "dropout": 0.13,
+    },
 }
 BATCH = {"digits": {"cpu": 128, "cuda": 256}, "wide": {"cpu": 32, "cuda": 64}}
 SIDA = ("sid.start_g_nimg=0", "sid.start_adv_nimg=0")  # from the second iteration on both losses
 LEVERS = {
-    "plain": "", "checkpointing": "checkpointing=true", "true score in bf16": "sid.teacher_precision=bf16",
+    "plain": "",
+    "checkpointing": "checkpointing=true",
+    "true score in bf16": "sid.teacher_precision=bf16",
     "micro-batches of a quarter": "micro_batch={quarter}",
-}  # fmt: skip
+}
 
 
 def make_wide(folder: Path, device: str) -> None:
@@ -63,14 +79,26 @@ def make_wide(folder: Path, device: str) -> None:
     spec = Spec("wide", (3, size, size), condition="label", classes=10)
     save_file(folder / "wide.safetensors", network.state_dict(), checkpoint_meta("teacher", config, spec))
     random = np.random.default_rng(0)
-    np.savez(folder / "wide.npz", arr_0=random.integers(0, 256, (IMAGES, size, size, 3), np.uint8), labels=random.integers(0, 10, IMAGES))
+    np.savez(
+        folder / "wide.npz",
+        arr_0=random.integers(0, 256, (IMAGES, size, size, 3), np.uint8),
+        labels=random.integers(0, 10, IMAGES),
+    )
 
 
 def make_trainer(case: dict[str, Any], folder: Path, run: str, block: int = 1, blocks: int = 1) -> Trainer:
     """The loop as `d2o train` makes it, for `blocks` lines of the log; without evaluation, preview and checkpoints on the way."""
     batch, device = BATCH[case["network"]][case["device"]] // (4 if case["quick"] else 1), torch.device(case["device"])
-    overrides = ["eval=null", "preview=null", f"checkpoint.every={10**9}", "checkpoint.keep=0", f"batch={batch}", f"log_every={block}",
-                 f"images={batch * block * blocks}", *([*SIDA, f"sid.batch_pool={min(batch, 32)}"] if case["method"] == "sida" else [])]  # fmt: skip
+    overrides = [
+        "eval=null",
+        "preview=null",
+        f"checkpoint.every={10**9}",
+        "checkpoint.keep=0",
+        f"batch={batch}",
+        f"log_every={block}",
+        f"images={batch * block * blocks}",
+        *([*SIDA, f"sid.batch_pool={min(batch, 32)}"] if case["method"] == "sida" else []),
+    ]
     if case["network"] == "wide":
         overrides += [f"teacher={folder / 'wide.safetensors'}", "optim.lr=1e-5"]
         overrides += [f"data.path={folder / 'wide.npz'}", "optim_critic.lr=1e-5"] if case["method"] == "sida" else []
@@ -107,9 +135,13 @@ def race(case: dict[str, Any], folder: Path, block: int, blocks: int) -> dict[st
 
     trainer.run(turn, StopFlag())
     ratios = [a / b for a, b in zip(ours[1:], theirs[1:], strict=True)]
-    return {"ratio": round(statistics.median(ratios), 3), "loop_images_per_s": round(statistics.median(ours[1:]), 1),
-            "baseline_images_per_s": round(statistics.median(theirs[1:]), 1), "batch": batch,
-            "parameters": sum(p.numel() for p in bare.score.parameters())}  # fmt: skip
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "loop_images_per_s": round(statistics.median(ours[1:]), 1),
+        "baseline_images_per_s": round(statistics.median(theirs[1:]), 1),
+        "batch": batch,
+        "parameters": sum(p.numel() for p in bare.score.parameters()),
+    }
 
 
 def stepper(trainer: Trainer) -> Callable[[], None]:
@@ -134,7 +166,9 @@ def worker(case: dict[str, Any], folder: Path, run: str) -> Callable[[], None]:
 
 def compare(cases: dict[str, dict[str, Any]], folder: Path, block: int, blocks: int) -> dict[str, float]:
     """Images/s of each in blocks that alternate, over those of the first: medians."""
-    steps = {name: worker(case, folder, f"compare-{i}-{case['method']}") for i, (name, case) in enumerate(cases.items())}
+    steps = {
+        name: worker(case, folder, f"compare-{i}-{case['method']}") for i, (name, case) in enumerate(cases.items())
+    }
     found: dict[str, list[float]] = {name: [] for name in cases}
     device = torch.device(next(iter(cases.values()))["device"])
     for step in steps.values():  # SiDA's second loss begins with the second iteration
@@ -147,7 +181,10 @@ def compare(cases: dict[str, dict[str, Any]], folder: Path, block: int, blocks: 
                 step()
             found[name].append(1 / (wait(device) - start))
     first = found[next(iter(cases))]
-    return {name: round(statistics.median(a / b for a, b in zip(rates, first, strict=True)), 3) for name, rates in found.items()}
+    return {
+        name: round(statistics.median(a / b for a, b in zip(rates, first, strict=True)), 3)
+        for name, rates in found.items()
+    }
 
 
 def resident(key: str) -> int:
@@ -183,7 +220,11 @@ def peak(case: dict[str, Any], folder: Path, run: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller batches, fewer and shorter blocks; writes no file unless --out is given")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="smaller batches, fewer and shorter blocks; writes no file unless --out is given",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/sid.json, on CUDA sid-cuda.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -194,8 +235,14 @@ def main() -> None:
         return
     device, quick = options.device, options.quick
     block, blocks = {"digits": 2 if quick else 10, "wide": 1 if quick else 2}, 2 if quick else 7
-    report: dict[str, Any] = {"benchmark": "sid", "what": "images/s of the training loop over a bare hand-written iteration, same process",
-                              "target": 0.9, "loop": {}, "levers": {}, "passes": {}}  # fmt: skip
+    report: dict[str, Any] = {
+        "benchmark": "sid",
+        "what": "images/s of the training loop over a bare hand-written iteration, same process",
+        "target": 0.9,
+        "loop": {},
+        "levers": {},
+        "passes": {},
+    }
     count = 0
 
     def measured(case: dict[str, Any]) -> dict[str, float]:
@@ -218,7 +265,10 @@ def main() -> None:
                 tell(f"{method} {network}:", row)
         wide = {"network": "wide", "method": "sid", "device": device, "quick": quick}
         levers = {lever: {**wide, "lever": lever} for lever in LEVERS}
-        passes = {"one pass": {**wide, "method": "sida", "bare": 1}, "two passes": {**wide, "method": "sida", "bare": 2}}
+        passes = {
+            "one pass": {**wide, "method": "sida", "bare": 1},
+            "two passes": {**wide, "method": "sida", "bare": 2},
+        }
         for part, cases in (("levers", levers), ("passes", passes)):
             speeds = compare(cases, folder, block["wide"], blocks)
             for name, case in cases.items():

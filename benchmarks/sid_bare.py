@@ -20,20 +20,37 @@ class Bare:
 
     def __init__(self, trainer: Trainer, passes: int = 1):
         recipe, setup, o = trainer.recipe, trainer.setup, trainer.recipe.options
-        self.batch, self.device, self.alpha, self.pool, self.passes = recipe.batch, setup.device, o.alpha, o.batch_pool or recipe.batch, passes
+        self.batch, self.device, self.alpha, self.pool, self.passes = (
+            recipe.batch,
+            setup.device,
+            o.alpha,
+            o.batch_pool or recipe.batch,
+            passes,
+        )
         assert setup.teacher is not None
-        self.teacher, self.sigma, self.classes = setup.teacher.network, float(recipe.student.sigma), setup.teacher.spec.classes
+        self.teacher, self.sigma, self.classes = (
+            setup.teacher.network,
+            float(recipe.student.sigma),
+            setup.teacher.spec.classes,
+        )
         self.student, self.score = (copy.deepcopy(trainer.networks[name]) for name in ("student", "score"))
         self.shape, self.average = setup.teacher.spec.shape, copy.deepcopy(self.student).requires_grad_(False)
         fused = setup.device.type == "cuda"
-        self.optimizers = [torch.optim.Adam(net.parameters(), lr=recipe.optim.lr, betas=recipe.optim.betas, fused=fused, foreach=not fused)
-                           for net in (self.student, self.score)]  # fmt: skip
+        self.optimizers = [
+            torch.optim.Adam(
+                net.parameters(), lr=recipe.optim.lr, betas=recipe.optim.betas, fused=fused, foreach=not fused
+            )
+            for net in (self.student, self.score)
+        ]
         self.clip = recipe.optim_critic.clip_value if recipe.optim_critic else None
         self.real: Tensor | None = None
         if setup.images is not None:
             assert setup.images.labels is not None
             index = torch.arange(IMAGES)
-            self.real, self.real_labels = to_float(setup.images.images(index)).to(self.device), setup.images.labels[index].to(self.device)
+            self.real, self.real_labels = (
+                to_float(setup.images.images(index)).to(self.device),
+                setup.images.labels[index].to(self.device),
+            )
         self.done = 0
 
     def ask(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +92,11 @@ class Bare:
 
         self.student.train()
         self.score.eval().requires_grad_(False)
-        labels = torch.randint(0, self.classes, (b,), device=device) if self.real is None else labels[torch.randperm(b, device=device)]
+        labels = (
+            torch.randint(0, self.classes, (b,), device=device)
+            if self.real is None
+            else labels[torch.randperm(b, device=device)]
+        )
         x = self.make(labels)
         low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
         sigma = (high + (1 - 0.8 * torch.rand(b, 1, 1, 1, device=device)) * (low - high)) ** 7

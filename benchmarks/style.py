@@ -31,8 +31,24 @@ PAPER = {"SPI-GAN": 0.04, "DD-GAN, K=4": 0.21}
 SPEC = Spec("benchmark", (3, 32, 32))
 GENERATOR = {"arch": "style_generator", "img_resolution": 32, "img_channels": 3, "synthesis": {"base": 32768}}
 CRITIC = {"arch": "style_critic", "img_resolution": 32, "img_channels": 3, "blocks": "orig", "base": 32768}
-DDGAN = {"arch": "ddgan", "img_resolution": 32, "img_channels": 3, "nf": 128, "channel_mult": (1, 2, 2, 2), "nz": 100, "zdim": 256, "n_mlp": 4}
-EDM = {"arch": "ddpmpp", "img_resolution": 32, "img_channels": 3, "label_dim": 0, "augment_dim": 9, "channel_mult": (2, 2, 2)}
+DDGAN = {
+    "arch": "ddgan",
+    "img_resolution": 32,
+    "img_channels": 3,
+    "nf": 128,
+    "channel_mult": (1, 2, 2, 2),
+    "nz": 100,
+    "zdim": 256,
+    "n_mlp": 4,
+}
+EDM = {
+    "arch": "ddpmpp",
+    "img_resolution": 32,
+    "img_channels": 3,
+    "label_dim": 0,
+    "augment_dim": 9,
+    "channel_mult": (2, 2, 2),
+}
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
@@ -60,11 +76,13 @@ def sampling(batch: int, rounds: int, device: str) -> dict[str, Any]:
             student = student.to(device).eval()
             found[name] = 1000 * seconds(lambda s=student: s(noise), rounds) / batch
     return {
-        "batch": batch, "ms_per_image": {name: round(ms, 3) for name, ms in found.items()},
+        "batch": batch,
+        "ms_per_image": {name: round(ms, 3) for name, ms in found.items()},
         "parameters": {name: sum(p.numel() for p in s.parameters()) for name, s in students.items()},
-        "over_dd_gan": round(found["SPI-GAN"] / found["DD-GAN, K=4"], 3), "paper_over_dd_gan": round(PAPER["SPI-GAN"] / PAPER["DD-GAN, K=4"], 3),
+        "over_dd_gan": round(found["SPI-GAN"] / found["DD-GAN, K=4"], 3),
+        "paper_over_dd_gan": round(PAPER["SPI-GAN"] / PAPER["DD-GAN, K=4"], 3),
         "over_one_edm_call": round(found["SPI-GAN"] / found["EDM U-Net, one call"], 3),
-    }  # fmt: skip
+    }
 
 
 def training(batch: int, rounds: int, device: str) -> dict[str, Any]:
@@ -88,11 +106,19 @@ def training(batch: int, rounds: int, device: str) -> dict[str, Any]:
         real = x.clone().requires_grad_(True)
         r1_penalty(critic(pipeline(real, p, *source), 1.0), real).backward()
 
-    parts: dict[str, Callable[[], Any]] = {"generator step": generator_step, "critic step": critic_step, "r1 (every 16)": r1,
-                                           "augmentation, forward": lambda: pipeline(x, p, *source)}  # fmt: skip
+    parts: dict[str, Callable[[], Any]] = {
+        "generator step": generator_step,
+        "critic step": critic_step,
+        "r1 (every 16)": r1,
+        "augmentation, forward": lambda: pipeline(x, p, *source),
+    }
     found = {name: seconds(part, rounds) for name, part in parts.items()}
     whole = found["generator step"] + found["critic step"] + found["r1 (every 16)"] / 16
-    return {"batch": batch, "seconds": {name: round(s, 4) for name, s in found.items()}, "images_per_s": round(batch / whole, 2)}
+    return {
+        "batch": batch,
+        "seconds": {name: round(s, 4) for name, s in found.items()},
+        "images_per_s": round(batch / whole, 2),
+    }
 
 
 def main() -> None:
@@ -101,8 +127,14 @@ def main() -> None:
     quick = parser.parse_args().quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, rounds = (4, 2) if quick else (16, 5) if device == "cpu" else (100, 20)
-    record = {"benchmark": "style", "sampling": sampling(batch, rounds, device), "training": training(batch, 2 if quick else 3, device),
-              "quick": quick, "hardware": hardware(device), "date": datetime.date.today().isoformat()}  # fmt: skip
+    record = {
+        "benchmark": "style",
+        "sampling": sampling(batch, rounds, device),
+        "training": training(batch, 2 if quick else 3, device),
+        "quick": quick,
+        "hardware": hardware(device),
+        "date": datetime.date.today().isoformat(),
+    }
     print(json.dumps(record, indent=1))
 
 

@@ -56,17 +56,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs"
         make_pairs(PairSettings("digits", 512, solver="euler", steps=2), pairs)
-        overrides = [f"pairs.path={pairs}", "pairs.n=512", "pairs.solver=euler", "pairs.steps=2", "ode.loss=mse", "eval=null", "preview=null",
-                     f"batch={batch}", f"images={batch * iterations}", f"checkpoint.every={10**9}", "checkpoint.keep=0"]  # fmt: skip
+        overrides = [
+            f"pairs.path={pairs}",
+            "pairs.n=512",
+            "pairs.solver=euler",
+            "pairs.steps=2",
+            "ode.loss=mse",
+            "eval=null",
+            "preview=null",
+            f"batch={batch}",
+            f"images={batch * iterations}",
+            f"checkpoint.every={10**9}",
+            "checkpoint.keep=0",
+        ]
         recipe = load_recipe("quickstart", overrides)
         ours, theirs = [], []
         for block in range(blocks + 1):
-            setup = prepare(recipe, torch.device("cpu"), None, lambda message: None, lambda done, total, note: None, StopFlag())
+            setup = prepare(
+                recipe, torch.device("cpu"), None, lambda message: None, lambda done, total, note: None, StopFlag()
+            )
             assert setup.pairs is not None
             trainer = Trainer(recipe, setup, Path(folder) / f"run{block}")
             (Path(folder) / f"run{block}").mkdir()
             trainer.run(lambda done, note: None, StopFlag())
-            log = [json.loads(line) for line in (Path(folder) / f"run{block}" / "metrics.jsonl").read_text().splitlines()]
+            log = [
+                json.loads(line) for line in (Path(folder) / f"run{block}" / "metrics.jsonl").read_text().splitlines()
+            ]
             student = copy.deepcopy(trainer.ema.network).requires_grad_(True).train()
             assert isinstance(student, Student)
             seconds = bare(student, setup.pairs, batch, iterations)
@@ -74,10 +89,16 @@ def main() -> None:
                 ours.append(statistics.median(line["images_per_s"] for line in log))
                 theirs.append(batch * iterations / seconds)
     result = {
-        "benchmark": "train", "ratio": round(statistics.median(ours) / statistics.median(theirs), 3), "target": 0.9,
-        "loop_images_per_s": round(statistics.median(ours), 1), "baseline": "hand-written loop, same network, same pairs, same process",
-        "baseline_images_per_s": round(statistics.median(theirs), 1), "batch": batch, "date": datetime.date.today().isoformat(), **hardware(),
-    }  # fmt: skip
+        "benchmark": "train",
+        "ratio": round(statistics.median(ours) / statistics.median(theirs), 3),
+        "target": 0.9,
+        "loop_images_per_s": round(statistics.median(ours), 1),
+        "baseline": "hand-written loop, same network, same pairs, same process",
+        "baseline_images_per_s": round(statistics.median(theirs), 1),
+        "batch": batch,
+        "date": datetime.date.today().isoformat(),
+        **hardware(),
+    }
     print(json.dumps(result, indent=1))
 
 

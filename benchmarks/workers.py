@@ -44,7 +44,12 @@ def work(spin: bool) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         out, n, shard = line.split()
-        make_pairs(PairSettings("digits", int(n), steps=STEPS, shard_size=int(shard)), out, compute=Compute(BATCH), teacher=teacher)
+        make_pairs(
+            PairSettings("digits", int(n), steps=STEPS, shard_size=int(shard)),
+            out,
+            compute=Compute(BATCH),
+            teacher=teacher,
+        )
         print("done", flush=True)
 
 
@@ -58,7 +63,9 @@ class Worker:
     def __init__(self, spin: bool):
         environment = {name: value for name, value in os.environ.items() if name not in WAITING}
         command = [sys.executable, __file__, "--work", *(["--spin"] if spin else [])]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.hear("ready")
 
     def tell(self, out: Path, n: int, shard: int) -> None:
@@ -114,7 +121,9 @@ def main() -> None:
             place = Path(folder) / str(i)
             one.append(rate(pair[:1], place / "one", n))
             two.append(rate(pair, place / "two", n))
-            idle.append(rate(pair, place / "idle", n, shard=n))  # one shard: the second worker waits for it all the time
+            idle.append(
+                rate(pair, place / "idle", n, shard=n)
+            )  # one shard: the second worker waits for it all the time
             same &= digest(place / "one") == digest(place / "two")
         for worker in pair:
             worker.end()

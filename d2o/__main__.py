@@ -23,7 +23,9 @@ def interrupted(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the program."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where whoever started us ignores it (nohup, `&` in a script)
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # not where whoever started us ignores it (nohup, `&` in a script)
         signal.signal(signal.SIGINT, interrupted)
     try:
         from d2o.cli.app import main as run

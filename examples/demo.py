@@ -38,7 +38,10 @@ def main() -> int:
         began = time.perf_counter()
         code = subprocess.run([sys.executable, "-m", "d2o", *words[1:]]).returncode
         if code:
-            print(f"demo: `d2o {words[1]}` stopped with exit code {code}; `make demo` continues from here", file=sys.stderr)
+            print(
+                f"demo: `d2o {words[1]}` stopped with exit code {code}; `make demo` continues from here",
+                file=sys.stderr,
+            )
             return code
         print(f"[{time.perf_counter() - began:.0f} s]", flush=True)
     print(f"\ndemo done in {(time.perf_counter() - start) / 60:.1f} minutes; open {RUNS}/report.html", flush=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 
 # Before anything is imported that reads them. Commands are tested through their output: no colours, one width.
-os.environ.update(NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ.update(
+    NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg"
+)
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_name, None)
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these as there are cores: one thread each, in the commands that they start, too
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # as many of these as there are cores: one thread each, in the commands that they start, too
     os.environ["OMP_NUM_THREADS"] = "1"
 
 from d2o.runtime import share_cores  # noqa: E402
@@ -23,7 +27,9 @@ from hypothesis import settings  # noqa: E402
 # Tiny networks gain nothing from more threads, and sums come out the same on small and large machines.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-settings.register_profile("d2o", deadline=None, derandomize=True)  # a slow machine is no failure; the same examples every time
+settings.register_profile(
+    "d2o", deadline=None, derandomize=True
+)  # a slow machine is no failure; the same examples every time
 settings.load_profile("d2o")
 
 

@@ -19,7 +19,14 @@ SPEC = Spec(name="tiny", shape=(1, 8, 8), condition="label", classes=10, licence
 def tiny_network(seed: int = 0, **more) -> EDMPrecond:
     """About 20 thousand parameters, with outputs that depend on all inputs."""
     torch.manual_seed(seed)
-    config = {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (), "dropout": 0.0, **more}
+    config = {
+        "model_channels": 16,
+        "channel_mult": (1,),
+        "num_blocks": 1,
+        "attn_resolutions": (),
+        "dropout": 0.0,
+        **more,
+    }
     network = EDMPrecond("ddpmpp", 8, 1, 10, **config)
     with torch.no_grad():  # the last convolutions start at 1e-5: give the untrained network something to say
         for name, p in network.named_parameters():
@@ -38,7 +45,14 @@ def tiny_teacher(path: Path | None = None, seed: int = 0) -> Teacher:
 def tiny_student(path: Path | None = None, seed: int = 1) -> Student:
     student = Student(tiny_network(seed), SPEC)
     if path is not None:
-        save_student(path, student, recipe={}, teacher={"name": "tiny", "sha256": "0" * 64, "licence": "CC0-1.0"}, metrics={}, provenance=[])
+        save_student(
+            path,
+            student,
+            recipe={},
+            teacher={"name": "tiny", "sha256": "0" * 64, "licence": "CC0-1.0"},
+            metrics={},
+            provenance=[],
+        )
     return student.eval().requires_grad_(False)
 
 

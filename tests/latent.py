@@ -12,11 +12,22 @@ from d2o.networks.latent import Autoencoder, TextToImage
 from d2o.students.base import checkpoint_meta
 from d2o.teachers.base import Spec
 
-VAE = {"in_channels": 3, "out_channels": 3, "sample_size": 32, "block_out_channels": [8, 8], "latent_channels": 4, "norm_num_groups": 4}
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "sample_size": 32,
+    "block_out_channels": [8, 8],
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
 UNET = {
-    "block_out_channels": [8, 8], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4,
-}  # fmt: skip
+    "block_out_channels": [8, 8],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
 TEXT = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = ["a", "handwritten", "seven", "eight"]
 
@@ -32,7 +43,9 @@ def tiny_autoencoder(path: Path | None = None, seed: int = 0) -> Autoencoder:
 def tiny_text_to_image(path: Path | None = None, seed: int = 0, **meta) -> TextToImage:
     torch.manual_seed(seed)
     network = TextToImage({**VAE, "scaling_factor": 0.5}, UNET, TEXT, WORDS).eval()
-    spec = Spec("tiny", network.latent_shape, space="latent", condition="text", licence="CC-BY-4.0", solver="ddim", steps=50)
+    spec = Spec(
+        "tiny", network.latent_shape, space="latent", condition="text", licence="CC-BY-4.0", solver="ddim", steps=50
+    )
     if path is not None:
         save_file(path, network.state_dict(), checkpoint_meta("teacher", network.config, spec, **meta))
     return network
@@ -45,4 +58,6 @@ def tiny_vae():
 
     torch.manual_seed(0)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **kinds).eval()
+    return AutoencoderKL(
+        latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **kinds
+    ).eval()

@@ -30,9 +30,13 @@ ROOT = Path(__file__).parents[1]
 def run(*command: object, cwd: Path) -> str:
     """The command's standard output; an error of the command fails the test with all that it said."""
     environment = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_CONSTRAINT", "PIP_REQUIRE_VIRTUALENV")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PIP_CONSTRAINT", "PIP_REQUIRE_VIRTUALENV")
     }
-    result = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout.strip()
 
@@ -40,14 +44,31 @@ def run(*command: object, cwd: Path) -> str:
 def files(folder: str) -> set[str]:
     """Everything below a folder of the checkout that belongs to the project, relative to that folder."""
     found = (path for path in (ROOT / folder).rglob("*") if path.is_file())
-    return {path.relative_to(ROOT / folder).as_posix() for path in found if "__pycache__" not in path.parts and path.suffix != ".tmp"}
+    return {
+        path.relative_to(ROOT / folder).as_posix()
+        for path in found
+        if "__pycache__" not in path.parts and path.suffix != ".tmp"
+    }
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built without a network, and without touching the checkout."""
     out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, ROOT, cwd=out)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        out,
+        ROOT,
+        cwd=out,
+    )
     (built,) = out.glob("d2o-*.whl")
     return built
 
@@ -58,7 +79,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=folder,
+    )
     (site,) = folder.glob("lib/python*/site-packages")
     # After ours on sys.path, and a .pth file found there is not followed: an editable d2o stays out of sight.
     (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
@@ -67,9 +100,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_package_recipes_assets_and_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    package = {name.removeprefix("d2o/") for name in names if name.startswith("d2o/") and not name.startswith("d2o/recipes/builtin/")}
+    package = {
+        name.removeprefix("d2o/")
+        for name in names
+        if name.startswith("d2o/") and not name.startswith("d2o/recipes/builtin/")
+    }
     assert package == files("d2o") - {f"recipes/builtin/{name}" for name in files("recipes")}
-    assert {name.removeprefix("d2o/recipes/builtin/") for name in names if name.startswith("d2o/recipes/builtin/")} == files("recipes")
+    assert {
+        name.removeprefix("d2o/recipes/builtin/") for name in names if name.startswith("d2o/recipes/builtin/")
+    } == files("recipes")
     others = {name.partition("/")[0] for name in names} - {"d2o"}
     assert others == {f"d2o-{d2o.__version__}.dist-info"}
     assert f"d2o-{d2o.__version__}.dist-info/licenses/LICENSE" in names
@@ -159,7 +198,11 @@ def test_constraints_pin_every_installed_requirement() -> None:
     names = [normal(pin.name) for pin in here]
     assert sorted(set(names)) == sorted(names)
     assert all(str(pin.specifier).startswith("==") for pin in pins)
-    if any(metadata.version(pin.name) != str(pin.specifier)[2:] for pin in here if normal(pin.name) in ("numpy", "pydantic", "diffusers")):
+    if any(
+        metadata.version(pin.name) != str(pin.specifier)[2:]
+        for pin in here
+        if normal(pin.name) in ("numpy", "pydantic", "diffusers")
+    ):
         pytest.skip("this environment was not installed with constraints.txt, so what it holds says nothing about it")
     assert required() <= set(names)
 
@@ -171,7 +214,11 @@ def normal(name: str) -> str:
 def required() -> set[str]:
     """The names of everything that pyproject.toml asks for, directly or not, as far as it is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    todo = [Requirement(text) for texts in (project["dependencies"], *project["optional-dependencies"].values()) for text in texts]
+    todo = [
+        Requirement(text)
+        for texts in (project["dependencies"], *project["optional-dependencies"].values())
+        for text in texts
+    ]
     seen: set[str] = set()
     while todo:
         name = normal(todo.pop().name)

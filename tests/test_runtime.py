@@ -24,7 +24,10 @@ def clean(monkeypatch, tmp_path):
 
 def test_idle_threads_make_way(clean):
     share_cores()
-    assert (os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"]) == (SPINS, "0") and "OMP_WAIT_POLICY" not in os.environ
+    assert (os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"]) == (
+        SPINS,
+        "0",
+    ) and "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_beside_another_d2o_they_make_way_at_once(clean):
@@ -41,7 +44,9 @@ def test_beside_another_d2o_they_make_way_at_once(clean):
     assert os.environ["GOMP_SPINCOUNT"] == SPINS
 
 
-@pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "9")])
+@pytest.mark.parametrize(
+    "name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "9")]
+)
 def test_what_the_user_chose_stands(clean, name, value):
     clean.setenv(name, value)
     share_cores()

@@ -110,7 +110,12 @@ def fill_folder(folder, units, pause: float = 0.0, die_at: int = 0, say=lambda f
         return torch.arange(unit.start, unit.start + unit.n, dtype=torch.float32) * 3
 
     def write(unit, values):
-        return {"file": unit.file, "start": unit.start, "n": unit.n, **folder.save(unit.file, {"values": values}, {"start": unit.start})}
+        return {
+            "file": unit.file,
+            "start": unit.start,
+            "n": unit.n,
+            **folder.save(unit.file, {"values": values}, {"start": unit.start}),
+        }
 
     folder.open(REMOTE_MANIFEST)
     assert fill(folder, folder.order(units), make, write)

@@ -35,7 +35,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "dd_gan_k1": {"name": "DD-GAN, K = 1", "train": "dd_gan_digits_k1", "set": "threads=1"},
     "sid": {"name": "SiD, alpha 1.2", "train": "sid_digits", "set": "threads=1"},
     "sida": {"name": "SiDA", "train": "sida_digits", "set": "threads=1"},
-    "sid2a": {"name": "SiD2A", "train": "sid2a_digits", "from": "runs/sid_digits/checkpoints/last.safetensors", "set": "threads=1"},
+    "sid2a": {
+        "name": "SiD2A",
+        "train": "sid2a_digits",
+        "from": "runs/sid_digits/checkpoints/last.safetensors",
+        "set": "threads=1",
+    },
     "cd": {"name": "CD", "train": "cd_digits", "set": "threads=1"},
     "cd_2": {"name": "CD, 2 calls", "train": "cd_digits", "set": "threads=1", "with": "--steps 2"},
     "cd_i": {"name": "CD-I", "train": "cd_i_digits", "set": "threads=1"},
@@ -53,8 +58,13 @@ def commands(row: str) -> list[str]:
     spec, train = ROWS[row], ROWS[row].get("train")
     x = spec.get("x") or f"runs/{train}/checkpoints/last.safetensors"
     x += f" {spec['with']}" if "with" in spec else ""
-    line = EVAL.format(x=x, reference=spec.get("reference", "real:digits"), name=shlex.quote(spec["name"]),
-                       repeats="" if x.startswith("real:") else f" --repeats {REPEATS}", json=f"runs/results/{row}.json")
+    line = EVAL.format(
+        x=x,
+        reference=spec.get("reference", "real:digits"),
+        name=shlex.quote(spec["name"]),
+        repeats="" if x.startswith("real:") else f" --repeats {REPEATS}",
+        json=f"runs/results/{row}.json",
+    )
     settings = f" --set {spec['set']}" if "set" in spec else ""  # part of what `--resume` compares
     verb, start = ("finetune", f" --from {spec['from']}") if "from" in spec else ("train", "")
     return ([f"d2o {verb} recipes/{train}.yaml{start}{settings} --resume"] if train else []) + [line]
@@ -78,7 +88,9 @@ def training(run: Path) -> dict[str, Any]:
     import yaml
 
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    steps = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "images_per_s" in line]
+    steps = [
+        line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "images_per_s" in line
+    ]
     seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in zip([{"images": 0}, *steps], steps))
     return {"recipe": recipe, "seed": recipe["seed"], "images": steps[-1]["images"], "minutes": round(seconds / 60, 2)}
 

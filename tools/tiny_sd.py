@@ -38,7 +38,9 @@ def main() -> None:
         found = []
         for part in numbers.split(100):
             noise = noise_for_seeds((SEED + part).tolist(), teacher.spec.shape)
-            images = teacher.decode(teacher.sample(noise, [prompts[i % len(prompts)] for i in part.tolist()], "ddim", options.steps, cfg))
+            images = teacher.decode(
+                teacher.sample(noise, [prompts[i % len(prompts)] for i in part.tolist()], "ddim", options.steps, cfg)
+            )
             found.append(classify(extractor, images))
         return torch.cat(found)
 
@@ -48,10 +50,15 @@ def main() -> None:
         "what": "share of samples in which the classifier `digits` sees the digit of the prompt, by guidance weight",
         "accuracy": accuracy,
         "digits_of_the_empty_prompt": read([""], 1.0).bincount(minlength=10).tolist(),
-        "n": options.n, "steps": options.steps, "solver": "ddim", "seeds": [SEED, SEED + options.n - 1],
-        "teacher": options.teacher, "teacher_sha256": teacher.fingerprint,
-        "hardware": hardware(), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+        "n": options.n,
+        "steps": options.steps,
+        "solver": "ddim",
+        "seeds": [SEED, SEED + options.n - 1],
+        "teacher": options.teacher,
+        "teacher_sha256": teacher.fingerprint,
+        "hardware": hardware(),
+        "date": datetime.date.today().isoformat(),
+    }
     path = Path(__file__).parents[1] / "results" / "tiny_sd.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

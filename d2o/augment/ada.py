@@ -54,7 +54,10 @@ class Strengths:
     @staticmethod
     def neutral(batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Strengths:
         """Nothing is done. To choose some transforms: `dataclasses.replace(Strengths.neutral(8), hue=...)`."""
-        ones, wide = ("scale", "stretch", "contrast", "saturation", "bands"), {"shift": (2,), "move": (2,), "bands": (4,), "centre": (2,)}
+        ones, wide = (
+            ("scale", "stretch", "contrast", "saturation", "bands"),
+            {"shift": (2,), "move": (2,), "bands": (4,), "centre": (2,)},
+        )
         shapes = {f.name: (batch, *wide.get(f.name, ())) for f in fields(Strengths)}
         return Strengths(**{n: torch.full(s, float(n in ones), device=device, dtype=dtype) for n, s in shapes.items()})
 
@@ -105,10 +108,29 @@ def sample(p: Tensor | float, randn: Numbers, rand: Numbers, kinds: tuple[str, .
     bands = torch.stack(gains, 1)
     for w, gain in zip(POWER, gains):
         bands = bands / ((13 - w + w * gain.square()) / 13).sqrt()[:, None]
-    noise = some("noise", 0.1 * math.sqrt(2) * next(uniform).erfinv(), 0)  # |N(0, 0.1^2)|, so that a percentile of the number is one of it
+    noise = some(
+        "noise", 0.1 * math.sqrt(2) * next(uniform).erfinv(), 0
+    )  # |N(0, 0.1^2)|, so that a percentile of the number is one of it
     cut = some("cutout", torch.ones_like(noise), 0)
-    return Strengths(flip, turns, shift, scale, before, stretch, behind, move, brightness, contrast, luma_flip, hue, saturation, bands, noise, cut,
-                     pair(uniform))  # fmt: skip
+    return Strengths(
+        flip,
+        turns,
+        shift,
+        scale,
+        before,
+        stretch,
+        behind,
+        move,
+        brightness,
+        contrast,
+        luma_flip,
+        hue,
+        saturation,
+        bands,
+        noise,
+        cut,
+        pair(uniform),
+    )
 
 
 class AdaPipeline(nn.Module):
@@ -156,12 +178,19 @@ class AdaPipeline(nn.Module):
 
     def _check(self, shape: torch.Size) -> None:
         if len(shape) != 4 or shape[2] != shape[3] or shape[2] < SMALLEST:
-            raise UserError(f"ADA augments square images of at least {SMALLEST} pixels a side [B, C, R, R], not {list(shape)}")
+            raise UserError(
+                f"ADA augments square images of at least {SMALLEST} pixels a side [B, C, R, R], not {list(shape)}"
+            )
         if "color" in self.kinds and shape[1] not in (1, 3):
-            raise UserError(f"ADA's colour transforms need images of 1 or 3 channels, not {shape[1]}", "known without them: blit, geom, b, bg")
+            raise UserError(
+                f"ADA's colour transforms need images of 1 or 3 channels, not {shape[1]}",
+                "known without them: blit, geom, b, bg",
+            )
 
 
-def _where(done: Tensor, change: Callable[..., Tensor], x: Tensor, *how: Tensor, otherwise: Tensor | None = None) -> Tensor:
+def _where(
+    done: Tensor, change: Callable[..., Tensor], x: Tensor, *how: Tensor, otherwise: Tensor | None = None
+) -> Tensor:
     """change(x, *how) for the images that are `done`, the others as they are in `otherwise` (None: x). On a CPU only the former are computed: with
     a small p that is next to nothing."""
     otherwise = x if otherwise is None else otherwise
@@ -233,7 +262,15 @@ class AdaController(nn.Module):
     total: Tensor
     count: Tensor
 
-    def __init__(self, batch: int, target: float = 0.6, interval: int = 4, kimg: float = 500, p0: float = 0.0, fixed: float | None = None):
+    def __init__(
+        self,
+        batch: int,
+        target: float = 0.6,
+        interval: int = 4,
+        kimg: float = 500,
+        p0: float = 0.0,
+        fixed: float | None = None,
+    ):
         super().__init__()
         if batch < 1 or interval < 1 or not kimg > 0:
             raise UserError(f"ADA needs a batch, an interval and kimg above 0, not {batch}, {interval} and {kimg}")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def color_map(brightness: Tensor, contrast: Tensor, luma_flip: Tensor, hue: Tensor, saturation: Tensor) -> tuple[Tensor, Tensor]:
+def color_map(
+    brightness: Tensor, contrast: Tensor, luma_flip: Tensor, hue: Tensor, saturation: Tensor
+) -> tuple[Tensor, Tensor]:
     """The matrix [B, 3, 3] and offset [B, 3] of the five in that order, each [B]: added; factor; 0 or 1; radians; factor."""
     eye = torch.eye(3, device=hue.device, dtype=hue.dtype)
     luma = torch.full_like(eye, 1 / 3)  # the projection onto the luma axis

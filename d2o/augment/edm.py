@@ -37,7 +37,16 @@ def augment(images: Tensor, p: float, randn: Numbers, rand: Numbers) -> tuple[Te
     stretch = torch.where(stretches, normal[:, 1], 0)
     direction = torch.where(uniform[4] < TURNED, (2 * uniform[3] - 1) * math.pi, 0)
     shift = torch.where(moves[:, None], normal[:, 2:], 0)
-    labels = [xflip, yflip, scale, angle.cos() - 1, angle.sin(), stretch * direction.cos(), stretch * direction.sin(), *shift.unbind(1)]
+    labels = [
+        xflip,
+        yflip,
+        scale,
+        angle.cos() - 1,
+        angle.sin(),
+        stretch * direction.cos(),
+        stretch * direction.sin(),
+        *shift.unbind(1),
+    ]
 
     device = images.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):

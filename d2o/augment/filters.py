@@ -16,10 +16,22 @@ from torch import Tensor
 
 SYM2 = np.array([1 + math.sqrt(3), 3 + math.sqrt(3), 3 - math.sqrt(3), 1 - math.sqrt(3)]) / (4 * math.sqrt(2))
 # The least asymmetric wavelet with six vanishing moments; the tests verify the relations that define it.
-SYM6 = np.array([
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466, 0.787641141030194,
-    0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
-])  # fmt: skip
+SYM6 = np.array(
+    [
+        0.015404109327027373,
+        0.0034907120842174702,
+        -0.11799011114819057,
+        -0.048311742585633,
+        0.4910559419267466,
+        0.787641141030194,
+        0.3379294217276218,
+        -0.07263752278646252,
+        -0.021060292512300564,
+        0.04472490177066578,
+        0.0017677118642428036,
+        -0.007800708325034148,
+    ]
+)
 """Orthonormal low-pass filters: sum h = sqrt(2), sum_n h[n] h[n + 2k] = 1 if k = 0, else 0."""
 
 MIDDLE = 5
@@ -56,7 +68,11 @@ def band_filters() -> list[np.ndarray]:
     low = np.convolve(SYM2, SYM2[::-1]) / 2
     high = -low
     high[3] += 1
-    products = {1: _spread(high, 1), 2: np.convolve(low, _spread(high, 2)), 3: np.convolve(np.convolve(low, _spread(low, 2)), _spread(high, 4))}
+    products = {
+        1: _spread(high, 1),
+        2: np.convolve(low, _spread(high, 2)),
+        3: np.convolve(np.convolve(low, _spread(low, 2)), _spread(high, 4)),
+    }
     products[4] = np.convolve(np.convolve(low, _spread(low, 2)), _spread(low, 4))
     return [np.pad(products[level], (43 - len(products[level])) // 2) for level in (4, 3, 2, 1)]
 
@@ -97,7 +113,9 @@ def _down(size: int) -> np.ndarray:
 @lru_cache(8)
 def _bands(size: int) -> np.ndarray:
     n = np.arange(size)
-    return np.stack([_rows([(n, n + k - 21, weight) for k, weight in enumerate(h)], (size, size)) for h in band_filters()])
+    return np.stack(
+        [_rows([(n, n + k - 21, weight) for k, weight in enumerate(h)], (size, size)) for h in band_filters()]
+    )
 
 
 _MATRICES = {"up": _up, "down": _down, "bands": _bands}

@@ -53,7 +53,10 @@ def translation(shift: Tensor) -> Tensor:
 def blit(images: Tensor, map: Tensor) -> Tensor:
     """images [B, C, R, R] under a map of whole pixels (flips, quarter turns, whole shifts): every value of the result is one of the image's."""
     size = images.shape[-1]
-    x, y = (reflected(v, size).round().long() for v in _positions(map, torch.arange(size, device=images.device, dtype=map.dtype), size))
+    x, y = (
+        reflected(v, size).round().long()
+        for v in _positions(map, torch.arange(size, device=images.device, dtype=map.dtype), size)
+    )
     source = (y * size + x).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     return images.flatten(2).gather(2, source).unflatten(2, (size, size))
 
@@ -109,10 +112,14 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
-        unread = gradient.new_empty(shape)  # the image's values matter to the gradient of the grid only, which is not asked for
+        unread = gradient.new_empty(
+            shape
+        )  # the image's values matter to the gradient of the grid only, which is not asked for
         bilinear, border, align_corners = 0, 1, True
         wanted = [True, False]
-        return torch.ops.aten.grid_sampler_2d_backward(gradient.contiguous(), unread, grid, bilinear, border, align_corners, wanted)[0]
+        return torch.ops.aten.grid_sampler_2d_backward(
+            gradient.contiguous(), unread, grid, bilinear, border, align_corners, wanted
+        )[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -21,16 +21,29 @@ from d2o.cli.train import finetune, train
 from d2o.errors import UserError
 from d2o.runtime import TRUST, Stopped, share_cores, worker
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 # click's ClickException, wherever this typer keeps click (since 0.2x inside itself).
 CLICK_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
-SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-                errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+SURROUNDINGS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 """What is wrong with the disk or its permissions, and not with d2o."""
 
 
@@ -47,12 +60,20 @@ FLAGS = ("--debug", "--quiet", "--trust")
 @app.callback()
 def common(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. With any command."),
-    trust: bool = typer.Option(False, "--trust", help="Read d2o's own files without comparing their bytes with the digests they were written with. "
-                               "With any command."),
-    quiet: bool = typer.Option(False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."),
-) -> None:  # fmt: skip
+    trust: bool = typer.Option(
+        False,
+        "--trust",
+        help="Read d2o's own files without comparing their bytes with the digests they were written with. "
+        "With any command.",
+    ),
+    quiet: bool = typer.Option(
+        False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."
+    ),
+) -> None:
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
     hints.typed(context)
 
@@ -106,12 +127,17 @@ def main(arguments: list[str] | None = None) -> None:
             error.show()  # type: ignore[attr-defined]
             sys.exit(error.exit_code)  # type: ignore[attr-defined]
         if isinstance(error, OSError) and error.errno in SURROUNDINGS and not debug:
-            console.error(f"{error.filename or 'a file'}: {error.strerror}", "choose another place, or make room and run again")
+            console.error(
+                f"{error.filename or 'a file'}: {error.strerror}", "choose another place, or make room and run again"
+            )
             sys.exit(2)
         if debug:
             raise
         if _out_of_memory(error):
-            console.error("not enough memory", f"{str(error).splitlines()[0] if str(error) else 'it is used up'}; a smaller --batch takes less")
+            console.error(
+                "not enough memory",
+                f"{str(error).splitlines()[0] if str(error) else 'it is used up'}; a smaller --batch takes less",
+            )
             sys.exit(2)
         hint = "this is a fault of d2o or its surroundings; the same command with --debug shows the traceback"
         console.error(f"{type(error).__name__}: {error}", hint)
@@ -120,4 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _out_of_memory(error: Exception) -> bool:
     """Python's own error, CUDA's, or that of torch's allocator on the CPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

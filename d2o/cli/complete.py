@@ -20,25 +20,42 @@ Offer = list[tuple[str, str]]
 def files(incomplete: str, *suffixes: str) -> Offer:
     """Folders, and files of these endings (of any if there are none)."""
     found = [(path, Path(path)) for path in sorted(glob.glob(glob.escape(incomplete) + "*"))]
-    return [(f"{text}/" if path.is_dir() else text, "") for text, path in found if path.is_dir() or not suffixes or path.suffix in suffixes]
+    return [
+        (f"{text}/" if path.is_dir() else text, "")
+        for text, path in found
+        if path.is_dir() or not suffixes or path.suffix in suffixes
+    ]
 
 
 def recipes(incomplete: str) -> Offer:
     """Recipes by name, with their titles, and files."""
-    paths = {path.stem: path for folder in reversed(recipe_folders()) for path in folder.glob(f"{glob.escape(incomplete)}*.yaml")}
-    return [(name, _line(paths[name], "title")) for name in sorted(paths)] + (files(incomplete, ".yaml") if incomplete else [])
+    paths = {
+        path.stem: path
+        for folder in reversed(recipe_folders())
+        for path in folder.glob(f"{glob.escape(incomplete)}*.yaml")
+    }
+    return [(name, _line(paths[name], "title")) for name in sorted(paths)] + (
+        files(incomplete, ".yaml") if incomplete else []
+    )
 
 
 def tables(incomplete: str) -> Offer:
     """The tables of papers."""
-    return [(name, "") for name in sorted({p.stem for folder in table_folders() for p in folder.glob(f"{glob.escape(incomplete)}*.yaml")})]
+    return [
+        (name, "")
+        for name in sorted(
+            {p.stem for folder in table_folders() for p in folder.glob(f"{glob.escape(incomplete)}*.yaml")}
+        )
+    ]
 
 
 def of(kind: str, *suffixes: str, paths: bool = False) -> Callable[[str], Offer]:
     """The words of that kind in `words.json`; with `paths`, files of these endings too."""
 
     def offer(incomplete: str) -> Offer:
-        return [(word, "") for word in load()[kind] if word.startswith(incomplete)] + (files(incomplete, *suffixes) if paths else [])
+        return [(word, "") for word in load()[kind] if word.startswith(incomplete)] + (
+            files(incomplete, *suffixes) if paths else []
+        )
 
     return offer
 
@@ -70,7 +87,9 @@ def keys(context: typer.Context, incomplete: str) -> Offer:
     words = [context.params.get("recipe"), *context.args]  # an option without its value yet leaves the rest unparsed
     method = next((found for word in words if word and (found := _method(str(word)))), None)
     own = known.get(method) if method else [key for name in known if name for key in known[name]]
-    return [(f"{key}=", "") for key in [*known[""], *(own or [])] if key.startswith(incomplete) and "=" not in incomplete]
+    return [
+        (f"{key}=", "") for key in [*known[""], *(own or [])] if key.startswith(incomplete) and "=" not in incomplete
+    ]
 
 
 def _method(name: str) -> str | None:
@@ -79,7 +98,9 @@ def _method(name: str) -> str | None:
     for path in paths:
         if path.is_file():
             base = _line(path, "extends")
-            return _line(path, "method") or (_method(str(path.parent / base) if (path.parent / base).is_file() else base) if base else None)
+            return _line(path, "method") or (
+                _method(str(path.parent / base) if (path.parent / base).is_file() else base) if base else None
+            )
     return None
 
 

@@ -38,7 +38,9 @@ def error(message: str, hint: str = "") -> None:
 
 def _cut(text: str) -> str:
     lines = text.split("\n")
-    return "\n".join(line if len(line) <= LONGEST else f"{line[: LONGEST - 100]}... ({len(line):,} characters)" for line in lines)
+    return "\n".join(
+        line if len(line) <= LONGEST else f"{line[: LONGEST - 100]}... ({len(line):,} characters)" for line in lines
+    )
 
 
 class Meter:
@@ -52,8 +54,15 @@ class Meter:
         self.told = False
         self.progress = None
         if not self.quiet and sys.stderr.isatty():
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                       TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}")]  # fmt: skip
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[note]}"),
+            ]
             self.progress = Progress(*columns, console=err)
             self.task = self.progress.add_task(title, total=total, completed=done, rate="", left="", note="")
             self.progress.start()

@@ -32,22 +32,34 @@ def env(as_json: bool = typer.Option(False, "--json", help="As JSON, for program
 
 def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     cpu = found["cpu"]
-    processor = cpu if "cannot be told" in cpu else {
-        "model": cpu["model"],
-        "cores": f"{cpu['cores']}, {cpu['usable cores']} of them usable; torch takes {cpu['torch threads']}",
-        "capability": f"{cpu['capability']}; bf16 {'fast: ' + cpu['bf16'] if cpu['bf16'] else 'slow: the processor has none'}",
-        "memory": size(cpu["memory"]) if cpu["memory"] else "unknown",
-    }  # fmt: skip
+    processor = (
+        cpu
+        if "cannot be told" in cpu
+        else {
+            "model": cpu["model"],
+            "cores": f"{cpu['cores']}, {cpu['usable cores']} of them usable; torch takes {cpu['torch threads']}",
+            "capability": f"{cpu['capability']}; bf16 {'fast: ' + cpu['bf16'] if cpu['bf16'] else 'slow: the processor has none'}",
+            "memory": size(cpu["memory"]) if cpu["memory"] else "unknown",
+        }
+    )
     caches = {name: _cache(entry) for name, entry in found["caches"].items()}
     caches |= {f"disk free, {name}": size(free) for name, free in found["disk free"].items()}
-    extras = {f"{name}: {package}": version or "not there" for name, entry in found["extras"].items()
-              for package, version in entry["packages"].items()}  # fmt: skip
+    extras = {
+        f"{name}: {package}": version or "not there"
+        for name, entry in found["extras"].items()
+        for package, version in entry["packages"].items()
+    }
     return [
         ("versions", {name: version or "not there" for name, version in found["versions"].items()}),
-        ("platform", found["platform"]), ("processor", processor), ("devices (--device)", found["devices"]),
+        ("platform", found["platform"]),
+        ("processor", processor),
+        ("devices (--device)", found["devices"]),
         *([("settings", found["settings"])] if found["settings"] else []),
-        ("caches", caches), ("optional packages", extras), ("teachers here", found["teachers"]), ("can run", found["can run"]),
-    ]  # fmt: skip
+        ("caches", caches),
+        ("optional packages", extras),
+        ("teachers here", found["teachers"]),
+        ("can run", found["can run"]),
+    ]
 
 
 def _cache(entry: dict[str, Any]) -> str:

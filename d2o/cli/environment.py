@@ -15,15 +15,49 @@ from typing import Any
 
 from d2o import __version__
 
-PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "transformers", "huggingface_hub", "pydantic", "pillow", "lpips", "torchdiffeq",
-            "scikit-learn", "fsspec", "filelock", "requests", "tensorboard", "typer", "rich", "PyYAML")  # fmt: skip
-SETTINGS = ("D2O_HOME", "D2O_OFFLINE", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
-            "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "diffusers",
+    "transformers",
+    "huggingface_hub",
+    "pydantic",
+    "pillow",
+    "lpips",
+    "torchdiffeq",
+    "scikit-learn",
+    "fsspec",
+    "filelock",
+    "requests",
+    "tensorboard",
+    "typer",
+    "rich",
+    "PyYAML",
+)
+SETTINGS = (
+    "D2O_HOME",
+    "D2O_OFFLINE",
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "TORCH_HOME",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "CUDA_VISIBLE_DEVICES",
+    "RANK",
+    "WORLD_SIZE",
+)
 """Environment variables that change what d2o does; tokens are not among them."""
 EXTRAS = {
-    "eval": "networks of d2o eval beside Inception (CLIP, DINOv2, DreamSim, LPIPS, EfficientNet-lite0)", "pairs": "prompts in .parquet files",
-    "export": "d2o export --format onnx", "wandb": "tracker: wandb", "mlflow": "tracker: mlflow",
-}  # fmt: skip
+    "eval": "networks of d2o eval beside Inception (CLIP, DINOv2, DreamSim, LPIPS, EfficientNet-lite0)",
+    "pairs": "prompts in .parquet files",
+    "export": "d2o export --format onnx",
+    "wandb": "tracker: wandb",
+    "mlflow": "tracker: mlflow",
+}
 """What an extra is for, in the words of who misses it."""
 
 
@@ -31,13 +65,28 @@ def collect() -> dict[str, Any]:
     """All of it, as plain data. What cannot be found out, as where torch is broken, says why in its place."""
     extras = _extras()
     return {
-        "versions": {"d2o": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": {"system": platform.platform(), "d2o at": _tidy(Path(__file__).parents[1]), "python at": _tidy(Path(sys.executable))},
+        "versions": {
+            "d2o": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": {
+            "system": platform.platform(),
+            "d2o at": _tidy(Path(__file__).parents[1]),
+            "python at": _tidy(Path(sys.executable)),
+        },
         "cpu": _told(_cpu),
         "devices": _told(_devices),
-        "settings": {name: _tidy(Path(os.environ[name])) if "/" in os.environ[name] else os.environ[name] for name in SETTINGS if name in os.environ},
+        "settings": {
+            name: _tidy(Path(os.environ[name])) if "/" in os.environ[name] else os.environ[name]
+            for name in SETTINGS
+            if name in os.environ
+        },
         "caches": {name: _cache(path) for name, path in _places().items()},
-        "disk free": {"here": shutil.disk_usage(".").free, "caches": shutil.disk_usage(_existing(_places()["d2o"])).free},
+        "disk free": {
+            "here": shutil.disk_usage(".").free,
+            "caches": shutil.disk_usage(_existing(_places()["d2o"])).free,
+        },
         "extras": extras,
         "teachers": _told(_teachers),
         "can run": _told(lambda: _abilities(extras)),
@@ -76,12 +125,25 @@ def _cpu() -> dict[str, Any]:
     except OSError:  # no Linux
         pass
     flags = words.get("flags", words.get("Features", "")).split()
-    bf16 = next((name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "BF16")) if flag in flags), None)
+    bf16 = next(
+        (
+            name
+            for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "BF16"))
+            if flag in flags
+        ),
+        None,
+    )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else None
-    return {"model": words.get("model name") or platform.processor() or platform.machine(), "cores": os.cpu_count(), "usable cores": usable,
-            "torch threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(), "bf16": bf16,
-            "memory": memory}  # fmt: skip
+    return {
+        "model": words.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "usable cores": usable,
+        "torch threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": bf16,
+        "memory": memory,
+    }
 
 
 def _devices() -> dict[str, str]:
@@ -97,7 +159,9 @@ def _devices() -> dict[str, str]:
             about = torch.cuda.get_device_properties(name)
             bf16 = "bf16" if about.major >= 8 else "no bf16"
             versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-            found[name] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor} ({bf16}), {versions}"
+            found[name] = (
+                f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor} ({bf16}), {versions}"
+            )
     return found
 
 
@@ -107,7 +171,11 @@ def _places() -> dict[str, Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     hub = Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser() / "hub"
     torch_home = Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser()
-    return {"d2o": home(), "hugging face hub": Path(os.environ.get("HF_HUB_CACHE", hub)).expanduser(), "torch hub": torch_home / "hub"}
+    return {
+        "d2o": home(),
+        "hugging face hub": Path(os.environ.get("HF_HUB_CACHE", hub)).expanduser(),
+        "torch hub": torch_home / "hub",
+    }
 
 
 def _existing(path: Path) -> Path:
@@ -149,8 +217,14 @@ def _teachers() -> dict[str, str]:
     """Teachers that are on this machine -> where."""
     from d2o.teachers import catalogue
 
-    here = {name: catalogue.local_path(published) for name in catalogue.names() if (published := catalogue.find(name)) is not None}
-    return {"digits": "ships with d2o", "tiny-sd": "ships with d2o"} | {name: _tidy(path) for name, path in here.items() if path is not None}
+    here = {
+        name: catalogue.local_path(published)
+        for name in catalogue.names()
+        if (published := catalogue.find(name)) is not None
+    }
+    return {"digits": "ships with d2o", "tiny-sd": "ships with d2o"} | {
+        name: _tidy(path) for name, path in here.items() if path is not None
+    }
 
 
 def _abilities(extras: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -34,58 +34,130 @@ X = typer.Argument(
     show_default=False,
     autocompletion=complete.subjects,
 )
-AGAINST = _what("--against", help="The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
-                "what comes of digits: real:digits.", autocompletion=complete.references)  # fmt: skip
-METRICS = _what("--metrics", default=[], help="fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, "
-                "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.",
-                autocompletion=complete.metrics)  # fmt: skip
-PROTOCOL = _what("--protocol", help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.",
-                 autocompletion=complete.of("protocols"))  # fmt: skip
-TABLE = _what("--table", help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.",
-              autocompletion=complete.tables)  # fmt: skip
-EXTRACTOR = _what("--extractor", help="Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
-                  "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.",
-                  autocompletion=complete.of("extractors", ".safetensors", paths=True))  # fmt: skip
-WEIGHTS = _what("--weights", default=[], help="Weights file of a network: [NAME=]PATH. Default: in $D2O_HOME/weights, else downloaded.")
-TEACHER = _what("--teacher", help="Teacher to measure the distance to. Default: the one that the student names, if it is here.")
-NO_DISTANCE = _what("--no-teacher-distance", default=False, help="Leave out the distance to the teacher from equal noise.")
-LATENCY = _what("--latency", default=False, help="Also time single images (text, network, decoding) and take the peak memory.")
-NEIGHBOURS = _what("--neighbours", default=0, help="Show that many nearest images of the reference beside samples in the report (memorisation).")
+AGAINST = _what(
+    "--against",
+    help="The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
+    "what comes of digits: real:digits.",
+    autocompletion=complete.references,
+)
+METRICS = _what(
+    "--metrics",
+    default=[],
+    help="fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, "
+    "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.",
+    autocompletion=complete.metrics,
+)
+PROTOCOL = _what(
+    "--protocol",
+    help="Measure as a paper did: sida_cifar10, d2g_coco2014, ... Options that differ are refused.",
+    autocompletion=complete.of("protocols"),
+)
+TABLE = _what(
+    "--table",
+    help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.",
+    autocompletion=complete.tables,
+)
+EXTRACTOR = _what(
+    "--extractor",
+    help="Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
+    "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.",
+    autocompletion=complete.of("extractors", ".safetensors", paths=True),
+)
+WEIGHTS = _what(
+    "--weights",
+    default=[],
+    help="Weights file of a network: [NAME=]PATH. Default: in $D2O_HOME/weights, else downloaded.",
+)
+TEACHER = _what(
+    "--teacher", help="Teacher to measure the distance to. Default: the one that the student names, if it is here."
+)
+NO_DISTANCE = _what(
+    "--no-teacher-distance", default=False, help="Leave out the distance to the teacher from equal noise."
+)
+LATENCY = _what(
+    "--latency", default=False, help="Also time single images (text, network, decoding) and take the peak memory."
+)
+NEIGHBOURS = _what(
+    "--neighbours",
+    default=0,
+    help="Show that many nearest images of the reference beside samples in the report (memorisation).",
+)
 
 N = _making("--n", "-n", default=4000, help="Generated images (a set of images is used whole).")
-SEED = _making("--seed", default=1_000_000, help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.")
-LABELS = _making("--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2.")
-PROMPTS = _making("--prompts", metavar="FILE", help="Prompts for generators that take text (.txt, .jsonl, .parquet); image i has prompt i mod "
-                  "their number.")  # fmt: skip
+SEED = _making(
+    "--seed",
+    default=1_000_000,
+    help="Seed of image 0; image i has seed + i. The default is away from the seeds of pairs.",
+)
+LABELS = _making(
+    "--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2."
+)
+PROMPTS = _making(
+    "--prompts",
+    metavar="FILE",
+    help="Prompts for generators that take text (.txt, .jsonl, .parquet); image i has prompt i mod their number.",
+)
 PER_PROMPT = _making("--per-prompt", default=8, help="Images of one prompt for dreamdiv.")
 BATCH = _making("--batch", default=250, help="Images per network call.")
-SOLVER = _making("--solver", help="Solver of a teacher as X: heun, euler, ddim or dpmpp; default: its usual. With euler, --steps 1 calls it once.")
-STEPS = _making("--steps", help="Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls). Of a "
-               "consistency student as X: network calls, 1 or 2.")  # fmt: skip
+SOLVER = _making(
+    "--solver",
+    help="Solver of a teacher as X: heun, euler, ddim or dpmpp; default: its usual. With euler, --steps 1 calls it once.",
+)
+STEPS = _making(
+    "--steps",
+    help="Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls). Of a "
+    "consistency student as X: network calls, 1 or 2.",
+)
 CFG = _making("--cfg", default=1.0, help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
-RESIZE = _making("--resize", default="none", help="Before scoring: none, crop (sets of images: scale and centre-crop to what the extractor takes), "
-                 "or a size: 256, 256:bicubic (centre-crop, then Lanczos or bicubic). Recorded.")  # fmt: skip
-QUANTIZE = _making("--quantize", default="edm_round", help="Generated images to 8 bits: edm_round, or dmd_trunc (GigaGAN, DMD2).")
+RESIZE = _making(
+    "--resize",
+    default="none",
+    help="Before scoring: none, crop (sets of images: scale and centre-crop to what the extractor takes), "
+    "or a size: 256, 256:bicubic (centre-crop, then Lanczos or bicubic). Recorded.",
+)
+QUANTIZE = _making(
+    "--quantize", default="edm_round", help="Generated images to 8 bits: edm_round, or dmd_trunc (GigaGAN, DMD2)."
+)
 ON_BAD = _making("--on-bad", default="refuse", help="Corrupt images: refuse or skip; either way they are named.")
 DEVICE = _making("--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.")
-WORK = _making("--work", help="Folder for unfinished work, which is kept and found again by later evaluations. Default: in $D2O_HOME, removed "
-               "when done. The same command again continues.")  # fmt: skip
+WORK = _making(
+    "--work",
+    help="Folder for unfinished work, which is kept and found again by later evaluations. Default: in $D2O_HOME, removed "
+    "when done. The same command again continues.",
+)
 
 REPEATS = _numbers("--repeats", default=1, help="Runs over disjoint blocks of n seeds; every run is recorded.")
-REPORT_AS = _numbers("--report-as", default="mean", help="Of several runs: mean (with the deviation), or min, the best of them as EDM reports.")
+REPORT_AS = _numbers(
+    "--report-as",
+    default="mean",
+    help="Of several runs: mean (with the deviation), or min, the best of them as EDM reports.",
+)
 BOOTSTRAP = _numbers("--bootstrap", default=0, help="Error bars of a single run: resample its images that often.")
-DISTANCE_N = _numbers("--distance-n", default=256, help="Images beside the teacher's from equal noise (distance, lpips, dreamsim).")
+DISTANCE_N = _numbers(
+    "--distance-n", default=256, help="Images beside the teacher's from equal noise (distance, lpips, dreamsim)."
+)
 PR_K = _numbers("--pr-k", default=3, help="Neighbours of precision and recall.")
 DC_K = _numbers("--dc-k", default=5, help="Neighbours of density and coverage.")
-PR_DTYPE = _numbers("--pr-dtype", default="float32", help="In which their features are kept: float32, float64, or float16 as SiD and ADM do.")
+PR_DTYPE = _numbers(
+    "--pr-dtype",
+    default="float32",
+    help="In which their features are kept: float32, float64, or float16 as SiD and ADM do.",
+)
 KID_SUBSETS = _numbers("--kid-subsets", default=100, help="Subsets of KID.")
 KID_SIZE = _numbers("--kid-size", default=1000, help="Images in each.")
 IS_SPLITS = _numbers("--is-splits", default=10, help="Splits of the Inception Score.")
-IS_MODE = _numbers("--is-mode", default="torch_fidelity", help="torch_fidelity (shuffled by seed 2020), edm_order, or adm (splits of 5,000).")
+IS_MODE = _numbers(
+    "--is-mode",
+    default="torch_fidelity",
+    help="torch_fidelity (shuffled by seed 2020), edm_order, or adm (splits of 5,000).",
+)
 CLIP_MODEL = _numbers("--clip-model", default="clip-vit-g-14", help="Of clip-score: clip-vit-g-14 or clip-vit-b-32.")
 
-JSON = _out("--json", help="Write the result, with its protocol, to this file (a list for several X). -: to standard output, and the table to "
-            "stderr.")  # fmt: skip
+JSON = _out(
+    "--json",
+    help="Write the result, with its protocol, to this file (a list for several X). -: to standard output, and the table to "
+    "stderr.",
+)
 CSV = _out("--csv", help="Write the table with all digits, one row for each X.")
 MARKDOWN = _out("--markdown", help="Write the table as markdown (or LaTeX: FILE.tex).")
 REPORT = _out("--report", help="Write a self-contained HTML page: table, sample grids, curves, protocols.")
@@ -93,21 +165,62 @@ SAVE_STATS = _out("--save-stats", help="Write X's feature statistics to this .np
 NAME = _out("--name", default=[], help="Row label; give one for each X, in their order.")
 RUN = _out("--run", default=[], help="Run folder whose training curves the report shows. Repeatable.")
 TITLE = _out("--title", default="d2o report", help="Title of the report.")
-COMPARE = _out("--compare", default=False, help="Measure nothing: the X are results (made with --json, or run folders with an eval.json).")
+COMPARE = _out(
+    "--compare",
+    default=False,
+    help="Measure nothing: the X are results (made with --json, or run folders with an eval.json).",
+)
 
 
 def evaluate(
     context: typer.Context,
-    x: list[str] = X, against: str = AGAINST, metrics: list[str] = METRICS, protocol: str = PROTOCOL, table: str = TABLE,
-    extractor: str = EXTRACTOR, weights: list[str] = WEIGHTS, teacher: str = TEACHER, no_teacher_distance: bool = NO_DISTANCE,
-    latency: bool = LATENCY, neighbours: int = NEIGHBOURS, n: int = N, seed: int = SEED, labels: str = LABELS, prompts: str = PROMPTS,
-    per_prompt: int = PER_PROMPT, batch: int = BATCH, solver: str = SOLVER, steps: int = STEPS, cfg: float = CFG, resize: str = RESIZE,
-    quantize: str = QUANTIZE, on_bad: str = ON_BAD, device: str = DEVICE, work: Path = WORK, repeats: int = REPEATS,
-    report_as: str = REPORT_AS, bootstrap: int = BOOTSTRAP, distance_n: int = DISTANCE_N, pr_k: int = PR_K, dc_k: int = DC_K,
-    pr_dtype: str = PR_DTYPE, kid_subsets: int = KID_SUBSETS, kid_size: int = KID_SIZE, is_splits: int = IS_SPLITS, is_mode: str = IS_MODE,
-    clip_model: str = CLIP_MODEL, json: Path = JSON, csv: Path = CSV, markdown: Path = MARKDOWN, report: Path = REPORT,
-    save_stats: Path = SAVE_STATS, name: list[str] = NAME, run: list[Path] = RUN, title: str = TITLE, compare: bool = COMPARE,
-) -> None:  # fmt: skip
+    x: list[str] = X,
+    against: str = AGAINST,
+    metrics: list[str] = METRICS,
+    protocol: str = PROTOCOL,
+    table: str = TABLE,
+    extractor: str = EXTRACTOR,
+    weights: list[str] = WEIGHTS,
+    teacher: str = TEACHER,
+    no_teacher_distance: bool = NO_DISTANCE,
+    latency: bool = LATENCY,
+    neighbours: int = NEIGHBOURS,
+    n: int = N,
+    seed: int = SEED,
+    labels: str = LABELS,
+    prompts: str = PROMPTS,
+    per_prompt: int = PER_PROMPT,
+    batch: int = BATCH,
+    solver: str = SOLVER,
+    steps: int = STEPS,
+    cfg: float = CFG,
+    resize: str = RESIZE,
+    quantize: str = QUANTIZE,
+    on_bad: str = ON_BAD,
+    device: str = DEVICE,
+    work: Path = WORK,
+    repeats: int = REPEATS,
+    report_as: str = REPORT_AS,
+    bootstrap: int = BOOTSTRAP,
+    distance_n: int = DISTANCE_N,
+    pr_k: int = PR_K,
+    dc_k: int = DC_K,
+    pr_dtype: str = PR_DTYPE,
+    kid_subsets: int = KID_SUBSETS,
+    kid_size: int = KID_SIZE,
+    is_splits: int = IS_SPLITS,
+    is_mode: str = IS_MODE,
+    clip_model: str = CLIP_MODEL,
+    json: Path = JSON,
+    csv: Path = CSV,
+    markdown: Path = MARKDOWN,
+    report: Path = REPORT,
+    save_stats: Path = SAVE_STATS,
+    name: list[str] = NAME,
+    run: list[Path] = RUN,
+    title: str = TITLE,
+    compare: bool = COMPARE,
+) -> None:
     """Measure students, teachers and images, and say how it was measured.
 
     Every metric of the papers: Fréchet distances over a named feature extractor (FID, FD-DINOv2, ...), KID, Inception Score, precision, recall,
@@ -118,7 +231,11 @@ def evaluate(
     outputs = Outputs(json, csv, markdown, report, run, title)
     check_asked(values)
     outputs.check(save_stats)
-    given = {key for key in values if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"}
+    given = {
+        key
+        for key in values
+        if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"
+    }
     with nullcontext(outputs.read(values["x"])) if compare else measured(values, given) as records:
         if worker()[0] == 0:
             outputs.write(records)
@@ -134,9 +251,17 @@ def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
     for piece in fold(results_table(list(records)), width - 4):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, header in enumerate(piece.headers):
-            table.add_column(escape(header), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=0 if i else 16)
+            table.add_column(
+                escape(header),
+                justify="right" if i else "left",
+                no_wrap=i > 0,
+                overflow="fold",
+                min_width=0 if i else 16,
+            )
         for i, row in enumerate(piece.rows):
-            table.add_row(*(f"[bold]{escape(cell)}[/]" if (i, j) in piece.best else escape(cell) for j, cell in enumerate(row)))
+            table.add_row(
+                *(f"[bold]{escape(cell)}[/]" if (i, j) in piece.best else escape(cell) for j, cell in enumerate(row))
+            )
         target.print(table)
         for line in piece.footer:
             to.print(escape(line), style="dim")

@@ -74,13 +74,19 @@ class Outputs:
             check_report_target(self.report)
             for folder in self.runs:
                 if not (folder / "metrics.jsonl").exists():
-                    raise UserError(f"{folder} is not a run folder: it holds no metrics.jsonl", "--run takes what `d2o train --out` wrote")
+                    raise UserError(
+                        f"{folder} is not a run folder: it holds no metrics.jsonl",
+                        "--run takes what `d2o train --out` wrote",
+                    )
         if save_stats:
             check_output(save_stats, folder=False)
             if save_stats.suffix != ".npz":
                 raise UserError(f"--save-stats {save_stats}: statistics are an .npz file")
             if save_stats.exists() and not is_statistics(save_stats):
-                raise UserError(f"{save_stats} exists and holds no statistics: it is not overwritten", "choose another name for --save-stats")
+                raise UserError(
+                    f"{save_stats} exists and holds no statistics: it is not overwritten",
+                    "choose another name for --save-stats",
+                )
 
     def read(self, paths: Sequence[str]) -> list[Record]:
         """The results in these files and run folders."""
@@ -135,16 +141,33 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
     from d2o.metrics.run import Request
 
     preset = find_preset(values["protocol"]) if values["protocol"] else None
-    values = values | {"metrics": tuple(part.strip() for text in values["metrics"] for part in text.split(",") if part.strip())}
+    values = values | {
+        "metrics": tuple(part.strip() for text in values["metrics"] for part in text.split(",") if part.strip())
+    }
     if preset is not None:
         values = values | apply_preset(preset, {key: values[key] for key in values if key in given})
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     pictures = any(values[key] for key in ("json", "report"))
     request = Request(
-        values["x"], values["against"], values["metrics"], values["extractor"], values["weights"], values["teacher"],
-        not values["no_teacher_distance"], values["name"], values["save_stats"] is None, values["on_bad"], pictures, values["latency"],
-        values["neighbours"], open_device(values["device"]), preset, values["work"], values.get("paper") or (), "steps" in given,
-    )  # fmt: skip
+        values["x"],
+        values["against"],
+        values["metrics"],
+        values["extractor"],
+        values["weights"],
+        values["teacher"],
+        not values["no_teacher_distance"],
+        values["name"],
+        values["save_stats"] is None,
+        values["on_bad"],
+        pictures,
+        values["latency"],
+        values["neighbours"],
+        open_device(values["device"]),
+        preset,
+        values["work"],
+        values.get("paper") or (),
+        "steps" in given,
+    )
     return request, settings
 
 
@@ -157,7 +180,10 @@ def _one_after_another(request: Request, settings: Settings, save_stats: Path | 
         records.append(result.record)
         if save_stats and worker()[0] == 0:
             if result.statistics is None:
-                raise UserError(f"{request.xs[0]}: no extractor was used, so there are no statistics to save", "name one with --extractor")
+                raise UserError(
+                    f"{request.xs[0]}: no extractor was used, so there are no statistics to save",
+                    "name one with --extractor",
+                )
             save_statistics(save_stats, result.statistics)
             console.say(f"wrote {save_stats} (n = {result.statistics.n:,}, {result.statistics.dim} features)")
     return records
@@ -199,17 +225,27 @@ def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
             if row.paper:
                 records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper)})
             continue
-        chosen = {key: value for key, value in {"against": table.against_of(row), **table.options_of(row)}.items() if value is not None}
+        chosen = {
+            key: value
+            for key, value in {"against": table.against_of(row), **table.options_of(row)}.items()
+            if value is not None
+        }
         row_values = {
-            **values, **{key: value for key, value in chosen.items() if key not in given}, "x": [row.x], "name": [row.name],
-            "protocol": values["protocol"] or table.protocol, "paper": [dict(row.paper)],
-        }  # fmt: skip
+            **values,
+            **{key: value for key, value in chosen.items() if key not in given},
+            "x": [row.x],
+            "name": [row.name],
+            "protocol": values["protocol"] or table.protocol,
+            "paper": [dict(row.paper)],
+        }
         try:
             records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
         except Stopped as stopped:
-            raise Stopped(f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}", stopped.exit_code - 128) from stopped
+            raise Stopped(
+                f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}", stopped.exit_code - 128
+            ) from stopped
         else:
             measured += 1
     if not measured and worker()[0] == 0:

@@ -26,7 +26,13 @@ OUT = typer.Option(
     help="File (.onnx, .pt2, .safetensors) or existing folder; for diffusers the folder itself. Default: the checkpoint's name, beside it.",
     show_default=False,
 )
-OPSET = typer.Option(None, "--opset", min=1, help="ONNX operator set, 18 or later. Default: 18, which most runtimes read.", show_default=False)
+OPSET = typer.Option(
+    None,
+    "--opset",
+    min=1,
+    help="ONNX operator set, 18 or later. Default: 18, which most runtimes read.",
+    show_default=False,
+)
 DTYPE = typer.Option(
     None,
     "--dtype",
@@ -40,7 +46,9 @@ STUDENT_SIGMA = typer.Option(
     "SiDA 2.5, GDD 80. With --format safetensors it becomes a student that d2o samples, measures and trains further.",
     show_default=False,
 )
-CHECK_N = typer.Option(16, "--check-n", min=1, help="Samples compared with the network, in one batch; one sample is compared alone, too.")
+CHECK_N = typer.Option(
+    16, "--check-n", min=1, help="Samples compared with the network, in one batch; one sample is compared alone, too."
+)
 TOLERANCE = typer.Option(
     None,
     "--tolerance",
@@ -68,8 +76,18 @@ def export(
     """
     from d2o.export.exporter import export_checkpoint
 
-    done = export_checkpoint(checkpoint, format_, out, opset=opset, dtype=dtype, student_sigma=student_sigma, check_n=check_n, tolerance=tolerance,
-                             force=force, say=console.say)  # fmt: skip
+    done = export_checkpoint(
+        checkpoint,
+        format_,
+        out,
+        opset=opset,
+        dtype=dtype,
+        student_sigma=student_sigma,
+        check_n=check_n,
+        tolerance=tolerance,
+        force=force,
+        say=console.say,
+    )
     lines = [
         f"{'unchanged' if done.unchanged else 'wrote'} {done.path} ({done.size / 1e6:.1f} MB)",
         f"card {done.card}",

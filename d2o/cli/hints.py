@@ -20,14 +20,21 @@ keys: dict[str, str] = {}
 def typed(context: Any) -> None:
     """Remember the command that was typed, of click's context of the whole program."""
     commands: dict[str, Any] = context.command.commands
-    options = {name: {text for param in command.params for text in (*param.opts, *param.secondary_opts)} for name, command in commands.items()}
+    options = {
+        name: {text for param in command.params for text in (*param.opts, *param.secondary_opts)}
+        for name, command in commands.items()
+    }
     known.update(*options.values())
     own.clear()
     own.update(options.get(context.invoked_subcommand, ()), {"--help"})
     keys.clear()
     if context.invoked_subcommand in ("train", "finetune"):
         keys.update({"--extractor": "eval.extractor", "--against": "eval.reference", "--protocol": "eval.protocol"})
-        keys.update((option, f"pairs.{option[2:].replace('-', '_')}") for option in options["pairs"] - own if option.startswith("--"))
+        keys.update(
+            (option, f"pairs.{option[2:].replace('-', '_')}")
+            for option in options["pairs"] - own
+            if option.startswith("--")
+        )
 
 
 def fit(hint: str) -> str:

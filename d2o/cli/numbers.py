@@ -10,9 +10,18 @@ from typer.core import TyperCommand
 from d2o.errors import UserError
 
 MOST = {
-    "batch": 2**20, "chunk": 2**24, "shard_size": 2**24, "check_n": 2**16, "threads": 1024, "steps": 100_000, "repeats": 10_000,
-    "bootstrap": 1_000_000, "kid_subsets": 1_000_000, "is_splits": 1_000_000, "neighbours": 1000,
-}  # fmt: skip
+    "batch": 2**20,
+    "chunk": 2**24,
+    "shard_size": 2**24,
+    "check_n": 2**16,
+    "threads": 1024,
+    "steps": 100_000,
+    "repeats": 10_000,
+    "bootstrap": 1_000_000,
+    "kid_subsets": 1_000_000,
+    "is_splits": 1_000_000,
+    "neighbours": 1000,
+}
 """Of the options of these names; all others have OTHERS."""
 OTHERS = 2**32 - 1
 

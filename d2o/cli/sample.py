@@ -18,42 +18,115 @@ if TYPE_CHECKING:
 
 
 def sample(
-    checkpoint: Path = typer.Argument(None, help="A student's .safetensors checkpoint, or a run folder (its best, else last checkpoint).",
-                                      show_default=False, autocompletion=complete.checkpoints),
+    checkpoint: Path = typer.Argument(
+        None,
+        help="A student's .safetensors checkpoint, or a run folder (its best, else last checkpoint).",
+        show_default=False,
+        autocompletion=complete.checkpoints,
+    ),
     n: int = typer.Option(None, "--n", "-n", help="Number of images.", show_default=False),
-    out: Path = typer.Option(None, "--out", help="Where to: a folder (no suffix), or a .zip, .tar or .npz file. Default: "
-                             "`samples/<name>-n<n>-seed<seed>.zip`.", show_default=False),
+    out: Path = typer.Option(
+        None,
+        "--out",
+        help="Where to: a folder (no suffix), or a .zip, .tar or .npz file. Default: "
+        "`samples/<name>-n<n>-seed<seed>.zip`.",
+        show_default=False,
+    ),
     seed: int = typer.Option(0, "--seed", help="Seed of the first image; image i has seed + i."),
-    labels: str = typer.Option(None, "--labels", help="Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
-                               "prompts likewise (default: balanced).", show_default=False),
-    batch: int = typer.Option(None, "--batch", help="Images per call (256); a begun output keeps its own.", show_default=False),
-    grid: Path = typer.Option(None, "--grid", metavar="FILE.png", help="Also write a picture of the first 64 images, with their classes.",
-                              show_default=False),
-    teacher: str = typer.Option(None, "--teacher", help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
-                                "that both can be compared.", show_default=False, autocompletion=complete.teachers),
-    solver: str = typer.Option(None, "--solver", help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
-                               show_default=False, autocompletion=complete.among("heun", "euler", "ddim", "dpmpp")),
-    steps: int = typer.Option(None, "--steps", help="Solver steps of the teacher (default: its usual number); network calls of a consistency "
-                              "student, 1 or 2; pictures of a --path (9).", show_default=False),
+    labels: str = typer.Option(
+        None,
+        "--labels",
+        help="Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
+        "prompts likewise (default: balanced).",
+        show_default=False,
+    ),
+    batch: int = typer.Option(
+        None, "--batch", help="Images per call (256); a begun output keeps its own.", show_default=False
+    ),
+    grid: Path = typer.Option(
+        None,
+        "--grid",
+        metavar="FILE.png",
+        help="Also write a picture of the first 64 images, with their classes.",
+        show_default=False,
+    ),
+    teacher: str = typer.Option(
+        None,
+        "--teacher",
+        help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
+        "that both can be compared.",
+        show_default=False,
+        autocompletion=complete.teachers,
+    ),
+    solver: str = typer.Option(
+        None,
+        "--solver",
+        help="Solver of the teacher: heun, euler, ddim or dpmpp. Default: its usual one.",
+        show_default=False,
+        autocompletion=complete.among("heun", "euler", "ddim", "dpmpp"),
+    ),
+    steps: int = typer.Option(
+        None,
+        "--steps",
+        help="Solver steps of the teacher (default: its usual number); network calls of a consistency "
+        "student, 1 or 2; pictures of a --path (9).",
+        show_default=False,
+    ),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
-    prompt: list[str] = typer.Option(None, "--prompt", help="A prompt for a teacher that takes text; give it several times for several, which "
-                                     "the images take in turn.", show_default=False),
-    prompts: str = typer.Option(None, "--prompts", metavar="FILE", help="The same from a .txt (one a line), .jsonl or .parquet file.",
-                                show_default=False),
-    path: str = typer.Option(None, "--path", help="Walk through a style student's latents (SPI-GAN) instead: h, from noise to image; z, between "
-                             "two noises; w, between two styles. OUT: .png, a row for each of the n walks, or .gif.", show_default=False),
-    interpolation: str = typer.Option("lerp", "--interpolation", help="Of --path z and w: lerp (straight) or slerp (on the sphere)."),
-    truncation: float = typer.Option(None, "--truncation", help="Of a style student: styles towards their mean by this factor (1: as they are).",
-                                     show_default=False),
-    device: str = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False),
-    threads: int = typer.Option(None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False),
-    precision: str = typer.Option("fp32", "--precision", help="fp32; bf16 or fp16 inside the network; or auto: bf16 where the processor computes "
-                                  "in it."),
-    channels_last: bool = typer.Option(None, "--channels-last/--no-channels-last", help="Channels-last memory order of the network. Default: where "
-                                       "that is faster.", show_default=False),
-    chunk: int = typer.Option(None, "--chunk", help="Images per part, the unit of work that an interruption can lose. Default 1024.",
-                              show_default=False),
-) -> None:  # fmt: skip
+    prompt: list[str] = typer.Option(
+        None,
+        "--prompt",
+        help="A prompt for a teacher that takes text; give it several times for several, which "
+        "the images take in turn.",
+        show_default=False,
+    ),
+    prompts: str = typer.Option(
+        None,
+        "--prompts",
+        metavar="FILE",
+        help="The same from a .txt (one a line), .jsonl or .parquet file.",
+        show_default=False,
+    ),
+    path: str = typer.Option(
+        None,
+        "--path",
+        help="Walk through a style student's latents (SPI-GAN) instead: h, from noise to image; z, between "
+        "two noises; w, between two styles. OUT: .png, a row for each of the n walks, or .gif.",
+        show_default=False,
+    ),
+    interpolation: str = typer.Option(
+        "lerp", "--interpolation", help="Of --path z and w: lerp (straight) or slerp (on the sphere)."
+    ),
+    truncation: float = typer.Option(
+        None,
+        "--truncation",
+        help="Of a style student: styles towards their mean by this factor (1: as they are).",
+        show_default=False,
+    ),
+    device: str = typer.Option(
+        None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False
+    ),
+    threads: int = typer.Option(
+        None, "--threads", help="CPU threads of torch. Default: torch's own.", show_default=False
+    ),
+    precision: str = typer.Option(
+        "fp32",
+        "--precision",
+        help="fp32; bf16 or fp16 inside the network; or auto: bf16 where the processor computes in it.",
+    ),
+    channels_last: bool = typer.Option(
+        None,
+        "--channels-last/--no-channels-last",
+        help="Channels-last memory order of the network. Default: where that is faster.",
+        show_default=False,
+    ),
+    chunk: int = typer.Option(
+        None,
+        "--chunk",
+        help="Images per part, the unit of work that an interruption can lose. Default 1024.",
+        show_default=False,
+    ),
+) -> None:
     """Write images of a student (or of a teacher, for comparison) to a folder, zip, tar or npz.
 
     Image i depends on seed + i and its label alone; equal seeds give files of equal bytes. The same command again continues what was
@@ -81,20 +154,42 @@ def sample(
     texts = prompts or prompt or None
     default = ""
     if out is None:
-        out = _default_out(checkpoint or Path(str(teacher)), n, seed, solver=solver, steps=steps, cfg=None if cfg == 1 else cfg, labels=labels,
-                           truncation=truncation, prompts=prompts and Path(prompts).stem, prompt="+".join(prompt or ()) or None)  # fmt: skip
+        out = _default_out(
+            checkpoint or Path(str(teacher)),
+            n,
+            seed,
+            solver=solver,
+            steps=steps,
+            cfg=None if cfg == 1 else cfg,
+            labels=labels,
+            truncation=truncation,
+            prompts=prompts and Path(prompts).stem,
+            prompt="+".join(prompt or ()) or None,
+        )
         default = f"writing {out} (--out names another file or a folder)"
     check_output(out)
     if grid is not None:
         check_output(grid, folder=False)
-    sampler, settings = _sampler(checkpoint, teacher, solver, steps, cfg, texts, truncation, device), SampleSettings(n, seed, labels)
+    sampler, settings = (
+        _sampler(checkpoint, teacher, solver, steps, cfg, texts, truncation, device),
+        SampleSettings(n, seed, labels),
+    )
     if default:
         console.say(default)
     with stop_flag() as stop, progress_bar("sample", "images") as progress:
         record = make_samples(
-            sampler, out, settings, batch=batch, threads=threads, chunk=chunk, precision=precision, channels_last=channels_last,
-            say=console.say, progress=progress, stop=stop,
-        )  # fmt: skip
+            sampler,
+            out,
+            settings,
+            batch=batch,
+            threads=threads,
+            chunk=chunk,
+            precision=precision,
+            channels_last=channels_last,
+            say=console.say,
+            progress=progress,
+            stop=stop,
+        )
     if grid is not None and worker()[0] == 0:
         _write_grid(grid, sampler, record)
     made = sampler.record
@@ -114,7 +209,10 @@ def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, te
         words = [f"d2o sample --teacher {teacher}", *(['--prompt "a lighthouse at dawn"'] if text else [])]
         lacking += ["--prompt (or --prompts FILE)"] if text and not texts else []
     if lacking:
-        raise UserError(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing", f"for example: {' '.join(words)} --n {n or 64}")
+        raise UserError(
+            f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing",
+            f"for example: {' '.join(words)} --n {n or 64}",
+        )
 
 
 def _default_out(source: Path, n: int, seed: int, **others: Any) -> Path:
@@ -126,14 +224,22 @@ def _default_out(source: Path, n: int, seed: int, **others: Any) -> Path:
     for key, value in others.items():
         if value is not None:
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            words.append(re.sub(r"[^\w.+]+", "_", f"{'' if key in ('solver', 'prompts', 'prompt') else key}{text}")[:60])
+            words.append(
+                re.sub(r"[^\w.+]+", "_", f"{'' if key in ('solver', 'prompts', 'prompt') else key}{text}")[:60]
+            )
     return Path("samples") / "-".join([*filter(None, words), f"n{n}", f"seed{seed}.zip"])
 
 
 def _sampler(
-    checkpoint: Path | None, teacher: str | None, solver: str | None, steps: int | None, cfg: float, texts: str | list[str] | None,
-    truncation: float | None, device: str | None,
-) -> Sampler:  # fmt: skip
+    checkpoint: Path | None,
+    teacher: str | None,
+    solver: str | None,
+    steps: int | None,
+    cfg: float,
+    texts: str | list[str] | None,
+    truncation: float | None,
+    device: str | None,
+) -> Sampler:
     from d2o.data.prompts import Prompts, open_prompts
     from d2o.export.source import find_checkpoint
     from d2o.students.base import load_student
@@ -146,7 +252,9 @@ def _sampler(
         return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
     if str(checkpoint) in teacher_names() and not checkpoint.exists():
-        raise UserError(f"{checkpoint} is a teacher, not a student's checkpoint", f"d2o sample --teacher {checkpoint} samples it")
+        raise UserError(
+            f"{checkpoint} is a teacher, not a student's checkpoint", f"d2o sample --teacher {checkpoint} samples it"
+        )
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     student = student if steps is None else student.with_steps(steps)
     return student_sampler(student if truncation is None else _truncated(student, truncation, checkpoint))
@@ -156,15 +264,24 @@ def _truncated(student: Student, truncation: float, checkpoint: Path) -> Student
     from d2o.students.style import StyleStudent
 
     if not isinstance(student, StyleStudent):
-        raise UserError(f"{checkpoint} has no styles that could be truncated", "--truncation is for students of spi-gan")
+        raise UserError(
+            f"{checkpoint} has no styles that could be truncated", "--truncation is for students of spi-gan"
+        )
     student.truncation = truncation
     return student
 
 
 def _walk(
-    checkpoint: Path | None, path: str, n: int | None, out: Path | None, seed: int, steps: int, interpolation: str, truncation: float | None,
+    checkpoint: Path | None,
+    path: str,
+    n: int | None,
+    out: Path | None,
+    seed: int,
+    steps: int,
+    interpolation: str,
+    truncation: float | None,
     device: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """`d2o sample --path`."""
     example = "for example: d2o sample runs/spi_gan_digits --path h --steps 9 --n 8 --out path.png"
     if checkpoint is None or out is None:
@@ -180,7 +297,9 @@ def _walk(
     check_output(out, folder=False)
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     if not isinstance(student, StyleStudent):
-        raise UserError(f"{checkpoint} has no latent path: it is a student of another kind", "--path is for students of spi-gan")
+        raise UserError(
+            f"{checkpoint} has no latent path: it is a student of another kind", "--path is for students of spi-gan"
+        )
     if truncation is not None:
         student.truncation = truncation
     save_path(path_images(student, path, n or 8, steps, seed, interpolation), out, walk_names(path, n or 8, seed))
@@ -194,7 +313,11 @@ def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
 
     images, labels = first_images(sampler, record, 64)
     classes = None if labels is None else labels.tolist()
-    names = dict(zip(classes, sampler.prompts.many(classes), strict=True)) if sampler.prompts is not None and classes is not None else None
+    names = (
+        dict(zip(classes, sampler.prompts.many(classes), strict=True))
+        if sampler.prompts is not None and classes is not None
+        else None
+    )
     picture = draw_sheet([("", images)], lay_out(len(images), classes, names))
     with atomic_path(path) as temporary:
         picture.save(temporary, "png")

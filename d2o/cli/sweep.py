@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 
 
 def run_sweep(
-    name: str, overrides: list[str], sweeps: list[str], out: Path | None, data: str | None, mini: bool, plan: bool, device_name: str | None,
+    name: str,
+    overrides: list[str],
+    sweeps: list[str],
+    out: Path | None,
+    data: str | None,
+    mini: bool,
+    plan: bool,
+    device_name: str | None,
     start: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Train all members that are not finished; the sweep's folder then holds a run folder for each, sweep.json and sweep.svg.
 
     Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be trained, or a member
@@ -48,7 +55,11 @@ def run_sweep(
         _show_plans(sweep, plans)
         verdict(plans)
         return
-    refused = {member.name: "\n".join(map(fit, plan.refused)) for member, plan in zip(sweep.members, plans, strict=True) if plan.refused}
+    refused = {
+        member.name: "\n".join(map(fit, plan.refused))
+        for member, plan in zip(sweep.members, plans, strict=True)
+        if plan.refused
+    }
     if refused:
         raise UserError("\n".join(f"--sweep: {name}: {why}" for name, why in refused.items()))
     folder, count = out or Path("runs") / (sweep.folder + ("-mini" if mini else "")), len(sweep.members)
@@ -79,7 +90,9 @@ def run_sweep(
                     continue
                 console.say(f"--- {where}")
                 try:
-                    trainer = begin_run(name, overrides, member.recipe, folder / member.name, device, rank, world, start, stop)
+                    trainer = begin_run(
+                        name, overrides, member.recipe, folder / member.name, device, rank, world, start, stop
+                    )
                     try:
                         finish_run(trainer, stop)
                     except UserError as error:
@@ -90,7 +103,9 @@ def run_sweep(
                         console.error(f"{where}: {error.message}", error.hint)
                     del trainer  # before the next one takes as much memory
                 except Stopped as stopped:
-                    raise Stopped(f"{where}: {stopped.message}", stopped.exit_code - 128, "the same command continues") from stopped
+                    raise Stopped(
+                        f"{where}: {stopped.message}", stopped.exit_code - 128, "the same command continues"
+                    ) from stopped
                 finally:
                     if rank == 0:
                         update(folder, sweep, start, failed)
@@ -98,7 +113,10 @@ def run_sweep(
         if rank == 0:
             show(update(folder, sweep, start, failed), folder)
     if failed:
-        raise UserError(f"{len(failed)} of {count} runs failed: {', '.join(failed)}", "the lines above say why; the same command tries them again")
+        raise UserError(
+            f"{len(failed)} of {count} runs failed: {', '.join(failed)}",
+            "the lines above say why; the same command tries them again",
+        )
 
 
 def _plan_all(sweep: Sweep, data: str | None, start: Path | None) -> list[Plan]:
@@ -131,8 +149,14 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
 
 def _cells(member: Member, plan: Plan) -> list[str]:
     memory, disk = sum(plan.memory.values()), sum(plan.disk.values())
-    return [escape(member.name), f"{member.recipe.images:,}", f"{sum(plan.networks.values()):,}", size(memory), f"{sum(plan.calls.values()):,}",
-            size(disk)]  # fmt: skip
+    return [
+        escape(member.name),
+        f"{member.recipe.images:,}",
+        f"{sum(plan.networks.values()):,}",
+        size(memory),
+        f"{sum(plan.calls.values()):,}",
+        size(disk),
+    ]
 
 
 def show(record: dict[str, Any], folder: Path) -> None:
@@ -162,4 +186,6 @@ def _table(title: str, heads: Sequence[str]) -> Table:
 def _print(table: Table) -> None:
     """In a file or pipe there is room for long names."""
     out = console.out
-    (out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)).print(table)
+    (out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)).print(
+        table
+    )

@@ -9,7 +9,9 @@ from d2o.errors import unknown
 
 
 def teachers(
-    name: str = typer.Argument(None, help="Say more about one of them.", show_default=False, autocompletion=complete.of("teachers")),
+    name: str = typer.Argument(
+        None, help="Say more about one of them.", show_default=False, autocompletion=complete.of("teachers")
+    ),
 ) -> None:
     """List the teachers that have a name: parameters, licence, and whether they are on this machine.
 
@@ -24,13 +26,17 @@ def teachers(
 
     if name is not None:
         return _one(name)
-    table = Table(Column("name", no_wrap=True), Column("parameters", justify="right"), "licence", "here", box=box.SIMPLE)
+    table = Table(
+        Column("name", no_wrap=True), Column("parameters", justify="right"), "licence", "here", box=box.SIMPLE
+    )
     for known in teacher_names():
         entry = catalogue.find(known)
         if entry is None:
             table.add_row(known, "", "CC-BY-4.0", "ships with d2o")
         else:
-            table.add_row(known, f"{entry.parameters:,}", entry.licence, "yes" if catalogue.local_path(entry) else "on demand")
+            table.add_row(
+                known, f"{entry.parameters:,}", entry.licence, "yes" if catalogue.local_path(entry) else "on demand"
+            )
     console.out.print(table)
 
 
@@ -44,13 +50,17 @@ def _one(name: str) -> None:
     if (published := catalogue.find(name)) is None:
         raise unknown("teacher", name, teacher_names())
     lines = {
-        "what": published.about, "parameters": f"{published.parameters:,}", "from": published.source, "revision": published.revision,
+        "what": published.about,
+        "parameters": f"{published.parameters:,}",
+        "from": published.source,
+        "revision": published.revision,
         "sha256": published.sha256 or "not published; that of the first download is kept and checked",
         "licence": f"{published.licence} ({published.licence_url})",
-        "usual sampling": f"{published.solver}, {published.steps} steps" + (f", cfg {published.cfg:g}" if published.cfg != 1 else ""),
+        "usual sampling": f"{published.solver}, {published.steps} steps"
+        + (f", cfg {published.cfg:g}" if published.cfg != 1 else ""),
         "resolution": f"{published.resolution} px",
         "here": catalogue.local_path(published) or f"no; fetched on demand, or put it at {published.place}",
-    }  # fmt: skip
+    }
     for key, value in lines.items():
         if value is not None:
             console.out.print(f"{key:>15}  {value}", markup=False)

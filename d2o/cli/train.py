@@ -12,36 +12,103 @@ from d2o.cli.pairs import open_device
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
 
-RECIPE = typer.Argument(help="A recipe file, or the name of one that ships with d2o (such as quickstart).", show_default=False,
-                        autocompletion=complete.recipes)  # fmt: skip
-SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.", show_default=False,
-                   autocompletion=complete.keys)  # fmt: skip
-OUT = typer.Option(None, "--out", help="Run folder. Default: `runs/<recipe name>`; of a sweep `runs/<recipe name>-sweep-<keys>`.", show_default=False)
-RESUME = typer.Option(False, "--resume", help="Continue the run in --out from its last saved state. What its past does not depend on may change: "
-                      "images (with a constant learning rate), eval, preview, checkpoint, log_every, tracker.")  # fmt: skip
-DATA = typer.Option(None, "--data", help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
-                    "Their licence is `--set data.licence=...`.", show_default=False, autocompletion=complete.files)  # fmt: skip
-ON_BAD = typer.Option(None, "--on-bad", help="Corrupt images: refuse (default) or skip; either way they are named.", show_default=False,
-                      autocompletion=complete.among("refuse", "skip"))  # fmt: skip
-MINI = typer.Option(False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU.")
-PLAN = typer.Option(False, "--plan", help="Only print networks, parameters, memory, network calls, disk, and all that is missing or does not fit. "
-                    "Exit code 0: it would start; 1: it would not.")
-SWEEP = typer.Option([], "--sweep", metavar="KEY=A,B,...", help="Train once for each of these values of a recipe's key, or of one in its method's "
-                     "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues.", show_default=False,
-                     autocompletion=complete.keys)  # fmt: skip
-SEED = typer.Option(None, "--seed", min=0, max=2**32 - 1, help="Seed of everything random in training, instead of the recipe's.",
-                    show_default=False)  # fmt: skip
-PRECISION = typer.Option(None, "--precision", help="Instead of the recipe's: fp32; bf16; fp16, with dynamic loss scaling; auto: bf16 where the "
-                         "processor computes in it.", show_default=False,
-                         autocompletion=complete.among("fp32", "bf16", "fp16", "auto"))  # fmt: skip
-DEVICE = typer.Option(None, "--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.", show_default=False,
-                      autocompletion=complete.among("cpu", "cuda", "cuda:0"))  # fmt: skip
+RECIPE = typer.Argument(
+    help="A recipe file, or the name of one that ships with d2o (such as quickstart).",
+    show_default=False,
+    autocompletion=complete.recipes,
+)
+SET = typer.Option(
+    [],
+    "--set",
+    metavar="KEY=VALUE",
+    help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.",
+    show_default=False,
+    autocompletion=complete.keys,
+)
+OUT = typer.Option(
+    None,
+    "--out",
+    help="Run folder. Default: `runs/<recipe name>`; of a sweep `runs/<recipe name>-sweep-<keys>`.",
+    show_default=False,
+)
+RESUME = typer.Option(
+    False,
+    "--resume",
+    help="Continue the run in --out from its last saved state. What its past does not depend on may change: "
+    "images (with a constant learning rate), eval, preview, checkpoint, log_every, tracker.",
+)
+DATA = typer.Option(
+    None,
+    "--data",
+    help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
+    "Their licence is `--set data.licence=...`.",
+    show_default=False,
+    autocompletion=complete.files,
+)
+ON_BAD = typer.Option(
+    None,
+    "--on-bad",
+    help="Corrupt images: refuse (default) or skip; either way they are named.",
+    show_default=False,
+    autocompletion=complete.among("refuse", "skip"),
+)
+MINI = typer.Option(
+    False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU."
+)
+PLAN = typer.Option(
+    False,
+    "--plan",
+    help="Only print networks, parameters, memory, network calls, disk, and all that is missing or does not fit. "
+    "Exit code 0: it would start; 1: it would not.",
+)
+SWEEP = typer.Option(
+    [],
+    "--sweep",
+    metavar="KEY=A,B,...",
+    help="Train once for each of these values of a recipe's key, or of one in its method's "
+    "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues.",
+    show_default=False,
+    autocompletion=complete.keys,
+)
+SEED = typer.Option(
+    None,
+    "--seed",
+    min=0,
+    max=2**32 - 1,
+    help="Seed of everything random in training, instead of the recipe's.",
+    show_default=False,
+)
+PRECISION = typer.Option(
+    None,
+    "--precision",
+    help="Instead of the recipe's: fp32; bf16; fp16, with dynamic loss scaling; auto: bf16 where the "
+    "processor computes in it.",
+    show_default=False,
+    autocompletion=complete.among("fp32", "bf16", "fp16", "auto"),
+)
+DEVICE = typer.Option(
+    None,
+    "--device",
+    help="cpu, cuda or cuda:N. Default: CUDA if there is one.",
+    show_default=False,
+    autocompletion=complete.among("cpu", "cuda", "cuda:0"),
+)
 
 
 def train(
-    recipe: str = RECIPE, set_: list[str] = SET, out: Path = OUT, resume: bool = RESUME, data: str = DATA, on_bad: str = ON_BAD,
-    mini: bool = MINI, plan: bool = PLAN, sweep: list[str] = SWEEP, seed: int = SEED, precision: str = PRECISION, device: str = DEVICE,
-) -> None:  # fmt: skip
+    recipe: str = RECIPE,
+    set_: list[str] = SET,
+    out: Path = OUT,
+    resume: bool = RESUME,
+    data: str = DATA,
+    on_bad: str = ON_BAD,
+    mini: bool = MINI,
+    plan: bool = PLAN,
+    sweep: list[str] = SWEEP,
+    seed: int = SEED,
+    precision: str = PRECISION,
+    device: str = DEVICE,
+) -> None:
     """Train what a recipe describes: a one-step student, a teacher, a classifier.
 
     Missing pairs are made first. The run folder holds recipe.yaml (fully resolved, re-runnable), metrics.jsonl, TensorBoard events, previews
@@ -52,10 +119,21 @@ def train(
 
 def finetune(
     recipe: str = RECIPE,
-    from_: Path = typer.Option(..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False),
-    set_: list[str] = SET, out: Path = OUT, resume: bool = RESUME, data: str = DATA, on_bad: str = ON_BAD,
-    mini: bool = MINI, plan: bool = PLAN, sweep: list[str] = SWEEP, seed: int = SEED, precision: str = PRECISION, device: str = DEVICE,
-) -> None:  # fmt: skip
+    from_: Path = typer.Option(
+        ..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False
+    ),
+    set_: list[str] = SET,
+    out: Path = OUT,
+    resume: bool = RESUME,
+    data: str = DATA,
+    on_bad: str = ON_BAD,
+    mini: bool = MINI,
+    plan: bool = PLAN,
+    sweep: list[str] = SWEEP,
+    seed: int = SEED,
+    precision: str = PRECISION,
+    device: str = DEVICE,
+) -> None:
     """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the result."""
     _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, from_)
 
@@ -72,8 +150,19 @@ def _with(overrides: list[str], seed: int | None, precision: str | None) -> list
     return [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
-def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: str | None, on_bad: str | None, mini: bool, plan: bool,
-         sweeps: list[str], device_name: str | None, start: Path | None) -> None:  # fmt: skip
+def _run(
+    name: str,
+    overrides: list[str],
+    out: Path | None,
+    resume: bool,
+    data: str | None,
+    on_bad: str | None,
+    mini: bool,
+    plan: bool,
+    sweeps: list[str],
+    device_name: str | None,
+    start: Path | None,
+) -> None:
     from d2o.recipes.load import load_recipe
 
     if data is not None:
@@ -93,7 +182,9 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
         return _plan(recipe, folder, resume, data or on_bad, device_name, start)
     check_options(recipe, data or on_bad, start)
     if data is not None and recipe.data is not None and recipe.data.licence is None:
-        console.say("the licence of these images is not stated; --set data.licence=... records it in what is trained on them")
+        console.say(
+            "the licence of these images is not stated; --set data.licence=... records it in what is trained on them"
+        )
     from d2o.runtime import stop_flag
     from d2o.training.distributed import process_group
 
@@ -109,15 +200,21 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, data: 
             console.say(f"{folder} is finished ({recipe.images:,} images); nothing to do")
 
 
-def _plan(recipe: Any, folder: Path, resume: bool, data: str | None, device_name: str | None, start: Path | None) -> None:
+def _plan(
+    recipe: Any, folder: Path, resume: bool, data: str | None, device_name: str | None, start: Path | None
+) -> None:
     """`--plan`: all that would keep the command from starting, in one answer. typer.Exit 1 if there is any."""
     from d2o.cli.plan import show_plan, verdict
     from d2o.interop.outputs import check_output
     from d2o.recipes.plan import make_plan
 
     plan = make_plan(recipe, start)
-    checks = (lambda: check_options(recipe, data, start), lambda: check_output(folder, folder=True),
-              lambda: check_run(folder, recipe, resume, start), lambda: open_device(device_name))
+    checks = (
+        lambda: check_options(recipe, data, start),
+        lambda: check_output(folder, folder=True),
+        lambda: check_run(folder, recipe, resume, start),
+        lambda: open_device(device_name),
+    )
     for check in checks:
         try:
             check()

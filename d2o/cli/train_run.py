@@ -23,9 +23,14 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
     needs = method.needs(recipe.options)
     if data and needs != "images":
         uses = "no data" if needs == "none" else f"{needs}, not on images"
-        raise UserError(f"--data and --on-bad: method {recipe.method} of {recipe.name} trains on {uses}", "leave them away")
+        raise UserError(
+            f"--data and --on-bad: method {recipe.method} of {recipe.name} trains on {uses}", "leave them away"
+        )
     if start and method.product not in ("student", "generator"):
-        raise UserError(f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student", "use `d2o train`")
+        raise UserError(
+            f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student",
+            "use `d2o train`",
+        )
 
 
 def check_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> dict[str, Any] | None:
@@ -108,8 +113,17 @@ def begun_recipe(folder: Path) -> Any:
     return load_recipe(str(path)) if path.is_file() else None
 
 
-def begin_run(name: str, overrides: list[str], recipe: Any, folder: Path, device: Any, rank: int, world: int, start: Path | None,
-              stop: Any) -> Trainer:  # fmt: skip
+def begin_run(
+    name: str,
+    overrides: list[str],
+    recipe: Any,
+    folder: Path,
+    device: Any,
+    rank: int,
+    world: int,
+    start: Path | None,
+    stop: Any,
+) -> Trainer:
     """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for what is missing."""
     from d2o.training.choices import as_begun
     from d2o.training.distributed import barrier
@@ -158,8 +172,12 @@ CHANGED = "# changed after"
 def finish_run(trainer: Trainer, stop: Any) -> None:
     """Train to the end, and say how it went."""
     recipe, folder = trainer.recipe, trainer.folder
-    described = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,} parameters" for name, net in trainer.networks.items())
-    console.say(f"{recipe.name}: method {recipe.method}; {described}; {recipe.images:,} images, batch {recipe.batch}, {trainer.device}, {folder}")
+    described = ", ".join(
+        f"{name} {sum(p.numel() for p in net.parameters()):,} parameters" for name, net in trainer.networks.items()
+    )
+    console.say(
+        f"{recipe.name}: method {recipe.method}; {described}; {recipe.images:,} images, batch {recipe.batch}, {trainer.device}, {folder}"
+    )
     if trainer.iteration:
         console.say(f"resumed after {trainer.images:,} images")
     with console.meter("train", recipe.images, done=trainer.images) as bar:

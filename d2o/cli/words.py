@@ -24,11 +24,17 @@ def collect() -> dict[str, Any]:
     from d2o.teachers.registry import teacher_names
 
     plain = [row.key for row in describe() if row.key not in LOADER_KEYS]
-    keys = {name: [row.key for row in describe(name) if row.key not in (*plain, *LOADER_KEYS)] for name in method_names()}
+    keys = {
+        name: [row.key for row in describe(name) if row.key not in (*plain, *LOADER_KEYS)] for name in method_names()
+    }
     return {
-        "teachers": teacher_names(), "keys": {"": plain, **keys}, "protocols": sorted(PRESETS), "extractors": sorted(EXTRACTORS),
-        "metrics": sorted(METRICS), "references": sorted([*REFERENCES, "real:digits"]),
-    }  # fmt: skip
+        "teachers": teacher_names(),
+        "keys": {"": plain, **keys},
+        "protocols": sorted(PRESETS),
+        "extractors": sorted(EXTRACTORS),
+        "metrics": sorted(METRICS),
+        "references": sorted([*REFERENCES, "real:digits"]),
+    }
 
 
 def load() -> dict[str, Any]:

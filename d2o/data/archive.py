@@ -60,7 +60,14 @@ class Archive:
         """`encode` for images that are PNG files already."""
         raise NotImplementedError
 
-    def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
+    def join(
+        self,
+        target: Path,
+        parts: Callable[[], Iterator[Part]],
+        labels: torch.Tensor | None,
+        n: int,
+        record: dict[str, Any],
+    ) -> None:
         """Write the file that becomes `out` (in place: its record) to `target`. `parts()` yields all in order; labels int64 [n] or None."""
         raise NotImplementedError
 
@@ -72,10 +79,23 @@ class Archive:
 class Zip(Archive):
     def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
         crcs = [zlib.crc32(file) for file in files]
-        entries = [_zip_local(png_path(i), crc, file) for i, (crc, file) in enumerate(zip(crcs, files, strict=True), start)]
-        return {"body": _bytes(entries), "crc": torch.tensor(crcs), "length": torch.tensor([len(file) for file in files])}
+        entries = [
+            _zip_local(png_path(i), crc, file) for i, (crc, file) in enumerate(zip(crcs, files, strict=True), start)
+        ]
+        return {
+            "body": _bytes(entries),
+            "crc": torch.tensor(crcs),
+            "length": torch.tensor([len(file) for file in files]),
+        }
 
-    def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
+    def join(
+        self,
+        target: Path,
+        parts: Callable[[], Iterator[Part]],
+        labels: torch.Tensor | None,
+        n: int,
+        record: dict[str, Any],
+    ) -> None:
         directory: list[bytes] = []
         offset = 0
 
@@ -113,7 +133,14 @@ class Tar(Archive):
                 entries.append(_tar_entry(f"img{start + i:08d}.cls", str(int(labels[i])).encode()))
         return {"body": _bytes(entries)}
 
-    def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
+    def join(
+        self,
+        target: Path,
+        parts: Callable[[], Iterator[Part]],
+        labels: torch.Tensor | None,
+        n: int,
+        record: dict[str, Any],
+    ) -> None:
         with open(target, "wb") as file:
             # First, where it is found at once; with a dot, since WebDataset readers take every other name for a sample.
             file.write(_tar_entry("." + RECORD, _record_json(record)))
@@ -133,7 +160,14 @@ class Npz(Archive):
         pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
         return {"body": torch.from_numpy(pixels.reshape(-1)), "shape": torch.tensor([pixels.shape[1:]])}
 
-    def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
+    def join(
+        self,
+        target: Path,
+        parts: Callable[[], Iterator[Part]],
+        labels: torch.Tensor | None,
+        n: int,
+        record: dict[str, Any],
+    ) -> None:
         shape = (n, *next(parts())["shape"][0].tolist())
         more = {"samples": np.array(_record_json(record).decode())}
         if labels is not None:
@@ -158,7 +192,9 @@ class Folder(Archive):
     def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
         for k in range(start // PER_FOLDER, (start + len(files) - 1) // PER_FOLDER + 1):
             (self.out / f"{k:05d}").mkdir(parents=True, exist_ok=True)
-        grows = (self.out / RECORD).exists()  # what is finished stays so until all are there: `join` gives the new images their names
+        grows = (
+            self.out / RECORD
+        ).exists()  # what is finished stays so until all are there: `join` gives the new images their names
         for i, file in enumerate(files, start):
             path = self.out / png_path(i).decode()
             hidden = path.with_name(f".{path.name}{PARTIAL}")
@@ -167,7 +203,14 @@ class Folder(Archive):
                 os.replace(hidden, path)
         return {}
 
-    def join(self, target: Path, parts: Callable[[], Iterator[Part]], labels: torch.Tensor | None, n: int, record: dict[str, Any]) -> None:
+    def join(
+        self,
+        target: Path,
+        parts: Callable[[], Iterator[Part]],
+        labels: torch.Tensor | None,
+        n: int,
+        record: dict[str, Any],
+    ) -> None:
         for hidden in sorted(self.out.glob(f"*/.img*{PARTIAL}")):
             os.replace(hidden, hidden.with_name(hidden.name[1:].removesuffix(PARTIAL)))
         listing = self.out / f".dataset.json{PARTIAL}"
@@ -213,7 +256,10 @@ def check_free(archive: Archive) -> dict[str, Any] | None:
     except Exception:  # a foreign file may raise anything: zipfile, tarfile, numpy and json have no common error
         record = None
     if not isinstance(record, dict) or record.get("format") != "d2o-samples":
-        raise UserError(f"{out} exists and holds no samples that d2o made; it is left as it is", "choose another --out, or move it away")
+        raise UserError(
+            f"{out} exists and holds no samples that d2o made; it is left as it is",
+            "choose another --out, or move it away",
+        )
     return record
 
 
@@ -249,13 +295,32 @@ def _zip_central(name: bytes, crc: int, length: int, offset: int) -> bytes:
     """The entry's line in the central directory (4.3.12), with the 64-bit offset as an extra field where it needs one."""
     extra = struct.pack("<2HQ", 1, 8, offset) if offset >= LARGE else b""
     made_by, needs, mode = 3 << 8 | 45, 45 if extra else 20, 0o100644 << 16  # 3: Unix
-    fields = (made_by, needs, 0, 0, 0, DOS_DATE, crc, length, length, len(name), len(extra), 0, 0, 0, mode, min(offset, LARGE))
+    fields = (
+        made_by,
+        needs,
+        0,
+        0,
+        0,
+        DOS_DATE,
+        crc,
+        length,
+        length,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        mode,
+        min(offset, LARGE),
+    )
     return struct.pack(CENTRAL, b"PK\1\2", *fields) + name + extra
 
 
 def _zip_end(count: int, length: int, offset: int) -> bytes:
     """The end of the central directory (4.3.14 to 4.3.16)."""
-    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, min(count, MANY), min(count, MANY), min(length, LARGE), min(offset, LARGE), 0)
+    end = struct.pack(
+        "<4s4H2IH", b"PK\5\6", 0, 0, min(count, MANY), min(count, MANY), min(length, LARGE), min(offset, LARGE), 0
+    )
     if count < MANY and length < LARGE and offset < LARGE:
         return end
     record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, offset)
@@ -266,7 +331,9 @@ def _tar_entry(name: str, data: bytes) -> bytes:
     """A regular file, mode 644, of nobody and 1970 (POSIX ustar), padded to whole blocks; several times faster than tarfile's header."""
     header = bytearray(tarfile.BLOCKSIZE)
     nobody, length, time = b"0000000", b"%011o" % len(data), b"%011o" % 0
-    struct.pack_into("100s8s8s8s12s12s8sc", header, 0, name.encode(), b"0000644", nobody, nobody, length, time, b" " * 8, b"0")
+    struct.pack_into(
+        "100s8s8s8s12s12s8sc", header, 0, name.encode(), b"0000644", nobody, nobody, length, time, b" " * 8, b"0"
+    )
     header[257:265] = b"ustar\x0000"
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + data + bytes(-len(data) % tarfile.BLOCKSIZE)

@@ -69,14 +69,20 @@ def open_npz(path: str) -> Arrays:
             names = [name.removesuffix(".npy") for name in file.namelist()]
         key = next((key for key in ("images", "x", "arr_0") if key in names), None)
         if key is None:
-            hint = "d2o eval --against takes statistics; here images are needed" if {"mu", "sigma"} <= set(names) else LAYOUTS
+            hint = (
+                "d2o eval --against takes statistics; here images are needed"
+                if {"mu", "sigma"} <= set(names)
+                else LAYOUTS
+            )
             shown = ", ".join(map(printable, names[:20])) + (", ..." if len(names) > 20 else "")
             raise UserError(f"{path} holds no array named images, x or arr_0, but: {shown or 'nothing'}", hint)
         labels_key = next((key for key in ("labels", "y", "arr_1") if key in names), None)
         loaded = read_npz(path, lambda name: name in (key, labels_key))
         pixels, labels = loaded[key], None if labels_key is None else loaded[labels_key]
     except DAMAGED as error:
-        raise UserError(f"{path} is not a readable npz: {error}", "it may be cut off, or hold Python objects (not read)") from error
+        raise UserError(
+            f"{path} is not a readable npz: {error}", "it may be cut off, or hold Python objects (not read)"
+        ) from error
     if pixels.dtype != np.uint8:
         raise UserError(f"{path}: {key} is {pixels.dtype}, not uint8", "save pixels as uint8, 0 to 255")
     source = Arrays(_channels_last(pixels, f"{path}: {key}"), _label_row(labels, len(pixels), f"{path}: {labels_key}"))
@@ -92,7 +98,9 @@ def _channels_last(pixels: np.ndarray, what: str) -> np.ndarray:
     elif pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4) and pixels.shape[1] in (1, 3, 4):
         pixels = pixels.transpose(0, 2, 3, 1)
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3, 4) or 0 in pixels.shape[1:]:
-        raise UserError(f"{what} has shape {list(pixels.shape)}", "expected [n, H, W, C], [n, C, H, W] (C 1, 3 or 4) or [n, H, W]")
+        raise UserError(
+            f"{what} has shape {list(pixels.shape)}", "expected [n, H, W, C], [n, C, H, W] (C 1, 3 or 4) or [n, H, W]"
+        )
     return pixels
 
 
@@ -113,30 +121,53 @@ def open_cifar(container: Container, path: str) -> Arrays | None:
     """CIFAR-10's training images in their authors' order (EDM's zip has the same), if `container` holds them as they were published: pickles,
     read as data, never executed. None if it holds something else. UserError: a batch that is missing or damaged.
     """
-    folders = {posixpath.dirname(member.path) for member in container.members if posixpath.basename(member.path) in CIFAR_BATCHES}
+    folders = {
+        posixpath.dirname(member.path)
+        for member in container.members
+        if posixpath.basename(member.path) in CIFAR_BATCHES
+    }
     if len(folders) != 1:
         return None
     folder = folders.pop()
-    members = {posixpath.basename(member.path): member for member in container.members if posixpath.dirname(member.path) == folder}
+    members = {
+        posixpath.basename(member.path): member
+        for member in container.members
+        if posixpath.dirname(member.path) == folder
+    }
     if missing := [name for name in CIFAR_BATCHES if name not in members]:
-        raise UserError(f"{path} holds CIFAR-10 without {', '.join(missing)}", "it may be cut off: the original .tar.gz has 170,498,071 bytes")
+        raise UserError(
+            f"{path} holds CIFAR-10 without {', '.join(missing)}",
+            "it may be cut off: the original .tar.gz has 170,498,071 bytes",
+        )
     batches = [_cifar_batch(container, members[name]) for name in CIFAR_BATCHES]
     pixels = np.concatenate([batch[0] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     names = _unpickled(container, members["batches.meta"]).get("label_names") if "batches.meta" in members else None
     named = isinstance(names, list) and len(names) == 10 and all(isinstance(name, str) for name in names)
     source = Arrays(pixels, np.array([label for batch in batches for label in batch[1]]), names if named else None)
     source.bad += container.bad
-    source.notes.append("CIFAR-10's training set, as its authors packed it" + ("; its test set is left out" if "test_batch" in members else ""))
+    source.notes.append(
+        "CIFAR-10's training set, as its authors packed it"
+        + ("; its test set is left out" if "test_batch" in members else "")
+    )
     return source
 
 
 def _cifar_batch(container: Container, member: Member) -> tuple[np.ndarray, list[int]]:
     values = _unpickled(container, member)
     pixels, labels = values.get("data"), values.get("labels")
-    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072):
+    if not (
+        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072
+    ):
         raise UserError(f"{container.place(member)} holds no images of CIFAR-10", "expected: `data`, uint8 [n, 3072]")
-    if not (isinstance(labels, list) and len(labels) == len(pixels) and all(type(label) is int and 0 <= label < 10 for label in labels)):
-        raise UserError(f"{container.place(member)} holds no labels of CIFAR-10", "expected: `labels`, a number from 0 to 9 for each image")
+    if not (
+        isinstance(labels, list)
+        and len(labels) == len(pixels)
+        and all(type(label) is int and 0 <= label < 10 for label in labels)
+    ):
+        raise UserError(
+            f"{container.place(member)} holds no labels of CIFAR-10",
+            "expected: `labels`, a number from 0 to 9 for each image",
+        )
     return pixels, labels
 
 

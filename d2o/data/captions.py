@@ -10,9 +10,28 @@ from torch import Tensor
 from d2o.errors import UserError
 
 NUMERALS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen",
-    "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+)
 
 
 def class_names(names: Sequence[str]) -> list[list[str]]:
@@ -41,7 +60,9 @@ class Captions:
                 raise UserError(f"caption template {template!r}: expected {{name}} in it, once, and no other braces")
         most = max(len(called) for called in names)
         padded = [[called[i % len(called)] for i in range(most)] for called in names]
-        self.table = [[template.replace("{name}", name) for template in templates for name in called] for called in padded]
+        self.table = [
+            [template.replace("{name}", name) for template in templates for name in called] for called in padded
+        ]
 
     def main(self, label: int) -> str:
         """The caption that stands for a class wherever one is needed: in previews and metrics."""

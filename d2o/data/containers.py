@@ -22,7 +22,10 @@ from d2o.interop.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, chec
 from d2o.interop.zips import listed
 
 _PREAD = hasattr(os, "pread")  # not on Windows
-_UNPACKERS: dict[int, Callable[[], Any]] = {zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15), zipfile.ZIP_BZIP2: bz2.BZ2Decompressor}
+_UNPACKERS: dict[int, Callable[[], Any]] = {
+    zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15),
+    zipfile.ZIP_BZIP2: bz2.BZ2Decompressor,
+}
 """What unpacks a member to a given length and no further. Not LZMA's: it takes the memory that the file asks for."""
 
 
@@ -107,7 +110,9 @@ class Zip(Container):
             with zipfile.ZipFile(path) as archive:
                 members = listed(archive)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-            raise UserError(f"{path} is not a readable zip: {error}", "it may be cut off: compare its size with the original's") from error
+            raise UserError(
+                f"{path} is not a readable zip: {error}", "it may be cut off: compare its size with the original's"
+            ) from error
         self._file = SharedFile(open(path, "rb"))  # noqa: SIM115  # closed by it
         last: dict[str, zipfile.ZipInfo] = {}
         for info in members:
@@ -159,7 +164,9 @@ class Tar(Container):
         try:
             archive = tarfile.TarFile(fileobj=file)
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path} is not a readable tar: {error}", "it may be cut off: compare its size with the original's") from error
+            raise UserError(
+                f"{path} is not a readable tar: {error}", "it may be cut off: compare its size with the original's"
+            ) from error
         last: dict[str, Member] = {}
         while True:
             try:
@@ -206,11 +213,16 @@ class Tar(Container):
                 if size > max(UNPACKED_FREELY, MAX_RATIO * packed_size):
                     plain.close()
                     most = f"the limit is {max(UNPACKED_FREELY, MAX_RATIO * packed_size):,}"
-                    raise UserError(f"{path} would unpack from {packed_size:,} to more than {size:,} bytes; {most}", "gunzip it first if it is right")
+                    raise UserError(
+                        f"{path} would unpack from {packed_size:,} to more than {size:,} bytes; {most}",
+                        "gunzip it first if it is right",
+                    )
                 try:
                     plain.write(block)
                 except OSError as error:
-                    raise UserError(f"no room to unpack {path} in {tempfile.gettempdir()}: {error.strerror}", "gunzip it first") from error
+                    raise UserError(
+                        f"no room to unpack {path} in {tempfile.gettempdir()}: {error.strerror}", "gunzip it first"
+                    ) from error
         plain.flush()
         return plain
 
@@ -221,7 +233,9 @@ class Tar(Container):
         for place in range(begin, length, 1 << 20):
             block = file.read(place, 1 << 20)
             if block.count(0) != len(block):
-                self.bad.append((shard, f"something that is not a tar member at byte {begin}: what follows is not read"))
+                self.bad.append(
+                    (shard, f"something that is not a tar member at byte {begin}: what follows is not read")
+                )
                 return
 
     def _read(self, member: Member, limit: int | None) -> bytes:

@@ -104,7 +104,9 @@ def head_of(picture: Image.Image, start: bytes = b"") -> Head:
     return Head((width, height), mode in _GREY or mode.startswith("I;16"), tuple(traits))
 
 
-def decode(picture: Image.Image, channels: int, resolution: int | None, resize: str, order: str = "resize_crop") -> np.ndarray:
+def decode(
+    picture: Image.Image, channels: int, resolution: int | None, resize: str, order: str = "resize_crop"
+) -> np.ndarray:
     """uint8 [C, H, W]. With a resolution: a square of it, made by the antialiased filter `resize` and a centre crop in this `order`."""
     turn = _orientation(picture)
     if "transparency" in picture.info and _sixteen_bit(picture):  # PIL compares it with the 8 bits that are left
@@ -114,7 +116,9 @@ def decode(picture: Image.Image, channels: int, resolution: int | None, resize: 
         picture = picture.transpose(_UPRIGHT[turn])
     picture = _eight_bit(picture, "L" if channels == 1 else "RGB")
     if resolution is not None and picture.size != (resolution, resolution):
-        picture = fit(picture, resolution, resize) if order == "resize_crop" else crop_first(picture, resolution, resize)
+        picture = (
+            fit(picture, resolution, resize) if order == "resize_crop" else crop_first(picture, resolution, resize)
+        )
     pixels = np.asarray(picture)
     if pixels.ndim == 3:
         return pixels.transpose(2, 0, 1)
@@ -192,7 +196,9 @@ def _loss(picture: Image.Image, start: bytes) -> str:
             size = int.from_bytes(start[place + 4 : place + 8], "little")
             place += 8 + size + size % 2
         return "WebP" if start[place : place + 4] == b"VP8 " else ""
-    jpeg = picture.format in ("JPEG", "MPO") or (picture.format == "TIFF" and picture.info.get("compression") in ("jpeg", "tiff_jpeg"))
+    jpeg = picture.format in ("JPEG", "MPO") or (
+        picture.format == "TIFF" and picture.info.get("compression") in ("jpeg", "tiff_jpeg")
+    )
     return "JPEG" if jpeg else ""
 
 

@@ -45,7 +45,9 @@ def check_range(n: int, seed: int) -> None:
         raise UserError(f"seed {seed}: seed and seed + n - 1 must lie between 0 and 2^32 - 1")
 
 
-def draw(seed: int, start: int, n: int, shape: Sequence[int], classes: int, labels: str) -> tuple[Tensor, Tensor | None]:
+def draw(
+    seed: int, start: int, n: int, shape: Sequence[int], classes: int, labels: str
+) -> tuple[Tensor, Tensor | None]:
     """Samples start .. start + n - 1: noise [n, *shape] float32 and class indices [n] int64, or None if `labels` is "none" or "text".
 
     `labels` is in the form that `label_mode` returns. The noise is the same in every mode.
@@ -53,7 +55,9 @@ def draw(seed: int, start: int, n: int, shape: Sequence[int], classes: int, labe
     return draw_some(seed, range(start, start + n), shape, classes, labels)
 
 
-def draw_some(seed: int, index: Sequence[int], shape: Sequence[int], classes: int, labels: str) -> tuple[Tensor, Tensor | None]:
+def draw_some(
+    seed: int, index: Sequence[int], shape: Sequence[int], classes: int, labels: str
+) -> tuple[Tensor, Tensor | None]:
     """`draw` for samples of any numbers, in that order."""
     noise, drawn = noise_and_labels([seed + i for i in index], shape, classes if labels == "random" else 0)
     if labels in ("none", "text", "random"):

@@ -136,7 +136,11 @@ class Folder(ABC):
         """The units that are not recorded (or only with fewer samples), or whose file is missing or cut short."""
         recorded, units = self.recorded(), list(units)
         sizes = self.sizes(unit.file for unit in units if unit.file in recorded)
-        return [u for u in units if u.file not in recorded or recorded[u.file]["n"] < u.n or sizes[u.file] != recorded[u.file]["bytes"]]
+        return [
+            u
+            for u in units
+            if u.file not in recorded or recorded[u.file]["n"] < u.n or sizes[u.file] != recorded[u.file]["bytes"]
+        ]
 
     def order(self, units: list[Unit]) -> list[Unit]:
         """The order in which this worker should try to claim the units, if nothing speaks for another: give them to `fill` so."""
@@ -165,16 +169,26 @@ class Folder(ABC):
         try:
             record = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is damaged: it is not JSON ({error})", "move it away, or choose another folder") from error
-        if not isinstance(record, dict) or record.get("format") != self.kind or not isinstance(record.get(self.entries), list):
+            raise UserError(
+                f"{where} is damaged: it is not JSON ({error})", "move it away, or choose another folder"
+            ) from error
+        if (
+            not isinstance(record, dict)
+            or record.get("format") != self.kind
+            or not isinstance(record.get(self.entries), list)
+        ):
             raise UserError(f"{where} does not belong to a {self.kind} folder", "choose another folder")
         if record.get("version") != 1:
-            raise UserError(f"{where} has version {record.get('version')}; this d2o reads version 1", "use the d2o that made it")
+            raise UserError(
+                f"{where} has version {record.get('version')}; this d2o reads version 1", "use the d2o that made it"
+            )
         if not intact(record):
             hint = "move it away and make the folder again; `d2o --trust ...` reads it without looking at digests"
             raise UserError(f"{where} is damaged: its content is not what was written (sha256)", hint)
         if wrong := next((entry for entry in record[self.entries] if not _is_entry(entry)), None):
-            raise UserError(f"{where} is damaged: {self.entries} holds {json.dumps(wrong)[:80]}, which names no finished file")
+            raise UserError(
+                f"{where} is damaged: {self.entries} holds {json.dumps(wrong)[:80]}, which names no finished file"
+            )
         return {key: value for key, value in record.items() if key != SHA256}
 
     def _refuse(self, foreign: Iterable[str]) -> None:
@@ -204,7 +218,9 @@ def _is_entry(entry: Any) -> bool:
     """Whether this may be a manifest's line for a finished file."""
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         return False
-    return all(type(entry.get(key)) is int and entry[key] >= least for key, least in (("start", 0), ("n", 1), ("bytes", 0)))
+    return all(
+        type(entry.get(key)) is int and entry[key] >= least for key, least in (("start", 0), ("n", 1), ("bytes", 0))
+    )
 
 
 def note_file(name: str) -> str:
@@ -218,4 +234,3 @@ def read_notes(contents: Iterable[bytes]) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(data))
     return [note for note in found if isinstance(note, dict)]
-

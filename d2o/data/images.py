@@ -98,7 +98,16 @@ class ImageSet:
     found bad later follows `on_bad`: a UserError, or the next good image of the same class stands in for it.
     """
 
-    def __init__(self, source: Source, name: str, resolution: int | None, channels: int | None, on_bad: str, resize: str, order: str = "resize_crop"):
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        resolution: int | None,
+        channels: int | None,
+        on_bad: str,
+        resize: str,
+        order: str = "resize_crop",
+    ):
         self._source, self.name, self._resolution, self._skip = source, name, resolution, on_bad == "skip"
         self._resize, self._order = resize, order
         self._bad_at_opening = list(source.bad)
@@ -129,7 +138,9 @@ class ImageSet:
         self.names = [source.names[i] for i in rows]
         self.class_names = list(source.class_names)
         self.classes = len(self.class_names)
-        self.labels = None if source.labels is None else torch.tensor([source.labels[i] for i in rows], dtype=torch.int64)
+        self.labels = (
+            None if source.labels is None else torch.tensor([source.labels[i] for i in rows], dtype=torch.int64)
+        )
         self.notes = [*source.notes, *self._conversions(good)]
 
     def __len__(self) -> int:
@@ -166,14 +177,18 @@ class ImageSet:
             indices = range(*indices.indices(len(self)))
         wanted = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
         if wanted.numel() and (int(wanted.min()) < -len(self) or int(wanted.max()) >= len(self)):
-            raise IndexError(f"{self.name} has {len(self)} images; asked for {int(wanted.min())} to {int(wanted.max())}")
+            raise IndexError(
+                f"{self.name} has {len(self)} images; asked for {int(wanted.min())} to {int(wanted.max())}"
+            )
         wanted = wanted % len(self)
         if self._pixels is not None:
             # By numpy: in a thread of its own a parallel operation of torch would start a second set of OpenMP threads.
             return torch.from_numpy(np.ascontiguousarray(self._pixels.numpy()[wanted.numpy()]))
         unique, places = torch.unique(wanted, return_inverse=True)
         out = np.empty((len(unique), *self.shape), np.uint8)
-        failed = [(int(unique[k]), k) for k, why in enumerate(_threaded(self._decode_later, unique.tolist(), out)) if why]
+        failed = [
+            (int(unique[k]), k) for k, why in enumerate(_threaded(self._decode_later, unique.tolist(), out)) if why
+        ]
         if failed and not self._skip:
             raise self._bad_files([(self.names[i], self._bad_later[i]) for i, _ in failed])
         for i, k in failed:
@@ -202,7 +217,10 @@ class ImageSet:
         for name, head in zip(names, heads, strict=True):
             if head.size != heads[0].size:
                 sizes = f"{names[0]} is {width}x{height}, {name} is {head.size[0]}x{head.size[1]}"
-                raise UserError(f"the images of {self.name} differ in size: {sizes}", "set the resolution to resize and crop them to")
+                raise UserError(
+                    f"the images of {self.name} differ in size: {sizes}",
+                    "set the resolution to resize and crop them to",
+                )
         return channels, height, width
 
     def _fits_as_is(self, source: Arrays) -> bool:
@@ -212,7 +230,9 @@ class ImageSet:
     def _decode(self, row: int, out: np.ndarray) -> None:
         pixels = decode.decode(self._source.picture(row), self.shape[0], self._resolution, self._resize, self._order)
         if pixels.shape != out.shape:
-            raise ValueError(f"is {pixels.shape[2]}x{pixels.shape[1]}, but its header says {out.shape[2]}x{out.shape[1]}")
+            raise ValueError(
+                f"is {pixels.shape[2]}x{pixels.shape[1]}, but its header says {out.shape[2]}x{out.shape[1]}"
+            )
         out[:] = pixels
 
     def _decode_all(self, rows: list[int]) -> tuple[np.ndarray, list[int]]:
@@ -254,7 +274,9 @@ class ImageSet:
             other = (index + step) % len(self)
             if (self.labels is None or self.labels[other] == self.labels[index]) and not self._decode_later(other, out):
                 return
-        raise self._bad_files([(self.names[index], f"{self._bad_later[index]}, and no other image of its class is good")])
+        raise self._bad_files(
+            [(self.names[index], f"{self._bad_later[index]}, and no other image of its class is good")]
+        )
 
     def _bad_files(self, bad: list[tuple[str, str]]) -> UserError:
         total = len(self._source) + len(self._source.bad)
@@ -279,7 +301,9 @@ class ImageSet:
             if self._order == "crop_resize":
                 counts["cropped to the centre square"] = 0  # notes are in the order of what was done
             counts[f"shrunk to a short side of {side} ({self._resize})"] = sum(min(head.size) > side for head in heads)
-            counts[f"enlarged to a short side of {side} ({self._resize})"] = sum(min(head.size) < side for head in heads)
+            counts[f"enlarged to a short side of {side} ({self._resize})"] = sum(
+                min(head.size) < side for head in heads
+            )
             counts["cropped to the centre square"] = sum(head.size[0] != head.size[1] for head in heads)
         return [f"{count} {'image' if count == 1 else 'images'} {what}" for what, count in counts.items() if count]
 
@@ -311,7 +335,10 @@ def listed(bad: list[tuple[str, str]]) -> str:
 
 def _digest(pixels: np.ndarray) -> int:
     """64 bits of a hash of the pixels, never 0."""
-    return int.from_bytes(hashlib.sha1(np.ascontiguousarray(pixels).data, usedforsecurity=False).digest()[:8], "little") | 1
+    return (
+        int.from_bytes(hashlib.sha1(np.ascontiguousarray(pixels).data, usedforsecurity=False).digest()[:8], "little")
+        | 1
+    )
 
 
 def _threaded(function: Callable[[int, np.ndarray], str], numbers: Sequence[int], out: np.ndarray) -> list[str]:

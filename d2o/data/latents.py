@@ -33,7 +33,16 @@ class LatentSet:
         if not sizes:
             raise UserError(f"no latents in {name}")
         usual = Counter(sizes).most_common(1)[0][0]
-        self.bad = sorted([*source.bad, *((source.names[i], f"{size} bytes, the others {usual}") for i, size in enumerate(sizes) if size != usual)])
+        self.bad = sorted(
+            [
+                *source.bad,
+                *(
+                    (source.names[i], f"{size} bytes, the others {usual}")
+                    for i, size in enumerate(sizes)
+                    if size != usual
+                ),
+            ]
+        )
         if self.bad and on_bad == "refuse":
             count = f"{len(self.bad)} bad {'file' if len(self.bad) == 1 else 'files'}"
             raise UserError(f"{count} in {name}:{listed(self.bad)}", "--on-bad skip leaves them out")
@@ -41,7 +50,9 @@ class LatentSet:
         self.names = [source.names[i] for i in self._rows]
         self.class_names = list(source.class_names)
         self.classes = len(self.class_names)
-        self.labels = None if source.labels is None else torch.tensor([source.labels[i] for i in self._rows], dtype=torch.int64)
+        self.labels = (
+            None if source.labels is None else torch.tensor([source.labels[i] for i in self._rows], dtype=torch.int64)
+        )
         self.notes = [*source.notes, f"{len(self)} stored latents, mean and standard deviation: nothing is encoded"]
         channels, height, width = self._read(0).shape
         self.shape: tuple[int, int, int] = (channels, height, width)
@@ -71,7 +82,10 @@ class LatentSet:
         except (OSError, ValueError) as error:
             raise self._damaged(index, f"no readable .npy: {error}") from error
         if values.ndim != 3 or values.shape[0] % 2 or values.dtype.kind != "f" or 0 in values.shape:
-            raise self._damaged(index, f"holds {values.dtype} {list(values.shape)}, not the floats [2C, h, w] of means and standard deviations")
+            raise self._damaged(
+                index,
+                f"holds {values.dtype} {list(values.shape)}, not the floats [2C, h, w] of means and standard deviations",
+            )
         if index and values.shape != self.shape:
             raise self._damaged(index, f"has shape {list(values.shape)}, the first one {list(self.shape)}")
         if not np.isfinite(values).all() or (values[len(values) // 2 :] < 0).any():
@@ -79,10 +93,15 @@ class LatentSet:
         return values.astype(np.float32, copy=False)
 
     def _damaged(self, index: int, why: str) -> UserError:
-        return UserError(f"{self.names[index]} in {self.name} {why}", "it is what `dataset_tool.py encode` of EDM2 writes that is read here")
+        return UserError(
+            f"{self.names[index]} in {self.name} {why}",
+            "it is what `dataset_tool.py encode` of EDM2 writes that is read here",
+        )
 
 
-def open_set(path: str | os.PathLike[str], *, resolution: int | None, channels: int | None, on_bad: str, limit: int | None) -> ImageSet | LatentSet:
+def open_set(
+    path: str | os.PathLike[str], *, resolution: int | None, channels: int | None, on_bad: str, limit: int | None
+) -> ImageSet | LatentSet:
     """What lies at `path`: images as `open_images` reads them, or stored latents. `resolution` of latents is that of the images they were made of.
 
     UserError: as `open_images`; latents of another resolution than asked for.
@@ -95,5 +114,7 @@ def open_set(path: str | os.PathLike[str], *, resolution: int | None, channels: 
     found = LatentSet(source, set_name(os.fspath(path)), on_bad)
     size = (PIXELS * found.shape[1], PIXELS * found.shape[2])
     if resolution is not None and size != (resolution, resolution):
-        raise UserError(f"{found.name} holds latents of images of {size[0]} x {size[1]}, and data.resolution is {resolution}")
+        raise UserError(
+            f"{found.name} holds latents of images of {size[0]} x {size[1]}, and data.resolution is {resolution}"
+        )
     return found

@@ -39,7 +39,9 @@ class LmdbFiles(Container):
                     name = printable(key.decode("utf-8", "backslashreplace")) + _suffix(data[begin : begin + 4], count)
                     self.members.append(Member(name, name, count, begin))
         except (Damaged, OSError) as error:
-            raise UserError(f"{path} is not a readable LMDB: {error}", "it may be cut off: compare its size with the original's") from error
+            raise UserError(
+                f"{path} is not a readable LMDB: {error}", "it may be cut off: compare its size with the original's"
+            ) from error
 
     def _read(self, member: Member, limit: int | None) -> bytes:
         data = self._file.read(member.where, member.size if limit is None else min(limit, member.size))

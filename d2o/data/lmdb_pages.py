@@ -10,9 +10,13 @@ import mmap
 import struct
 from collections.abc import Iterator
 
-HEAD = struct.Struct("<IIQQ 48s IHHQQQQQ QQ")  # magic, version, address, map size, free list, then the main tree, last page, transaction
+HEAD = struct.Struct(
+    "<IIQQ 48s IHHQQQQQ QQ"
+)  # magic, version, address, map size, free list, then the main tree, last page, transaction
 PAGE = struct.Struct("<QHHHH")  # number, padding, flags, lower, upper
-NODE = struct.Struct("<HHHH")  # size (low, high; of a branch the child's number, with the flags), flags, length of the key
+NODE = struct.Struct(
+    "<HHHH"
+)  # size (low, high; of a branch the child's number, with the flags), flags, length of the key
 MAGIC, BRANCH, LEAF, OVERFLOW, BIG = 0xBEEFC0DE, 1, 2, 4, 1
 EMPTY, MAX_DEPTH = 2**64 - 1, 32
 
@@ -77,7 +81,9 @@ def _page(data: mmap.mmap | bytes, number: int, size: int) -> tuple[int, list[tu
     return flags & ~0x10, [(begin + place, *NODE.unpack_from(data, begin + place)) for place in places]
 
 
-def _value(data: mmap.mmap | bytes, size: int, end: int, begin: int, count: int, kind: int, length: int) -> tuple[bytes, int, int]:
+def _value(
+    data: mmap.mmap | bytes, size: int, end: int, begin: int, count: int, kind: int, length: int
+) -> tuple[bytes, int, int]:
     """Of a node at `begin` on the page that ends at `end`: its key, and where its value of `count` bytes is."""
     value = begin + NODE.size + length
     key = data[begin + NODE.size : value]

@@ -70,7 +70,9 @@ class Objects:
             if self.fs._strip_protocol(info["name"]) != self.fs._strip_protocol(path):
                 items[PurePosixPath(info["name"]).name] = info
             elif info.get("type") == "file" and info.get("size"):  # of no size: how some stores mark a folder
-                raise UserError(f"{self.url}/{folder}".rstrip("/") + " is a file; expected a folder", "choose another --out")
+                raise UserError(
+                    f"{self.url}/{folder}".rstrip("/") + " is a file; expected a folder", "choose another --out"
+                )
         return items
 
     def read(self, name: str) -> bytes | None:

@@ -43,7 +43,9 @@ def open_store(path: str | Path) -> tuple[Folder, dict[str, Any], PairSettings]:
     folder = store_folder(path)
     manifest = folder.manifest()
     if manifest is None:
-        raise UserError(f"{path} is not a pair store (no {MANIFEST})", f"make one: d2o pairs --teacher digits --n 8192 --out {path}")
+        raise UserError(
+            f"{path} is not a pair store (no {MANIFEST})", f"make one: d2o pairs --teacher digits --n 8192 --out {path}"
+        )
     check_manifest(manifest, f"{folder.url}/{MANIFEST}")
     return folder, manifest, PairSettings.from_manifest(manifest)
 
@@ -52,7 +54,9 @@ def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
     """The metadata of a shard: what its content depends on, nothing else (not the teacher's path, nor how many pairs follow)."""
     settings, compute = PairSettings.from_manifest(manifest), manifest["compute"]
     made: dict[str, Any] = {"solver": settings.ode.to_dict()}
-    made |= {name: getattr(settings, name) for name in ("seed", "cfg", "labels", "rewire", "dtype", "store_noise", "decode")}
+    made |= {
+        name: getattr(settings, name) for name in ("seed", "cfg", "labels", "rewire", "dtype", "store_noise", "decode")
+    }
     made |= {name: compute[name] for name in compute if name not in ("torch", "processor")}
     made |= {"start": unit.start, "n": unit.n, "teacher_sha256": manifest["teacher"]["sha256"]}
     if "prompts" in manifest:
@@ -85,7 +89,11 @@ def adopt_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[st
         tensors, meta = load_file(path)
     except UserError:
         return None
-    if meta != shard_record(manifest, unit) or misfit(manifest, tensors, unit.n) or first_not_finite(tensors) is not None:
+    if (
+        meta != shard_record(manifest, unit)
+        or misfit(manifest, tensors, unit.n)
+        or first_not_finite(tensors) is not None
+    ):
         return None
     noise = unit_noise(manifest, unit)
     if "noise" in tensors and not torch.equal(tensors["noise"], noise):

@@ -25,7 +25,9 @@ PATIENCE = 3
 _finite: set[tuple[str, str]] = set()
 
 
-def read_shard(folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_shard(
+    folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (mapped) and the record of a shard that the manifest lists as `entry`, with at least the unit's pairs.
 
     All its bytes are read when it is first touched in this process. UserError, with the file and the way to repair it: missing, not the bytes
@@ -40,12 +42,16 @@ def read_shard(folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict
         raise bad_shard(manifest, folder, unit, why)
     if (key := (str(path), entry["sha256"])) not in _finite:
         if (row := first_not_finite(tensors)) is not None:
-            raise bad_shard(manifest, folder, unit, f"pair {unit.start + row} holds values that are not finite (NaN or infinite)")
+            raise bad_shard(
+                manifest, folder, unit, f"pair {unit.start + row} holds values that are not finite (NaN or infinite)"
+            )
         _finite.add(key)
     return tensors, record
 
 
-def _as_written(folder: Folder, manifest: dict[str, Any], unit: Unit, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+def _as_written(
+    folder: Folder, manifest: dict[str, Any], unit: Unit, path: Path, entry: dict[str, Any]
+) -> dict[str, Any]:
     """The entry that the file's bytes agree with: this one, or a later one of a store that has grown meanwhile."""
     for look in range(PATIENCE):
         if check_against(path, entry["sha256"]):
@@ -73,13 +79,18 @@ def misfit(manifest: dict[str, Any], tensors: dict[str, Tensor], n: int) -> str 
         wanted["label"] = ((n,), torch.int64)
     if "prompts" in manifest:
         wanted["prompt_ends"] = ((n,), torch.int64)
-        wanted["prompt_bytes"] = (tuple(tensors["prompt_bytes"].shape[:1]) if "prompt_bytes" in tensors else (), torch.uint8)
+        wanted["prompt_bytes"] = (
+            tuple(tensors["prompt_bytes"].shape[:1]) if "prompt_bytes" in tensors else (),
+            torch.uint8,
+        )
     for name, (size, dtype) in wanted.items():
         found = tensors.get(name)
         if found is None or tuple(found.shape) != size or found.dtype != dtype:
             held = "no tensor" if found is None else f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
             return f"it holds {held} as {name}; expected {str(dtype).removeprefix('torch.')} {list(size)}"
-    if settings.get("decode") and ("image" not in tensors or tensors["image"].dtype != torch.uint8 or len(tensors["image"]) != n):
+    if settings.get("decode") and (
+        "image" not in tensors or tensors["image"].dtype != torch.uint8 or len(tensors["image"]) != n
+    ):
         return "it holds no images, which the store was made with"
     if "label" in wanted and not _within(tensors["label"].numpy(), spec["classes"]):
         return f"a class is out of range; the teacher has 0 to {spec['classes'] - 1}"

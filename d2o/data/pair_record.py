@@ -103,15 +103,23 @@ class Manifest(Record):
         if len(self.noise_probe) != min(8, values):
             raise ValueError(f"noise_probe: expected {min(8, values)} numbers, got {len(self.noise_probe)}")
         if (self.spec.condition == "text") != (self.prompts is not None):
-            raise ValueError(f"prompts: a teacher of condition {self.spec.condition!r} {'has' if self.prompts is None else 'has no'} prompts")
+            raise ValueError(
+                f"prompts: a teacher of condition {self.spec.condition!r} {'has' if self.prompts is None else 'has no'} prompts"
+            )
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("shards: a file is listed twice")
         for shard in self.shards:
             number = int(shard.file[6:].split(".")[0])
-            if shard.start != number * self.settings.shard_size or shard.n > min(self.settings.shard_size, self.settings.n - shard.start):
-                raise ValueError(f"shards: {shard.file} with pairs {shard.start:,} to {shard.start + shard.n - 1:,} is no shard of this store")
+            if shard.start != number * self.settings.shard_size or shard.n > min(
+                self.settings.shard_size, self.settings.n - shard.start
+            ):
+                raise ValueError(
+                    f"shards: {shard.file} with pairs {shard.start:,} to {shard.start + shard.n - 1:,} is no shard of this store"
+                )
             if shard.bytes < (least := shard.n * values * DTYPE_BYTES[self.settings.dtype]):
-                raise ValueError(f"shards: {shard.file} of {shard.bytes:,} bytes cannot hold {shard.n:,} pairs, which take {least:,}")
+                raise ValueError(
+                    f"shards: {shard.file} of {shard.bytes:,} bytes cannot hold {shard.n:,} pairs, which take {least:,}"
+                )
         return self
 
 

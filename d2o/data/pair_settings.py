@@ -68,7 +68,10 @@ class PairSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if -(-self.n // self.shard_size) > MAX_SHARDS:
-            raise UserError(f"{self.n:,} pairs in shards of {self.shard_size} are more than {MAX_SHARDS:,} files", "choose a larger shard_size")
+            raise UserError(
+                f"{self.n:,} pairs in shards of {self.shard_size} are more than {MAX_SHARDS:,} files",
+                "choose a larger shard_size",
+            )
         if not (math.isfinite(self.cfg) and self.cfg >= 0):
             raise UserError(f"cfg must be a number from 0 up, not {self.cfg}", "1 is no guidance")
         if self.dtype not in DTYPES:
@@ -83,7 +86,10 @@ class PairSettings:
     def first(self, n: int, path: str | Path) -> PairSettings:
         """Those of the store's first n pairs. UserError: there are fewer; they depend on how many follow."""
         if not 1 <= n <= self.n:
-            raise UserError(f"{path} holds {self.n:,} pairs, not {n:,}", f"add to it: {replace(self, n=n).command(path)}" if n > 0 else "")
+            raise UserError(
+                f"{path} holds {self.n:,} pairs, not {n:,}",
+                f"add to it: {replace(self, n=n).command(path)}" if n > 0 else "",
+            )
         if n != self.n and self.rewire != "none":
             raise UserError(f"{path}: {REWIRED}; it holds {self.n:,}, not {n:,}", "take all, or make another store")
         return replace(self, n=n)
@@ -91,7 +97,9 @@ class PairSettings:
     @property
     def ode(self) -> Solver:
         """The solver. Its name and steps are Solver's own defaults as long as the settings are not `resolved`."""
-        given = {field.name: getattr(self, field.name) for field in fields(Solver) if field.name not in ("name", "steps")}
+        given = {
+            field.name: getattr(self, field.name) for field in fields(Solver) if field.name not in ("name", "steps")
+        }
         given |= {"name": self.solver} if self.solver is not None else {}
         given |= {"steps": self.steps} if self.steps is not None else {}
         return Solver(**given)
@@ -113,12 +121,21 @@ class PairSettings:
     def from_manifest(cls, manifest: dict[str, Any]) -> PairSettings:
         """The settings that a store was made with; an older one's lack what was the default then and is now. KeyError: not settings."""
         recorded = manifest["settings"]
-        return cls(**{f.name: recorded[f.name] if f.default is MISSING else recorded.get(f.name, f.default) for f in fields(cls)})
+        return cls(
+            **{
+                f.name: recorded[f.name] if f.default is MISSING else recorded.get(f.name, f.default)
+                for f in fields(cls)
+            }
+        )
 
     def differences(self, other: PairSettings) -> list[str]:
         """Each setting in which `other` differs from these, as "steps: 18 -> 9". Teachers differ by weights, prompts by content: below."""
         names = [field.name for field in fields(self) if field.name not in ("teacher", "prompts")]
-        return [f"{name}: {getattr(self, name)} -> {getattr(other, name)}" for name in names if getattr(self, name) != getattr(other, name)]
+        return [
+            f"{name}: {getattr(self, name)} -> {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
 
     def folder(self, precision: str = "fp32") -> Path:
         """Where the store is unless another place is given: a name made of the (resolved) settings, under runs/pairs. `precision` of the
@@ -128,11 +145,17 @@ class PairSettings:
         words += ["x0"] if self.final != "scheduler" else []
         words += [f"eta{self.eta:g}"] if self.eta else []
         if self.solver == "sde":
-            churn = {f"{name}{getattr(self, name):g}": getattr(self, name) == f.default for f in fields(self) if (name := f.name).startswith("s_")}
+            churn = {
+                f"{name}{getattr(self, name):g}": getattr(self, name) == f.default
+                for f in fields(self)
+                if (name := f.name).startswith("s_")
+            }
             words += [word for word, usual in churn.items() if not usual]
         words += [] if self.cfg == 1.0 else [f"cfg{self.cfg:g}"]
         words += [] if self.labels in ("random", "none", "text") else [self.labels.replace(",", "_")]
-        words += [Path(self.prompts).stem + (f"x{self.per_prompt}" if self.per_prompt > 1 else "")] if self.prompts else []
+        words += (
+            [Path(self.prompts).stem + (f"x{self.per_prompt}" if self.per_prompt > 1 else "")] if self.prompts else []
+        )
         words += [] if self.rewire == "none" else [self.rewire]
         words += [word for word, plain in ((self.dtype, "fp32"), (f"net_{precision}", "net_fp32")) if word != plain]
         words += ["decoded"] if self.decode else []
@@ -143,9 +166,15 @@ class PairSettings:
         words = ["d2o", "pairs", "--teacher", self.teacher, "--n", str(self.n), "--out", str(out)]
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("teacher", "n") and value != field.default and not (field.name == "labels" and value in ("none", "text")):
+            if (
+                field.name not in ("teacher", "n")
+                and value != field.default
+                and not (field.name == "labels" and value in ("none", "text"))
+            ):
                 option = "--" + field.name.replace("_", "-")
-                words += [option] if value is True else [option, f"{value:g}" if isinstance(value, float) else str(value)]
+                words += (
+                    [option] if value is True else [option, f"{value:g}" if isinstance(value, float) else str(value)]
+                )
         return shlex.join(words)
 
     def units(self) -> list[Unit]:
@@ -181,7 +210,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         found.insert(0, f"teacher: {name} (weights {was['sha256'][:12]} -> {now['sha256'][:12]})")
     before, after = old.get("prompts"), new.get("prompts")
     if (before or {}).get("sha256") != (after or {}).get("sha256"):
-        found.append("prompts: " + " -> ".join(f"{p['path']} (sha256 {p['sha256'][:12]}, {p['count']:,})" if p else "none" for p in (before, after)))
+        found.append(
+            "prompts: "
+            + " -> ".join(
+                f"{p['path']} (sha256 {p['sha256'][:12]}, {p['count']:,})" if p else "none" for p in (before, after)
+            )
+        )
     return found
 
 
@@ -191,7 +225,11 @@ def with_n(manifest: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 def new_manifest(
-    settings: PairSettings, teacher: dict[str, Any], spec: dict[str, Any], compute: dict[str, Any], prompts: dict[str, Any] | None = None
+    settings: PairSettings,
+    teacher: dict[str, Any],
+    spec: dict[str, Any],
+    compute: dict[str, Any],
+    prompts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a store without any shards yet. `teacher`: name, sha256, licence; `prompts`: path, sha256, count."""
     labels = "text" if spec["condition"] == "text" else label_mode(settings.labels, spec["classes"], teacher["name"])

@@ -55,7 +55,9 @@ def _problem(folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[s
     if (row := first_not_finite(tensors)) is not None:
         return f"pair {unit.start + row} holds values that are not finite (NaN or infinite)"
     if not manifest["settings"]["store_noise"] and noise_sha256(unit_noise(manifest, unit)) != entry["noise_sha256"]:
-        return "its noise, derived from the seeds here, differs from the one it was made from (another torch or processor)"
+        return (
+            "its noise, derived from the seeds here, differs from the one it was made from (another torch or processor)"
+        )
     return None
 
 
@@ -66,27 +68,50 @@ def stats(path: str | Path) -> dict[str, Any]:
     """
     folder, manifest, settings = open_store(path)
     recorded = folder.recorded()
-    units = [replace(unit, n=min(unit.n, recorded[unit.file]["n"])) for unit in settings.units() if unit.file in recorded]
+    units = [
+        replace(unit, n=min(unit.n, recorded[unit.file]["n"])) for unit in settings.units() if unit.file in recorded
+    ]
     pairs, notes = sum(unit.n for unit in units), folder.notes()
     timed, seconds = sum(note["pairs"] for note in notes), sum(note["seconds"] for note in notes)
     size = sum(recorded[unit.file]["bytes"] for unit in units)
     report: dict[str, Any] = {
-        "pairs": pairs, "of": settings.n, "shards": len(units), "bytes": size, "bytes_per_pair": size / pairs if pairs else None,
-        "nfe_per_pair": settings.nfe, "forwards_per_pair": settings.forwards, "nfe": pairs * settings.nfe,
-        "forwards": pairs * settings.forwards, "workers": notes, "seconds": round(seconds, 3), "timed_pairs": timed,
+        "pairs": pairs,
+        "of": settings.n,
+        "shards": len(units),
+        "bytes": size,
+        "bytes_per_pair": size / pairs if pairs else None,
+        "nfe_per_pair": settings.nfe,
+        "forwards_per_pair": settings.forwards,
+        "nfe": pairs * settings.nfe,
+        "forwards": pairs * settings.forwards,
+        "workers": notes,
+        "seconds": round(seconds, 3),
+        "timed_pairs": timed,
         "pairs_per_s": round(timed / seconds, 3) if seconds else None,
-    }  # fmt: skip
+    }
     if "prompts" in manifest:
         count = manifest["prompts"]["count"]
         times = np.zeros(count, dtype=np.int64)
         for unit in units:
             np.add.at(times, settings.prompt_numbers(unit.start, unit.n, count), 1)
-        report["prompts"] = {"used": int((times > 0).sum()), "of": count, "least": int(times.min()), "most": int(times.max())}
+        report["prompts"] = {
+            "used": int((times > 0).sum()),
+            "of": count,
+            "least": int(times.min()),
+            "most": int(times.max()),
+        }
     elif settings.labels != "none":
         classes = np.zeros(manifest["spec"]["classes"], dtype=np.int64)
         for unit in units:
-            classes += np.bincount(read_shard(folder, manifest, unit, recorded[unit.file])[0]["label"].numpy(), minlength=len(classes))
-        report["labels"] = {"used": int((classes > 0).sum()), "of": len(classes), "least": int(classes.min()), "most": int(classes.max())}
+            classes += np.bincount(
+                read_shard(folder, manifest, unit, recorded[unit.file])[0]["label"].numpy(), minlength=len(classes)
+            )
+        report["labels"] = {
+            "used": int((classes > 0).sum()),
+            "of": len(classes),
+            "least": int(classes.min()),
+            "most": int(classes.max()),
+        }
     return report
 
 
@@ -98,7 +123,9 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | N
     shards that are missing from all parts; shards that two parts hold with different content.
     """
     if len(sources) < 2:
-        raise UserError("merging takes at least two stores", "for example: d2o pairs --merge part1/ --merge part2/ --out whole/")
+        raise UserError(
+            "merging takes at least two stores", "for example: d2o pairs --merge part1/ --merge part2/ --out whole/"
+        )
     stores = [open_store(path) for path in sources]
     if {settings.seed for _, _, settings in stores} == {stores[0][2].seed}:
         manifest, moves = _same(sources, stores)
@@ -108,7 +135,9 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | N
     target = store_folder(out)
     found = target.open({**manifest, "shards": []})
     if different := differences(found, manifest):
-        raise UserError(f"{out} is a pair store with other settings:\n  " + "\n  ".join(different), "choose another --out")
+        raise UserError(
+            f"{out} is a pair store with other settings:\n  " + "\n  ".join(different), "choose another --out"
+        )
     settings, done = PairSettings.from_manifest(found), 0
     units = settings.units()
     for unit, (folder, theirs, entry) in zip(units, moves, strict=True):
@@ -116,9 +145,14 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | N
             tensors, meta = read_shard(folder, manifests[folder.url], theirs, entry)
             record = shard_record(found, unit)
             if meta != {**record, "seed": meta.get("seed"), "start": meta.get("start")}:
-                raise UserError(f"{folder.url}/{theirs.file} was made in another way than its store says", "d2o pairs --verify names such shards")
+                raise UserError(
+                    f"{folder.url}/{theirs.file} was made in another way than its store says",
+                    "d2o pairs --verify names such shards",
+                )
             saved = target.save(unit.file, tensors, record)
-            target.add({"file": unit.file, "start": unit.start, "n": unit.n, **saved, "noise_sha256": entry["noise_sha256"]})
+            target.add(
+                {"file": unit.file, "start": unit.start, "n": unit.n, **saved, "noise_sha256": entry["noise_sha256"]}
+            )
         done += unit.n
         if progress is not None:
             progress(done, settings.n, "")
@@ -140,10 +174,16 @@ def _same(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[dict[s
         for name, entry in folder.recorded().items():
             other = found.setdefault(name, (folder, entry))
             if other[1]["sha256"] != entry["sha256"]:
-                raise UserError(f"{name} is not the same in {other[0].url} and {folder.url}", "made on different hardware? Keep one of them")
+                raise UserError(
+                    f"{name} is not the same in {other[0].url} and {folder.url}",
+                    "made on different hardware? Keep one of them",
+                )
     units = settings.units()
     if absent := [unit.file for unit in units if unit.file not in found]:
-        raise UserError(f"{len(absent)} of {len(units)} shards are in none of the stores: {', '.join(absent[:3])}", "make them first")
+        raise UserError(
+            f"{len(absent)} of {len(units)} shards are in none of the stores: {', '.join(absent[:3])}",
+            "make them first",
+        )
     return manifest, [(found[unit.file][0], unit, found[unit.file][1]) for unit in units]
 
 
@@ -155,16 +195,26 @@ def _following(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[d
     total = 0
     for i, (path, (folder, theirs, settings)) in enumerate(zip(paths, stores)):
         if settings.seed != first.seed + total:
-            raise UserError(f"{path} has seeds from {settings.seed}, but {paths[i - 1]} ends before {first.seed + total}",
-                            "stores to be joined must follow each other without a gap")  # fmt: skip
+            raise UserError(
+                f"{path} has seeds from {settings.seed}, but {paths[i - 1]} ends before {first.seed + total}",
+                "stores to be joined must follow each other without a gap",
+            )
         if settings.labels not in ("none", "random") or settings.rewire != "none":
-            raise UserError(f"{path}: only stores with random labels (or none), not rewired, can be joined one after the other",
-                            "in others, what pair i holds depends on where the store begins")  # fmt: skip
+            raise UserError(
+                f"{path}: only stores with random labels (or none), not rewired, can be joined one after the other",
+                "in others, what pair i holds depends on where the store begins",
+            )
         if i < len(stores) - 1 and settings.n % settings.shard_size:
-            raise UserError(f"{path}: its {settings.n} pairs end within a shard of {settings.shard_size}, so no other store can follow it")
-        _agree(paths[0], manifest, path, {**theirs, "settings": {**theirs["settings"], "seed": first.seed, "n": first.n}})
+            raise UserError(
+                f"{path}: its {settings.n} pairs end within a shard of {settings.shard_size}, so no other store can follow it"
+            )
+        _agree(
+            paths[0], manifest, path, {**theirs, "settings": {**theirs["settings"], "seed": first.seed, "n": first.n}}
+        )
         if left := folder.left(settings.units()):
-            raise UserError(f"{path} is not finished: {len(left)} shards are missing", f"continue it: {settings.command(path)}")
+            raise UserError(
+                f"{path} is not finished: {len(left)} shards are missing", f"continue it: {settings.command(path)}"
+            )
         recorded = folder.recorded()
         moves += [(folder, unit, recorded[unit.file]) for unit in settings.units()]
         total += settings.n
@@ -178,5 +228,7 @@ def _agree(path: str | Path, manifest: dict[str, Any], other: str | Path, theirs
         if manifest["compute"].get(name) != theirs["compute"].get(name):
             different.append(f"{name}: {manifest['compute'].get(name)} -> {theirs['compute'].get(name)}")
     if different:
-        raise UserError(f"{path} and {other} were made with different settings:\n  " + "\n  ".join(different), "only like can be joined with like")
-
+        raise UserError(
+            f"{path} and {other} were made with different settings:\n  " + "\n  ".join(different),
+            "only like can be joined with like",
+        )

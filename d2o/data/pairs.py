@@ -135,7 +135,9 @@ class PairStore:
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         target = torch.empty(len(index), *self.shape)
         stored = self.settings.store_noise
-        noise = torch.empty_like(target) if stored else noise_for_seeds((self.settings.seed + index).tolist(), self.shape)
+        noise = (
+            torch.empty_like(target) if stored else noise_for_seeds((self.settings.seed + index).tolist(), self.shape)
+        )
         labels = torch.empty(len(index), dtype=torch.int64) if self._labelled else None
         shards = index // self.settings.shard_size
         for number in shards.unique().tolist():

@@ -82,7 +82,9 @@ def draw_sheet(blocks: Sequence[tuple[str, Tensor]], layout: Layout, heads: Sequ
         x0 = left + number * (block + BETWEEN)
         pen.text((x0, GAP), shortened(title, block, FONT + 2), fill="black", font=_font(FONT + 2))
         for column, head in enumerate(heads):
-            pen.text((x0 + column * (width + GAP), top - LINE - 2), shortened(head, width), fill="black", font=_font(FONT))
+            pen.text(
+                (x0 + column * (width + GAP), top - LINE - 2), shortened(head, width), fill="black", font=_font(FONT)
+            )
         for i, image in enumerate(sheet):
             x, y = x0 + i % columns * (width + GAP), top + i // columns * tall
             picture.paste(Image.fromarray(image[:, :, 0] if channels == 1 else np.ascontiguousarray(image)), (x, y))
@@ -115,7 +117,11 @@ def to_png(images: Tensor, columns: int) -> str:
     lines = -(-n // columns)
     cells = images.new_zeros(lines * columns, channels, height, width)
     cells[:n] = images
-    sheet = cells.reshape(lines, columns, channels, height, width).permute(0, 3, 1, 4, 2).reshape(lines * height, columns * width, channels)
+    sheet = (
+        cells.reshape(lines, columns, channels, height, width)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(lines * height, columns * width, channels)
+    )
     data = io.BytesIO()
     pixels = sheet.cpu().numpy()
     Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(data, format="PNG", optimize=True)

@@ -101,7 +101,9 @@ def _copied(url: str) -> Path:
     except FileNotFoundError as error:
         raise UserError(f"no such file: {url}") from error
     except Exception as error:  # each backend has its own kinds
-        raise UserError(f"cannot read {url}: {error or type(error).__name__}", "check the address, the permissions and the network") from error
+        raise UserError(
+            f"cannot read {url}: {error or type(error).__name__}", "check the address, the permissions and the network"
+        ) from error
     folder = hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:16]
     return download(url, home() / "prompts" / folder / PurePosixPath(url.partition("?")[0]).name)
 
@@ -136,7 +138,9 @@ class _Lines(Prompts):
         try:
             return self._data[self._starts[i] : self._ends[i]].decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}, line {i + 1}: not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+            raise UserError(
+                f"{self.path}, line {i + 1}: not UTF-8 ({error.reason})", "save the file as UTF-8"
+            ) from error
 
     def _check(self) -> None:
         """UserError: a line without a prompt, too long, or not UTF-8."""
@@ -152,7 +156,10 @@ class _Lines(Prompts):
 def _cut_lines(path: Path, data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
     """Where each line starts and ends, int64. UserError: blank lines that are not the last."""
     begin = 3 if data[:3] == b"\xef\xbb\xbf" else 0
-    found = [np.flatnonzero(np.frombuffer(data[first : first + CHUNK], np.uint8) == 10) + first for first in range(0, len(data), CHUNK)]
+    found = [
+        np.flatnonzero(np.frombuffer(data[first : first + CHUNK], np.uint8) == 10) + first
+        for first in range(0, len(data), CHUNK)
+    ]
     ends = np.concatenate(found)
     if data[-1:] != b"\n":
         ends = np.append(ends, len(data))
@@ -161,7 +168,9 @@ def _cut_lines(path: Path, data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndar
     returns = (ends > starts) & (content[ends - 1] == 13)  # ends - 1 is -1 only for a line that is empty anyway
     ends = ends - returns
     blank = ends == starts
-    for i in np.flatnonzero(~blank & np.isin(content[np.minimum(starts, len(data) - 1)], (9, 32))):  # perhaps nothing but white space
+    for i in np.flatnonzero(
+        ~blank & np.isin(content[np.minimum(starts, len(data) - 1)], (9, 32))
+    ):  # perhaps nothing but white space
         blank[i] = not data[starts[i] : ends[i]].strip()
     filled = np.flatnonzero(~blank)
     if not len(filled):
@@ -188,7 +197,9 @@ class _JsonLines(_Lines):
         try:
             record = parse_json(text)
         except ValueError as error:
-            raise UserError(f"{self.path}, line {i + 1}: not JSON ({error})", "every line is an object on its own") from error
+            raise UserError(
+                f"{self.path}, line {i + 1}: not JSON ({error})", "every line is an object on its own"
+            ) from error
         if not isinstance(record, dict):
             raise UserError(f"{self.path}, line {i + 1}: not an object with a {_either()}")
         return record
@@ -196,7 +207,9 @@ class _JsonLines(_Lines):
     def _prompt(self, i: int) -> str:
         prompt = self._record(i).get(self._column)
         if not isinstance(prompt, str):
-            raise UserError(f"{self.path}, line {i + 1}: its {self._column!r} is {'missing' if prompt is None else 'not a string'}")
+            raise UserError(
+                f"{self.path}, line {i + 1}: its {self._column!r} is {'missing' if prompt is None else 'not a string'}"
+            )
         return _whole_text(prompt, f"{self.path}, line {i + 1}")
 
 
@@ -250,7 +263,9 @@ class _Table(Prompts):
         if len(values) != rows:
             raise UserError(f"{self.path} is damaged: it says {rows:,} rows, and {len(values):,} are there")
         if values.null_count:
-            raise UserError(f"{self.path}, row {start + values.is_null().index(True).as_py() + 1}: its {self._column!r} is missing")
+            raise UserError(
+                f"{self.path}, row {start + values.is_null().index(True).as_py() + 1}: its {self._column!r} is missing"
+            )
         try:
             values.validate(full=True)
             texts = [chunk.dictionary if pyarrow.types.is_dictionary(chunk.type) else chunk for chunk in values.chunks]
@@ -268,7 +283,9 @@ class _Table(Prompts):
             try:
                 found.append(_whole_text(values[row].as_py(), f"{self.path}, row {start + row + 1}"))
             except UnicodeDecodeError as error:
-                raise UserError(f"{self.path}, row {start + row + 1}: not UTF-8 ({error.reason})", "save the texts as UTF-8") from error
+                raise UserError(
+                    f"{self.path}, row {start + row + 1}: not UTF-8 ({error.reason})", "save the texts as UTF-8"
+                ) from error
         return found
 
     def __len__(self) -> int:
@@ -341,7 +358,10 @@ def pack(prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts as a shard holds them: `prompt_bytes` uint8, all their UTF-8 one after the other, and `prompt_ends` int64 [n], where each ends."""
     texts = [_whole_text(prompt, f"prompt {i}").encode() for i, prompt in enumerate(prompts)]
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    return {"prompt_bytes": torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy()), "prompt_ends": torch.from_numpy(ends)}
+    return {
+        "prompt_bytes": torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy()),
+        "prompt_ends": torch.from_numpy(ends),
+    }
 
 
 def unpack(tensors: dict[str, Tensor], indices: Iterable[int] | Tensor | np.ndarray) -> list[str]:
@@ -365,7 +385,10 @@ def _whole_text(prompt: str, where: str) -> str:
 
 
 def _too_long(where: str, size: int, limit: int) -> UserError:
-    return UserError(f"{where}: a prompt of {size:,} bytes; the limit is {limit:,}", "text encoders read some hundred words: shorten it")
+    return UserError(
+        f"{where}: a prompt of {size:,} bytes; the limit is {limit:,}",
+        "text encoders read some hundred words: shorten it",
+    )
 
 
 def _either() -> str:

@@ -58,9 +58,19 @@ class RemoteFolder(Folder):
     """
 
     def __init__(
-        self, fs: AbstractFileSystem, path: str, kind: str, entries: str, url: str | None = None, *,
-        beat: float = 30.0, expiry: float = 120.0, settle: float = 0.5, poll: float = 2.0, cache: str | Path | None = None,
-    ):  # fmt: skip
+        self,
+        fs: AbstractFileSystem,
+        path: str,
+        kind: str,
+        entries: str,
+        url: str | None = None,
+        *,
+        beat: float = 30.0,
+        expiry: float = 120.0,
+        settle: float = 0.5,
+        poll: float = 2.0,
+        cache: str | Path | None = None,
+    ):
         self.objects = Objects(fs, path, url)
         super().__init__(self.objects.url, kind, entries)
         self.claims = Claims(self.objects, beat, expiry, settle)
@@ -140,7 +150,9 @@ class RemoteFolder(Folder):
         """The entry objects by name; None for one that is damaged (its file will be looked at again)."""
         found = self.objects.ls(ENTRIES)
         keys = {name: (name, *(str(info.get(word)) for word in IDENTITY)) for name, info in found.items()}
-        entries: dict[str, dict[str, Any] | None] = {name: self._known[keys[name]] for name in found if keys[name] in self._known}
+        entries: dict[str, dict[str, Any] | None] = {
+            name: self._known[keys[name]] for name in found if keys[name] in self._known
+        }
         for path, data in self.objects.read_many(f"{ENTRIES}/{name}" for name in found if name not in entries):
             if data is None:  # another worker has just moved it into the manifest
                 continue
@@ -172,16 +184,25 @@ class RemoteFolder(Folder):
             self.manifest()
         entry = self._recorded.get(file, {})
         size, sha256 = entry.get("bytes"), entry.get("sha256")
-        copy = self.cache / hashlib.sha256(self.url.encode()).hexdigest()[:16] / (f"{sha256[:16]}-{file}" if sha256 else file)
+        copy = (
+            self.cache
+            / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+            / (f"{sha256[:16]}-{file}" if sha256 else file)
+        )
         if sha256 and copy.exists() and copy.stat().st_size == size and check_against(copy, sha256):
             return copy
         with atomic_path(copy) as temporary:
             self.objects.fetch(file, temporary)
             came, expected = temporary.stat().st_size, self.size(file) if size is None else size
             if came != expected:
-                raise UserError(f"{self.url}/{file} has {came} bytes instead of {expected}", "make it again, or check the network")
+                raise UserError(
+                    f"{self.url}/{file} has {came} bytes instead of {expected}", "make it again, or check the network"
+                )
             if sha256 and file_sha256(temporary) != sha256:
-                raise UserError(f"{self.url}/{file}: its checksum differs from the manifest's", "make it again, or check the network")
+                raise UserError(
+                    f"{self.url}/{file}: its checksum differs from the manifest's",
+                    "make it again, or check the network",
+                )
         return copy
 
     def sha256(self, file: str) -> str:
@@ -190,7 +211,10 @@ class RemoteFolder(Folder):
     def sizes(self, files: Iterable[str]) -> dict[str, int]:
         files = list(files)
         found = self.objects.ls() if files else {}
-        return {file: int(found[file]["size"]) if file in found and found[file].get("type") != "directory" else -1 for file in files}
+        return {
+            file: int(found[file]["size"]) if file in found and found[file].get("type") != "directory" else -1
+            for file in files
+        }
 
     def note(self, name: str, record: dict[str, Any]) -> None:
         with contextlib.suppress(UserError):
@@ -216,7 +240,9 @@ def _read_entry(name: str, data: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(data)
         digest = entry.pop(DIGEST, None)  # that of an older d2o has none
-        whole = all(isinstance(entry[key], int) for key in ("start", "n", "bytes")) and _entry_name(entry["file"]) == name
+        whole = (
+            all(isinstance(entry[key], int) for key in ("start", "n", "bytes")) and _entry_name(entry["file"]) == name
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return entry if whole and intact({"entry": entry, **({} if digest is None else {SHA256: digest})}) else None

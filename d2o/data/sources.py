@@ -35,7 +35,22 @@ from d2o.errors import MissingImages, UserError, unknown
 from d2o.interop.inputs import check_input, parse_json
 
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
-SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".rst", ".csv", ".tsv", ".yaml", ".yml", ".html", ".xml", ".log", ".db", ".ini"}
+SIDE_SUFFIXES = {
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".md",
+    ".rst",
+    ".csv",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".xml",
+    ".log",
+    ".db",
+    ".ini",
+}
 SIDE_NAMES = {"readme", "license", "licence", "copying", "changelog", "makefile", "icon\r"}
 
 _ODD = {".mdb": "an LMDB: unpack it, and give the folder that it lies in", ".tfrecords": "TFRecords are not read"}
@@ -54,7 +69,9 @@ class Files(Source):
         self.bad += [(images[i].name, why) for i, why in problems.items()]
         stamp = hashlib.sha256()
         for i, member in enumerate(images):
-            stamp.update(f"{member.name}\0{member.size}\0{labels[i] if labels and i not in problems else '-'}\n".encode())
+            stamp.update(
+                f"{member.name}\0{member.size}\0{labels[i] if labels and i not in problems else '-'}\n".encode()
+            )
         self._fingerprint = stamp.hexdigest()
         good = [i for i in range(len(images)) if i not in problems]
         self._members = [images[i] for i in good]
@@ -91,19 +108,26 @@ class Files(Source):
             keys = {_key(member.name) for member in images}
             side += [member for member in odd if _key(member.name) in keys]
             odd = [member for member in odd if _key(member.name) not in keys]
-        self.bad += [(member.name, _ODD.get(posixpath.splitext(member.path)[1].lower(), "not an image file, by its suffix")) for member in odd]
+        self.bad += [
+            (member.name, _ODD.get(posixpath.splitext(member.path)[1].lower(), "not an image file, by its suffix"))
+            for member in odd
+        ]
         images.sort(key=lambda member: posixpath.splitext(member.name))
         self._side = side
         return images, {member.name: member for member in side}
 
-    def _label(self, images: list[Member], fields: dict[str, Member]) -> tuple[list[int] | None, list[str], dict[int, str]]:
+    def _label(
+        self, images: list[Member], fields: dict[str, Member]
+    ) -> tuple[list[int] | None, list[str], dict[int, str]]:
         """(labels or None, class names, {index: why it has no valid label})."""
         found: list[Any] | None
         problems: dict[int, str] = {}
         root = _root([member.path for member in images], {member.path for member in self._side})
         tables = [member for member in self._side if member.path == root + "dataset.json"]
         if len(tables) > 1:
-            raise UserError(f"{len(tables)} shards hold a dataset.json", "in shards, labels are key.cls or key.json beside key.png")
+            raise UserError(
+                f"{len(tables)} shards hold a dataset.json", "in shards, labels are key.cls or key.json beside key.png"
+            )
         used: set[str] = set()
         class_names: list[str] = []
         if tables:
@@ -117,7 +141,9 @@ class Files(Source):
         if ignored:
             kinds = list(dict.fromkeys(ignored))
             names = ", ".join(kinds[:5]) + (", ..." if len(kinds) > 5 else "")
-            self.notes.append(f"{len(ignored)} {'file that is' if len(ignored) == 1 else 'files that are'} not an image ignored: {names}")
+            self.notes.append(
+                f"{len(ignored)} {'file that is' if len(ignored) == 1 else 'files that are'} not an image ignored: {names}"
+            )
         if found is None:
             return None, [], problems
         for i, label in enumerate(found):
@@ -136,26 +162,37 @@ class Files(Source):
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             hint = 'expected: {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}'
-            raise UserError(f"{self._container.place(table)} does not hold labels as EDM writes them: {what}", hint) from error
+            raise UserError(
+                f"{self._container.place(table)} does not hold labels as EDM writes them: {what}", hint
+            ) from error
         if rows is None:
             self.notes.append(f"unlabelled, as {table.name} says")
             return None
         labels: dict[str, Any] = {}
         for name, label in pairs:
-            labels[name] = label if labels.get(name, label) == label else Reason(f"two labels: {labels[name]} and {label}")
+            labels[name] = (
+                label if labels.get(name, label) == label else Reason(f"two labels: {labels[name]} and {label}")
+            )
         have = {member.path for member in images} | {name for name, _ in self.bad}
-        self.bad += [(root + name, f"named in {table.name} but not there") for name in labels if root + name not in have]
+        self.bad += [
+            (root + name, f"named in {table.name} but not there") for name in labels if root + name not in have
+        ]
         self.notes.append(f"labels from {table.name}")
         return [labels.get(member.path[len(root) :]) for member in images]
 
-    def _from_fields(self, images: list[Member], fields: dict[str, Member], used: set[str], problems: dict[int, str]) -> list[Any] | None:
+    def _from_fields(
+        self, images: list[Member], fields: dict[str, Member], used: set[str], problems: dict[int, str]
+    ) -> list[Any] | None:
         """Labels of a WebDataset: a sample's key is its path up to the first dot of the file's name (or the last one, if that fits)."""
         stems: set[str] = set()
         plain = {posixpath.splitext(member.name)[0] for member in images}
         found: list[Any] = []
         for i, member in enumerate(images):
             stem, key = posixpath.splitext(member.name)[0], _key(member.name)
-            field = next((fields[name] for base in (stem, key) for name in (base + ".cls", base + ".json") if name in fields), None)
+            field = next(
+                (fields[name] for base in (stem, key) for name in (base + ".cls", base + ".json") if name in fields),
+                None,
+            )
             if stem in stems or (stem != key and key in plain) or (field is not None and field.name in used):
                 problems[i] = f"a second image of the sample {key!r}"
             stems.add(stem)
@@ -190,7 +227,9 @@ class Files(Source):
         shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
         self.notes.append(f"classes are the {len(class_names)} sub-folders: {shown}")
         numbers = {name: i for i, name in enumerate(class_names)}
-        problems.update({i: "no class: it lies beside the class sub-folders" for i, top in enumerate(tops) if top is None})
+        problems.update(
+            {i: "no class: it lies beside the class sub-folders" for i, top in enumerate(tops) if top is None}
+        )
         return [None if top is None else numbers[top] for top in tops], class_names
 
 

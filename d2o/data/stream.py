@@ -81,9 +81,23 @@ class PairStream:
     """
 
     def __init__(
-        self, store: Source, batch: int, seed: int = 0, rank: int = 0, world: int = 1, buffer: int = 16, drop_last: bool = True, prefetch: int = 2
+        self,
+        store: Source,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        buffer: int = 16,
+        drop_last: bool = True,
+        prefetch: int = 2,
     ):
-        for name, value, least in (("batch", batch, 1), ("world", world, 1), ("buffer", buffer, 1), ("prefetch", prefetch, 0), ("seed", seed, 0)):
+        for name, value, least in (
+            ("batch", batch, 1),
+            ("world", world, 1),
+            ("buffer", buffer, 1),
+            ("prefetch", prefetch, 0),
+            ("seed", seed, 0),
+        ):
             if value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
         if not 0 <= rank < world:
@@ -93,7 +107,9 @@ class PairStream:
         self.pairs = sum(unit.n for unit in store.units)
         if drop_last and self.pairs < batch * world:
             what = f"the store has {self.pairs} pairs, fewer than one batch of {batch * world}"
-            raise UserError(what + (f" ({batch} on each of {world} ranks)" if world > 1 else ""), "choose a smaller batch")
+            raise UserError(
+                what + (f" ({batch} on each of {world} ranks)" if world > 1 else ""), "choose a smaller batch"
+            )
         self._position = (0, 0)
         self._running: Ahead[Any, Batch] | None = None  # the batches that come next
         self._loading: Ahead[Any, Any] | None = None  # the groups that they are made from
@@ -130,7 +146,9 @@ class PairStream:
     def __enter__(self) -> PairStream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _next(self) -> Batch:
@@ -163,7 +181,9 @@ class PairStream:
         whole, rest = divmod(self.pairs, size)
         mine = (places % size) // self.batch == self.rank
         last = places >= whole * size
-        begin, end = (0, 0) if self.drop_last else (self.rank * rest // self.world, (self.rank + 1) * rest // self.world)
+        begin, end = (
+            (0, 0) if self.drop_last else (self.rank * rest // self.world, (self.rank + 1) * rest // self.world)
+        )
         within = places - whole * size
         return np.where(last, (within >= begin) & (within < end), mine)
 
@@ -220,7 +240,9 @@ class PairStream:
                         found.columns[name] = np.empty((len(order), *column.shape[1:]), column.dtype)
                     found.columns[name][here] = column if len(rows) == len(column) else column[rows]
             if "prompt_ends" in tensors:
-                found.texts[slot] = {name: torch.from_numpy(tensors[name].numpy().copy()) for name in ("prompt_bytes", "prompt_ends")}
+                found.texts[slot] = {
+                    name: torch.from_numpy(tensors[name].numpy().copy()) for name in ("prompt_bytes", "prompt_ends")
+                }
             del tensors
             self.store.forget(shard)
         return found
@@ -246,7 +268,12 @@ class PairStream:
             if rows.texts:
                 prompts += _texts(rows, first, last)
             at = part.stop
-        return Batch(noise, torch.from_numpy(labels) if has_labels else None, torch.from_numpy(target), prompts if has_prompts else None)
+        return Batch(
+            noise,
+            torch.from_numpy(labels) if has_labels else None,
+            torch.from_numpy(target),
+            prompts if has_prompts else None,
+        )
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

@@ -58,7 +58,9 @@ class WorkFolder(Folder):
             raise UserError(f"{self.path} is a file; expected a folder", "choose another --out")
         if self.path.is_dir():
             # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any other file.
-            foreign = [p.name for p in self.path.iterdir() if p.name not in (LOCKS, TIMING) and not _is_temporary(p, MANIFEST)]
+            foreign = [
+                p.name for p in self.path.iterdir() if p.name not in (LOCKS, TIMING) and not _is_temporary(p, MANIFEST)
+            ]
             if self.manifest() is None:
                 self._refuse(foreign)
         with self.locked():
@@ -130,7 +132,9 @@ class WorkFolder(Folder):
             atomic_write(self.path / note_file(name), json.dumps(record, sort_keys=True) + "\n")
 
     def notes(self) -> list[dict[str, Any]]:
-        return read_notes(path.read_bytes() for path in sorted((self.path / TIMING).glob("*.json")) if not path.name.startswith("."))
+        return read_notes(
+            path.read_bytes() for path in sorted((self.path / TIMING).glob("*.json")) if not path.name.startswith(".")
+        )
 
     def _write(self, manifest: dict[str, Any]) -> None:
         atomic_write(self.path / MANIFEST, dump(manifest))

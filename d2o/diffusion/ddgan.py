@@ -52,13 +52,22 @@ class DDGANProcess:
 
     def posterior(self, x0: Tensor, x_next: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_{t+1}, x_0), reparameterised (differentiable in x_0); at t = 0 it is x_0, and the noise is not used."""
-        return self.at("from_x0", t, x0) * x0 + self.at("from_next", t, x0) * x_next + self.at("deviation", t, x0) * noise
+        return (
+            self.at("from_x0", t, x0) * x0 + self.at("from_next", t, x0) * x_next + self.at("deviation", t, x0) * noise
+        )
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Entries t of a table, on the device, in the type and for the shape of `like`."""
         tables = self.devices.get(like.device)
         if tables is None:  # moved once: a copy in every step would wait for the device
-            mine = {"A": self.A, "S": self.S, "a": self.a, "root_b": self.b.sqrt(), "from_x0": self.from_x0, "from_next": self.from_next,
-                    "deviation": self.deviation}  # fmt: skip
+            mine = {
+                "A": self.A,
+                "S": self.S,
+                "a": self.a,
+                "root_b": self.b.sqrt(),
+                "from_x0": self.from_x0,
+                "from_next": self.from_next,
+                "deviation": self.deviation,
+            }
             tables = self.devices[like.device] = {key: table.to(like.device) for key, table in mine.items()}
         return tables[name][t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

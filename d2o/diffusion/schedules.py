@@ -76,7 +76,9 @@ class EDMSchedule:
     def grid(self, steps: int, spacing: str | None = None, final: str = "scheduler") -> Grid:
         """Karras' steps, the last of them to sigma 0. UserError: a `spacing` (they have their own)."""
         if spacing is not None:
-            raise UserError(f"spacing {spacing!r}: a teacher of the EDM family takes Karras' steps", "leave --spacing away")
+            raise UserError(
+                f"spacing {spacing!r}: a teacher of the EDM family takes Karras' steps", "leave --spacing away"
+            )
         sigmas = karras_sigmas(steps, max(0.002, self.sigma_min), min(80.0, self.sigma_max))
         if self.round_sigma is not None:
             sigmas = torch.cat([self.round_sigma(sigmas[:-1]).to(torch.float64).cpu(), sigmas[-1:]])
@@ -97,7 +99,9 @@ class DiscreteSchedule:
     final_alpha: float | None = None
 
     @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, **more: Any) -> DiscreteSchedule:
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, **more: Any
+    ) -> DiscreteSchedule:
         """beta_t = (sqrt(beta_start) ... sqrt(beta_end) in equal steps)^2: Stable Diffusion 1.5 and XL."""
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, 0), **more)
@@ -105,7 +109,11 @@ class DiscreteSchedule:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DiscreteSchedule:
         """From the configuration of a diffusers scheduler. UserError: betas or a rescaling that this schedule does not have."""
-        steps, low, high = config.get("num_train_timesteps", 1000), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        steps, low, high = (
+            config.get("num_train_timesteps", 1000),
+            config.get("beta_start", 1e-4),
+            config.get("beta_end", 0.02),
+        )
         kind = config.get("beta_schedule", "linear")
         if config.get("trained_betas") is not None:
             betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
@@ -125,7 +133,9 @@ class DiscreteSchedule:
             raise UserError("the scheduler has no time steps", "num_train_timesteps (or trained_betas) says how many")
         bar = torch.cumprod(1 - betas, 0)
         to_one = config.get("set_alpha_to_one", True)  # the defaults are those of diffusers' DDIMScheduler
-        return cls(bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None)
+        return cls(
+            bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._bar(t).sqrt().to(torch.float32)
@@ -161,7 +171,9 @@ class DiscreteSchedule:
         bar = self.alphas_cumprod[times]
         last = 1.0 if final == "x0" else float(self.alphas_cumprod[0]) if self.final_alpha is None else self.final_alpha
         bar = torch.cat([bar, bar.new_tensor([last])])
-        return Grid(torch.cat([times.to(torch.float64), torch.tensor([0.0], dtype=torch.float64)]), bar.sqrt(), (1 - bar).sqrt())
+        return Grid(
+            torch.cat([times.to(torch.float64), torch.tensor([0.0], dtype=torch.float64)]), bar.sqrt(), (1 - bar).sqrt()
+        )
 
 
 @dataclass(frozen=True)

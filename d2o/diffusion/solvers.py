@@ -31,14 +31,18 @@ def _float64(randn: Randn, x: Tensor) -> Tensor:
 
 
 def _call(denoise: Denoise, x: Tensor, t: float) -> Tensor:
-    return denoise(x.to(torch.float32), torch.full((len(x),), t, dtype=torch.float32, device=x.device)).to(torch.float64)
+    return denoise(x.to(torch.float32), torch.full((len(x),), t, dtype=torch.float32, device=x.device)).to(
+        torch.float64
+    )
 
 
 def _points(grid: Grid) -> list[tuple[float, float, float]]:
     return list(zip(grid.t.tolist(), grid.alpha.tolist(), grid.sigma.tolist(), strict=True))
 
 
-def _step(x: Tensor, d: Tensor, eps: Tensor, alpha: float, sigma: float, alpha_next: float, sigma_next: float) -> Tensor:
+def _step(
+    x: Tensor, d: Tensor, eps: Tensor, alpha: float, sigma: float, alpha_next: float, sigma_next: float
+) -> Tensor:
     """x + D dalpha + eps dsigma."""
     x = x + (sigma_next - sigma) * eps
     return x if alpha_next == alpha else x + (alpha_next - alpha) * d
@@ -109,7 +113,15 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
 
 
 def sde(
-    denoise: Denoise, x: Tensor, grid: Grid, schedule: EDMSchedule, randn: Randn, churn: float, s_min: float, s_max: float, s_noise: float
+    denoise: Denoise,
+    x: Tensor,
+    grid: Grid,
+    schedule: EDMSchedule,
+    randn: Randn,
+    churn: float,
+    s_min: float,
+    s_max: float,
+    s_noise: float,
 ) -> Tensor:
     """EDM's stochastic sampler, Karras et al. 2022, Algorithm 2: before every Heun step the noise level is raised by fresh noise."""
     x, sigmas = x.to(torch.float64), grid.sigma.tolist()
@@ -183,7 +195,10 @@ class Solver:
         """The points that it visits on that schedule. UserError: as `check`, or a schedule that it does not fit."""
         self.check()
         if self.name == "sde" and not isinstance(schedule, EDMSchedule):
-            raise UserError("solver sde raises the noise level sigma: it is for the EDM family", "for this teacher: --solver ddim --eta 1")
+            raise UserError(
+                "solver sde raises the noise level sigma: it is for the EDM family",
+                "for this teacher: --solver ddim --eta 1",
+            )
         return schedule.grid(self.steps, self.spacing, self.final)
 
     def run(self, denoise: Denoise, noise: Tensor, schedule: Schedule, randn: Randn | None = None) -> Tensor:
@@ -191,7 +206,9 @@ class Solver:
         grid = self.grid(schedule)
         x = noise.to(torch.float64) * grid.start
         if self.stochastic and randn is None:
-            raise UserError(f"solver {self.name}{f' with eta {self.eta:g}' if self.eta else ''} needs fresh noise for every step")
+            raise UserError(
+                f"solver {self.name}{f' with eta {self.eta:g}' if self.eta else ''} needs fresh noise for every step"
+            )
         if self.name == "sde":
             assert isinstance(schedule, EDMSchedule) and randn is not None
             return sde(denoise, x, grid, schedule, randn, self.s_churn, self.s_min, self.s_max, self.s_noise)

@@ -15,9 +15,24 @@ from d2o.teachers.base import UNSTATED
 
 # Licence identifiers that the Hugging Face Hub knows, of those that models and image data come with.
 HUB_LICENCES = {
-    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
-    "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "openrail++", "creativeml-openrail-m",
-}  # fmt: skip
+    "apache-2.0",
+    "mit",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "gpl-3.0",
+    "lgpl-3.0",
+    "agpl-3.0",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0",
+    "openrail",
+    "openrail++",
+    "creativeml-openrail-m",
+}
 FORMATS = {"onnx": "ONNX", "program": "torch.export program", "safetensors": "d2o checkpoint (safetensors)"}
 
 
@@ -28,14 +43,21 @@ def card(source: Source, file_name: str, file_format: str, detail: str, parity: 
         _front_matter(source, file_format),
         f"# {_text(file_name)}",
         _what(source, file_format, detail, source_name),
-        "## Teacher and licence", _teacher(source),
-        "## Recipe", _block(meta.get("recipe"), "The checkpoint records no recipe."),
-        "## Metrics", _metrics(meta),
-        "## Provenance", _provenance(meta),
-        "## How to use", snippets.usage(source, file_name, file_format),
-        "## Numerical parity", _parity(parity),
-        "## Limitations", _limitations(source, file_format),
-    ]  # fmt: skip
+        "## Teacher and licence",
+        _teacher(source),
+        "## Recipe",
+        _block(meta.get("recipe"), "The checkpoint records no recipe."),
+        "## Metrics",
+        _metrics(meta),
+        "## Provenance",
+        _provenance(meta),
+        "## How to use",
+        snippets.usage(source, file_name, file_format),
+        "## Numerical parity",
+        _parity(parity),
+        "## Limitations",
+        _limitations(source, file_format),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -50,7 +72,13 @@ def _front_matter(source: Source, file_format: str) -> str:
     if source.spec.condition == "none" and source.kind == "student":
         front["pipeline_tag"] = "unconditional-image-generation"
     one_step = ["one-step", "distillation"] if source.kind == "student" else ["teacher"]
-    front["tags"] = ["d2o", "diffusion", "image-generation", *one_step, {"program": "torch-export"}.get(file_format, file_format)]
+    front["tags"] = [
+        "d2o",
+        "diffusion",
+        "image-generation",
+        *one_step,
+        {"program": "torch-export"}.get(file_format, file_format),
+    ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---"
 
 
@@ -58,7 +86,11 @@ def _what(source: Source, file_format: str, detail: str, source_name: str) -> st
     meta, spec = source.meta, source.spec
     if source.kind == "student":
         known = source.teacher != UNSTATED
-        origin = f"distilled from the diffusion model {_code(source.teacher)}" if known else "from a teacher that the checkpoint does not name"
+        origin = (
+            f"distilled from the diffusion model {_code(source.teacher)}"
+            if known
+            else "from a teacher that the checkpoint does not name"
+        )
         what = f"A one-step generator (one network call from noise to {'image' if spec.space == 'pixel' else 'latent'}), {origin}."
     else:
         what = f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that make an image."
@@ -108,7 +140,10 @@ def _metrics(meta: dict[str, Any]) -> str:
     rest = {key: value for key, value in metrics.items() if key not in plain}
     parts = ["As the checkpoint records them; measured before export, not on this file."]
     if plain:
-        rows = [f"| {_code(key)} | {f'{value:.4g}' if isinstance(value, float) else _text(value)} |" for key, value in plain.items()]
+        rows = [
+            f"| {_code(key)} | {f'{value:.4g}' if isinstance(value, float) else _text(value)} |"
+            for key, value in plain.items()
+        ]
         parts.append("| metric | value |\n|---|---|\n" + "\n".join(rows))
     if rest:
         parts.append(_block(rest, ""))
@@ -124,7 +159,10 @@ def _provenance(meta: dict[str, Any]) -> str:
     chain = meta.get("provenance")
     if not isinstance(chain, list) or not chain:
         return "The checkpoint records no provenance."
-    steps = [", ".join(f"{_text(k)}: {_code(v)}" for k, v in step.items()) if isinstance(step, dict) else _code(step) for step in chain]
+    steps = [
+        ", ".join(f"{_text(k)}: {_code(v)}" for k, v in step.items()) if isinstance(step, dict) else _code(step)
+        for step in chain
+    ]
     return "Oldest first.\n\n" + "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
 
 
@@ -143,19 +181,31 @@ def _limitations(source: Source, file_format: str) -> str:
     spec = source.spec
     points = [f"The size is fixed: {' x '.join(map(str, spec.shape))}; the batch size is free."]
     if spec.condition == "label":
-        points.append(f'Labels are 0 to {spec.classes - 1}; -1 means "no class", of use only to a network trained with dropped labels.')
+        points.append(
+            f'Labels are 0 to {spec.classes - 1}; -1 means "no class", of use only to a network trained with dropped labels.'
+        )
         silent = "This file does not check labels: any other label acts as -1, without an error."
-        points.append("d2o refuses any other label that it is given on the CPU." if file_format == "safetensors" else silent)
+        points.append(
+            "d2o refuses any other label that it is given on the CPU." if file_format == "safetensors" else silent
+        )
     if source.kind == "student":
-        points.append("Noise level and guidance are fixed at those of training; more network calls do not improve an image.")
+        points.append(
+            "Noise level and guidance are fixed at those of training; more network calls do not improve an image."
+        )
     if source.meta.get("student", {}).get("kind") == "style" and file_format != "safetensors":
-        points.append("The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image its own.")
+        points.append(
+            "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image its own."
+        )
     if spec.space == "pixel":
-        points.append(f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little.")
+        points.append(
+            f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."
+        )
     else:
         points.append("Outputs are latents: the teacher's decoder, which is not in this file, turns them into images.")
     points.append("Parity was measured on a CPU in float32; GPUs with TF32 or half precision differ more.")
-    points.append("It may repeat faults and biases of its teacher and training data; nothing was measured beyond what stands above.")
+    points.append(
+        "It may repeat faults and biases of its teacher and training data; nothing was measured beyond what stands above."
+    )
     return "\n".join(f"- {point}" for point in points)
 
 

@@ -61,11 +61,17 @@ def _write(model: TextToImage, folder: Path, dtype: str) -> None:
 
     parts = {name: ["diffusers", type(getattr(model, name)).__name__] for name in ("unet", "vae")}
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, "feature_extractor": [None, None],
-        "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], **parts,
-    }  # fmt: skip
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **parts,
+    }
     atomic_write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
     diffusers.DDIMScheduler(**SD_SCHEDULER).save_pretrained(folder / "scheduler")
     for name, text in model.tokens.files().items():
@@ -77,11 +83,20 @@ def _write(model: TextToImage, folder: Path, dtype: str) -> None:
     encoder: Any = model.text_encoder
     config = {**json.loads(encoder.config.to_json_string(use_diff=True)), "architectures": ["CLIPTextModel"]}
     config = {key: value for key, value in config.items() if key not in ("dtype", "_name_or_path")}
-    config["torch_dtype"] = "float32"  # else transformers 5 keeps what is on disk, while diffusers makes float32 of the other parts
+    config["torch_dtype"] = (
+        "float32"  # else transformers 5 keeps what is on disk, while diffusers makes float32 of the other parts
+    )
     atomic_write(folder / "text_encoder" / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     # Under the names that all published text encoders have; transformers 5 leaves `text_model.` away but reads it.
-    named = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in model.text_encoder.state_dict().items()}
-    _save({name: t for name, t in named.items() if t.is_floating_point()}, folder / "text_encoder" / "model.safetensors", dtype)
+    named = {
+        "text_model." + name.removeprefix("text_model."): tensor
+        for name, tensor in model.text_encoder.state_dict().items()
+    }
+    _save(
+        {name: t for name, t in named.items() if t.is_floating_point()},
+        folder / "text_encoder" / "model.safetensors",
+        dtype,
+    )
 
 
 def _save(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
@@ -112,7 +127,9 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
         t = torch.randint(0, 1000, (size,), generator=generator)
         prompts = [PROMPTS[i % 2] for i in range(size)]
         expected = [model(x, t, model.tokens.encode(prompts)), model.decode(x)]
-        ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        ids = pipeline.tokenizer(
+            prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
         states = pipeline.text_encoder(ids)[0]
         found = [pipeline.unet(x, t, states).sample, pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample]
         for a, b in zip(found, expected):
@@ -122,7 +139,13 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
         raise UserError(text, "--tolerance sets what is accepted, --dtype fp32 rounds nothing")
     import diffusers
 
-    return Parity(worst, largest, sizes, tolerance, f"diffusers {diffusers.__version__} in float32 against the checkpoint, torch {torch.__version__}")
+    return Parity(
+        worst,
+        largest,
+        sizes,
+        tolerance,
+        f"diffusers {diffusers.__version__} in float32 against the checkpoint, torch {torch.__version__}",
+    )
 
 
 def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parity: Parity) -> str:
@@ -137,30 +160,43 @@ def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parit
     tags = ["d2o", "diffusion", "stable-diffusion", "text-to-image", "teacher"]
     front |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     options = recipe.get("latent_diffusion") or {}
-    prompt = (options.get("templates") or ["{name}"])[0].replace("{name}", "seven" if data.startswith("real:digits") else "...")
-    counted: list[tuple[str, nn.Module]] = [("U-Net", model.unet), ("text encoder", model.text_encoder), ("autoencoder", model.vae)]
+    prompt = (options.get("templates") or ["{name}"])[0].replace(
+        "{name}", "seven" if data.startswith("real:digits") else "..."
+    )
+    counted: list[tuple[str, nn.Module]] = [
+        ("U-Net", model.unet),
+        ("text encoder", model.text_encoder),
+        ("autoencoder", model.vae),
+    ]
     sizes = ", ".join(f"{what} {sum(p.numel() for p in part.parameters()):,}" for what, part in counted)
     size, channels = model.unet.config.sample_size, model.latent_shape[0]
-    metrics = "\n".join(f"- {key}: {value:.4g}" for key, value in (meta.get("metrics") or {}).items()) or "- none recorded"
+    metrics = (
+        "\n".join(f"- {key}: {value:.4g}" for key, value in (meta.get("metrics") or {}).items()) or "- none recorded"
+    )
     source = f" ({DIGITS})" if data.startswith("real:digits") else ""
     sampled = f"{options.get('steps')} DDIM steps, guidance {options.get('cfg')}, measured before rounding to {dtype}"
     compared = f"Largest difference from the checkpoint {parity.difference:.1e} (largest value {parity.largest:.2f}), {parity.runtime}."
-    return "\n\n".join([
-        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
-        f"# {name}",
-        f"A text-to-image latent diffusion model in the form of Stable Diffusion 1.5, trained by d2o {meta.get('d2o', '')}: latents "
-        f"{channels} x {size} x {size}, images of {model.vae.config.sample_size} pixels. Parameters: {sizes}. Weights in {dtype}.",
-        f"## Licence\n\n`{licence}`. The U-Net and the text encoder started from random weights, the autoencoder is that of `{options.get('vae')}`.",
-        f"## Data\n\n`{data}`{source}. Captions were made from the class labels; {meta.get('images', 0):,} images were seen in training.",
-        "## How to use\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{name}")\n'
-        f'image = pipeline("{prompt}", num_inference_steps=50, guidance_scale=3.0).images[0]\n```',
-        f"## Metrics\n\n{metrics}\n\nAs the checkpoint records them: {sampled}.",
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, width=130).strip()}\n```",
-        f"## Numerical parity\n\n{compared}",
-        "## Limitations\n\nIt knows the words of its captions and nothing else. There is no safety checker: it can only draw what it was "
-        f"trained on. Exported by d2o {__version__}.",
-    ]) + "\n"  # fmt: skip
+    return (
+        "\n\n".join(
+            [
+                f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+                f"# {name}",
+                f"A text-to-image latent diffusion model in the form of Stable Diffusion 1.5, trained by d2o {meta.get('d2o', '')}: latents "
+                f"{channels} x {size} x {size}, images of {model.vae.config.sample_size} pixels. Parameters: {sizes}. Weights in {dtype}.",
+                f"## Licence\n\n`{licence}`. The U-Net and the text encoder started from random weights, the autoencoder is that of `{options.get('vae')}`.",
+                f"## Data\n\n`{data}`{source}. Captions were made from the class labels; {meta.get('images', 0):,} images were seen in training.",
+                "## How to use\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
+                f'pipeline = StableDiffusionPipeline.from_pretrained("{name}")\n'
+                f'image = pipeline("{prompt}", num_inference_steps=50, guidance_scale=3.0).images[0]\n```',
+                f"## Metrics\n\n{metrics}\n\nAs the checkpoint records them: {sampled}.",
+                f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, width=130).strip()}\n```",
+                f"## Numerical parity\n\n{compared}",
+                "## Limitations\n\nIt knows the words of its captions and nothing else. There is no safety checker: it can only draw what it was "
+                f"trained on. Exported by d2o {__version__}.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def _replaceable(target: Path) -> bool:

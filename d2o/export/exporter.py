@@ -47,10 +47,18 @@ class Exported:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, file_format: str, out: str | Path | None = None, *, opset: int | None = None, dtype: str | None = None,
-    student_sigma: float | None = None, check_n: int = 16, tolerance: float | None = None, force: bool = False,
+    checkpoint: str | Path,
+    file_format: str,
+    out: str | Path | None = None,
+    *,
+    opset: int | None = None,
+    dtype: str | None = None,
+    student_sigma: float | None = None,
+    check_n: int = 16,
+    tolerance: float | None = None,
+    force: bool = False,
     say: Callable[[str], None] = lambda message: None,
-) -> Exported:  # fmt: skip
+) -> Exported:
     """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program or safetensors; or a
     text-to-image teacher as a diffusers folder.
 
@@ -77,7 +85,9 @@ def export_checkpoint(
         raise UserError(f"--tolerance {tolerance}: expected a positive number")
     if file_format == "diffusers":
         if student_sigma is not None:
-            raise UserError("--student-sigma is for --format onnx, program and safetensors; diffusers takes text-to-image teachers")
+            raise UserError(
+                "--student-sigma is for --format onnx, program and safetensors; diffusers takes text-to-image teachers"
+            )
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
     source = open_source(checkpoint, student_sigma)
     target = _target(source, checkpoint, file_format, precision, out)
@@ -104,7 +114,13 @@ def export_checkpoint(
 
 
 def _diffusers(
-    checkpoint: str | Path, out: str | Path | None, dtype: str, check_n: int, tolerance: float, force: bool, say: Callable[[str], None]
+    checkpoint: str | Path,
+    out: str | Path | None,
+    dtype: str,
+    check_n: int,
+    tolerance: float,
+    force: bool,
+    say: Callable[[str], None],
 ) -> Exported:
     given = find_checkpoint(checkpoint)
     beside = Path(checkpoint) if Path(checkpoint).is_dir() else given.parent
@@ -113,10 +129,19 @@ def _diffusers(
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
     spec = meta.get("spec") or {}
-    return Exported(target, target / "README.md", parity, stated(spec.get("licence")) or UNSTATED, spec.get("name") or UNSTATED, unchanged)
+    return Exported(
+        target,
+        target / "README.md",
+        parity,
+        stated(spec.get("licence")) or UNSTATED,
+        spec.get("name") or UNSTATED,
+        unchanged,
+    )
 
 
-def _write(source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str) -> tuple[Runner, str]:
+def _write(
+    source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
+) -> tuple[Runner, str]:
     """Write the file and open it again: (the file as a function, what runs it)."""
     torch_version = f"torch {torch.__version__} on the CPU"
     if file_format == "onnx":
@@ -126,7 +151,9 @@ def _write(source: Source, path: Path, file_format: str, record: dict[str, Any],
         write_program(source, path, record)
         return open_program(path), f"torch.export.load against the network, {torch_version}"
     write_weights(source, path, record, dtype)
-    return open_weights(source, path), f"d2o.load_{source.kind} (computes in float32) against the network, {torch_version}"
+    return open_weights(
+        source, path
+    ), f"d2o.load_{source.kind} (computes in float32) against the network, {torch_version}"
 
 
 def _record(source: Source, file_format: str, detail: str) -> dict[str, Any]:

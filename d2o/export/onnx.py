@@ -29,7 +29,9 @@ def need(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"ONNX export needs the package {name!r}, which is not there ({error})", "pip install 'd2o[export]'") from error
+        raise UserError(
+            f"ONNX export needs the package {name!r}, which is not there ({error})", "pip install 'd2o[export]'"
+        ) from error
 
 
 def check_onnx(source: Source, opset: int) -> None:
@@ -41,7 +43,10 @@ def check_onnx(source: Source, opset: int) -> None:
         raise UserError(f"--opset {opset}: expected {OPSET} to {newest}")
     size = sum(t.numel() * t.element_size() for t in source.network.state_dict().values())
     if size > MAX_BYTES:
-        raise UserError(f"{source.path} has {size / 1e9:.1f} GB of weights; an ONNX file ends at 2 GB", "--format program has no limit")
+        raise UserError(
+            f"{source.path} has {size / 1e9:.1f} GB of weights; an ONNX file ends at 2 GB",
+            "--format program has no limit",
+        )
 
 
 def write_onnx(source: Source, path: Path, record: dict[str, Any], opset: int) -> None:
@@ -57,7 +62,14 @@ def write_onnx(source: Source, path: Path, record: dict[str, Any], opset: int) -
         try:
             inputs, outputs = list(source.inputs), [source.output]
             exported = torch.onnx.export(
-                program, (), dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, optimize=True, verbose=False
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=inputs,
+                output_names=outputs,
+                optimize=True,
+                verbose=False,
             )
             assert exported is not None  # it is None with the TorchScript exporter only
             model = exported.model_proto
@@ -65,9 +77,16 @@ def write_onnx(source: Source, path: Path, record: dict[str, Any], opset: int) -
             raise cannot("torch.onnx", error) from error
     given = {entry.domain: entry.version for entry in model.opset_import}
     if given.get("") != opset:
-        raise UserError(f"torch {torch.__version__} gives opset {given.get('')}, not {opset}", f"--opset {given.get('')} works")
+        raise UserError(
+            f"torch {torch.__version__} gives opset {given.get('')}, not {opset}", f"--opset {given.get('')} works"
+        )
     _tidy(model)
-    facts = {"d2o_version": __version__, "teacher": source.teacher, "licence": source.licence, META_KEY: json.dumps(record, sort_keys=True)}
+    facts = {
+        "d2o_version": __version__,
+        "teacher": source.teacher,
+        "licence": source.licence,
+        META_KEY: json.dumps(record, sort_keys=True),
+    }
     onnx.helper.set_model_props(model, facts)
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))

@@ -45,11 +45,16 @@ def compare(source: Source, run: Runner, n: int, tolerance: float, runtime: str)
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"the exported file does not run at batch size {size}, so it is not kept: {why}") from error
         if found.shape != expected.shape:
-            raise UserError(f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}; the file is not kept")
+            raise UserError(
+                f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}; the file is not kept"
+            )
         worst = (found.to(torch.float32) - expected).abs().max().item()
         difference = worst if worst != worst else max(difference, worst)  # a NaN stays
         largest = max(largest, expected.abs().max().item())
         if not difference <= tolerance:
             found_text = f"the exported file differs from the network by {difference:.2e} at batch size {size}"
-            raise UserError(f"{found_text}: above the tolerance {tolerance:g}; the file is not kept", "--tolerance sets what is accepted")
+            raise UserError(
+                f"{found_text}: above the tolerance {tolerance:g}; the file is not kept",
+                "--tolerance sets what is accepted",
+            )
     return Parity(difference, largest, sizes, tolerance, runtime)

@@ -32,7 +32,9 @@ def trace(source: Source) -> torch.export.ExportedProgram:
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             # Strict: Dynamo keeps len(x) symbolic, where plain tracing would freeze the batch size.
-            return torch.export.export(source.call, example, dynamic_shapes=tuple({0: batch} for _ in example), strict=True)
+            return torch.export.export(
+                source.call, example, dynamic_shapes=tuple({0: batch} for _ in example), strict=True
+            )
         except Exception as error:
             raise cannot("torch.export", error) from error
 
@@ -40,7 +42,9 @@ def trace(source: Source) -> torch.export.ExportedProgram:
 def cannot(what: str, error: Exception) -> UserError:
     """The one-line form of a failed export: torch's own messages are pages long."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(f"{what} of torch {torch.__version__} cannot export this network: {lines[0]}", "another version of torch may")
+    return UserError(
+        f"{what} of torch {torch.__version__} cannot export this network: {lines[0]}", "another version of torch may"
+    )
 
 
 def write_program(source: Source, path: Path, record: dict[str, Any]) -> None:

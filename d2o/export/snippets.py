@@ -27,17 +27,26 @@ def _about(source: Source, file_format: str) -> str:
     label = "; `label`: class indices [N] int64" if source.spec.condition == "label" else ""
     given = f"`noise`: {shape}, standard normal"
     if source.kind == "teacher" and file_format != "safetensors":
-        given = f"`noisy`: {shape}, an image plus `sigma` times standard normal noise; `sigma`: noise levels [N] float32"
+        given = (
+            f"`noisy`: {shape}, an image plus `sigma` times standard normal noise; `sigma`: noise levels [N] float32"
+        )
     return f"{given}{label}; result: {shape}."
 
 
 def _onnx(source: Source, file_name: str) -> list[str]:
     feeds = ", ".join(f'"{name}": {name}' for name in source.inputs)
-    lines = ["import numpy as np", "import onnxruntime", "",
-             f"session = onnxruntime.InferenceSession({json.dumps(file_name)}, providers=[\"CPUExecutionProvider\"])",
-             f"noise = np.random.default_rng(0).standard_normal({_shape(source)}, dtype=np.float32)"]  # fmt: skip
+    lines = [
+        "import numpy as np",
+        "import onnxruntime",
+        "",
+        f'session = onnxruntime.InferenceSession({json.dumps(file_name)}, providers=["CPUExecutionProvider"])',
+        f"noise = np.random.default_rng(0).standard_normal({_shape(source)}, dtype=np.float32)",
+    ]
     if source.kind == "teacher":
-        lines += [f"sigma = np.full({BATCH}, {source.spec.sigma_max}, dtype=np.float32)", "noisy = sigma[:, None, None, None] * noise"]
+        lines += [
+            f"sigma = np.full({BATCH}, {source.spec.sigma_max}, dtype=np.float32)",
+            "noisy = sigma[:, None, None, None] * noise",
+        ]
     if source.spec.condition == "label":
         lines.append(f"label = np.array({_labels(source)}, dtype=np.int64)")
     lines.append(f'{source.output} = session.run(["{source.output}"], {{{feeds}}})[0]  # {_shape(source)}')
@@ -47,10 +56,22 @@ def _onnx(source: Source, file_name: str) -> list[str]:
 
 
 def _program(source: Source, file_name: str) -> list[str]:
-    lines = ["import torch", "", f"network = torch.export.load({json.dumps(file_name)}).module()", *_torch_inputs(source)]
+    lines = [
+        "import torch",
+        "",
+        f"network = torch.export.load({json.dumps(file_name)}).module()",
+        *_torch_inputs(source),
+    ]
     if source.kind == "teacher":
-        lines += [f"sigma = torch.full(({BATCH},), {source.spec.sigma_max})", "noisy = sigma[:, None, None, None] * noise"]
-    return [*lines, f"{source.output} = network({', '.join(source.inputs)})  # {_shape(source)}", *_torch_pixels(source, source.output)]
+        lines += [
+            f"sigma = torch.full(({BATCH},), {source.spec.sigma_max})",
+            "noisy = sigma[:, None, None, None] * noise",
+        ]
+    return [
+        *lines,
+        f"{source.output} = network({', '.join(source.inputs)})  # {_shape(source)}",
+        *_torch_pixels(source, source.output),
+    ]
 
 
 def _safetensors(source: Source, file_name: str) -> list[str]:

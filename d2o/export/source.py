@@ -113,11 +113,20 @@ def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
     meta = _nvidia_meta(path) if path.suffix == ".pkl" else read_meta(path)
     kind = meta.get("kind") if isinstance(meta, dict) else None
     if kind not in ("student", "teacher"):
-        raise UserError(f"{path} holds {f'a d2o {kind}' if kind else 'no d2o checkpoint'}; only students and teachers can be exported")
+        raise UserError(
+            f"{path} holds {f'a d2o {kind}' if kind else 'no d2o checkpoint'}; only students and teachers can be exported"
+        )
     try:
         network, spec, fingerprint, call = (_student if kind == "student" else _teacher)(path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a d2o record with parts missing or of the wrong type
-        raise UserError(f"{path}: its metadata is incomplete ({type(error).__name__}: {error})", "expected a file made by `d2o`") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # a d2o record with parts missing or of the wrong type
+        raise UserError(
+            f"{path}: its metadata is incomplete ({type(error).__name__}: {error})", "expected a file made by `d2o`"
+        ) from error
     if spec.condition == "text":
         what = f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported in this format"
         raise UserError(what, "--format diffusers writes a text-to-image teacher")
@@ -146,15 +155,31 @@ def _nvidia_meta(path: Path) -> dict[str, Any]:
 def _pickled_student(path: Path, sigma: float) -> Source:
     """What the authors of SiD, SiDA and GDD published: the files do not say that they are students, nor their noise level."""
     if path.suffix != ".pkl":
-        raise UserError(f"--student-sigma is for pickles of NVIDIA's kind, which do not say what they are; {path} does", "leave it away")
+        raise UserError(
+            f"--student-sigma is for pickles of NVIDIA's kind, which do not say what they are; {path} does",
+            "leave it away",
+        )
     teacher = load_teacher(path)
     if not 0 < sigma <= teacher.spec.sigma_max:
-        raise UserError(f"--student-sigma {sigma:g}: expected a noise level above 0, at most {teacher.spec.sigma_max:g}", "SiD and SiDA: 2.5")
+        raise UserError(
+            f"--student-sigma {sigma:g}: expected a noise level above 0, at most {teacher.spec.sigma_max:g}",
+            "SiD and SiDA: 2.5",
+        )
     student = Student(teacher.network, teacher.spec, sigma).eval()
-    meta = checkpoint_meta("student", network_config(student.network), student.spec, student=student.record, recipe={}, metrics={}, provenance=[],
-                           teacher={"name": UNSTATED, "licence": teacher.spec.licence},
-                           converted_from={"file": path.name, "sha256": file_sha256(path)})  # fmt: skip
-    return Source(path, "student", student.spec, meta, student.network, student.fingerprint, StudentCall(student).eval())
+    meta = checkpoint_meta(
+        "student",
+        network_config(student.network),
+        student.spec,
+        student=student.record,
+        recipe={},
+        metrics={},
+        provenance=[],
+        teacher={"name": UNSTATED, "licence": teacher.spec.licence},
+        converted_from={"file": path.name, "sha256": file_sha256(path)},
+    )
+    return Source(
+        path, "student", student.spec, meta, student.network, student.fingerprint, StudentCall(student).eval()
+    )
 
 
 def _student(path: Path) -> tuple[nn.Module, Spec, str, nn.Module]:

@@ -96,7 +96,13 @@ class State(Record):
     recipe: dict[str, Any] = {}
 
 
-MODELS: dict[str, type[Record]] = {"teacher": Generator, "student": Student, "extractor": Product, "autoencoder": Product, "state": State}
+MODELS: dict[str, type[Record]] = {
+    "teacher": Generator,
+    "student": Student,
+    "extractor": Product,
+    "autoencoder": Product,
+    "state": State,
+}
 """Kind of file -> what its metadata must be."""
 
 

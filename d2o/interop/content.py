@@ -22,10 +22,19 @@ ZIP, NPY, GZIP, PARQUET = b"PK\x03\x04", b"\x93NUMPY", b"\x1f\x8b", b"PAR1"
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 TORCH = "what torch.save writes"
 KINDS: dict[str, tuple[str, tuple[bytes, ...]]] = {
-    ".safetensors": ("a safetensors file", ()), ".pkl": ("a pickle", PICKLE), ".npz": ("an npz file", (ZIP,)), ".zip": ("a zip file", (ZIP,)),
-    ".pt": (TORCH, (ZIP, *PICKLE)), ".pth": (TORCH, (ZIP, *PICKLE)), ".bin": (TORCH, (ZIP, *PICKLE)), ".ckpt": (TORCH, (ZIP, *PICKLE)),
-    ".npy": ("an npy file", (NPY,)), ".gz": ("a gzip file", (GZIP,)), ".tgz": ("a gzip file", (GZIP,)), ".parquet": ("a parquet file", (PARQUET,)),
-}  # fmt: skip
+    ".safetensors": ("a safetensors file", ()),
+    ".pkl": ("a pickle", PICKLE),
+    ".npz": ("an npz file", (ZIP,)),
+    ".zip": ("a zip file", (ZIP,)),
+    ".pt": (TORCH, (ZIP, *PICKLE)),
+    ".pth": (TORCH, (ZIP, *PICKLE)),
+    ".bin": (TORCH, (ZIP, *PICKLE)),
+    ".ckpt": (TORCH, (ZIP, *PICKLE)),
+    ".npy": ("an npy file", (NPY,)),
+    ".gz": ("a gzip file", (GZIP,)),
+    ".tgz": ("a gzip file", (GZIP,)),
+    ".parquet": ("a parquet file", (PARQUET,)),
+}
 """By suffix: what the file is, and what it may begin with."""
 TEXTS = (".txt", ".jsonl", ".json")
 
@@ -76,7 +85,9 @@ def _safetensors(file: BinaryIO, size: int) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError("it is no safetensors file: its header cannot be read") from error
     if end != size - 8 - length:
-        raise ValueError(f"it is cut off or too long: its header promises {end:,} bytes of values, {size - 8 - length:,} are there")
+        raise ValueError(
+            f"it is cut off or too long: its header promises {end:,} bytes of values, {size - 8 - length:,} are there"
+        )
 
 
 def _zip(path: Path, size: int) -> None:

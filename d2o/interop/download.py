@@ -44,7 +44,13 @@ def offline() -> str | None:
     return None
 
 
-def download(url: str, path: str | os.PathLike, sha256: str | None = None, size: int | None = None, progress: Progress | None = None) -> Path:
+def download(
+    url: str,
+    path: str | os.PathLike,
+    sha256: str | None = None,
+    size: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Fetch `url` to `path`, or find it there; any number of processes may ask for the same file at once.
 
     http(s) is continued where it stopped; other protocols (s3://, file://, ...) go through fsspec. UserError: no network, refused, not
@@ -64,7 +70,10 @@ def download(url: str, path: str | os.PathLike, sha256: str | None = None, size:
             _check(part, url, path, sha256)
             part.finish()
         record = {"url": url, "sha256": part.digest.hexdigest(), "bytes": part.position, "checked": sha256 is not None}
-        atomic_write(_beside(path), json.dumps(record | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}, indent=1) + "\n")
+        atomic_write(
+            _beside(path),
+            json.dumps(record | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}, indent=1) + "\n",
+        )
     return path
 
 
@@ -78,7 +87,11 @@ def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None 
         raise UserError(f"{path} is {'a folder; expected a file' if path.is_dir() else 'missing'}")
     record = read_record(path) or {}
     # Somebody who replaces a file whose hash nobody published also removes its record; the message says so.
-    hint = f"remove {path} and run again" if sha256 else f"remove {path} and run again; if it is right, remove {_beside(path).name} instead"
+    hint = (
+        f"remove {path} and run again"
+        if sha256
+        else f"remove {path} and run again; if it is right, remove {_beside(path).name} instead"
+    )
     expected_size = size if size is not None else record.get("bytes")
     found = path.stat().st_size
     if expected_size is not None and found != expected_size:
@@ -92,7 +105,9 @@ def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None 
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         if digest.hexdigest() != expected:
-            raise UserError(f"{path} is damaged or another file: sha256 {digest.hexdigest()}, expected {expected}", hint)
+            raise UserError(
+                f"{path} is damaged or another file: sha256 {digest.hexdigest()}, expected {expected}", hint
+            )
     return path
 
 
@@ -101,9 +116,16 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
     beside = _beside(Path(path))
     record = read_json(beside)
     if record is not None:
-        sound = isinstance(record.get("sha256"), str) and re.fullmatch("[0-9a-fA-F]{64}", record["sha256"]) and type(record.get("bytes")) is int
+        sound = (
+            isinstance(record.get("sha256"), str)
+            and re.fullmatch("[0-9a-fA-F]{64}", record["sha256"])
+            and type(record.get("bytes")) is int
+        )
         if not sound or not isinstance(record.get("url"), str):
-            raise UserError(f"{beside} is not the record of a download", "remove it: the file beside it counts as put there by hand then")
+            raise UserError(
+                f"{beside} is not the record of a download",
+                "remove it: the file beside it counts as put there by hand then",
+            )
     return record
 
 
@@ -125,7 +147,9 @@ def _check(part: Part, url: str, path: Path, sha256: str | None) -> None:
     part.discard()
     what = f"what {url} gave is not the expected file: sha256 {part.digest.hexdigest()}, expected {expected}"
     if seen:
-        hint = f"it gave that file on {earlier.get('date')}; if the new one is right, remove {_beside(path)} and run again"
+        hint = (
+            f"it gave that file on {earlier.get('date')}; if the new one is right, remove {_beside(path)} and run again"
+        )
     else:
         hint = f"run again; if it stays so, get the right file by other means and put it at {path}"
     raise UserError(what, hint)

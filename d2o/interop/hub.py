@@ -13,7 +13,20 @@ from d2o.interop.transfer import check_reachable, feed, read_json
 
 TEXTS = ("*.json", "*.txt", "*.md", "*spiece.model", "*tokenizer.model")
 """Configurations, tokenizers, the licence."""
-NEVER = ("*.bin", "*.ckpt", "*.pkl", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.py", "*.xml", "safety_checker/*", "vae_1_0/*")
+NEVER = (
+    "*.bin",
+    "*.ckpt",
+    "*.pkl",
+    "*.pt",
+    "*.pth",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.py",
+    "*.xml",
+    "safety_checker/*",
+    "vae_1_0/*",
+)
 """Weights that can run code when they are read, weights for other frameworks, code, and what no teacher uses."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of a pipeline that no teacher uses."""
@@ -49,8 +62,14 @@ def hub_snapshot(
     if folder is not None and not (missing := missing_files(folder, variant)):
         return folder
     if setting := offline():
-        absent = f"only a part of it is in the cache ({folder} lacks {', '.join(missing)})" if folder else "it is not in the cache"
-        raise UserError(f"cannot fetch {repo} from the hub: the network is switched off ({setting}), and {absent}", f"run {by_hand}")
+        absent = (
+            f"only a part of it is in the cache ({folder} lacks {', '.join(missing)})"
+            if folder
+            else "it is not in the cache"
+        )
+        raise UserError(
+            f"cannot fetch {repo} from the hub: the network is switched off ({setting}), and {absent}", f"run {by_hand}"
+        )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import validate_repo_id
@@ -58,7 +77,9 @@ def hub_snapshot(
     patterns = [*(allow_patterns or (*TEXTS, *weight_patterns(variant)))]
     try:
         validate_repo_id(repo)
-        if why := check_reachable(constants.ENDPOINT):  # once, where the hub's client would try every file several times
+        if why := check_reachable(
+            constants.ENDPOINT
+        ):  # once, where the hub's client would try every file several times
             what = f"cannot fetch {repo} from the hub: {constants.ENDPOINT} cannot be reached ({why})"
             raise UserError(what, f"is there a network here? Else run {by_hand}")
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*NEVER]))
@@ -68,17 +89,25 @@ def hub_snapshot(
         hint = f"accept its licence at https://huggingface.co/{repo}, then `hf auth login`"
         raise UserError(f"the hub gives {repo} only to those who accepted its licence", hint) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no repository {repo!r}, or it is private", "check the name; `hf auth login` for a private one") from error
+        raise UserError(
+            f"the hub has no repository {repo!r}, or it is private", "check the name; `hf auth login` for a private one"
+        ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"the hub's repository {repo} has no revision {revision!r}") from error
     except HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a hub repository", "expected OWNER/NAME, or the path of a folder") from error
+        raise UserError(
+            f"{repo!r} is no name of a hub repository", "expected OWNER/NAME, or the path of a folder"
+        ) from error
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library its version uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot fetch {repo} from the hub: {reason}", f"run again to continue, or run {by_hand}") from error
+        raise UserError(
+            f"cannot fetch {repo} from the hub: {reason}", f"run again to continue, or run {by_hand}"
+        ) from error
     check_blobs(folder)
     if missing := missing_files(folder, variant):
-        hint = "d2o reads no pickled weights; look for a repository that has them as .safetensors" + (f" ({variant})" if variant else "")
+        hint = "d2o reads no pickled weights; look for a repository that has them as .safetensors" + (
+            f" ({variant})" if variant else ""
+        )
         raise UserError(f"the hub's repository {repo} has no {', '.join(missing)}", hint)
     return folder
 
@@ -139,4 +168,7 @@ def check_blobs(folder: Path) -> None:
         if digest.hexdigest() != blob.name:
             blob.unlink()
             path.unlink()
-            raise UserError(f"{path} came damaged: sha256 {digest.hexdigest()}, expected {blob.name}", "run again; it is fetched anew")
+            raise UserError(
+                f"{path} came damaged: sha256 {digest.hexdigest()}, expected {blob.name}",
+                "run again; it is fetched anew",
+            )

@@ -50,9 +50,21 @@ class InertPickle:
     set elements must be text or 32-bit integers: others can be made slow to hash.
     """
 
-    def __init__(self, data: memoryview, expected: Mapping[str, type], max_opcodes: int, persistent_ids: bool = False,
-                 python2: bool = False):  # fmt: skip
-        self.data, self.expected, self.opcodes_left, self.persistent_ids, self.python2 = data, expected, max_opcodes, persistent_ids, python2
+    def __init__(
+        self,
+        data: memoryview,
+        expected: Mapping[str, type],
+        max_opcodes: int,
+        persistent_ids: bool = False,
+        python2: bool = False,
+    ):
+        self.data, self.expected, self.opcodes_left, self.persistent_ids, self.python2 = (
+            data,
+            expected,
+            max_opcodes,
+            persistent_ids,
+            python2,
+        )
         self.position = 0
         self.calls: list[Call] = []
         """All records so far, in the order in which their calls were met."""
@@ -114,7 +126,9 @@ class InertPickle:
                 case pickle.BINFLOAT:
                     stack.append(struct.unpack(">d", self.take(8))[0])
                 case pickle.SHORT_BINUNICODE | pickle.BINUNICODE | pickle.BINUNICODE8:
-                    length = self.uint({pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8}[opcode])
+                    length = self.uint(
+                        {pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8}[opcode]
+                    )
                     stack.append(str(self.take(length), "utf-8", "surrogatepass"))
                 case pickle.SHORT_BINBYTES | pickle.BINBYTES | pickle.BINBYTES8 | pickle.BYTEARRAY8:
                     length = self.uint({pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4}.get(opcode, 8))
@@ -176,7 +190,9 @@ class InertPickle:
                 case pickle.BINPERSID if self.persistent_ids:
                     stack.append(PersistentId(stack.pop()))
                 case _:
-                    raise Malformed(f"has opcode {opcode!r} at byte {self.position - 1}, which files of its kind do not use")
+                    raise Malformed(
+                        f"has opcode {opcode!r} at byte {self.position - 1}, which files of its kind do not use"
+                    )
 
     def take(self, size: int) -> memoryview:
         """The next `size` bytes."""

@@ -64,7 +64,12 @@ def check_input(path: str | os.PathLike[str], expected: str = "a file") -> int:
 
 def kind_of(mode: int) -> str:
     """What a path is that is neither a file nor a folder."""
-    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+    kinds = (
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
     return next((name for test, name in kinds if test(mode)), "no regular file")
 
 

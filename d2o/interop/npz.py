@@ -17,7 +17,18 @@ from d2o.errors import UserError
 from d2o.interop.inputs import MAX_ARRAY_BYTES, check_input, check_size, check_unpacked
 from d2o.interop.zips import listed
 
-DAMAGED = (ValueError, OSError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error)
+DAMAGED = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 """What zipfile and numpy raise for damaged files (RuntimeError: an encrypted member)."""
 
 
@@ -74,7 +85,9 @@ def _read(file: IO[bytes], size: int, what: str) -> np.ndarray:
     count = math.prod(shape) * dtype.itemsize
     check_size(what, count, MAX_ARRAY_BYTES)
     if count != size - begin:
-        raise ValueError(f"{what} says that it has {count:,} bytes ({dtype} {list(shape)}), and {size - begin:,} are there")
+        raise ValueError(
+            f"{what} says that it has {count:,} bytes ({dtype} {list(shape)}), and {size - begin:,} are there"
+        )
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -87,5 +100,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(start)
     except Exception as error:  # numpy parses it as a Python literal, which fails in many ways
-        raise ValueError(f"damaged .npy header ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from error
+        raise ValueError(
+            f"damaged .npy header ({(str(error).splitlines() or [type(error).__name__])[0][:100]})"
+        ) from error
     return shape, dtype, start.tell()

@@ -30,8 +30,9 @@ _ENCODE, _EMPTY = "_codecs.encode", "__builtin__.bytes"  # how protocol 2 spells
 _ARRAY, _DTYPE = "numpy.ndarray", "numpy.dtype"
 EXPECTED: dict[str, type] = {
     **dict.fromkeys((*_RECONSTRUCT, *_SCALAR, *_FROM_BUFFER, _ENCODE, _EMPTY, _ARRAY, _DTYPE), Call),
-    "collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict,
-}  # fmt: skip
+    "collections.OrderedDict": dict,
+    "dnnlib.util.EasyDict": dict,
+}
 
 # Limits: a file of statistics has fewer than 100 opcodes; one with the features of 50,000 images in batches has some 20,000.
 MAX_OPCODES, MAX_VALUES, MAX_DEPTH, MAX_DIMENSIONS = 200_000, 100_000, 8, 8
@@ -57,7 +58,12 @@ def keys(path: str | Path) -> set[str]:
     """The keys of the dict in such a file, without reading its arrays; none where it holds no dict or cannot be read."""
     with contextlib.suppress(UserError, Malformed), _mapped(Path(path)) as data:
         root = InertPickle(_pickle_within(data), EXPECTED, MAX_OPCODES).load()
-        if _is(root, _RECONSTRUCT) and isinstance(root.state, tuple) and len(root.state) == 5 and isinstance(root.state[4], list):
+        if (
+            _is(root, _RECONSTRUCT)
+            and isinstance(root.state, tuple)
+            and len(root.state) == 5
+            and isinstance(root.state[4], list)
+        ):
             root = root.state[4][0] if root.state[4] else None  # the one value of an .npy
         return {key for key in root if isinstance(key, str)} if isinstance(root, dict) else set()
     return set()
@@ -101,7 +107,9 @@ def _npy_header(data: memoryview) -> int:
     except Exception as error:  # numpy parses the header as Python literals, which fail in many ways
         raise Malformed("has a damaged .npy header") from error
     if dtype != np.dtype("O") or shape != ():
-        raise Malformed(f"holds one array of shape {list(shape)} and type {dtype}, not the dict of arrays that is read here")
+        raise Malformed(
+            f"holds one array of shape {list(shape)} and type {dtype}, not the dict of arrays that is read here"
+        )
     return start.tell()
 
 
@@ -174,7 +182,9 @@ class _Values:
         if _is(item, _FROM_BUFFER) and len(item.args) == 4:
             raw, dtype, shape, order = item.args
             return self._numbers(raw, self._dtype(dtype), self._shape(shape), order == "F")
-        raise Malformed(f"holds a {item.name if isinstance(item, Call | Global) else type(item).__name__}, which is no numpy array")
+        raise Malformed(
+            f"holds a {item.name if isinstance(item, Call | Global) else type(item).__name__}, which is no numpy array"
+        )
 
     def _array(self, item: Call, depth: int) -> Any:
         state = item.state
@@ -191,7 +201,9 @@ class _Values:
     def _numbers(self, raw: Any, dtype: np.dtype, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
         data = self._bytes(raw)
         if dtype == np.dtype("O") or len(data) != math.prod(shape) * dtype.itemsize:
-            raise Malformed(f"holds an array of {len(data)} bytes, which does not fit its shape {list(shape)} and type {dtype}")
+            raise Malformed(
+                f"holds an array of {len(data)} bytes, which does not fit its shape {list(shape)} and type {dtype}"
+            )
         array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
         return array.astype(dtype.newbyteorder("="), copy=False)
 
@@ -226,7 +238,11 @@ class _Values:
         return np.dtype(name).newbyteorder(order)  # type: ignore[arg-type]
 
     def _shape(self, shape: Any) -> tuple[int, ...]:
-        if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) > MAX_DIMENSIONS
+            or not all(type(n) is int and 0 <= n < 2**40 for n in shape)
+        ):
             raise Malformed("is damaged: an array without a valid shape")
         return shape
 

@@ -22,8 +22,17 @@ EDM_CLASSES = {
     "iDDPMPrecond": ("iddpm", "DhariwalUNet"),
 }
 """Class -> preconditioning, and the U-Net that it has unless `model_type` says otherwise."""
-EDM2_CLASSES = {"Precond", "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator"}  # the last two are SiDA's; a generator has no uncertainty head
-UNETS = {"SongUNet": "song", "SongUNet_EncoderDecoder": "song", "DhariwalUNet": "adm", "DhariwalUNet_EncoderDecoder": "adm"}
+EDM2_CLASSES = {
+    "Precond",
+    "EDM_2_Precond_EncoderDecoder",
+    "EDM_2_Precond_Generator",
+}  # the last two are SiDA's; a generator has no uncertainty head
+UNETS = {
+    "SongUNet": "song",
+    "SongUNet_EncoderDecoder": "song",
+    "DhariwalUNet": "adm",
+    "DhariwalUNet_EncoderDecoder": "adm",
+}
 
 # NVIDIA's argument -> ours ("" if it has only one value that we run), and the values it may take: (type, lowest, highest), or the choices.
 # The bounds keep a damaged file from asking for a network that takes hours to build.
@@ -47,7 +56,12 @@ SONG_OPTIONS: Options = {
     "resample_filter": ("fir", (list, 0, 4096)),
     "decoder_type": ("", ("standard",)),
 }
-SONG_DEFAULTS = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "resample_filter": [1, 1]}
+SONG_DEFAULTS = {
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "resample_filter": [1, 1],
+}
 RANGE: Options = {"sigma_min": ("sigma_min", (float, 0.0, 1e9)), "sigma_max": ("sigma_max", (float, 0.0, math.inf))}
 SIGMA_DATA: Options = {"sigma_data": ("sigma_data", (float, 1e-6, 1e6))}
 PRECOND_OPTIONS: dict[str, Options] = {
@@ -58,7 +72,8 @@ PRECOND_OPTIONS: dict[str, Options] = {
     "iddpm": {"C_1": ("", (0.001,)), "C_2": ("", (0.008,)), "M": ("", (1000,))},
 }
 EDM2_OPTIONS: Options = {
-    **COMMON, **SIGMA_DATA,
+    **COMMON,
+    **SIGMA_DATA,
     "channel_mult_noise": ("noise_mult", (int, 1, 64)),
     "logvar_channels": ("logvar_channels", (int, 1, 65536)),
     "label_balance": ("label_balance", (float, 0.0, 1.0)),
@@ -68,7 +83,7 @@ EDM2_OPTIONS: Options = {
     "channels_per_head": ("channels_per_head", (int, 1, 8192)),
     "clip_act": ("clip_act", (float, 0.0, 1e9)),
     "resample_filter": ("", ([1, 1],)),
-}  # fmt: skip
+}
 MAY_BE_NONE = {"channel_mult_noise", "channel_mult_emb", "clip_act"}
 """EDM2's options for which None has a meaning."""
 IGNORED = {"model_type", "use_fp16", "label_dropout", "force_normalization", "use_gan"}
@@ -96,7 +111,9 @@ def network_config(class_name: str, kwargs: dict[str, Any], has_head: bool) -> d
     return {**config, **_translate(unet, kwargs, options)}
 
 
-def _translate(kind: str, kwargs: dict[str, Any], options: Options, may_be_none: Set[str] = frozenset()) -> dict[str, Any]:
+def _translate(
+    kind: str, kwargs: dict[str, Any], options: Options, may_be_none: Set[str] = frozenset()
+) -> dict[str, Any]:
     for key in ("img_resolution", "img_channels"):
         if key not in kwargs:
             raise Malformed(f"holds a {kind} without {key!r}")

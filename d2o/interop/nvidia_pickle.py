@@ -27,24 +27,63 @@ STORAGE = "torch.storage._load_from_bytes"
 TORCH_MODULES = "torch.nn.modules."
 
 EXPECTED: dict[str, type] = {
-    "collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict, "builtins.set": set,
-    RECONSTRUCT: Call, PARAMETER: Call, TENSOR: Call, STORAGE: Call,
+    "collections.OrderedDict": dict,
+    "dnnlib.util.EasyDict": dict,
+    "builtins.set": set,
+    RECONSTRUCT: Call,
+    PARAMETER: Call,
+    TENSOR: Call,
+    STORAGE: Call,
     f"{TORCH_MODULES}container.ModuleDict": Call,
     # Attributes that we have no use for: scale factors, latent statistics, bound hooks.
-    "numpy.core.multiarray.scalar": Call, "numpy._core.multiarray.scalar": Call, "numpy.dtype": Call, "numpy.ndarray": Call,
-    "numpy.core.multiarray._reconstruct": Call, "numpy._core.multiarray._reconstruct": Call, "builtins.getattr": Call,
-}  # fmt: skip
+    "numpy.core.multiarray.scalar": Call,
+    "numpy._core.multiarray.scalar": Call,
+    "numpy.dtype": Call,
+    "numpy.ndarray": Call,
+    "numpy.core.multiarray._reconstruct": Call,
+    "numpy._core.multiarray._reconstruct": Call,
+    "builtins.getattr": Call,
+}
 
 CLASSES = {
-    "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm",
-    "PositionalEmbedding", "FourierEmbedding", "Precond", "UNet", "Block", "MPConv", "MPFourier", "AugmentPipe", "StabilityVAEEncoder",
-    "StandardRGBEncoder", "EDMPrecond_EncoderDecoder", "SongUNet_EncoderDecoder", "DhariwalUNet_EncoderDecoder",
-    "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator", "UNet_EncoderDecoder", "GDDPrecond", "D2OPrecond",
-}  # fmt: skip
+    "EDMPrecond",
+    "VPPrecond",
+    "VEPrecond",
+    "iDDPMPrecond",
+    "SongUNet",
+    "DhariwalUNet",
+    "UNetBlock",
+    "Conv2d",
+    "Linear",
+    "GroupNorm",
+    "PositionalEmbedding",
+    "FourierEmbedding",
+    "Precond",
+    "UNet",
+    "Block",
+    "MPConv",
+    "MPFourier",
+    "AugmentPipe",
+    "StabilityVAEEncoder",
+    "StandardRGBEncoder",
+    "EDMPrecond_EncoderDecoder",
+    "SongUNet_EncoderDecoder",
+    "DhariwalUNet_EncoderDecoder",
+    "EDM_2_Precond_EncoderDecoder",
+    "EDM_2_Precond_Generator",
+    "UNet_EncoderDecoder",
+    "GDDPrecond",
+    "D2OPrecond",
+}
 """Objects that such files hold, besides losses (`*Loss`)."""
 
-DTYPES = {"torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
-          "torch.DoubleStorage": torch.float64, "torch.LongStorage": torch.int64}  # fmt: skip
+DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+}
 STORAGE_EXPECTED: dict[str, type] = {"collections.OrderedDict": dict, **{name: Call for name in DTYPES}}
 STORAGE_MAGIC, STORAGE_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -82,7 +121,9 @@ class NvidiaNetwork:
     def space(self) -> str:
         """What the network denoises: "latent" for the latents of Stable Diffusion's autoencoder (EDM2 on ImageNet-512), else "pixel"."""
         if self.encoder is None:  # SiDA's snapshots do not say
-            return "latent" if self.class_name in EDM2_CLASSES and self.init_kwargs.get("img_channels") == 4 else "pixel"
+            return (
+                "latent" if self.class_name in EDM2_CLASSES and self.init_kwargs.get("img_channels") == 4 else "pixel"
+            )
         return "latent" if self.encoder == "StabilityVAEEncoder" else "pixel"
 
     @property
@@ -127,8 +168,14 @@ def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> 
             if not (name in CLASSES or (name.endswith("Loss") and len(name) <= MAX_NAME)):
                 raise Malformed(f"holds an object of class {name[:100]!r}, which d2o does not know")
     if not isinstance(root, dict) or not _is(root.get(key), RECONSTRUCT):
-        others = [f"{name!r:.100}" for name, value in root.items() if _is(value, RECONSTRUCT)] if isinstance(root, dict) else []
-        raise Malformed(f"holds no network under {key!r}" + (f"; its objects are {', '.join(others[:8])}" if others else ""))
+        others = (
+            [f"{name!r:.100}" for name, value in root.items() if _is(value, RECONSTRUCT)]
+            if isinstance(root, dict)
+            else []
+        )
+        raise Malformed(
+            f"holds no network under {key!r}" + (f"; its objects are {', '.join(others[:8])}" if others else "")
+        )
     meta = root[key].args[0]
     attributes = _dict(meta["state"], "state")
     kwargs = _dict(attributes.get("_init_kwargs"), "_init_kwargs")
@@ -143,7 +190,11 @@ def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> 
 def check_persistent(call: Call) -> str:
     """The class name of an object that is described as NVIDIA's files do. Raises Malformed."""
     meta = call.args[0] if len(call.args) == 1 else None
-    if not isinstance(meta, dict) or len(meta) != 5 or set(meta) != {"type", "version", "module_src", "class_name", "state"}:
+    if (
+        not isinstance(meta, dict)
+        or len(meta) != 5
+        or set(meta) != {"type", "version", "module_src", "class_name", "state"}
+    ):
         raise Malformed("holds an object that is not described as NVIDIA's files do")
     if meta["type"] != "class" or meta["version"] != 6:
         raise Malformed("holds an object of another version than 6")
@@ -161,7 +212,9 @@ class StateDict:
     def __init__(self, network: Call, bytes_left: int, dtype: torch.dtype | None):
         self.tensors: dict[str, Tensor] = {}
         self.dtype = dtype
-        self.bytes_left = bytes_left  # all tensors together are no larger than the file: nothing can be multiplied by reference
+        self.bytes_left = (
+            bytes_left  # all tensors together are no larger than the file: nothing can be multiplied by reference
+        )
         self.entries_left = MAX_ENTRIES
         self.add_module(network, "", 0)
 
@@ -172,7 +225,9 @@ class StateDict:
             attributes = _dict(module.state, prefix)
         else:
             raise Malformed(f"has {prefix!r}, which is no module")
-        parameters, buffers, modules = (_dict(attributes.get(key), prefix) for key in ("_parameters", "_buffers", "_modules"))
+        parameters, buffers, modules = (
+            _dict(attributes.get(key), prefix) for key in ("_parameters", "_buffers", "_modules")
+        )
         self.entries_left -= 1 + len(parameters) + len(buffers) + len(modules)
         if depth > MAX_DEPTH or self.entries_left < 0:
             raise Malformed("holds more modules, or nests them deeper, than any network of its kind")
@@ -197,7 +252,9 @@ class StateDict:
             value = value.args[0]
         try:
             tensor = self.tensor(value)
-            self.tensors[name] = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+            self.tensors[name] = (
+                tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+            )
         except Malformed as error:
             raise Malformed(f"has a damaged tensor {name!r}: it {error}") from error
 
@@ -219,7 +276,9 @@ class StateDict:
         if not count:
             return torch.empty(tuple(size), dtype=dtype)
         # Copied as bytes first: the file does not align its tensors.
-        return torch.frombuffer(raw, dtype=torch.uint8).clone().view(dtype).as_strided(size, stride, offset).contiguous()
+        return (
+            torch.frombuffer(raw, dtype=torch.uint8).clone().view(dtype).as_strided(size, stride, offset).contiguous()
+        )
 
     def charge(self, size: int) -> None:
         self.bytes_left -= size
@@ -263,7 +322,11 @@ def _dict(value: Any, where: str) -> dict[Any, Any]:
 
 
 def _sizes(values: Any) -> bool:
-    return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    return (
+        isinstance(values, tuple | list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    )
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -26,7 +26,9 @@ def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> No
         _check_kind(path, folder)
         while not above.exists():
             if above.is_symlink():
-                raise UserError(f"cannot write {path}: {above} is a link to nothing", "mend the link, or choose another place")
+                raise UserError(
+                    f"cannot write {path}: {above} is a link to nothing", "mend the link, or choose another place"
+                )
             _check_name(above)
             above = above.parent
         if not above.is_dir():
@@ -45,7 +47,10 @@ def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> No
 
 def _check_kind(path: Path, folder: bool | None) -> None:
     if path.is_symlink() and not path.exists():
-        raise UserError(f"cannot write {path}: it is a link to nothing ({os.readlink(path)})", "remove the link, or make what it points to")
+        raise UserError(
+            f"cannot write {path}: it is a link to nothing ({os.readlink(path)})",
+            "remove the link, or make what it points to",
+        )
     if not path.exists():
         return
     mode = path.stat().st_mode

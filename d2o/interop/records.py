@@ -56,7 +56,9 @@ class SpecRecord(Record):
         if channels * height * width > MAX_VALUES:
             raise ValueError(f"shape {list(self.shape)}: expected at most {MAX_VALUES:,} numbers in a sample")
         if (self.condition == "label") != (self.classes > 0):
-            raise ValueError(f"condition {self.condition!r} with {self.classes} classes: there are classes where, and only where, it is 'label'")
+            raise ValueError(
+                f"condition {self.condition!r} with {self.classes} classes: there are classes where, and only where, it is 'label'"
+            )
         return self
 
 
@@ -69,4 +71,7 @@ def check_record(model: type[R], record: Any, where: str, hint: str = "") -> R:
         return model.model_validate_json(json.dumps(record))
     except ValidationError as error:
         problems = word(error, record, (), Shape(tree(model)))[:5]
-        raise UserError("\n".join(f"{where}: {dotted(p.path)}: {p.text}" if p.path else f"{where}: {p.text}" for p in problems), hint) from error
+        raise UserError(
+            "\n".join(f"{where}: {dotted(p.path)}: {p.text}" if p.path else f"{where}: {p.text}" for p in problems),
+            hint,
+        ) from error

@@ -66,11 +66,15 @@ _UMASK = _read_umask()
 def write_error(path: str | os.PathLike, error: OSError) -> UserError:
     """The one-line form of a failed write."""
     reasons = {
-        errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EACCES: "permission denied",
-        errno.EPERM: "permission denied", errno.EROFS: "the file system is read-only",
-        errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "a file of that name is in the way",
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOTDIR: "a part of the path is a file",
+        errno.EEXIST: "a file of that name is in the way",
         errno.EISDIR: "a folder of that name is in the way",
-    }  # fmt: skip
+    }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return UserError(f"cannot write {path}: {reason}", "choose another --out, or make room and run again")
 
@@ -124,7 +128,10 @@ def _record(path: str | os.PathLike) -> dict[str, Any]:
     with _open(path) as file:
         metadata = file.metadata() or {}
     if META_KEY not in metadata:
-        raise UserError(f"{path} is a safetensors file, but not one of d2o's (no {META_KEY!r} metadata)", "expected a file made by `d2o`")
+        raise UserError(
+            f"{path} is a safetensors file, but not one of d2o's (no {META_KEY!r} metadata)",
+            "expected a file made by `d2o`",
+        )
     try:
         record = parse_json(metadata[META_KEY])
     except ValueError as error:
@@ -147,7 +154,9 @@ def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         why = textwrap.shorten(str(error), 200)  # it may quote the whole of a header
-        raise UserError(f"{path} is truncated or not a safetensors file ({why})", "make it again, or check the download") from error
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({why})", "make it again, or check the download"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

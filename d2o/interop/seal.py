@@ -21,7 +21,9 @@ BLANK = {BYTES: "0" * 16, SHA256: "0" * 64}
 """What a record holds until its file is sealed: strings of the final length."""
 
 # As JSON within JSON: the header's strings are escaped once more.
-_PLACE = {name: re.compile(rb'\\"%s\\": \\"([0-9a-f]{%d})\\"' % (name.encode(), len(blank))) for name, blank in BLANK.items()}
+_PLACE = {
+    name: re.compile(rb'\\"%s\\": \\"([0-9a-f]{%d})\\"' % (name.encode(), len(blank))) for name, blank in BLANK.items()
+}
 CHUNK = 2**22
 
 
@@ -40,7 +42,9 @@ def check_size(path: str | os.PathLike, record: dict[str, Any]) -> None:
     if (BYTES in record) != (SHA256 in record):
         raise damaged(path, "a part of its seal is missing")
     if BYTES in record and record[BYTES] != f"{os.stat(path).st_size:016d}":
-        raise damaged(path, f"it has {os.stat(path).st_size:,} bytes, and was written with {str(record[BYTES]).lstrip('0')}")
+        raise damaged(
+            path, f"it has {os.stat(path).st_size:,} bytes, and was written with {str(record[BYTES]).lstrip('0')}"
+        )
 
 
 def check_digest(path: str | os.PathLike, record: dict[str, Any]) -> None:
@@ -86,7 +90,10 @@ _known: dict[tuple[str, int, int, int], str] = {}
 
 def damaged(path: str | os.PathLike, why: str) -> UserError:
     """The refusal of a file whose bytes have changed."""
-    return UserError(f"{path} is damaged: {why}", "make it again, or copy it again; `d2o --trust ...` reads it without looking at digests")
+    return UserError(
+        f"{path} is damaged: {why}",
+        "make it again, or copy it again; `d2o --trust ...` reads it without looking at digests",
+    )
 
 
 def _blank_chunks(path: Path, digest: str) -> Iterator[bytes]:

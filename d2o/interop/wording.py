@@ -91,7 +91,10 @@ def _inline(node: Any, definitions: Schema, inside: tuple[str, ...]) -> Any:
         name = node["$ref"].removeprefix("#/$defs/")
         if name in inside:  # a model that holds itself: anything goes from here on
             return {}
-        return {**_inline(definitions[name], definitions, (*inside, name)), **{key: value for key, value in node.items() if key != "$ref"}}
+        return {
+            **_inline(definitions[name], definitions, (*inside, name)),
+            **{key: value for key, value in node.items() if key != "$ref"},
+        }
     return {key: _inline(value, definitions, inside) for key, value in node.items() if key != "$defs"}
 
 
@@ -148,13 +151,21 @@ def _phrase(schema: Schema) -> str:
         bounds = " and ".join(f"{sign} {json.dumps(schema[limit])}" for limit, sign in signs.items() if limit in schema)
         return f"{'an integer' if kind == 'integer' else 'a number'} {bounds}".strip()
     if kind == "string":
-        return f"a text like {schema['pattern']}" if "pattern" in schema else "a text, not empty" if schema.get("minLength") else "a text"
+        return (
+            f"a text like {schema['pattern']}"
+            if "pattern" in schema
+            else "a text, not empty"
+            if schema.get("minLength")
+            else "a text"
+        )
     if kind == "boolean":
         return "true or false"
     if kind == "array":
         items = [phrase(item) for item in schema.get("prefixItems", [])]
         if items:
-            return f"a list of {len(items)}, " + (f"each {items[0]}" if len(set(items)) == 1 else f"[{', '.join(items)}]")
+            return f"a list of {len(items)}, " + (
+                f"each {items[0]}" if len(set(items)) == 1 else f"[{', '.join(items)}]"
+            )
         return f"a list, each {phrase(schema['items'])}" if schema.get("items") else "a list"
     return "a section (lines of `key: value`)" if kind == "object" else ""
 
@@ -176,7 +187,9 @@ def word(error: ValidationError, data: Any, prefix: KeyPath, shape: Shape) -> li
 
 def _word(details: ErrorDetails, data: Any, prefix: KeyPath, shape: Shape) -> Problem:
     kind, location = details["type"], details["loc"]
-    if kind == "missing" and location and isinstance(location[-1], int):  # a tuple that is too short: speak of the tuple
+    if (
+        kind == "missing" and location and isinstance(location[-1], int)
+    ):  # a tuple that is too short: speak of the tuple
         kind, location = "too_short", location[:-1]
     path, value = _inside(location, data, prefix, shape)
     path = (*prefix, *path)
@@ -200,7 +213,9 @@ def _inside(location: Sequence[str | int], data: Any, prefix: KeyPath, shape: Sh
     """Pydantic's location without the parts that name a member of a union, and the value there (None where a key is missing)."""
     path: list[str | int] = []
     for i, part in enumerate(location):
-        if (isinstance(data, Mapping) and part in data) or (isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data)):
+        if (isinstance(data, Mapping) and part in data) or (
+            isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data)
+        ):
             data = data[part]  # type: ignore[index]
         elif isinstance(data, Mapping) and i == len(location) - 1 and shape.at((*prefix, *path, part)) is not None:
             data = None

@@ -66,7 +66,9 @@ class Problems:
         """One problem a line: files in the order in which they were met, each from top to bottom."""
         files = list(dict.fromkeys(file for file, _, _ in self.lines))
         ordered = sorted(self.lines, key=lambda line: (files.index(line[0]), line[1]))
-        return UserError("\n".join(f"{file}:{line}: {text}" if line else f"{file}: {text}" for file, line, text in ordered))
+        return UserError(
+            "\n".join(f"{file}:{line}: {text}" if line else f"{file}: {text}" for file, line, text in ordered)
+        )
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,7 +92,9 @@ def _dump_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
 
 
 def _dump_text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
-    return dumper.represent_scalar(TAG + "str", data, style=None if data.isprintable() else '"')  # PyYAML folds some separators otherwise
+    return dumper.represent_scalar(
+        TAG + "str", data, style=None if data.isprintable() else '"'
+    )  # PyYAML folds some separators otherwise
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -179,7 +183,12 @@ def build(node: yaml.Node, mark: Mark, problems: Problems) -> Node:
         key = key_node.value
         here = Mark(mark.file, line, (*mark.path, key), mark.overlay)
         if key in values:
-            problems.add(here, f"{_at(here)}given twice (first in line {values[key].mark.line})" if line else f"{_at(here)}given twice")
+            problems.add(
+                here,
+                f"{_at(here)}given twice (first in line {values[key].mark.line})"
+                if line
+                else f"{_at(here)}given twice",
+            )
             continue
         values[key] = build(value_node, here, problems)
         values[key].mark = here  # the key's line, not that of a value on the next lines

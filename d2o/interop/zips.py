@@ -26,5 +26,7 @@ def listed(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     if not all(info.filename for info in members):
         raise zipfile.BadZipFile("a member has no name")
     if number != len(members):
-        raise zipfile.BadZipFile(f"its end says that it has {number:,} members, and its directory lists {len(members):,}")
+        raise zipfile.BadZipFile(
+            f"its end says that it has {number:,} members, and its directory lists {len(members):,}"
+        )
     return members

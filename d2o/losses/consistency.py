@@ -27,7 +27,9 @@ LPIPS_SIZE = 224
 # ---- noise levels ------------------------------------------------------------------------------------------------------------------------
 
 
-def karras_time(i: Tensor, n: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> Tensor:
+def karras_time(
+    i: Tensor, n: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> Tensor:
     """T(i, N) = (sigma_max^(1/rho) + (1 - i/N) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, any shape, float64 (Zheng & Yang 2024, eq. 5).
 
     i may lie between two integers. It is the grid of Karras et al. 2022, eq. 5, of N + 1 points in ascending order.
@@ -82,7 +84,13 @@ def column(t: Tensor, x: Tensor) -> Tensor:
 # ---- distances and weights ---------------------------------------------------------------------------------------------------------------
 
 
-def distance(kind: str, x: Tensor, y: Tensor, huber_reduce: str = "vector", network: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+def distance(
+    kind: str,
+    x: Tensor,
+    y: Tensor,
+    huber_reduce: str = "vector",
+    network: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """d(x, y) [B]: "l2" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a network that takes two batches
     [B, 3, 224, 224] in [-1, 1]."""
     if kind == "lpips":
@@ -95,7 +103,9 @@ def distance(kind: str, x: Tensor, y: Tensor, huber_reduce: str = "vector", netw
 
 def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 (bilinear) as Song et al. 2023 do; grey is repeated. [B]."""
-    a, b = (F.interpolate(image.expand(-1, 3, -1, -1), LPIPS_SIZE, mode="bilinear", align_corners=False) for image in (x, y))
+    a, b = (
+        F.interpolate(image.expand(-1, 3, -1, -1), LPIPS_SIZE, mode="bilinear", align_corners=False) for image in (x, y)
+    )
     return network(a, b).flatten()
 
 

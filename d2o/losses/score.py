@@ -51,7 +51,9 @@ def sid_loss(x: Tensor, true: Tensor, fake: Tensor, alpha: float, weight: Tensor
     return delta * ((true - x) - alpha * delta) / (mean_error(x, true) if weight is None else weight)
 
 
-def denoising_loss(denoised: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float = 0.5, logvar: Tensor | None = None) -> Tensor:
+def denoising_loss(
+    denoised: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float = 0.5, logvar: Tensor | None = None
+) -> Tensor:
     """The score network's loss of each element [B, C, H, W]: lambda(sigma) (g - y)^2 (Karras et al. 2022, eq. 8); with the network's
     uncertainty u = `logvar` [B, 1, 1, 1] (Karras et al. 2024, eq. 21) over e^u, plus u."""
     loss = edm_weight(sigma, sigma_data, logvar) * (denoised - clean) ** 2
@@ -72,7 +74,7 @@ def batch_pool(values: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
 
 def generator_adversarial(
     logits: Tensor, size: int, kind: str = "nonsat_bce", clamp: float | None = 10.0, keep: Tensor | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """What the student pays [B] for maps [B, 1, h, w] by which it is told from real images, the same for all samples of a group of `size`.
 
     `kind`: "nonsat_bce", -log D (the published code); "linear_fakeness", 1 - D (SiDA, eq. 7, which has no logarithm); "saturating",
@@ -93,7 +95,7 @@ def generator_adversarial(
 
 def discriminator_loss(
     real: Tensor, fake: Tensor, size: int, real_weight: Tensor, fake_weight: Tensor, keep: Tensor | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The score network's loss as a discriminator, of each image [B] (SiDA, eq. 9): w / 2 (-log D(real) - log(1 - D(fake))).
 
     `real`, `fake`: maps [B, 1, h, w], each logarithm averaged over a group of `size` images; `real_weight`, `fake_weight` [B, 1, 1, 1]: the

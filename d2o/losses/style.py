@@ -34,7 +34,9 @@ def spread(images: Tensor) -> Tensor:
     return images.detach().std(0).mean()
 
 
-def path_lengths(images: Tensor, ws: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+def path_lengths(
+    images: Tensor, ws: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+) -> Tensor:
     """Lengths |J^T y| [B] of images [B, C, H, W] made from styles ws [B, num_ws, w_dim], differentiable (Karras et al. 2020, section 3.2, eq. 4).
 
     y is standard normal over sqrt(H W), from `generator` or given as `noise` (before the division); the length is the root of the mean over the
@@ -62,8 +64,14 @@ class PathLength(nn.Module):
         self.mean: Tensor
         self.register_buffer("mean", torch.zeros(()))
 
-    def forward(self, images: Tensor, ws: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None,
-                share: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        images: Tensor,
+        ws: Tensor,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        share: Callable[[Tensor], Tensor] = lambda mean: mean,
+    ) -> Tensor:
         """Arguments as for `path_lengths` -> scalar. `share` makes of this process's mean that of all."""
         lengths = path_lengths(images, ws, generator, noise)
         own = lengths.mean()

@@ -13,7 +13,11 @@ from d2o.networks.latent import Autoencoder
 
 
 class AutoencoderOptions(Options):
-    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence to N(0, 1), nats per pixel value, beside the mean absolute error")
+    kl_weight: float = Field(
+        1e-6,
+        ge=0,
+        description="weight of the KL divergence to N(0, 1), nats per pixel value, beside the mean absolute error",
+    )
 
 
 class AutoencoderMethod(Method):
@@ -30,10 +34,14 @@ class AutoencoderMethod(Method):
         if config.pop("arch", "autoencoder_kl") != "autoencoder_kl":
             raise UserError("network.arch: method autoencoder trains autoencoder_kl")
         if (config["in_channels"], config["out_channels"], config["sample_size"]) != (channels, channels, resolution):
-            raise UserError(f"the network section asks for other images than the data has ({channels} x {resolution} x {resolution})")
+            raise UserError(
+                f"the network section asks for other images than the data has ({channels} x {resolution} x {resolution})"
+            )
         self.autoencoder = Autoencoder(**config)
         if resolution % self.autoencoder.factor:
-            raise UserError(f"images of {resolution} pixels do not shrink by the {self.autoencoder.factor} of network.block_out_channels")
+            raise UserError(
+                f"images of {resolution} pixels do not shrink by the {self.autoencoder.factor} of network.block_out_channels"
+            )
         size = resolution // self.autoencoder.factor
         self.latent_shape = (self.autoencoder.vae.config.latent_channels, size, size)
 

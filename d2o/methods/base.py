@@ -93,7 +93,9 @@ class Batch:
     images: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
-        return Batch(*(None if t is None else t[start:stop] for t in (self.labels, self.noise, self.target, self.images)))
+        return Batch(
+            *(None if t is None else t[start:stop] for t in (self.labels, self.noise, self.target, self.images))
+        )
 
 
 class Draws:
@@ -166,7 +168,9 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
-    takes: ClassVar[str] = ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
+    takes: ClassVar[str] = (
+        ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
+    )
     product: ClassVar[str] = "student"  # which of networks() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 
@@ -243,7 +247,12 @@ class GeneratorMethod(Method):
         """The student with this network."""
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": self.generator.config, "spec": self._spec, "student": self.student(self.generator).record}
+        return {
+            "kind": "student",
+            "network": self.generator.config,
+            "spec": self._spec,
+            "student": self.student(self.generator).record,
+        }
 
     def spec(self) -> Spec:
         return self._spec

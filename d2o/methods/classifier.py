@@ -31,9 +31,18 @@ class ClassifierMethod(Method):
         self.options: ClassifierOptions = setup.options
         images = setup.images
         if not images.classes or images.labels is None:
-            raise UserError(f"{images.name} has no labels; method classifier needs them", "give a folder with one sub-folder per class")
+            raise UserError(
+                f"{images.name} has no labels; method classifier needs them",
+                "give a folder with one sub-folder per class",
+            )
         channels, resolution, _ = images.shape
-        config = {"arch": "classifier", "img_resolution": resolution, "img_channels": channels, "classes": images.classes, **(setup.network or {})}
+        config = {
+            "arch": "classifier",
+            "img_resolution": resolution,
+            "img_channels": channels,
+            "classes": images.classes,
+            **(setup.network or {}),
+        }
         self.classifier = build_network(config)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(setup.seed))
         held = int(self.options.holdout * len(images))
@@ -48,7 +57,9 @@ class ClassifierMethod(Method):
         for micro, draw in loop.micro_batches(batch):
             assert micro.images is not None and micro.labels is not None
             x = translate(micro.images, draw.randint(-self.options.shift, self.options.shift + 1, 2))
-            loss = F.cross_entropy(loop.net("classifier")(x), micro.labels, label_smoothing=self.options.label_smoothing)
+            loss = F.cross_entropy(
+                loop.net("classifier")(x), micro.labels, label_smoothing=self.options.label_smoothing
+            )
             loop.backward(loss)
             losses.append(loss)
         loop.update("classifier")
@@ -79,7 +90,9 @@ def translate(x: Tensor, shift: Tensor) -> Tensor:
     height, width = x.shape[2:]
     rows = (torch.arange(height, device=x.device) - shift[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=x.device) - shift[:, 1:]).clamp(0, width - 1)
-    return x[torch.arange(len(x), device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return x[torch.arange(len(x), device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 METHOD = ClassifierMethod

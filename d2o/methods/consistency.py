@@ -45,7 +45,10 @@ class Consistency(Method):
         assert isinstance(teacher, EDMPrecond)
         if tuple(setup.images.shape) != spec.shape:
             have, want = (" x ".join(map(str, shape)) for shape in (setup.images.shape, spec.shape))
-            raise UserError(f"the images are of {have}, those of teacher {spec.name!r} of {want}", "data.resolution and data.channels make them fit")
+            raise UserError(
+                f"the images are of {have}, those of teacher {spec.name!r} of {want}",
+                "data.resolution and data.channels make them fit",
+            )
         if setup.images.classes < spec.classes and self.device.type != "meta":
             have = f"{setup.images.classes} classes" if setup.images.classes else "none"
             raise UserError(f"teacher {spec.name!r} has {spec.classes} classes, and the images have {have}")
@@ -65,8 +68,14 @@ class Consistency(Method):
         kind, precond = self.options.kind, "consistency" if self.options.kind == "cd" else "edm"
         if setup.start is not None:
             old = setup.start
-            if not isinstance(old.network, EDMPrecond) or (old.spec.shape, old.spec.classes) != (self._spec.shape, self._spec.classes):
-                raise UserError(f"the student to start from is not one that teacher {self._spec.name!r} could teach", "its shape or kind is another")
+            if not isinstance(old.network, EDMPrecond) or (old.spec.shape, old.spec.classes) != (
+                self._spec.shape,
+                self._spec.classes,
+            ):
+                raise UserError(
+                    f"the student to start from is not one that teacher {self._spec.name!r} could teach",
+                    "its shape or kind is another",
+                )
             ready = isinstance(old, ConsistencyStudent) and old.form == "ctm"
             network = copy.deepcopy(old.network) if ready or kind != "ctm" else with_second_time(old.network)
         elif setup.student.init == "teacher":
@@ -97,7 +106,11 @@ class Consistency(Method):
             losses.append(loss)
         loop.update("student")
         self.follow(iteration)
-        course = {"N": torch.tensor(float(n), device=self.device)} if self.options.n_schedule != "constant" or self.options.kind == "pd" else {}
+        course = (
+            {"N": torch.tensor(float(n), device=self.device)}
+            if self.options.n_schedule != "constant" or self.options.kind == "pd"
+            else {}
+        )
         return {"loss": loop.mean(losses), **course}
 
     # One kind each: losses [B] of images x -----------------------------------------------------------------------------------------------
@@ -116,7 +129,9 @@ class Consistency(Method):
         y = self.to_end(loop.net("student"), x_t, t, end, labels)
         return self.weighted(t, u) * self.distance(y, goal)
 
-    def progressive(self, loop: Loop, x: Tensor, labels: Tensor | None, draw: Draws, n: int, first_stage: bool) -> Tensor:
+    def progressive(
+        self, loop: Loop, x: Tensor, labels: Tensor | None, draw: Draws, n: int, first_stage: bool
+    ) -> Tensor:
         """d(f(x_t, t), the estimate that goes in one step where two half steps lead), over n steps (Table 5, PD)."""
         i = self.index(draw, n)
         t, u, s = self.T(i, n), self.T(i - 0.5, n), self.T(i - 1, n)
@@ -145,7 +160,9 @@ class Consistency(Method):
             x_u = x_t
             for hop in range(longest):
                 at = (i - hop).clamp(min=1)
-                x_u = torch.where((hop < hops)[:, None, None, None], self.solve(x_u, self.T(at, n), self.T(at - 1, n), labels), x_u)
+                x_u = torch.where(
+                    (hop < hops)[:, None, None, None], self.solve(x_u, self.T(at, n), self.T(at - 1, n), labels), x_u
+                )
             with self.target(loop) as target, self.replayed():
                 goal = self.hop(target, self.hop(target, x_u, u, s, labels), s, end, labels)
         x_s = self.hop(loop.net("student"), x_t, t, s, labels)
@@ -173,11 +190,15 @@ class Consistency(Method):
         """N(k) of the schedule."""
         o = self.options
         assert o.schedule_images is not None and o.n_max is not None
-        return {"doubling": c.doubling, "adaptive": c.adaptive}[o.n_schedule](iteration, -(-o.schedule_images // self.batch), o.N, o.n_max)
+        return {"doubling": c.doubling, "adaptive": c.adaptive}[o.n_schedule](
+            iteration, -(-o.schedule_images // self.batch), o.N, o.n_max
+        )
 
     def stage_of(self, iteration: int) -> tuple[int, int, int]:
         assert self.options.stage_images is not None
-        return c.stage(iteration, self.options.N, self.options.final_steps, max(self.options.stage_images // self.batch, 1))
+        return c.stage(
+            iteration, self.options.N, self.options.final_steps, max(self.options.stage_images // self.batch, 1)
+        )
 
     def rate(self, iteration: int) -> float:
         if self.options.kind != "pd" or not self.options.stage_decay:
@@ -192,7 +213,9 @@ class Consistency(Method):
         """i of t = T(i, n), from i_min to n."""
         lowest = min(self.options.lowest, n)
         if self.options.i_sampling == "lognormal":
-            return c.lognormal_index(draw.rand(), n, self.options.p_mean, self.options.p_std, self.sigma).clamp(min=lowest)
+            return c.lognormal_index(draw.rand(), n, self.options.p_mean, self.options.p_std, self.sigma).clamp(
+                min=lowest
+            )
         return draw.randint(lowest, n + 1)
 
     def solve(self, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
@@ -205,7 +228,11 @@ class Consistency(Method):
 
     def to_end(self, network: nn.Module, x: Tensor, t: Tensor, end: Tensor, labels: Tensor | None) -> Tensor:
         """f(x_t, t), or F(x_t, t, sigma_min)."""
-        return self.hop(network, x, t, end, labels) if self.options.form == "F" else estimate(network, "cd", x, t, end, labels)
+        return (
+            self.hop(network, x, t, end, labels)
+            if self.options.form == "F"
+            else estimate(network, "cd", x, t, end, labels)
+        )
 
     def target(self, loop: Loop) -> Any:
         """The network of targets, its parameters held fixed."""
@@ -242,16 +269,30 @@ class Consistency(Method):
         assert micro.images is not None
         if not self._spec.classes:
             return None
-        return micro.labels if micro.labels is not None else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
+        return (
+            micro.labels if micro.labels is not None else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
+        )
 
     # The product -------------------------------------------------------------------------------------------------------------------------
 
     def made(self, network: nn.Module) -> ConsistencyStudent:
-        return ConsistencyStudent(network, self._spec, self.sigma, self.options.kind, int(self.stage.steps), self.options.middle,
-                                  self.options.clamp)  # fmt: skip
+        return ConsistencyStudent(
+            network,
+            self._spec,
+            self.sigma,
+            self.options.kind,
+            int(self.stage.steps),
+            self.options.middle,
+            self.options.clamp,
+        )
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": network_config(self.student), "spec": self._spec, "student": self.made(self.student).record}
+        return {
+            "kind": "student",
+            "network": network_config(self.student),
+            "spec": self._spec,
+            "student": self.made(self.student).record,
+        }
 
     def spec(self) -> Spec:
         return self._spec

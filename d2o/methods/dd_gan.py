@@ -25,12 +25,20 @@ from d2o.teachers.base import Spec
 
 class DDGANOptions(Options):
     steps: int = Field(4, ge=1, description="K, the denoising steps: network calls of one image")
-    r1_gamma: float = Field(0.02, ge=0, description="weight of R1, gamma / 2 |grad_{x_t} D|^2, which keeps the critic smooth; 0: none")
-    r1_every: int = Field(15, ge=1, description="iterations from one R1 to the next; its weight is not multiplied by this")
-    critic: Literal["auto", "small", "large"] = Field("auto", description="critic: the paper's at 32 px, or at 256 px; auto: large from 128 px")
+    r1_gamma: float = Field(
+        0.02, ge=0, description="weight of R1, gamma / 2 |grad_{x_t} D|^2, which keeps the critic smooth; 0: none"
+    )
+    r1_every: int = Field(
+        15, ge=1, description="iterations from one R1 to the next; its weight is not multiplied by this"
+    )
+    critic: Literal["auto", "small", "large"] = Field(
+        "auto", description="critic: the paper's at 32 px, or at 256 px; auto: large from 128 px"
+    )
     critic_width: int = Field(64, ge=1, description="width of the critic; its first layer has twice as many channels")
     critic_temb: int = Field(256, ge=2, description="width of the critic's embedding of the step")
-    conditional: bool = Field(False, description="tell both networks the images' classes (the paper's are unconditional)")
+    conditional: bool = Field(
+        False, description="tell both networks the images' classes (the paper's are unconditional)"
+    )
 
 
 class Randoms(NamedTuple):
@@ -53,8 +61,16 @@ class DDGAN(GeneratorMethod):
         channels, resolution, _ = shape = setup.images.shape
         classes = setup.images.classes if self.options.conditional else 0
         if self.options.conditional and not classes:
-            raise UserError(f"dd_gan.conditional: {setup.images.name} has no classes", "give a folder with one sub-folder per class")
-        config = {"arch": "ddgan", "img_resolution": resolution, "img_channels": channels, "classes": classes, **setup.need_network()}
+            raise UserError(
+                f"dd_gan.conditional: {setup.images.name} has no classes", "give a folder with one sub-folder per class"
+            )
+        config = {
+            "arch": "ddgan",
+            "img_resolution": resolution,
+            "img_channels": channels,
+            "classes": classes,
+            **setup.need_network(),
+        }
         if config["arch"] != "ddgan":
             raise UserError(f"network.arch: method dd-gan trains ddgan, not {config['arch']}")
         if (config["img_resolution"], config["img_channels"], config["classes"]) != (resolution, channels, classes):
@@ -63,19 +79,36 @@ class DDGAN(GeneratorMethod):
         generator = build_network(config) if setup.start is None else self.continued(setup.start, shape, classes)
         assert isinstance(generator, DDGANGenerator)
         self.generator = generator
-        self.critic = build_network({
-            "arch": "ddgan_critic", "img_resolution": resolution, "img_channels": channels, "classes": classes,
-            "kind": self.options.critic, "width": self.options.critic_width, "temb": self.options.critic_temb,
-        })  # fmt: skip
+        self.critic = build_network(
+            {
+                "arch": "ddgan_critic",
+                "img_resolution": resolution,
+                "img_channels": channels,
+                "classes": classes,
+                "kind": self.options.critic,
+                "width": self.options.critic_width,
+                "temb": self.options.critic_temb,
+            }
+        )
         self.process = DDGANProcess(self.options.steps)
-        self._spec = Spec(setup.name, shape, condition="label" if classes else "none", classes=classes, licence=setup.product_licence())
+        self._spec = Spec(
+            setup.name,
+            shape,
+            condition="label" if classes else "none",
+            classes=classes,
+            licence=setup.product_licence(),
+        )
 
     def continued(self, start: nn.Module, shape: tuple[int, int, int], classes: int) -> nn.Module:
         """The generator of the student that training starts from; the critic is always new."""
         if not isinstance(start, MultistepStudent) or start.nfe != self.options.steps:
-            raise UserError(f"method dd-gan continues students of dd-gan with {self.options.steps} steps, and this is another one")
+            raise UserError(
+                f"method dd-gan continues students of dd-gan with {self.options.steps} steps, and this is another one"
+            )
         if start.spec.shape != shape or start.spec.classes != classes:
-            raise UserError(f"the student to start from makes {start.spec.shape} with {start.spec.classes} classes, the data are others")
+            raise UserError(
+                f"the student to start from makes {start.spec.shape} with {start.spec.classes} classes, the data are others"
+            )
         return copy.deepcopy(start.network).requires_grad_(True).train()
 
     def networks(self) -> dict[str, nn.Module]:

@@ -33,41 +33,80 @@ from d2o.networks.edm2_unet import keep_normalised
 Levels = Literal["karras_index", "karras_uniform", "lognormal"]
 
 KINDS: dict[str, dict[str, Any]] = {
-    "dmd": {"t_dist": "karras_index", "score_t_dist": "karras_index", "weight": "l1_teacher", "order": "generator_first", "samples": "same",
-            "reduce": "mean"},
-    "diff_instruct": {"t_dist": "lognormal", "score_t_dist": "lognormal", "weight": "none", "order": "score_first", "samples": "fresh",
-                      "reduce": "sum"},
-}  # fmt: skip
+    "dmd": {
+        "t_dist": "karras_index",
+        "score_t_dist": "karras_index",
+        "weight": "l1_teacher",
+        "order": "generator_first",
+        "samples": "same",
+        "reduce": "mean",
+    },
+    "diff_instruct": {
+        "t_dist": "lognormal",
+        "score_t_dist": "lognormal",
+        "weight": "none",
+        "order": "score_first",
+        "samples": "fresh",
+        "reduce": "sum",
+    },
+}
 """What the options that a recipe leaves away are, as the two papers' authors train."""
 
 
 class DMDOptions(Options):
-    kind: Literal["dmd", "diff_instruct"] = Field("dmd", description="the paper that the options below follow where they are null")
-    t_dist: Levels | None = Field(None, description="noise levels at which samples are compared; null: karras_index, diff_instruct lognormal")
-    t_index: tuple[int, int] = Field((20, 980), description="karras_index: the lowest and the highest of the levels 0 to 999, both included")
-    t_range: tuple[float, float] = Field((0.02, 0.98), description="karras_uniform: part of [0, 1], from the lowest level to the highest")
+    kind: Literal["dmd", "diff_instruct"] = Field(
+        "dmd", description="the paper that the options below follow where they are null"
+    )
+    t_dist: Levels | None = Field(
+        None, description="noise levels at which samples are compared; null: karras_index, diff_instruct lognormal"
+    )
+    t_index: tuple[int, int] = Field(
+        (20, 980), description="karras_index: the lowest and the highest of the levels 0 to 999, both included"
+    )
+    t_range: tuple[float, float] = Field(
+        (0.02, 0.98), description="karras_uniform: part of [0, 1], from the lowest level to the highest"
+    )
     p_mean: float = Field(-1.2, description="lognormal: mean of ln sigma, of both networks' levels")
     p_std: float = Field(1.2, gt=0, description="lognormal: standard deviation of ln sigma")
     weight: Literal["l1_teacher", "none"] | None = Field(
-        None, description="divide each sample's gradient by its mean |x - D_teacher|, or not; null: l1_teacher, diff_instruct none"
+        None,
+        description="divide each sample's gradient by its mean |x - D_teacher|, or not; null: l1_teacher, diff_instruct none",
     )
-    reduce: Literal["mean", "sum"] | None = Field(None, description="both losses over the values of a sample; null: mean, diff_instruct sum")
+    reduce: Literal["mean", "sum"] | None = Field(
+        None, description="both losses over the values of a sample; null: mean, diff_instruct sum"
+    )
     order: Literal["generator_first", "score_first"] | None = Field(
-        None, description="which network's step comes first in an iteration; null: generator_first, diff_instruct score_first"
+        None,
+        description="which network's step comes first in an iteration; null: generator_first, diff_instruct score_first",
     )
     samples: Literal["same", "fresh"] | None = Field(
-        None, description="the (first) step of the score network learns from the student's samples of that iteration, or new ones; null: by kind"
+        None,
+        description="the (first) step of the score network learns from the student's samples of that iteration, or new ones; null: by kind",
     )
     score_t_dist: Levels | None = Field(
-        None, description="noise levels of the score network's loss, the whole range of them; null: karras_index, diff_instruct lognormal"
+        None,
+        description="noise levels of the score network's loss, the whole range of them; null: karras_index, diff_instruct lognormal",
     )
-    score_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the score network while it is trained; null: the teacher's")
-    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none")
-    score_steps: int = Field(1, ge=1, description="steps of the score network for one of the student (DMD2: 5); all but the first take new samples")
+    score_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout of the score network while it is trained; null: the teacher's"
+    )
+    augment: float = Field(
+        0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none"
+    )
+    score_steps: int = Field(
+        1,
+        ge=1,
+        description="steps of the score network for one of the student (DMD2: 5); all but the first take new samples",
+    )
     dropout: Literal["off", "shared"] = Field(
-        "off", description="dropout of teacher and score network in the student's step: none, or the same masks in both (Diff-Instruct's code)"
+        "off",
+        description="dropout of teacher and score network in the student's step: none, or the same masks in both (Diff-Instruct's code)",
     )
-    lambda_reg: float = Field(0.0, ge=0, description="weight of the distance to the teacher's ODE solutions (DMD: 0.25); above 0 it needs `pairs:`")
+    lambda_reg: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the distance to the teacher's ODE solutions (DMD: 0.25); above 0 it needs `pairs:`",
+    )
     regression: Literal["lpips", "perceptual", "l1", "mse"] = Field(
         "lpips", description="that distance; lpips: VGG's, at 224 px as in the paper; perceptual: of an own classifier"
     )
@@ -75,7 +114,9 @@ class DMDOptions(Options):
 
     def filled(self) -> DMDOptions:
         """With what the kind says in place of null."""
-        return self.model_copy(update={key: value for key, value in KINDS[self.kind].items() if getattr(self, key) is None})
+        return self.model_copy(
+            update={key: value for key, value in KINDS[self.kind].items() if getattr(self, key) is None}
+        )
 
 
 class Made(NamedTuple):
@@ -101,8 +142,11 @@ class DMD(ScoreMethod):
         self.score = start_score(self.teacher, self.options.score_dropout)
         self.uncertain = has_uncertainty(self.score)
         if self.options.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
-            raise UserError(f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
-                            "would come out of the student", "set dmd.augment: 0")  # fmt: skip
+            raise UserError(
+                f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
+                "would come out of the student",
+                "set dmd.augment: 0",
+            )
         self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
@@ -142,7 +186,9 @@ class DMD(ScoreMethod):
     def settle(self) -> None:
         keep_normalised(self.student.network)
 
-    def score_step(self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]) -> None:
+    def score_step(
+        self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]
+    ) -> None:
         """One step of the score network: denoising of the student's samples, given or new ones."""
         for i, (_, draw) in enumerate(loop.micro_batches(batch, turn)):
             x, labels = self.new_samples(draw) if made is None else made[i]
@@ -152,7 +198,9 @@ class DMD(ScoreMethod):
             sigma = self.sigma(draw, self.options.score_t_dist, (0, LEVELS - 1), (0.0, 1.0))
             found = loop.net("score")(x + sigma * draw.randn(*x.shape[1:]), sigma.flatten(), labels, **asked)
             denoised, logvar = found if self.uncertain else (found, None)
-            loss = per_sample(denoising_loss(denoised, x, sigma, self.score.sigma_data, logvar), str(self.options.reduce)).mean()
+            loss = per_sample(
+                denoising_loss(denoised, x, sigma, self.score.sigma_data, logvar), str(self.options.reduce)
+            ).mean()
             log["loss_score"].append(loss)
             loop.backward(loss)
         loop.update("score")
@@ -207,9 +255,13 @@ def check(options: DMDOptions) -> DMDOptions:
     if not 0 <= options.t_range[0] <= options.t_range[1] <= 1:
         raise UserError(f"dmd.t_range: [{options.t_range[0]:g}, {options.t_range[1]:g}] is no part of [0, 1]")
     if options.samples == "same" and options.order == "score_first":
-        raise UserError("dmd.samples: with order score_first there are no samples yet for the score network", "set samples: fresh")
+        raise UserError(
+            "dmd.samples: with order score_first there are no samples yet for the score network", "set samples: fresh"
+        )
     if options.lambda_reg and options.regression == "perceptual" and options.extractor is None:
-        raise UserError("dmd.extractor: the perceptual distance needs a feature extractor", "for example `dmd.extractor: digits`")
+        raise UserError(
+            "dmd.extractor: the perceptual distance needs a feature extractor", "for example `dmd.extractor: digits`"
+        )
     return options
 
 

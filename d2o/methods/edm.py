@@ -20,9 +20,16 @@ from d2o.teachers.base import Spec, Teacher
 class EDMOptions(Options):
     p_mean: float = Field(-1.2, description="mean of ln sigma")
     p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma")
-    label_dropout: float = Field(0.0, ge=0, le=1, description="share of samples trained without their class (for classifier-free guidance)")
-    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations, of which the network is told (EDM: 0.12 on CIFAR-10, "
-                           "0.15 on FFHQ and AFHQv2; network.augment_dim: 9); 0: none")
+    label_dropout: float = Field(
+        0.0, ge=0, le=1, description="share of samples trained without their class (for classifier-free guidance)"
+    )
+    augment: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of EDM's augmentations, of which the network is told (EDM: 0.12 on CIFAR-10, "
+        "0.15 on FFHQ and AFHQv2; network.augment_dim: 9); 0: none",
+    )
     steps: int = Field(18, ge=1, description="Heun steps of previews and metrics")
 
 
@@ -35,22 +42,41 @@ class EDM(Method):
         assert setup.images is not None
         self.options: EDMOptions = setup.options
         channels, resolution, _ = setup.images.shape
-        config = {"img_resolution": resolution, "img_channels": channels, "label_dim": setup.images.classes, **setup.need_network()}
+        config = {
+            "img_resolution": resolution,
+            "img_channels": channels,
+            "label_dim": setup.images.classes,
+            **setup.need_network(),
+        }
         if config.get("arch") == "classifier":
-            raise UserError("network.arch: a classifier is not a denoiser; method edm trains ddpmpp, ncsnpp, adm or edm2")
+            raise UserError(
+                "network.arch: a classifier is not a denoiser; method edm trains ddpmpp, ncsnpp, adm or edm2"
+            )
         denoiser = build_network(config)
         assert isinstance(denoiser, Denoiser)
         self.denoiser, self.sigma_data = denoiser, denoiser.sigma_data
         if self.options.augment and config.get("augment_dim") != augment.LABELS:
-            raise UserError("edm.augment: the network takes no augmentation labels, so that the augmentations would come out of it",
-                            f"set network.augment_dim: {augment.LABELS} (ddpmpp, ncsnpp, adm), or edm.augment: 0")  # fmt: skip
+            raise UserError(
+                "edm.augment: the network takes no augmentation labels, so that the augmentations would come out of it",
+                f"set network.augment_dim: {augment.LABELS} (ddpmpp, ncsnpp, adm), or edm.augment: 0",
+            )
         self.uncertain = isinstance(denoiser, EDM2Precond) and denoiser.logvar_linear is not None
         classes = config["label_dim"]
-        if (channels, resolution, classes) != (self.denoiser.img_channels, self.denoiser.img_resolution, setup.images.classes):
+        if (channels, resolution, classes) != (
+            self.denoiser.img_channels,
+            self.denoiser.img_resolution,
+            setup.images.classes,
+        ):
             have = f"{channels} x {resolution} x {resolution}, {classes} classes"
             raise UserError(f"the network section asks for other images than the data has ({have})")
-        self._spec = Spec(setup.name, (channels, resolution, resolution), condition="label" if classes else "none", classes=classes,
-                          licence=setup.licence, guidable=self.options.label_dropout > 0)  # fmt: skip
+        self._spec = Spec(
+            setup.name,
+            (channels, resolution, resolution),
+            condition="label" if classes else "none",
+            classes=classes,
+            licence=setup.licence,
+            guidable=self.options.label_dropout > 0,
+        )
 
     def networks(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser}

@@ -34,13 +34,23 @@ CHECK_SEED = 2_000_000  # away from the seeds of pairs (from 0) and of previews
 
 
 class LatentDiffusionOptions(Options):
-    vae: str = Field(description="frozen autoencoder: run folder or checkpoint of method autoencoder, a diffusers folder, or tiny-sd (that ships)")
-    templates: list[str] = Field(["a photo of a {name}", "{name}"], description="captions; {name} becomes the class's; the first is the main one")
-    main: float = Field(0.5, ge=0, le=1, description="share of samples with the main caption; the others share the rest")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description='share of samples trained with the caption "" (for classifier-free guidance)')
+    vae: str = Field(
+        description="frozen autoencoder: run folder or checkpoint of method autoencoder, a diffusers folder, or tiny-sd (that ships)"
+    )
+    templates: list[str] = Field(
+        ["a photo of a {name}", "{name}"], description="captions; {name} becomes the class's; the first is the main one"
+    )
+    main: float = Field(
+        0.5, ge=0, le=1, description="share of samples with the main caption; the others share the rest"
+    )
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description='share of samples trained with the caption "" (for classifier-free guidance)'
+    )
     steps: int = Field(20, ge=1, description="DDIM steps of previews and of the accuracy")
     cfg: float = Field(3.0, ge=0, description="guidance weight of previews and of the accuracy; 1 is none")
-    extractor: str | None = Field(None, description="classifier whose agreement with the prompts is the metric `accuracy`")
+    extractor: str | None = Field(
+        None, description="classifier whose agreement with the prompts is the metric `accuracy`"
+    )
     check_n: int = Field(500, ge=1, description="generated samples of that metric")
 
 
@@ -53,19 +63,31 @@ class LatentDiffusion(Method):
         assert setup.images is not None and not isinstance(setup.images, LatentSet)
         self.options: LatentDiffusionOptions = setup.options
         if not setup.images.classes or setup.images.labels is None:
-            raise UserError(f"{setup.images.name} has no labels; captions are made from them", "give a folder with one sub-folder per class")
+            raise UserError(
+                f"{setup.images.name} has no labels; captions are made from them",
+                "give a folder with one sub-folder per class",
+            )
         self.captions = Captions(class_names(setup.images.class_names), self.options.templates)
-        vae = load_autoencoder(asset("tiny-sd") if self.options.vae == "tiny-sd" else Path(self.options.vae)).to(setup.device).eval()
+        vae = (
+            load_autoencoder(asset("tiny-sd") if self.options.vae == "tiny-sd" else Path(self.options.vae))
+            .to(setup.device)
+            .eval()
+        )
         channels, resolution, _ = setup.images.shape
         if (vae.vae.config.in_channels, resolution % vae.factor) != (channels, 0):
-            raise UserError(f"the autoencoder {self.options.vae} is not for images of {channels} x {resolution} x {resolution}")
+            raise UserError(
+                f"the autoencoder {self.options.vae} is not for images of {channels} x {resolution} x {resolution}"
+            )
         config = dict(setup.need_network())
         if config.pop("arch", "text_to_image") != "text_to_image":
             raise UserError("network.arch: method latent-diffusion trains text_to_image")
         if unknown := set(config) - {"unet", "text_encoder"}:
             raise UserError(f"network.{min(unknown)}: unknown key for text_to_image", "known: arch, unet, text_encoder")
         scale = 1.0 if setup.device.type == "meta" else latent_scale(vae, setup.images, setup.device)
-        frozen = {key: value for key, value in vae.config.items() if key != "arch"} | {"sample_size": resolution, "scaling_factor": scale}
+        frozen = {key: value for key, value in vae.config.items() if key != "arch"} | {
+            "sample_size": resolution,
+            "scaling_factor": scale,
+        }
         words = {word for caption in self.captions.all for word in WORD.findall(caption.lower())}
         self.model = TextToImage(frozen, config.get("unet", {}), config.get("text_encoder", {}), sorted(words))
         self.model.vae.load_state_dict(vae.vae.state_dict())
@@ -73,7 +95,9 @@ class LatentDiffusion(Method):
         self.ids = self.model.tokens.encode(self.captions.all).reshape(setup.images.classes, -1, 77).to(setup.device)
         self.no_caption = self.model.tokens.encode([""]).to(setup.device)
         licence = setup.licence
-        self._spec = Spec(setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50)
+        self._spec = Spec(
+            setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50
+        )
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": self.model}
@@ -122,7 +146,9 @@ class LatentDiffusion(Method):
         extractor = load_classifier(self.options.extractor, self.no_caption.device)
         n, classes = self.options.check_n, len(self.captions.table)
         if extractor.classes != classes:
-            raise UserError(f"latent_diffusion.extractor: {self.options.extractor} tells {extractor.classes} classes apart, the data has {classes}")
+            raise UserError(
+                f"latent_diffusion.extractor: {self.options.extractor} tells {extractor.classes} classes apart, the data has {classes}"
+            )
         right = 0
         for part in torch.arange(n).split(250):
             noise = noise_for_seeds((CHECK_SEED + part).tolist(), self._spec.shape).to(self.no_caption.device)

@@ -23,10 +23,16 @@ from d2o.teachers.base import Spec
 
 
 class ODEOptions(Options):
-    loss: Literal["mse", "l1", "pseudo_huber", "perceptual"] = Field("pseudo_huber", description="distance to the teacher's output")
-    huber_reduce: Literal["vector", "element"] = Field("vector", description="pseudo-Huber norm over the whole sample, or value by value")
+    loss: Literal["mse", "l1", "pseudo_huber", "perceptual"] = Field(
+        "pseudo_huber", description="distance to the teacher's output"
+    )
+    huber_reduce: Literal["vector", "element"] = Field(
+        "vector", description="pseudo-Huber norm over the whole sample, or value by value"
+    )
     extractor: str | None = Field(None, description="feature extractor of the perceptual loss (name or path)")
-    perceptual_mse: float = Field(0.1, ge=0, description="weight of the mean squared error that is added to the perceptual loss")
+    perceptual_mse: float = Field(
+        0.1, ge=0, description="weight of the mean squared error that is added to the perceptual loss"
+    )
 
 
 class ODE(Method):
@@ -52,7 +58,10 @@ class ODE(Method):
         self.student.requires_grad_(True).train()
         if self.options.loss == "perceptual":
             if self.options.extractor is None:
-                raise UserError("ode.extractor: the perceptual loss needs a feature extractor", "for example `ode.extractor: digits`")
+                raise UserError(
+                    "ode.extractor: the perceptual loss needs a feature extractor",
+                    "for example `ode.extractor: digits`",
+                )
             self.extractor = load_classifier(self.options.extractor, str(setup.device))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
@@ -79,9 +88,11 @@ class ODE(Method):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "kind": "student", "network": network_config(self.student.network), "spec": self.student.spec,
+            "kind": "student",
+            "network": network_config(self.student.network),
+            "spec": self.student.spec,
             "student": {"kind": "denoiser", "sigma": self.student.sigma},
-        }  # fmt: skip
+        }
 
     def spec(self) -> Spec:
         return self.student.spec

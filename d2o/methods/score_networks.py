@@ -32,7 +32,12 @@ class ScoreMethod(Method):
         return {"student": self.student, "score": self.score}
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "student", "network": network_config(self.student.network), "spec": self.student.spec, "student": self.student.record}
+        return {
+            "kind": "student",
+            "network": network_config(self.student.network),
+            "spec": self.student.spec,
+            "student": self.student.record,
+        }
 
     def spec(self) -> Spec:
         return self.student.spec
@@ -48,17 +53,23 @@ def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: boo
     if setup.start is not None:
         student = copy.deepcopy(setup.start)
         if type(student) is not Student or not isinstance(student.network, Denoiser):
-            raise UserError(f"method {method} trains students of one call of a denoiser; the one to start from is of kind {student.record['kind']}")
+            raise UserError(
+                f"method {method} trains students of one call of a denoiser; the one to start from is of kind {student.record['kind']}"
+            )
         if (student.spec.shape, student.spec.classes) != (teacher.spec.shape, teacher.spec.classes):
             theirs = f"{student.spec.shape} with {student.spec.classes} classes"
             raise UserError(f"the student to start from makes {theirs}, teacher {teacher.spec.name!r} other images")
         if student.sigma != sigma:
-            raise UserError(f"student.sigma is {sigma:g}, but the student to start from is called at {student.sigma:g}",
-                            f"set student.sigma: {student.sigma:g}")  # fmt: skip
+            raise UserError(
+                f"student.sigma is {sigma:g}, but the student to start from is called at {student.sigma:g}",
+                f"set student.sigma: {student.sigma:g}",
+            )
     else:
         if sigma >= teacher.spec.sigma_max and not at_sigma_max:
-            raise UserError(f"student.sigma is {sigma:g}, the teacher's highest noise level, of which its denoiser makes a mean of all images",
-                            f"method {method} calls its student at sigma_init: set student.sigma: 2.5")  # fmt: skip
+            raise UserError(
+                f"student.sigma is {sigma:g}, the teacher's highest noise level, of which its denoiser makes a mean of all images",
+                f"method {method} calls its student at sigma_init: set student.sigma: 2.5",
+            )
         scratch = setup.student.init == "scratch"
         config = {**network_config(teacher.network), **(setup.network or {})}
         student = Student(build_network(config) if scratch else copy.deepcopy(teacher.network), teacher.spec, sigma)
@@ -84,8 +95,13 @@ def has_uncertainty(network: nn.Module) -> bool:
 
 
 def look(
-    net: nn.Module, x_t: Tensor, sigma: Tensor, labels: Tensor | None, part: str = "decoder", augment_labels: Tensor | None = None
-) -> Any:  # fmt: skip
+    net: nn.Module,
+    x_t: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    part: str = "decoder",
+    augment_labels: Tensor | None = None,
+) -> Any:
     """(denoised, map, uncertainty) from one pass of a score network at sigma [B, 1, 1, 1]; None for what `part` leaves out or the network has not."""
     asked: dict[str, Any] = {} if part == "decoder" else {"part": part}
     if augment_labels is not None:
@@ -99,12 +115,16 @@ def look(
     return denoised, results.pop(0) if part != "decoder" else None, results.pop() if uncertain else None
 
 
-def true_score(teacher: Teacher, x_t: Tensor, sigma: Tensor, labels: Tensor | None, precision: str | None = None) -> Tensor:
+def true_score(
+    teacher: Teacher, x_t: Tensor, sigma: Tensor, labels: Tensor | None, precision: str | None = None
+) -> Tensor:
     """The teacher's denoised images at sigma [B, 1, 1, 1], in "fp32", "bf16", "fp16", or as the surroundings are (None). Gradients flow to x_t; the
     weights are frozen, and nothing is kept for theirs."""
     half: AbstractContextManager = nullcontext()
     if precision is not None and x_t.device.type != "meta":
-        half = torch.autocast(x_t.device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32")
+        half = torch.autocast(
+            x_t.device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32"
+        )
     with half:
         return teacher.network(x_t, sigma.flatten(), labels)
 
@@ -117,7 +137,9 @@ def labels_of_images(method: str, setup: Setup, spec: Spec) -> Tensor | None:
         return None
     if images.labels is None or images.classes != spec.classes:
         theirs = f"{images.classes} classes" if images.labels is not None and images.classes else "no classes"
-        raise UserError(f"{images.name} has {theirs}, teacher {spec.name!r} has {spec.classes}, and method {method} takes the classes from the data")
+        raise UserError(
+            f"{images.name} has {theirs}, teacher {spec.name!r} has {spec.classes}, and method {method} takes the classes from the data"
+        )
     return images.labels.to(setup.device)
 
 
@@ -128,13 +150,20 @@ def check_real_images(method: str, setup: Setup, teacher: Teacher) -> None:
     wanted = spec.shape
     if spec.space == "latent":
         if not hasattr(teacher, "latents"):
-            raise UserError(f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real images")
+            raise UserError(
+                f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real images"
+            )
         wanted = (3, PIXELS * spec.shape[1], PIXELS * spec.shape[2])
     if isinstance(images, LatentSet):
         wanted = (2 * spec.shape[0], *spec.shape[1:])
         if spec.space != "latent" or tuple(images.shape) != wanted:
             need, have = (" x ".join(map(str, shape)) for shape in (spec.shape, images.shape))
-            raise UserError(f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard deviations of {have}")
+            raise UserError(
+                f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard deviations of {have}"
+            )
     elif tuple(images.shape) != tuple(wanted):
         need, have = (" x ".join(map(str, shape)) for shape in (wanted, images.shape))
-        raise UserError(f"teacher {spec.name!r} makes images of {need}, {images.name} has {have}", "data.resolution and data.channels change them")
+        raise UserError(
+            f"teacher {spec.name!r} makes images of {need}, {images.name} has {have}",
+            "data.resolution and data.channels change them",
+        )

@@ -18,7 +18,15 @@ from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.losses.style import d_logistic
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, check_real_images, labels_of_images, look, start_score, start_student, true_score
+from d2o.methods.score_networks import (
+    ScoreMethod,
+    check_real_images,
+    labels_of_images,
+    look,
+    start_score,
+    start_student,
+    true_score,
+)
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
@@ -32,47 +40,96 @@ ForceWN = Literal["post_step", "pre_forward", "off"]
 
 
 class SiDOptions(Options):
-    alpha: float = Field(1.2, description="weight of the squared difference of the scores (SiD 1.0 or 1.2; SiDA 1.0; SiD2A 1.0 or 1.2)")
-    tmax: int = Field(800, ge=1, le=1000, description="the student's noise levels are those of t in [0, tmax / 1000] of the noise schedule")
+    alpha: float = Field(
+        1.2, description="weight of the squared difference of the scores (SiD 1.0 or 1.2; SiDA 1.0; SiD2A 1.0 or 1.2)"
+    )
+    tmax: int = Field(
+        800,
+        ge=1,
+        le=1000,
+        description="the student's noise levels are those of t in [0, tmax / 1000] of the noise schedule",
+    )
     sigma_min: float = Field(0.002, gt=0, description="noise level at t = 0")
     sigma_max: float = Field(80.0, gt=0, description="noise level at t = 1")
     rho: float = Field(7.0, gt=0, description="curvature of the noise schedule")
     lambda_sid: float = Field(100.0, ge=0, description="weight of the student's loss, a sum over pixels")
-    lambda_score: float = Field(1.0, ge=0, description="weight of the score network's denoising loss, a sum over pixels")
+    lambda_score: float = Field(
+        1.0, ge=0, description="weight of the score network's denoising loss, a sum over pixels"
+    )
     p_mean: float = Field(-1.2, description="mean of ln sigma in the score network's training (EDM2: -0.4)")
-    p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in the score network's training (EDM2: 1.0)")
-    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none")
-    train_dropout: bool = Field(True, description="dropout of the student in its own step; there is none where it makes images for the score network")
-    score_dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the score network in its own step (default none: the teacher's)")
-    uncertainty: bool = Field(True, description="EDM2: weigh losses by the score network's uncertainty, where it has the head for it")
+    p_std: float = Field(
+        1.2, gt=0, description="standard deviation of ln sigma in the score network's training (EDM2: 1.0)"
+    )
+    augment: float = Field(
+        0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none"
+    )
+    train_dropout: bool = Field(
+        True,
+        description="dropout of the student in its own step; there is none where it makes images for the score network",
+    )
+    score_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout of the score network in its own step (default none: the teacher's)"
+    )
+    uncertainty: bool = Field(
+        True, description="EDM2: weigh losses by the score network's uncertainty, where it has the head for it"
+    )
     student_force_wn: ForceWN | None = Field(
-        None, description="EDM2: forced weight normalisation of the student (default none: as the network that it begins from says)")
+        None,
+        description="EDM2: forced weight normalisation of the student (default none: as the network that it begins from says)",
+    )
     score_force_wn: ForceWN | None = Field(
-        None, description="EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the published runs "
-        "have it on for SiD, off for SiDA and SiD2A)")
-    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="precision of the true score (default none: as the rest)")
+        None,
+        description="EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the published runs "
+        "have it on for SiD, off for SiDA and SiD2A)",
+    )
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="precision of the true score (default none: as the rest)"
+    )
     labels: Literal["uniform", "data"] | None = Field(
-        None, description="classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if adversarial)")
+        None,
+        description="classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if adversarial)",
+    )
     nan: Literal["drop", "raise"] = Field(
-        "raise", description="a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients: zero: as published)")
-    adversarial: bool = Field(False, description="SiDA: the score network's encoder tells real images from the student's")
+        "raise",
+        description="a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients: zero: as published)",
+    )
+    adversarial: bool = Field(
+        False, description="SiDA: the score network's encoder tells real images from the student's"
+    )
     start_g_nimg: int | None = Field(
-        None, ge=0, description="images after which the student starts to learn (default none: 100000 if adversarial, else at once)")
-    start_adv_nimg: int = Field(200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial")
+        None,
+        ge=0,
+        description="images after which the student starts to learn (default none: 100000 if adversarial, else at once)",
+    )
+    start_adv_nimg: int = Field(
+        200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial"
+    )
     lambda_adv: float = Field(0.01, ge=0, description="weight of the student's adversarial loss, times C H W")
     lambda_d: float = Field(1.0, ge=0, description="weight of the score network's loss as a discriminator (EDM2: 100)")
     batch_pool: int | None = Field(
-        None, ge=1, description="samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one GPU); 1: each by "
-        "itself (default none: the whole batch)")
+        None,
+        ge=1,
+        description="samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one GPU); 1: each by "
+        "itself (default none: the whole batch)",
+    )
     gen_adv: Literal["nonsat_bce", "linear_fakeness", "saturating"] = Field(
-        "nonsat_bce", description="the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or log(1 - D)")
-    logit_clamp: float | None = Field(10.0, gt=0, description="maps beyond this give the student no gradient; null: all do")
+        "nonsat_bce",
+        description="the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or log(1 - D)",
+    )
+    logit_clamp: float | None = Field(
+        10.0, gt=0, description="maps beyond this give the student no gradient; null: all do"
+    )
     adv_half: Literal["single", "double"] = Field(
-        "single", description="the adversarial loss is halved once (eq. 8), or twice (Algorithm 1, line 15)")
+        "single", description="the adversarial loss is halved once (eq. 8), or twice (Algorithm 1, line 15)"
+    )
     real_noise: Literal["shared", "shared_sigma", "independent"] = Field(
-        "shared", description="noise of the real images: the fakes' own, another of the same level, or one of its own level")
+        "shared",
+        description="noise of the real images: the fakes' own, another of the same level, or one of its own level",
+    )
     disc_map: Literal["enc_last_mean", "mid_mean"] = Field(
-        "enc_last_mean", description="the map is taken after the encoder's last block, or after the two blocks in the U-Net's middle")
+        "enc_last_mean",
+        description="the map is taken after the encoder's last block, or after the two blocks in the U-Net's middle",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -119,18 +176,25 @@ class SiD(ScoreMethod):
     def check(self, o: SiDOptions) -> None:
         """UserError: options that do not fit each other, the batch or the network."""
         if o.sigma_min >= o.sigma_max:
-            raise UserError(f"sid: sigma_min {o.sigma_min:g} and sigma_max {o.sigma_max:g} are no range of noise levels")
+            raise UserError(
+                f"sid: sigma_min {o.sigma_min:g} and sigma_max {o.sigma_max:g} are no range of noise levels"
+            )
         if o.adversarial and o.labels == "uniform":
-            raise UserError("sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same classes",
-                            "leave sid.labels away")  # fmt: skip
+            raise UserError(
+                "sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same classes",
+                "leave sid.labels away",
+            )
         if o.adversarial and self.batch % (o.batch_pool or 1):
             raise UserError(f"sid.batch_pool: {o.batch_pool} does not divide the batch of {self.batch}")
         for key in ("student_force_wn", "score_force_wn"):
             if getattr(o, key) and not isinstance(self.score, EDM2Precond):
                 raise UserError(f"sid.{key}: only networks of EDM2 have forced weight normalisation", "leave it away")
         if o.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
-            raise UserError(f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
-                            "would come out of the student", "set sid.augment: 0")  # fmt: skip
+            raise UserError(
+                f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
+                "would come out of the student",
+                "set sid.augment: 0",
+            )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Algorithm 1: the score network's step, then the student's, each with fresh noises. By the images seen before this iteration: at first the
@@ -143,7 +207,9 @@ class SiD(ScoreMethod):
         if self.stepped:
             self.student_step(loop, batch, log, adversarial=o.adversarial and seen > o.start_adv_nimg)
         scalars = {key: loop.mean(values) for key, values in log.items()}
-        bad = self.batch * torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars]).sum()
+        bad = (
+            self.batch * torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars]).sum()
+        )
         if o.nan == "drop":
             scalars["nan_samples"] = bad
         else:
@@ -153,7 +219,11 @@ class SiD(ScoreMethod):
     def heaviest(self) -> int:
         """One in which both the student learns and its images are compared with real ones."""
         o = self.options
-        return (max(o.start_adv_nimg, o.start_g_nimg or 0, 100_000) // self.batch + 1) if o.adversarial else (o.start_g_nimg or 0) // self.batch + 1
+        return (
+            (max(o.start_adv_nimg, o.start_g_nimg or 0, 100_000) // self.batch + 1)
+            if o.adversarial
+            else (o.start_g_nimg or 0) // self.batch + 1
+        )
 
     def score_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
         """The score network learns the score of the student's images (Algorithm 1, lines 4-7), and to tell them from real ones (SiDA)."""
@@ -169,7 +239,9 @@ class SiD(ScoreMethod):
             y, told = self.augment(x, draw)
             sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
             normal = draw.randn(*y.shape[1:])
-            denoised, fake, u = look(net, y + sigma * normal, sigma, labels, "encoder_decoder" if o.adversarial else "decoder", told)
+            denoised, fake, u = look(
+                net, y + sigma * normal, sigma, labels, "encoder_decoder" if o.adversarial else "decoder", told
+            )
             keep = keep & finite(denoised)
             score = self.per_sample(losses.denoising_loss(denoised, y, sigma, self.score.sigma_data, u), keep)
             loss = o.lambda_score * score
@@ -181,8 +253,13 @@ class SiD(ScoreMethod):
                 if o.real_noise != "shared":
                     normal = draw.randn(*y.shape[1:])
                 _, real, real_u = look(net, y + real_sigma * normal, real_sigma, labels, "encoder", told)
-                weights = (losses.edm_weight(real_sigma, self.score.sigma_data, real_u), losses.edm_weight(sigma, self.score.sigma_data, u))
-                loss = loss + o.lambda_d * losses.discriminator_loss(real, fake, self.pool(draw), *weights, self.dropping(keep))
+                weights = (
+                    losses.edm_weight(real_sigma, self.score.sigma_data, real_u),
+                    losses.edm_weight(sigma, self.score.sigma_data, u),
+                )
+                loss = loss + o.lambda_d * losses.discriminator_loss(
+                    real, fake, self.pool(draw), *weights, self.dropping(keep)
+                )
                 self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=d_logistic(real, fake))
             loop.backward(loss.mean())
             self.note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
@@ -203,14 +280,18 @@ class SiD(ScoreMethod):
                 true = true_score(self.teacher, x_t, sigma, labels, o.teacher_precision)
                 fake, logits, u = look(net, x_t, sigma, labels, "encoder_decoder" if adversarial else "decoder")
                 keep = finite(x, true, fake)
-                if o.nan == "drop" and x.requires_grad:  # what went wrong in a network must not come back as a gradient either
+                if (
+                    o.nan == "drop" and x.requires_grad
+                ):  # what went wrong in a network must not come back as a gradient either
                     x.register_hook(lambda gradient, keep=keep: torch.where(each(keep), gradient, 0))
                 weight = losses.mean_error(x, true, u)
                 weight = torch.where(each(keep), weight, 1) if o.nan == "drop" else weight
                 sid = self.per_sample(losses.sid_loss(x, true, fake, o.alpha, weight), keep)
                 loss = o.lambda_sid * sid
                 if adversarial:
-                    paid = losses.generator_adversarial(logits, self.pool(draw), o.gen_adv, o.logit_clamp, self.dropping(keep))
+                    paid = losses.generator_adversarial(
+                        logits, self.pool(draw), o.gen_adv, o.logit_clamp, self.dropping(keep)
+                    )
                     gan = self.per_sample(x[0].numel() * paid / weight.flatten(), keep)
                     loss = 0.5 * loss + (0.5 if o.adv_half == "single" else 0.25) * o.lambda_adv * gan
                     self.note(log, loss_adv=paid.mean())
@@ -251,9 +332,15 @@ class SiD(ScoreMethod):
         """Samples of a pooling group. UserError: the groups do not fit in a micro-batch."""
         size = self.options.batch_pool or self.batch
         if draw.count % size:
-            what = f"{size}, the whole batch (sid.batch_pool: null)," if self.options.batch_pool is None else f"{size} (sid.batch_pool)"
-            raise UserError(f"adversarial losses are averaged over groups of {what} and a forward pass of one process has {draw.count} samples",
-                            "make micro_batch, and the share of each process, a multiple of sid.batch_pool")  # fmt: skip
+            what = (
+                f"{size}, the whole batch (sid.batch_pool: null),"
+                if self.options.batch_pool is None
+                else f"{size} (sid.batch_pool)"
+            )
+            raise UserError(
+                f"adversarial losses are averaged over groups of {what} and a forward pass of one process has {draw.count} samples",
+                "make micro_batch, and the share of each process, a multiple of sid.batch_pool",
+            )
         return size
 
     def per_sample(self, values: Tensor, keep: Tensor) -> Tensor:
@@ -270,8 +357,11 @@ class SiD(ScoreMethod):
         self.bad = self.bad + bad
         if self.device.type == "cpu" or (self.device.type != "meta" and (iteration + 1) % CHECK_EVERY == 0):
             if (count := round(float(self.bad))) > 0:
-                raise UserError(f"{count} samples were not finite up to iteration {iteration}", "lower optim.lr, or take sid.nan: drop with "
-                                "bad_gradients: zero, which leave them out; the last checkpoint is from before this")  # fmt: skip
+                raise UserError(
+                    f"{count} samples were not finite up to iteration {iteration}",
+                    "lower optim.lr, or take sid.nan: drop with "
+                    "bad_gradients: zero, which leave them out; the last checkpoint is from before this",
+                )
 
     @staticmethod
     def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:

@@ -28,13 +28,21 @@ from d2o.teachers.base import Spec
 class SPIGANOptions(Options):
     K: int = Field(2, ge=1, description="times of an iteration; the last is 1, the clean image")
     j_sampling: Literal["uniform_sorted", "stratified", "fixed", "fixed_with_0"] = Field(
-        "uniform_sorted", description="the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; k / K (the ablation); these and "
-        "0, which is x_T")
-    update_mode: Literal["per_j", "joint"] = Field("per_j", description="one step of each network for each time, or one for the mean over all times")
+        "uniform_sorted",
+        description="the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; k / K (the ablation); these and "
+        "0, which is x_T",
+    )
+    update_mode: Literal["per_j", "joint"] = Field(
+        "per_j", description="one step of each network for each time, or one for the mean over all times"
+    )
     ivp: Literal["restart", "incremental", "incremental_detach"] = Field(
-        "restart", description="h(t_k) solved from 0; from h(t_{k-1}) with gradients (joint); or from its value without (per_j)")
+        "restart",
+        description="h(t_k) solved from 0; from h(t_{k-1}) with gradients (joint); or from its value without (per_j)",
+    )
     latent: Literal["xT", "z", "alternate"] = Field(
-        "xT", description="noise that the generator starts from: x_T of the images, fresh noise, or x_T for the critic's step and fresh for its own")
+        "xT",
+        description="noise that the generator starts from: x_T of the images, fresh noise, or x_T for the critic's step and fresh for its own",
+    )
     pair_noise: bool = Field(True, description="the real path ends in the same x_T as the fake one; false: in another")
     process: Literal["vp", "ve", "subvp"] = Field("vp", description="forward process of x_T")
     mixing_prob: float = Field(0.0, ge=0, le=1, description="share of images whose styles come from two noises")
@@ -42,14 +50,21 @@ class SPIGANOptions(Options):
     r1_every: int = Field(16, ge=1, description="iterations from one R1 to the next; its weight is multiplied by this")
     pl_weight: float = Field(0.0, ge=0, description="weight of path length regularisation; 0: none")
     pl_every: int = Field(4, ge=1, description="iterations from one to the next; its weight is multiplied by this")
-    lazy_correction: bool = Field(False, description="StyleGAN2's correction for lazy regularisation: with c = k / (k + 1), k the interval of the "
-                                  "network's regulariser whatever its weight, learning rates times c and betas to the power of c")  # fmt: skip
+    lazy_correction: bool = Field(
+        False,
+        description="StyleGAN2's correction for lazy regularisation: with c = k / (k + 1), k the interval of the "
+        "network's regulariser whatever its weight, learning rates times c and betas to the power of c",
+    )
     ada: str | None = Field("bgc", description="augmentation pipeline (b, bg, bgc, bgcf, bgcfn, bgcfnc); null: none")
-    ada_target: float = Field(0.6, ge=-1, le=1, description="what the mean sign of the critic's logits of real images is held at")
+    ada_target: float = Field(
+        0.6, ge=-1, le=1, description="what the mean sign of the critic's logits of real images is held at"
+    )
     ada_interval: int = Field(4, ge=1, description="iterations between two moves of the probability")
     ada_kimg: float = Field(500, gt=0, description="thousand images in which the probability can go from 0 to 1")
     ada_fixed: float | None = Field(None, ge=0, le=1, description="hold the probability here instead")
-    critic: dict[str, Any] = Field({}, description="options of the critic (blocks, base, max_channels, mbstd_group, time, time_scale, ...)")
+    critic: dict[str, Any] = Field(
+        {}, description="options of the critic (blocks, base, max_channels, mbstd_group, time, time_scale, ...)"
+    )
 
 
 class SPIGAN(GeneratorMethod):
@@ -63,16 +78,22 @@ class SPIGAN(GeneratorMethod):
         if o.ada is not None and o.ada not in PIPES:
             raise unknown("spi_gan.ada: augmentation pipeline", o.ada, PIPES)
         if (o.ivp == "incremental") != (o.update_mode == "joint") and o.ivp != "restart":
-            raise UserError(f"spi_gan.ivp: {o.ivp} does not go with update_mode {o.update_mode}", "joint: restart, incremental; per_j: restart, "
-                            "incremental_detach")  # fmt: skip
+            raise UserError(
+                f"spi_gan.ivp: {o.ivp} does not go with update_mode {o.update_mode}",
+                "joint: restart, incremental; per_j: restart, incremental_detach",
+            )
         own = {"arch": "style_generator", "img_resolution": resolution, "img_channels": channels}
         config = {**own, **setup.need_network()}
         if any(config[key] != value for key, value in own.items()):
-            raise UserError(f"network: method spi-gan trains a style_generator of the data's {channels} x {resolution} x {resolution} pixels")
+            raise UserError(
+                f"network: method spi-gan trains a style_generator of the data's {channels} x {resolution} x {resolution} pixels"
+            )
         generator = build_network(config) if setup.start is None else self.continued(setup.start)
         assert isinstance(generator, StyleGenerator)
         self.generator = generator
-        self.critic = build_network({"arch": "style_critic", "img_resolution": resolution, "img_channels": channels, **o.critic})
+        self.critic = build_network(
+            {"arch": "style_critic", "img_resolution": resolution, "img_channels": channels, **o.critic}
+        )
         self.process = get_process(o.process)
         self.pipeline = AdaPipeline(o.ada) if o.ada else None
         self.controller = AdaController(setup.batch, o.ada_target, o.ada_interval, o.ada_kimg, fixed=o.ada_fixed)
@@ -95,7 +116,9 @@ class SPIGAN(GeneratorMethod):
             return options
         every = self.options.pl_every if name == "generator" else self.options.r1_every
         c = every / (every + 1)
-        return options.model_copy(update={"lr": c * options.lr, "final_lr": c * options.final_lr, "betas": tuple(b**c for b in options.betas)})
+        return options.model_copy(
+            update={"lr": c * options.lr, "final_lr": c * options.final_lr, "betas": tuple(b**c for b in options.betas)}
+        )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Algorithm 1: for each time, ascending, the generator (mapping and synthesis together), then the critic."""
@@ -114,7 +137,9 @@ class SPIGAN(GeneratorMethod):
             for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                 z = draw.randn(*self._spec.shape) if o.latent in ("z", "alternate") else starts[i]
                 mix, start = self.mix(draw), self.go_on(kept[i], times, group)
-                fake, _, h = loop.net("generator")(noises=self.noises(draw, len(group)), z=z, times=group, mix=mix, start=start)
+                fake, _, h = loop.net("generator")(
+                    noises=self.noises(draw, len(group)), z=z, times=group, mix=mix, start=start
+                )
                 with loop.frozen("critic") as critic:
                     loss = g_logistic(self.judge(critic, fake, group, draw))
                     loop.backward(loss)
@@ -131,7 +156,9 @@ class SPIGAN(GeneratorMethod):
                     mix = self.mix(draw)
                     mix = mix and (mix[0][::2], mix[1][::2])
                     fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group, mix=mix)
-                    loss = self.path_length(fake, ws, noise=_halves(draw, self._spec.shape, group), share=loop.everywhere)
+                    loss = self.path_length(
+                        fake, ws, noise=_halves(draw, self._spec.shape, group), share=loop.everywhere
+                    )
                     loop.backward(loss * o.pl_weight * o.pl_every)
                     log.setdefault("path_length", []).append(loss)
                 loop.update("generator")
@@ -140,13 +167,19 @@ class SPIGAN(GeneratorMethod):
             for i, (micro, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                 z = draw.randn(*self._spec.shape) if o.latent == "z" else starts[i]
                 with torch.no_grad():
-                    fake, _, _ = loop.net("generator")(noises=self.noises(draw, len(group)), z=z, times=group, mix=self.mix(draw))
+                    fake, _, _ = loop.net("generator")(
+                        noises=self.noises(draw, len(group)), z=z, times=group, mix=self.mix(draw)
+                    )
                 real = self.straight_path(micro, starts[i], group, draw)
                 logits = [self.judge(loop.net("critic"), x, group, draw) for x in (real, fake)]
                 loss = d_logistic(*logits)
                 loop.backward(loss)
                 signs.append(logits[0].detach().sign().mean())
-                for key, value in (("loss_d", loss), ("logit_real", logits[0].mean()), ("logit_fake", logits[1].mean())):
+                for key, value in (
+                    ("loss_d", loss),
+                    ("logit_real", logits[0].mean()),
+                    ("logit_fake", logits[1].mean()),
+                ):
                     log.setdefault(key, []).append(value)
                 if group[-1] == 1 and len(z) > 1:
                     log.setdefault("diversity", []).append(spread(fake[-len(z) :]) / spread(real[-len(z) :]))
@@ -192,7 +225,11 @@ class SPIGAN(GeneratorMethod):
         """Logits of augmented images, time after time: what looks at a whole batch sees one time."""
         logits = []
         for t, x in zip(times, images.chunk(len(times)), strict=True):
-            seen = x if self.pipeline is None else self.pipeline(x, self.controller.p, _first(draw.randn, len(x)), _first(draw.rand, len(x)))
+            seen = (
+                x
+                if self.pipeline is None
+                else self.pipeline(x, self.controller.p, _first(draw.randn, len(x)), _first(draw.rand, len(x)))
+            )
             logits.append(critic(seen, t))
         return torch.cat(logits)
 
@@ -206,7 +243,9 @@ class SPIGAN(GeneratorMethod):
 
     def noises(self, draw: Draws, times: int) -> list[Tensor]:
         """The synthesis network's noise for the images at so many times, one after the other."""
-        return [torch.cat([draw.randn(*shape) for _ in range(times)]) for shape in self.generator.synthesis.noise_shapes]
+        return [
+            torch.cat([draw.randn(*shape) for _ in range(times)]) for shape in self.generator.synthesis.noise_shapes
+        ]
 
     def go_on(self, kept: Tensor | None, times: list[float], group: list[float]) -> Tensor | None:
         """h(t_k) from the value of h(t_{k-1}), with the gradient of the last segment alone."""

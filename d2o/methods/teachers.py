@@ -37,12 +37,17 @@ def check_kind(method: str, kind: Kind) -> None:
     wanted = get_method(method).takes
     if not wanted:
         what = f"method {method} learns without a teacher, and the recipe has `teacher: {kind.name}`"
-        raise UserError(what, f"take `teacher` out, or a method that distils: {', '.join(name for name in method_names() if get_method(name).takes)}")
+        raise UserError(
+            what,
+            f"take `teacher` out, or a method that distils: {', '.join(name for name in method_names() if get_method(name).takes)}",
+        )
     if ways := methods_for(kind):
         first = f"methods that take this teacher: {', '.join(ways)}"
     else:
         commands = f"d2o sample --teacher {kind.name}, d2o pairs --teacher {kind.name}"
-        measured = f", d2o eval {kind.name}" if kind.name in teacher_names() or Path(kind.name).exists() else ""  # not from the hub itself
+        measured = (
+            f", d2o eval {kind.name}" if kind.name in teacher_names() or Path(kind.name).exists() else ""
+        )  # not from the hub itself
         first = f"no method trains on such a teacher yet; what it can do: {commands}{measured}"
     rest = "any of NVIDIA's .pkl, and what `d2o train` makes with method edm"
     names = "digits, edm-..., edm2-..." if wanted == "edm" else "digits, edm-..."

@@ -19,7 +19,12 @@ def accuracy(runs: Sequence[Measured], x: Subject, extractor: Extractor | None) 
     Labels (-1: none) count if x has as many classes as the extractor; a set of images whose classes are called by numbers may hold a few.
     """
     classes = x.spec.classes if isinstance(x, Generator) else x.classes if isinstance(x, Pictures) else 0
-    if extractor is None or extractor.shape is None or not extractor.classes or classes not in (None, extractor.classes):
+    if (
+        extractor is None
+        or extractor.shape is None
+        or not extractor.classes
+        or classes not in (None, extractor.classes)
+    ):
         return {}
     shares, right, seen = [], *torch.zeros(2, extractor.classes, dtype=torch.int64)
     for run in runs:
@@ -35,5 +40,16 @@ def accuracy(runs: Sequence[Measured], x: Subject, extractor: Extractor | None) 
     if not shares:
         return {}
     per_class = {str(c): int(right[c]) / int(seen[c]) for c in range(extractor.classes) if seen[c]}
-    return {"accuracy": {"label": "accuracy", "value": stats.fmean(shares), "runs": shares, "std": stats.stdev(shares) if len(shares) > 1 else None,
-                         "error": "runs", "better": "higher", "percent": True, "per_class": per_class, "n": int(seen.sum())}}  # fmt: skip
+    return {
+        "accuracy": {
+            "label": "accuracy",
+            "value": stats.fmean(shares),
+            "runs": shares,
+            "std": stats.stdev(shares) if len(shares) > 1 else None,
+            "error": "runs",
+            "better": "higher",
+            "percent": True,
+            "per_class": per_class,
+            "n": int(seen.sum()),
+        }
+    }

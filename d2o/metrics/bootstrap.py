@@ -75,8 +75,12 @@ def _check(features: Tensor, least: int, samples: int) -> None:
     if features.ndim != 2:
         raise UserError(f"values of shape {tuple(features.shape)} where one row an image is expected")
     if len(features) < least:
-        raise UserError(f"a bootstrap over {len(features)} image{'s' * (len(features) != 1)}; it needs at least {least}")
+        raise UserError(
+            f"a bootstrap over {len(features)} image{'s' * (len(features) != 1)}; it needs at least {least}"
+        )
     if samples < 2:
         raise UserError(f"a standard deviation needs at least 2 resamples, not {samples}", "--bootstrap 100 is common")
     if not bool(torch.isfinite(features).all()):
-        raise UserError("the features hold values that are not finite", "the extractor's weights or the images are damaged")
+        raise UserError(
+            "the features hold values that are not finite", "the extractor's weights or the images are damaged"
+        )

@@ -35,36 +35,144 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("fd", "Fréchet distance over the extractor's features", scores.frechet, {"fd": LOWER}),
-        Metric("fid", "the same over the 2015 Inception network, TF-style bilinear resize (EDM, torch-fidelity)", scores.frechet,
-               {"fid": LOWER}, extractor="inception"),
-        Metric("fid-clean", "clean-fid's: bicubic antialiased resize", scores.frechet, {"fid-clean": LOWER}, extractor="inception-clean"),
-        Metric("fid-pytorch", "pytorch-fid's: half-pixel bilinear resize", scores.frechet, {"fid-pytorch": LOWER},
-               extractor="inception-legacy_pytorch"),
-        Metric("sfid", "over spatial features of Inception (guided-diffusion)", scores.frechet, {"sfid": LOWER}, "spatial", "inception"),
-        Metric("fd-dinov2", "over DINOv2 ViT-L/14 (EDM2, dgm-eval)", scores.frechet, {"fd-dinov2": LOWER}, extractor="dinov2_vitl14"),
-        Metric("clip-fid", "over OpenAI's CLIP ViT-B/32 (clean-fid)", scores.frechet, {"clip-fid": LOWER}, extractor="clip"),
-        Metric("fd-class", "mean over the classes of the Fréchet distance within each", scores.frechet_by_class, {"fd-class": LOWER},
-               reference="rows"),
+        Metric(
+            "fid",
+            "the same over the 2015 Inception network, TF-style bilinear resize (EDM, torch-fidelity)",
+            scores.frechet,
+            {"fid": LOWER},
+            extractor="inception",
+        ),
+        Metric(
+            "fid-clean",
+            "clean-fid's: bicubic antialiased resize",
+            scores.frechet,
+            {"fid-clean": LOWER},
+            extractor="inception-clean",
+        ),
+        Metric(
+            "fid-pytorch",
+            "pytorch-fid's: half-pixel bilinear resize",
+            scores.frechet,
+            {"fid-pytorch": LOWER},
+            extractor="inception-legacy_pytorch",
+        ),
+        Metric(
+            "sfid",
+            "over spatial features of Inception (guided-diffusion)",
+            scores.frechet,
+            {"sfid": LOWER},
+            "spatial",
+            "inception",
+        ),
+        Metric(
+            "fd-dinov2",
+            "over DINOv2 ViT-L/14 (EDM2, dgm-eval)",
+            scores.frechet,
+            {"fd-dinov2": LOWER},
+            extractor="dinov2_vitl14",
+        ),
+        Metric(
+            "clip-fid", "over OpenAI's CLIP ViT-B/32 (clean-fid)", scores.frechet, {"clip-fid": LOWER}, extractor="clip"
+        ),
+        Metric(
+            "fd-class",
+            "mean over the classes of the Fréchet distance within each",
+            scores.frechet_by_class,
+            {"fd-class": LOWER},
+            reference="rows",
+        ),
         Metric("kid", "kernel distance, polynomial kernel, unbiased", scores.kernel, {"kid": LOWER}, reference="rows"),
-        Metric("is", "Inception Score: of the extractor's classes", scores.inception, {"is": HIGHER}, "logits", "inception", reference=""),
-        Metric("pr", "improved precision and recall", scores.precision_recall, {"precision": HIGHER, "recall": HIGHER}, reference="rows"),
-        Metric("dc", "density and coverage", scores.density_coverage, {"density": HIGHER, "coverage": HIGHER}, reference="rows"),
-        Metric("prdc", "all four in one pass over the distances", scores.prdc,
-               {"precision": HIGHER, "recall": HIGHER, "density": HIGHER, "coverage": HIGHER}, reference="rows"),
-        Metric("rel-fd", "Fréchet distance to the teacher's images of the same seeds", scores.frechet, {"rel-fd": LOWER}, reference="teacher"),
-        Metric("rel-fid", "the same over Inception (GDD)", scores.frechet, {"rel-fid": LOWER}, extractor="inception", reference="teacher"),
-        Metric("clip-score", "mean cosine of image and prompt (GigaGAN's protocol)", scores.clip_score, {"clip-score": HIGHER}, "",
-               reference=""),
-        Metric("dreamdiv", "DreamDiv: mean DreamSim distance among images of one prompt", scores.dream_diversity, {"dreamdiv": HIGHER},
-               extractor="dreamsim", reference="diversity"),
-        Metric("dreamsim", "mean DreamSim distance to the teacher's image of equal noise", scores.paired, {"dreamsim": LOWER}, "",
-               reference="pair"),
-        Metric("lpips", "mean LPIPS (AlexNet) to the teacher's image of equal noise", scores.paired, {"lpips": LOWER}, "", reference="pair"),
+        Metric(
+            "is",
+            "Inception Score: of the extractor's classes",
+            scores.inception,
+            {"is": HIGHER},
+            "logits",
+            "inception",
+            reference="",
+        ),
+        Metric(
+            "pr",
+            "improved precision and recall",
+            scores.precision_recall,
+            {"precision": HIGHER, "recall": HIGHER},
+            reference="rows",
+        ),
+        Metric(
+            "dc",
+            "density and coverage",
+            scores.density_coverage,
+            {"density": HIGHER, "coverage": HIGHER},
+            reference="rows",
+        ),
+        Metric(
+            "prdc",
+            "all four in one pass over the distances",
+            scores.prdc,
+            {"precision": HIGHER, "recall": HIGHER, "density": HIGHER, "coverage": HIGHER},
+            reference="rows",
+        ),
+        Metric(
+            "rel-fd",
+            "Fréchet distance to the teacher's images of the same seeds",
+            scores.frechet,
+            {"rel-fd": LOWER},
+            reference="teacher",
+        ),
+        Metric(
+            "rel-fid",
+            "the same over Inception (GDD)",
+            scores.frechet,
+            {"rel-fid": LOWER},
+            extractor="inception",
+            reference="teacher",
+        ),
+        Metric(
+            "clip-score",
+            "mean cosine of image and prompt (GigaGAN's protocol)",
+            scores.clip_score,
+            {"clip-score": HIGHER},
+            "",
+            reference="",
+        ),
+        Metric(
+            "dreamdiv",
+            "DreamDiv: mean DreamSim distance among images of one prompt",
+            scores.dream_diversity,
+            {"dreamdiv": HIGHER},
+            extractor="dreamsim",
+            reference="diversity",
+        ),
+        Metric(
+            "dreamsim",
+            "mean DreamSim distance to the teacher's image of equal noise",
+            scores.paired,
+            {"dreamsim": LOWER},
+            "",
+            reference="pair",
+        ),
+        Metric(
+            "lpips",
+            "mean LPIPS (AlexNet) to the teacher's image of equal noise",
+            scores.paired,
+            {"lpips": LOWER},
+            "",
+            reference="pair",
+        ),
         Metric("lpips-vgg", "mean LPIPS (VGG-16)", scores.paired, {"lpips-vgg": LOWER}, "", reference="pair"),
-        *(Metric(f"latent-lpips-{space}", f"mean LatentLPIPS of {space} latents", scores.paired, {f"latent-lpips-{space}": LOWER}, "",
-                 reference="pair") for space in ("sd15", "sd21", "sdxl", "sd3", "flux")),
+        *(
+            Metric(
+                f"latent-lpips-{space}",
+                f"mean LatentLPIPS of {space} latents",
+                scores.paired,
+                {f"latent-lpips-{space}": LOWER},
+                "",
+                reference="pair",
+            )
+            for space in ("sd15", "sd21", "sdxl", "sd3", "flux")
+        ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -93,12 +201,17 @@ def parse_metrics(names: Sequence[str]) -> list[Want]:
         metric = METRICS[name]
         fixed = metric.extractor not in (None, extractor) and name != "is"
         if at and (fixed or not metric.output):
-            raise UserError(f"metric {text!r}: {name} has no choice of extractor", "fd@..., kid@..., is@..., pr@..., dc@... and rel-fd@... have")
+            raise UserError(
+                f"metric {text!r}: {name} has no choice of extractor",
+                "fd@..., kid@..., is@..., pr@..., dc@... and rel-fd@... have",
+            )
         wants.append(Want(metric, extractor or metric.extractor, bool(at)))
     return wants
 
 
-def combine(want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Score]], settings: Settings) -> dict[str, dict[str, Any]]:
+def combine(
+    want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Score]], settings: Settings
+) -> dict[str, dict[str, Any]]:
     """The entries of a result's "metrics": over several runs the mean with its deviation, or (report "min") the least."""
     entries = {}
     for key, better in want.metric.keys.items():
@@ -109,19 +222,38 @@ def combine(want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Sc
         least = settings.report_as == "min" and len(values) > 1
         extreme = f", {'min' if better == LOWER else 'max'} of {len(values)}" if least else ""
         entries[want.key(key)] = {
-            "label": label(key, extractor, settings, found[0].n) + extreme, "value": best if least else stats.fmean(values), "runs": values,
-            "std": spread, "error": ("runs" if len(values) > 1 else found[0].error) if spread is not None else None, "better": better,
-            "report": settings.report_as if len(values) > 1 else "single", **found[0].more,
-        }  # fmt: skip
+            "label": label(key, extractor, settings, found[0].n) + extreme,
+            "value": best if least else stats.fmean(values),
+            "runs": values,
+            "std": spread,
+            "error": ("runs" if len(values) > 1 else found[0].error) if spread is not None else None,
+            "better": better,
+            "report": settings.report_as if len(values) > 1 else "single",
+            **found[0].more,
+        }
         if len(values) > 1:
             entries[want.key(key)] |= {"mean": stats.fmean(values), "best": best}
     return entries
 
 
-WORDS = {"is": "IS", "kid": "KID", "fd-class": "FD by class", "clip-score": "CLIP score", "lpips": "LPIPS(alex)", "lpips-vgg": "LPIPS(vgg)",
-         "dreamsim": "DreamSim", "dreamdiv": "DreamDiv"}  # fmt: skip
-FRECHET = {"inception": "FID", "inception-clean": "clean-FID", "inception-clean_torch": "clean-FID(torch)", "inception-legacy_pytorch": "pytorch-FID",
-           "dinov2_vitl14": "FD-DINOv2", "clip": "CLIP-FID"}  # fmt: skip
+WORDS = {
+    "is": "IS",
+    "kid": "KID",
+    "fd-class": "FD by class",
+    "clip-score": "CLIP score",
+    "lpips": "LPIPS(alex)",
+    "lpips-vgg": "LPIPS(vgg)",
+    "dreamsim": "DreamSim",
+    "dreamdiv": "DreamDiv",
+}
+FRECHET = {
+    "inception": "FID",
+    "inception-clean": "clean-FID",
+    "inception-clean_torch": "clean-FID(torch)",
+    "inception-legacy_pytorch": "pytorch-FID",
+    "dinov2_vitl14": "FD-DINOv2",
+    "clip": "CLIP-FID",
+}
 
 
 def label(key: str, extractor: Extractor | None, settings: Settings, n: int | None) -> str:

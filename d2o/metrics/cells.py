@@ -11,9 +11,29 @@ NONE = "–"
 SMALL_N = "†"
 ARROWS = {"lower": "↓", "higher": "↑"}
 ORDER = (
-    "fid", "fid-clean", "fid-pytorch", "fd", "sfid", "fd-dinov2", "clip-fid", "fd-class", "rel-fid", "rel-fd", "kid", "is", "precision", "recall",
-    "density", "coverage", "clip-score", "lpips", "latent-lpips", "dreamsim", "dreamdiv", "accuracy",
-)  # fmt: skip
+    "fid",
+    "fid-clean",
+    "fid-pytorch",
+    "fd",
+    "sfid",
+    "fd-dinov2",
+    "clip-fid",
+    "fd-class",
+    "rel-fid",
+    "rel-fd",
+    "kid",
+    "is",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "clip-score",
+    "lpips",
+    "latent-lpips",
+    "dreamsim",
+    "dreamdiv",
+    "accuracy",
+)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "fd": {"better": "lower"},
     "accuracy": {"label": "accuracy", "better": "higher", "percent": True},
@@ -58,7 +78,9 @@ def settings(metric: Metric) -> dict[str, str | int]:
 def comparable(record: Record, key: str, metric: Metric) -> str:
     """Equal for numbers that may be compared: same label, same protocol in every field, same settings of the metric."""
     protocol = {k: v for k, v in (record.get("protocol") or {}).items() if v is not None}
-    return json.dumps([key, metric["label"], metric.get("report"), settings(metric), protocol], sort_keys=True, default=str)
+    return json.dumps(
+        [key, metric["label"], metric.get("report"), settings(metric), protocol], sort_keys=True, default=str
+    )
 
 
 def error_of(metric: Metric) -> float | None:

@@ -25,7 +25,9 @@ class Series:
     marks: bool = False
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False, colours: int = COLOURS) -> str:
+def line_chart(
+    series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False, colours: int = COLOURS
+) -> str:
     """One SVG element; `colours`: of the style sheet, taken in turn. Points that are not finite (or not positive on a log axis) are left out; an
     empty string when none remain."""
     lines = [_clean(s, log_y) for s in series]
@@ -50,7 +52,9 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool
     for tick in _ticks(x_low, x_high):
         body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{short(tick)}</text>')
     body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    body.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    body.append(
+        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     for i, (s, p) in enumerate(lines):
         smooth = s.smooth and len(p) >= FEW
         raw = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in p)
@@ -76,7 +80,9 @@ def short(value: float) -> str:
 
 
 def _clean(s: Series, log_y: bool) -> tuple[Series, list[tuple[float, float]]]:
-    points = [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
+    points = [
+        (x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)
+    ]
     step = -(-len(points) // MAX_POINTS) or 1
     kept = [points[i : i + step] for i in range(0, len(points), step)]
     return s, [(group[-1][0], sum(y for _, y in group) / len(group)) for group in kept]
@@ -112,13 +118,20 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, with 2 and 5 (or all) between where there are few. `low` and `high` are logarithms."""
     for between in ((1,), (1, 2, 5), tuple(range(1, 10))):
-        ticks = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in between if low <= math.log10(m * 10.0**k) <= high]
+        ticks = [
+            m * 10.0**k
+            for k in range(math.floor(low), math.ceil(high) + 1)
+            for m in between
+            if low <= math.log10(m * 10.0**k) <= high
+        ]
         if len(ticks) >= 4:
             break
     if len(ticks) < 3:  # less than a third of a decade: even steps of the value read better
         return _ticks(10**low, 10**high)
     kept: list[float] = []
-    for tick in sorted(ticks, key=lambda t: (1, 5, 2, 3, 7).index(_digit(t)) if _digit(t) in (1, 5, 2, 3, 7) else 9):  # round ones first
+    for tick in sorted(
+        ticks, key=lambda t: (1, 5, 2, 3, 7).index(_digit(t)) if _digit(t) in (1, 5, 2, 3, 7) else 9
+    ):  # round ones first
         if all(abs(math.log10(tick / other)) >= 0.09 * (high - low) for other in kept):
             kept.append(tick)
     return sorted(kept)
@@ -145,7 +158,9 @@ ROW, DOT_WIDTH = 40, 460  # a name above each line, so that the chart stays read
 
 def dot_chart(dots: Sequence[Dot], title: str, log_x: bool = False) -> str:
     """One SVG element: values as dots on lines, with error bars and printed values. A dot needs no zero on its axis, as a bar does."""
-    ends = [v for d in dots for v in (d.value - (d.error or 0), d.value, d.value + (d.error or 0), d.mark) if v is not None]
+    ends = [
+        v for d in dots for v in (d.value - (d.error or 0), d.value, d.value + (d.error or 0), d.mark) if v is not None
+    ]
     ends = [v for v in ends if math.isfinite(v) and (v > 0 or not log_x)]
     if not ends:
         return ""
@@ -160,7 +175,8 @@ def dot_chart(dots: Sequence[Dot], title: str, log_x: bool = False) -> str:
     height = ROW * len(dots) + 26
     ticks = _spread(_log_ticks(low, high) if log_x else _ticks(low, high, 5), sx)
     body = [
-        f'<text class="small" x="{sx(t):.1f}" y="{height - 6}" text-anchor="middle">{s}</text>' for t, s in zip(ticks, _labels(ticks), strict=True)
+        f'<text class="small" x="{sx(t):.1f}" y="{height - 6}" text-anchor="middle">{s}</text>'
+        for t, s in zip(ticks, _labels(ticks), strict=True)
     ]
     for i, d in enumerate(dots):
         y, colour = ROW * i + 28, f"s{d.colour % COLOURS}"
@@ -170,11 +186,15 @@ def dot_chart(dots: Sequence[Dot], title: str, log_x: bool = False) -> str:
         body.append(f'<line class="rail" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
         body += [f'<line class="rail" x1="{sx(t):.1f}" x2="{sx(t):.1f}" y1="{y - 3}" y2="{y + 3}"/>' for t in ticks]
         if d.error and math.isfinite(d.error):
-            body.append(f'<line class="{colour} error" x1="{sx(d.value - d.error):.1f}" x2="{sx(d.value + d.error):.1f}" y1="{y}" y2="{y}"/>')
+            body.append(
+                f'<line class="{colour} error" x1="{sx(d.value - d.error):.1f}" x2="{sx(d.value + d.error):.1f}" y1="{y}" y2="{y}"/>'
+            )
         if math.isfinite(d.value):
             body.append(f'<circle class="{colour}" cx="{sx(d.value):.1f}" cy="{y}" r="5"/>')
         if d.mark is not None and math.isfinite(d.mark):
-            body.append(f'<path class="mark" d="M{sx(d.mark):.1f} {y - 8}l8 8l-8 8l-8 -8z"><title>paper: {short(d.mark)}</title></path>')
+            body.append(
+                f'<path class="mark" d="M{sx(d.mark):.1f} {y - 8}l8 8l-8 8l-8 -8z"><title>paper: {short(d.mark)}</title></path>'
+            )
     return f'<svg class="dots" viewBox="0 0 {DOT_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
 
 

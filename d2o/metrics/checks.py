@@ -22,18 +22,34 @@ def check(x: Subject, reference: Reference | None, plan: Plan, settings: Setting
     for want in plan.wants:
         name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)
         if want.metric.output and extractor is None:
-            raise UserError(f"metric {name}: {x.source} doesn't say which extractor made it", "name it with --extractor")
-        if name == "clip-score" and (x.captions if isinstance(x, Pictures) else x.prompts if isinstance(x, Generator) else None) is None:
-            raise UserError(f"metric {name} needs prompts; {x.source} has none", "it is for what is made from text: give --prompts FILE")
+            raise UserError(
+                f"metric {name}: {x.source} doesn't say which extractor made it", "name it with --extractor"
+            )
+        if (
+            name == "clip-score"
+            and (x.captions if isinstance(x, Pictures) else x.prompts if isinstance(x, Generator) else None) is None
+        ):
+            raise UserError(
+                f"metric {name} needs prompts; {x.source} has none",
+                "it is for what is made from text: give --prompts FILE",
+            )
         if kind == "diversity" and (not isinstance(x, Generator) or x.prompts is None):
-            raise UserError(f"metric {name} compares images of one prompt; {x.source} takes no prompts", "it is for generators that take text")
+            raise UserError(
+                f"metric {name} compares images of one prompt; {x.source} takes no prompts",
+                "it is for generators that take text",
+            )
         if want.needs_teacher and (plan.teacher is None or not isinstance(x, Generator)):
-            raise UserError(f"metric {name} compares with the teacher's images of equal noise; {x.source} has no teacher here",
-                            "name it with --teacher" if isinstance(x, Generator) else "it is for students and teachers")  # fmt: skip
+            raise UserError(
+                f"metric {name} compares with the teacher's images of equal noise; {x.source} has no teacher here",
+                "name it with --teacher" if isinstance(x, Generator) else "it is for students and teachers",
+            )
         if name.startswith("latent-") and isinstance(x, Generator) and x.spec.space != "latent":
             raise UserError(f"metric {name} compares latents; {x.source} works in pixels", "take lpips")
         if kind == "rows" and not isinstance(x, Numbers):
-            counts = [settings.n if isinstance(x, Generator) else x.n, *([reference.n] if reference and reference.n else [])]
+            counts = [
+                settings.n if isinstance(x, Generator) else x.n,
+                *([reference.n] if reference and reference.n else []),
+            ]
             with told(name):
                 check_counts(name, min(counts), settings)
         if kind in ("statistics", "rows") and extractor is not None:
@@ -52,15 +68,24 @@ def check(x: Subject, reference: Reference | None, plan: Plan, settings: Setting
             plan.tools.clip(settings.clip_model)
         elif kind == "pair" and name != "dreamsim":
             plan.tools.pair_distance(name)
-    if plan.neighbours and reference is not None and not (isinstance(reference.subject, Pictures) and not isinstance(reference.measured, Given)):
-        raise UserError(f"nearest neighbours are looked for among images; {reference.name} holds none (kind: {reference.kind})",
-                        "give the training images with --against, or leave --neighbours away")  # fmt: skip
+    if (
+        plan.neighbours
+        and reference is not None
+        and not (isinstance(reference.subject, Pictures) and not isinstance(reference.measured, Given))
+    ):
+        raise UserError(
+            f"nearest neighbours are looked for among images; {reference.name} holds none (kind: {reference.kind})",
+            "give the training images with --against, or leave --neighbours away",
+        )
 
 
 def check_counts(name: str, n: int, settings: Settings) -> None:
     """UserError if the smaller of both sets, of n images, is too small for the metric's options."""
     if name == "kid" and settings.kid_size > n:
-        raise UserError(f"a subset has {settings.kid_size} images, the smaller set {n}", f"give --kid-size {n} or less, or more images")
+        raise UserError(
+            f"a subset has {settings.kid_size} images, the smaller set {n}",
+            f"give --kid-size {n} or less, or more images",
+        )
     needs = {"pr": settings.pr_k, "dc": settings.dc_k, "prdc": max(settings.pr_k, settings.dc_k)}
     if n <= needs.get(name, 0):
         what = f"{needs[name]} neighbours need more than {needs[name]} images, the smaller set has {n}"

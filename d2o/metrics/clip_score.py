@@ -33,7 +33,13 @@ class ClipScore:
     UserError: unknown name or template; no weights to be had, or another network's.
     """
 
-    def __init__(self, name: str = "clip-vit-g-14", weights: Path | None = None, device: str | torch.device = "cpu", template: str = "gigagan"):
+    def __init__(
+        self,
+        name: str = "clip-vit-g-14",
+        weights: Path | None = None,
+        device: str | torch.device = "cpu",
+        template: str = "gigagan",
+    ):
         if template not in TEMPLATES:
             raise unknown("CLIP template", template, TEMPLATES)
         self.name, self.template, self.device = full_name(name), template, torch.device(device)
@@ -46,7 +52,10 @@ class ClipScore:
 
         The central square, by Pillow's Lanczos to 256 pixels, then OpenAI's preparation (bicubic to 224).
         """
-        return self._unit(self.network.encode_image(prepare(scale(part)).to(self.device)) for part in images.split(at_once(self.device)))
+        return self._unit(
+            self.network.encode_image(prepare(scale(part)).to(self.device))
+            for part in images.split(at_once(self.device))
+        )
 
     @torch.inference_mode()
     def text(self, prompts: Sequence[str]) -> Tensor:
@@ -56,7 +65,9 @@ class ClipScore:
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """uint8 images [n, 3, H, W] and their n prompts -> cosines [n] float32. UserError: not as many of one as of the other."""
         if len(images) != len(prompts):
-            raise UserError(f"{len(images)} images, but {len(prompts)} prompts: the CLIP score takes a prompt for every image")
+            raise UserError(
+                f"{len(images)} images, but {len(prompts)} prompts: the CLIP score takes a prompt for every image"
+            )
         return (self.image(images) * self.text(prompts)).sum(1)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
@@ -77,7 +88,9 @@ class ClipScore:
 def insert_tokens(tokens: Tensor, inserted: Tensor) -> Tensor:
     """Token ids [n, L] with `inserted` [k] right after the start mark, cut to L again; where a text then fills the last place, the end mark
     takes it (so a long prompt loses k tokens before its end)."""
-    longer = torch.cat([tokens[:, :1], inserted.to(tokens).expand(len(tokens), -1), tokens[:, 1:]], 1)[:, : tokens.shape[1]]
+    longer = torch.cat([tokens[:, :1], inserted.to(tokens).expand(len(tokens), -1), tokens[:, 1:]], 1)[
+        :, : tokens.shape[1]
+    ]
     longer[:, -1] = torch.where(longer[:, -1] > 0, END, longer[:, -1])
     return longer
 

@@ -78,7 +78,14 @@ class Pass:
     @property
     def record(self) -> dict[str, Any]:
         probes = [probe.identity for probe in self.probes]
-        return {"images": self.identity, "n": self.n, "batch": self.batch, "probes": probes, "d2o": __version__, "torch": torch.__version__}
+        return {
+            "images": self.identity,
+            "n": self.n,
+            "batch": self.batch,
+            "probes": probes,
+            "d2o": __version__,
+            "torch": torch.__version__,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +93,11 @@ class Pass:
 
 
 def collect(
-    work: Pass, root: Path | None = None, progress: Progress = lambda done: None, stop: StopFlag | None = None, say: Say = lambda message: None
+    work: Pass,
+    root: Path | None = None,
+    progress: Progress = lambda done: None,
+    stop: StopFlag | None = None,
+    say: Say = lambda message: None,
 ) -> Columns:
     """Make (or continue, or share) the pass. `root` None: in memory. Chunks found damaged are made again, and `say` is told.
 
@@ -135,7 +146,10 @@ def collect(
     if not fill(folder, units, make, write, stop):
         kept = work.n - sum(unit.n for unit in folder.left(units))
         number = stop.received if stop is not None else 0
-        raise Stopped(f"stopped with {kept:,} of {work.n:,} images of {work.title}; run the same command again to continue", number)
+        raise Stopped(
+            f"stopped with {kept:,} of {work.n:,} images of {work.title}; run the same command again to continue",
+            number,
+        )
     show(work.n)
     return FolderColumns(folder, units, work.n, work.batch, checked)
 

@@ -80,7 +80,10 @@ class FolderColumns(Columns):
         recorded = folder.recorded()
         for unit in self.units:
             if unit.file not in checked and not intact(folder, recorded[unit.file]):
-                raise UserError(f"{folder.path / unit.file} is damaged: its bytes are not those that were written", "the same command makes it again")
+                raise UserError(
+                    f"{folder.path / unit.file} is damaged: its bytes are not those that were written",
+                    "the same command makes it again",
+                )
         self.seconds = [s for unit in self.units for s in read_meta(folder.path / unit.file)["seconds"]]
 
     def names(self) -> list[str]:

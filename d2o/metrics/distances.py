@@ -29,8 +29,16 @@ class Points:
         parts = [self.exact(part).sub_(centre).square_().sum(1) for part in blocks(self.n, PAIRS)]
         self.norms = torch.cat(parts).sqrt()  # float64
         if not bool(torch.isfinite(self.norms).all()):
-            fix = "take --pr-dtype float32" if dtype == torch.float16 else "the extractor's weights or the images are damaged"
-            raise UserError(f"the features of {what} hold values that are not finite" + (" in float16" if dtype == torch.float16 else ""), fix)
+            fix = (
+                "take --pr-dtype float32"
+                if dtype == torch.float16
+                else "the extractor's weights or the images are damaged"
+            )
+            raise UserError(
+                f"the features of {what} hold values that are not finite"
+                + (" in float16" if dtype == torch.float16 else ""),
+                fix,
+            )
 
     def exact(self, rows: slice | Tensor) -> Tensor:
         """A copy of rows [k, d] in float64, rounded to `dtype` but not centred."""
@@ -128,7 +136,9 @@ def nearest_in(a: Points, b: Points, k: int, work: torch.dtype) -> tuple[Tensor,
     return distances, indices
 
 
-def _settle(a: Points, b: Points, near: Nearest, k: int, complete: bool, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _settle(
+    a: Points, b: Points, near: Nearest, k: int, complete: bool, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k nearest of the candidates, by exact distance (and index, where that is equal), and whether no other point can be nearer. `rows`:
     which points of `a` the candidates are of (all); `complete`: there are no other points."""
     rows = torch.arange(a.n, device=a.raw.device) if rows is None else rows

@@ -22,10 +22,16 @@ def dream_diversity(embeddings: Tensor, per_prompt: int) -> tuple[float, float]:
     UserError: fewer than two images a prompt, or rows that do not divide by `per_prompt`.
     """
     if per_prompt < 2:
-        raise UserError(f"diversity is of the pairs of a prompt's images: {per_prompt} image(s) per prompt make none", "2 or more; 8 is the paper's")
+        raise UserError(
+            f"diversity is of the pairs of a prompt's images: {per_prompt} image(s) per prompt make none",
+            "2 or more; 8 is the paper's",
+        )
     n = len(embeddings)
     if not n or n % per_prompt:
-        raise UserError(f"{n} images are no whole number of prompts with {per_prompt} images each", f"generate a multiple of {per_prompt}")
+        raise UserError(
+            f"{n} images are no whole number of prompts with {per_prompt} images each",
+            f"generate a multiple of {per_prompt}",
+        )
     unit = F.normalize(embeddings.double(), dim=1).unflatten(0, (-1, per_prompt))
     # The cosines of all ordered pairs of a group sum to |sum of its vectors|^2, less the per_prompt of each with itself.
     cosines = (unit.sum(1).square().sum(1) - unit.square().sum((1, 2))) / (per_prompt * (per_prompt - 1))

@@ -41,9 +41,16 @@ class Evaluation:
 
 
 def evaluate_one(
-    x: Subject, reference: Reference | None, plan: Plan, settings: Settings, *, name: str | None = None, device: Device = "cpu",
-    place: Workplace | None = None, meter: Meter = silent,
-) -> Evaluation | None:  # fmt: skip
+    x: Subject,
+    reference: Reference | None,
+    plan: Plan,
+    settings: Settings,
+    *,
+    name: str | None = None,
+    device: Device = "cpu",
+    place: Workplace | None = None,
+    meter: Meter = silent,
+) -> Evaluation | None:
     """Measure `x`; None for a worker that is not the first, which only helps. Global random state is neither used nor changed.
 
     UserError: statistics of another extractor, images of another shape, too few, NaN or infinite values.
@@ -64,7 +71,11 @@ def evaluate_one(
         extractor, kind = plan.extractor(want), want.metric.reference
         other = sources[kind].side if kind in sources else None  # type: ignore[union-attr]
         sides = [diversity] if kind == "diversity" else [pairs] if kind == "pair" else runs
-        found = [_score(want, Sides(side, other, extractor, want.metric.output, next(iter(want.metric.keys))), settings) for side in sides if side]
+        found = [
+            _score(want, Sides(side, other, extractor, want.metric.output, next(iter(want.metric.keys))), settings)
+            for side in sides
+            if side
+        ]
         metrics |= combine(want, extractor, found, settings)
     metrics |= accuracy([run for run in runs if isinstance(run, Measured)], x, plan.main)
     seconds = [s for run in runs if isinstance(run, Measured) for s in run.columns.seconds]
@@ -75,19 +86,30 @@ def evaluate_one(
             metrics["speed"] = metrics.get("speed", {}) | latency(x, settings.seed, settings.labels, device)
         if pairs is not None and plan.distance and plan.teacher is not None:
             metrics["distance"] = _distance(pairs.columns, plan.teacher, settings)
-    statistics = runs[0].statistics(plan.main) if plan.main is not None and (isinstance(x, Numbers) or _has(runs[0], plan.main)) else None
+    statistics = (
+        runs[0].statistics(plan.main)
+        if plan.main is not None and (isinstance(x, Numbers) or _has(runs[0], plan.main))
+        else None
+    )
     notes = [*x.notes, *plan.notes, *(reference.notes if reference else []), *_warnings(x, runs[0], reference, plan)]
     if isinstance(x, Pictures) and (copies := x.duplicates()):
         notes.append(f"{x.source}: {copies:,} of {x.n:,} images are pixel for pixel copies of another")
     if isinstance(x, Generator):
-        names = [e.name for want in plan.wants if (e := plan.extractor(want))] + [w.metric.name for w in plan.wants if not w.metric.output]
+        names = [e.name for want in plan.wants if (e := plan.extractor(want))] + [
+            w.metric.name for w in plan.wants if not w.metric.output
+        ]
         notes += leak_notes(x.source, x.recipe, names)
     record = {
-        **FORMAT, "d2o": __version__, "name": name or x.name, "x": {"kind": x.kind, "source": x.source, **x.record}, "metrics": metrics,
-        "protocol": _protocol(x, runs[0], reference, plan, settings), "env": hardware(device),
+        **FORMAT,
+        "d2o": __version__,
+        "name": name or x.name,
+        "x": {"kind": x.kind, "source": x.source, **x.record},
+        "metrics": metrics,
+        "protocol": _protocol(x, runs[0], reference, plan, settings),
+        "env": hardware(device),
         "timings": {"seconds": round(time.perf_counter() - started, 3), "generating": round(sum(seconds), 3)},
         "notes": list(dict.fromkeys(notes)),
-    }  # fmt: skip
+    }
     place.check_stop(f"the pictures of {x.name}")
     if plan.grid and not isinstance(x, Numbers):
         record["grid"] = sample_grid(x, plan.teacher, settings, device)
@@ -104,7 +126,9 @@ def _score(want: Want, sides: Sides, settings: Settings) -> dict[str, Score]:
         return want.metric.compute(sides, settings)
 
 
-def _main_passes(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> list[Side]:
+def _main_passes(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> list[Side]:
     """X's own images, once for each run."""
     if isinstance(x, Numbers):
         return [Given(x.source, x.read)]
@@ -122,7 +146,10 @@ def _main_passes(x: Subject, plan: Plan, settings: Settings, device: Device, pla
     if isinstance(x, Pictures):
         works, resize = [pictures_pass(x, settings, probes)], x.resize
     else:
-        works, resize = [generator_pass(x, settings, run, probes, device) for run in range(settings.repeats)], settings.preparation.describe()
+        works, resize = (
+            [generator_pass(x, settings, run, probes, device) for run in range(settings.repeats)],
+            settings.preparation.describe(),
+        )
     sides: list[Side] = []
     with meter(x.name, sum(work.n for work in works)) as progress:
         for work in works:
@@ -130,7 +157,9 @@ def _main_passes(x: Subject, plan: Plan, settings: Settings, device: Device, pla
     return sides
 
 
-def _teacher_reference(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Reference | None:
+def _teacher_reference(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Reference | None:
     """The teacher's images of the same seeds, for rel-FID (GDD)."""
     outputs = plan.outputs("teacher")
     if not outputs:
@@ -140,18 +169,24 @@ def _teacher_reference(x: Subject, plan: Plan, settings: Settings, device: Devic
     return measure_reference(reference, outputs, settings, device, place, meter)
 
 
-def _diversity_pass(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Measured | None:
+def _diversity_pass(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Measured | None:
     outputs = plan.outputs("diversity")
     if not outputs:
         return None
     assert isinstance(x, Generator) and x.prompts is not None
     prompts = min(len(x.prompts), settings.n)
-    work = generator_pass(x, settings, 0, feature_probes(outputs), device, settings.per_prompt, prompts * settings.per_prompt)
+    work = generator_pass(
+        x, settings, 0, feature_probes(outputs), device, settings.per_prompt, prompts * settings.per_prompt
+    )
     with meter(f"{x.name}, {settings.per_prompt} images a prompt", work.n) as progress:
         return Measured(place.collect(work, progress))
 
 
-def _pair_pass(x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter) -> Measured | None:
+def _pair_pass(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Measured | None:
     wanted = [want.metric.name for want in plan.wants if want.metric.reference == "pair"]
     if not isinstance(x, Generator) or plan.teacher is None:
         return None
@@ -175,10 +210,12 @@ def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[
     made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}
     speed = {"samples_per_s": len(columns.seconds) * columns.batch / sum(columns.seconds)} if columns.seconds else {}
     return {
-        "rmse": columns.mean("pair/square") ** 0.5, "feature": columns.mean("pair/feature"), "n": columns.n,
+        "rmse": columns.mean("pair/square") ** 0.5,
+        "feature": columns.mean("pair/feature"),
+        "n": columns.n,
         "seeds": [settings.seed, settings.seed + columns.n - 1],
         "teacher": {"source": teacher.source, **speed, **made},
-    }  # fmt: skip
+    }
 
 
 def _has(side: Side, extractor: Extractor) -> bool:
@@ -188,17 +225,26 @@ def _has(side: Side, extractor: Extractor) -> bool:
 def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Plan) -> list[str]:
     """What makes a Fréchet distance of these two sides worth less than it looks."""
     notes: list[str] = []
-    wants = [want for want in plan.wants if want.metric.compute.__name__ == "frechet" and want.metric.reference == "statistics"]
+    wants = [
+        want
+        for want in plan.wants
+        if want.metric.compute.__name__ == "frechet" and want.metric.reference == "statistics"
+    ]
     if reference is None or not wants:
         return notes
     for want in wants:
         extractor = plan.extractor(want)
         if extractor is None:
             continue
-        ours, theirs = run.statistics(extractor, want.metric.output), reference.side.statistics(extractor, want.metric.output)
+        ours, theirs = (
+            run.statistics(extractor, want.metric.output),
+            reference.side.statistics(extractor, want.metric.output),
+        )
         for who, s in ((x.source, ours), (f"the reference {reference.name}", theirs)):
             if s.rank_deficient:
-                notes.append(f"{who} has {s.n:,} images for {s.dim} features: too few, the distance comes out far too large")
+                notes.append(
+                    f"{who} has {s.n:,} images for {s.dim} features: too few, the distance comes out far too large"
+                )
         if ours.resize and theirs.resize and ours.resize != theirs.resize and reference.kind != "statistics":
             notes.append(f"{x.source}: resize {ours.resize}; the reference {reference.name}: resize {theirs.resize}")
         if not isinstance(x, Numbers) and not theirs.weights_sha256:
@@ -212,12 +258,26 @@ def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Plan, se
     """Everything that a number depends on, besides x's weights."""
     extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
     main = next(iter(extractors.values()), plan.main)
-    features = ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or (f"{main.name}/{main.dim}" if main else "not stated")
-    resize = run.statistics(main).resize if main is not None and (isinstance(x, Numbers) or _has(run, main)) else settings.preparation.describe()
+    features = ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or (
+        f"{main.name}/{main.dim}" if main else "not stated"
+    )
+    resize = (
+        run.statistics(main).resize
+        if main is not None and (isinstance(x, Numbers) or _has(run, main))
+        else settings.preparation.describe()
+    )
     protocol: dict[str, Any] = {
-        "n_gen": run.n, "seeds": None, "repeats": 1, "labels": None, "features": features, "weights_sha256": main.sha256 if main else None,
-        "resize": resize or None, "quantize": None, "ref": None, "n_ref": None,
-    }  # fmt: skip
+        "n_gen": run.n,
+        "seeds": None,
+        "repeats": 1,
+        "labels": None,
+        "features": features,
+        "weights_sha256": main.sha256 if main else None,
+        "resize": resize or None,
+        "quantize": None,
+        "ref": None,
+        "n_ref": None,
+    }
     if len(extractors) > 1:
         protocol["weights"] = {name: e.sha256 for name, e in extractors.items()}
         protocol["resizes"] = {name: e.resize for name, e in extractors.items()}
@@ -228,9 +288,19 @@ def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Plan, se
         if x.prompts is not None:
             protocol |= {"prompts": len(x.prompts), "prompts_sha256": x.prompts.sha256}
     elif isinstance(x, Pictures):
-        protocol |= {"labels": "own" if x.labelled else None, "quantize": settings.quantize if x.kind == "pairs" else "as stored"}
+        protocol |= {
+            "labels": "own" if x.labelled else None,
+            "quantize": settings.quantize if x.kind == "pairs" else "as stored",
+        }
     if reference is not None:
-        ref_resize = reference.side.statistics(main).resize if main is not None and plan.outputs("statistics", "rows") else None
-        protocol |= {"ref": reference.name, "ref_kind": reference.kind, "n_ref": reference.n, "ref_seeds": reference.seeds,
-                     "ref_resize": ref_resize or None}  # fmt: skip
+        ref_resize = (
+            reference.side.statistics(main).resize if main is not None and plan.outputs("statistics", "rows") else None
+        )
+        protocol |= {
+            "ref": reference.name,
+            "ref_kind": reference.kind,
+            "n_ref": reference.n,
+            "ref_seeds": reference.seeds,
+            "ref_resize": ref_resize or None,
+        }
     return protocol

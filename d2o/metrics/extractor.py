@@ -23,9 +23,17 @@ class Extractor(ABC):
     """
 
     def __init__(
-        self, name: str, dim: int, sha256: str, device: str | torch.device = "cpu", *, shape: tuple[int, int, int] | None = None,
-        resize: str = "none", classes: int = 0, outputs: Collection[str] = ("features",),
-    ):  # fmt: skip
+        self,
+        name: str,
+        dim: int,
+        sha256: str,
+        device: str | torch.device = "cpu",
+        *,
+        shape: tuple[int, int, int] | None = None,
+        resize: str = "none",
+        classes: int = 0,
+        outputs: Collection[str] = ("features",),
+    ):
         self.name, self.dim, self.sha256, self.device = name, dim, sha256, torch.device(device)
         self.shape, self.resize, self.classes, self.has = shape, resize, classes, tuple(outputs)
 
@@ -42,7 +50,9 @@ class Extractor(ABC):
         if images.dtype != torch.uint8:
             raise TypeError(f"features are taken of uint8 images, not {images.dtype}")
         if missing := [name for name in wanted if name not in self.has]:
-            raise UserError(f"the extractor {self.name!r} has no {' or '.join(missing)}", f"it has {', '.join(self.has)}")
+            raise UserError(
+                f"the extractor {self.name!r} has no {' or '.join(missing)}", f"it has {', '.join(self.has)}"
+            )
         check_shape(tuple(images.shape[1:]), self)
         if self.shape is None and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)

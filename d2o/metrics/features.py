@@ -17,7 +17,15 @@ from d2o.metrics.extractor import Extractor, check_shape, describe_shape
 from d2o.networks.classifier import Classifier
 from d2o.teachers.registry import asset, load_weights
 
-__all__ = ["EXTRACTORS", "ClassifierExtractor", "Extractor", "check_shape", "default_extractor", "extractor_names", "load_extractor"]
+__all__ = [
+    "EXTRACTORS",
+    "ClassifierExtractor",
+    "Extractor",
+    "check_shape",
+    "default_extractor",
+    "extractor_names",
+    "load_extractor",
+]
 
 Device = str | torch.device
 
@@ -29,8 +37,14 @@ class ClassifierExtractor(Extractor):
         config: dict[str, Any] = network.config
         shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
         super().__init__(
-            name, config["feature_dim"], sha256, device, shape=shape, classes=config["classes"], outputs=("features", "logits")
-        )  # fmt: skip
+            name,
+            config["feature_dim"],
+            sha256,
+            device,
+            shape=shape,
+            classes=config["classes"],
+            outputs=("features", "logits"),
+        )
         self.network = network.to(self.device, torch.float32).eval().requires_grad_(False)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -77,7 +91,16 @@ def _from(module: str) -> Callable[[str, Path | None, Device], Extractor]:
 
 EXTRACTORS: dict[str, Callable[[str, Path | None, Device], Extractor]] = {
     "digits": _digits,
-    **{name: _from("inception") for name in ("inception", "inception-tf", "inception-clean", "inception-clean_torch", "inception-legacy_pytorch")},
+    **{
+        name: _from("inception")
+        for name in (
+            "inception",
+            "inception-tf",
+            "inception-clean",
+            "inception-clean_torch",
+            "inception-legacy_pytorch",
+        )
+    },
     **{name: _from("dinov2") for name in ("dinov2_vitl14", "dinov2_vitb14", "dinov2_vits14")},
     **{name: _from("clip") for name in ("clip", "clip-vit-b-32", "clip-vit-g-14")},
     "vgg16-fc2": _from("vgg"),
@@ -115,7 +138,9 @@ def load_extractor(name: str, device: Device = "cpu", weights: Path | None = Non
         )
     with torch.random.fork_rng(devices=[]):
         extractor = read_extractor(path.stem, path, device)
-    extractor.name = f"{path.stem}@{extractor.sha256[:6]}"  # an own network never passes for a shipped one of the same name
+    extractor.name = (
+        f"{path.stem}@{extractor.sha256[:6]}"  # an own network never passes for a shipped one of the same name
+    )
     return extractor
 
 

@@ -22,7 +22,17 @@ TEX_MARK = "% results: written by d2o"
 CSV_FIRST = ("name", "kind", "source", "sha256", "teacher", "parameters", "nfe", "forwards")
 """The columns that every CSV of ours begins with; the metrics and the protocol follow."""
 METRIC_FIELDS = ("label", "value", "std", "error", "report", "n", "runs", "paper", "paper_std")
-SPEED_FIRST = ("samples_per_s", "batch", "latency_ms", "latency_p90_ms", "peak_memory_bytes", "text_ms", "network_ms", "decode_ms", "dtype")
+SPEED_FIRST = (
+    "samples_per_s",
+    "batch",
+    "latency_ms",
+    "latency_p90_ms",
+    "peak_memory_bytes",
+    "text_ms",
+    "network_ms",
+    "decode_ms",
+    "dtype",
+)
 
 
 def write_table(path: str | Path, records: Sequence[Record]) -> None:
@@ -53,7 +63,10 @@ def to_markdown(records: Sequence[Record]) -> str:
     """A GitHub table; its protocols are footnotes, referred to from the rows (from the header where all rows share one)."""
     table = results_table(records)
     shared = table.protocols == 1
-    headers = [_md(h) + ("[^protocol]" if shared and kind == "n" else "") for h, kind in zip(table.headers, table.columns, strict=True)]
+    headers = [
+        _md(h) + ("[^protocol]" if shared and kind == "n" else "")
+        for h, kind in zip(table.headers, table.columns, strict=True)
+    ]
     lines = [headers, ["---" if i == 0 else "---:" for i in range(len(headers))]]
     for i, row in enumerate(table.rows):
         cells = [_md(cell) for cell in row]
@@ -68,7 +81,12 @@ def to_markdown(records: Sequence[Record]) -> str:
         letter, _, text = line.partition(": ")
         notes.append(f"[^{letter}]: {_md(text)}")
     listed = [f"- {_md(line)}" for line in table.footer[table.protocols :]]
-    parts = [f"{MARKDOWN_MARK} {__version__} -->", "\n".join(f"| {' | '.join(cells)} |" for cells in lines), "\n".join(listed), "\n".join(notes)]
+    parts = [
+        f"{MARKDOWN_MARK} {__version__} -->",
+        "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
+        "\n".join(listed),
+        "\n".join(notes),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -81,7 +99,11 @@ def to_csv(records: Sequence[Record]) -> str:
     named = [key if field == "value" else f"{key}.{field}" for key in keys for field in METRIC_FIELDS]
     wanted = [*CSV_FIRST, *named, *(f"speed.{field}" for field in SPEED_FIRST)]
     present = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
-    columns = [*CSV_FIRST, *(c for c in wanted[len(CSV_FIRST) :] if c in present), *(c for c in present if c not in wanted)]
+    columns = [
+        *CSV_FIRST,
+        *(c for c in wanted[len(CSV_FIRST) :] if c in present),
+        *(c for c in present if c not in wanted),
+    ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
@@ -115,23 +137,44 @@ def _csv(value: Any) -> str:
 def to_tex(records: Sequence[Record]) -> str:
     """A booktabs tabular with its notes below, to be \\input into a table environment."""
     table = results_table(records)
-    rows = [[rf"\textbf{{{_tex(cell)}}}" if (i, j) in table.best else _tex(cell) for j, cell in enumerate(row)] for i, row in enumerate(table.rows)]
+    rows = [
+        [rf"\textbf{{{_tex(cell)}}}" if (i, j) in table.best else _tex(cell) for j, cell in enumerate(row)]
+        for i, row in enumerate(table.rows)
+    ]
     body = [" & ".join(map(_tex, table.headers)) + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows)]
     lines = [
         f"{TEX_MARK} {__version__}; needs \\usepackage{{booktabs}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(table.headers) - 1)}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}",
-        r"\par\smallskip{\footnotesize\raggedright", *(rf"{_tex(line)}\par" for line in table.footer), "}",
-    ]  # fmt: skip
+        rf"\begin{{tabular}}{{l{'r' * (len(table.headers) - 1)}}}",
+        r"\toprule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\par\smallskip{\footnotesize\raggedright",
+        *(rf"{_tex(line)}\par" for line in table.footer),
+        "}",
+    ]
     return "\n".join(lines) + "\n"
 
 
 MD_SPECIAL = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is plain text
 TEX_SPECIAL = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "[": "{[}", "]": "{]}", '"': r"\textquotedbl{}",
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",
+    "]": "{]}",
+    '"': r"\textquotedbl{}",
     **{c: "\\" + c for c in "&%$#_{}"},
-    ARROWS["lower"]: r"$\downarrow$", ARROWS["higher"]: r"$\uparrow$", "±": r"$\pm$", "†": r"\textdagger{}", "–": "--", "·": r"$\cdot$",
-}  # fmt: skip
+    ARROWS["lower"]: r"$\downarrow$",
+    ARROWS["higher"]: r"$\uparrow$",
+    "±": r"$\pm$",
+    "†": r"\textdagger{}",
+    "–": "--",
+    "·": r"$\cdot$",
+}
 
 
 def _md(text: str) -> str:

@@ -15,7 +15,9 @@ from d2o.metrics.subjects import Generator, Pictures
 MAX_SIDE = 1024  # pixels of a grid
 
 
-def sample_grid(x: Generator | Pictures, teacher: Generator | None, settings: Settings, device: str | torch.device = "cpu") -> dict[str, Any]:
+def sample_grid(
+    x: Generator | Pictures, teacher: Generator | None, settings: Settings, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
     """Up to 8 x 8 images, not chosen: those of the first seeds (of a set: evenly spaced ones), ordered by label, as base64 PNG.
 
     `teacher_png` holds the teacher's images of the same noise and labels.
@@ -27,7 +29,9 @@ def sample_grid(x: Generator | Pictures, teacher: Generator | None, settings: Se
         order = _by_label(labels, len(images))
         return _record(images[order], labels, order, columns)
     columns = _columns(x.spec.shape) if x.spec.space == "pixel" else 2
-    noise, condition = noise_for(x.spec, range(settings.seed, settings.seed + columns**2), settings.labels, prompts=x.prompts)
+    noise, condition = noise_for(
+        x.spec, range(settings.seed, settings.seed + columns**2), settings.labels, prompts=x.prompts
+    )
     labels = condition if isinstance(condition, Tensor) else None
     order = _by_label(labels, len(noise))
     noise, given = noise[order].to(device), condition if labels is None else labels[order].to(device)
@@ -41,7 +45,12 @@ def sample_grid(x: Generator | Pictures, teacher: Generator | None, settings: Se
 
 
 def _record(images: Tensor, labels: Tensor | None, order: Tensor, columns: int) -> dict[str, Any]:
-    return {"png": to_png(images, columns), "columns": columns, "n": len(images), "labels": None if labels is None else labels[order].tolist()}
+    return {
+        "png": to_png(images, columns),
+        "columns": columns,
+        "n": len(images),
+        "labels": None if labels is None else labels[order].tolist(),
+    }
 
 
 def _columns(shape: tuple[int, ...]) -> int:

@@ -39,7 +39,10 @@ def inception_score(logits: Tensor, splits: int = 10, mode: str = "torch_fidelit
     if splits < 1:
         raise UserError(f"the number of splits must be at least 1, not {splits}")
     if n < (1 if mode == "adm" else splits):
-        raise UserError(f"the inception score of {n} images in {splits} splits", "generate more images (papers use 50,000), or ask for fewer splits")
+        raise UserError(
+            f"the inception score of {n} images in {splits} splits",
+            "generate more images (papers use 50,000), or ask for fewer splits",
+        )
     order = torch.arange(n)
     if mode == "torch_fidelity":
         order = torch.from_numpy(np.random.RandomState(seed).permutation(n))
@@ -58,7 +61,9 @@ def _score(logits: Tensor, images: Tensor) -> float:
     for index in images.split(ROWS):
         log_p = logits.detach()[index.to(logits.device)].to("cpu", torch.float64).log_softmax(1)
         if not bool(torch.isfinite(log_p).all()):
-            raise UserError("the logits hold values that are not finite", "the extractor's weights or the images are damaged")
+            raise UserError(
+                "the logits hold values that are not finite", "the extractor's weights or the images are damaged"
+            )
         p = log_p.exp()
         total += p.sum(0)
         sure += float((p * log_p).sum())

@@ -23,8 +23,15 @@ class Kid(NamedTuple):
 
 
 def kid(
-    x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 2020, order: str = "torch_fidelity", *, cap: bool = False
-) -> Kid:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    subsets: int = 100,
+    size: int = 1000,
+    seed: int = 2020,
+    order: str = "torch_fidelity",
+    *,
+    cap: bool = False,
+) -> Kid:
     """Unbiased MMD^2 with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 4) of features x [n, d] and y [m, d], of any float type.
 
     Each subset is drawn without replacement by numpy's RandomState(seed), x before y with order "torch_fidelity", y before x with "clean_fid"
@@ -34,12 +41,16 @@ def kid(
     if order not in ORDERS:
         raise unknown("order of draws", order, ORDERS)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise UserError(f"features of different dimensions: {tuple(x.shape)} and {tuple(y.shape)}", "both must come from the same feature extractor")
+        raise UserError(
+            f"features of different dimensions: {tuple(x.shape)} and {tuple(y.shape)}",
+            "both must come from the same feature extractor",
+        )
     smaller = min(len(x), len(y))
     size = min(size, smaller) if cap else size
     if size > smaller:
         raise UserError(
-            f"KID subset size {size} > {smaller} images (the sets hold {len(x)} and {len(y)})", f"give --kid-size {smaller} or less, or more images"
+            f"KID subset size {size} > {smaller} images (the sets hold {len(x)} and {len(y)})",
+            f"give --kid-size {smaller} or less, or more images",
         )
     if size < 2 or subsets < 1:
         raise UserError(f"KID needs at least 1 subset of at least 2 images, not {subsets} of {size}")
@@ -78,5 +89,7 @@ def _array(x: Tensor) -> np.ndarray:
     """float64 stays, everything else becomes float32 (sums of the kernel are in float64: the result then differs by some 1e-9)."""
     array = x.detach().cpu().to(torch.float64 if x.dtype == torch.float64 else torch.float32).numpy()
     if not np.isfinite(array).all():
-        raise UserError("the features hold values that are not finite", "the extractor's weights or the images are damaged")
+        raise UserError(
+            "the features hold values that are not finite", "the extractor's weights or the images are damaged"
+        )
     return array

@@ -6,13 +6,29 @@ from collections.abc import Iterator
 from typing import Any
 
 FAMILIES = {
-    "lite0": ("lite0",), "inception": ("inception",), "vgg": ("vgg",), "dinov2": ("dinov2", "dino"), "clip": ("clip",), "digits": ("digits",),
-    "dreamsim": ("dreamsim",), "lpips": ("lpips",),
-}  # fmt: skip
+    "lite0": ("lite0",),
+    "inception": ("inception",),
+    "vgg": ("vgg",),
+    "dinov2": ("dinov2", "dino"),
+    "clip": ("clip",),
+    "digits": ("digits",),
+    "dreamsim": ("dreamsim",),
+    "lpips": ("lpips",),
+}
 """Backbone -> the words by which recipes and extractors name it."""
 IMAGENET = ("lite0", "inception", "vgg")
 """Backbones that learned ImageNet's labels: one in the training moves the features of the others, too."""
-NETWORKS = ("extractor", "backbone", "backbones", "features", "critic", "critics", "perceptual", "loss", "discriminator")
+NETWORKS = (
+    "extractor",
+    "backbone",
+    "backbones",
+    "features",
+    "critic",
+    "critics",
+    "perceptual",
+    "loss",
+    "discriminator",
+)
 """Keys of a recipe whose value names a network that the student was trained against."""
 
 
@@ -27,9 +43,13 @@ def leak_notes(source: str, recipe: dict[str, Any], extractors: list[str]) -> li
         measured = _family(extractor)
         for name in trained:
             if name == extractor or (measured is not None and _family(name) == measured):
-                notes.append(f"{source} was trained on features of {name}: a metric over {extractor}, the same backbone, flatters it")
+                notes.append(
+                    f"{source} was trained on features of {name}: a metric over {extractor}, the same backbone, flatters it"
+                )
             elif measured in IMAGENET and _family(name) in IMAGENET:
-                notes.append(f"{source} was trained on features of {name}, {extractor} learned the same ImageNet labels: the metric may flatter it")
+                notes.append(
+                    f"{source} was trained on features of {name}, {extractor} learned the same ImageNet labels: the metric may flatter it"
+                )
     return notes
 
 

@@ -23,7 +23,13 @@ def legend(records: Sequence[Record], bold: bool = False) -> list[str]:
     lines = [*_warnings(records), *_errors(records), *_presets(records), *papers]
     if bold:
         lines.append(f"bold: {BOLD}")
-    return [*lines, *_own_n(records), *_distances(records), *_speeds(records), *dict.fromkeys(f"note: {n}" for r in records for n in r["notes"])]
+    return [
+        *lines,
+        *_own_n(records),
+        *_distances(records),
+        *_speeds(records),
+        *dict.fromkeys(f"note: {n}" for r in records for n in r["notes"]),
+    ]
 
 
 def _warnings(records: Sequence[Record]) -> list[str]:
@@ -34,7 +40,9 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     counts = _differing(compared, ("n_gen", "n_ref"))
     if counts:
         each = "; ".join(f"{_n(a)} against {_n(b)}" for a, b in counts)
-        lines.append(f"not comparable, different n ({each}): a Fréchet distance falls as n grows; compare rows of equal n only")
+        lines.append(
+            f"not comparable, different n ({each}): a Fréchet distance falls as n grows; compare rows of equal n only"
+        )
     names = _differing(compared, ("features", "weights_sha256"))
     if names:
         each = "; ".join(f"{a}, weights {b[:12]}" if b else str(a) for a, b in names)
@@ -72,7 +80,9 @@ def _errors(records: Sequence[Record]) -> list[str]:
         lines.append(f"±{of}: {ERRORS.get(kind, kind)}")
     least = dict.fromkeys(m["label"] for r in records for _, m in metrics(r) if m.get("report") == "min")
     if least:
-        lines.append(f"{', '.join(least)}: the best of the runs, as EDM reports it: better than a single run is on average")
+        lines.append(
+            f"{', '.join(least)}: the best of the runs, as EDM reports it: better than a single run is on average"
+        )
     return lines
 
 
@@ -83,7 +93,11 @@ def _presets(records: Sequence[Record]) -> list[str]:
 
 def _papers(records: Sequence[Record]) -> list[str]:
     sources = list(dict.fromkeys(r["x"]["source"] for r in records if not has_protocol(r)))
-    lines = ["paper: the number that the paper prints for the row, not measured here"] if any(map(paper_of, records)) else []
+    lines = (
+        ["paper: the number that the paper prints for the row, not measured here"]
+        if any(map(paper_of, records))
+        else []
+    )
     return lines + ([f"rows without n: quoted from {'; '.join(sources)}, not measured here"] if sources else [])
 
 
@@ -101,7 +115,9 @@ def _own_n(records: Sequence[Record]) -> list[str]:
 def _distances(records: Sequence[Record]) -> list[str]:
     lines = []
     distances = [r["metrics"]["distance"] for r in records if "distance" in r["metrics"]]
-    for d in {(d["teacher"]["source"], d["teacher"]["solver"], d["teacher"]["steps"], d["n"]): d for d in distances}.values():
+    for d in {
+        (d["teacher"]["source"], d["teacher"]["solver"], d["teacher"]["steps"], d["n"]): d for d in distances
+    }.values():
         t = d["teacher"]
         line = (
             f"to teacher: distance to {t['source']} ({t['solver']}, {t['steps']} steps) from equal noise: "

@@ -20,20 +20,34 @@ SEARCHED = 512
 
 
 def nearest_images(
-    x: Generator | Pictures, run: Side, reference: Reference, extractor: Extractor, k: int, settings: Settings, device: Device
+    x: Generator | Pictures,
+    run: Side,
+    reference: Reference,
+    extractor: Extractor,
+    k: int,
+    settings: Settings,
+    device: Device,
 ) -> dict[str, Any]:
     """`record["neighbours"]`: the first samples of x beside the k images of the reference (a set of images) whose features are nearest."""
     images, side = reference.subject, reference.side
-    assert isinstance(images, Pictures) and isinstance(side, Measured) and isinstance(run, Measured), "refused by `check`"
+    assert isinstance(images, Pictures) and isinstance(side, Measured) and isinstance(run, Measured), (
+        "refused by `check`"
+    )
     n = min(SEARCHED, run.columns.n)
     if isinstance(x, Pictures):
         samples = x.batch(range(n))[0]
     else:
-        parts = [generate(x, settings, range(settings.seed + i, settings.seed + min(i + settings.batch, n)), device, settings.seed).images.cpu()
-                 for i in range(0, n, settings.batch)]  # fmt: skip
+        parts = [
+            generate(
+                x, settings, range(settings.seed + i, settings.seed + min(i + settings.batch, n)), device, settings.seed
+            ).images.cpu()
+            for i in range(0, n, settings.batch)
+        ]
         samples = torch.cat(parts)
 
     def shown(indices: list[int]) -> Tensor:
         return images.batch(indices)[0]
 
-    return neighbours_record(samples, run.column(extractor)[:n], side.column(extractor), shown, k, extractor=extractor.name)
+    return neighbours_record(
+        samples, run.column(extractor)[:n], side.column(extractor), shown, k, extractor=extractor.name
+    )

@@ -18,7 +18,11 @@ ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_bat
 CLEAN_URL = "https://www.cs.cmu.edu/~clean-fid/stats/"
 CLEAN = "clean-fid:"
 CLEAN_FORM = f"{CLEAN}NAME_MODE_SPLIT_SIZE, for example {CLEAN}cifar10_legacy_tensorflow_train_32 or {CLEAN}ffhq_clean_trainval70k_1024"
-CLEAN_MODES = {"clean": "inception-clean", "legacy_pytorch": "inception-legacy_pytorch", "legacy_tensorflow": "inception"}
+CLEAN_MODES = {
+    "clean": "inception-clean",
+    "legacy_pytorch": "inception-legacy_pytorch",
+    "legacy_tensorflow": "inception",
+}
 """Mode of clean-fid -> the extractor of d2o that does the same."""
 IMAGENET = 1_281_167
 
@@ -51,7 +55,9 @@ def _edm(name: str, file: str, n: int, about: str) -> NamedReference:
 
 
 def _edm2(name: str, file: str, about: str) -> NamedReference:
-    return NamedReference(name, EDM2_URL + file, ("inception", "dinov2_vitl14"), IMAGENET, "CC BY-NC-SA 4.0 (NVIDIA)", CC_BY_NC_SA, about)
+    return NamedReference(
+        name, EDM2_URL + file, ("inception", "dinov2_vitl14"), IMAGENET, "CC BY-NC-SA 4.0 (NVIDIA)", CC_BY_NC_SA, about
+    )
 
 
 REFERENCES = {
@@ -60,22 +66,35 @@ REFERENCES = {
         _edm("edm-cifar10", "cifar10-32x32.npz", 50_000, "CIFAR-10 training set (EDM, SiD, SiDA, GDD)"),
         _edm("edm-ffhq64", "ffhq-64x64.npz", 70_000, "FFHQ at 64x64 (EDM, SiD, SiDA, GDD)"),
         _edm("edm-afhqv2-64", "afhqv2-64x64.npz", 15_803, "AFHQv2 at 64x64 (EDM, SiD, SiDA, GDD)"),
-        _edm("edm-imagenet64", "imagenet-64x64.npz", IMAGENET, "ImageNet training set at 64x64 as EDM resized it: for its model and distillates"),
+        _edm(
+            "edm-imagenet64",
+            "imagenet-64x64.npz",
+            IMAGENET,
+            "ImageNet training set at 64x64 as EDM resized it: for its model and distillates",
+        ),
         NamedReference(
-            "edm-imagenet64-baseline", EDM_URL + "imagenet-64x64-baseline.npz", ("inception",), IMAGENET, "MIT (OpenAI)",
+            "edm-imagenet64-baseline",
+            EDM_URL + "imagenet-64x64-baseline.npz",
+            ("inception",),
+            IMAGENET,
+            "MIT (OpenAI)",
             "https://github.com/openai/guided-diffusion/blob/main/LICENSE",
             "ImageNet training set at 64x64 as ADM resized it: for models trained on ADM's data",
         ),
         _edm2("edm2-img512", "img512.pkl", "ImageNet training set at 512x512 (EDM2, SiDA), for FID and FD-DINOv2"),
         _edm2("edm2-img64", "img64.pkl", "ImageNet training set at 64x64 as EDM2 resized it, for FID and FD-DINOv2"),
         NamedReference(
-            "adm-imagenet64-labeled", ADM_URL + "VIRTUAL_imagenet64_labeled.npz", ("inception",), IMAGENET, "MIT (OpenAI)",
+            "adm-imagenet64-labeled",
+            ADM_URL + "VIRTUAL_imagenet64_labeled.npz",
+            ("inception",),
+            IMAGENET,
+            "MIT (OpenAI)",
             "https://github.com/openai/guided-diffusion/blob/main/LICENSE",
             "ImageNet training set at 64x64 (ADM): statistics for FID and sFID of all, and 10,000 of the images for precision and recall",
             images=10_000,
         ),
     )
-}  # fmt: skip
+}
 """Name -> published reference. clean-fid's are named by its own scheme, see `lookup`."""
 
 
@@ -103,11 +122,20 @@ def lookup(name: str) -> NamedReference:
     stem = name.removeprefix(CLEAN).lower().removesuffix(".npz")
     found = re.fullmatch(rf"([a-z0-9][a-z0-9._-]*?)_({modes})(_clip_vit_b_32)?_([a-z0-9]+)_(\d+|na)(_kid)?", stem)
     if not found:
-        raise UserError(f"{name!r} is not a name of clean-fid's statistics", f"expected {CLEAN_FORM}; modes: {', '.join(CLEAN_MODES)}")
+        raise UserError(
+            f"{name!r} is not a name of clean-fid's statistics",
+            f"expected {CLEAN_FORM}; modes: {', '.join(CLEAN_MODES)}",
+        )
     if (found[4] == "custom") != (found[5] == "na"):
-        raise UserError(f"{name!r}: clean-fid's split custom has the size na, and no other has", f"expected {CLEAN_FORM}")
+        raise UserError(
+            f"{name!r}: clean-fid's split custom has the size na, and no other has", f"expected {CLEAN_FORM}"
+        )
     extractor = "clip-vit-b-32" if found[3] else CLEAN_MODES[found[2]]
-    about = f"{found[1]}, split {found[4]}" + (f", {found[5]} pixels" if found[5] != "na" else "") + f", clean-fid's mode {found[2]}"
+    about = (
+        f"{found[1]}, split {found[4]}"
+        + (f", {found[5]} pixels" if found[5] != "na" else "")
+        + f", clean-fid's mode {found[2]}"
+    )
     licence = ("MIT (clean-fid)", "https://github.com/GaParmar/clean-fid/blob/main/LICENSE")
     return NamedReference(CLEAN + stem, f"{CLEAN_URL}{stem}.npz", (extractor,), None, *licence, about)
 

@@ -26,9 +26,14 @@ NEAR = 0.5  # of the typical distance among training images: nearer is suspiciou
 
 
 def neighbours_record(
-    samples: Tensor, sample_features: Tensor, reference_features: Tensor, reference_images: Callable[[list[int]], Tensor],
-    k: int = 3, rows: int = 16, extractor: str = "",
-) -> dict[str, Any]:  # fmt: skip
+    samples: Tensor,
+    sample_features: Tensor,
+    reference_features: Tensor,
+    reference_images: Callable[[list[int]], Tensor],
+    k: int = 3,
+    rows: int = 16,
+    extractor: str = "",
+) -> dict[str, Any]:
     """What `record["neighbours"]` holds, JSON-able.
 
     `samples` uint8 [n, C, H, W], `sample_features` [n, d], `reference_features` [m, d]; `reference_images(indices)` -> uint8 [len, C, H, W].
@@ -47,7 +52,10 @@ def neighbours_record(
         raise ValueError(f"{len(samples)} samples, {len(sample_features)} rows of features")
     m = len(reference_features)
     if m < k + 1:
-        raise UserError(f"{k} nearest training images need at least {k + 1} reference images, not {m}", "give a larger reference, or a smaller k")
+        raise UserError(
+            f"{k} nearest training images need at least {k + 1} reference images, not {m}",
+            "give a larger reference, or a smaller k",
+        )
     distances, indices = (t.cpu() for t in nearest(sample_features, reference_features, k))
     own, real = distances[:, 0].double(), _among_reference(reference_features)
     median_real = float(real.median())
@@ -59,16 +67,26 @@ def neighbours_record(
     def sheet(chosen: Tensor) -> dict[str, Any]:
         return {
             "png": _sheet(samples[chosen], reference_images(indices[chosen].flatten().tolist()), k),
-            "samples": chosen.tolist(), "neighbours": indices[chosen].tolist(), "distances": distances[chosen].double().tolist(),
-        }  # fmt: skip
+            "samples": chosen.tolist(),
+            "neighbours": indices[chosen].tolist(),
+            "distances": distances[chosen].double().tolist(),
+        }
 
     return {
-        "extractor": extractor, "n": len(samples), "n_ref": m, "k": k, "columns": k + 1, "near": NEAR,
-        "spaced": sheet(spaced), "closest": sheet(closest),
-        "median": float(own.median()), "median_real": median_real,
-        "closer": float((own < NEAR * median_real).double().mean()), "closer_real": float((real < NEAR * median_real).double().mean()),
+        "extractor": extractor,
+        "n": len(samples),
+        "n_ref": m,
+        "k": k,
+        "columns": k + 1,
+        "near": NEAR,
+        "spaced": sheet(spaced),
+        "closest": sheet(closest),
+        "median": float(own.median()),
+        "median_real": median_real,
+        "closer": float((own < NEAR * median_real).double().mean()),
+        "closer_real": float((real < NEAR * median_real).double().mean()),
         "curve": {"sample": _quantiles(own / scale), "real": _quantiles(real / scale)},
-    }  # fmt: skip
+    }
 
 
 def _among_reference(features: Tensor) -> Tensor:
@@ -99,4 +117,9 @@ def _small(images: Tensor, side: int) -> Tensor:
     images = images.cpu()
     if tuple(images.shape[-2:]) == (side, side):
         return images
-    return F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    return (
+        F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )

@@ -24,7 +24,13 @@ def feature_probes(outputs: Outputs) -> list[Probe]:
 
 
 def generator_pass(
-    x: Generator, settings: Settings, run: int, probes: Sequence[Probe], device: Device, per_prompt: int = 1, n: int | None = None
+    x: Generator,
+    settings: Settings,
+    run: int,
+    probes: Sequence[Probe],
+    device: Device,
+    per_prompt: int = 1,
+    n: int | None = None,
 ) -> Pass:
     """The images of run number `run`: seeds from settings.seed + run * n on."""
     n = settings.n if n is None else n
@@ -32,12 +38,23 @@ def generator_pass(
     extra = [LabelProbe()] if x.spec.condition == "label" else []
 
     def make(numbers: range) -> Batch:
-        return generate(x, settings, range(first + numbers.start, first + numbers.stop), device, settings.seed, per_prompt)
+        return generate(
+            x, settings, range(first + numbers.start, first + numbers.stop), device, settings.seed, per_prompt
+        )
 
-    return Pass(x.name, n, min(settings.batch, n), make, [*extra, *probes], generator_identity(x, settings, first, per_prompt, device))
+    return Pass(
+        x.name,
+        n,
+        min(settings.batch, n),
+        make,
+        [*extra, *probes],
+        generator_identity(x, settings, first, per_prompt, device),
+    )
 
 
-def generate(x: Generator, settings: Settings, seeds: range, device: Device, first_seed: int, per_prompt: int = 1) -> Batch:
+def generate(
+    x: Generator, settings: Settings, seeds: range, device: Device, first_seed: int, per_prompt: int = 1
+) -> Batch:
     """The images of these seeds as they are scored. UserError: NaN or infinite values."""
     noise, condition = noise_for(x.spec, seeds, settings.labels, first_seed, x.prompts, per_prompt)
     noise, given = noise.to(device), to_device(condition, device)
@@ -64,7 +81,9 @@ def pair_pass(x: Generator, teacher: Generator, settings: Settings, probes: Sequ
         return batch
 
     n = settings.distance_n
-    identity = {name: generator_identity(g, settings, settings.seed, 1, device) for name, g in (("x", x), ("teacher", teacher))}
+    identity = {
+        name: generator_identity(g, settings, settings.seed, 1, device) for name, g in (("x", x), ("teacher", teacher))
+    }
     return Pass(f"{x.name} beside {teacher.name}", n, min(settings.batch, n), make, probes, identity)
 
 
@@ -83,10 +102,17 @@ def generator_identity(x: Generator, settings: Settings, first: int, per_prompt:
     """What the images of `x` depend on."""
     keys = ("sha256", "solver", "steps", "cfg")
     return {
-        **{key: x.record.get(key) for key in keys}, "kind": x.kind, "seed": first, "first": settings.seed, "labels": settings.labels,
-        "prompts": x.prompts.sha256 if x.prompts else None, "per_prompt": per_prompt, "quantize": settings.quantize, "resize": settings.resize,
+        **{key: x.record.get(key) for key in keys},
+        "kind": x.kind,
+        "seed": first,
+        "first": settings.seed,
+        "labels": settings.labels,
+        "prompts": x.prompts.sha256 if x.prompts else None,
+        "per_prompt": per_prompt,
+        "quantize": settings.quantize,
+        "resize": settings.resize,
         "device": torch.device(device).type,
-    }  # fmt: skip
+    }
 
 
 def to_device(condition: Condition, device: Device) -> Condition:

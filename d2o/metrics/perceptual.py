@@ -58,7 +58,12 @@ class PairDistance(ABC):
                 raise UserError(f"{self.label} takes images of 1 or 3 channels; these have {a.shape[1]}")
         self.check(*a.shape[2:])
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            return torch.cat([self.run(self._prepare(x), self._prepare(y)) for x, y in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True)])
+            return torch.cat(
+                [
+                    self.run(self._prepare(x), self._prepare(y))
+                    for x, y in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True)
+                ]
+            )
 
     def _prepare(self, x: Tensor) -> Tensor:
         x = x.to(self.device)
@@ -80,8 +85,14 @@ class LPIPS(PairDistance):
     def check(self, height: int, width: int) -> None:
         least = self.SMALLEST[self.trunk]
         if min(height, width) < least:
-            hint = "lpips-vgg takes 16x16 and more" if self.trunk == "alex" else "its poolings leave nothing of smaller ones"
-            raise UserError(f"{self.label} needs images of at least {least}x{least} pixels; these are {width}x{height}", hint)
+            hint = (
+                "lpips-vgg takes 16x16 and more"
+                if self.trunk == "alex"
+                else "its poolings leave nothing of smaller ones"
+            )
+            raise UserError(
+                f"{self.label} needs images of at least {least}x{least} pixels; these are {width}x{height}", hint
+            )
 
     def run(self, a: Tensor, b: Tensor) -> Tensor:
         return self.network(a, b).flatten()
@@ -97,7 +108,9 @@ def build_lpips(trunk: Literal["alex", "vgg"], path: Path | None) -> Any:
     try:
         import lpips
     except ImportError as error:
-        raise UserError(f"LPIPS needs the packages lpips and torchvision ({error})", "pip install 'd2o[eval]'") from error
+        raise UserError(
+            f"LPIPS needs the packages lpips and torchvision ({error})", "pip install 'd2o[eval]'"
+        ) from error
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the trunk is first made at random
         warnings.simplefilter("ignore")  # torchvision: an argument that lpips gives it is deprecated
         network = lpips.LPIPS(net=trunk, version="0.1", pnet_rand=True, verbose=False)

@@ -38,7 +38,11 @@ class Plan:
         found: Outputs = {}
         for want in self.wants:
             extractor = self.extractor(want)
-            if extractor is None or (want.metric.reference not in references if references else want.metric.reference in ("diversity", "pair")):
+            if extractor is None or (
+                want.metric.reference not in references
+                if references
+                else want.metric.reference in ("diversity", "pair")
+            ):
                 continue
             found.setdefault(extractor.name, (extractor, set()))[1].add(want.metric.output)
         return found

@@ -33,9 +33,15 @@ class _Rule:
 
 
 def manifold(
-    real: Tensor, fake: Tensor, k_pr: int | None = 3, k_dc: int | None = 5, *, dtype: str = "float32", inclusive_pr: bool = True,
+    real: Tensor,
+    fake: Tensor,
+    k_pr: int | None = 3,
+    k_dc: int | None = 5,
+    *,
+    dtype: str = "float32",
+    inclusive_pr: bool = True,
     inclusive_dc: bool = False,
-) -> Manifold:  # fmt: skip
+) -> Manifold:
     """All four at once, each distance computed once, for features real [n, d] and fake [m, d] on one device. `k_pr` or `k_dc` None: leave
     out precision and recall, or density and coverage.
 
@@ -77,13 +83,17 @@ def manifold(
     )
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, dtype: str = "float32", inclusive: bool = True) -> tuple[float, float]:
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = 3, dtype: str = "float32", inclusive: bool = True
+) -> tuple[float, float]:
     """(precision, recall) of `manifold`: Kynkäänniemi et al. 2019, equations 1 and 2. UserError as there."""
     found = manifold(real, fake, k, None, dtype=dtype, inclusive_pr=inclusive)
     return found.precision, found.recall
 
 
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5, inclusive: bool = False, dtype: str = "float32") -> tuple[float, float]:
+def density_coverage(
+    real: Tensor, fake: Tensor, k: int = 5, inclusive: bool = False, dtype: str = "float32"
+) -> tuple[float, float]:
     """(density, coverage) of `manifold`: Naeem et al. 2020, equations 5 and 6. UserError as there."""
     found = manifold(real, fake, None, k, dtype=dtype, inclusive_dc=inclusive)
     return found.density, found.coverage
@@ -107,7 +117,7 @@ def nearest(queries: Tensor, base: Tensor, k: int = 1, dtype: str = "float32") -
 
 def _inside(
     r: Points, rows: slice, f: Points, columns: slice, rules: dict[str, _Rule], work: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Which pairs of a block are closer than each rule's radius: {rule: (indices into the reals, indices into the fakes)}."""
     d = squared(r, rows, f, columns, work)
     error = slack(r.dim, work)
@@ -115,9 +125,13 @@ def _inside(
     # Few pairs lie within any ball, so first all that may, with room for the error; only these are looked at closely.
     near = torch.zeros_like(d, dtype=torch.bool)
     for about_real in (True, False):
-        radii = [rule.radius[rows if about_real else columns] for rule in rules.values() if rule.about_real == about_real]
+        radii = [
+            rule.radius[rows if about_real else columns] for rule in rules.values() if rule.about_real == about_real
+        ]
         if radii:
-            room = (x + y.max() if about_real else y + x.max()).square() * (1.25 * error)  # a little more: it is rounded, too
+            room = (x + y.max() if about_real else y + x.max()).square() * (
+                1.25 * error
+            )  # a little more: it is rounded, too
             reach = (torch.stack(radii).amax(0) + room).to(work)
             near |= d <= (reach[:, None] if about_real else reach)
     i, j = near.nonzero(as_tuple=True)
@@ -128,7 +142,9 @@ def _inside(
     for name in rules:
         open_ |= (value - radius[name]).abs() <= room
     count = int(open_.sum())
-    if count > 4096 + d.numel() // 64:  # degenerate: a cloud too tight for its place; the product in float64 tells most of it apart
+    if (
+        count > 4096 + d.numel() // 64
+    ):  # degenerate: a cloud too tight for its place; the product in float64 tells most of it apart
         if work != torch.float64:
             return _inside(r, rows, f, columns, rules, torch.float64)
     elif count:
@@ -155,7 +171,10 @@ def _check_k(what: str, k: int, sets: tuple[Tensor, ...]) -> None:
     if k < 1:
         raise UserError(f"{what} of the {k}-th nearest neighbour: k must be at least 1")
     if n <= k:
-        raise UserError(f"{what} with k = {k} need more than {k} images in each set; one holds {n}", "give more images, or a smaller k")
+        raise UserError(
+            f"{what} with k = {k} need more than {k} images in each set; one holds {n}",
+            "give more images, or a smaller k",
+        )
 
 
 def _check(a: Tensor, b: Tensor, what_a: str, what_b: str) -> None:
@@ -163,4 +182,7 @@ def _check(a: Tensor, b: Tensor, what_a: str, what_b: str) -> None:
         if x.ndim != 2 or not x.numel():
             raise UserError(f"the features of {what} have the shape {tuple(x.shape)}; expected [n, d]")
     if a.shape[1] != b.shape[1]:
-        raise UserError(f"{what_a} have {a.shape[1]} features, {what_b} {b.shape[1]}", "both must come from the same feature extractor")
+        raise UserError(
+            f"{what_a} have {a.shape[1]} features, {what_b} {b.shape[1]}",
+            "both must come from the same feature extractor",
+        )

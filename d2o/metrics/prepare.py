@@ -52,7 +52,9 @@ class Preparation:
         if self.text != "crop":
             return self
         if shape is None:
-            raise UserError("--resize crop crops to the size that the extractor takes, but it takes any size", f"accepted: {FORMS}")
+            raise UserError(
+                "--resize crop crops to the size that the extractor takes, but it takes any size", f"accepted: {FORMS}"
+            )
         if shape[1] != shape[2]:
             raise UserError(f"--resize crop makes squares, but the extractor takes {shape[2]}x{shape[1]} pixels")
         return replace(self, resolution=shape[2], channels=shape[0])
@@ -99,7 +101,9 @@ def parse_preparation(text: str) -> Preparation:
         raise UserError(f"--resize {text!r} is not a way to prepare images", f"accepted: {FORMS}")
     size = int(found[1])
     if not 8 <= size <= LARGEST:
-        raise UserError(f"--resize {text!r}: a size of {size} pixels is out of range (8 to {LARGEST})", f"accepted: {FORMS}")
+        raise UserError(
+            f"--resize {text!r}: a size of {size} pixels is out of range (8 to {LARGEST})", f"accepted: {FORMS}"
+        )
     return Preparation(text, size, found[2] or "lanczos", "crop_resize")
 
 

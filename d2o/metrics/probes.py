@@ -19,10 +19,18 @@ class FeatureProbe:
 
     def __init__(self, extractor: Extractor, wanted: Sequence[str]):
         self.extractor, self.wanted = extractor, tuple(sorted(wanted))
-        self.identity = {"extractor": extractor.name, "weights": extractor.sha256, "resize": extractor.resize, "outputs": self.wanted}
+        self.identity = {
+            "extractor": extractor.name,
+            "weights": extractor.sha256,
+            "resize": extractor.resize,
+            "outputs": self.wanted,
+        }
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        return {f"{self.extractor.name}/{key}": value for key, value in self.extractor.outputs(batch.images, self.wanted).items()}
+        return {
+            f"{self.extractor.name}/{key}": value
+            for key, value in self.extractor.outputs(batch.images, self.wanted).items()
+        }
 
 
 class LabelProbe:
@@ -89,4 +97,8 @@ class DreamSimProbe:
         from d2o.metrics.dreamsim import dreamsim_distance
 
         assert batch.other is not None
-        return {"pair/dreamsim": dreamsim_distance(self.extractor.features(batch.images), self.extractor.features(batch.other.images))}
+        return {
+            "pair/dreamsim": dreamsim_distance(
+                self.extractor.features(batch.images), self.extractor.features(batch.other.images)
+            )
+        }

@@ -54,8 +54,19 @@ class Settings:
     per_prompt: int = 8  # images of one prompt for DreamDiv
 
     def __post_init__(self) -> None:
-        lows = {"n": 2, "batch": 1, "repeats": 1, "distance_n": 1, "bootstrap": 0, "pr_k": 1, "dc_k": 1, "kid_subsets": 1, "kid_size": 2,
-                "is_splits": 1, "per_prompt": 2}  # fmt: skip
+        lows = {
+            "n": 2,
+            "batch": 1,
+            "repeats": 1,
+            "distance_n": 1,
+            "bootstrap": 0,
+            "pr_k": 1,
+            "dc_k": 1,
+            "kid_subsets": 1,
+            "kid_size": 2,
+            "is_splits": 1,
+            "per_prompt": 2,
+        }
         for name, low in lows.items():
             if getattr(self, name) < low:
                 raise UserError(f"{option(name)} must be at least {low}, not {getattr(self, name)}")
@@ -72,7 +83,6 @@ class Settings:
             get_solver(self.solver)
         check_range(max(self.n * self.repeats, self.distance_n), self.seed)
 
-
     @property
     def preparation(self) -> Preparation:
         """What is done to generated images. --resize crop is for sets of images: generators make one size."""
@@ -85,7 +95,12 @@ def option(name: str) -> str:
 
 
 def noise_for(
-    spec: Spec, seeds: range, labels: str | None = None, first_seed: int | None = None, prompts: Prompts | None = None, per_prompt: int = 1
+    spec: Spec,
+    seeds: range,
+    labels: str | None = None,
+    first_seed: int | None = None,
+    prompts: Prompts | None = None,
+    per_prompt: int = 1,
 ) -> tuple[Tensor, Tensor | list[str] | None]:
     """Noise [n, C, H, W] of the images of these seeds, and their class indices [n], prompts, or None for an unconditional `spec`.
 
@@ -103,8 +118,14 @@ def noise_for(
 
 def protocol_line(protocol: dict[str, Any]) -> str:
     """A record's protocol in one line, for footers."""
-    stated = {key: "not stated" if protocol[key] in (None, "") else protocol[key] for key in ("n_gen", "resize", "quantize", "n_ref")}
-    parts = [f"n = {_count(stated['n_gen'])}" + (f" in each of {protocol['repeats']} runs" if protocol["repeats"] > 1 else "")]
+    stated = {
+        key: "not stated" if protocol[key] in (None, "") else protocol[key]
+        for key in ("n_gen", "resize", "quantize", "n_ref")
+    }
+    parts = [
+        f"n = {_count(stated['n_gen'])}"
+        + (f" in each of {protocol['repeats']} runs" if protocol["repeats"] > 1 else "")
+    ]
     if protocol["seeds"]:
         parts.append("seeds {}..{}".format(*protocol["seeds"]))
     if protocol["labels"]:

@@ -30,7 +30,9 @@ IMAGES = ("labels", "quantize", "resize")
 
 
 @lru_cache(maxsize=4)
-def cached(extractor: str, reference: str, device: str, protocol: str | None, data: Any = None) -> tuple[Extractor, Reference]:
+def cached(
+    extractor: str, reference: str, device: str, protocol: str | None, data: Any = None
+) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
     settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
     if data is None:
@@ -46,15 +48,24 @@ def cached(extractor: str, reference: str, device: str, protocol: str | None, da
 
 def training_images(data: Any) -> Pictures:
     """The images of a recipe's `data:` section as training reads them, but not mirrored. UserError: stored latents, which no network here takes."""
-    found = open_set(data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit)
+    found = open_set(
+        data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit
+    )
     if isinstance(found, LatentSet):
-        raise UserError(f"eval.reference: {found.name} holds stored latents, and a Fréchet distance is between images", "name a reference")
+        raise UserError(
+            f"eval.reference: {found.name} holds stored latents, and a Fréchet distance is between images",
+            "name a reference",
+        )
     return pictures(found, data.path)
 
 
 def images_of(protocol: str | None) -> dict[str, Any]:
     """What a protocol says of how images are made."""
-    return {} if protocol is None else {key: value for key, value in find_preset(protocol).settings.items() if key in IMAGES}
+    return (
+        {}
+        if protocol is None
+        else {key: value for key, value in find_preset(protocol).settings.items() if key in IMAGES}
+    )
 
 
 class FrechetEvaluator:
@@ -64,7 +75,9 @@ class FrechetEvaluator:
     the reference instead. UserError: absent or other than these.
     """
 
-    def __init__(self, extractor: str, reference: str, device: Device = "cpu", protocol: str | None = None, data: Any = None):
+    def __init__(
+        self, extractor: str, reference: str, device: Device = "cpu", protocol: str | None = None, data: Any = None
+    ):
         self.device, self.settings = device, images_of(protocol)
         self.extractor, self.reference = cached(extractor, reference, str(device), protocol, data)
 
@@ -74,9 +87,17 @@ class FrechetEvaluator:
             check_shape(spec.shape, self.extractor, of="the student's images")
 
     def score(
-        self, generate: Callable[[Tensor, Tensor | None], Tensor], spec: Spec, *, n: int, seed: int, batch: int = 250, labels: str | None = None,
-        place: Workplace | None = None, key: str = "",
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        generate: Callable[[Tensor, Tensor | None], Tensor],
+        spec: Spec,
+        *,
+        n: int,
+        seed: int,
+        batch: int = 250,
+        labels: str | None = None,
+        place: Workplace | None = None,
+        key: str = "",
+    ) -> dict[str, float]:
         """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
 
         generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks in eval mode.
@@ -85,10 +106,16 @@ class FrechetEvaluator:
         """
         name = "the student"
         x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})  # type: ignore[arg-type]
-        wanted = {"features", "logits"} if "logits" in self.extractor.has and self.extractor.shape is not None else {"features"}
+        wanted = (
+            {"features", "logits"}
+            if "logits" in self.extractor.has and self.extractor.shape is not None
+            else {"features"}
+        )
         made = {**self.settings, "labels": labels} if labels else self.settings
         settings = Settings(**{**made, "n": n, "seed": seed, "batch": batch})
-        work = generator_pass(x, settings, 0, feature_probes({self.extractor.name: (self.extractor, wanted)}), self.device)
+        work = generator_pass(
+            x, settings, 0, feature_probes({self.extractor.name: (self.extractor, wanted)}), self.device
+        )
         run = Measured((place or Workplace(memory=True)).collect(work, lambda done: None))
         if place is not None and worker()[0] != 0:
             return {}
@@ -99,9 +126,15 @@ class FrechetEvaluator:
 
 
 def quick_fd(
-    generate: Callable[[Tensor, Tensor | None], Tensor], spec: Spec, extractor: str, reference: str, n: int = 1000, seed: int = 2_000_000,
-    batch: int = 250, device: Device = "cpu",
-) -> dict[str, float]:  # fmt: skip
+    generate: Callable[[Tensor, Tensor | None], Tensor],
+    spec: Spec,
+    extractor: str,
+    reference: str,
+    n: int = 1000,
+    seed: int = 2_000_000,
+    batch: int = 250,
+    device: Device = "cpu",
+) -> dict[str, float]:
     """The score of a student in training, as `FrechetEvaluator.score`; extractor and reference stay in memory between calls.
     Reference images of another size are scaled and centre-cropped, as training data are."""
     return FrechetEvaluator(extractor, reference, device).score(generate, spec, n=n, seed=seed, batch=batch)

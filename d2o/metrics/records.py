@@ -53,7 +53,10 @@ def _parse(path: Path) -> list[dict[str, Any]] | None:
     except ValueError:
         return None
     records = data if isinstance(data, list) else [data]
-    ours = all(isinstance(r, dict) and r.get("format") == FORMAT["format"] and isinstance(r.get("version"), int) for r in records)
+    ours = all(
+        isinstance(r, dict) and r.get("format") == FORMAT["format"] and isinstance(r.get("version"), int)
+        for r in records
+    )
     return records if records and ours else None
 
 
@@ -62,4 +65,6 @@ def check_json_target(path: str | Path) -> None:
     check_output(path, folder=False)
     path = Path(path)
     if path.exists() and path.stat().st_size and _parse(path) is None:
-        raise UserError(f"{path} exists and is not a result of `d2o eval`: it is not overwritten", "choose another name for --json")
+        raise UserError(
+            f"{path} exists and is not a result of `d2o eval`: it is not overwritten", "choose another name for --json"
+        )

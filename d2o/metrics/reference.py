@@ -13,7 +13,17 @@ from d2o.metrics.passes import Outputs, feature_probes, generator_pass, pictures
 from d2o.metrics.protocol import Settings
 from d2o.metrics.sides import Batchwise, Given, Measured, Side
 from d2o.metrics.statistics import Statistics, holds_statistics, load_statistics
-from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject, check_there, open_subject, reference_settings
+from d2o.metrics.subjects import (
+    Device,
+    Generator,
+    Numbers,
+    Pictures,
+    Subject,
+    check_subject,
+    check_there,
+    open_subject,
+    reference_settings,
+)
 from d2o.metrics.workplace import Workplace
 from d2o.teachers.registry import asset
 
@@ -57,13 +67,20 @@ def default_reference(subject: Subject) -> str:
         f"what should {subject.source} be compared with? Give --against REF",
         f"REF: images (folder, zip, tar, npz), statistics (.npz, .pkl), a published reference ({', '.join(sorted(REFERENCES))}), a teacher or "
         "another checkpoint",
-    )  # fmt: skip
+    )
 
 
 def load_reference(
-    text: str, outputs: Outputs, rows: bool, settings: Settings, device: Device = "cpu", on_bad: str = "refuse", place: Workplace | None = None,
-    meter: Meter = silent, main: Extractor | None = None,
-) -> Reference:  # fmt: skip
+    text: str,
+    outputs: Outputs,
+    rows: bool,
+    settings: Settings,
+    device: Device = "cpu",
+    on_bad: str = "refuse",
+    place: Workplace | None = None,
+    meter: Meter = silent,
+    main: Extractor | None = None,
+) -> Reference:
     """REF, with the `outputs` that are needed of it; `rows`: of every image, else statistics are enough. A generator as REF makes settings.n
     images from settings.seed on: from the same noise as X. `main`: the extractor for whose size --resize crop cuts.
 
@@ -74,23 +91,37 @@ def load_reference(
 
 
 def open_reference(
-    text: str, outputs: Outputs, rows: bool, settings: Settings, device: Device = "cpu", on_bad: str = "refuse", main: Extractor | None = None
-) -> Reference:  # fmt: skip
+    text: str,
+    outputs: Outputs,
+    rows: bool,
+    settings: Settings,
+    device: Device = "cpu",
+    on_bad: str = "refuse",
+    main: Extractor | None = None,
+) -> Reference:
     """The same without measuring any image: all that can be refused is refused here."""
     extractors = [extractor for extractor, _ in outputs.values()]
-    if (shipped := _shipped(text, extractors)) is not None and not rows and not any("spatial" in wanted for _, wanted in outputs.values()):
+    if (
+        (shipped := _shipped(text, extractors)) is not None
+        and not rows
+        and not any("spatial" in wanted for _, wanted in outputs.values())
+    ):
         return Reference(text, "images", Given(text, lambda name: shipped))
     named = is_named(text) and not os.path.exists(text)
     path = str(find_reference(text)) if named else text
     check_there(path)
     given: Given | None = None
     if named or holds_statistics(path):
-        given = Given(text, lambda name: load_reference_statistics(text, name) if named else load_statistics(path, name))
+        given = Given(
+            text, lambda name: load_reference_statistics(text, name) if named else load_statistics(path, name)
+        )
     subject = open_subject(path, reference_settings(settings), device, main, on_bad)
     if isinstance(subject, Numbers):
         return Reference(text, subject.kind, given or Given(text, subject.read), subject)
     if not extractors:
-        raise UserError(f"{text} holds images; to compare statistics with them name the --extractor that made the statistics")
+        raise UserError(
+            f"{text} holds images; to compare statistics with them name the --extractor that made the statistics"
+        )
     if given is not None and not rows and all(extractor.name == "inception" for extractor in extractors):
         return Reference(text, subject.kind, given, subject)
     return replace(generated_reference(text, subject, outputs, settings), given=given)
@@ -103,29 +134,42 @@ def generated_reference(text: str, subject: Generator | Pictures, outputs: Outpu
     if isinstance(subject, Pictures):
         check_enough(subject)
         return Reference(text, subject.kind, None, subject, None, subject.resize, subject.notes, subject.n)
-    name, seeds = subject.name if subject.kind == "teacher" else subject.source, [settings.seed, settings.seed + settings.n - 1]
-    return Reference(name, subject.kind, None, subject, seeds, settings.preparation.describe(), subject.notes, settings.n)
+    name, seeds = (
+        subject.name if subject.kind == "teacher" else subject.source,
+        [settings.seed, settings.seed + settings.n - 1],
+    )
+    return Reference(
+        name, subject.kind, None, subject, seeds, settings.preparation.describe(), subject.notes, settings.n
+    )
 
 
 def measure_reference(
     reference: Reference, outputs: Outputs, settings: Settings, device: Device, place: Workplace, meter: Meter
-) -> Reference:  # fmt: skip
+) -> Reference:
     """The reference with what is needed of its images; as it is where that is known."""
     subject = reference.subject
     if reference.measured is not None or not isinstance(subject, Generator | Pictures):
         return reference
     probes = feature_probes(outputs)
-    work = pictures_pass(subject, settings, probes) if isinstance(subject, Pictures) else generator_pass(subject, settings, 0, probes, device)
+    work = (
+        pictures_pass(subject, settings, probes)
+        if isinstance(subject, Pictures)
+        else generator_pass(subject, settings, 0, probes, device)
+    )
     with meter(f"reference {subject.name if isinstance(subject, Generator) else reference.name}", work.n) as progress:
         columns = place.collect(work, progress)
     given, resize = reference.given, reference.resize
-    return replace(reference, measured=Batchwise(columns, resize, given) if given is not None else Measured(columns, resize))
+    return replace(
+        reference, measured=Batchwise(columns, resize, given) if given is not None else Measured(columns, resize)
+    )
 
 
 def check_enough(pictures: Pictures) -> None:
     """UserError for fewer than two images."""
     if pictures.n < 2:
-        raise UserError(f"{pictures.source} holds {pictures.n} image{'s' * (pictures.n != 1)}; a Fréchet distance needs at least 2")
+        raise UserError(
+            f"{pictures.source} holds {pictures.n} image{'s' * (pictures.n != 1)}; a Fréchet distance needs at least 2"
+        )
 
 
 def _shipped(text: str, extractors: list[Extractor]) -> Statistics | None:

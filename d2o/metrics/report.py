@@ -27,7 +27,7 @@ from d2o.metrics.cells import (
     printed,
     settings,
     value_text,
-)  # fmt: skip
+)
 from d2o.metrics.curves import Curves, read_curves
 from d2o.metrics.protocol import protocol_line
 from d2o.metrics.report_charts import WORDS, by_class, comparison, training
@@ -41,7 +41,9 @@ WIDTH, NAMES = 122, 28
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_report(path: str | Path, records: Sequence[Record], runs: Sequence[str | Path] = (), title: str = "d2o report") -> None:
+def write_report(
+    path: str | Path, records: Sequence[Record], runs: Sequence[str | Path] = (), title: str = "d2o report"
+) -> None:
     """Write the page (atomically). UserError: `runs` without metrics.jsonl, or `path` holds a page that isn't d2o's."""
     check_report_target(path)
     atomic_write(path, render(records, [read_curves(run) for run in runs], title))
@@ -52,14 +54,22 @@ def check_report_target(path: str | Path) -> None:
     check_output(path, folder=False)
     path = Path(path)
     if path.exists() and path.stat().st_size and MARK.encode() not in path.read_bytes()[:4096]:
-        raise UserError(f"{path} exists and is not a report of d2o: it is not overwritten", "choose another name for --report")
+        raise UserError(
+            f"{path} exists and is not a report of d2o: it is not overwritten", "choose another name for --report"
+        )
 
 
 def render(records: Sequence[Record], curves: Sequence[Curves] = (), title: str = "d2o report") -> str:
     """The whole page."""
     sections = [
-        _results(records), comparison(records), *samples(records), neighbours(records), training(curves), by_class(records), _details(records),
-    ]  # fmt: skip
+        _results(records),
+        comparison(records),
+        *samples(records),
+        neighbours(records),
+        training(curves),
+        by_class(records),
+        _details(records),
+    ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{MARK} {__version__}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -78,7 +88,9 @@ def _subtitle(records: Sequence[Record]) -> str:
     what = f"{len(records)} result{'s' * (len(records) != 1)}"
     if makers:
         what = f"One-step student{'s' * (len(students) != 1)} of the teacher {', '.join(makers)}"
-    return " · ".join([what, *dict.fromkeys(f"{machine(r)}, torch {r['env']['torch']}" for r in records if r.get("env"))])
+    return " · ".join(
+        [what, *dict.fromkeys(f"{machine(r)}, torch {r['env']['torch']}" for r in records if r.get("env"))]
+    )
 
 
 def _tiles(records: Sequence[Record]) -> str:
@@ -89,10 +101,15 @@ def _tiles(records: Sequence[Record]) -> str:
     key = keys[0]
     scored = [(r, m) for r in records for k, m in metrics(r) if k == key]
     student, metric = min(
-        ((r, m) for r, m in scored if r["x"]["kind"] == "student"), key=lambda pair: (1 if pair[1]["better"] == "lower" else -1) * pair[1]["value"]
+        ((r, m) for r, m in scored if r["x"]["kind"] == "student"),
+        key=lambda pair: (1 if pair[1]["better"] == "lower" else -1) * pair[1]["value"],
     )
     same = protocol_line(student["protocol"])
-    teachers = [(r, m) for r, m in scored if r["x"]["kind"] == "teacher" and protocol_line(r["protocol"]) == same and m["label"] == metric["label"]]
+    teachers = [
+        (r, m)
+        for r, m in scored
+        if r["x"]["kind"] == "teacher" and protocol_line(r["protocol"]) == same and m["label"] == metric["label"]
+    ]
     teachers.sort(key=lambda pair: -pair[0]["x"]["nfe"])
     teacher = teachers[0][0] if teachers else None
     beside = []
@@ -106,10 +123,14 @@ def _tiles(records: Sequence[Record]) -> str:
     beside = [f"± {spread}"] * bool(spread) + beside
     tiles = [(name, value, " · ".join(beside) or n)]
     if teacher is not None:
-        tiles.insert(0, ("Network calls per image", f"{teacher['x']['nfe']} → {student['x']['nfe']}", "teacher → student"))
+        tiles.insert(
+            0, ("Network calls per image", f"{teacher['x']['nfe']} → {student['x']['nfe']}", "teacher → student")
+        )
         ours, theirs = ((r["metrics"].get("speed") or {}).get("samples_per_s") for r in (student, teacher))
         if ours and theirs and machine(student) == machine(teacher):
-            tiles.append(("Sampling speed", f"{number(ours / theirs)}×", f"{number(ours)} images/s · teacher {number(theirs)}"))
+            tiles.append(
+                ("Sampling speed", f"{number(ours / theirs)}×", f"{number(ours)} images/s · teacher {number(theirs)}")
+            )
     if key != "accuracy" and (accuracy := dict(metrics(student)).get("accuracy")):
         theirs = dict(metrics(teacher)).get("accuracy") if teacher else None
         tiles.append(("Class accuracy", value_text(accuracy), f"teacher {value_text(theirs)}" if theirs else ""))
@@ -133,7 +154,10 @@ def _results(records: Sequence[Record]) -> str:
 
 def _table(records: Sequence[Record], table: Table) -> str:
     """A piece of the table. On a narrow page its rows become lists, in which each cell says what it is."""
-    heads = "".join(f'<th scope="col"{_class(kind)}>{_arrowed(h)}</th>' for h, kind in zip(table.headers, table.columns, strict=True))
+    heads = "".join(
+        f'<th scope="col"{_class(kind)}>{_arrowed(h)}</th>'
+        for h, kind in zip(table.headers, table.columns, strict=True)
+    )
     rows = []
     for i, (r, cells) in enumerate(zip(records, table.rows, strict=True)):
         kind = escape(r["x"]["kind"])
@@ -157,7 +181,10 @@ def _arrowed(header: str) -> str:
     arrow = ""
     for better, sign in ARROWS.items():
         if header.endswith(f" {sign}"):
-            header, arrow = header[:-2], f' <span title="{WORDS[better]}" role="img" aria-label="{WORDS[better]}">{sign}</span>'
+            header, arrow = (
+                header[:-2],
+                f' <span title="{WORDS[better]}" role="img" aria-label="{WORDS[better]}">{sign}</span>',
+            )
     name, bracket, rest = escape(header).partition("(")
     return f"<span>{name}</span><wbr><span>({rest}{arrow}</span>" if bracket else f"<span>{name}{arrow}</span>"
 
@@ -179,7 +206,11 @@ def _about(r: Record) -> str:
         ("command", f"<code>{escape(r.get('command', 'not recorded'))}</code>"),
         ("protocol", escape(protocol_line(r["protocol"]))),
         ("preset", escape(_preset(r.get("preset") or {}))),
-        ("file", f"<code>{escape(x['source'])}</code>" + (f", sha256 <code>{escape(x['sha256'])}</code>" if x.get("sha256") else "")),
+        (
+            "file",
+            f"<code>{escape(x['source'])}</code>"
+            + (f", sha256 <code>{escape(x['sha256'])}</code>" if x.get("sha256") else ""),
+        ),
         ("parameters", f"{x['parameters']:,}" if x.get("parameters") else ""),
         ("licence", escape(x.get("licence") or "")),
         *((escape(heading(m)), escape(_metric(m, paper_of(r).get(key)))) for key, m in metrics(r)),
@@ -195,7 +226,11 @@ def _about(r: Record) -> str:
 
 def _preset(preset: dict[str, Any]) -> str:
     """Its name, paper and whatever else it says, as far as that is one line."""
-    rest = (f"{key} {value}" for key, value in preset.items() if key not in ("name", "paper") and isinstance(value, (str, int, float)))
+    rest = (
+        f"{key} {value}"
+        for key, value in preset.items()
+        if key not in ("name", "paper") and isinstance(value, (str, int, float))
+    )
     return " · ".join(str(part) for part in (preset.get("name"), preset.get("paper"), *rest) if part)
 
 
@@ -224,8 +259,11 @@ def _latency(speed: dict[str, Any]) -> str:
     """Of one image: the median, the slowest tenth, and what it is spent on."""
     if speed.get("latency_ms") is None:
         return ""
-    spent = [f"{what} {milliseconds(speed[key])}" for key, what in (("text_ms", "text"), ("network_ms", "network"), ("decode_ms", "decoder"))
-             if speed.get(key) is not None]  # fmt: skip
+    spent = [
+        f"{what} {milliseconds(speed[key])}"
+        for key, what in (("text_ms", "text"), ("network_ms", "network"), ("decode_ms", "decoder"))
+        if speed.get(key) is not None
+    ]
     parts = [f"{milliseconds(speed['latency_ms'])} (median)"]
     if speed.get("latency_p90_ms") is not None:
         parts.append(f"nine of ten within {milliseconds(speed['latency_p90_ms'])}")

@@ -19,8 +19,20 @@ CLASSES = 40  # that fit beside each other
 WORST = 20
 SIGNS = (
     ("Critic's logits", "logit_", "logit", "Of real images and of fakes: far apart, the critic has won.", False),
-    ("Diversity of the fakes", "diversity", "spread", "Spread of a batch of fakes against that of real images; near 0: collapse.", True),
-    ("Augmentation", "ada_p", "ADA p", "Probability of the critic's augmentations; above 0.8 they leak into the samples.", False),
+    (
+        "Diversity of the fakes",
+        "diversity",
+        "spread",
+        "Spread of a batch of fakes against that of real images; near 0: collapse.",
+        True,
+    ),
+    (
+        "Augmentation",
+        "ada_p",
+        "ADA p",
+        "Probability of the critic's augmentations; above 0.8 they leak into the samples.",
+        False,
+    ),
     ("Gradient norms", "grad_", "norm", "Of each network, mean over its updates, before clipping.", True),
 )  # title, keys, axis, what it shows, logarithmic
 
@@ -52,15 +64,23 @@ def _dot(record: Record, key: str, metric: Metric) -> Dot:
     scale = 100 if metric.get("percent") else 1
     error, paper = error_of(metric), paper_of(record).get(key, (None,))[0]
     return Dot(
-        record["name"], scale * metric["value"], value_text(metric), None if error is None else scale * error,
-        KINDS.get(record["x"]["kind"], 5), None if paper is None else scale * paper,
-    )  # fmt: skip
+        record["name"],
+        scale * metric["value"],
+        value_text(metric),
+        None if error is None else scale * error,
+        KINDS.get(record["x"]["kind"], 5),
+        None if paper is None else scale * paper,
+    )
 
 
 def _dots(metric: Metric, dots: Sequence[Dot]) -> str:
     values = [d.value for d in dots]
     log = _wide(values)
-    what = [WORDS.get(metric["better"], ""), "logarithmic axis" if log else "", "per cent" if metric.get("percent") else ""]
+    what = [
+        WORDS.get(metric["better"], ""),
+        "logarithmic axis" if log else "",
+        "per cent" if metric.get("percent") else "",
+    ]
     title = f"{metric['label']} of {len(dots)} rows"
     says = ", ".join(filter(None, what))
     return f'<div class="card chart"><h3>{escape(heading(metric))}</h3><p>{says[:1].upper() + says[1:]}</p>{dot_chart(dots, title, log)}</div>'
@@ -72,12 +92,16 @@ def _wide(values: Sequence[float]) -> bool:
 
 
 def training(curves: Sequence[Curves]) -> str:
-    losses = [Series(_named(c, key, curves), *_xy(points), smooth=True) for c in curves for key, points in c.losses.items()]
+    losses = [
+        Series(_named(c, key, curves), *_xy(points), smooth=True) for c in curves for key, points in c.losses.items()
+    ]
     charts = [_lines("Training loss", "As logged (thin) and smoothed (thick).", losses, "loss")]
     for title, start, axis, about, log in SIGNS:
         told = [(c, key) for c in curves for key in c.signs if key.startswith(start)]
         names = [[c.name] * (len(curves) > 1) + [key] * (start.endswith("_") or len(curves) == 1) for c, key in told]
-        series = [Series(": ".join(name), *_xy(c.signs[key]), smooth=True) for (c, key), name in zip(told, names, strict=True)]
+        series = [
+            Series(": ".join(name), *_xy(c.signs[key]), smooth=True) for (c, key), name in zip(told, names, strict=True)
+        ]
         charts.append(_lines(title, about, series, axis, log))
     for key in dict.fromkeys(key for c in curves for key in c.scores):
         series = [Series(c.name, *_xy(c.scores[key]), marks=True) for c in curves if key in c.scores]
@@ -87,12 +111,20 @@ def training(curves: Sequence[Curves]) -> str:
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""
-    return section("Training", f"From {', '.join(c.name for c in curves)}.", f'{_verdicts(curves)}<div class="charts">{"".join(charts)}</div>')
+    return section(
+        "Training",
+        f"From {', '.join(c.name for c in curves)}.",
+        f'{_verdicts(curves)}<div class="charts">{"".join(charts)}</div>',
+    )
 
 
 def _verdicts(curves: Sequence[Curves]) -> str:
     """What the watch of adversarial runs said last: it names the first bad iteration."""
-    lines = [f"<li{'' if c.watch.startswith('stable') else ' class=warning'}>{escape(c.name)}: {escape(c.watch)}</li>" for c in curves if c.watch]
+    lines = [
+        f"<li{'' if c.watch.startswith('stable') else ' class=warning'}>{escape(c.name)}: {escape(c.watch)}</li>"
+        for c in curves
+        if c.watch
+    ]
     return f'<ul class="protocol watch">{"".join(lines)}</ul>' if lines else ""
 
 
@@ -129,7 +161,11 @@ def _by_class(records: Sequence[Record], key: str, column: dict[int, Metric]) ->
     lower = first["better"] == "lower"
     told = ""
     if len(classes) > CLASSES:
-        means = {c: sum(v) / len(v) for c in classes if (v := [m["per_class"][c] for m in scored.values() if c in m["per_class"]])}
+        means = {
+            c: sum(v) / len(v)
+            for c in classes
+            if (v := [m["per_class"][c] for m in scored.values() if c in m["per_class"]])
+        }
         told = f" The {WORST} worst of {len(classes):,} classes, on average over the rows."
         classes = sorted(means, key=lambda c: -means[c] if lower else means[c])[:WORST]
     values = [m["per_class"][c] for m in scored.values() for c in classes if c in m["per_class"]]

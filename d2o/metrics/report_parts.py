@@ -22,7 +22,11 @@ def scroll(label: str, body: str, kind: str = "card ") -> str:
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
     """(class of the style sheet, name) of each colour."""
-    return '<ul class="legend">' + "".join(f'<li><i class="{kind}"></i>{escape(name)}</li>' for kind, name in entries) + "</ul>"
+    return (
+        '<ul class="legend">'
+        + "".join(f'<li><i class="{kind}"></i>{escape(name)}</li>' for kind, name in entries)
+        + "</ul>"
+    )
 
 
 def samples(records: Sequence[Record]) -> Iterable[str]:
@@ -30,7 +34,11 @@ def samples(records: Sequence[Record]) -> Iterable[str]:
     groups: dict[str, list[Record]] = {}
     for r in records:
         if "grid" in r:
-            key = repr((r["grid"].get("seeds"), r["grid"].get("labels"), r["grid"].get("prompts"))) if r["grid"].get("seeds") else ""
+            key = (
+                repr((r["grid"].get("seeds"), r["grid"].get("labels"), r["grid"].get("prompts")))
+                if r["grid"].get("seeds")
+                else ""
+            )
             groups.setdefault(key, []).append(r)
     for key, group in sorted(groups.items(), key=lambda item: item[0] == ""):
         grid = group[0]["grid"]
@@ -40,7 +48,9 @@ def samples(records: Sequence[Record]) -> Iterable[str]:
             lead = f"The same {grid['n']} noises in every column, seeds {first} to {last}: the first ones, not chosen{order}."
             yield section("Samples from equal noise", lead, f'<div class="grids">{"".join(_columns(group))}</div>')
         else:
-            figures = "".join(_figure(r["grid"], r["grid"]["png"], r["name"], "evenly spaced, not chosen") for r in group)
+            figures = "".join(
+                _figure(r["grid"], r["grid"]["png"], r["name"], "evenly spaced, not chosen") for r in group
+            )
             yield section("Images", "From the sets of images in the table.", f'<div class="grids">{figures}</div>')
 
 
@@ -56,7 +66,9 @@ def _columns(group: Sequence[Record]) -> Iterable[str]:
             yield _figure(r["grid"], spare, r["grid"]["teacher"], "teacher")
     for r in [*columns, *(r for r in group if r not in columns)]:
         calls = r["x"]["nfe"]
-        yield _figure(r["grid"], r["grid"]["png"], r["name"], f"{r['x']['kind']}, {calls} network call{'s' * (calls != 1)}")
+        yield _figure(
+            r["grid"], r["grid"]["png"], r["name"], f"{r['x']['kind']}, {calls} network call{'s' * (calls != 1)}"
+        )
 
 
 def _figure(grid: dict[str, Any], png: str, name: str, what: str) -> str:
@@ -107,10 +119,16 @@ def _neighbours(record: Record) -> str:
     )
     sheets = "".join(
         _pairs(record["name"], near, near[which], title)
-        for which, title in (("closest", "The samples nearest to the training set"), ("spaced", "Evenly spaced samples, not chosen"))
+        for which, title in (
+            ("closest", "The samples nearest to the training set"),
+            ("spaced", "Evenly spaced samples, not chosen"),
+        )
     )
     shares = [i / (len(near["curve"]["real"]) - 1) for i in range(len(near["curve"]["real"]))]
-    series = [Series("samples", near["curve"]["sample"], shares), Series("training images", near["curve"]["real"], shares)]
+    series = [
+        Series("samples", near["curve"]["sample"], shares),
+        Series("training images", near["curve"]["real"], shares),
+    ]
     chart = line_chart(series, "distance to the nearest training image, 1 = usual", "share that is nearer")
     curve = ""
     if chart:
@@ -120,7 +138,9 @@ def _neighbours(record: Record) -> str:
             "copying. To the right: images unlike those of the training."
         )
         title = f"How near, over {near['n']:,} samples"
-        curve = f'<div class="card chart"><h3>{title}</h3><p>{what}</p>{lines}{scroll("Distances", chart, "plot ")}</div>'
+        curve = (
+            f'<div class="card chart"><h3>{title}</h3><p>{what}</p>{lines}{scroll("Distances", chart, "plot ")}</div>'
+        )
     return f'<h3>{escape(record["name"])}</h3><p class="lead">{escape(closer)}</p><div class="grids near">{sheets}{curve}</div>'
 
 
@@ -133,8 +153,8 @@ def _pairs(name: str, near: dict[str, Any], sheet: dict[str, Any], title: str) -
         return ""
     items = "".join(
         f'<li title="sample {int(i)}, training image {int(j[0])}">{_image(parts[row * columns])}'
-        f'<div>{"".join(_image(part) for part in parts[row * columns + 1 : (row + 1) * columns])}</div>'
-        f'<b{" class=close" if d[0] < near["near"] * usual else ""}>{_ratio(d[0], usual)}</b></li>'
+        f"<div>{''.join(_image(part) for part in parts[row * columns + 1 : (row + 1) * columns])}</div>"
+        f"<b{' class=close' if d[0] < near['near'] * usual else ''}>{_ratio(d[0], usual)}</b></li>"
         for row, (i, j, d) in enumerate(zip(sheet["samples"], sheet["neighbours"], sheet["distances"], strict=True))
     )
     alt = f"{name}: {rows} rows of a sample and its {near['k']} nearest training images"

@@ -20,7 +20,16 @@ from d2o.metrics.plan import Plan, reference_outputs
 from d2o.metrics.presets import Preset, check_result, hold_to, refuse
 from d2o.metrics.protocol import Settings, option
 from d2o.metrics.reference import Reference, check_enough, default_reference, measure_reference, open_reference
-from d2o.metrics.subjects import Device, Generator, Numbers, Pictures, Subject, check_there, open_subject, reference_teacher
+from d2o.metrics.subjects import (
+    Device,
+    Generator,
+    Numbers,
+    Pictures,
+    Subject,
+    check_there,
+    open_subject,
+    reference_teacher,
+)
 from d2o.metrics.tools import Tools
 from d2o.metrics.workplace import Workplace
 from d2o.runtime import StopFlag, Stopped
@@ -60,7 +69,11 @@ class _Ready:
 
 
 def evaluate_all(
-    request: Request, settings: Settings, meter: Meter = silent, stop: StopFlag | None = None, place: Workplace | None = None
+    request: Request,
+    settings: Settings,
+    meter: Meter = silent,
+    stop: StopFlag | None = None,
+    place: Workplace | None = None,
 ) -> Iterator[Evaluation]:
     """One evaluation for each X, in order, each as soon as it is done; all are checked before the first image is measured. `place`: where
     passes are kept, by its owner.
@@ -68,14 +81,19 @@ def evaluate_all(
     UserError as `evaluate_one`, for a wrong number of names, and for --steps of a single X that takes none. Stopped: how far it was.
     """
     if request.names and len(request.names) != len(request.xs):
-        raise UserError(f"{len(request.names)} --name for {len(request.xs)} X", "give one --name for each X, in their order, or none")
+        raise UserError(
+            f"{len(request.names)} --name for {len(request.xs)} X",
+            "give one --name for each X, in their order, or none",
+        )
     many, references = len(request.xs), dict[str, Reference]()
     ready = _Preparing(request, settings, references)
     kept = []
     for text in request.xs:
         with _about(text, many):
             found = ready(text)
-        kept.append(found if many == 1 or not isinstance(found.x, Generator) else None)  # networks of several X one after another
+        kept.append(
+            found if many == 1 or not isinstance(found.x, Generator) else None
+        )  # networks of several X one after another
     with nullcontext(place) if place is not None else Workplace(request.work, stop=stop) as place:
         for i, text in enumerate(request.xs):
             found = kept[i] or ready(text)
@@ -90,19 +108,33 @@ def evaluate_all(
 
 
 def _evaluate(
-    i: int, ready: _Ready, request: Request, settings: Settings, references: dict[str, Reference], place: Workplace, meter: Meter
+    i: int,
+    ready: _Ready,
+    request: Request,
+    settings: Settings,
+    references: dict[str, Reference],
+    place: Workplace,
+    meter: Meter,
 ) -> Evaluation | None:
     reference = None
     if ready.reference is not None:
         outputs, _ = reference_outputs(ready.plan)
-        reference = references[ready.reference] = measure_reference(references[ready.reference], outputs, settings, request.device, place, meter)
+        reference = references[ready.reference] = measure_reference(
+            references[ready.reference], outputs, settings, request.device, place, meter
+        )
     name = request.names[i] if request.names else None
-    result = evaluate_one(ready.x, reference, ready.plan, settings, name=name, device=request.device, place=place, meter=meter)
+    result = evaluate_one(
+        ready.x, reference, ready.plan, settings, name=name, device=request.device, place=place, meter=meter
+    )
     if result is None:
         return None
     if request.preset is not None:
         refuse(request.preset, check_result(request.preset, result.record["protocol"]))
-        result.record["preset"] = {"name": request.preset.name, "paper": request.preset.paper, "tool": request.preset.tool}
+        result.record["preset"] = {
+            "name": request.preset.name,
+            "paper": request.preset.paper,
+            "tool": request.preset.tool,
+        }
         result.record["notes"] += [note for note in request.preset.notes if note not in result.record["notes"]]
     if request.paper and request.paper[i]:
         result.record["paper"] = dict(request.paper[i])
@@ -135,11 +167,27 @@ class _Preparing:
         notes: list[str] = []
         if request.teacher_distance or any(want.needs_teacher for want in self.wants):
             teacher, notes = reference_teacher(x, request.teacher, settings, request.device)
-        if settings.steps is not None and request.preset is None and not (isinstance(x, Generator) and "steps" in x.record):
+        if (
+            settings.steps is not None
+            and request.preset is None
+            and not (isinstance(x, Generator) and "steps" in x.record)
+        ):
             if request.steps_typed and len(request.xs) == 1:
-                raise UserError(f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away")
+                raise UserError(
+                    f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away"
+                )
             notes.append(f"--steps is not for {text}")
-        plan = Plan(self.wants, self.main, self.tools, teacher, request.teacher_distance, request.latency, request.neighbours, request.grid, notes)
+        plan = Plan(
+            self.wants,
+            self.main,
+            self.tools,
+            teacher,
+            request.teacher_distance,
+            request.latency,
+            request.neighbours,
+            request.grid,
+            notes,
+        )
         name = self._reference(x, plan)
         reference = self.references[name] if name is not None else None
         if request.preset is not None:
@@ -155,7 +203,9 @@ class _Preparing:
         request = self.request
         name = request.against or (request.preset.reference if request.preset else None) or default_reference(x)
         if name not in self.references:
-            self.references[name] = open_reference(name, outputs, rows, self.settings, request.device, request.on_bad, plan.main)
+            self.references[name] = open_reference(
+                name, outputs, rows, self.settings, request.device, request.on_bad, plan.main
+            )
         return name
 
 
@@ -181,22 +231,31 @@ def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
     if isinstance(x, Generator) and x.spec.space != "pixel":
         if not any(want.metric.output and want.extractor is None for want in wants):
             return None
-        raise UserError(f"no default feature extractor for {x.source}, which works in latents; name one with --extractor")
+        raise UserError(
+            f"no default feature extractor for {x.source}, which works in latents; name one with --extractor"
+        )
     return tools.extractor(default_extractor(tuple(x.shape)))
 
 
 def _hold_to(preset: Preset, reference: Reference | None, plan: Plan) -> None:
     """Refuse before hours of work what is known not to be the protocol."""
     extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
-    hold_to(preset, list(extractors.values()), reference.name if reference else None, reference.n if reference else None)
+    hold_to(
+        preset, list(extractors.values()), reference.name if reference else None, reference.n if reference else None
+    )
 
 
 def command(request: Request, settings: Settings, x: str, reference: Reference | None) -> str:
     """The command line that measures `x` again."""
     words = ["d2o", "eval", x]
     against = request.against or (reference.name if reference and not request.preset else None)
-    given: dict[str, Any] = {"protocol": request.preset.name if request.preset else None, "against": against, "extractor": request.extractor,
-                             "teacher": request.teacher, "metrics": None if request.preset else ",".join(request.metrics)}  # fmt: skip
+    given: dict[str, Any] = {
+        "protocol": request.preset.name if request.preset else None,
+        "against": against,
+        "extractor": request.extractor,
+        "teacher": request.teacher,
+        "metrics": None if request.preset else ",".join(request.metrics),
+    }
     words += [word for key, value in given.items() if value for word in (f"--{key}", value)]
     words += [word for text in request.weights for word in ("--weights", text)]
     words += ["--no-teacher-distance"] * (not request.teacher_distance) + ["--latency"] * request.latency

@@ -74,7 +74,10 @@ def frechet_by_class(sides: Sides, settings: Settings) -> dict[str, Score]:
 
     x, other = sides.run, sides.other
     if not isinstance(other, Measured) or x.labels is None or other.labels is None:
-        raise UserError(f"{sides.key} needs labelled images on both sides", "leave the metric away, or give a reference with one folder per class")
+        raise UserError(
+            f"{sides.key} needs labelled images on both sides",
+            "leave the metric away, or give a reference with one folder per class",
+        )
     ours, theirs = (side.column(sides.network, sides.output) for side in (x, other))
     values, dim = {}, ours.shape[1]
     for c in sorted(set(x.labels.tolist()) & set(other.labels.tolist()) - {-1}):
@@ -86,8 +89,13 @@ def frechet_by_class(sides: Sides, settings: Settings) -> dict[str, Score]:
         if min(part.n for part in parts) > dim:
             values[str(c)] = frechet_distance(parts[0].mean, parts[0].cov, parts[1].mean, parts[1].cov)
     if not values:
-        raise UserError(f"{sides.key}: no class has more than {dim} images (the number of features) on both sides", "raise --n, or leave it away")
-    return {sides.key: Score(sum(values.values()) / len(values), x.n, more={"per_class": values, "classes": len(values)})}
+        raise UserError(
+            f"{sides.key}: no class has more than {dim} images (the number of features) on both sides",
+            "raise --n, or leave it away",
+        )
+    return {
+        sides.key: Score(sum(values.values()) / len(values), x.n, more={"per_class": values, "classes": len(values)})
+    }
 
 
 def kernel(sides: Sides, settings: Settings) -> dict[str, Score]:
@@ -95,7 +103,11 @@ def kernel(sides: Sides, settings: Settings) -> dict[str, Score]:
 
     ours, theirs = (side.column(sides.network, sides.output) for side in (sides.x, sides.other))
     found = kid(ours, theirs, settings.kid_subsets, settings.kid_size)
-    return {sides.key: Score(found.mean, len(ours), found.std, "subsets", {"subsets": found.subsets, "subset_size": found.size})}
+    return {
+        sides.key: Score(
+            found.mean, len(ours), found.std, "subsets", {"subsets": found.subsets, "subset_size": found.size}
+        )
+    }
 
 
 def inception(sides: Sides, settings: Settings) -> dict[str, Score]:
@@ -103,8 +115,15 @@ def inception(sides: Sides, settings: Settings) -> dict[str, Score]:
 
     logits = sides.run.column(sides.network, "logits")
     found = inception_score(logits, settings.is_splits, settings.is_mode)
-    return {sides.key: Score(found.mean, len(logits), found.std, "splits" if found.std is not None else None,
-                             {"splits": found.splits, "mode": settings.is_mode})}  # fmt: skip
+    return {
+        sides.key: Score(
+            found.mean,
+            len(logits),
+            found.std,
+            "splits" if found.std is not None else None,
+            {"splits": found.splits, "mode": settings.is_mode},
+        )
+    }
 
 
 def prdc(sides: Sides, settings: Settings) -> dict[str, Score]:
@@ -114,7 +133,12 @@ def prdc(sides: Sides, settings: Settings) -> dict[str, Score]:
     found = manifold(theirs, ours, settings.pr_k, settings.dc_k, dtype=settings.pr_dtype)
     pr = {"k": settings.pr_k, "n_ref": len(theirs), "dtype": settings.pr_dtype, "inside": "<="}
     dc = {"k": settings.dc_k, "n_ref": len(theirs), "dtype": settings.pr_dtype, "inside": "<"}
-    values = {"precision": (found.precision, pr), "recall": (found.recall, pr), "density": (found.density, dc), "coverage": (found.coverage, dc)}
+    values = {
+        "precision": (found.precision, pr),
+        "recall": (found.recall, pr),
+        "density": (found.density, dc),
+        "coverage": (found.coverage, dc),
+    }
     return {key: Score(value, len(ours), more=dict(more)) for key, (value, more) in values.items()}
 
 
@@ -124,7 +148,10 @@ def precision_recall(sides: Sides, settings: Settings) -> dict[str, Score]:
     ours, theirs = (side.column(sides.network, sides.output) for side in (sides.x, sides.other))
     precision, recall = distances.precision_recall(theirs, ours, settings.pr_k, dtype=settings.pr_dtype)
     more = {"k": settings.pr_k, "n_ref": len(theirs), "dtype": settings.pr_dtype, "inside": "<="}
-    return {"precision": Score(precision, len(ours), more=dict(more)), "recall": Score(recall, len(ours), more=dict(more))}
+    return {
+        "precision": Score(precision, len(ours), more=dict(more)),
+        "recall": Score(recall, len(ours), more=dict(more)),
+    }
 
 
 def density_coverage(sides: Sides, settings: Settings) -> dict[str, Score]:
@@ -133,7 +160,10 @@ def density_coverage(sides: Sides, settings: Settings) -> dict[str, Score]:
     ours, theirs = (side.column(sides.network, sides.output) for side in (sides.x, sides.other))
     density, coverage = distances.density_coverage(theirs, ours, settings.dc_k, dtype=settings.pr_dtype)
     more = {"k": settings.dc_k, "n_ref": len(theirs), "dtype": settings.pr_dtype, "inside": "<"}
-    return {"density": Score(density, len(ours), more=dict(more)), "coverage": Score(coverage, len(ours), more=dict(more))}
+    return {
+        "density": Score(density, len(ours), more=dict(more)),
+        "coverage": Score(coverage, len(ours), more=dict(more)),
+    }
 
 
 def _mean(values: torch.Tensor, settings: Settings, **more: Any) -> Score:
@@ -163,4 +193,8 @@ def dream_diversity(sides: Sides, settings: Settings) -> dict[str, Score]:
     embeddings = sides.run.column(sides.network, sides.output)
     mean, std = diversity(embeddings, settings.per_prompt)
     prompts = len(embeddings) // settings.per_prompt
-    return {sides.key: Score(mean, prompts, more={"per_prompt": settings.per_prompt, "images": len(embeddings), "std_of_prompts": std})}
+    return {
+        sides.key: Score(
+            mean, prompts, more={"per_prompt": settings.per_prompt, "images": len(embeddings), "std_of_prompts": std}
+        )
+    }

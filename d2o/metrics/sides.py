@@ -87,7 +87,10 @@ class Given(Side):
         found = self.read(extractor.name)
         if output == "spatial":
             if found.spatial is None:
-                raise UserError(f"{self.source} holds no spatial statistics (mu_s, sigma_s), which sFID needs", "give images as the reference")
+                raise UserError(
+                    f"{self.source} holds no spatial statistics (mu_s, sigma_s), which sFID needs",
+                    "give images as the reference",
+                )
             return found.spatial
         check_same_features(found, Statistics.none(extractor))
         return found
@@ -111,7 +114,11 @@ class Batchwise(Measured):
         self.given = given
 
     def _make_statistics(self, extractor: Extractor, output: str) -> Statistics:
-        return self.given.statistics(extractor, output) if extractor.name == "inception" else super()._make_statistics(extractor, output)
+        return (
+            self.given.statistics(extractor, output)
+            if extractor.name == "inception"
+            else super()._make_statistics(extractor, output)
+        )
 
 
 def prepared(resize: str, extractor: Extractor) -> str:

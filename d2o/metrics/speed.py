@@ -22,12 +22,17 @@ def throughput(seconds: Sequence[float], batch: int, device: DEVICE) -> dict[str
     """Images/s of generating alone: the median over full batches, without the first (warm-up) where there are several."""
     timed = seconds[1:] or seconds
     return {
-        "samples_per_s": batch / max(stats.median(timed), 1e-9), "batch": batch, "batches": len(timed),
-        "warm_up_excluded": len(seconds) > 1, "device": torch.device(device).type,
-    }  # fmt: skip
+        "samples_per_s": batch / max(stats.median(timed), 1e-9),
+        "batch": batch,
+        "batches": len(timed),
+        "warm_up_excluded": len(seconds) > 1,
+        "device": torch.device(device).type,
+    }
 
 
-def latency(x: Generator, seed: int, labels: str | None, device: DEVICE, warm_up: int = WARM_UP, timed: int = TIMED) -> dict[str, Any]:
+def latency(
+    x: Generator, seed: int, labels: str | None, device: DEVICE, warm_up: int = WARM_UP, timed: int = TIMED
+) -> dict[str, Any]:
     """Milliseconds of one image at batch 1, median and 90th percentile of `timed` after `warm_up`; where it has them, of encoding the text, of
     the network calls and of decoding alone; and the highest memory meanwhile, in bytes (of the GPU; else the process, where the system
     tells)."""
@@ -50,10 +55,15 @@ def latency(x: Generator, seed: int, labels: str | None, device: DEVICE, warm_up
                 spans[name].append(span)
     milli = {name: [1000 * s for s in values] for name, values in spans.items()}
     record = {
-        "latency_ms": stats.median(milli["whole"]), "latency_p90_ms": sorted(milli["whole"])[round(0.9 * (timed - 1))],
-        "network_ms": stats.median(milli["network"]), "decode_ms": stats.median(milli["decode"]), "timed": timed, "warm_up": warm_up,
-        "dtype": "float32", "peak_memory_bytes": _peak(device),
-    }  # fmt: skip
+        "latency_ms": stats.median(milli["whole"]),
+        "latency_p90_ms": sorted(milli["whole"])[round(0.9 * (timed - 1))],
+        "network_ms": stats.median(milli["network"]),
+        "decode_ms": stats.median(milli["decode"]),
+        "timed": timed,
+        "warm_up": warm_up,
+        "dtype": "float32",
+        "peak_memory_bytes": _peak(device),
+    }
     if milli["text"]:
         record["text_ms"] = stats.median(milli["text"][warm_up:])
     return record

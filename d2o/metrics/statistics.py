@@ -60,7 +60,13 @@ class Statistics:
         return len(self.mu)
 
     @classmethod
-    def of(cls, stream: FeatureStatistics, extractor: Extractor, resize: str = "none", spatial: FeatureStatistics | None = None) -> Statistics:
+    def of(
+        cls,
+        stream: FeatureStatistics,
+        extractor: Extractor,
+        resize: str = "none",
+        spatial: FeatureStatistics | None = None,
+    ) -> Statistics:
         about = (stream.n, extractor.name, resize, extractor.sha256, __version__, extractor.resize)
         other = None if spatial is None else cls(spatial.mean, spatial.cov, *about)
         return cls(stream.mean, stream.cov, *about, spatial=other)
@@ -69,8 +75,14 @@ class Statistics:
     def none(cls, extractor: Extractor) -> Statistics:
         """Of no images at all: only tells the extractor, for comparing."""
         return cls(
-            torch.zeros(extractor.dim), torch.zeros(0), 0, extractor.name, "", extractor.sha256, extractor_resize=extractor.resize
-        )  # fmt: skip
+            torch.zeros(extractor.dim),
+            torch.zeros(0),
+            0,
+            extractor.name,
+            "",
+            extractor.sha256,
+            extractor_resize=extractor.resize,
+        )
 
     @property
     def rank_deficient(self) -> bool:
@@ -164,8 +176,14 @@ def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
         n = len(features)
         mu, sigma = _of_features(features)
     else:
-        raise UserError(f"{path} holds {', '.join(sorted(map(str, record))) or 'nothing'}; statistics need mu and sigma", EXPECTED)
-    spatial = Statistics(*_gaussian(path, record, "mu_s", "sigma_s"), n or None, **about) if {"mu_s", "sigma_s"} <= set(record) else None
+        raise UserError(
+            f"{path} holds {', '.join(sorted(map(str, record))) or 'nothing'}; statistics need mu and sigma", EXPECTED
+        )
+    spatial = (
+        Statistics(*_gaussian(path, record, "mu_s", "sigma_s"), n or None, **about)
+        if {"mu_s", "sigma_s"} <= set(record)
+        else None
+    )
     return Statistics(mu, sigma, n or None, **about, features=features, spatial=spatial)
 
 
@@ -187,7 +205,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return {**dict.fromkeys(npz_names(path)), **read_npz(path, lambda name: name in (*ARRAYS, *TEXTS, "n"))}
     except ValueError as error:
-        raise UserError(f"{path} cannot be read as statistics ({error})", f"{EXPECTED}; a truncated file is smaller than its original") from error
+        raise UserError(
+            f"{path} cannot be read as statistics ({error})",
+            f"{EXPECTED}; a truncated file is smaller than its original",
+        ) from error
 
 
 def _is_zip(path: Path) -> bool:
@@ -204,7 +225,11 @@ def _pick(path: Path, record: dict[str, Any], feature: str | None) -> dict[str, 
     several = [key for key in EDM2 if isinstance(record.get(key), dict)]
     if not several:
         return record
-    key = several[0] if feature is None else next((key for key in several if feature.startswith(EDM2[key].partition("_")[0])), None)
+    key = (
+        several[0]
+        if feature is None
+        else next((key for key in several if feature.startswith(EDM2[key].partition("_")[0])), None)
+    )
     if key is None:
         has = " and ".join(EDM2[key] for key in several)
         raise UserError(f"{path} holds statistics of {has}, none of {feature}", f"give --extractor {EDM2[several[0]]}")
@@ -218,11 +243,17 @@ def _of_sums(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         if n < 1:
             raise ValueError(f"of {n} images")
         mean = np.asarray(record["raw_mean"], np.float64) / n
-        found = {"mu": mean, "sigma": np.asarray(record["raw_cov"], np.float64) / n - np.outer(mean, mean), "num_items": n}
+        found = {
+            "mu": mean,
+            "sigma": np.asarray(record["raw_cov"], np.float64) / n - np.outer(mean, mean),
+            "num_items": n,
+        }
         if record.get("all_features"):
             found["features"] = np.concatenate(record["all_features"])[:n]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} has the keys of StyleGAN's statistics, but not their values ({error})", EXPECTED) from error
+        raise UserError(
+            f"{path} has the keys of StyleGAN's statistics, but not their values ({error})", EXPECTED
+        ) from error
     return found
 
 
@@ -230,21 +261,29 @@ def _gaussian(path: Path, record: dict[str, Any], *names: str) -> tuple[Tensor, 
     """A mean and a covariance, checked."""
     mu, sigma = (torch.from_numpy(_numbers(path, name, record[name], np.float64)) for name in names)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
-        raise UserError(f"{path}: {names[0]} has shape {tuple(mu.shape)}, {names[1]} {tuple(sigma.shape)}; expected [d] and [d, d]")
+        raise UserError(
+            f"{path}: {names[0]} has shape {tuple(mu.shape)}, {names[1]} {tuple(sigma.shape)}; expected [d] and [d, d]"
+        )
     if not bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
-        raise UserError(f"{path}: {names[0]} or {names[1]} holds values that are not finite", "make the statistics again")
+        raise UserError(
+            f"{path}: {names[0]} or {names[1]} holds values that are not finite", "make the statistics again"
+        )
     largest = float(sigma.abs().max())
     if float((sigma - sigma.T).abs().max()) > SYMMETRY * largest:
         raise UserError(f"{path}: {names[1]} is not symmetric, so it is no covariance", "make the statistics again")
     if float(sigma.diagonal().min()) < -SYMMETRY * largest:
-        raise UserError(f"{path}: {names[1]} has negative variances, so it is no covariance", "make the statistics again")
+        raise UserError(
+            f"{path}: {names[1]} has negative variances, so it is no covariance", "make the statistics again"
+        )
     return mu, sigma
 
 
 def _features(path: Path, value: Any) -> Tensor:
     features = torch.from_numpy(_numbers(path, "features", value, np.float32))
     if features.ndim != 2 or len(features) < 2 or not bool(torch.isfinite(features).all()):
-        raise UserError(f"{path}: features of shape {tuple(features.shape)}; expected [n, d] of finite values, n at least 2")
+        raise UserError(
+            f"{path}: features of shape {tuple(features.shape)}; expected [n, d] of finite values, n at least 2"
+        )
     return features
 
 

@@ -109,7 +109,9 @@ def check_there(text: str) -> None:
     there = os.path.exists(text)
     if there and not os.path.isdir(text):
         check_input(text, "images, a checkpoint or statistics")
-    if not (there or text.startswith("real:") or text in teacher_names() or any(mark in Path(text).name for mark in "*{")):
+    if not (
+        there or text.startswith("real:") or text in teacher_names() or any(mark in Path(text).name for mark in "*{")
+    ):
         raise _absent(text)
 
 
@@ -122,7 +124,9 @@ def _absent(text: str) -> UserError:
     )
 
 
-def open_subject(text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse") -> Subject:
+def open_subject(
+    text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse"
+) -> Subject:
     """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu and sigma), images.
 
     `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or foreign file.
@@ -148,14 +152,18 @@ def open_subject(text: str, settings: Settings, device: Device = "cpu", extracto
     return _pictures(text, settings, extractor, on_bad)
 
 
-def reference_teacher(subject: Subject, name: str | None, settings: Settings, device: Device = "cpu") -> tuple[Generator | None, list[str]]:
+def reference_teacher(
+    subject: Subject, name: str | None, settings: Settings, device: Device = "cpu"
+) -> tuple[Generator | None, list[str]]:
     """The teacher that a generator is measured against from equal noise, sampled with its usual solver, and notes on why not or how.
 
     `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
     """
     if not isinstance(subject, Generator):
         return None, []
-    choice = name or (subject.source if subject.kind == "teacher" else subject.teacher)  # a teacher's few steps beside its many
+    choice = name or (
+        subject.source if subject.kind == "teacher" else subject.teacher
+    )  # a teacher's few steps beside its many
     if choice is None or (name is None and choice not in BUILTIN and not Path(choice).exists()):
         return None, [f"no distance to the teacher ({choice or 'not stated'}): it is not here; name it with --teacher"]
     try:
@@ -173,7 +181,9 @@ def reference_teacher(subject: Subject, name: str | None, settings: Settings, de
         return None, []  # the same samples
     expected = subject.record.get("teacher_sha256")
     if expected is not None and expected != teacher.record["fingerprint"]:
-        return teacher, [f"{subject.source} was distilled from another {choice} than the one measured against (weights {expected[:12]})"]
+        return teacher, [
+            f"{subject.source} was distilled from another {choice} than the one measured against (weights {expected[:12]})"
+        ]
     return teacher, []
 
 
@@ -213,9 +223,17 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
 
     name = f"{label}, {solver.name} {solver.steps}" + (f", cfg {settings.cfg:g}" if settings.cfg != 1 else "")
     return Generator(
-        name, text, "teacher", model.spec, sample, torch.inference_mode()(model.decode), text if text in BUILTIN else model.spec.name, record,
-        prompts=prompts, encode=model.encode if prompts else None,
-    )  # fmt: skip
+        name,
+        text,
+        "teacher",
+        model.spec,
+        sample,
+        torch.inference_mode()(model.decode),
+        text if text in BUILTIN else model.spec.name,
+        record,
+        prompts=prompts,
+        encode=model.encode if prompts else None,
+    )
 
 
 def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
@@ -235,7 +253,9 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     if kind != "student":
         raise UserError(f"{path} holds {kind or 'something foreign'}, not a student or a teacher")
     model = load_student(path, device)
-    if isinstance(model, ConsistencyStudent) and settings.steps is not None:  # of others --steps is not: it may be for a teacher among the X
+    if (
+        isinstance(model, ConsistencyStudent) and settings.steps is not None
+    ):  # of others --steps is not: it may be for a teacher among the X
         model = model.with_steps(settings.steps)
         label += f", {settings.steps} steps" if settings.steps > 1 else ""
     ordered = arrange(model.network, device)
@@ -258,9 +278,17 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         **({"channels_last": True} if ordered else {}),
     }
     return Generator(
-        label, text, "student", model.spec, sample, torch.inference_mode()(model.decode), made_from.get("name"), record,
-        prompts=_prompts(settings, model.spec), recipe=model.meta.get("recipe") or {},
-    )  # fmt: skip
+        label,
+        text,
+        "student",
+        model.spec,
+        sample,
+        torch.inference_mode()(model.decode),
+        made_from.get("name"),
+        record,
+        prompts=_prompts(settings, model.spec),
+        recipe=model.meta.get("recipe") or {},
+    )
 
 
 def _is_pair_store(folder: Path) -> bool:
@@ -284,9 +312,19 @@ def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
 
     images, labels = batch([0])
     return Pictures(
-        text, text, "pairs", tuple(images.shape[1:]), len(store), batch, labels is not None, None, {"fingerprint": store.fingerprint},
-        teacher, preparation.describe(), captions=store.prompts if store.has_prompts else None,
-    )  # fmt: skip
+        text,
+        text,
+        "pairs",
+        tuple(images.shape[1:]),
+        len(store),
+        batch,
+        labels is not None,
+        None,
+        {"fingerprint": store.fingerprint},
+        teacher,
+        preparation.describe(),
+        captions=store.prompts if store.has_prompts else None,
+    )
 
 
 def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Tensor], Tensor]:
@@ -303,7 +341,11 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
     try:
         found = open_images(text, **preparation.reading(), on_bad=on_bad)
     except UserError as error:
-        hint = "--resize 256 (or another size) cuts out the centre square and resizes it" if "differ in size" in error.message else error.hint
+        hint = (
+            "--resize 256 (or another size) cuts out the centre square and resizes it"
+            if "differ in size" in error.message
+            else error.hint
+        )
         raise UserError(error.message, hint) from error
     return pictures(found, text, preparation.describe())
 

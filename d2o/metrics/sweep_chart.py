@@ -8,7 +8,15 @@ from html import escape
 
 from d2o.metrics.charts import HEIGHT, WIDTH, Series, line_chart, short
 
-RAMP = ((0x42, 0x20, 0x86), (0x3A, 0x5B, 0xD9), (0x1F, 0x9A, 0xA8), (0x2E, 0x9D, 0x58), (0xC2, 0x9A, 0x0B), (0xD9, 0x6A, 0x2A), (0xB5, 0x2A, 0x5E))
+RAMP = (
+    (0x42, 0x20, 0x86),
+    (0x3A, 0x5B, 0xD9),
+    (0x1F, 0x9A, 0xA8),
+    (0x2E, 0x9D, 0x58),
+    (0xC2, 0x9A, 0x0B),
+    (0xD9, 0x6A, 0x2A),
+    (0xB5, 0x2A, 0x5E),
+)
 """Neighbours in a sweep have neighbouring colours."""
 STYLE = (
     "text{font:15px system-ui,sans-serif;fill:#5f646d}.title{font-size:18px;font-weight:600;fill:#1d1f23}.bold{font-weight:700;fill:#1d1f23}"
@@ -33,7 +41,16 @@ def sweep_chart(title: str, lines: Sequence[Line], y_label: str, lower_is_better
     if not values:
         return ""
     log = min(values) > 0 and max(values) > 5 * min(values)
-    series = [Series(line.name, [x for x, _ in line.points], [y for _, y in line.points], smooth=True, marks=len(line.points) < 60) for line in drawn]
+    series = [
+        Series(
+            line.name,
+            [x for x, _ in line.points],
+            [y for _, y in line.points],
+            smooth=True,
+            marks=len(line.points) < 60,
+        )
+        for line in drawn
+    ]
     chart = line_chart(series, "images seen", y_label, log_y=log, colours=len(drawn))
     if not chart:
         return ""

@@ -23,7 +23,7 @@ from d2o.metrics.cells import (
     printed_decimals,
     rank,
     value_text,
-)  # fmt: skip
+)
 from d2o.metrics.legend import legend
 from d2o.metrics.protocol import protocol_line
 
@@ -71,15 +71,27 @@ def results_table(records: Sequence[Record]) -> Table:
         _column(records, "parameters", "params", _parameters),
         _column(records, "speed", "samples/s", _speed),
         _column(records, "latency", "latency", _latency),
-        _column(records, "paper", "paper", lambda r: milliseconds(1000 * paper_of(r)["seconds"][0]) if "seconds" in paper_of(r) else NONE),
+        _column(
+            records,
+            "paper",
+            "paper",
+            lambda r: milliseconds(1000 * paper_of(r)["seconds"][0]) if "seconds" in paper_of(r) else NONE,
+        ),
         _column(records, "preset", "preset", lambda r: (r.get("preset") or {}).get("name", NONE)),
-        _column(records, "protocol", "protocol", lambda r: letters[protocol_line(r["protocol"])] if has_protocol(r) else NONE),
+        _column(
+            records,
+            "protocol",
+            "protocol",
+            lambda r: letters[protocol_line(r["protocol"])] if has_protocol(r) else NONE,
+        ),
     ]
     told = [c for c in columns if c.kind in ("name", "n") or _tells(c)]
     if len(lines) < 2:
         told = [c for c in told if c.kind != "protocol"]
     best = frozenset((row, i) for i, c in enumerate(told) for row in c.best)
-    footer = [f"{letters[line]}: {line}" for line in lines] if len(lines) > 1 else [f"protocol: {line}" for line in lines]
+    footer = (
+        [f"{letters[line]}: {line}" for line in lines] if len(lines) > 1 else [f"protocol: {line}" for line in lines]
+    )
     return Table(
         [c.header for c in told],
         [list(cells) for cells in zip(*(c.cells for c in told), strict=True)],
@@ -161,7 +173,11 @@ def _metric_columns(records: Sequence[Record]) -> list[Column]:
     shown: set[tuple[int, str]] = set()
     for (key, _), column in metric_columns(records).items():
         # a row without this metric has its printed number in the first column of the key
-        mine = [row for row in rows if key in papers[row] and (row, key) not in shown and (row in column or key not in records[row]["metrics"])]
+        mine = [
+            row
+            for row in rows
+            if key in papers[row] and (row, key) not in shown and (row in column or key not in records[row]["metrics"])
+        ]
         shown |= {(row, key) for row in mine}
         percent = any(m.get("percent") for m in column.values())
         places = {row: 0 if percent else printed_decimals(papers[row][key][0]) for row in mine}

@@ -50,7 +50,14 @@ def _optional(cls: type) -> dict[str, Any]:
     return {field.name: (hints[field.name], field.default) for field in fields(cls)}
 
 
-Options = create_model("Options", __base__=Section, metrics=(list[Text], None), extractor=(Text, None), teacher=(Text, None), **_optional(Settings))
+Options = create_model(
+    "Options",
+    __base__=Section,
+    metrics=(list[Text], None),
+    extractor=(Text, None),
+    teacher=(Text, None),
+    **_optional(Settings),
+)
 """Options of `d2o eval` as a table gives them: the names of the command line with `_` for `-`."""
 
 
@@ -112,7 +119,11 @@ def absent(row: Row) -> str | None:
     if row.command is None:
         return f"{x} is not here"
     known = any((folder / f"{row.recipe}.yaml").is_file() for folder in recipe_folders())
-    return f"{x} is not here; {row.command} makes it" if known else f"{x} is not here, and this d2o has no recipe {row.recipe} that makes it"
+    return (
+        f"{x} is not here; {row.command} makes it"
+        if known
+        else f"{x} is not here, and this d2o has no recipe {row.recipe} that makes it"
+    )
 
 
 # ---- finding and reading -------------------------------------------------------------------------------------------------------------------
@@ -138,7 +149,10 @@ def find_table(name: str | os.PathLike[str]) -> Path:
     if stem and "/" not in stem:
         raise unknown("table", stem, table_names())
     near = nearest(Path(stem).name, table_names())
-    raise UserError(f"no such table file: {given!r}" + (f"; did you mean {near!r}?" if near else ""), f"known tables: {', '.join(table_names())}")
+    raise UserError(
+        f"no such table file: {given!r}" + (f"; did you mean {near!r}?" if near else ""),
+        f"known tables: {', '.join(table_names())}",
+    )
 
 
 def load_table(path_or_name: str | os.PathLike[str]) -> PaperTable:
@@ -170,7 +184,11 @@ def _line(node: yaml.Node, path: KeyPath) -> int:
             node = node.value[part]
             line = node.start_mark.line
             continue
-        found = [(key, value) for key, value in node.value if key.value == part] if isinstance(node, yaml.MappingNode) else []
+        found = (
+            [(key, value) for key, value in node.value if key.value == part]
+            if isinstance(node, yaml.MappingNode)
+            else []
+        )
         if not found:
             break
         line, node = found[0][0].start_mark.line, found[0][1]
@@ -184,7 +202,10 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         yield ("protocol",), _words(unknown("protocol", table.protocol, PRESETS))
     known = {key for metric in METRICS.values() for key in metric.keys} | set(PRINTED)
     names: set[str] = set()
-    for options, key in ((table.options, ("options",)), *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows))):
+    for options, key in (
+        (table.options, ("options",)),
+        *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows)),
+    ):
         yield from ((key, text) for text in _wrong_options(_given(options)))  # type: ignore[misc]
     for i, row in enumerate(table.rows):
         if row.name in names:
@@ -198,7 +219,10 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
                 yield ("rows", i, "paper", name), _words(unknown("number", base, known))
         if preset is not None:
             for flag, wanted in differences(preset, table.options_of(row)):
-                yield ("rows", i, "options") if _given(row.options) else ("options",), f"{flag} is not the protocol {preset.name} ({wanted})"
+                yield (
+                    ("rows", i, "options") if _given(row.options) else ("options",),
+                    f"{flag} is not the protocol {preset.name} ({wanted})",
+                )
 
 
 def _wrong_options(given: dict[str, Any]) -> Iterator[str]:

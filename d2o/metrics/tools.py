@@ -25,7 +25,9 @@ class Tools:
             name, equals, path = text.partition("=")
             if not equals:
                 if self.alone is not None:
-                    raise UserError(f"--weights {text}: for which network?", "with several files say --weights NAME=PATH")
+                    raise UserError(
+                        f"--weights {text}: for which network?", "with several files say --weights NAME=PATH"
+                    )
                 self.alone = Path(text)
             elif name not in EXTRACTORS and name not in PAIR_DISTANCES:
                 raise unknown("network (--weights NAME=PATH)", name, [*EXTRACTORS, *PAIR_DISTANCES])
@@ -57,6 +59,9 @@ class Tools:
         if self.alone is None or name == "digits":
             return None
         if self._alone_for not in (None, family):
-            raise UserError(f"--weights {self.alone} was taken for {self._alone_for}; {name} needs its own", "say --weights NAME=PATH for each")
+            raise UserError(
+                f"--weights {self.alone} was taken for {self._alone_for}; {name} needs its own",
+                "say --weights NAME=PATH for each",
+            )
         self._alone_for = family
         return self.alone

@@ -56,7 +56,13 @@ class Workplace:
     UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path | None = None, memory: bool = False, stop: StopFlag | None = None, say: Say = lambda message: None):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        memory: bool = False,
+        stop: StopFlag | None = None,
+        say: Say = lambda message: None,
+    ):
         from d2o.interop.download import home
 
         self.root = None if memory else folder or home() / "eval"
@@ -67,7 +73,10 @@ class Workplace:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"cannot write to {self.root}: {error.strerror or error}", "name a folder for unfinished work with --work") from error
+                raise UserError(
+                    f"cannot write to {self.root}: {error.strerror or error}",
+                    "name a folder for unfinished work with --work",
+                ) from error
             if not self.kept:
                 _tidy(self.root)
 
@@ -101,7 +110,9 @@ class Workplace:
         while not self.kept and path not in self.used:
             folder = begin(path, work.record)
             with folder.locked():
-                if folder.manifest() is None or (lock := folder.claim(self.user)) is None:  # the last user left meanwhile
+                if (
+                    folder.manifest() is None or (lock := folder.claim(self.user)) is None
+                ):  # the last user left meanwhile
                     continue
                 self.used[path] = lock
                 _signature(path, worker()[0]).unlink(missing_ok=True)  # of an evaluation that was killed
@@ -135,7 +146,9 @@ def _living(path: Path) -> bool:
 
 def _damage(path: Path, record: dict[str, Any]) -> str | None:
     """What is wrong with a folder that should hold the pass of this record; None: it is one, or not begun."""
-    parts = any(path.glob("part-*.safetensors"))  # looked for first: a worker that starts beside us writes the manifest before them
+    parts = any(
+        path.glob("part-*.safetensors")
+    )  # looked for first: a worker that starts beside us writes the manifest before them
     try:
         manifest = WorkFolder(path, KIND, "parts").parse((path / MANIFEST).read_bytes())
         _Manifest.model_validate(manifest)

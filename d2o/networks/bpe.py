@@ -42,8 +42,14 @@ class Tokens:
     def files(self) -> dict[str, str]:
         """The tokenizer's files as transformers reads them, by name."""
         special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
-        config = {**special, "model_max_length": LENGTH, "do_lower_case": True, "errors": "replace", "add_prefix_space": False,
-                  "tokenizer_class": "CLIPTokenizer"}  # fmt: skip
+        config = {
+            **special,
+            "model_max_length": LENGTH,
+            "do_lower_case": True,
+            "errors": "replace",
+            "add_prefix_space": False,
+            "tokenizer_class": "CLIPTokenizer",
+        }
         return {
             "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
             "merges.txt": "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]) + "\n",
@@ -57,14 +63,18 @@ class Tokens:
         torchvision_compat.ensure()
         from transformers import CLIPTokenizer
 
-        with tempfile.TemporaryDirectory() as folder:  # files are the one way in that all versions of transformers share
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # files are the one way in that all versions of transformers share
             for name, text in self.files().items():
                 (Path(folder) / name).write_text(text, encoding="utf-8")
             return CLIPTokenizer.from_pretrained(folder)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Token ids [n, 77] int64: start mark, tokens (cut to fit), end marks to the end."""
-        done = self.tokenizer(list(prompts), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+        done = self.tokenizer(
+            list(prompts), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+        )
         return done.input_ids.to(torch.int64)
 
 

@@ -63,7 +63,10 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
     tensors, numbers = MAX_TENSORS, MAX_VALUES
     if holds is not None:
         # Twice: a weight that two modules share is counted for each.
-        tensors, numbers = min(tensors, 2 * len(holds) + 64), min(numbers, 2 * sum(tensor.numel() for tensor in holds.values()) + SPARE)
+        tensors, numbers = (
+            min(tensors, 2 * len(holds) + 64),
+            min(numbers, 2 * sum(tensor.numel() for tensor in holds.values()) + SPARE),
+        )
     mine, seen, parts, values = threading.get_ident(), 0, 0, [0]
     limit = "the file holds" if holds is not None else "d2o builds"
 
@@ -74,7 +77,10 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
         seen += 1
         values[0] += tensor.numel()
         if seen > tensors or values[0] > numbers:
-            raise UserError(f"{where}: describes a network of more tensors or numbers than {limit}", "expected a file made by `d2o`" if holds else "")
+            raise UserError(
+                f"{where}: describes a network of more tensors or numbers than {limit}",
+                "expected a file made by `d2o`" if holds else "",
+            )
 
     def part(module: nn.Module, name: str, child: Any) -> None:
         nonlocal parts
@@ -83,8 +89,11 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
             if parts > 16 * tensors:
                 raise UserError(f"{where}: describes a network of more parts than {limit}")
 
-    handles = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count),
-               register_module_module_registration_hook(part)]  # fmt: skip
+    handles = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+        register_module_module_registration_hook(part),
+    ]
     try:
         yield values
     finally:
@@ -116,5 +125,7 @@ def file_holdings(files: list[Path]) -> dict[str, Tensor]:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     found[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download") from error
+            raise UserError(
+                f"{path} is truncated or not a safetensors file ({error})", "make it again, or check the download"
+            ) from error
     return found

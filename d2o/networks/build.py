@@ -22,15 +22,27 @@ from d2o.networks.style import StyleCritic
 from d2o.networks.style_generator import StyleGenerator
 
 PLAIN: dict[str, Any] = {
-    "classifier": Classifier, "ddgan": DDGANGenerator, "ddgan_critic": DDGANCritic, "style_generator": StyleGenerator, "style_critic": StyleCritic,
-}  # fmt: skip
+    "classifier": Classifier,
+    "ddgan": DDGANGenerator,
+    "ddgan_critic": DDGANCritic,
+    "style_generator": StyleGenerator,
+    "style_critic": StyleCritic,
+}
 """arch -> the one class that takes the other keys."""
 NETWORKS = (*ARCHITECTURES, "edm2", *PLAIN, "autoencoder_kl", "text_to_image")
 
 
 Network = (
-    EDMPrecond | EDM2Precond | Classifier | DDGANGenerator | DDGANCritic | StyleGenerator | StyleCritic | Autoencoder | TextToImage
-)  # fmt: skip
+    EDMPrecond
+    | EDM2Precond
+    | Classifier
+    | DDGANGenerator
+    | DDGANCritic
+    | StyleGenerator
+    | StyleCritic
+    | Autoencoder
+    | TextToImage
+)
 
 
 def build_network(config: dict[str, Any], holds: Mapping[str, Tensor] | None = None, where: str = "network") -> Network:
@@ -81,19 +93,38 @@ def _build(config: dict[str, Any]) -> Network:
         if arch == "autoencoder_kl":
             return Autoencoder(**config)
         return EDM2Precond(**config) if arch == "edm2" else PLAIN[arch](**config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        MemoryError,
+    ) as error:
         raise UserError(f"network: cannot build {arch} from {config}: {error or type(error).__name__}") from error
 
 
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "an integer"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"), "str": ((str,), "a text"),
-}  # fmt: skip
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
 
 
 def _check_types(arch: str, config: dict[str, Any]) -> None:
     """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks themselves know.)"""
-    classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(arch, (PLAIN.get(arch),))
-    stated = {name: parameter.annotation for cls in classes if cls for name, parameter in inspect.signature(cls).parameters.items()}
+    classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(
+        arch, (PLAIN.get(arch),)
+    )
+    stated = {
+        name: parameter.annotation
+        for cls in classes
+        if cls
+        for name, parameter in inspect.signature(cls).parameters.items()
+    }
     for key, value in config.items():
         kinds, words = TYPES.get(stated.get(key, ""), ((object,), ""))
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds not in ((bool,), (object,))):

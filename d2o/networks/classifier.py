@@ -12,10 +12,25 @@ class Classifier(nn.Module):
     `features(x)` -> penultimate activations [B, feature_dim]; `maps(x)` -> the activation after each stage, coarse last.
     """
 
-    def __init__(self, img_resolution: int, img_channels: int, classes: int, width: int = 32, feature_dim: int = 64, dropout: float = 0.2):
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        classes: int,
+        width: int = 32,
+        feature_dim: int = 64,
+        dropout: float = 0.2,
+    ):
         super().__init__()
-        self.config = {"arch": "classifier", "img_resolution": img_resolution, "img_channels": img_channels, "classes": classes,
-                       "width": width, "feature_dim": feature_dim, "dropout": dropout}  # fmt: skip
+        self.config = {
+            "arch": "classifier",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "classes": classes,
+            "width": width,
+            "feature_dim": feature_dim,
+            "dropout": dropout,
+        }
         self.dropout = dropout
         self.conv0 = nn.Conv2d(img_channels, width, 3, padding=1)
         self.norm0 = nn.GroupNorm(8, width)
@@ -30,7 +45,12 @@ class Classifier(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         stages = []
-        for conv, norm in ((self.conv0, self.norm0), (self.conv1, self.norm1), (self.conv2, self.norm2), (self.conv3, self.norm3)):
+        for conv, norm in (
+            (self.conv0, self.norm0),
+            (self.conv1, self.norm1),
+            (self.conv2, self.norm2),
+            (self.conv3, self.norm3),
+        ):
             x = F.silu(norm(conv(x)))
             stages.append(x)
         return stages

@@ -71,10 +71,25 @@ class DDGANCritic(nn.Module):
 
     taps: Tensor
 
-    def __init__(self, img_resolution: int, img_channels: int, kind: str = "auto", width: int = 64, temb: int = 256, classes: int = 0):
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        kind: str = "auto",
+        width: int = 64,
+        temb: int = 256,
+        classes: int = 0,
+    ):
         super().__init__()
-        self.config = {"arch": "ddgan_critic", "img_resolution": img_resolution, "img_channels": img_channels, "kind": kind, "width": width,
-                       "temb": temb, "classes": classes}  # fmt: skip
+        self.config = {
+            "arch": "ddgan_critic",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "kind": kind,
+            "width": width,
+            "temb": temb,
+            "classes": classes,
+        }
         if kind == "auto":
             kind = "large" if img_resolution >= LARGE_FROM else "small"
         if kind not in ("small", "large"):

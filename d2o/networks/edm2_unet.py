@@ -20,10 +20,14 @@ from d2o.networks.edm_blocks import run_block
 from d2o.networks.precond import Denoiser, channel_mean, check_part
 
 EDM2_SIZES: dict[str, dict[str, Any]] = {
-    "xxs": {"model_channels": 64, "dropout": 0.0}, "xs": {"model_channels": 128, "dropout": 0.0}, "s": {"model_channels": 192, "dropout": 0.0},
-    "m": {"model_channels": 256, "dropout": 0.1}, "l": {"model_channels": 320, "dropout": 0.1}, "xl": {"model_channels": 384, "dropout": 0.1},
+    "xxs": {"model_channels": 64, "dropout": 0.0},
+    "xs": {"model_channels": 128, "dropout": 0.0},
+    "s": {"model_channels": 192, "dropout": 0.0},
+    "m": {"model_channels": 256, "dropout": 0.1},
+    "l": {"model_channels": 320, "dropout": 0.1},
+    "xl": {"model_channels": 384, "dropout": 0.1},
     "xxl": {"model_channels": 448, "dropout": 0.1},
-}  # fmt: skip
+}
 """The published sizes (`preset`): width, and the dropout they were trained with."""
 FORCE_WN = ("post_step", "pre_forward", "off")
 EPSILON = 1e-4
@@ -32,7 +36,9 @@ EPSILON = 1e-4
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x scaled to unit root mean square over the dimensions `dim`; the norm is computed in float32."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    count = math.prod([x.shape[d] for d in ([dim] if isinstance(dim, int) else dim)])  # without the batch, whose size an exported graph leaves open
+    count = math.prod(
+        [x.shape[d] for d in ([dim] if isinstance(dim, int) else dim)]
+    )  # without the batch, whose size an exported graph leaves open
     return x / (EPSILON + norm * math.sqrt(1 / count)).to(x.dtype)
 
 
@@ -100,12 +106,28 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_channels: int, *, decoder: bool = False, resample: str = "", attention: bool = False,
-        channels_per_head: int = 64, dropout: float = 0.0, res_balance: float = 0.3, attn_balance: float = 0.3, clip_act: float | None = 256.0,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        decoder: bool = False,
+        resample: str = "",
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ):
         super().__init__()
         self.out_channels, self.decoder, self.resample = out_channels, decoder, resample
-        self.dropout, self.res_balance, self.attn_balance, self.clip_act = float(dropout), res_balance, attn_balance, clip_act
+        self.dropout, self.res_balance, self.attn_balance, self.clip_act = (
+            float(dropout),
+            res_balance,
+            attn_balance,
+            clip_act,
+        )
         self.heads = out_channels // channels_per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, 3)
@@ -154,17 +176,37 @@ class UNet(nn.Module):
     checkpointing = False
 
     def __init__(
-        self, img_resolution: int, img_channels: int, label_dim: int = 0, *, model_channels: int = 192, channel_mult: tuple[int, ...] = (1, 2, 3, 4),
-        noise_mult: int | None = None, emb_mult: int | None = None, num_blocks: int = 3, attn_resolutions: tuple[int, ...] = (16, 8),
-        label_balance: float = 0.5, concat_balance: float = 0.5, channels_per_head: int = 64, dropout: float = 0.0, res_balance: float = 0.3,
-        attn_balance: float = 0.3, clip_act: float | None = 256.0,
-    ):  # fmt: skip
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        *,
+        model_channels: int = 192,
+        channel_mult: tuple[int, ...] = (1, 2, 3, 4),
+        noise_mult: int | None = None,
+        emb_mult: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: tuple[int, ...] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ):
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]
         noise = model_channels * noise_mult if noise_mult is not None else widths[0]
         emb = model_channels * emb_mult if emb_mult is not None else max(widths)
-        block: dict[str, Any] = {"emb_channels": emb, "channels_per_head": channels_per_head, "dropout": dropout, "res_balance": res_balance,
-                                 "attn_balance": attn_balance, "clip_act": clip_act}  # fmt: skip
+        block: dict[str, Any] = {
+            "emb_channels": emb,
+            "channels_per_head": channels_per_head,
+            "dropout": dropout,
+            "res_balance": res_balance,
+            "attn_balance": attn_balance,
+            "clip_act": clip_act,
+        }
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise)
@@ -195,7 +237,9 @@ class UNet(nn.Module):
                 self.dec[f"{res}x{res}_up"] = Block(channels, channels, decoder=True, resample="up", **block)
             for i in range(num_blocks + 1):
                 attention = res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = Block(channels + skips.pop(), width, decoder=True, attention=attention, **block)
+                self.dec[f"{res}x{res}_block{i}"] = Block(
+                    channels + skips.pop(), width, decoder=True, attention=attention, **block
+                )
                 channels = width
         self.out_conv = MPConv(channels, img_channels, 3)
 
@@ -238,23 +282,42 @@ class EDM2Precond(Denoiser):
     """
 
     def __init__(
-        self, img_resolution: int, img_channels: int, label_dim: int = 0, sigma_data: float = 0.5, logvar_channels: int = 128,
-        force_wn: str = "post_step", **unet: Any,
-    ):  # fmt: skip
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        force_wn: str = "post_step",
+        **unet: Any,
+    ):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data)
         if force_wn not in FORCE_WN:
             raise unknown("network.force_wn", force_wn, FORCE_WN)
-        self.config = {"arch": "edm2", "img_resolution": img_resolution, "img_channels": img_channels, "label_dim": label_dim,
-                       "sigma_data": sigma_data, "logvar_channels": logvar_channels, "force_wn": force_wn, **unet}  # fmt: skip
+        self.config = {
+            "arch": "edm2",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+            "sigma_data": sigma_data,
+            "logvar_channels": logvar_channels,
+            "force_wn": force_wn,
+            **unet,
+        }
         self.force_wn = force_wn
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet)
         self.logvar_fourier = MPFourier(logvar_channels) if logvar_channels else None
         self.logvar_linear = MPConv(logvar_channels, 1, 0) if logvar_channels else None
 
     def forward(
-        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, augment_labels: Tensor | None = None, part: str = "decoder",
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        label: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        part: str = "decoder",
         return_logvar: bool = False,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         check_part(part)
         if self.training and self.force_wn == "pre_forward":
             self.normalize_weights()
@@ -279,7 +342,10 @@ class EDM2Precond(Denoiser):
 
     def _logvar(self, c_noise: Tensor) -> Tensor:
         if self.logvar_fourier is None or self.logvar_linear is None:
-            raise UserError("this EDM2 network has no uncertainty head", "set network.logvar_channels (the published networks have 128)")
+            raise UserError(
+                "this EDM2 network has no uncertainty head",
+                "set network.logvar_channels (the published networks have 128)",
+            )
         return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
 
     @torch.no_grad()
@@ -302,5 +368,7 @@ def remove_uncertainty(network: nn.Module) -> None:
 def keep_normalised(network: nn.Module) -> None:
     """EDM2's forced weight normalisation after an optimiser's step (Karras et al. 2024, section 2.3); nothing for other networks. A network whose
     `force_wn` is "pre_forward" does it itself before the next pass in training mode, and here in evaluation mode."""
-    if isinstance(network, EDM2Precond) and (network.force_wn == "post_step" or (network.force_wn == "pre_forward" and not network.training)):
+    if isinstance(network, EDM2Precond) and (
+        network.force_wn == "post_step" or (network.force_wn == "pre_forward" and not network.training)
+    ):
         network.normalize_weights()

@@ -31,10 +31,20 @@ def run_block(block: nn.Module, x: Tensor, emb: Tensor, checkpointing: bool) -> 
 class Linear(nn.Module):
     """x [B, in] -> [B, out]; initialised by `mode` ("xavier" or "kaiming", uniform) times `gain`."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, mode: str = "xavier", gain: float = 1.0, bias_gain: float = 0.0):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        mode: str = "xavier",
+        gain: float = 1.0,
+        bias_gain: float = 0.0,
+    ):
         super().__init__()
         self.weight = nn.Parameter(_uniform_fan((out_features, in_features), in_features, out_features, mode, gain))
-        self.bias = nn.Parameter(_uniform_fan((out_features,), in_features, out_features, mode, bias_gain)) if bias else None
+        self.bias = (
+            nn.Parameter(_uniform_fan((out_features,), in_features, out_features, mode, bias_gain)) if bias else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -48,9 +58,19 @@ class Conv2d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, up: bool = False, down: bool = False, fir: tuple[int, ...] = (1, 1),
-        fused: bool = False, mode: str = "xavier", gain: float = 1.0, bias_gain: float = 0.0,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        fir: tuple[int, ...] = (1, 1),
+        fused: bool = False,
+        mode: str = "xavier",
+        gain: float = 1.0,
+        bias_gain: float = 0.0,
+    ):
         super().__init__()
         self.in_channels, self.out_channels, self.up, self.down, self.fused = in_channels, out_channels, up, down, fused
         self.weight: nn.Parameter | None = None
@@ -93,11 +113,24 @@ class UNetBlock(nn.Module):
     """GN-SiLU-conv, noise embedding, GN-SiLU-conv, skip, optional self-attention. x [B, in, H, W], emb [B, E] -> [B, out, H', W']."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_channels: int, *, up: bool = False, down: bool = False, heads: int = 0,
-        dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5, fir: tuple[int, ...] = (1, 1), resample_proj: bool = False,
-        scale_shift: bool = True, init: dict[str, Any] | None = None, init_zero: dict[str, Any] | None = None,
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        heads: int = 0,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        fir: tuple[int, ...] = (1, 1),
+        resample_proj: bool = False,
+        scale_shift: bool = True,
+        init: dict[str, Any] | None = None,
+        init_zero: dict[str, Any] | None = None,
         init_attn: dict[str, Any] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         init, init_zero = init or {}, init_zero or {}
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads

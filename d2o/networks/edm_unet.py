@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2o.networks.edm_blocks import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock, run_block
+from d2o.networks.edm_blocks import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    run_block,
+)
 from d2o.networks.precond import Denoiser, channel_mean, check_part
 
 SQRT_HALF = math.sqrt(0.5)
@@ -30,21 +38,45 @@ class SongUNet(nn.Module):
     checkpointing = False
 
     def __init__(
-        self, img_resolution: int, in_channels: int, out_channels: int, *, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
-        channel_mult: tuple[int, ...] = (1, 2, 2, 2), emb_mult: int = 4, num_blocks: int = 4, attn_resolutions: tuple[int, ...] = (16,),
-        dropout: float = 0.10, embedding: str = "positional", noise_mult: int = 1, encoder: str = "standard", fir: tuple[int, ...] = (1, 1),
-    ):  # fmt: skip
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+        emb_mult: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: tuple[int, ...] = (16,),
+        dropout: float = 0.10,
+        embedding: str = "positional",
+        noise_mult: int = 1,
+        encoder: str = "standard",
+        fir: tuple[int, ...] = (1, 1),
+    ):
         super().__init__()
         emb = model_channels * emb_mult
         noise = model_channels * noise_mult
         init: dict[str, Any] = {"mode": "xavier"}
         zero: dict[str, Any] = {"mode": "xavier", "gain": 1e-5}
         block: dict[str, Any] = {
-            "emb_channels": emb, "dropout": dropout, "skip_scale": SQRT_HALF, "eps": 1e-6, "fir": tuple(fir), "resample_proj": True,
-            "scale_shift": False, "init": init, "init_zero": zero, "init_attn": {"mode": "xavier", "gain": math.sqrt(0.2)},
-        }  # fmt: skip
+            "emb_channels": emb,
+            "dropout": dropout,
+            "skip_scale": SQRT_HALF,
+            "eps": 1e-6,
+            "fir": tuple(fir),
+            "resample_proj": True,
+            "scale_shift": False,
+            "init": init,
+            "init_zero": zero,
+            "init_attn": {"mode": "xavier", "gain": math.sqrt(0.2)},
+        }
         self.label_dim = label_dim
-        self.map_noise = PositionalEmbedding(noise, endpoint=True) if embedding == "positional" else FourierEmbedding(noise)
+        self.map_noise = (
+            PositionalEmbedding(noise, endpoint=True) if embedding == "positional" else FourierEmbedding(noise)
+        )
         self.map_label = Linear(label_dim, noise, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise, bias=False, **init) if augment_dim else None
         self.map_layer0 = Linear(noise, emb, **init)
@@ -62,12 +94,16 @@ class SongUNet(nn.Module):
             else:
                 self.enc[f"{res}x{res}_down"] = UNetBlock(channels, channels, down=True, **block)
                 if encoder == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(aux, channels, 3, down=True, fir=tuple(fir), fused=True, **init)
+                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
+                        aux, channels, 3, down=True, fir=tuple(fir), fused=True, **init
+                    )
                     aux = channels
                 skips.append(channels)
             for i in range(num_blocks):
                 out = model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(channels, out, heads=int(res in attn_resolutions), **block)
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
+                    channels, out, heads=int(res in attn_resolutions), **block
+                )
                 channels = out
                 skips.append(channels)
 
@@ -88,7 +124,14 @@ class SongUNet(nn.Module):
         self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, 1e-6)
         self.dec[f"{res}x{res}_aux_conv"] = Conv2d(channels, out_channels, 3, **zero)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None, part: str = "decoder") -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+        part: str = "decoder",
+    ) -> Any:
         emb = self.map_noise(c_noise)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # (cos, sin) -> (sin, cos)
         if self.map_label is not None and labels is not None:
@@ -131,10 +174,20 @@ class DhariwalUNet(nn.Module):
     checkpointing = False
 
     def __init__(
-        self, img_resolution: int, in_channels: int, out_channels: int, *, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
-        channel_mult: tuple[int, ...] = (1, 2, 3, 4), emb_mult: int = 4, num_blocks: int = 3, attn_resolutions: tuple[int, ...] = (32, 16, 8),
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: tuple[int, ...] = (1, 2, 3, 4),
+        emb_mult: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: tuple[int, ...] = (32, 16, 8),
         dropout: float = 0.10,
-    ):  # fmt: skip
+    ):
         super().__init__()
         emb = model_channels * emb_mult
         init: dict[str, Any] = {"mode": "kaiming", "gain": math.sqrt(1 / 3), "bias_gain": math.sqrt(1 / 3)}
@@ -179,12 +232,21 @@ class DhariwalUNet(nn.Module):
                 self.dec[f"{res}x{res}_up"] = UNetBlock(channels, channels, up=True, **block)
             for i in range(num_blocks + 1):
                 out = model_channels * mult
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(channels + skips.pop(), out, heads=heads(res, out), **block)
+                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(
+                    channels + skips.pop(), out, heads=heads(res, out), **block
+                )
                 channels = out
         self.out_norm = GroupNorm(channels, 1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3, **zero)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None, part: str = "decoder") -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+        part: str = "decoder",
+    ) -> Any:
         emb = self.map_noise(c_noise)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment)
@@ -227,13 +289,28 @@ class EDMPrecond(Denoiser):
     """
 
     def __init__(
-        self, arch: str, img_resolution: int, img_channels: int, label_dim: int = 0, sigma_data: float = 0.5, precond: str = "edm",
-        sigma_min: float | None = None, sigma_max: float | None = None, **unet: Any,
-    ):  # fmt: skip
+        self,
+        arch: str,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        sigma_data: float = 0.5,
+        precond: str = "edm",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        **unet: Any,
+    ):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data, precond, sigma_min, sigma_max)
         options = {"precond": precond if precond != "edm" else None, "sigma_min": sigma_min, "sigma_max": sigma_max}
-        self.config = {"arch": arch, "img_resolution": img_resolution, "img_channels": img_channels, "label_dim": label_dim,
-                       "sigma_data": sigma_data, **{key: value for key, value in options.items() if value is not None}, **unet}  # fmt: skip
+        self.config = {
+            "arch": arch,
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+            "sigma_data": sigma_data,
+            **{key: value for key, value in options.items() if value is not None},
+            **unet,
+        }
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
         if arch == "ncsnpp":
@@ -242,8 +319,13 @@ class EDMPrecond(Denoiser):
         self.model = ARCHITECTURES[arch](img_resolution, img_channels, outputs, label_dim=label_dim, **unet)
 
     def forward(
-        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, augment_labels: Tensor | None = None, part: str = "decoder"
-    ) -> Any:  # fmt: skip
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        label: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        part: str = "decoder",
+    ) -> Any:
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)

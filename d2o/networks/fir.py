@@ -30,7 +30,13 @@ def fir_taps(taps: Sequence[float] = TAPS) -> Tensor:
 
 
 def resample(
-    x: Tensor, taps: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] | None = None, edge: str = "zeros", gain: float | None = None
+    x: Tensor,
+    taps: Tensor,
+    up: int = 1,
+    down: int = 1,
+    pad: Sequence[int] | None = None,
+    edge: str = "zeros",
+    gain: float | None = None,
 ) -> Tensor:
     """x [B, C, H, W] with up - 1 zeros after every sample, padded, convolved with taps (x) taps, every `down`-th sample kept.
 
@@ -45,7 +51,13 @@ def resample(
     """
     n = taps.shape[-1]
     if pad is None:
-        pad = ((n + up - 1) // 2, (n - up) // 2) if up > 1 else ((n - down + 1) // 2, (n - down) // 2) if down > 1 else (n // 2, (n - 1) // 2)
+        pad = (
+            ((n + up - 1) // 2, (n - up) // 2)
+            if up > 1
+            else ((n - down + 1) // 2, (n - down) // 2)
+            if down > 1
+            else (n // 2, (n - 1) // 2)
+        )
     left, right, top, bottom = pad if len(pad) == 4 else (*pad, *pad)
     if edge not in EDGES:
         raise unknown("edge of an image", edge, EDGES)
@@ -74,7 +86,9 @@ def smooth(x: Tensor, taps: Tensor, pad: int, gain: float = 1.0) -> Tensor:
     return resample(x, taps, pad=(pad, pad), gain=gain)
 
 
-def _filter(x: Tensor, kernel: Tensor, up: tuple[int, int], down: tuple[int, int], pad: tuple[int, int, int, int]) -> Tensor:
+def _filter(
+    x: Tensor, kernel: Tensor, up: tuple[int, int], down: tuple[int, int], pad: tuple[int, int, int, int]
+) -> Tensor:
     """`resample` with a kernel [h, w] or [C, h, w], factors (rows, columns) and zeros outside."""
     channels = x.shape[1]
     left, right, top, bottom = pad

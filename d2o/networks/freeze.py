@@ -28,9 +28,14 @@ def freeze(network: nn.Module, level: str) -> int:
         raise unknown("student.freeze", level, FREEZE)
     if level == "none":
         return 0
-    blocks = [(module, names) for module in network.modules() for kind, names in LAYERS.items() if isinstance(module, kind)]
+    blocks = [
+        (module, names) for module in network.modules() for kind, names in LAYERS.items() if isinstance(module, kind)
+    ]
     if not blocks:
-        raise UserError(f"student.freeze: {level} freezes layers of U-Net blocks, and this method's network has none", "student.freeze: none")
+        raise UserError(
+            f"student.freeze: {level} freezes layers of U-Net blocks, and this method's network has none",
+            "student.freeze: none",
+        )
     count = 0
     for block, names in blocks:
         for name in (name for part in names[: FREEZE.index(level)] for name in part):

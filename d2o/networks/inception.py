@@ -21,7 +21,9 @@ FEATURES, SPATIAL, CLASSES, SIZE = 2048, 7 * 17 * 17, 1008, 299
 class ConvBlock(nn.Module):
     """Convolution without bias, batch normalisation, ReLU."""
 
-    def __init__(self, cin: int, cout: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0):
+    def __init__(
+        self, cin: int, cout: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0
+    ):
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(cout, eps=0.001)
@@ -187,27 +189,68 @@ class Inception(nn.Module):
 
 
 _BLOCKS = {
-    "conv": "Conv2d_1a_3x3", "conv_1": "Conv2d_2a_3x3", "conv_2": "Conv2d_2b_3x3", "conv_3": "Conv2d_3b_1x1", "conv_4": "Conv2d_4a_3x3",
-    "mixed": "Mixed_5b", "mixed_1": "Mixed_5c", "mixed_2": "Mixed_5d", "mixed_3": "Mixed_6a", "mixed_4": "Mixed_6b", "mixed_5": "Mixed_6c",
-    "mixed_6": "Mixed_6d", "mixed_7": "Mixed_6e", "mixed_8": "Mixed_7a", "mixed_9": "Mixed_7b", "mixed_10": "Mixed_7c",
-}  # fmt: skip
+    "conv": "Conv2d_1a_3x3",
+    "conv_1": "Conv2d_2a_3x3",
+    "conv_2": "Conv2d_2b_3x3",
+    "conv_3": "Conv2d_3b_1x1",
+    "conv_4": "Conv2d_4a_3x3",
+    "mixed": "Mixed_5b",
+    "mixed_1": "Mixed_5c",
+    "mixed_2": "Mixed_5d",
+    "mixed_3": "Mixed_6a",
+    "mixed_4": "Mixed_6b",
+    "mixed_5": "Mixed_6c",
+    "mixed_6": "Mixed_6d",
+    "mixed_7": "Mixed_6e",
+    "mixed_8": "Mixed_7a",
+    "mixed_9": "Mixed_7b",
+    "mixed_10": "Mixed_7c",
+}
 _DOUBLE = {"tower_1_conv": "branch3x3dbl_1", "tower_1_conv_1": "branch3x3dbl_2", "tower_1_conv_2": "branch3x3dbl_3"}
-_A = {"conv": "branch1x1", "tower_conv": "branch5x5_1", "tower_conv_1": "branch5x5_2", **_DOUBLE, "tower_2_conv": "branch_pool"}
-_B = {"conv": "branch3x3", "tower_conv": "branch3x3dbl_1", "tower_conv_1": "branch3x3dbl_2", "tower_conv_2": "branch3x3dbl_3"}
+_A = {
+    "conv": "branch1x1",
+    "tower_conv": "branch5x5_1",
+    "tower_conv_1": "branch5x5_2",
+    **_DOUBLE,
+    "tower_2_conv": "branch_pool",
+}
+_B = {
+    "conv": "branch3x3",
+    "tower_conv": "branch3x3dbl_1",
+    "tower_conv_1": "branch3x3dbl_2",
+    "tower_conv_2": "branch3x3dbl_3",
+}
 _C = {
-    "conv": "branch1x1", "tower_conv": "branch7x7_1", "tower_conv_1": "branch7x7_2", "tower_conv_2": "branch7x7_3",
-    "tower_1_conv": "branch7x7dbl_1", "tower_1_conv_1": "branch7x7dbl_2", "tower_1_conv_2": "branch7x7dbl_3",
-    "tower_1_conv_3": "branch7x7dbl_4", "tower_1_conv_4": "branch7x7dbl_5", "tower_2_conv": "branch_pool",
-}  # fmt: skip
+    "conv": "branch1x1",
+    "tower_conv": "branch7x7_1",
+    "tower_conv_1": "branch7x7_2",
+    "tower_conv_2": "branch7x7_3",
+    "tower_1_conv": "branch7x7dbl_1",
+    "tower_1_conv_1": "branch7x7dbl_2",
+    "tower_1_conv_2": "branch7x7dbl_3",
+    "tower_1_conv_3": "branch7x7dbl_4",
+    "tower_1_conv_4": "branch7x7dbl_5",
+    "tower_2_conv": "branch_pool",
+}
 _D = {
-    "tower_conv": "branch3x3_1", "tower_conv_1": "branch3x3_2", "tower_1_conv": "branch7x7x3_1", "tower_1_conv_1": "branch7x7x3_2",
-    "tower_1_conv_2": "branch7x7x3_3", "tower_1_conv_3": "branch7x7x3_4",
-}  # fmt: skip
+    "tower_conv": "branch3x3_1",
+    "tower_conv_1": "branch3x3_2",
+    "tower_1_conv": "branch7x7x3_1",
+    "tower_1_conv_1": "branch7x7x3_2",
+    "tower_1_conv_2": "branch7x7x3_3",
+    "tower_1_conv_3": "branch7x7x3_4",
+}
 _E = {
-    "conv": "branch1x1", "tower_conv": "branch3x3_1", "tower_mixed_conv": "branch3x3_2a", "tower_mixed_conv_1": "branch3x3_2b",
-    "tower_1_conv": "branch3x3dbl_1", "tower_1_conv_1": "branch3x3dbl_2", "tower_1_mixed_conv": "branch3x3dbl_3a",
-    "tower_1_mixed_conv_1": "branch3x3dbl_3b", "tower_2_conv": "branch_pool",
-}  # fmt: skip
+    "conv": "branch1x1",
+    "tower_conv": "branch3x3_1",
+    "tower_mixed_conv": "branch3x3_2a",
+    "tower_mixed_conv_1": "branch3x3_2b",
+    "tower_1_conv": "branch3x3dbl_1",
+    "tower_1_conv_1": "branch3x3dbl_2",
+    "tower_1_mixed_conv": "branch3x3dbl_3a",
+    "tower_1_mixed_conv_1": "branch3x3dbl_3b",
+    "tower_2_conv": "branch_pool",
+}
 _BRANCHES = {"Conv2d": {"": ""}, "Mixed_5": _A, "Mixed_6": _C, "Mixed_6a": _B, "Mixed_7": _E, "Mixed_7a": _D}
 _FIELDS = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
 _NAME = re.compile(r"layers\.(conv(?:_\d)?|mixed(?:_\d+)?)\.(?:(.+)\.)?(weight|beta|mean|var)")

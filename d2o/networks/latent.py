@@ -25,11 +25,28 @@ from d2o.networks.fill import fill_network
 N = TypeVar("N", bound=nn.Module)
 
 SD_SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
-    "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading",
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 """The scheduler settings of Stable Diffusion 1.5."""
-BROKEN = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError)
+BROKEN = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
 """What bad arguments make networks raise."""
 
 
@@ -43,7 +60,11 @@ class Autoencoder(nn.Module):
     def __init__(self, **config: Any):
         super().__init__()
         blocks = len(config.get("block_out_channels", (64,)))
-        config = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks, **config}
+        config = {
+            "down_block_types": ["DownEncoderBlock2D"] * blocks,
+            "up_block_types": ["UpDecoderBlock2D"] * blocks,
+            **config,
+        }
         self.config = {"arch": "autoencoder_kl", **config}
         self.vae = _build(_diffusers("AutoencoderKL"), config, "network")
 
@@ -79,12 +100,23 @@ class TextToImage(nn.Module):
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         cross = text_encoder.get("hidden_size", 64)
         unet = {
-            "sample_size": vae.get("sample_size", 32) // factor, "in_channels": vae.get("latent_channels", 4),
-            "out_channels": vae.get("latent_channels", 4), "cross_attention_dim": cross, **unet,
-        }  # fmt: skip
+            "sample_size": vae.get("sample_size", 32) // factor,
+            "in_channels": vae.get("latent_channels", 4),
+            "out_channels": vae.get("latent_channels", 4),
+            "cross_attention_dim": cross,
+            **unet,
+        }
         text_encoder = {"hidden_size": cross, "projection_dim": cross, "max_position_embeddings": 77, **text_encoder}
-        self.config = {"arch": "text_to_image", "vae": vae, "unet": unet, "text_encoder": text_encoder, "words": sorted(words)}
-        self.vae = _build(_diffusers("AutoencoderKL"), {k: v for k, v in vae.items() if k != "arch"}, "network.vae").requires_grad_(False)
+        self.config = {
+            "arch": "text_to_image",
+            "vae": vae,
+            "unet": unet,
+            "text_encoder": text_encoder,
+            "words": sorted(words),
+        }
+        self.vae = _build(
+            _diffusers("AutoencoderKL"), {k: v for k, v in vae.items() if k != "arch"}, "network.vae"
+        ).requires_grad_(False)
         self.unet = _build(_diffusers("UNet2DConditionModel"), unet, "network.unet")
         self.text_encoder = _text_encoder(text_encoder, self.tokens)
         self.register_load_state_dict_pre_hook(_rename_text_encoder)
@@ -136,7 +168,10 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         return _from_diffusers(folder)
     path = resolve_checkpoint(path)
     if read_meta(path).get("kind") != "autoencoder":
-        raise UserError(f"{path} holds a {read_meta(path).get('kind', 'foreign object')}, not an autoencoder", "train one: d2o train tiny_sd_vae")
+        raise UserError(
+            f"{path} holds a {read_meta(path).get('kind', 'foreign object')}, not an autoencoder",
+            "train one: d2o train tiny_sd_vae",
+        )
     tensors, meta = load_file(path)
     check_checkpoint(meta, path)
     return _described(Autoencoder, {k: v for k, v in meta["network"].items() if k != "arch"}, tensors, path)
@@ -160,7 +195,9 @@ def _described(cls: type[N], config: dict[str, Any], tensors: dict[str, Tensor],
         try:
             return cls(**config)
         except BROKEN as error:
-            raise UserError(f"{path}: cannot build a {cls.__name__} as it describes it: {error or type(error).__name__}") from error
+            raise UserError(
+                f"{path}: cannot build a {cls.__name__} as it describes it: {error or type(error).__name__}"
+            ) from error
 
     check_numbers(config, f"{path}: network")
     return fill_network(build_within(make, tensors, f"{path}: network"), tensors, path)
@@ -179,14 +216,21 @@ def _from_diffusers(folder: Path) -> Autoencoder:
     if kind != "AutoencoderKL":
         raise UserError(f"{folder} holds a {kind}, not an AutoencoderKL")
     tensors = {f"vae.{name}": tensor.to(torch.float32) for name, tensor in tensors.items()}
-    return _described(Autoencoder, {key: value for key, value in config.items() if not key.startswith("_")}, tensors, folder)
+    return _described(
+        Autoencoder, {key: value for key, value in config.items() if not key.startswith("_")}, tensors, folder
+    )
 
 
 def _text_encoder(config: dict[str, Any], tokens: Tokens) -> nn.Module:
     torchvision_compat.ensure()
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    own = {"vocab_size": len(tokens.vocab), "bos_token_id": tokens.vocab[BOS], "eos_token_id": tokens.vocab[EOS], "pad_token_id": tokens.vocab[EOS]}
+    own = {
+        "vocab_size": len(tokens.vocab),
+        "bos_token_id": tokens.vocab[BOS],
+        "eos_token_id": tokens.vocab[EOS],
+        "pad_token_id": tokens.vocab[EOS],
+    }
     try:
         return CLIPTextModel(CLIPTextConfig(**{**config, **own}))
     except UserError:
@@ -207,8 +251,12 @@ def _build(cls: type[nn.Module], config: dict[str, Any], where: str) -> Any:
     for key in config:
         if key not in known:
             near = nearest(key, known)
-            raise UserError(f"{where}.{key}: unknown key for {cls.__name__}" + (f"; did you mean {near!r}?" if near else ""))
+            raise UserError(
+                f"{where}.{key}: unknown key for {cls.__name__}" + (f"; did you mean {near!r}?" if near else "")
+            )
     try:
         return cls(**config)
     except BROKEN as error:
-        raise UserError(f"{where}: cannot build a {cls.__name__} from {config}: {error or type(error).__name__}") from error
+        raise UserError(
+            f"{where}: cannot build a {cls.__name__} from {config}: {error or type(error).__name__}"
+        ) from error

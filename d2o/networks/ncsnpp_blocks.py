@@ -78,7 +78,9 @@ class ResidualBlock(nn.Module):
     forward(x [B, in, H, W], temb [B, E] after its SiLU, z [B, zdim]) -> [B, out, H', W'].
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, zdim: int, *, up: bool = False, down: bool = False):
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_channels: int, zdim: int, *, up: bool = False, down: bool = False
+    ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.norm0 = AdaptiveGroupNorm(in_channels, zdim)
@@ -102,7 +104,9 @@ class Attention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = GroupNorm(channels, 1e-6)
-        self.qkv = Conv2d(channels, 3 * channels, 1, gain=math.sqrt(0.2))  # 0.1 of the usual variance for each of the three
+        self.qkv = Conv2d(
+            channels, 3 * channels, 1, gain=math.sqrt(0.2)
+        )  # 0.1 of the usual variance for each of the three
         self.proj = Conv2d(channels, channels, 1, **ZERO)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.networks.edm_blocks import Conv2d, GroupNorm, Linear
-from d2o.networks.ncsnpp_blocks import FIR, SQRT_HALF, ZERO, Attention, LabelEmbedding, ResidualBlock, TimeEmbedding, dense
+from d2o.networks.ncsnpp_blocks import (
+    FIR,
+    SQRT_HALF,
+    ZERO,
+    Attention,
+    LabelEmbedding,
+    ResidualBlock,
+    TimeEmbedding,
+    dense,
+)
 
 
 class LatentMapping(nn.Module):
@@ -38,13 +47,32 @@ class DDGANGenerator(nn.Module):
     """
 
     def __init__(
-        self, img_resolution: int, img_channels: int, nf: int = 128, channel_mult: Sequence[int] = (1, 2, 2, 2), num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (16,), nz: int = 100, zdim: int = 256, n_mlp: int = 4, classes: int = 0,
-    ):  # fmt: skip
+        self,
+        img_resolution: int,
+        img_channels: int,
+        nf: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16,),
+        nz: int = 100,
+        zdim: int = 256,
+        n_mlp: int = 4,
+        classes: int = 0,
+    ):
         super().__init__()
-        self.config = {"arch": "ddgan", "img_resolution": img_resolution, "img_channels": img_channels, "nf": nf,
-                       "channel_mult": list(channel_mult), "num_res_blocks": num_res_blocks, "attn_resolutions": list(attn_resolutions),
-                       "nz": nz, "zdim": zdim, "n_mlp": n_mlp, "classes": classes}  # fmt: skip
+        self.config = {
+            "arch": "ddgan",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "nf": nf,
+            "channel_mult": list(channel_mult),
+            "num_res_blocks": num_res_blocks,
+            "attn_resolutions": list(attn_resolutions),
+            "nz": nz,
+            "zdim": zdim,
+            "n_mlp": n_mlp,
+            "classes": classes,
+        }
         levels = len(channel_mult)
         if img_resolution % 2 ** (levels - 1):
             raise ValueError(f"{img_resolution} pixels cannot be halved {levels - 1} times")
@@ -76,7 +104,9 @@ class DDGANGenerator(nn.Module):
                     self.enc[f"{res}_attention{i}"] = Attention(channels)
                 skips.append(channels)
 
-        self.dec = nn.ModuleDict({"in0": block(channels, channels), "in_attention": Attention(channels), "in1": block(channels, channels)})
+        self.dec = nn.ModuleDict(
+            {"in0": block(channels, channels), "in_attention": Attention(channels), "in1": block(channels, channels)}
+        )
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
             for i in range(num_res_blocks + 1):

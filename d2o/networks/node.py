@@ -58,18 +58,45 @@ class NODEMapping(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], h_dim: int = 512, r_layers: int = 1, lr_mult: float = 0.01, ode_time_input: str = "none", method: str = "rk4",
-        step: float = 0.1, rtol: float = 1e-5, atol: float = 1e-5, mapping: str = "node", w_avg_beta: float = 0.995,
-    ):  # fmt: skip
+        self,
+        shape: Sequence[int],
+        h_dim: int = 512,
+        r_layers: int = 1,
+        lr_mult: float = 0.01,
+        ode_time_input: str = "none",
+        method: str = "rk4",
+        step: float = 0.1,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        mapping: str = "node",
+        w_avg_beta: float = 0.995,
+    ):
         super().__init__()
-        for key, value, known in (("method", method, SOLVERS), ("mapping", mapping, MAPPINGS), ("ode_time_input", ode_time_input, TIME_INPUTS)):
+        for key, value, known in (
+            ("method", method, SOLVERS),
+            ("mapping", mapping, MAPPINGS),
+            ("ode_time_input", ode_time_input, TIME_INPUTS),
+        ):
             if value not in known:
                 raise unknown(f"network.{key}", value, known)
         if r_layers < 1 or not step > 0:
-            raise UserError(f"network: the mapping needs r_layers of at least 1 and a step above 0, not {r_layers} and {step}")
-        self.config = {"arch": "node_mapping", "shape": list(shape), "h_dim": h_dim, "r_layers": r_layers, "lr_mult": lr_mult,
-                       "ode_time_input": ode_time_input, "method": method, "step": step, "rtol": rtol, "atol": atol, "mapping": mapping,
-                       "w_avg_beta": w_avg_beta}  # fmt: skip
+            raise UserError(
+                f"network: the mapping needs r_layers of at least 1 and a step above 0, not {r_layers} and {step}"
+            )
+        self.config = {
+            "arch": "node_mapping",
+            "shape": list(shape),
+            "h_dim": h_dim,
+            "r_layers": r_layers,
+            "lr_mult": lr_mult,
+            "ode_time_input": ode_time_input,
+            "method": method,
+            "step": step,
+            "rtol": rtol,
+            "atol": atol,
+            "mapping": mapping,
+            "w_avg_beta": w_avg_beta,
+        }
         self.shape, self.h_dim, self.mapping, self.w_avg_beta = tuple(shape), h_dim, mapping, w_avg_beta
         self.method, self.step, self.rtol, self.atol = method, step, rtol, atol
         self.o = Linear(math.prod(shape), h_dim, lr_mult=lr_mult, activate=True)
@@ -101,7 +128,10 @@ class NODEMapping(nn.Module):
     def continue_(self, h: Tensor, t0: float, t1: float) -> Tensor:
         """h(t1) from h(t0) = h, t0 <= t1. UserError for "mlp_t", which has no state to go on from."""
         if self.mapping == "mlp_t":
-            raise UserError("the mapping mlp_t has no equation that could be solved on from an earlier time", "`ivp: restart`, or `mapping: node`")
+            raise UserError(
+                "the mapping mlp_t has no equation that could be solved on from an earlier time",
+                "`ivp: restart`, or `mapping: node`",
+            )
         start, end = _moments([t0, t1])
         return self._solve(h, start, [end])[0]
 
@@ -126,7 +156,9 @@ class NODEMapping(nn.Module):
         grid, places = torch.unique_consecutive(rounded, return_inverse=True)
         if len(grid) == 1:
             return [h] * len(moments)
-        solution = odeint(lambda t, y: self.r(y, t), h, grid.to(h.device), method="dopri5", rtol=self.rtol, atol=self.atol)
+        solution = odeint(
+            lambda t, y: self.r(y, t), h, grid.to(h.device), method="dopri5", rtol=self.rtol, atol=self.atol
+        )
         return [solution[i] for i in places.tolist()[1:]]
 
     @torch.no_grad()

@@ -66,7 +66,12 @@ def iddpm_levels() -> tuple[float, ...]:
     return tuple(reversed(u))
 
 
-CLOSED_FORMS: dict[str, Callable[[Tensor, float], Coefficients]] = {"edm": edm, "vp": vp, "ve": ve, "consistency": consistency}
+CLOSED_FORMS: dict[str, Callable[[Tensor, float], Coefficients]] = {
+    "edm": edm,
+    "vp": vp,
+    "ve": ve,
+    "consistency": consistency,
+}
 PRECONDITIONINGS = (*CLOSED_FORMS, "iddpm")
 
 
@@ -98,17 +103,34 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, img_resolution: int, img_channels: int, label_dim: int, sigma_data: float = 0.5, precond: str = "edm",
-        sigma_min: float | None = None, sigma_max: float | None = None,
-    ):  # fmt: skip
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        sigma_data: float = 0.5,
+        precond: str = "edm",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+    ):
         super().__init__()
         if precond not in PRECONDITIONINGS:
             raise unknown("preconditioning", precond, PRECONDITIONINGS)
-        self.img_resolution, self.img_channels, self.label_dim, self.sigma_data = img_resolution, img_channels, label_dim, sigma_data
+        self.img_resolution, self.img_channels, self.label_dim, self.sigma_data = (
+            img_resolution,
+            img_channels,
+            label_dim,
+            sigma_data,
+        )
         low, high = sigma_range(precond)
-        self.precond, self.sigma_min, self.sigma_max = precond, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+        self.precond, self.sigma_min, self.sigma_max = (
+            precond,
+            low if sigma_min is None else sigma_min,
+            high if sigma_max is None else sigma_max,
+        )
         if not 0 <= self.sigma_min < self.sigma_max:
-            raise UserError(f"network: sigma_min {self.sigma_min} and sigma_max {self.sigma_max} are no range of noise levels")
+            raise UserError(
+                f"network: sigma_min {self.sigma_min} and sigma_max {self.sigma_max} are no range of noise levels"
+            )
         self.u: Tensor
         if precond == "iddpm":
             self.register_buffer("u", torch.tensor(iddpm_levels(), dtype=torch.float32))
@@ -116,7 +138,12 @@ class Denoiser(nn.Module):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """sigma [B, 1, 1, 1] float32 -> c_skip, c_out, c_in, c_noise."""
         if self.precond == "iddpm":
-            return 1.0, -sigma, 1 / (sigma**2 + 1).sqrt(), (IDDPM_STEPS - 1 - self._nearest_level(sigma)).to(torch.float32)
+            return (
+                1.0,
+                -sigma,
+                1 / (sigma**2 + 1).sqrt(),
+                (IDDPM_STEPS - 1 - self._nearest_level(sigma)).to(torch.float32),
+            )
         return CLOSED_FORMS[self.precond](sigma, self.sigma_data)
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:

@@ -33,7 +33,9 @@ def with_second_time(network: nn.Module) -> nn.Module:
     weights = {name: value for name, value in network.state_dict().items() if "map_augment" not in name}
     grown = build_network(second_time_config(config))
     device = next(network.parameters()).device
-    grown.load_state_dict({**weights, **{name: value for name, value in grown.state_dict().items() if name not in weights}})
+    grown.load_state_dict(
+        {**weights, **{name: value for name, value in grown.state_dict().items() if name not in weights}}
+    )
     for name, p in grown.named_parameters():
         if "map_augment" in name:
             nn.init.zeros_(p)

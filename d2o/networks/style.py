@@ -31,7 +31,9 @@ def channel_table(img_resolution: int, base: int = 32768, max_channels: int = 51
         raise UserError(f"style networks make images of 8, 16, 32, ... pixels; {img_resolution} is no such size")
     table = {2**k: min(base // 2**k, max_channels) for k in range(2, img_resolution.bit_length())}
     if min(table.values()) < 1:
-        raise UserError(f"network: base {base} and max_channels {max_channels} leave no channel at {img_resolution} pixels")
+        raise UserError(
+            f"network: base {base} and max_channels {max_channels} leave no channel at {img_resolution} pixels"
+        )
     return table
 
 
@@ -78,13 +80,26 @@ class StyleSynthesis(nn.Module):
     """
 
     def __init__(
-        self, img_resolution: int, img_channels: int, w_dim: int = 512, base: int = 32768, max_channels: int = 512, modulation: str = "auto"
+        self,
+        img_resolution: int,
+        img_channels: int,
+        w_dim: int = 512,
+        base: int = 32768,
+        max_channels: int = 512,
+        modulation: str = "auto",
     ):
         super().__init__()
         if modulation not in MODULATIONS:
             raise unknown("network.modulation", modulation, MODULATIONS)
-        self.config = {"arch": "style_synthesis", "img_resolution": img_resolution, "img_channels": img_channels, "w_dim": w_dim,
-                       "base": base, "max_channels": max_channels, "modulation": modulation}  # fmt: skip
+        self.config = {
+            "arch": "style_synthesis",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "w_dim": w_dim,
+            "base": base,
+            "max_channels": max_channels,
+            "modulation": modulation,
+        }
         self.img_resolution, self.img_channels, self.w_dim = img_resolution, img_channels, w_dim
         self.channels = channel_table(img_resolution, base, max_channels)
         self.num_ws = 2 * len(self.channels)
@@ -107,21 +122,31 @@ class StyleSynthesis(nn.Module):
         """Per style layer, the shape of one sample's noise."""
         return [(1, layer.resolution, layer.resolution) for layer in self._layers()]
 
-    def draw_noise(self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> list[Tensor]:
+    def draw_noise(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> list[Tensor]:
         """Standard normal noise for each style layer, drawn where the generator lives, so that its seed means the same on every device."""
         device = device or self.const.device
         source = device if generator is None else generator.device
-        return [torch.randn(batch, *shape, generator=generator, device=source).to(device) for shape in self.noise_shapes]
+        return [
+            torch.randn(batch, *shape, generator=generator, device=source).to(device) for shape in self.noise_shapes
+        ]
 
     def forward(
-        self, ws: Tensor, noise_mode: str = "random", generator: torch.Generator | None = None, noises: Sequence[Tensor] | None = None
+        self,
+        ws: Tensor,
+        noise_mode: str = "random",
+        generator: torch.Generator | None = None,
+        noises: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """`noise_mode`: "random" (from `generator` if given), "const" (one fixed image per layer, part of the checkpoint), or "none".
 
         `noises`: instead of drawing, the noise of each layer [B, 1, r, r] (`noise_shapes`), for samples that must not depend on their batch.
         """
         if ws.shape[1:] != (self.num_ws, self.w_dim):
-            raise UserError(f"the synthesis network takes styles [B, {self.num_ws}, {self.w_dim}]; these are {[*ws.shape]}")
+            raise UserError(
+                f"the synthesis network takes styles [B, {self.num_ws}, {self.w_dim}]; these are {[*ws.shape]}"
+            )
         if noise_mode not in NOISE_MODES:
             raise unknown("noise mode", noise_mode, NOISE_MODES)
         layers = self._layers()
@@ -180,21 +205,43 @@ class StyleCritic(nn.Module):
     """
 
     def __init__(
-        self, img_resolution: int, img_channels: int, blocks: str = "orig", base: int = 32768, max_channels: int = 512,
-        mbstd_group: int | None = 32, time: str = "block_add", time_scale: float = 1000.0, time_dim: int = 512, label_dim: int = 0,
+        self,
+        img_resolution: int,
+        img_channels: int,
+        blocks: str = "orig",
+        base: int = 32768,
+        max_channels: int = 512,
+        mbstd_group: int | None = 32,
+        time: str = "block_add",
+        time_scale: float = 1000.0,
+        time_dim: int = 512,
+        label_dim: int = 0,
         cmap_dim: int = 512,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if blocks not in CRITIC_BLOCKS:
             raise unknown("network.blocks", blocks, CRITIC_BLOCKS)
         if time not in CRITIC_TIMES:
             raise unknown("network.time", time, CRITIC_TIMES)
-        self.config = {"arch": "style_critic", "img_resolution": img_resolution, "img_channels": img_channels, "blocks": blocks, "base": base,
-                       "max_channels": max_channels, "mbstd_group": mbstd_group, "time": time, "time_scale": time_scale, "time_dim": time_dim,
-                       "label_dim": label_dim, "cmap_dim": cmap_dim}  # fmt: skip
+        self.config = {
+            "arch": "style_critic",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "blocks": blocks,
+            "base": base,
+            "max_channels": max_channels,
+            "mbstd_group": mbstd_group,
+            "time": time,
+            "time_scale": time_scale,
+            "time_dim": time_dim,
+            "label_dim": label_dim,
+            "cmap_dim": cmap_dim,
+        }
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         if time != "none" and (time_dim < 4 or time_dim % 2):
-            raise UserError(f"network.time_dim: the embedding of time needs an even number of at least 4 values, not {time_dim}")
+            raise UserError(
+                f"network.time_dim: the embedding of time needs an even number of at least 4 values, not {time_dim}"
+            )
         self.time, self.time_scale, self.mbstd_group = time, time_scale, mbstd_group
         self.channels = channel_table(img_resolution, base, max_channels)
         self.projection = cmap_dim if label_dim or time == "cmap" else 0
@@ -205,7 +252,9 @@ class StyleCritic(nn.Module):
         self.label_layer = Linear(label_dim, cmap_dim, bias=False) if label_dim else None
         self.from_image = Conv2d(img_channels, self.channels[img_resolution], 1)
         self.blocks = nn.ModuleList(
-            CriticBlock(self.channels[res], self.channels[res // 2], blocks == "resnet", time_dim if time == "block_add" else 0)
+            CriticBlock(
+                self.channels[res], self.channels[res // 2], blocks == "resnet", time_dim if time == "block_add" else 0
+            )
             for res in sorted(self.channels, reverse=True)[:-1]
         )
         last = self.channels[4]

@@ -20,21 +20,43 @@ class StyleGenerator(nn.Module):
     """
 
     def __init__(
-        self, img_resolution: int, img_channels: int, h_dim: int = 512, mapping: dict[str, Any] | None = None, synthesis: dict[str, Any] | None = None
-    ):  # fmt: skip
+        self,
+        img_resolution: int,
+        img_channels: int,
+        h_dim: int = 512,
+        mapping: dict[str, Any] | None = None,
+        synthesis: dict[str, Any] | None = None,
+    ):
         super().__init__()
         mapping, synthesis = dict(mapping or {}), dict(synthesis or {})
-        self.config = {"arch": "style_generator", "img_resolution": img_resolution, "img_channels": img_channels, "h_dim": h_dim,
-                       "mapping": mapping, "synthesis": synthesis}  # fmt: skip
-        for section, own, given in (("mapping", ("shape", "h_dim"), mapping), ("synthesis", ("img_resolution", "img_channels", "w_dim"), synthesis)):
+        self.config = {
+            "arch": "style_generator",
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "h_dim": h_dim,
+            "mapping": mapping,
+            "synthesis": synthesis,
+        }
+        for section, own, given in (
+            ("mapping", ("shape", "h_dim"), mapping),
+            ("synthesis", ("img_resolution", "img_channels", "w_dim"), synthesis),
+        ):
             if taken := [key for key in own if key in given]:
                 raise UserError(f"network.{section}.{taken[0]} follows from the network's own size; leave it away")
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.mapping = NODEMapping((img_channels, img_resolution, img_resolution), h_dim, **mapping)
         self.synthesis = StyleSynthesis(img_resolution, img_channels, h_dim, **synthesis)
 
-    def forward(self, ws: Tensor | None = None, noises: Sequence[Tensor] | None = None, *, z: Tensor | None = None, times: Sequence[float] = (1.0,),
-                mix: tuple[Tensor, Tensor] | None = None, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self,
+        ws: Tensor | None = None,
+        noises: Sequence[Tensor] | None = None,
+        *,
+        z: Tensor | None = None,
+        times: Sequence[float] = (1.0,),
+        mix: tuple[Tensor, Tensor] | None = None,
+        start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(images, ws, h): of noise `z` at sorted `times` [T], one after the other [T B, ...], or of given `ws` [B, num_ws, h_dim].
 
         `mix` (second noise, cutoffs [B]): an image's styles from input `cutoff` on come from it (style mixing; num_ws: none do). `start`:
@@ -52,4 +74,3 @@ class StyleGenerator(nn.Module):
         else:
             h = ws[None, :, 0]
         return self.synthesis(ws, noises=noises), ws, h
-

@@ -44,7 +44,14 @@ class Linear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, bias_init: float = 0.0, lr_mult: float = 1.0, activate: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        bias_init: float = 0.0,
+        lr_mult: float = 1.0,
+        activate: bool = False,
     ):
         super().__init__()
         self.gain, self.lr_mult, self.activate = lr_mult / math.sqrt(in_features), lr_mult, activate
@@ -65,9 +72,16 @@ class Conv2d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, down: bool = False, bias: bool = True, activate: bool = True,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        down: bool = False,
+        bias: bool = True,
+        activate: bool = True,
         taps: tuple[float, ...] = TAPS,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.kernel, self.down, self.activate = kernel, down, activate
         self.gain = 1 / math.sqrt(in_channels * kernel**2)
@@ -94,7 +108,9 @@ class Conv2d(nn.Module):
         return x if gain == 1 else x * gain
 
 
-def modulated_conv(x: Tensor, weight: Tensor, styles: Tensor, *, demodulate: bool = True, up: bool = False, how: str = "auto") -> Tensor:
+def modulated_conv(
+    x: Tensor, weight: Tensor, styles: Tensor, *, demodulate: bool = True, up: bool = False, how: str = "auto"
+) -> Tensor:
     """Convolution of x [B, in, H, W] with a kernel of its own for each sample (Karras et al. 2020, eq. 1 and 3), weight [out, in, k, k], k odd.
 
     w'_oik = styles_i w_oik, styles [B, in]; demodulated, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + 1e-8). -> [B, out, H, W], zeros outside;
@@ -136,9 +152,17 @@ class ModulatedConv(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, kernel: int = 3, *, up: bool = False, demodulate: bool = True,
-        taps: tuple[float, ...] = TAPS, how: str = "auto",
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        kernel: int = 3,
+        *,
+        up: bool = False,
+        demodulate: bool = True,
+        taps: tuple[float, ...] = TAPS,
+        how: str = "auto",
+    ):
         super().__init__()
         self.up, self.demodulate, self.how = up, demodulate, how
         self.gain = 1.0 if demodulate else 1 / math.sqrt(in_channels * kernel**2)

@@ -51,8 +51,15 @@ class CountingLoop:
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
-        for block in [block for net in self.networks.values() for part in net.modules() if getattr(part, "checkpointing", False)
-                      for blocks in part.children() if isinstance(blocks, nn.ModuleDict) for block in blocks.values()]:  # fmt: skip
+        for block in [
+            block
+            for net in self.networks.values()
+            for part in net.modules()
+            if getattr(part, "checkpointing", False)
+            for blocks in part.children()
+            if isinstance(blocks, nn.ModuleDict)
+            for block in blocks.values()
+        ]:
             handles.append(block.register_forward_pre_hook(self._keep))
         with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
             method.step(self, batch, method.heaviest())

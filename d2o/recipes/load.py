@@ -45,7 +45,10 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
             return folder / f"{stem}.yaml"
     if given and os.path.isdir(given):
         inside = os.path.join(given, "recipe.yaml")
-        raise UserError(f"{given} is a folder; expected a recipe (.yaml)", f"did you mean {inside}?" if os.path.isfile(inside) else "")
+        raise UserError(
+            f"{given} is a folder; expected a recipe (.yaml)",
+            f"did you mean {inside}?" if os.path.isfile(inside) else "",
+        )
     if is_name and (given == stem or given.startswith("recipes/")):
         raise unknown("recipe", stem, recipe_names())
     near = nearest(Path(stem).name, recipe_names())
@@ -87,7 +90,9 @@ def _extended(root: Node, path: Path, problems: Problems) -> Node:
         raise UserError(f"{where}: {extends.value} is this file itself")
     base = _read(found, problems)
     if "extends" in base.value:
-        raise UserError(f"{where}: {extends.value} itself extends {show(base.value['extends'].value)}; only one level is allowed")
+        raise UserError(
+            f"{where}: {extends.value} itself extends {show(base.value['extends'].value)}; only one level is allowed"
+        )
     return Node(merge(_relicensed(base, [root]), root).value, root.mark)
 
 
@@ -102,7 +107,9 @@ def _override(text: str, problems: Problems, flag: str = "--set") -> Node | None
         return None
     if parts[0] in ("extends", "mini"):
         problems.add(
-            mark, "cannot be set; it belongs in the file" + (" (set the key itself: --set comes after mini)" if parts[0] == "mini" else "")
+            mark,
+            "cannot be set; it belongs in the file"
+            + (" (set the key itself: --set comes after mini)" if parts[0] == "mini" else ""),
         )
         return None
     try:
@@ -200,9 +207,12 @@ def _mark(root: Node, path: KeyPath) -> Mark:
 
 
 def load_recipe(
-    path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), mini: bool = False, sweep: Sequence[str] = (),
+    path_or_name: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    mini: bool = False,
+    sweep: Sequence[str] = (),
     begun: Mapping[str, Any] | None = None,
-) -> Recipe:  # fmt: skip
+) -> Recipe:
     """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section; `sweep`: `key=value` of
     --sweep, over all others. What `pairs:` leaves open is as the store at `pairs.path` says, or as in `begun`, the resolved recipe of a run
     that is continued.
@@ -249,7 +259,9 @@ def load_recipe(
 def _layer(small: Node) -> Node:
     """The `mini:` section as a layer over the recipe: its marks count as changes."""
     mark = replace(small.mark, overlay=True)
-    return Node({key: _layer(node) for key, node in small.value.items()} if isinstance(small.value, dict) else small.value, mark)
+    return Node(
+        {key: _layer(node) for key, node in small.value.items()} if isinstance(small.value, dict) else small.value, mark
+    )
 
 
 # ---- comparing ---------------------------------------------------------------------------------------------------------------------------
@@ -275,10 +287,14 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return isinstance(a, bool) == isinstance(b, bool) and (a == b or (a != a and b != b))  # true is not 1; nan is itself
+    return isinstance(a, bool) == isinstance(b, bool) and (
+        a == b or (a != a and b != b)
+    )  # true is not 1; nan is itself
 
 
 def _written(value: Any) -> str:
     if value is _ABSENT:
         return "absent"
-    return value if isinstance(value, str) and value and value == value.strip() else json.dumps(value, ensure_ascii=False)
+    return (
+        value if isinstance(value, str) and value and value == value.strip() else json.dumps(value, ensure_ascii=False)
+    )

@@ -78,12 +78,22 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
     plan = Plan(iterations=-(-recipe.images // recipe.batch))
     method_class = get_method(recipe.method)
     needs = method_class.needs(recipe.options)
-    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=META, name=recipe.name, seed=recipe.seed, batch=recipe.batch,
-                  licence=licence_of(recipe))  # fmt: skip
+    setup = Setup(
+        recipe.options,
+        network=recipe.network,
+        student=recipe.student,
+        device=META,
+        name=recipe.name,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        licence=licence_of(recipe),
+    )
     _attempt(plan.missing, lambda: check_tracker(recipe))
     if recipe.teacher and _fits(plan, recipe):
         known = {} if teachers is None else teachers
-        setup.teacher = known.get(recipe.teacher) or _attempt(plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher)))
+        setup.teacher = known.get(recipe.teacher) or _attempt(
+            plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher))
+        )
         if setup.teacher is not None:
             setup.teacher = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
     elif needs == "none" and recipe.teacher is None:
@@ -128,7 +138,9 @@ def _fits(plan: Plan, recipe: Any) -> bool:
 
 def _build(method_class: type[Method], setup: Setup) -> Method:
     with META, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights that are loaded into a network on meta stay where they are: none are needed here
+        warnings.simplefilter(
+            "ignore"
+        )  # weights that are loaded into a network on meta stay where they are: none are needed here
         method = method_class(setup)
         freeze(method.networks()[method.product], setup.student.freeze)
         return method
@@ -142,7 +154,9 @@ def _images(plan: Plan, data: Any, method: type[Method]) -> Any:
         shape = (data.channels, data.resolution, data.resolution)
         if None in shape:
             raise UserError(error.message, "training says how to get them" if data.get else error.hint) from error
-        plan.missing.append(f"{error.message}{'; training says how to get them' if data.get else ''} (planned without labels)")
+        plan.missing.append(
+            f"{error.message}{'; training says how to get them' if data.get else ''} (planned without labels)"
+        )
         return SimpleNamespace(shape=shape, classes=0, class_names=[], labels=None, name=Path(data.path).name)
 
 
@@ -152,7 +166,6 @@ def _attempt(lacking: list[str], make: Any) -> Any:
     except UserError as error:
         lacking.append(str(error))
         return None
-
 
 
 @contextmanager
@@ -185,7 +198,9 @@ def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
     if is_named(e.reference) and not Path(e.reference).exists():
         here = lookup(e.reference).path.exists()
         if not here:
-            plan.fetched(f"reference {e.reference} is not on this machine; it is fetched from {lookup(e.reference).url} when it is needed")
+            plan.fetched(
+                f"reference {e.reference} is not on this machine; it is fetched from {lookup(e.reference).url} when it is needed"
+            )
     elif not here and e.reference != OWN_IMAGES and "://" not in e.reference:
         _attempt(plan.missing, lambda: check_there(e.reference))
     if extractor is not None and here:
@@ -198,8 +213,16 @@ def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> N
     spec = method.spec()
     if spec is None and recipe.eval and recipe.eval.metric == "fd":
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
-    if recipe.eval and recipe.eval.metric == "accuracy" and recipe.eval.extractor is None and type(method).validate is Method.validate:
-        raise UserError(f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
+    if (
+        recipe.eval
+        and recipe.eval.metric == "accuracy"
+        and recipe.eval.extractor is None
+        and type(method).validate is Method.validate
+    ):
+        raise UserError(
+            f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy",
+            "eval.metric: fd measures it",
+        )
     if spec is not None and extractor is not None and spec.space == "pixel":
         check_shape(spec.shape, extractor, of="the student's images")
 
@@ -207,7 +230,9 @@ def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> N
 def _teacher(plan: Plan, name: str) -> Teacher:
     published = catalogue.find(name)
     if published is not None and not Path(name).exists() and catalogue.local_path(published) is None:
-        plan.fetched(f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})")
+        plan.fetched(
+            f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})"
+        )
         return planned_teacher(published)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
     if published is not None or path.suffix == ".pkl" or (path / "model_index.json").is_file():
@@ -220,7 +245,11 @@ def _teacher(plan: Plan, name: str) -> Teacher:
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} is not a teacher")
     with META:
-        return Teacher(build_network(meta["network"], file_holdings([path]), f"{path}: network"), Spec.from_dict(meta["spec"]), META)
+        return Teacher(
+            build_network(meta["network"], file_holdings([path]), f"{path}: network"),
+            Spec.from_dict(meta["spec"]),
+            META,
+        )
 
 
 def _student(path: Path) -> Student:
@@ -229,7 +258,11 @@ def _student(path: Path) -> Student:
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
     with META:
-        return make_student(build_network(meta["network"], file_holdings([path]), f"{path}: network"), Spec.from_dict(meta["spec"]), meta["student"])
+        return make_student(
+            build_network(meta["network"], file_holdings([path]), f"{path}: network"),
+            Spec.from_dict(meta["spec"]),
+            meta["student"],
+        )
 
 
 def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
@@ -243,9 +276,15 @@ def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
     there = _pairs_there(recipe, folder)
     if (missing := pairs.n - there) <= 0:
         return
-    plan.first.append(f"{missing:,} more pairs are made in {folder}" if there else f"the pair store {folder} is made ({missing:,} pairs)")
+    plan.first.append(
+        f"{missing:,} more pairs are made in {folder}"
+        if there
+        else f"the pair store {folder} is made ({missing:,} pairs)"
+    )
     plan.calls["making pairs"] = missing * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
-    plan.disk[f"pairs ({folder})"] = missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
+    plan.disk[f"pairs ({folder})"] = (
+        missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
+    )
 
 
 def _pairs_there(recipe: Any, folder: Path | str) -> int:
@@ -253,7 +292,11 @@ def _pairs_there(recipe: Any, folder: Path | str) -> int:
     if store_folder(folder).manifest() is None:
         return 0
     opened, _, settings = open_store(folder)
-    different = [line for line in settings.differences(pair_settings(recipe)) if line.split(":")[0] not in ("n", "labels", "decode")]
+    different = [
+        line
+        for line in settings.differences(pair_settings(recipe))
+        if line.split(":")[0] not in ("n", "labels", "decode")
+    ]
     if different:
         what = f"{folder} is a pair store with other settings: {', '.join(different)}"
         raise UserError(what, "leave these keys of `pairs:` away, or name another store")
@@ -271,13 +314,20 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
     plan.memory["gradients"] = trained
     plan.memory[f"optimiser ({recipe.optim.name})"] = trained * MOMENTS[recipe.optim.name]
     plan.memory["EMA"] = product
-    kept = {name: sum(t.numel() * t.element_size() for t in state.state_dict().values()) for name, state in method.states().items()}
+    kept = {
+        name: sum(t.numel() * t.element_size() for t in state.state_dict().values())
+        for name, state in method.states().items()
+    }
     plan.memory.update({f"{name} (kept beside them)": size for name, size in kept.items() if size > 2**16})
     loop = CountingLoop(method, micro)
     loop.run(method, meta_batch(method, setup, micro))
-    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (1 if recipe.precision == "fp32" else 2)
+    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (
+        1 if recipe.precision == "fp32" else 2
+    )
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if recipe.eval and recipe.eval.extractor and method.spec() is not None:
-        plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = times(recipe) * recipe.eval.n * method.nfe()
+        plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = (
+            times(recipe) * recipe.eval.n * method.nfe()
+        )
     states = plan.memory["trained weights"] + plan.memory[f"optimiser ({recipe.optim.name})"] + product
     plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))

@@ -33,7 +33,7 @@ from d2o.recipes.sections import (
     Threads,
     TrackerSection,
     field,
-)  # fmt: skip
+)
 
 LOADER_KEYS = {
     "extends": "another recipe, by path (relative to this file) or name, that this one changes; one level only",
@@ -45,41 +45,56 @@ LOADER_KEYS = {
 class Recipe(Section):
     """One run. `options` holds the method's own section, validated by that method's `Options`."""
 
-    name: str = field(..., "name of the run and of its product: letters, digits and . _ + -", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
-                   json_schema_extra={"words": "a name of letters, digits and . _ + - that begins with a letter or digit"})  # fmt: skip
+    name: str = field(
+        ...,
+        "name of the run and of its product: letters, digits and . _ + -",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
+        json_schema_extra={"words": "a name of letters, digits and . _ + - that begins with a letter or digit"},
+    )
     title: str = field("", "one line for people")
     method: Text = field(..., "training method; its own settings are in a section of that name (`-` written `_`)")
     teacher: Text | None = field(None, "builtin name, or path of a checkpoint")
     seed: Seed = field(0, "seed of everything random in training")
     data: Data | None = field(None, "real images")
-    network: dict[str, Any] | None = field(None, "architecture, for what is trained from scratch: `arch` and that network's arguments")
+    network: dict[str, Any] | None = field(
+        None, "architecture, for what is trained from scratch: `arch` and that network's arguments"
+    )
     student: Student = Field(Student(), description="how the one-step generator starts")
     pairs: Pairs | None = field(None, "teacher's samples to train on")
     optim: Optim = field(..., "optimiser")
     optim_critic: Optim | None = field(None, "second optimiser, of methods with two players (default none: as optim)")
     ema: Ema = Field(Ema(), description="moving average of the weights (default: no average)")
     batch: Batch = field(..., "images per iteration, all processes together")
-    micro_batch: Batch | None = field(None, "images per process and forward pass (default none: as large as the share of the batch)")
+    micro_batch: Batch | None = field(
+        None, "images per process and forward pass (default none: as large as the share of the batch)"
+    )
     images: Count = field(..., "length of training in images")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
-        "fp32", "fp32; bf16 autocast; fp16 autocast with dynamic loss scaling; auto: bf16 where the processor computes in it. The run's recipe.yaml "
-                "says what was chosen"
-    )  # fmt: skip
-    channels_last: bool | Literal["auto"] = field(
-        "auto", "keep images and weights in channels-last memory order; auto: where that is faster. The run's recipe.yaml says what was chosen"
+        "fp32",
+        "fp32; bf16 autocast; fp16 autocast with dynamic loss scaling; auto: bf16 where the processor computes in it. The run's recipe.yaml "
+        "says what was chosen",
     )
-    checkpointing: bool = field(False, "recompute activations in the backward pass instead of keeping them: less memory, a third more computing")
+    channels_last: bool | Literal["auto"] = field(
+        "auto",
+        "keep images and weights in channels-last memory order; auto: where that is faster. The run's recipe.yaml says what was chosen",
+    )
+    checkpointing: bool = field(
+        False, "recompute activations in the backward pass instead of keeping them: less memory, a third more computing"
+    )
     compile: bool = field(False, "compile the networks (torch.compile)")
     bad_gradients: Literal["raise", "skip", "zero"] = field(
         "raise", "infinite or undefined gradients: stop, skip the iteration, or zero them; counted"
     )
     threads: Threads | Literal["auto"] | None = field(
-        None, "CPU threads of torch; auto: a few iterations are measured with one and with all, the faster is kept, and the run's recipe.yaml says "
-              "which (default none: torch's choice)"
-    )  # fmt: skip
+        None,
+        "CPU threads of torch; auto: a few iterations are measured with one and with all, the faster is kept, and the run's recipe.yaml says "
+        "which (default none: torch's choice)",
+    )
     log_every: Count = field(20, "iterations between two lines of metrics.jsonl")
     eval: Eval | None = field(None, "metric measured on the way")
-    tracker: TrackerSection | None = field(None, "where the log goes besides metrics.jsonl and TensorBoard: wandb or mlflow, or a section")
+    tracker: TrackerSection | None = field(
+        None, "where the log goes besides metrics.jsonl and TensorBoard: wandb or mlflow, or a section"
+    )
     preview: Preview | None = field(None, "grids of samples on the way")
     checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
@@ -147,7 +162,12 @@ def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     for key in [key for key in rest if key in sections and key not in Recipe.model_fields]:
         value = rest.pop(key)
         if known and value is not None:  # null takes away the section of another method, from a recipe that is extended
-            problems.append(Problem((key,), f"unknown key: it belongs to method {sections[key]!r}, but this recipe's method is {method!r}"))
+            problems.append(
+                Problem(
+                    (key,),
+                    f"unknown key: it belongs to method {sections[key]!r}, but this recipe's method is {method!r}",
+                )
+            )
 
     shape = shape_of(method)
     recipe, options = None, None
@@ -157,7 +177,9 @@ def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         problems += word(error, rest, (), shape)
     if known:
         try:
-            options = get_method(str(method)).Options.model_validate_json(json.dumps({} if own is None else own), strict=True)
+            options = get_method(str(method)).Options.model_validate_json(
+                json.dumps({} if own is None else own), strict=True
+            )
         except ValidationError as error:
             problems += word(error, own, (section_key(str(method)),), shape)
     if recipe is None or problems:

@@ -63,13 +63,25 @@ class Section(BaseModel):
 class Data(Section):
     """Real images."""
 
-    path: Text = field(..., "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`")
-    licence: Text | None = field(None, "under which terms the images are had, recorded in everything trained on them; it is that of `path` and goes "
-                                 "with it: another path has another (default none: not stated)")  # fmt: skip
+    path: Text = field(
+        ...,
+        "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`",
+    )
+    licence: Text | None = field(
+        None,
+        "under which terms the images are had, recorded in everything trained on them; it is that of `path` and goes "
+        "with it: another path has another (default none: not stated)",
+    )
     get: Text | None = field(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
-    resolution: Resolution | None = field(None, "height and width in pixels after resizing and centre-cropping (default none: as they are)")
-    channels: Annotated[Literal[1, 3], BeforeValidator(_exact_integer)] | None = field(None, "1 (grey) or 3 (RGB) (default none: as they are)")
-    on_bad: Literal["refuse", "skip"] = field("refuse", "a corrupt or odd file: stop and name it, or leave it out and name it")
+    resolution: Resolution | None = field(
+        None, "height and width in pixels after resizing and centre-cropping (default none: as they are)"
+    )
+    channels: Annotated[Literal[1, 3], BeforeValidator(_exact_integer)] | None = field(
+        None, "1 (grey) or 3 (RGB) (default none: as they are)"
+    )
+    on_bad: Literal["refuse", "skip"] = field(
+        "refuse", "a corrupt or odd file: stop and name it, or leave it out and name it"
+    )
     limit: Count | None = field(None, "use the first so many images, in order of their names (default none: all)")
     xflip: bool = field(False, "also use every image mirrored left to right")
 
@@ -85,10 +97,15 @@ class Student(Section):
     """How the one-step generator starts."""
 
     sigma: Positive = field(80.0, "noise level at which it is called, in units of the data's [-1, 1] range")
-    init: Literal["teacher", "scratch"] = field("teacher", "start from a copy of the teacher's network, or from random weights")
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = field(None, "dropout of the student in training (default none: as the teacher's network)")
+    init: Literal["teacher", "scratch"] = field(
+        "teacher", "start from a copy of the teacher's network, or from random weights"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = field(
+        None, "dropout of the student in training (default none: as the teacher's network)"
+    )
     freeze: Literal["none", "conv", "conv_qkv", "conv_qkv_skip"] = field(
-        "none", "layers of its U-Net blocks that keep the weights they start with: none, convolutions, also attention's qkv, also 1x1 shortcuts"
+        "none",
+        "layers of its U-Net blocks that keep the weights they start with: none, convolutions, also attention's qkv, also 1x1 shortcuts",
     )
 
 
@@ -96,11 +113,18 @@ class Pairs(Section):
     """The store of (noise, condition, teacher output); made first if it is missing. Keys that are left away are as the store at `path` says."""
 
     path: Text | None = field(None, "folder of the store (default none: derived from the settings)")
-    n: Count = field(..., "number of pairs: a store with fewer grows, of one with more the first are taken; all, if `path` is a store")
+    n: Count = field(
+        ...,
+        "number of pairs: a store with fewer grows, of one with more the first are taken; all, if `path` is a store",
+    )
     solver: Text = field("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
     steps: Steps = field(18, "solver steps; heun makes 2 * steps - 1 network calls")
-    spacing: Literal["leading", "trailing", "linspace"] | None = field(None, "time steps of SD-like teachers (default none: the teacher's own)")
-    final: Literal["scheduler", "x0"] = field("scheduler", "last step of SD-like teachers: as its scheduler says, or to the predicted image itself")
+    spacing: Literal["leading", "trailing", "linspace"] | None = field(
+        None, "time steps of SD-like teachers (default none: the teacher's own)"
+    )
+    final: Literal["scheduler", "x0"] = field(
+        "scheduler", "last step of SD-like teachers: as its scheduler says, or to the predicted image itself"
+    )
     eta: float = field(0.0, "fresh noise in ddim, 0 to 1", ge=0, le=1)
     seed: Seed = field(0, "seed of the first pair; pair i has seed + i")
     batch: Batch = field(256, "pairs per teacher call")
@@ -109,13 +133,17 @@ class Pairs(Section):
     cfg: float = field(1.0, "guidance weight of the teacher; 1 is none", ge=0)
     prompts: Text | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
     per_prompt: Count = field(1, "pairs in a row that share a prompt")
-    rewire: Literal["none", "permute"] = field("none", "permute: give every noise the output of another one (an experiment that must fail)")
+    rewire: Literal["none", "permute"] = field(
+        "none", "permute: give every noise the output of another one (an experiment that must fail)"
+    )
     dtype: Literal["fp32", "fp16", "bf16"] = field("fp32", "number format of the targets on disk")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
-        "fp32", "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it, recorded in the store"
+        "fp32",
+        "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it, recorded in the store",
     )
     channels_last: bool | Literal["auto"] = field(
-        "auto", "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded in the store"
+        "auto",
+        "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded in the store",
     )
     store_noise: bool = field(False, "keep the noise in the store instead of deriving it from the seeds")
 
@@ -130,7 +158,9 @@ class Optim(Section):
     )
     eps: Positive = field(1e-8, "added to the denominator")
     weight_decay: float = field(0.0, "weight decay", ge=0)
-    schedule: Literal["constant", "cosine", "linear"] = field("constant", "course of the learning rate after the warm-up, down to final_lr")
+    schedule: Literal["constant", "cosine", "linear"] = field(
+        "constant", "course of the learning rate after the warm-up, down to final_lr"
+    )
     warmup: int = field(0, "iterations of linear warm-up from 0", ge=0)
     final_lr: float = field(0.0, "learning rate at the end of a cosine or linear schedule", ge=0)
     clip_norm: Positive | None = field(None, "largest norm of the whole gradient")
@@ -149,14 +179,18 @@ class Ema(Section):
 
     half_life: Positive | None = field(None, "half-life in images")
     decay: Annotated[float, Field(gt=0, lt=1)] | None = field(None, "factor per iteration, instead of half_life")
-    ramp: Annotated[float, Field(gt=0, le=1)] | None = field(0.05, "limit of half_life, as a part of the images seen so far; null for none")
+    ramp: Annotated[float, Field(gt=0, le=1)] | None = field(
+        0.05, "limit of half_life, as a part of the images seen so far; null for none"
+    )
 
     @field_validator("decay")
     @classmethod
     def _one_of_two(cls, value: float | None, info: ValidationInfo) -> float | None:
         half_life = info.data.get("half_life")
         if value is not None and half_life is not None:
-            raise ValueError(f"half_life is given too ({show(half_life)}); give one of the two (null takes the other back)")
+            raise ValueError(
+                f"half_life is given too ({show(half_life)}); give one of the two (null takes the other back)"
+            )
         return value
 
 
@@ -164,15 +198,28 @@ class Eval(Section):
     """A metric measured on the way; the best checkpoint is chosen by it."""
 
     every: Count = field(..., "images between two measurements")
-    metric: Literal["fd", "accuracy"] = field("fd", "fd: Fréchet distance, lower is better; accuracy: what the method validates by, higher is better")
-    protocol: Text | None = field(None, "a protocol of `d2o eval --protocol`; extractor, n and reference are its own, the seeds are not: what a "
-                               "checkpoint is chosen by is not what it is reported on")  # fmt: skip
-    extractor: Text | None = field(None, "feature extractor of the Fréchet distance, by name or path (default none: the protocol's)",
-                                validate_default=True)  # fmt: skip
-    n: Annotated[int, Field(ge=2)] | None = field(None, "generated samples per measurement (default none: the protocol's, else 1000)",
-                                               validate_default=True)  # fmt: skip
-    reference: Text | None = field(None, "what to compare with: `data`, the recipe's own images as training reads them, or images or "
-                                "statistics, as `d2o eval --against` takes it (default none: the protocol's)", validate_default=True)  # fmt: skip
+    metric: Literal["fd", "accuracy"] = field(
+        "fd", "fd: Fréchet distance, lower is better; accuracy: what the method validates by, higher is better"
+    )
+    protocol: Text | None = field(
+        None,
+        "a protocol of `d2o eval --protocol`; extractor, n and reference are its own, the seeds are not: what a "
+        "checkpoint is chosen by is not what it is reported on",
+    )
+    extractor: Text | None = field(
+        None,
+        "feature extractor of the Fréchet distance, by name or path (default none: the protocol's)",
+        validate_default=True,
+    )
+    n: Annotated[int, Field(ge=2)] | None = field(
+        None, "generated samples per measurement (default none: the protocol's, else 1000)", validate_default=True
+    )
+    reference: Text | None = field(
+        None,
+        "what to compare with: `data`, the recipe's own images as training reads them, or images or "
+        "statistics, as `d2o eval --against` takes it (default none: the protocol's)",
+        validate_default=True,
+    )
     seed: Seed = field(2_000_000, "seed of the first sample; away from those of the pairs")
     batch: Batch = field(250, "samples per network call")
 
@@ -202,11 +249,19 @@ class Eval(Section):
                 raise ValueError("missing; metric fd needs it")
             return 1000 if value is None and key == "n" else value
         preset = _preset(name)
-        allowed = {"extractor": preset.frechet, "n": [preset.settings["n"]], "reference": [preset.reference] if preset.reference else []}[key]
+        allowed = {
+            "extractor": preset.frechet,
+            "n": [preset.settings["n"]],
+            "reference": [preset.reference] if preset.reference else [],
+        }[key]
         if value is None and not allowed:
-            raise ValueError(f"missing; protocol {name} is measured against {preset.needs['against']}, which you have to name")
+            raise ValueError(
+                f"missing; protocol {name} is measured against {preset.needs['against']}, which you have to name"
+            )
         if value is not None and allowed and value not in allowed:
-            raise ValueError(f"expected {' or '.join(map(show, allowed))} as protocol {name} has it, or nothing, got {show(value)}")
+            raise ValueError(
+                f"expected {' or '.join(map(show, allowed))} as protocol {name} has it, or nothing, got {show(value)}"
+            )
         return allowed[0] if value is None else value
 
 
@@ -222,10 +277,14 @@ def _preset(name: str) -> Preset:
 class Tracker(Section):
     """Where the log goes besides metrics.jsonl and TensorBoard."""
 
-    name: Literal["wandb", "mlflow"] = field(..., "Weights & Biases (pip install 'd2o[wandb]') or MLflow (pip install 'd2o[mlflow]')")
+    name: Literal["wandb", "mlflow"] = field(
+        ..., "Weights & Biases (pip install 'd2o[wandb]') or MLflow (pip install 'd2o[mlflow]')"
+    )
     project: Text = field("d2o", "project of wandb, experiment of MLflow")
     run: Text | None = field(None, "name of the run there (default none: the recipe's)")
-    uri: Text | None = field(None, "server; of MLflow also sqlite:///FILE.db (default none: what the package's own settings say)")
+    uri: Text | None = field(
+        None, "server; of MLflow also sqlite:///FILE.db (default none: what the package's own settings say)"
+    )
 
 
 def _named(value: Any) -> Any:

@@ -34,5 +34,7 @@ def _said_by(path: str) -> tuple[dict[str, Any], str | None]:
 
     if store_folder(path).manifest() is None:
         return {}, None
-    _, _, settings = open_store(path)  # not how it was computed: a run's recipe is the same whether its store was there before or not
+    _, _, settings = open_store(
+        path
+    )  # not how it was computed: a run's recipe is the same whether its store was there before or not
     return settings.to_dict(), settings.teacher

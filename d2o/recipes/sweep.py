@@ -64,7 +64,9 @@ def plan_sweep(name: str, overrides: Sequence[str], sweeps: Sequence[str], mini:
             hint = hint or error.hint
             continue
         settings = {axis.key: value_at(recipe.resolved(), axis.key) for axis in axes}
-        members.append(Member(",".join(f"{_clean(axis.name)}={written(settings[axis.key])}" for axis in axes), settings, recipe))
+        members.append(
+            Member(",".join(f"{_clean(axis.name)}={written(settings[axis.key])}" for axis in axes), settings, recipe)
+        )
     if lines:
         raise UserError("\n".join(lines), hint)
     for i, member in enumerate(members):
@@ -88,8 +90,10 @@ def _axis(text: str, method: str) -> Axis:
     if schema is None:
         known = [dotted(p) for p in shape.paths()]
         near = nearest(name, [*known, *(key.removeprefix(f"{own}.") for key in known)])
-        raise UserError(f"{where}: unknown key" + (f"; did you mean {near!r}?" if near else ""),
-                        f"a key of the recipe, or of its section `{own}` ({', '.join(shape.keys((own,)))})")  # fmt: skip
+        raise UserError(
+            f"{where}: unknown key" + (f"; did you mean {near!r}?" if near else ""),
+            f"a key of the recipe, or of its section `{own}` ({', '.join(shape.keys((own,)))})",
+        )
     if schema and is_section(schema):
         raise UserError(f"{where}: a section; sweep one of its keys ({', '.join(shape.keys(path))})")
     values = split_values(rest)

@@ -27,9 +27,14 @@ def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
         return
     if before["keys"] != [axis.key for axis in sweep.axes]:
         keys = ", ".join(before["keys"])
-        raise UserError(f"{folder} is a sweep over {keys}", "give the same keys in the same order, or choose another --out")
+        raise UserError(
+            f"{folder} is a sweep over {keys}", "give the same keys in the same order, or choose another --out"
+        )
     if before["from"] != (str(start) if start else None):
-        raise UserError(f"{folder} was started from {before['from'] or 'no student'}", "give the same --from, or choose another --out")
+        raise UserError(
+            f"{folder} was started from {before['from'] or 'no student'}",
+            "give the same --from, or choose another --out",
+        )
     changes = forbidden(before["recipe"], sweep.base.resolved(), 0)  # how far each member is: `check_run`
     if changes:
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
@@ -48,13 +53,22 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     scored = [m for m in members if m["best"] is not None]
     best = (max if metric in HIGHER_IS_BETTER else min)(scored, key=lambda m: m["best"]["value"], default=None)
     record = {
-        **FORMAT, "name": sweep.base.name, "keys": [axis.key for axis in sweep.axes], "from": str(start) if start else None, "metric": metric,
-        "better": better, "best": None if best is None else {"member": best["name"], "settings": best["settings"], **best["best"]},
-        "members": members, "recipe": sweep.base.resolved(),
-    }  # fmt: skip
+        **FORMAT,
+        "name": sweep.base.name,
+        "keys": [axis.key for axis in sweep.axes],
+        "from": str(start) if start else None,
+        "metric": metric,
+        "better": better,
+        "best": None if best is None else {"member": best["name"], "settings": best["settings"], **best["best"]},
+        "members": members,
+        "recipe": sweep.base.resolved(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "sweep.json", json.dumps(record, indent=1) + "\n")
-    lines = [Line(m["name"], [(x, y) for x, y in m["curve"]], best is not None and m["name"] == best["name"]) for m in members]
+    lines = [
+        Line(m["name"], [(x, y) for x, y in m["curve"]], best is not None and m["name"] == best["name"])
+        for m in members
+    ]
     words = "Fréchet distance" if metric == "fd" else metric
     picture = sweep_chart(sweep.base.title or sweep.base.name, lines, words, metric not in HIGHER_IS_BETTER)
     if picture:
@@ -75,7 +89,9 @@ def _read(folder: Path) -> Record | None:
     return record
 
 
-def _member(folder: Path, name: str, settings: Mapping[str, Any], images: int, metric: str, failed: Mapping[str, str]) -> Record:
+def _member(
+    folder: Path, name: str, settings: Mapping[str, Any], images: int, metric: str, failed: Mapping[str, str]
+) -> Record:
     """What a member's run folder says of it."""
     run = folder / name
     state, seen, curve = run / "checkpoints" / "state.safetensors", 0, []
@@ -91,8 +107,18 @@ def _member(folder: Path, name: str, settings: Mapping[str, Any], images: int, m
     if curve and metric != "loss":  # the least of a noisy loss says nothing
         x, y = (max if metric in HIGHER_IS_BETTER else min)(curve, key=lambda point: point[1])
         best = {"value": y, "images": x}
-    return {"name": name, "folder": name, "settings": dict(settings), "state": status, "images": images, "seen": seen,
-            "last": curve[-1][1] if curve else None, "best": best, "curve": curve, "error": failed.get(name)}  # fmt: skip
+    return {
+        "name": name,
+        "folder": name,
+        "settings": dict(settings),
+        "state": status,
+        "images": images,
+        "seen": seen,
+        "last": curve[-1][1] if curve else None,
+        "best": best,
+        "curve": curve,
+        "error": failed.get(name),
+    }
 
 
 def _order(value: Any) -> tuple[int, Any]:

@@ -18,8 +18,12 @@ from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec, check_labels
 from d2o.teachers.registry import load_weights
 
-STUDENTS = {"denoiser": "d2o.students.base", "multistep": "d2o.students.multistep", "style": "d2o.students.style",
-            "consistency": "d2o.students.consistency"}  # fmt: skip
+STUDENTS = {
+    "denoiser": "d2o.students.base",
+    "multistep": "d2o.students.multistep",
+    "style": "d2o.students.style",
+    "consistency": "d2o.students.consistency",
+}
 """Kind, as checkpoints state it -> module, which has a class `STUDENT`."""
 
 
@@ -62,14 +66,18 @@ class Student(nn.Module):
 
     def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         condition = check_labels(self.spec, condition, len(noise))
-        return self.network(noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition)
+        return self.network(
+            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition
+        )
 
     def decode(self, x: Tensor) -> Tensor:
         """Diffusion space -> images in [-1, 1]. UserError: latents that only the teacher can decode."""
         if self.spec.latents == edm2_latents.LATENTS:
             return edm2_latents.decode(edm2_latents.autoencoder(x.device), x)
         if self.spec.space == "latent":
-            raise UserError(f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become images")
+            raise UserError(
+                f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become images"
+            )
         return x.clamp(*self.spec.value_range)
 
     @property
@@ -109,7 +117,10 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     path = resolve_checkpoint(path)
     tensors, meta = load_file(path)
     if meta.get("kind") != "student":
-        raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a student", "teachers are loaded with d2o.load_teacher")
+        raise UserError(
+            f"{path} holds a {meta.get('kind', 'foreign object')}, not a student",
+            "teachers are loaded with d2o.load_teacher",
+        )
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
         raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)

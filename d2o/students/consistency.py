@@ -37,8 +37,15 @@ class ConsistencyStudent(Student):
     """
 
     def __init__(
-        self, network: nn.Module, spec: Spec, sigma: float = 80.0, form: str = "cd", steps: int = 1, middle: float = MIDDLE, clamp: bool = True
-    ):  # fmt: skip
+        self,
+        network: nn.Module,
+        spec: Spec,
+        sigma: float = 80.0,
+        form: str = "cd",
+        steps: int = 1,
+        middle: float = MIDDLE,
+        clamp: bool = True,
+    ):
         super().__init__(network, spec, sigma)
         if form not in FORMS:
             raise unknown("form of a consistency student", form, FORMS)
@@ -46,13 +53,27 @@ class ConsistencyStudent(Student):
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"kind": "consistency", "form": self.form, "sigma": self.sigma, "steps": self.nfe, "middle": self.middle,
-                "clamp": self.clamp}  # fmt: skip
+        return {
+            "kind": "consistency",
+            "form": self.form,
+            "sigma": self.sigma,
+            "steps": self.nfe,
+            "middle": self.middle,
+            "clamp": self.clamp,
+        }
 
     @classmethod
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> ConsistencyStudent:
         """A record without `clamp` is from before there was one: that student goes on making the images that it made."""
-        return cls(network, spec, record["sigma"], record["form"], record["steps"], record["middle"], record.get("clamp", False))
+        return cls(
+            network,
+            spec,
+            record["sigma"],
+            record["form"],
+            record["steps"],
+            record["middle"],
+            record.get("clamp", False),
+        )
 
     def with_steps(self, steps: int) -> ConsistencyStudent:
         """The same student, called that often. UserError: one that it cannot do."""
@@ -62,7 +83,10 @@ class ConsistencyStudent(Student):
             what = f"this student was distilled to {self.nfe} {'step' if self.nfe == 1 else 'steps'} and can take no other number"
             raise UserError(f"--steps {steps}: {what}", "train one with consistency.final_steps, or leave --steps away")
         if steps not in (1, 2):
-            raise UserError(f"--steps {steps}: a consistency student makes an image in 1 or 2 network calls", "--steps 1 or --steps 2")
+            raise UserError(
+                f"--steps {steps}: a consistency student makes an image in 1 or 2 network calls",
+                "--steps 1 or --steps 2",
+            )
         other = ConsistencyStudent(self.network, self.spec, self.sigma, self.form, steps, self.middle, self.clamp)
         other.meta = self.meta
         return other.train(self.training)
@@ -74,7 +98,9 @@ class ConsistencyStudent(Student):
         else:
             places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
         high, low = self.sigma ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-        return [(high + (1 - place) * (low - high)) ** RHO for place in places]  # `karras_time`, in numbers that a traced graph can hold
+        return [
+            (high + (1 - place) * (low - high)) ** RHO for place in places
+        ]  # `karras_time`, in numbers that a traced graph can hold
 
     def forward(self, noise: Tensor, condition: Tensor | None = None, randn: Randn | None = None) -> Tensor:
         labels = check_labels(self.spec, condition, len(noise))

@@ -80,11 +80,19 @@ def student_sampler(student: Student) -> Sampler:
         return student.decode(x.to(torch.float32))
 
     about = student.record  # as it is called now: its steps or truncation may be others than the checkpoint's
-    record = {"kind": "student", "sha256": student.fingerprint, "student": about, "nfe": student.nfe, "checkpoint": student.meta}
+    record = {
+        "kind": "student",
+        "sha256": student.fingerprint,
+        "student": about,
+        "nfe": student.nfe,
+        "checkpoint": student.meta,
+    }
     return Sampler(call, student.spec, device, record, network=student.network, tune=tune)
 
 
-def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float = 1.0, prompts: Prompts | None = None) -> Sampler:
+def teacher_sampler(
+    teacher: Teacher, solver: Solver | None = None, cfg: float = 1.0, prompts: Prompts | None = None
+) -> Sampler:
     """The teacher's whole solver (its usual one if None). With `prompts` their numbers are the classes: image i has prompt i mod their number.
 
     UserError: a solver that does not fit, guidance of an unconditional teacher, no prompts for a teacher that takes text, or the reverse.
@@ -92,13 +100,29 @@ def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float =
     solver, spec = solver or teacher.solver(), teacher.spec
     solver.grid(teacher.schedule)
     if solver.stochastic:
-        raise UserError(f"sampling to a file is deterministic; {solver.name} is not", "make pairs with it: d2o pairs --solver ...")
+        raise UserError(
+            f"sampling to a file is deterministic; {solver.name} is not", "make pairs with it: d2o pairs --solver ..."
+        )
     teacher.check_cfg(cfg)
     if (spec.condition == "text") != (prompts is not None):
-        takes = "is conditioned on text; give --prompt or --prompts" if prompts is None else f"takes no prompts (condition: {spec.condition})"
+        takes = (
+            "is conditioned on text; give --prompt or --prompts"
+            if prompts is None
+            else f"takes no prompts (condition: {spec.condition})"
+        )
         raise UserError(f"teacher {spec.name!r} {takes}")
-    record = {"kind": "teacher", "name": spec.name, "sha256": teacher.fingerprint, "licence": spec.licence, "solver": solver.name,
-              "steps": solver.steps, "options": solver.to_dict(), "cfg": cfg, "nfe": solver.nfe, "forwards": solver.forwards(cfg)}  # fmt: skip
+    record = {
+        "kind": "teacher",
+        "name": spec.name,
+        "sha256": teacher.fingerprint,
+        "licence": spec.licence,
+        "solver": solver.name,
+        "steps": solver.steps,
+        "options": solver.to_dict(),
+        "cfg": cfg,
+        "nfe": solver.nfe,
+        "forwards": solver.forwards(cfg),
+    }
     if prompts is not None:
         record["prompts"] = {"sha256": prompts.sha256, "count": len(prompts)}
         spec = replace(spec, condition="label", classes=len(prompts))
@@ -110,7 +134,9 @@ def teacher_sampler(teacher: Teacher, solver: Solver | None = None, cfg: float =
             condition = prompts.many(labels.tolist())
         return teacher.decode(teacher.sample(noise, condition, solver, cfg=cfg))
 
-    return Sampler(call, spec, teacher.device, record, prompts, teacher.network, lambda recorded: tune(teacher, recorded))
+    return Sampler(
+        call, spec, teacher.device, record, prompts, teacher.network, lambda recorded: tune(teacher, recorded)
+    )
 
 
 def make_samples(
@@ -148,7 +174,11 @@ def make_samples(
             refuse_other(done, mine, out, "choose another --out, or move it away")
             if (there := done["settings"]["n"]) >= settings.n:
                 discard(parts, there)
-                already = f"all {there:,} images already" if there == settings.n else f"{there:,} images already, and so the first {settings.n:,}"
+                already = (
+                    f"all {there:,} images already"
+                    if there == settings.n
+                    else f"{there:,} images already, and so the first {settings.n:,}"
+                )
                 say(f"{out} holds {already}; nothing to do")
                 return done
         try:
@@ -159,19 +189,36 @@ def make_samples(
 
 
 def _work(
-    sampler: Sampler, archive: Archive, parts: WorkFolder, done: dict[str, Any] | None, mine: dict[str, Any], n: int, how: Compute, asked: list[str],
-    say: Say, progress: Progress, stop: StopFlag | None,
-) -> dict[str, Any]:  # fmt: skip
+    sampler: Sampler,
+    archive: Archive,
+    parts: WorkFolder,
+    done: dict[str, Any] | None,
+    mine: dict[str, Any],
+    n: int,
+    how: Compute,
+    asked: list[str],
+    say: Say,
+    progress: Progress,
+    stop: StopFlag | None,
+) -> dict[str, Any]:
     """Make the parts that are missing, and join them. `done`: the record of the smaller output that is there."""
     out = archive.out
-    compute = mine["compute"] if done is None else {**done["compute"], "chunk": chunk_of(mine["compute"]["chunk"], done["compute"]["batch"])}
+    compute = (
+        mine["compute"]
+        if done is None
+        else {**done["compute"], "chunk": chunk_of(mine["compute"]["chunk"], done["compute"]["batch"])}
+    )
     begun = mine if done is None else {**done, "settings": {**done["settings"], "n": n}, "compute": compute}
-    record = check_parts(parts.open({"format": parts.kind, "version": 1, "record": begun, "parts": []}).get("record"), str(parts.path))
+    record = check_parts(
+        parts.open({"format": parts.kind, "version": 1, "record": begun, "parts": []}).get("record"), str(parts.path)
+    )
     if finished(archive, parts) != done:  # others have finished, and removed their parts, before we opened ours
         raise Vanished(f"{parts.path} has vanished")
     refuse_other(record, mine, out, f"choose another --out, or remove {parts.path} to begin again")
     with parts.locked("join"):  # while nobody takes its number of images for the last word
-        record = parts.change(lambda manifest: _of_size(manifest, max(n, manifest["record"]["settings"]["n"])))["record"]
+        record = parts.change(lambda manifest: _of_size(manifest, max(n, manifest["record"]["settings"]["n"])))[
+            "record"
+        ]
     if (size := record["settings"]["n"]) > n or done is not None:
         say(f"{out} grows to {size:,} images" + (", as another command has asked" if size > n else ""))
     compute = join_compute(record["compute"], mine["compute"], str(out), say, asked)
@@ -179,7 +226,11 @@ def _work(
         say(explain_precision(compute.get("precision", "fp32"), sampler.device))
     sampler.tune(compute)
     # Images of its last batch were made beside fewer others, with other last bits: they are made again.
-    whole = 0 if done is None or done["compute"] != public(record)["compute"] else done["settings"]["n"] // compute["batch"] * compute["batch"]
+    whole = (
+        0
+        if done is None or done["compute"] != public(record)["compute"]
+        else done["settings"]["n"] // compute["batch"] * compute["batch"]
+    )
     old = take_over(archive, whole) if whole else None
 
     with torch_threads(compute["threads"]), ThreadPoolExecutor(min(8, os.cpu_count() or 1), "encode") as encoders:
@@ -201,10 +252,19 @@ def _work(
 
         def write(unit: Unit, pieces: list[Future[Part]]) -> dict[str, Any]:
             try:
-                save_file(parts.path / unit.file, join_pieces([piece.result() for piece in pieces]), {"start": unit.start, "n": unit.n})
+                save_file(
+                    parts.path / unit.file,
+                    join_pieces([piece.result() for piece in pieces]),
+                    {"start": unit.start, "n": unit.n},
+                )
             except OSError as error:
                 raise write_error(out, error) from error
-            return {"file": unit.file, "start": unit.start, "n": unit.n, "bytes": (parts.path / unit.file).stat().st_size}
+            return {
+                "file": unit.file,
+                "start": unit.start,
+                "n": unit.n,
+                "bytes": (parts.path / unit.file).stat().st_size,
+            }
 
         while True:
             size = record["settings"]["n"]
@@ -212,7 +272,9 @@ def _work(
             if not fill(parts, units, make, write, stop):
                 kept = size - sum(unit.n for unit in parts.left(units))
                 number = stop.received if stop is not None else 0
-                raise Stopped(f"stopped with {kept:,} of {size:,} images; run the same command again to continue {out}", number)
+                raise Stopped(
+                    f"stopped with {kept:,} of {size:,} images; run the same command again to continue {out}", number
+                )
             with parts.locked("join"):
                 record = parts.present()["record"]
                 if record["settings"]["n"] == size:
@@ -278,11 +340,15 @@ def chunk_of(chunk: int, batch: int) -> int:
     return -(-chunk // batch) * batch
 
 
-def _images(sampler: Sampler, record: dict[str, Any], start: int, n: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def _images(
+    sampler: Sampler, record: dict[str, Any], start: int, n: int
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(number of the first, uint8 [k, C, H, W], labels) in batches cut at multiples of the batch size."""
     settings, batch = record["settings"], record["compute"]["batch"]
     cuts = [(first, min(batch, start + n - first)) for first in range(start, start + n, batch)]
-    drawn = Ahead(lambda cut: draw(settings["seed"], *cut, sampler.spec.shape, sampler.spec.classes, settings["labels"]), cuts)
+    drawn = Ahead(
+        lambda cut: draw(settings["seed"], *cut, sampler.spec.shape, sampler.spec.classes, settings["labels"]), cuts
+    )
     for (first, _), (noise, labels) in zip(cuts, drawn, strict=True):
         with torch.inference_mode():
             x = sampler.call(noise, labels)
@@ -291,7 +357,9 @@ def _images(sampler: Sampler, record: dict[str, Any], start: int, n: int) -> Ite
         yield first, images, labels
 
 
-def _encode(encoders: ThreadPoolExecutor, archive: Archive, start: int, images: Tensor, labels: Tensor | None) -> list[Future[Part]]:
+def _encode(
+    encoders: ThreadPoolExecutor, archive: Archive, start: int, images: Tensor, labels: Tensor | None
+) -> list[Future[Part]]:
     """Begin to encode, in pieces that keep several threads busy when images are large."""
 
     def encode(first: int, images: Tensor, labels: Tensor | None) -> Part:
@@ -299,4 +367,7 @@ def _encode(encoders: ThreadPoolExecutor, archive: Archive, start: int, images: 
 
     size = max(1, ENCODE_BYTES // images[0].numel())
     cuts = range(0, len(images), size)
-    return [encoders.submit(encode, start + i, images[i : i + size], None if labels is None else labels[i : i + size]) for i in cuts]
+    return [
+        encoders.submit(encode, start + i, images[i : i + size], None if labels is None else labels[i : i + size])
+        for i in cuts
+    ]

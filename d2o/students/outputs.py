@@ -55,7 +55,9 @@ def refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str)
     was, now = ({**record["source"], **record["settings"]} for record in (old, new))
     said = ("checkpoint", "licence", "nfe", "forwards", "options", "n")  # by others, or of no consequence
     names = [name for name in [*now, *was] if name not in said] if was["kind"] == now["kind"] else ["kind"]
-    different = [f"{name}: {was.get(name)} -> {now.get(name)}" for name in dict.fromkeys(names) if was.get(name) != now.get(name)]
+    different = [
+        f"{name}: {was.get(name)} -> {now.get(name)}" for name in dict.fromkeys(names) if was.get(name) != now.get(name)
+    ]
     if different:
         raise UserError(f"{out} holds samples of other settings:\n  " + "\n  ".join(different), hint)
 

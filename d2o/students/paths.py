@@ -63,7 +63,9 @@ def save_path(images: Tensor, out: str | Path, names: Sequence[str] | None = Non
             draw_sheet([("", images.flatten(0, 1))], layout, heads).save(temporary, "png")
     elif out.suffix.lower() == ".gif":
         layout = Layout(list(range(n)), columns_for(n), captions=list(names) if names else None)
-        frames = [draw_sheet([("", images[:, i])], layout).convert("P", palette=Image.Palette.ADAPTIVE) for i in range(steps)]
+        frames = [
+            draw_sheet([("", images[:, i])], layout).convert("P", palette=Image.Palette.ADAPTIVE) for i in range(steps)
+        ]
         frames += frames[-2:0:-1]
         with atomic_path(out) as temporary:
             frames[0].save(temporary, "gif", save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)

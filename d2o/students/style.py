@@ -81,7 +81,10 @@ def interpolate(a: Tensor, b: Tensor, steps: int, mode: str = "lerp") -> Tensor:
     x, y = a.flatten(1), b.flatten(1)
     cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)).clamp_min(1e-12)
     angle = cosine.clamp(-1, 1).acos().clamp_min(1e-6)
-    points = [(torch.sin((1 - w) * angle) / angle.sin())[:, None] * x + (torch.sin(w * angle) / angle.sin())[:, None] * y for w in weights]
+    points = [
+        (torch.sin((1 - w) * angle) / angle.sin())[:, None] * x + (torch.sin(w * angle) / angle.sin())[:, None] * y
+        for w in weights
+    ]
     return torch.stack(points).reshape(steps, *a.shape)
 
 

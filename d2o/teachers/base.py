@@ -44,7 +44,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) > MAX_VALUES:
-            raise UserError(f"{self.name}: samples of {list(self.shape)} hold more than {MAX_VALUES:,} numbers", "d2o makes none so large")
+            raise UserError(
+                f"{self.name}: samples of {list(self.shape)} hold more than {MAX_VALUES:,} numbers",
+                "d2o makes none so large",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -55,7 +58,10 @@ class Spec:
         sample can be, or that this d2o does not know."""
         check_record(SpecRecord, record, "the file describes its generator wrongly")
         if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
-            raise UserError(f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know", "use the d2o that made it")
+            raise UserError(
+                f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know",
+                "use the d2o that made it",
+            )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         if values.get("licence") in ("", "unstated"):
             values["licence"] = UNSTATED
@@ -95,7 +101,9 @@ class Teacher:
     of the EDM family; other families override `predict`, `unconditional`, `check_condition` and `decode`.
     """
 
-    def __init__(self, network: nn.Module, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self, network: nn.Module, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ):
         self.spec = spec
         self.device = torch.device(device)
         self.dtype = dtype
@@ -137,9 +145,14 @@ class Teacher:
 
     @torch.inference_mode()
     def sample(
-        self, noise: Tensor, condition: Condition = None, solver: str | Solver | None = None, steps: int | None = None, cfg: float = 1.0,
+        self,
+        noise: Tensor,
+        condition: Condition = None,
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        cfg: float = 1.0,
         randn: Randn | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Standard normal noise [B, C, H, W] -> samples [B, C, H, W] float32 in the diffusion space.
 
         `solver` and `steps`: the teacher's usual ones if left away. `randn` gives the fresh noise of a stochastic solver (`StepNoise`).
@@ -164,7 +177,9 @@ class Teacher:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts for the network. UserError: this teacher takes no text."""
-        raise UserError(f"teacher {self.spec.name!r} takes no prompts (condition: {self.spec.condition})", "leave --prompts away")
+        raise UserError(
+            f"teacher {self.spec.name!r} takes no prompts (condition: {self.spec.condition})", "leave --prompts away"
+        )
 
     def expect_prompts(self, repeated: bool) -> None:
         """What is to come: prompts that return later, which are worth keeping encoded, or not."""
@@ -213,8 +228,15 @@ def check_labels(spec: Spec, labels: Any, batch: int) -> Tensor | None:
         raise UserError(f"{spec.name!r} is conditioned on {spec.classes} classes; it takes class indices, not prompts")
     if labels.shape[0] != batch:
         raise UserError(f"{len(labels)} labels for a batch of {batch}")
-    if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and labels.numel() and labels.device.type == "cpu":
+    if (
+        not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+        and labels.numel()
+        and labels.device.type == "cpu"
+    ):
         low, high = int(labels.min()), int(labels.max())
         if low < -1 or high >= spec.classes:
-            raise UserError(f"label {low if low < -1 else high} is out of range; {spec.name!r} has classes 0 to {spec.classes - 1}")
+            raise UserError(
+                f"label {low if low < -1 else high} is out of range; {spec.name!r} has classes 0 to {spec.classes - 1}"
+            )
     return labels

@@ -62,32 +62,77 @@ def _edm(name: str, file: str, about: str, steps: int, resolution: int, paramete
         network |= {"channel_mult": [2, 2, 2] if resolution == 32 else [1, 2, 2, 2], "augment_dim": 9}
         network["dropout"] = {"cifar10": 0.13, "ffhq": 0.05, "afhqv2": 0.25}[name.split("-")[1]]
     about_it = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL, about)
-    return Published(name, "nvidia", EDM_URL + file, *about_it, "heun", steps, 1.0, resolution, parameters, network=network)
+    return Published(
+        name, "nvidia", EDM_URL + file, *about_it, "heun", steps, 1.0, resolution, parameters, network=network
+    )
 
 
 def _edm2(size: str, snapshot: str, parameters: int) -> Published:
     about = f"EDM2-{size.upper()}, ImageNet 512x512 in the latents of sd-vae-ft-mse, the EMA of the best FID without guidance"
     url = f"{EDM2_URL}edm2-img512-{size}-{snapshot}.pkl"
     licence = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL)
-    network: dict[str, Any] = {"arch": "edm2", "preset": size, "img_resolution": 64, "img_channels": 4, "label_dim": 1000}
+    network: dict[str, Any] = {
+        "arch": "edm2",
+        "preset": size,
+        "img_resolution": 64,
+        "img_channels": 4,
+        "label_dim": 1000,
+    }
     vae = "sd-vae-ft-mse"
-    return Published(f"edm2-img512-{size}", "nvidia", url, *licence, about, "heun", 32, 1.0, 512, parameters, vae=vae, network=network)
+    return Published(
+        f"edm2-img512-{size}",
+        "nvidia",
+        url,
+        *licence,
+        about,
+        "heun",
+        32,
+        1.0,
+        512,
+        parameters,
+        vae=vae,
+        network=network,
+    )
 
 
 TEACHERS = {
     entry.name: entry
     for entry in (
         # EDM (Karras et al. 2022). Parameter counts are those of the released files, with the augmentation input of the first six.
-        _edm("edm-cifar10-uncond-vp", "edm-cifar10-32x32-uncond-vp.pkl", "EDM DDPM++, CIFAR-10 unconditional", 18, 32, 55_733_891),
-        _edm("edm-cifar10-cond-vp", "edm-cifar10-32x32-cond-vp.pkl", "EDM DDPM++, CIFAR-10 by class", 18, 32, 55_735_299),
-        _edm("edm-cifar10-uncond-ve", "edm-cifar10-32x32-uncond-ve.pkl", "EDM NCSN++, CIFAR-10 unconditional", 18, 32, 56_397_827),
-        _edm("edm-cifar10-cond-ve", "edm-cifar10-32x32-cond-ve.pkl", "EDM NCSN++, CIFAR-10 by class", 18, 32, 56_400_643),
+        _edm(
+            "edm-cifar10-uncond-vp",
+            "edm-cifar10-32x32-uncond-vp.pkl",
+            "EDM DDPM++, CIFAR-10 unconditional",
+            18,
+            32,
+            55_733_891,
+        ),
+        _edm(
+            "edm-cifar10-cond-vp", "edm-cifar10-32x32-cond-vp.pkl", "EDM DDPM++, CIFAR-10 by class", 18, 32, 55_735_299
+        ),
+        _edm(
+            "edm-cifar10-uncond-ve",
+            "edm-cifar10-32x32-uncond-ve.pkl",
+            "EDM NCSN++, CIFAR-10 unconditional",
+            18,
+            32,
+            56_397_827,
+        ),
+        _edm(
+            "edm-cifar10-cond-ve", "edm-cifar10-32x32-cond-ve.pkl", "EDM NCSN++, CIFAR-10 by class", 18, 32, 56_400_643
+        ),
         _edm("edm-ffhq-vp", "edm-ffhq-64x64-uncond-vp.pkl", "EDM DDPM++, FFHQ faces 64x64", 40, 64, 61_805_571),
         _edm("edm-ffhq-ve", "edm-ffhq-64x64-uncond-ve.pkl", "EDM NCSN++, FFHQ faces 64x64", 40, 64, 62_761_091),
         _edm("edm-afhqv2-vp", "edm-afhqv2-64x64-uncond-vp.pkl", "EDM DDPM++, AFHQv2 animals 64x64", 40, 64, 61_805_571),
         _edm("edm-afhqv2-ve", "edm-afhqv2-64x64-uncond-ve.pkl", "EDM NCSN++, AFHQv2 animals 64x64", 40, 64, 62_761_091),
-        _edm("edm-imagenet64-adm", "edm-imagenet-64x64-cond-adm.pkl",
-             "EDM ADM, ImageNet 64x64 by class (FID 2.64 as here; 1.36 with --solver sde --steps 256)", 40, 64, 295_899_267),
+        _edm(
+            "edm-imagenet64-adm",
+            "edm-imagenet-64x64-cond-adm.pkl",
+            "EDM ADM, ImageNet 64x64 by class (FID 2.64 as here; 1.36 with --solver sde --steps 256)",
+            40,
+            64,
+            295_899_267,
+        ),
         # EDM2 (Karras et al. 2024). Counts include the 128 weights of the uncertainty head.
         _edm2("xs", "2147483-0.135", 124_713_253),
         _edm2("s", "2147483-0.130", 280_212_837),
@@ -96,33 +141,65 @@ TEACHERS = {
         _edm2("xl", "1342177-0.085", 1_119_283_749),
         _edm2("xxl", "0939524-0.070", 1_523_164_773),
         Published(
-            "sd15", "diffusers", "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            "CreativeML OpenRAIL-M", "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+            "sd15",
+            "diffusers",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "CreativeML OpenRAIL-M",
+            "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
             "Stable Diffusion 1.5, text to image, latents 4x64x64; Diffusion2GAN distils it at cfg 3 and 8",
-            "ddim", 50, 3.0, 512, 859_520_964, revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            "ddim",
+            50,
+            3.0,
+            512,
+            859_520_964,
+            revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         ),
         Published(
-            "sdxl", "diffusers", "stabilityai/stable-diffusion-xl-base-1.0",
-            "CreativeML Open RAIL++-M", "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
+            "sdxl",
+            "diffusers",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "CreativeML Open RAIL++-M",
+            "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
             "Stable Diffusion XL base 1.0, text to image, latents 4x128x128; Diffusion2GAN distils it at cfg 7",
-            "ddim", 50, 7.0, 1024, 2_567_463_684, revision="462165984030d82259a11f4367a4eed129e94a7b",
+            "ddim",
+            50,
+            7.0,
+            1024,
+            2_567_463_684,
+            revision="462165984030d82259a11f4367a4eed129e94a7b",
         ),
         Published(
-            "sd3-medium", "diffusers", "stabilityai/stable-diffusion-3-medium-diffusers",
-            "Stability AI Community License", "https://huggingface.co/stabilityai/stable-diffusion-3-medium/blob/main/LICENSE.md",
+            "sd3-medium",
+            "diffusers",
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            "Stability AI Community License",
+            "https://huggingface.co/stabilityai/stable-diffusion-3-medium/blob/main/LICENSE.md",
             "Stable Diffusion 3 medium, text to image by flow matching, latents 16x128x128; the hub asks for a login",
-            "euler", 28, 7.0, 1024, 2_028_328_000, revision="ea42f8cef0f178587cf766dc8129abd379c90671",
+            "euler",
+            28,
+            7.0,
+            1024,
+            2_028_328_000,
+            revision="ea42f8cef0f178587cf766dc8129abd379c90671",
         ),
     )
-}  # fmt: skip
+}
 
 AUTOENCODERS = {
     "sd-vae-ft-mse": Published(
-        "sd-vae-ft-mse", "diffusers", "stabilityai/sd-vae-ft-mse", "MIT", "https://huggingface.co/stabilityai/sd-vae-ft-mse",
-        "the autoencoder of EDM2's latents", resolution=512, parameters=83_653_863, revision="31f26fdeee1355a5c34592e401dd41e45d25a493",
-        sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", bytes=334_643_276,
+        "sd-vae-ft-mse",
+        "diffusers",
+        "stabilityai/sd-vae-ft-mse",
+        "MIT",
+        "https://huggingface.co/stabilityai/sd-vae-ft-mse",
+        "the autoencoder of EDM2's latents",
+        resolution=512,
+        parameters=83_653_863,
+        revision="31f26fdeee1355a5c34592e401dd41e45d25a493",
+        sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        bytes=334_643_276,
     )
-}  # fmt: skip
+}
 
 
 def names() -> list[str]:
@@ -169,7 +246,9 @@ def fetch(published: Published, progress: Progress | None = None, say: Callable[
     return path
 
 
-def fetch_autoencoder(published: Published, progress: Progress | None = None, say: Callable[[str], None] | None = None) -> Path | None:
+def fetch_autoencoder(
+    published: Published, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> Path | None:
     """The folder of the autoencoder whose latents the teacher makes; None where the teacher brings its own, or makes pixels. As `fetch`."""
     return fetch(AUTOENCODERS[published.vae], progress, say) if published.vae else None
 
@@ -182,5 +261,8 @@ def licence_line(published: Published) -> str:
 
 def _from_hub(published: Published) -> Path:
     if published.place.is_dir() and (missing := missing_files(published.place)) and any(published.place.iterdir()):
-        raise UserError(f"{published.place} lacks {', '.join(missing)}", f"complete it, or remove it to take {published.source} from the hub")
+        raise UserError(
+            f"{published.place} lacks {', '.join(missing)}",
+            f"complete it, or remove it to take {published.source} from the hub",
+        )
     return hub_snapshot(published.source, revision=published.revision, place=published.place)

@@ -49,9 +49,17 @@ class Compute:
         """As it is recorded, with what is chosen for that network and with what else the last bits depend on. There are no batches larger
         than `most`. UserError: as `check`."""
         self.check()
-        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        processor = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        )
         batch, threads = min(self.batch or BATCH, most), self.threads or torch.get_num_threads()
-        record = {"batch": batch, "threads": threads, "device": device.type, "torch": torch.__version__, "processor": processor}
+        record = {
+            "batch": batch,
+            "threads": threads,
+            "device": device.type,
+            "torch": torch.__version__,
+            "processor": processor,
+        }
         # Only what departs from the plain way is recorded, so that records of an older d2o stay what they are.
         precision = chosen_precision(self.precision, device)
         record |= {"precision": precision} if precision != "fp32" else {}
@@ -90,13 +98,19 @@ def join_compute(
     """
     if recorded["device"] != mine["device"]:
         was, now = recorded["device"], mine["device"]
-        raise UserError(f"{out} was begun on {was}; this would go on with {now}", f"give --device {was}, or choose another --out")
+        raise UserError(
+            f"{out} was begun on {was}; this would go on with {now}", f"give --device {was}, or choose another --out"
+        )
     plain = {"precision": "fp32", "channels_last": False, "compile": "none"}
     was, now = {**plain, **recorded}, {**plain, **mine}
     names = [*asked, *(name for name in plain if name not in asked)]
     if fixed := [f"{name} {was[name]}" for name in names if was[name] != now[name]]:
         say(f"{out} was begun with {', '.join(fixed)}; it goes on with that")
-    if other := [f"{name} {recorded[name]} (here {mine[name]})" for name in ("torch", "processor") if recorded[name] != mine[name]]:
+    if other := [
+        f"{name} {recorded[name]} (here {mine[name]})"
+        for name in ("torch", "processor")
+        if recorded[name] != mine[name]
+    ]:
         say(f"{out} was begun with {', '.join(other)}: what is made here may differ in the last digits")
     return recorded
 

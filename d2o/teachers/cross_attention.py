@@ -17,7 +17,15 @@ from torch.nn import functional as F
 
 from d2o.teachers.base import Text
 
-BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+BLOCKS = (
+    "CrossAttnDownBlock2D",
+    "DownBlock2D",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UNetMidBlock2D",
+    None,
+)
 
 
 class Prepared:
@@ -43,7 +51,6 @@ class Prepared:
         if self._guided is None:
             self._guided = Prepared(self.text, empty)
         return self._guided
-
 
     def keys_values(self, attn: Any) -> tuple[Tensor, Tensor]:
         """The layer's keys and values of the text, [B, heads, L, d]."""
@@ -88,7 +95,10 @@ def text_attentions(unet: Any) -> list[Any] | None:
         return None
     layers = [block.attn2 for block in unet.modules() if getattr(block, "attn2", None) is not None]
     odd = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection", "added_kv_proj_dim")
-    if any(type(attn.processor) is not AttnProcessor2_0 or any(getattr(attn, name, None) for name in odd) for attn in layers):
+    if any(
+        type(attn.processor) is not AttnProcessor2_0 or any(getattr(attn, name, None) for name in odd)
+        for attn in layers
+    ):
         return None
     return layers
 
@@ -117,7 +127,16 @@ def shared_layers(unet: Any) -> list[nn.Module]:
     if not len(attention.transformer_blocks):
         return [unet.conv_in]
     block = attention.transformer_blocks[0]
-    return [unet.conv_in, first.resnets[0], attention.norm, attention.proj_in, block.norm1, block.attn1, block.norm2, block.attn2.to_q]
+    return [
+        unet.conv_in,
+        first.resnets[0],
+        attention.norm,
+        attention.proj_in,
+        block.norm1,
+        block.attn1,
+        block.norm2,
+        block.attn2.to_q,
+    ]
 
 
 @contextmanager

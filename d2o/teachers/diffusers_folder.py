@@ -18,17 +18,33 @@ from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from d2o.teachers.unconditional import UNet2DTeacher
 
 BETA_SCHEDULERS = (
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler",
-    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
-)  # fmt: skip
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
 """Schedulers that state the betas of a discrete schedule. Which of them a folder has matters for nothing else: d2o has its own solvers."""
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 NOT_TEACHERS = {
-    "Inpaint": "it fills in images", "Img2Img": "it starts from images", "ControlNet": "it needs control images", "Upscale": "it enlarges images",
-    "Pix2Pix": "it edits images", "LatentConsistency": "it is distilled already", "Onnx": "its network is ONNX",
-    "LDMPipeline": "latents of a VQ autoencoder are not supported", "ScoreSdeVe": "its network has continuous time",
-}  # fmt: skip
+    "Inpaint": "it fills in images",
+    "Img2Img": "it starts from images",
+    "ControlNet": "it needs control images",
+    "Upscale": "it enlarges images",
+    "Pix2Pix": "it edits images",
+    "LatentConsistency": "it is distilled already",
+    "Onnx": "its network is ONNX",
+    "LDMPipeline": "latents of a VQ autoencoder are not supported",
+    "ScoreSdeVe": "its network has continuous time",
+}
 
 
 def is_diffusers_folder(path: str | Path) -> bool:
@@ -37,9 +53,14 @@ def is_diffusers_folder(path: str | Path) -> bool:
 
 
 def load_diffusers(
-    path: str | Path, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, licence: str = UNSTATED,
+    path: str | Path,
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    licence: str = UNSTATED,
     sdxl_uncond: str | None = None,
-) -> Teacher:  # fmt: skip
+) -> Teacher:
     """The teacher in a diffusers folder (or hub snapshot): Stable Diffusion 1, 2, XL and 3, or DDPM's UNets in pixel space.
 
     Weights come from safetensors files only and are held in float32; `dtype` bfloat16 or float16 computes under autocast. `sdxl_uncond`
@@ -52,7 +73,11 @@ def load_diffusers(
     if not isinstance(kind, str) or kind not in CLASSES:
         why = next((why for word, why in NOT_TEACHERS.items() if word in str(kind)), None)
         hint = f"known pipelines: {', '.join(CLASSES)}"
-        raise UserError(f"{path} holds a {kind if isinstance(kind, str) else 'pipeline with code of its own'}" + (f": {why}" if why else ""), hint)
+        raise UserError(
+            f"{path} holds a {kind if isinstance(kind, str) else 'pipeline with code of its own'}"
+            + (f": {why}" if why else ""),
+            hint,
+        )
     folder = Folder(path, index)
     with quiet():
         teacher: Teacher
@@ -63,7 +88,13 @@ def load_diffusers(
         else:
             teacher = _stable_diffusion(folder, name, device, dtype, licence, sdxl_uncond)
         _try_out(teacher, path)
-    teacher.meta = {"format": "diffusers", "kind": "teacher", "pipeline": kind, "scheduler": folder.scheduler, "spec": teacher.spec.to_dict()}
+    teacher.meta = {
+        "format": "diffusers",
+        "kind": "teacher",
+        "pipeline": kind,
+        "scheduler": folder.scheduler,
+        "spec": teacher.spec.to_dict(),
+    }
     return teacher
 
 
@@ -72,15 +103,21 @@ def _try_out(teacher: Teacher, path: Path) -> None:
     config: Any = teacher.network.config
     channels, height, width = teacher.spec.shape
     side = 2 ** len(config.block_out_channels) if "block_out_channels" in config else 2 * config.patch_size
-    condition: Condition = [""] if teacher.spec.condition == "text" else torch.tensor([0]) if teacher.spec.classes else None
+    condition: Condition = (
+        [""] if teacher.spec.condition == "text" else torch.tensor([0]) if teacher.spec.classes else None
+    )
     try:
         x = teacher.sample(torch.zeros(1, channels, min(side, height), min(side, width)), condition, steps=1)
     except UserError:
         raise
     except Exception as error:  # whatever its parts make of each other's wrong numbers
-        raise UserError(f"{path}: its parts do not work together ({words(error)})", "check the download, or whoever made it") from error
+        raise UserError(
+            f"{path}: its parts do not work together ({words(error)})", "check the download, or whoever made it"
+        ) from error
     if not bool(x.isfinite().all()):
-        raise UserError(f"{path}: the network gives values that are not finite", "the weights may be damaged: check the download")
+        raise UserError(
+            f"{path}: the network gives values that are not finite", "the weights may be damaged: check the download"
+        )
 
 
 def _stable_diffusion(
@@ -90,33 +127,74 @@ def _stable_diffusion(
     suffixes = ("", "_2") if xl else ("",)
     schedule, prediction, clip = discrete_schedule(folder)
     if clip is not None:
-        raise UserError(f"{folder.path}: its scheduler clips the prediction to [-{clip:g}, {clip:g}], which makes no sense for latents",
-                        "set clip_sample to false in scheduler/scheduler_config.json")  # fmt: skip
+        raise UserError(
+            f"{folder.path}: its scheduler clips the prediction to [-{clip:g}, {clip:g}], which makes no sense for latents",
+            "set clip_sample to false in scheduler/scheduler_config.json",
+        )
     config = folder.config("unet")
     if (channels := config.get("in_channels", 4)) != config.get("out_channels", 4):
-        raise UserError(f"{folder.path}: a UNet with {channels} input channels; inpainting and editing UNets are no teachers")
-    for key, why in (("class_embed_type", "classes"), ("num_class_embeds", "classes"), ("time_cond_proj_dim", "the guidance scale (LCM)"),
-                     ("encoder_hid_dim_type", "projected text or images")):  # fmt: skip
+        raise UserError(
+            f"{folder.path}: a UNet with {channels} input channels; inpainting and editing UNets are no teachers"
+        )
+    for key, why in (
+        ("class_embed_type", "classes"),
+        ("num_class_embeds", "classes"),
+        ("time_cond_proj_dim", "the guidance scale (LCM)"),
+        ("encoder_hid_dim_type", "projected text or images"),
+    ):
         if config.get(key) is not None:
-            raise UserError(f"{folder.path}: its UNet takes {why} as an input ({key} {config[key]!r}), which d2o does not support")
-    if xl and config.get("addition_embed_type") == "text_time" and config.get("projection_class_embeddings_input_dim") == 2560:
-        raise UserError(f"{folder.path} holds SDXL's refiner, which improves images and makes none", "the teacher is stable-diffusion-xl-base-1.0")
+            raise UserError(
+                f"{folder.path}: its UNet takes {why} as an input ({key} {config[key]!r}), which d2o does not support"
+            )
+    if (
+        xl
+        and config.get("addition_embed_type") == "text_time"
+        and config.get("projection_class_embeddings_input_dim") == 2560
+    ):
+        raise UserError(
+            f"{folder.path} holds SDXL's refiner, which improves images and makes none",
+            "the teacher is stable-diffusion-xl-base-1.0",
+        )
     uncond = sdxl_uncond or ("zeros" if folder.index.get("force_zeros_for_empty_prompt", True) else "encode_empty")
     encoders, tokenizers = folder.text(suffixes)
     unet, vae = folder.model("unet"), folder.vae()
     spec = Spec(name, _shape(folder, unet), space="latent", condition="text", licence=licence, solver="ddim", steps=50)
     return StableDiffusionTeacher(
-        unet, vae, encoders, tokenizers, schedule, spec, device, dtype, prediction=prediction, scaling_factor=vae.config.scaling_factor,
-        shift_factor=vae.config.shift_factor or 0.0, sdxl_uncond=uncond,
-    )  # fmt: skip
+        unet,
+        vae,
+        encoders,
+        tokenizers,
+        schedule,
+        spec,
+        device,
+        dtype,
+        prediction=prediction,
+        scaling_factor=vae.config.scaling_factor,
+        shift_factor=vae.config.shift_factor or 0.0,
+        sdxl_uncond=uncond,
+    )
 
 
-def _stable_diffusion_3(folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> StableDiffusion3Teacher:
+def _stable_diffusion_3(
+    folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str
+) -> StableDiffusion3Teacher:
     config = folder.scheduler
-    check_numbers({key: value for key, value in config.items() if not key.startswith("_")}, f"{folder.path / 'scheduler/scheduler_config.json'}")
+    check_numbers(
+        {key: value for key, value in config.items() if not key.startswith("_")},
+        f"{folder.path / 'scheduler/scheduler_config.json'}",
+    )
     if config["_class_name"] != "FlowMatchEulerDiscreteScheduler":
-        raise UserError(f"{folder.path}: Stable Diffusion 3 with scheduler {config['_class_name']}; expected FlowMatchEulerDiscreteScheduler")
-    for key in ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
+        raise UserError(
+            f"{folder.path}: Stable Diffusion 3 with scheduler {config['_class_name']}; expected FlowMatchEulerDiscreteScheduler"
+        )
+    for key in (
+        "use_dynamic_shifting",
+        "shift_terminal",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "invert_sigmas",
+    ):
         if config.get(key):
             raise UserError(f"{folder.path}: its scheduler has {key} {config[key]!r}, which d2o does not support")
     try:
@@ -128,24 +206,40 @@ def _stable_diffusion_3(folder: Folder, name: str, device: Any, dtype: torch.dty
         encoders, tokenizers = [*encoders, None], [*tokenizers, None]
     transformer, vae = folder.model("transformer"), folder.vae()
     if transformer.config.in_channels != transformer.config.out_channels:
-        raise UserError(f"{folder.path}: a transformer with {transformer.config.in_channels} input channels; inpainting ones are no teachers")
-    spec = Spec(name, _shape(folder, transformer), space="latent", condition="text", licence=licence, solver="euler", steps=28)
+        raise UserError(
+            f"{folder.path}: a transformer with {transformer.config.in_channels} input channels; inpainting ones are no teachers"
+        )
+    spec = Spec(
+        name, _shape(folder, transformer), space="latent", condition="text", licence=licence, solver="euler", steps=28
+    )
     return StableDiffusion3Teacher(
-        transformer, vae, encoders, tokenizers, schedule, spec, device, dtype, scaling_factor=vae.config.scaling_factor,
+        transformer,
+        vae,
+        encoders,
+        tokenizers,
+        schedule,
+        spec,
+        device,
+        dtype,
+        scaling_factor=vae.config.scaling_factor,
         shift_factor=vae.config.shift_factor or 0.0,
-    )  # fmt: skip
+    )
 
 
 def _unet2d(folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> UNet2DTeacher:
     schedule, prediction, clip = discrete_schedule(folder)
     config = folder.config("unet")
     if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type") is not None:
-        raise UserError(f"{folder.path}: its UNet embeds {'continuous time' if config.get('class_embed_type') is None else 'continuous labels'}, "
-                        "which d2o does not support")  # fmt: skip
+        raise UserError(
+            f"{folder.path}: its UNet embeds {'continuous time' if config.get('class_embed_type') is None else 'continuous labels'}, "
+            "which d2o does not support"
+        )
     unet = folder.model("unet")
     classes = unet.config.num_class_embeds or 0
     condition = "label" if classes else "none"
-    spec = Spec(name, _shape(folder, unet), condition=condition, classes=classes, licence=licence, solver="ddim", steps=50)
+    spec = Spec(
+        name, _shape(folder, unet), condition=condition, classes=classes, licence=licence, solver="ddim", steps=50
+    )
     return UNet2DTeacher(unet, schedule, spec, device, dtype, prediction=prediction, clip=clip)
 
 
@@ -153,7 +247,10 @@ def _shape(folder: Folder, network: Any) -> tuple[int, int, int]:
     size = network.config.sample_size
     sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sizes) != 2 or not all(isinstance(side, int) and side > 0 for side in sizes):
-        raise UserError(f"{folder.path}: the network's config.json has no sample_size", "add it: the size of its input, 64 for SD 1.5")
+        raise UserError(
+            f"{folder.path}: the network's config.json has no sample_size",
+            "add it: the size of its input, 64 for SD 1.5",
+        )
     return network.config.in_channels, sizes[0], sizes[1]
 
 
@@ -171,8 +268,14 @@ def discrete_schedule(folder: Folder) -> tuple[DiscreteSchedule, str, float | No
         if config.get(key):
             raise UserError(f"{folder.path}: its scheduler has {key}, which d2o does not support")
     if config.get("timestep_spacing", "leading") not in SPACINGS:
-        raise UserError(f"{folder.path}: its scheduler has timestep_spacing {config['timestep_spacing']!r}", f"known: {', '.join(SPACINGS)}")
-    check_numbers({key: value for key, value in config.items() if not key.startswith("_")}, f"{folder.path / 'scheduler/scheduler_config.json'}")
+        raise UserError(
+            f"{folder.path}: its scheduler has timestep_spacing {config['timestep_spacing']!r}",
+            f"known: {', '.join(SPACINGS)}",
+        )
+    check_numbers(
+        {key: value for key, value in config.items() if not key.startswith("_")},
+        f"{folder.path / 'scheduler/scheduler_config.json'}",
+    )
     clips = config.get("clip_sample", kind in CLIPPING)
     try:
         schedule = DiscreteSchedule.from_config(config)

@@ -16,18 +16,32 @@ from d2o.networks.budget import check_numbers, counted, file_holdings
 INDEX = "model_index.json"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 Classes = dict[str, tuple[str, ...]]
-SD: Classes = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",), "tokenizer": TOKENIZERS}
+SD: Classes = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": TOKENIZERS,
+}
 XL: Classes = {**SD, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": TOKENIZERS}
 SD3: Classes = {
-    "transformer": ("SD3Transformer2DModel",), "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModelWithProjection",), "text_encoder_2": ("CLIPTextModelWithProjection",), "text_encoder_3": ("T5EncoderModel",),
-    "tokenizer": TOKENIZERS, "tokenizer_2": TOKENIZERS, "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
-}  # fmt: skip
+    "transformer": ("SD3Transformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
+    "tokenizer": TOKENIZERS,
+    "tokenizer_2": TOKENIZERS,
+    "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+}
 DDPM: Classes = {"unet": ("UNet2DModel",)}
 CLASSES = {
-    "StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": XL, "StableDiffusion3Pipeline": SD3,
-    "DDPMPipeline": DDPM, "DDIMPipeline": DDPM, "PNDMPipeline": DDPM,
-}  # fmt: skip
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionXLPipeline": XL,
+    "StableDiffusion3Pipeline": SD3,
+    "DDPMPipeline": DDPM,
+    "DDIMPipeline": DDPM,
+    "PNDMPipeline": DDPM,
+}
 """Pipeline -> component -> the classes that it may have."""
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
@@ -39,7 +53,10 @@ class Folder:
         self.path, self.index = path, index
         for key in index:
             if "/" in key or "\\" in key or ".." in key:
-                raise UserError(f"{path / INDEX} names a component {key!r}, which leads out of the folder", "get the folder from somewhere else")
+                raise UserError(
+                    f"{path / INDEX} names a component {key!r}, which leads out of the folder",
+                    "get the folder from somewhere else",
+                )
         scheduler = self.file("scheduler", "scheduler_config.json")
         self.scheduler = read_json(scheduler)
         if not isinstance(self.scheduler.get("_class_name"), str):
@@ -57,7 +74,10 @@ class Folder:
         known = CLASSES[self.index["_class_name"]][component]
         wanted = "diffusers" if component in ("unet", "transformer", "vae") else "transformers"
         if library != wanted or kind not in known:
-            raise UserError(f"{self.path}: {component} is a {library}.{kind}, which d2o does not load", f"known: {', '.join(known)} of {wanted}")
+            raise UserError(
+                f"{self.path}: {component} is a {library}.{kind}, which d2o does not load",
+                f"known: {', '.join(known)} of {wanted}",
+            )
         return library, kind
 
     def where(self, component: str) -> Path:
@@ -67,7 +87,9 @@ class Folder:
     def file(self, component: str, name: str) -> Path:
         file = self.where(component) / name
         if not file.is_file():
-            raise UserError(f"{self.path} has no {component} ({component}/{name} is missing)", "download the whole repository")
+            raise UserError(
+                f"{self.path} has no {component} ({component}/{name} is missing)", "download the whole repository"
+            )
         return file
 
     def config(self, component: str) -> dict[str, Any]:
@@ -80,35 +102,52 @@ class Folder:
 
         library, kind = self.class_name(component)
         config, where = self.config(component), self.where(component)
-        check_numbers({key: value for key, value in config.items() if not key.startswith("_")}, f"{where / 'config.json'}")
+        check_numbers(
+            {key: value for key, value in config.items() if not key.startswith("_")}, f"{where / 'config.json'}"
+        )
         which = variant(where, WEIGHTS[library])
         options = {"use_safetensors": True, "variant": which, "local_files_only": True, "output_loading_info": True}
         cls = getattr(diffusers if library == "diffusers" else transformers, kind)
         _fits(cls, config, library, where, which)
         if library == "diffusers":
-            options["low_cpu_mem_usage"] = False  # the other way needs a package that d2o does not, and has no word for missing weights
+            options["low_cpu_mem_usage"] = (
+                False  # the other way needs a package that d2o does not, and has no word for missing weights
+            )
         try:
             model, info = cls.from_pretrained(where, **options)
         except Exception as error:  # whatever a damaged file makes these libraries raise
             raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
         wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
         if wrong:
-            raise UserError(f"{where}: the weights do not fit config.json ({len(wrong)} missing or of another size, {wrong[0]} first)")
+            raise UserError(
+                f"{where}: the weights do not fit config.json ({len(wrong)} missing or of another size, {wrong[0]} first)"
+            )
         return model.float()
 
     def text(self, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
         """Text encoders and their tokenizers. UserError as `model`, and a tokenizer with words that its encoder does not know."""
-        encoders, tokenizers = [self.model(f"text_encoder{s}") for s in suffixes], [self.tokenizer(f"tokenizer{s}") for s in suffixes]
+        encoders, tokenizers = (
+            [self.model(f"text_encoder{s}") for s in suffixes],
+            [self.tokenizer(f"tokenizer{s}") for s in suffixes],
+        )
         for suffix, encoder, tokenizer in zip(suffixes, encoders, tokenizers, strict=True):
             words, known = len(tokenizer), encoder.config.vocab_size
             if words > known:
-                raise UserError(f"{self.path}: tokenizer{suffix} has {words} words, but text_encoder{suffix} knows {known}", "check the download")
+                raise UserError(
+                    f"{self.path}: tokenizer{suffix} has {words} words, but text_encoder{suffix} knows {known}",
+                    "check the download",
+                )
         return encoders, tokenizers
 
     def vae(self) -> Any:
         vae = self.model("vae")
-        if getattr(vae.config, "latents_mean", None) is not None or getattr(vae.config, "latents_std", None) is not None:
-            raise UserError(f"{self.path}: its autoencoder scales latents per channel (latents_mean), which d2o does not support")
+        if (
+            getattr(vae.config, "latents_mean", None) is not None
+            or getattr(vae.config, "latents_std", None) is not None
+        ):
+            raise UserError(
+                f"{self.path}: its autoencoder scales latents per channel (latents_mean), which d2o does not support"
+            )
         return vae
 
     def tokenizer(self, component: str) -> Any:
@@ -118,7 +157,10 @@ class Folder:
         where = self.path / component
         # Without its files, transformers makes a tokenizer that knows no words.
         if not any((where / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
-            raise UserError(f"{self.path} has no {component} ({component}/tokenizer.json or vocab.json is missing)", "download the whole repository")
+            raise UserError(
+                f"{self.path} has no {component} ({component}/tokenizer.json or vocab.json is missing)",
+                "download the whole repository",
+            )
         try:
             return getattr(transformers, kind).from_pretrained(where, local_files_only=True)
         except Exception as error:
@@ -130,7 +172,11 @@ def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: 
     import torch
 
     ending = ".safetensors" if variant is None else f".{variant}.safetensors"
-    files = [path for path in sorted(where.glob(f"{WEIGHTS[library]}*.safetensors")) if path.name.endswith(ending) or "-of-" in path.name]
+    files = [
+        path
+        for path in sorted(where.glob(f"{WEIGHTS[library]}*.safetensors"))
+        if path.name.endswith(ending) or "-of-" in path.name
+    ]
     try:
         holds = file_holdings(files)
     except UserError as error:
@@ -144,14 +190,19 @@ def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: 
     except UserError:
         raise
     except Exception as error:  # whatever wrong numbers make these libraries raise
-        raise UserError(f"{where} cannot be loaded as a {cls.__name__}: {words(error)}", "check the download") from error
+        raise UserError(
+            f"{where} cannot be loaded as a {cls.__name__}: {words(error)}", "check the download"
+        ) from error
 
 
 def variant(folder: Path, stem: str) -> str | None:
     """None for weights in full precision, "fp16" where a folder has only those. UserError: only pickles, or no weights at all."""
     for choice, files in (
         (None, (f"{stem}.safetensors", f"{stem}.safetensors.index.json")),
-        ("fp16", (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json")),
+        (
+            "fp16",
+            (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json"),
+        ),
     ):
         for name in files:
             if not (folder / name).is_file():
@@ -159,11 +210,15 @@ def variant(folder: Path, stem: str) -> str | None:
             if name.endswith(".json"):
                 parts = read_json(folder / name).get("weight_map", {})
                 if not isinstance(parts, dict) or any("/" in str(part) or "\\" in str(part) for part in parts.values()):
-                    raise UserError(f"{folder / name} names weights outside of the folder", "get the folder from somewhere else")
+                    raise UserError(
+                        f"{folder / name} names weights outside of the folder", "get the folder from somewhere else"
+                    )
             return choice
     if any(folder.glob("*.bin")):
-        raise UserError(f"{folder} has its weights only as a pickle (.bin), which can run code; d2o reads safetensors",
-                        "get the repository's .safetensors files, or convert it with diffusers' save_pretrained")  # fmt: skip
+        raise UserError(
+            f"{folder} has its weights only as a pickle (.bin), which can run code; d2o reads safetensors",
+            "get the repository's .safetensors files, or convert it with diffusers' save_pretrained",
+        )
     raise UserError(f"{folder} has no weights ({stem}.safetensors)", "download the whole repository")
 
 

@@ -59,7 +59,9 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     pixels = ((images + 1) / 2).to(vae.dtype)
     with torch.autocast(images.device.type, enabled=False):
         found = [vae.encode(part).latent_dist for part in pixels.split(AT_ONCE)]
-    return torch.cat([part.mean for part in found]).to(torch.float32), torch.cat([part.std for part in found]).to(torch.float32)
+    return torch.cat([part.mean for part in found]).to(torch.float32), torch.cat([part.std for part in found]).to(
+        torch.float32
+    )
 
 
 def draw(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -78,7 +80,9 @@ def _affine(x: Tensor) -> tuple[Tensor, Tensor]:
 class EDM2LatentTeacher(Teacher):
     """EDM2 in latent space. The autoencoder is fetched and loaded when something is decoded, not before."""
 
-    def __init__(self, network: nn.Module, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self, network: nn.Module, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ):
         super().__init__(network, replace(spec, latents=LATENTS), device, dtype)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -92,7 +96,9 @@ class EDM2LatentTeacher(Teacher):
         if images.shape[1] == 2 * len(MEAN):
             mean, std = images.chunk(2, dim=1)
             return draw(mean, std, noise)
-        return draw(*encode(autoencoder(images.device), images), noise).clone()  # no inference tensors: they may meet autograd
+        return draw(
+            *encode(autoencoder(images.device), images), noise
+        ).clone()  # no inference tensors: they may meet autograd
 
 
 @functools.cache
@@ -107,6 +113,13 @@ def load_autoencoder(path: Path) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(path, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
+        return (
+            AutoencoderKL.from_pretrained(path, local_files_only=True, use_safetensors=True)
+            .eval()
+            .requires_grad_(False)
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} holds no autoencoder that can be read ({str(error).splitlines()[0]})", "remove it, to fetch it again") from error
+        raise UserError(
+            f"{path} holds no autoencoder that can be read ({str(error).splitlines()[0]})",
+            "remove it, to fetch it again",
+        ) from error

@@ -44,22 +44,38 @@ class StableDiffusion3Teacher(TextTeacher):
         cache_bytes: int = CACHE_BYTES,
     ):
         if len(text_encoders) != 3 or len(tokenizers) != 3 or text_encoders[0] is None or text_encoders[1] is None:
-            raise UserError(f"{spec.name}: Stable Diffusion 3 takes two CLIP text encoders and a T5 (or None in its place)")
+            raise UserError(
+                f"{spec.name}: Stable Diffusion 3 takes two CLIP text encoders and a T5 (or None in its place)"
+            )
         t5 = None if text_encoders[2] is None else (text_encoders[2], tokenizers[2])
         width = transformer.config.joint_attention_dim
         one = joined_states_and_t5(text_encoders[:2], tokenizers[:2], t5, width, t5_length, torch.device(device))
         encoders = [encoder for encoder in text_encoders if encoder is not None]
         super().__init__(
-            transformer, vae, encoders, PromptCache(one, cache_bytes), width, True, scaling_factor, shift_factor, spec, device, dtype,
-        )  # fmt: skip
+            transformer,
+            vae,
+            encoders,
+            PromptCache(one, cache_bytes),
+            width,
+            True,
+            scaling_factor,
+            shift_factor,
+            spec,
+            device,
+            dtype,
+        )
         self.schedule = schedule
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Text) -> Tensor:
         x_t = x_t.float()
         time = t * self.schedule.train_steps  # the network counts to 1000
         v = self.call(
-            x_t, encoder_hidden_states=condition.states, pooled_projections=condition.pooled, timestep=time, return_dict=False,
-        )[0]  # fmt: skip
+            x_t,
+            encoder_hidden_states=condition.states,
+            pooled_projections=condition.pooled,
+            timestep=time,
+            return_dict=False,
+        )[0]
         return x_t - t.view(-1, 1, 1, 1) * v.float()
 
     def _settings(self) -> dict[str, Tensor]:

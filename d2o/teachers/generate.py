@@ -91,15 +91,32 @@ def make_pairs(
     prompts = _prompts(settings, teacher, prompts)
     teacher.check_cfg(settings.cfg)
     if settings.decode and spec.space == "pixel":
-        raise UserError(f"--decode: teacher {spec.name!r} works on pixels, its outputs are the images", "leave --decode away")
+        raise UserError(
+            f"--decode: teacher {spec.name!r} works on pixels, its outputs are the images", "leave --decode away"
+        )
     settings.ode.grid(teacher.schedule)  # what does not fit this teacher is refused before any work
     about = {"name": settings.teacher, "sha256": teacher.fingerprint, "licence": spec.licence}
-    described = None if prompts is None else {"path": str(settings.prompts), "sha256": prompts.sha256, "count": len(prompts)}
-    new = new_manifest(settings, about, spec.to_dict(), compute.describe(settings.shard_size, teacher.device, teacher.network), described)
+    described = (
+        None if prompts is None else {"path": str(settings.prompts), "sha256": prompts.sha256, "count": len(prompts)}
+    )
+    new = new_manifest(
+        settings,
+        about,
+        spec.to_dict(),
+        compute.describe(settings.shard_size, teacher.device, teacher.network),
+        described,
+    )
     n = settings.n
     manifest = _begun(folder, new, out)
-    if not folder.left(PairSettings.from_manifest(with_n(manifest, min(n, manifest["settings"]["n"]))).units()) and n <= manifest["settings"]["n"]:
-        more = f"{manifest['settings']['n']:,} pairs already, and so the first {n:,}" if n < manifest["settings"]["n"] else f"all {n:,} pairs already"
+    if (
+        not folder.left(PairSettings.from_manifest(with_n(manifest, min(n, manifest["settings"]["n"]))).units())
+        and n <= manifest["settings"]["n"]
+    ):
+        more = (
+            f"{manifest['settings']['n']:,} pairs already, and so the first {n:,}"
+            if n < manifest["settings"]["n"]
+            else f"all {n:,} pairs already"
+        )
         say(f"{out} holds {more}; nothing to do")
         folder.close(_complete(folder))
         return PairStore(out, n=n)
@@ -118,7 +135,9 @@ def make_pairs(
     # Prompts that return are kept encoded (in bounded memory); to keep others would only fill it.
     teacher.expect_prompts(prompts is not None and settings.n > settings.per_prompt * len(prompts))
     timing = _Timing(folder, teacher)
-    maker = Maker(settings, teacher, recorded["batch"], prompts, progress, stop, partial(_begun_shard, folder, manifest))
+    maker = Maker(
+        settings, teacher, recorded["batch"], prompts, progress, stop, partial(_begun_shard, folder, manifest)
+    )
 
     def write(unit: Unit, made: Made) -> dict[str, Any]:
         entry = write_shard(folder, manifest, unit, made)
@@ -132,11 +151,17 @@ def make_pairs(
     if not finished:
         made = whole - sum(unit.n for unit in folder.left(units))
         number = stop.received if stop is not None else 0
-        raise Stopped(f"stopped with {made:,} of {settings.n:,} pairs in {out}; to continue: {settings.command(out)}", number)
+        raise Stopped(
+            f"stopped with {made:,} of {settings.n:,} pairs in {out}; to continue: {settings.command(out)}", number
+        )
     if left := folder.left(units):
-        say(f"{out}: share {share.index}/{share.count} is finished; {len(left)} of {len(units)} shards are other workers'")
+        say(
+            f"{out}: share {share.index}/{share.count} is finished; {len(left)} of {len(units)} shards are other workers'"
+        )
         return None
-    grow(folder, n)  # where there are no locks, a worker that ended at the same moment may have written the number of before
+    grow(
+        folder, n
+    )  # where there are no locks, a worker that ended at the same moment may have written the number of before
     folder.close(_complete(folder))
     if maker.shown < whole:  # others made the rest
         progress(whole, whole, "")
@@ -183,12 +208,20 @@ def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -
     """The prompts where the teacher takes text. UserError: none given, or given to another."""
     if teacher.spec.condition != "text":
         if settings.prompts is not None:
-            raise UserError(f"teacher {teacher.spec.name!r} takes no prompts (condition: {teacher.spec.condition})", "leave --prompts away")
+            raise UserError(
+                f"teacher {teacher.spec.name!r} takes no prompts (condition: {teacher.spec.condition})",
+                "leave --prompts away",
+            )
         return None
     if settings.prompts is None:
-        raise UserError(f"teacher {teacher.spec.name!r} is conditioned on text", "give --prompts FILE (.txt, one a line; .jsonl; .parquet)")
+        raise UserError(
+            f"teacher {teacher.spec.name!r} is conditioned on text",
+            "give --prompts FILE (.txt, one a line; .jsonl; .parquet)",
+        )
     if settings.labels not in ("random", "none", "text"):
-        raise UserError(f"teacher {teacher.spec.name!r} is conditioned on text; it takes no labels", "leave --labels away")
+        raise UserError(
+            f"teacher {teacher.spec.name!r} is conditioned on text; it takes no labels", "leave --labels away"
+        )
     return opened if opened is not None else open_prompts(settings.prompts)
 
 
@@ -199,7 +232,11 @@ class _Timing:
         self.folder, self.begun, self.pairs = folder, time.perf_counter(), 0
         device = torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else teacher.device.type
         self.name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-        self.record = {"worker": f"{socket.gethostname()}-{os.getpid()}", "device": device, "threads": torch.get_num_threads()}
+        self.record = {
+            "worker": f"{socket.gethostname()}-{os.getpid()}",
+            "device": device,
+            "threads": torch.get_num_threads(),
+        }
 
     def add(self, unit: Unit) -> None:
         self.pairs += unit.n

@@ -14,7 +14,11 @@ from d2o.teachers import catalogue
 from d2o.teachers.base import Teacher
 from d2o.teachers.registry import BUILTIN, asset, is_repository
 
-WORDS = {"edm": "is a denoiser of the EDM family", "text": "is a text-to-image model", "diffusers": "is in diffusers' format"}
+WORDS = {
+    "edm": "is a denoiser of the EDM family",
+    "text": "is a text-to-image model",
+    "diffusers": "is in diffusers' format",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,11 @@ def kind_of(teacher: Teacher) -> Kind:
     network, name = teacher.network, teacher.spec.name
     if isinstance(network, Denoiser) and teacher.spec.condition != "text":
         return _edm(name, {**getattr(network, "config", {}), "precond": network.precond})
-    return Kind(name, "diffusers" if teacher.meta.get("format") == "diffusers" else "text", text=teacher.spec.condition == "text")
+    return Kind(
+        name,
+        "diffusers" if teacher.meta.get("format") == "diffusers" else "text",
+        text=teacher.spec.condition == "text",
+    )
 
 
 def look(name: str) -> Kind | None:
@@ -51,7 +59,11 @@ def look(name: str) -> Kind | None:
     if name not in BUILTIN:
         published = catalogue.find(name)
         if published is not None and not Path(name).exists():
-            return Kind(name, "diffusers", text=True) if published.kind == "diffusers" else _edm(name, published.network or {})
+            return (
+                Kind(name, "diffusers", text=True)
+                if published.kind == "diffusers"
+                else _edm(name, published.network or {})
+            )
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
     if (path / "model_index.json").is_file():
         return Kind(name, "diffusers", text=_has_tokenizer(path / "model_index.json"))

@@ -15,6 +15,13 @@ def text_to_image_teacher(
 ) -> StableDiffusionTeacher:
     """The model's parts, frozen, behind the teacher contract."""
     return StableDiffusionTeacher(
-        model.unet, model.vae, [model.text_encoder], [model.tokens.tokenizer], DiscreteSchedule.from_config(SD_SCHEDULER), spec, device, dtype,
+        model.unet,
+        model.vae,
+        [model.text_encoder],
+        [model.tokens.tokenizer],
+        DiscreteSchedule.from_config(SD_SCHEDULER),
+        spec,
+        device,
+        dtype,
         scaling_factor=model.scale,
-    )  # fmt: skip
+    )

@@ -27,9 +27,24 @@ Progress = Callable[[int, int, str], None]
 class Maker:
     """Makes the content of one shard."""
 
-    def __init__(self, settings: PairSettings, teacher: Teacher, batch: int, prompts: Prompts | None, progress: Progress, stop: StopFlag | None,
-                 begun: Callable[[Unit], dict[str, Tensor]] = lambda unit: {}):  # fmt: skip
-        self.settings, self.teacher, self.batch, self.prompts, self.progress, self.stop = settings, teacher, batch, prompts, progress, stop
+    def __init__(
+        self,
+        settings: PairSettings,
+        teacher: Teacher,
+        batch: int,
+        prompts: Prompts | None,
+        progress: Progress,
+        stop: StopFlag | None,
+        begun: Callable[[Unit], dict[str, Tensor]] = lambda unit: {},
+    ):
+        self.settings, self.teacher, self.batch, self.prompts, self.progress, self.stop = (
+            settings,
+            teacher,
+            batch,
+            prompts,
+            progress,
+            stop,
+        )
         self.begun = begun
         self.solver, self.shown = settings.ode, 0
 
@@ -44,7 +59,9 @@ class Maker:
         old = self.begun(unit)
         # Of a shard that was shorter, whole batches are taken over: pairs of the last one were made beside fewer others, with other last bits.
         kept = len(old["target"]) // self.batch * self.batch if old else 0
-        for (first, count), drawn in zip(cuts, Ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)):
+        for (first, count), drawn in zip(
+            cuts, Ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)
+        ):
             if self.stop:
                 return None
             part = slice(first, first + count)
@@ -53,9 +70,13 @@ class Maker:
                 images += [old["image"][part]] if settings.decode else []
             else:
                 condition: Any = drawn.prompts if drawn.prompts is not None else drawn.labels
-                x = self.teacher.sample(drawn.start, condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[:count]
+                x = self.teacher.sample(drawn.start, condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[
+                    :count
+                ]
                 target[part] = x.cpu()
-                check_finite(target[part], settings.seed + unit.start + first, f"teacher {settings.teacher}", settings.dtype)
+                check_finite(
+                    target[part], settings.seed + unit.start + first, f"teacher {settings.teacher}", settings.dtype
+                )
                 if settings.decode:
                     with torch.inference_mode():
                         images.append(to_uint8(self.teacher.decode(x)).cpu())
@@ -65,8 +86,13 @@ class Maker:
             texts += drawn.prompts or []
             self.shown = before + first + count
             self.progress(self.shown, settings.n, "")
-        return Made(torch.cat(noises), target, torch.cat(labels) if labels else None, texts if self.prompts else None,
-                    torch.cat(images) if images else None)  # fmt: skip
+        return Made(
+            torch.cat(noises),
+            target,
+            torch.cat(labels) if labels else None,
+            texts if self.prompts else None,
+            torch.cat(images) if images else None,
+        )
 
     def draw(self, start: int, n: int) -> Drawn:
         """What pairs start .. start + n - 1 are made from; beyond the last pair it is drawn again."""
@@ -79,7 +105,11 @@ class Maker:
         if self.prompts is not None:
             texts = self.prompts.many([int(settings.prompt_numbers(i, 1, len(self.prompts))[0]) for i in sources])
         drawn_classes = spec.classes if settings.labels == "random" else 0
-        steps = StepNoise([settings.seed + i for i in sources], spec.shape, drawn_classes) if self.solver.stochastic else None
+        steps = (
+            StepNoise([settings.seed + i for i in sources], spec.shape, drawn_classes)
+            if self.solver.stochastic
+            else None
+        )
         return Drawn(noise, begin, labels, texts, steps)
 
 
@@ -94,7 +124,10 @@ class Drawn:
     steps: StepNoise | None
 
     def first(self, n: int) -> Drawn:
-        labels, prompts = None if self.labels is None else self.labels[:n], None if self.prompts is None else self.prompts[:n]
+        labels, prompts = (
+            None if self.labels is None else self.labels[:n],
+            None if self.prompts is None else self.prompts[:n],
+        )
         return Drawn(self.noise[:n], self.start[:n], labels, prompts, self.steps)
 
 

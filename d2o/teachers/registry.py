@@ -90,8 +90,12 @@ def load_teacher(
     return _nvidia(path, device, dtype) if path.suffix == ".pkl" else _checkpoint(path, device, dtype)
 
 
-def _diffusers(path: Path, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str = UNSTATED) -> Teacher:
-    from d2o.teachers.diffusers_folder import load_diffusers  # brings diffusers and transformers, which are slow to import
+def _diffusers(
+    path: Path, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str = UNSTATED
+) -> Teacher:
+    from d2o.teachers.diffusers_folder import (
+        load_diffusers,
+    )  # brings diffusers and transformers, which are slow to import
 
     return load_diffusers(path, name, device, dtype, licence=stated_licence(path) if licence == UNSTATED else licence)
 
@@ -128,18 +132,27 @@ def _from_hub(name: str) -> Path:
 def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None, name: str | None = None) -> Teacher:
     tensors, meta = load_file(path)
     if meta.get("kind") != "teacher":
-        raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher", "students are loaded with d2o.load_student")
+        raise UserError(
+            f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher",
+            "students are loaded with d2o.load_student",
+        )
     check_checkpoint(meta, path)
     spec = Spec.from_dict(meta["spec"])
     if name is not None:
         spec = replace(spec, name=name)
     network = load_weights(meta["network"], tensors, path)
-    teacher = Teacher(network, spec, device, dtype) if not isinstance(network, TextToImage) else text_to_image_teacher(network, spec, device, dtype)
+    teacher = (
+        Teacher(network, spec, device, dtype)
+        if not isinstance(network, TextToImage)
+        else text_to_image_teacher(network, spec, device, dtype)
+    )
     teacher.meta = meta
     return teacher
 
 
-def _nvidia(path: Path, device: str | torch.device, dtype: torch.dtype | None, published: Published | None = None) -> Teacher:
+def _nvidia(
+    path: Path, device: str | torch.device, dtype: torch.dtype | None, published: Published | None = None
+) -> Teacher:
     """A network of the EDM family, pixel space or (EDM2 with four channels) the latents of sd-vae-ft-mse."""
     found = read_nvidia_pickle(path, dtype=torch.float32)
     config = found.config()
@@ -156,24 +169,43 @@ def planned_teacher(published: Published) -> Teacher:
         network = build_network(published.network)
     assert isinstance(network, Denoiser)
     space = "pixel" if published.vae is None else "latent"
-    return _edm_family(network.eval().requires_grad_(False), published.network, published.name, published.steps, space, "meta", None)
+    return _edm_family(
+        network.eval().requires_grad_(False), published.network, published.name, published.steps, space, "meta", None
+    )
 
 
 def _edm_family(
-    network: Denoiser, config: dict[str, Any], name: str, steps: int, space: str, device: str | torch.device, dtype: torch.dtype | None
+    network: Denoiser,
+    config: dict[str, Any],
+    name: str,
+    steps: int,
+    space: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
 ) -> Teacher:
     size, classes = config["img_resolution"], config.get("label_dim", 0)
     spec = Spec(
-        name, (config["img_channels"], size, size), space, "label" if classes else "none", classes,
-        sigma_min=max(0.002, network.sigma_min), sigma_max=min(80.0, network.sigma_max), licence=NVIDIA_LICENCE, steps=steps,
+        name,
+        (config["img_channels"], size, size),
+        space,
+        "label" if classes else "none",
+        classes,
+        sigma_min=max(0.002, network.sigma_min),
+        sigma_max=min(80.0, network.sigma_max),
+        licence=NVIDIA_LICENCE,
+        steps=steps,
         guidable=False,  # EDM and EDM2 dropped no classes; EDM2 is guided by another network
-    )  # fmt: skip
-    teacher = EDM2LatentTeacher(network, spec, device, dtype) if space == "latent" else Teacher(network, spec, device, dtype)
+    )
+    teacher = (
+        EDM2LatentTeacher(network, spec, device, dtype) if space == "latent" else Teacher(network, spec, device, dtype)
+    )
     teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
     return teacher
 
 
-def load_weights(network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> torch.nn.Module:
+def load_weights(
+    network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False
+) -> torch.nn.Module:
     """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit: nothing is allocated then.
 
     `assign`: the tensors become the weights, uncopied.

@@ -13,7 +13,14 @@ from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.teachers.base import Condition, Spec, Teacher, Text
-from d2o.teachers.cross_attention import GivenText, Prepared, given_text, once_for_both_halves, shared_layers, text_attentions
+from d2o.teachers.cross_attention import (
+    GivenText,
+    Prepared,
+    given_text,
+    once_for_both_halves,
+    shared_layers,
+    text_attentions,
+)
 from d2o.teachers.prediction import check_prediction, to_data
 from d2o.teachers.text import CACHE_BYTES, PromptCache, joined_states, last_states
 from d2o.teachers.vae import decode
@@ -25,11 +32,23 @@ class TextTeacher(Teacher):
     """What teachers with prompts share: `encode`, the checks of a condition, the empty prompt, `decode` through the autoencoder."""
 
     def __init__(
-        self, network: nn.Module, vae: Any, text_encoders: Sequence[nn.Module], prompts: PromptCache, width: int, pooled: bool,
-        scaling_factor: float, shift_factor: float, spec: Spec, device: str | torch.device, dtype: torch.dtype | None,
-    ):  # fmt: skip
+        self,
+        network: nn.Module,
+        vae: Any,
+        text_encoders: Sequence[nn.Module],
+        prompts: PromptCache,
+        width: int,
+        pooled: bool,
+        scaling_factor: float,
+        shift_factor: float,
+        spec: Spec,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+    ):
         if vae.config.latent_channels != spec.shape[0]:
-            raise UserError(f"{spec.name}: a network for {spec.shape[0]} channels with an autoencoder of {vae.config.latent_channels}")
+            raise UserError(
+                f"{spec.name}: a network for {spec.shape[0]} channels with an autoencoder of {vae.config.latent_channels}"
+            )
         super().__init__(network, spec, device, dtype)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         self.text_encoders = [encoder.to(self.device).eval().requires_grad_(False) for encoder in text_encoders]
@@ -63,7 +82,9 @@ class TextTeacher(Teacher):
             raise UserError(f"{len(condition)} prompts for a batch of {batch}")
         text = condition if isinstance(condition, Text) else self.encode(condition)
         if text.states.ndim != 3 or text.states.shape[-1] != self.width:
-            raise UserError(f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another teacher's")
+            raise UserError(
+                f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another teacher's"
+            )
         if self.pooled and text.pooled is None:
             raise UserError(f"{name!r} takes a pooled vector of each prompt as well; this text has none")
         return text
@@ -117,15 +138,33 @@ class StableDiffusionTeacher(TextTeacher):
             raise unknown("sdxl_uncond", sdxl_uncond, SDXL_UNCOND)
         self.xl = len(text_encoders) == 2
         if self.xl != (unet.config.addition_embed_type == "text_time"):
-            raise UserError(f"{spec.name}: a UNet of Stable Diffusion {'1 or 2' if self.xl else 'XL'} with {len(text_encoders)} text encoders")
+            raise UserError(
+                f"{spec.name}: a UNet of Stable Diffusion {'1 or 2' if self.xl else 'XL'} with {len(text_encoders)} text encoders"
+            )
         on = torch.device(device)
-        one = joined_states(text_encoders, tokenizers, on) if self.xl else last_states(text_encoders[0], tokenizers[0], on)
+        one = (
+            joined_states(text_encoders, tokenizers, on)
+            if self.xl
+            else last_states(text_encoders[0], tokenizers[0], on)
+        )
         width = unet.config.cross_attention_dim
         if not isinstance(width, int):
-            raise UserError(f"{spec.name}: a UNet with text of several widths (cross_attention_dim {list(width)}), which d2o does not support")
+            raise UserError(
+                f"{spec.name}: a UNet with text of several widths (cross_attention_dim {list(width)}), which d2o does not support"
+            )
         super().__init__(
-            unet, vae, text_encoders, PromptCache(one, cache_bytes), width, self.xl, scaling_factor, shift_factor, spec, device, dtype,
-        )  # fmt: skip
+            unet,
+            vae,
+            text_encoders,
+            PromptCache(one, cache_bytes),
+            width,
+            self.xl,
+            scaling_factor,
+            shift_factor,
+            spec,
+            device,
+            dtype,
+        )
         self.schedule, self.prediction, self.sdxl_uncond = schedule, check_prediction(prediction), sdxl_uncond
         self._attentions = text_attentions(unet)
         self._given = [GivenText() for _ in self._attentions or []]
@@ -137,7 +176,9 @@ class StableDiffusionTeacher(TextTeacher):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Text | Prepared) -> Tensor:
         text = condition.text if isinstance(condition, Prepared) else condition
-        added = {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(len(condition), -1)} if self.xl else None
+        added = (
+            {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(len(condition), -1)} if self.xl else None
+        )
         x_t = x_t.float()
         with ExitStack() as stack:
             if isinstance(condition, Prepared):
@@ -149,10 +190,14 @@ class StableDiffusionTeacher(TextTeacher):
         return to_data(self.prediction, out, x_t, t, self.schedule)
 
     def prepare(self, condition: Any) -> Any:
-        plain = self.network._compiled_call_impl is not None or self._attentions is None or not isinstance(condition, Text)
+        plain = (
+            self.network._compiled_call_impl is not None or self._attentions is None or not isinstance(condition, Text)
+        )
         return condition if plain else Prepared(condition)
 
-    def guided(self, x_t: Tensor, t: Tensor | float, condition: Condition | Prepared = None, cfg: float = 1.0) -> Tensor:
+    def guided(
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Prepared = None, cfg: float = 1.0
+    ) -> Tensor:
         if cfg == 1.0 or not isinstance(condition, Prepared):
             return super().guided(x_t, t, cast("Condition", condition), cfg)
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))

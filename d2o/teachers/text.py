@@ -41,8 +41,12 @@ class PromptCache:
             raise UserError("no prompts: there is nothing to encode")
         row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         found = [self._get(prompt) for prompt in row]
-        pooled = None if found[0].pooled is None else torch.cat([text.pooled for text in found if text.pooled is not None])
-        return Text(torch.cat([text.states for text in found]), pooled)[torch.tensor([row[prompt] for prompt in prompts])]
+        pooled = (
+            None if found[0].pooled is None else torch.cat([text.pooled for text in found if text.pooled is not None])
+        )
+        return Text(torch.cat([text.states for text in found]), pooled)[
+            torch.tensor([row[prompt] for prompt in prompts])
+        ]
 
     @property
     def empty(self) -> Text:
@@ -108,26 +112,39 @@ def joined_states(encoders: Sequence[nn.Module], tokenizers: Sequence[Any], devi
     """SDXL: the penultimate states of both encoders side by side, [1, 77, D_1 + D_2], and the second one's projected vector."""
 
     def encode(prompt: str) -> Text:
-        found = [penultimate(encoder, tokenizer, prompt, device) for encoder, tokenizer in zip(encoders, tokenizers, strict=True)]
+        found = [
+            penultimate(encoder, tokenizer, prompt, device)
+            for encoder, tokenizer in zip(encoders, tokenizers, strict=True)
+        ]
         return Text(torch.cat([states for states, _ in found], dim=-1), found[-1][1])
 
     return encode
 
 
 def joined_states_and_t5(
-    encoders: Sequence[nn.Module], tokenizers: Sequence[Any], t5: tuple[nn.Module, Any] | None, width: int, length: int, device: torch.device
+    encoders: Sequence[nn.Module],
+    tokenizers: Sequence[Any],
+    t5: tuple[nn.Module, Any] | None,
+    width: int,
+    length: int,
+    device: torch.device,
 ) -> EncodeOne:
     """SD3: both CLIPs' penultimate states side by side, filled up with zeros to `width`, followed by `length` states of T5 (zeros without one):
     [1, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix B.3 and figure 2)."""
 
     def encode(prompt: str) -> Text:
-        clip = [penultimate(encoder, tokenizer, prompt, device) for encoder, tokenizer in zip(encoders, tokenizers, strict=True)]
+        clip = [
+            penultimate(encoder, tokenizer, prompt, device)
+            for encoder, tokenizer in zip(encoders, tokenizers, strict=True)
+        ]
         states = torch.cat([states for states, _ in clip], dim=-1)
         states = F.pad(states, (0, width - states.shape[-1]))
         if t5 is None:
             more = states.new_zeros(1, length, width)
         else:
             more = t5[0](token_ids(t5[1], prompt, length)[0].to(device))[0].float()
-        return Text(torch.cat([states, more], dim=1), torch.cat([pooled for _, pooled in clip if pooled is not None], dim=-1))
+        return Text(
+            torch.cat([states, more], dim=1), torch.cat([pooled for _, pooled in clip if pooled is not None], dim=-1)
+        )
 
     return encode

@@ -26,14 +26,23 @@ class UNet2DTeacher(Teacher):
     schedule: DiscreteSchedule
 
     def __init__(
-        self, unet: Any, schedule: DiscreteSchedule, spec: Spec, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *,
-        prediction: str = "epsilon", clip: float | None = None,
-    ):  # fmt: skip
+        self,
+        unet: Any,
+        schedule: DiscreteSchedule,
+        spec: Spec,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        prediction: str = "epsilon",
+        clip: float | None = None,
+    ):
         super().__init__(unet, replace(spec, guidable=False), device, dtype)
         self.schedule, self.prediction, self.clip = schedule, check_prediction(prediction), clip
         channels, out = unet.config.in_channels, unet.config.out_channels
         if out not in (channels, 2 * channels):
-            raise UserError(f"{spec.name}: a UNet with {channels} input and {out} output channels; expected {channels} or {2 * channels}")
+            raise UserError(
+                f"{spec.name}: a UNet with {channels} input and {out} output channels; expected {channels} or {2 * channels}"
+            )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         x_t = x_t.float()
@@ -45,7 +54,9 @@ class UNet2DTeacher(Teacher):
         """As for any teacher by class, but these networks have no class for "none": UserError where one is asked for."""
         labels = super().check_condition(condition, batch)
         if labels is not None and labels.device.type == "cpu" and labels.numel() and int(labels.min()) < 0:
-            raise UserError(f"{self.spec.name!r} was trained with a class for every image; it has none for 'no class' (-1)")
+            raise UserError(
+                f"{self.spec.name!r} was trained with a class for every image; it has none for 'no class' (-1)"
+            )
         return labels
 
     @property
@@ -53,5 +64,7 @@ class UNet2DTeacher(Teacher):
         """sha256 over all that samples depend on: the weights, the schedule, the kind of prediction, the clipping."""
         if not hasattr(self, "_fingerprint"):
             settings = {f"schedule.{self.prediction}.clip={self.clip}": self.schedule.alphas_cumprod}
-            self._fingerprint = tensors_sha256({f"network.{key}": value for key, value in self.network.state_dict().items()} | settings)
+            self._fingerprint = tensors_sha256(
+                {f"network.{key}": value for key, value in self.network.state_dict().items()} | settings
+            )
         return self._fingerprint

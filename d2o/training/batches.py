@@ -26,9 +26,24 @@ class Batches:
     The next batch is read by a thread while the current one is computed.
     """
 
-    def __init__(self, source: ImageSet | LatentSet | PairStore | None, batch: int, seed: int, share: tuple[int, int], device: torch.device,
-                 indices: Tensor | None = None, xflip: bool = False):  # fmt: skip
-        self.source, self.batch, self.seed, self.share, self.device, self.xflip = source, batch, seed, share, device, xflip
+    def __init__(
+        self,
+        source: ImageSet | LatentSet | PairStore | None,
+        batch: int,
+        seed: int,
+        share: tuple[int, int],
+        device: torch.device,
+        indices: Tensor | None = None,
+        xflip: bool = False,
+    ):
+        self.source, self.batch, self.seed, self.share, self.device, self.xflip = (
+            source,
+            batch,
+            seed,
+            share,
+            device,
+            xflip,
+        )
         self.indices = torch.arange(len(source)) if indices is None and source is not None else indices
         self.epochs: dict[int, np.ndarray] = {}
         self.ahead: tuple[int, Future[Batch]] | None = None
@@ -40,7 +55,9 @@ class Batches:
             return Batch()
         # The first batch is read here, not in the thread: what a source prepares once may run in parallel, and a second set of OpenMP threads,
         # once started, slows every parallel operation of this process down to the end (measured: by a third).
-        batch = self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
+        batch = (
+            self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
+        )
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
         parts = (batch.labels, batch.noise, batch.target, batch.images)
         labels, noise, target, images = (None if t is None else t.to(self.device, non_blocking=True) for t in parts)
@@ -70,7 +87,9 @@ class Batches:
             noise, labels, target = self.source.batch(index)
             return Batch(labels=labels, noise=noise, target=target)
         assert self.source is not None
-        return Batch(images=self.source.images(index), labels=None if self.source.labels is None else self.source.labels[index])
+        return Batch(
+            images=self.source.images(index), labels=None if self.source.labels is None else self.source.labels[index]
+        )
 
     def finish(self, iteration: int, images: Tensor) -> Tensor:
         """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`. Stored latents stay as they are."""

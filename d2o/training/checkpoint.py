@@ -66,7 +66,12 @@ def settle(run: Path, record: dict[str, Any], products: Products) -> list[str]:
 def pack_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's tensors by position of the parameter: `<prefix>/<index>/<key>`."""
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}/{index}/{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items() if value is not None}
+    return {
+        f"{prefix}/{index}/{key}": torch.as_tensor(value)
+        for index, entry in state.items()
+        for key, value in entry.items()
+        if value is not None
+    }
 
 
 def unpack_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -79,7 +84,11 @@ def unpack_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dic
 
 
 def save_state(
-    path: Path, networks: dict[str, nn.Module], ema: nn.Module, optimizers: dict[str, torch.optim.Optimizer], record: dict[str, Any]
+    path: Path,
+    networks: dict[str, nn.Module],
+    ema: nn.Module,
+    optimizers: dict[str, torch.optim.Optimizer],
+    record: dict[str, Any],
 ) -> None:
     """Everything that training continues from; `record` holds the plain values (iteration, best metric, recipe...)."""
     tensors: dict[str, Tensor] = {}
@@ -91,7 +100,9 @@ def save_state(
     save_file(path, tensors, {"format": "d2o", "version": 1, "kind": "state", "d2o": __version__, **record})
 
 
-def load_state(path: Path, networks: dict[str, nn.Module], ema: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
+def load_state(
+    path: Path, networks: dict[str, nn.Module], ema: nn.Module, optimizers: dict[str, torch.optim.Optimizer]
+) -> dict[str, Any]:
     """Undo `save_state`; returns the record. UserError when the file is not a training state or does not fit."""
     tensors, record = load_file(path)
     if record.get("kind") != "state":

@@ -51,7 +51,9 @@ def pick_device(name: str | None) -> torch.device:
     hint = f"usable here: {', '.join(here)}"
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not (index.isascii() and index.isdigit())):
-        raise UserError(f"--device {name}: no device of d2o's; it knows {', '.join(DEVICES)}, and cuda:N for one of several", hint)
+        raise UserError(
+            f"--device {name}: no device of d2o's; it knows {', '.join(DEVICES)}, and cuda:N for one of several", hint
+        )
     if not any(usable.partition(":")[0] == kind for usable in here):
         raise UserError(f"--device {name}: this torch ({torch.__version__}) finds no {kind.upper()} device", hint)
     number = int(index) if index else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0

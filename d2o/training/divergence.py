@@ -19,7 +19,9 @@ DOUBT = 10
 BAD = "bad_step"
 """Scalar of an iteration: 1 where the gradients of one of its updates were not finite."""
 
-HINT = "lower optim.lr (optim_critic.lr), lengthen optim.warmup or set optim.clip_norm, and start anew with another --out"
+HINT = (
+    "lower optim.lr (optim_critic.lr), lengthen optim.warmup or set optim.clip_norm, and start anew with another --out"
+)
 
 
 class Divergence:

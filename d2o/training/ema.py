@@ -12,7 +12,9 @@ class EMA:
     """beta per update, of which the loop makes one an iteration: `decay` as it is, or 0.5^(batch / h) with h = min(half_life, ramp * images
     seen) (Karras et al. 2022, appendix F.2); with neither, the copy follows the weights at once. Buffers are copied."""
 
-    def __init__(self, network: nn.Module, half_life: float | None = None, decay: float | None = None, ramp: float | None = 0.05):
+    def __init__(
+        self, network: nn.Module, half_life: float | None = None, decay: float | None = None, ramp: float | None = 0.05
+    ):
         self.half_life, self.decay, self.ramp = half_life, decay, ramp
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
 

@@ -31,7 +31,9 @@ def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None
     e = recipe.eval
     if e is None or e.extractor is None:
         return None
-    return FrechetEvaluator(e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None)
+    return FrechetEvaluator(
+        e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None
+    )
 
 
 def times(recipe: Any) -> int:
@@ -45,8 +47,10 @@ def cost(recipe: Any, nfe: int) -> str:
     how = f"protocol {e.protocol}, " if e.protocol else ""
     reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
-    return (f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
-            f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}")  # fmt: skip
+    return (
+        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
+        f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}"
+    )
 
 
 def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
@@ -54,14 +58,25 @@ def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
     if now is None:
         return True
     rest = {"every", "batch"}
-    return before is not None and all(value == before.get(key) for key, value in now.model_dump().items() if key not in rest)
+    return before is not None and all(
+        value == before.get(key) for key, value in now.model_dump().items() if key not in rest
+    )
 
 
 class Evaluation:
     """Scores of a run, measured again and again."""
 
-    def __init__(self, recipe: Any, method: Method, folder: Path, device: torch.device, rank: int, world: int, say: Say):
-        self.recipe, self.method, self.work, self.device, self.rank, self.world = recipe, method, folder / "evaluation", device, rank, world
+    def __init__(
+        self, recipe: Any, method: Method, folder: Path, device: torch.device, rank: int, world: int, say: Say
+    ):
+        self.recipe, self.method, self.work, self.device, self.rank, self.world = (
+            recipe,
+            method,
+            folder / "evaluation",
+            device,
+            rank,
+            world,
+        )
         self.say, self.told, self.spec = say, False, method.spec()
 
     def check(self) -> None:
@@ -70,9 +85,14 @@ class Evaluation:
         if e is None:
             return
         if e.metric == "fd" and (evaluator is None or self.spec is None):
-            raise UserError(f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance")
+            raise UserError(
+                f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance"
+            )
         if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
-            raise UserError(f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy", "eval.metric: fd measures it")
+            raise UserError(
+                f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy",
+                "eval.metric: fd measures it",
+            )
         if evaluator is not None and self.spec is not None:
             evaluator.check(self.spec)
 
@@ -80,7 +100,9 @@ class Evaluation:
         """Say what is measured and how much that is."""
         if self.recipe.eval is None or self.recipe.eval.extractor is None or self.spec is None:
             return
-        self.say(cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else ""))
+        self.say(
+            cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else "")
+        )
 
     def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
         """Numbers about the product; all processes call this, the first one gets them. UserError: not the metric that the recipe asks for."""
@@ -90,7 +112,9 @@ class Evaluation:
             return {}
         scores = {**self.method.validate(product), **found}
         if e.metric not in scores:
-            raise UserError(f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}")
+            raise UserError(
+                f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}"
+            )
         if not self.told:
             self.told, left = True, times(self.recipe) - (iteration * self.recipe.batch // e.every)
             seconds = time.perf_counter() - started
@@ -108,7 +132,9 @@ class Evaluation:
             return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
         distributed.barrier(self.world)
         place = Workplace(self.work)
-        found = evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}")
+        found = evaluator.score(
+            generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}"
+        )
         distributed.barrier(self.world)
         if self.rank == 0:
             discard(self.work)

@@ -44,8 +44,17 @@ class Trainer:
     same bytes as one that was never interrupted.
     """
 
-    def __init__(self, recipe: Any, setup: Setup, folder: Path, rank: int = 0, world: int = 1, start: Path | None = None,
-                 provenance: list[dict] | None = None, say: Say = lambda message: None):  # fmt: skip
+    def __init__(
+        self,
+        recipe: Any,
+        setup: Setup,
+        folder: Path,
+        rank: int = 0,
+        world: int = 1,
+        start: Path | None = None,
+        provenance: list[dict] | None = None,
+        say: Say = lambda message: None,
+    ):
         self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, setup.device
         self.setup, self.start, self.provenance = setup, str(start) if start else None, provenance or []
         self.say = say
@@ -65,9 +74,14 @@ class Trainer:
             for net in (*self.networks.values(), *self.states.values(), *frozen):
                 to_channels_last(net)
         self.ema = EMA(self.networks[self.method.product], recipe.ema.half_life, recipe.ema.decay, recipe.ema.ramp)
-        given = {name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim for name in self.networks}
+        given = {
+            name: recipe.optim if name == self.method.product else recipe.optim_critic or recipe.optim
+            for name in self.networks
+        }
         self.options = {name: self.method.optim(name, options) for name, options in given.items()}
-        self.parameters = {name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()}
+        self.parameters = {
+            name: [p for p in net.parameters() if p.requires_grad] for name, net in self.networks.items()
+        }
         self.optimizers = {name: build_optimizer(self.parameters[name], self.options[name]) for name in self.networks}
         self.guards = {name: GradientGuard(recipe.bad_gradients, self.device) for name in self.networks}
         self.loss_scale = LossScale(recipe.precision)
@@ -76,7 +90,9 @@ class Trainer:
                 net.compile()
         source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.needs(setup.options)]
         flip = bool(recipe.data and recipe.data.xflip)
-        self.batches = Batches(source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip)
+        self.batches = Batches(
+            source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip
+        )
         self.iterations = -(-recipe.images // recipe.batch)
         self.iteration = 0  # done so far
         self.best: dict[str, Any] | None = None
@@ -95,7 +111,10 @@ class Trainer:
         start, stop = self.local
         seed = mix(self.recipe.seed, "draws", self.iteration, *([turn] if turn else []))
         for begin in range(0, stop - start, self.micro):
-            yield batch.part(begin, begin + self.micro), Draws(seed, start + begin, self.micro, self.recipe.batch, self.device)
+            yield (
+                batch.part(begin, begin + self.micro),
+                Draws(seed, start + begin, self.micro, self.recipe.batch, self.device),
+            )
 
     def backward(self, loss: Tensor) -> None:
         self.loss_scale.scaled(loss * (self.micro / (self.local[1] - self.local[0]))).backward()
@@ -146,7 +165,11 @@ class Trainer:
         if self.iteration >= self.iterations:
             return
         recipe = self.recipe
-        log = tracked(RunLog(self.folder, self.iteration, self.images), recipe, self.folder, self.say) if self.rank == 0 else None
+        log = (
+            tracked(RunLog(self.folder, self.iteration, self.images), recipe, self.folder, self.say)
+            if self.rank == 0
+            else None
+        )
         preview = self.make_preview() if self.rank == 0 else None
         half = autocast(recipe.precision, self.device)
         clock, since = time.perf_counter(), self.iteration
@@ -182,9 +205,17 @@ class Trainer:
                     if log and regular:
                         verdict: dict[str, Any] = {"watch": self.watch.verdict} if self.watch.verdict else {}
                         verdict |= {"loss_scale": self.loss_scale.scale} if self.loss_scale.on else {}
-                        log.write(self.iteration, images, **values, **verdict, lr=self.rate(), images_per_s=round(speed, 1))
-                    shown = {**{key: value for key, value in values.items() if not key.startswith("grad_")}, **self.scores}
-                    progress(images, "  ".join([*(f"{key} {value:.4g}" for key, value in shown.items()), self.watch.brief]).rstrip())
+                        log.write(
+                            self.iteration, images, **values, **verdict, lr=self.rate(), images_per_s=round(speed, 1)
+                        )
+                    shown = {
+                        **{key: value for key, value in values.items() if not key.startswith("grad_")},
+                        **self.scores,
+                    }
+                    progress(
+                        images,
+                        "  ".join([*(f"{key} {value:.4g}" for key, value in shown.items()), self.watch.brief]).rstrip(),
+                    )
                     clock, since = time.perf_counter(), self.iteration
                     self.divergence.check(self.iteration, last, recipe.bad_gradients, self.saved)
                 if recipe.eval and (self.due(recipe.eval.every) or last):
@@ -198,7 +229,11 @@ class Trainer:
                         log.sync()
                     saving.save(self, images, numbered=regular)  # a whole run has no number for a signal
                 if stopping and not last:
-                    raise Stopped(f"stopped after {images:,} images, saved", stop.received or 2, "`--resume` with the same command continues")
+                    raise Stopped(
+                        f"stopped after {images:,} images, saved",
+                        stop.received or 2,
+                        "`--resume` with the same command continues",
+                    )
         finally:
             self.batches.close()
             if log:
@@ -246,13 +281,18 @@ class Trainer:
     def evaluate(self, log: RunLog | None, images: int) -> None:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved that knows of it."""
         check_finite({"the average": self.ema.network}, self.iteration, self.saved)
-        scores, metric = self.evaluation.scores(self.ema.network, self.generate, self.iteration), self.recipe.eval.metric
+        scores, metric = (
+            self.evaluation.scores(self.ema.network, self.generate, self.iteration),
+            self.recipe.eval.metric,
+        )
         if self.rank == 0:
             if log:
                 log.write(self.iteration, images, eval=scores)
             self.scores = scores
             sign = -1 if metric in HIGHER_IS_BETTER else 1
-            if math.isfinite(scores[metric]) and (self.best is None or sign * scores[metric] < sign * self.best[metric]):
+            if math.isfinite(scores[metric]) and (
+                self.best is None or sign * scores[metric] < sign * self.best[metric]
+            ):
                 self.best = {**scores, "iteration": self.iteration, "images": images}
                 saving.put_product(self, "best", images)
         distributed.barrier(self.world)

@@ -20,10 +20,21 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 class Preview:
     """Left: the teacher's samples from these noises (or real images where there is no teacher); right: the product's."""
 
-    def __init__(self, folder: Path, spec: Spec, count: int, teacher: Teacher | None, images: ImageSet | None, steps: int, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        spec: Spec,
+        count: int,
+        teacher: Teacher | None,
+        images: ImageSet | None,
+        steps: int,
+        device: torch.device,
+    ):
         self.folder = folder
         if spec.classes:
-            count = max(count // spec.classes * spec.classes, min(count, spec.classes))  # as many of each class, if there is room for all
+            count = max(
+                count // spec.classes * spec.classes, min(count, spec.classes)
+            )  # as many of each class, if there is room for all
         noise, labels = noise_and_labels(range(PREVIEW_SEED, PREVIEW_SEED + count), spec.shape, spec.classes)
         if spec.classes:
             labels = (torch.arange(count) * spec.classes) // max(count, 1)  # class by class, so that the rows read well
@@ -32,7 +43,10 @@ class Preview:
         self.left: tuple[str, Tensor] | None = None
         self.who = "network" if teacher is None else "student"
         if teacher is not None:
-            self.left = f"teacher, {steps} steps of heun", to_uint8(teacher.decode(teacher.sample(self.noise, self.labels, "heun", steps))).cpu()
+            self.left = (
+                f"teacher, {steps} steps of heun",
+                to_uint8(teacher.decode(teacher.sample(self.noise, self.labels, "heun", steps))).cpu(),
+            )
         elif images is not None:
             self.left = "real images", images.images(_matching(images, self.labels, count)).cpu()
 
@@ -41,7 +55,9 @@ class Preview:
         right = f"{self.who} after {images_seen:,} images", to_uint8(generate(self.noise, self.labels)).cpu()
         path = self.folder / f"{images_seen:09d}.png"
         with atomic_path(path) as temporary:
-            draw_sheet([self.left, right] if self.left is not None else [right], self.layout).save(temporary, format="PNG")
+            draw_sheet([self.left, right] if self.left is not None else [right], self.layout).save(
+                temporary, format="PNG"
+            )
         return path
 
 

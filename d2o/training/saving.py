@@ -65,10 +65,16 @@ def save(t: Trainer, images: int, numbered: bool) -> None:
             put_product(t, snapshot(images), images)
         t.products.keep(t.recipe.checkpoint.keep)
         record: dict[str, Any] = {
-            "iteration": t.iteration, "images": images, "best": t.best, "scores": t.scores, "bad_gradients": bad,
-            "products": t.products.digests, "recipe": t.recipe.resolved(), "start": t.start,
+            "iteration": t.iteration,
+            "images": images,
+            "best": t.best,
+            "scores": t.scores,
+            "bad_gradients": bad,
+            "products": t.products.digests,
+            "recipe": t.recipe.resolved(),
+            "start": t.start,
             **t.loss_scale.record(),
-        }  # fmt: skip
+        }
         if rows:
             record["since"] = [list(row.items()) for row in rows]  # pairs: the record sorts names, the log does not
         if t.watch.started:
@@ -91,8 +97,15 @@ def put_product(t: Trainer, name: str, images: int) -> None:
     data = None if source is None else source.fingerprint
     made = {"method": t.recipe.method, "recipe": t.recipe.name, "images": images, "data": data}
     meta = checkpoint_meta(
-        described.pop("kind"), described.pop("network"), described.pop("spec", None), **described,
-        recipe=t.recipe.resolved(), teacher=made_from, metrics=t.scores, images=images, provenance=[*t.provenance, made],
-    )  # fmt: skip
+        described.pop("kind"),
+        described.pop("network"),
+        described.pop("spec", None),
+        **described,
+        recipe=t.recipe.resolved(),
+        teacher=made_from,
+        metrics=t.scores,
+        images=images,
+        provenance=[*t.provenance, made],
+    )
     network = t.ema.network
     t.products.put(name, (network.network if isinstance(network, Student) else network).state_dict(), meta)

@@ -48,7 +48,9 @@ def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
     """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is at the path; UserError as
     `open_set`, or: the method takes no stored latents."""
     try:
-        found = open_set(data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit)
+        found = open_set(
+            data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit
+        )
     except MissingImages as error:
         about = "" if data.get is None else GET.get(data.get, data.get).strip() + "\n"
         raise MissingImages(error.message, about + error.hint) from error
@@ -56,7 +58,10 @@ def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
         if not method.stored_latents:
             raise UserError(f"{found.name} holds stored latents, and this method takes images")
         if data.xflip:
-            raise UserError("data.xflip: stored latents are not mirrored: the latent of a mirrored image is another", "store both when encoding")
+            raise UserError(
+                "data.xflip: stored latents are not mirrored: the latent of a mirrored image is another",
+                "store both when encoding",
+            )
     return found
 
 
@@ -66,21 +71,39 @@ def licence_of(recipe: Any) -> str:
 
 
 def prepare(
-    recipe: Any, device: torch.device, start: str | Path | None, say: Report, progress: Callable[[int, int, str], None], stop: StopFlag
+    recipe: Any,
+    device: torch.device,
+    start: str | Path | None,
+    say: Report,
+    progress: Callable[[int, int, str], None],
+    stop: StopFlag,
 ) -> Setup:
     """Load, check and where needed make what the recipe names. UserError for whatever is missing or does not fit: first what is found out from
     names and local files, then what may have to be fetched."""
     method = get_method(recipe.method)
-    setup = Setup(recipe.options, network=recipe.network, student=recipe.student, device=device, name=recipe.name, seed=recipe.seed,
-                  batch=recipe.batch, licence=licence_of(recipe))  # fmt: skip
+    setup = Setup(
+        recipe.options,
+        network=recipe.network,
+        student=recipe.student,
+        device=device,
+        name=recipe.name,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        licence=licence_of(recipe),
+    )
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
-        raise UserError(f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`", "d2o teachers lists some")
+        raise UserError(
+            f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`",
+            "d2o teachers lists some",
+        )
     if recipe.teacher is not None and (kind := look(recipe.teacher)) is not None:
         check_kind(recipe.method, kind)
     if needs == "images":
         if recipe.data is None:
-            raise UserError(f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe")
+            raise UserError(
+                f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe"
+            )
         setup.images = open_data(recipe.data, method)
         for note in setup.images.notes:
             say(f"{recipe.data.path}: {note}")
@@ -100,8 +123,12 @@ def prepare(
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
         try_out(recipe, setup)
-        compute = Compute(p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last)
-        setup.pairs = make_pairs(pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop)
+        compute = Compute(
+            p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
+        )
+        setup.pairs = make_pairs(
+            pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop
+        )
     return setup
 
 

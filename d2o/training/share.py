@@ -30,7 +30,9 @@ def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int],
     if micro % together:
         what = f"method {recipe.method} takes {together} samples in a row together"
         if recipe.micro_batch is not None and micro == recipe.micro_batch:
-            raise UserError(f"micro_batch: {what}, and {micro} is no multiple of it", "give a multiple, or leave micro_batch away")
+            raise UserError(
+                f"micro_batch: {what}, and {micro} is no multiple of it", "give a multiple, or leave micro_batch away"
+            )
         share = f"each of {world} processes has {size}" if world > 1 else f"the batch has {size}"
         raise UserError(f"batch: {what}, and {share}", "take fewer processes, or another batch" if world > 1 else "")
     return (rank * size, (rank + 1) * size), micro
@@ -40,6 +42,9 @@ def checkpointed(recipe: Any, networks: Mapping[str, nn.Module], teacher: Teache
     """Let those of the networks that can do it recompute their activations; the teacher too, as some methods take gradients through it.
     UserError: none of the networks can."""
     if not any([set_checkpointing(network, True) for network in networks.values()]):
-        raise UserError(f"checkpointing: none of the networks of method {recipe.method} can recompute its activations", "leave it away")
+        raise UserError(
+            f"checkpointing: none of the networks of method {recipe.method} can recompute its activations",
+            "leave it away",
+        )
     if teacher is not None and isinstance(teacher.network, nn.Module):
         set_checkpointing(teacher.network, True)

@@ -30,7 +30,10 @@ def settle_threads(trainer: Trainer) -> None:
     if recipe.threads == AUTO:
         most = torch.get_num_threads()
         if trainer.world > 1:
-            threads, why = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world))), "this process's share of the cores"
+            threads, why = (
+                max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world))),
+                "this process's share of the cores",
+            )
         elif trainer.device.type != "cpu" or most == 1:
             threads, why = most, "as torch has it"
         else:
@@ -78,13 +81,15 @@ def _cores() -> int:
 def _state(trainer: Trainer) -> dict[str, Any]:
     """All that an iteration changes: what a training state holds (see `saving.save`)."""
     modules = {**trainer.networks, **trainer.states}
-    return copy.deepcopy({
-        "modules": {name: module.state_dict() for name, module in modules.items()},
-        "ema": trainer.ema.network.state_dict(),
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()},
-        "guards": trainer.guards,
-        "loss_scale": trainer.loss_scale,
-    })  # fmt: skip
+    return copy.deepcopy(
+        {
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "ema": trainer.ema.network.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()},
+            "guards": trainer.guards,
+            "loss_scale": trainer.loss_scale,
+        }
+    )
 
 
 def _restore(trainer: Trainer, state: dict[str, Any]) -> None:

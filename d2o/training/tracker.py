@@ -53,7 +53,10 @@ def tracked(log: Any, recipe: Any, folder: Path, say: Callable[[str], None]) -> 
     except UserError:
         raise
     except Exception as error:  # whatever these packages raise: no account, no server, a run that was deleted there
-        ways = {"wandb": "`wandb login`, or WANDB_MODE=offline", "mlflow": "tracker.uri names the server, or sqlite:///FILE.db"}[name]
+        ways = {
+            "wandb": "`wandb login`, or WANDB_MODE=offline",
+            "mlflow": "tracker.uri names the server, or sqlite:///FILE.db",
+        }[name]
         what = f"tracker {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
         raise UserError(what, f"{ways}; --set tracker=null trains without it") from error
     if service.id != known:
@@ -91,14 +94,23 @@ class _Tracked:
             call()
         except Exception as error:
             self._alive = False
-            self._say(f"tracker {self._name} is given up ({' '.join(str(error).split())[:200]}); metrics.jsonl holds everything")
+            self._say(
+                f"tracker {self._name} is given up ({' '.join(str(error).split())[:200]}); metrics.jsonl holds everything"
+            )
 
 
 class _Wandb:
     def __init__(self, wandb: Any, recipe: Any, folder: Path, known: str | None):
         settings = wandb.Settings(base_url=recipe.tracker.uri) if recipe.tracker.uri else None
-        self.run = wandb.init(project=recipe.tracker.project, name=recipe.tracker.run or recipe.name, id=known, resume="allow", dir=str(folder),
-                              config=recipe.resolved(), settings=settings)  # fmt: skip
+        self.run = wandb.init(
+            project=recipe.tracker.project,
+            name=recipe.tracker.run or recipe.name,
+            id=known,
+            resume="allow",
+            dir=str(folder),
+            config=recipe.resolved(),
+            settings=settings,
+        )
         self.id: str = self.run.id
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -114,7 +126,9 @@ class _Mlflow:
         self.sent: dict[str, int] = {}
         if known is None:
             found = self.client.get_experiment_by_name(recipe.tracker.project)
-            experiment = found.experiment_id if found is not None else self.client.create_experiment(recipe.tracker.project)
+            experiment = (
+                found.experiment_id if found is not None else self.client.create_experiment(recipe.tracker.project)
+            )
             run = self.client.create_run(experiment, run_name=recipe.tracker.run or recipe.name)
             for key, value in _flat(recipe.resolved()).items():
                 self.client.log_param(run.info.run_id, key, value)
@@ -142,9 +156,14 @@ def _package(name: str) -> Any:
     try:
         module = import_module(name)
     except ImportError as error:
-        raise UserError(f"tracker {name} needs the package {name!r}, which is not there ({error})", f"pip install 'd2o[{name}]'") from error
+        raise UserError(
+            f"tracker {name} needs the package {name!r}, which is not there ({error})", f"pip install 'd2o[{name}]'"
+        ) from error
     if not hasattr(module, _NEEDED[name]):
-        raise UserError(f"tracker {name} needs the package {name!r}; there is only a folder of that name", f"pip install 'd2o[{name}]'")
+        raise UserError(
+            f"tracker {name} needs the package {name!r}; there is only a folder of that name",
+            f"pip install 'd2o[{name}]'",
+        )
     return module
 
 
@@ -155,9 +174,13 @@ def _recorded(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}", "remove it: the log goes on as a new run of the tracker") from error
+        raise UserError(
+            f"cannot read {path}: {error}", "remove it: the log goes on as a new run of the tracker"
+        ) from error
     if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
-        raise UserError(f"{path} is not a record of tracked runs", "remove it: the log goes on as a new run of the tracker")
+        raise UserError(
+            f"{path} is not a record of tracked runs", "remove it: the log goes on as a new run of the tracker"
+        )
     return record
 
 
@@ -165,5 +188,7 @@ def _flat(settings: dict[str, Any], before: str = "") -> dict[str, str]:
     """Nested settings as `a.b`: text, of at most the length that MLflow keeps."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": json.dumps(value)[:500]}
+        flat |= (
+            _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": json.dumps(value)[:500]}
+        )
     return flat

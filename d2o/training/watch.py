@@ -58,7 +58,13 @@ class Fault:
 
 FAULTS = (
     Fault("losses not finite", "not_finite", 0.5, 0.4, ""),
-    Fault("collapse", "diversity", COLLAPSED, 1.2 * COLLAPSED, "fakes of a batch differ {value} times as much as real ones"),
+    Fault(
+        "collapse",
+        "diversity",
+        COLLAPSED,
+        1.2 * COLLAPSED,
+        "fakes of a batch differ {value} times as much as real ones",
+    ),
     Fault("fakes out of range", "diversity", BURST, 0.8 * BURST, "they differ {value} times as much as real images"),
     Fault("critic saturated", "loss_d", SATURATED, 2 * SATURATED, "(loss_d {value})"),
     Fault("critic diverges", "loss_d", MISTAKEN, 0.8 * MISTAKEN, "it does worse than guessing (loss_d {value})"),
@@ -74,7 +80,14 @@ class Watch:
     """
 
     def __init__(self, state: dict[str, Any] | None = None):
-        self.state: dict[str, Any] = state or {"lines": 0, "recent": {}, "norms": {}, "bad": {}, "was": None, "times": 0}
+        self.state: dict[str, Any] = state or {
+            "lines": 0,
+            "recent": {},
+            "norms": {},
+            "bad": {},
+            "was": None,
+            "times": 0,
+        }
 
     @staticmethod
     def applies(keys: Iterable[str]) -> bool:
@@ -89,7 +102,11 @@ class Watch:
         if not self.applies(values):
             return
         numbers = {key: float(f"{value:.6g}") for key, value in values.items()}
-        seen: dict[str, float] = {"not_finite": float(not all(math.isfinite(v) for k, v in numbers.items() if k.startswith(("loss", "grad_"))))}
+        seen: dict[str, float] = {
+            "not_finite": float(
+                not all(math.isfinite(v) for k, v in numbers.items() if k.startswith(("loss", "grad_")))
+            )
+        }
         for key, value in numbers.items():
             if math.isfinite(value):
                 if key.startswith("grad_"):
@@ -160,11 +177,20 @@ class Watch:
 
     def _now(self) -> list[tuple[Fault, dict[str, Any]]]:
         bad = self.state["bad"]
-        return sorted(((fault, bad[fault.name]) for fault in self._faults() if fault.name in bad), key=lambda pair: pair[1]["since"])
+        return sorted(
+            ((fault, bad[fault.name]) for fault in self._faults() if fault.name in bad),
+            key=lambda pair: pair[1]["since"],
+        )
 
 
 def _explosion(key: str) -> Fault:
-    return Fault(f"gradients of {key.removeprefix('grad_')} explode", key, EXPLODED, 0.5 * EXPLODED, "{value} times their median before")
+    return Fault(
+        f"gradients of {key.removeprefix('grad_')} explode",
+        key,
+        EXPLODED,
+        0.5 * EXPLODED,
+        "{value} times their median before",
+    )
 
 
 def _short(value: float) -> str:

@@ -42,8 +42,10 @@ def test_a_strength_of_another_kind_does_nothing(kind):
         "blit": {"flip", "turns", "shift"},
         "geom": {"scale", "before", "stretch", "behind", "move"},
         "color": {"brightness", "contrast", "luma_flip", "hue", "saturation"},
-        "filter": {"bands"}, "noise": {"noise"}, "cutout": {"cut"},
-    }[kind]  # fmt: skip
+        "filter": {"bands"},
+        "noise": {"noise"},
+        "cutout": {"cut"},
+    }[kind]
     assert done - {"centre"} == mine
 
 
@@ -57,18 +59,37 @@ def moments(x):
 def test_distributions_at_p_1():
     s = sample(torch.tensor(1.0), *drawn(N))
     near = {"abs": 0.02, "rel": 0.02}
-    assert s.flip.mean().item() == pytest.approx(0.5, abs=0.01) and s.luma_flip.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert s.flip.mean().item() == pytest.approx(0.5, abs=0.01) and s.luma_flip.mean().item() == pytest.approx(
+        0.5, abs=0.01
+    )
     assert torch.bincount(s.turns.long(), minlength=4).div(N).tolist() == pytest.approx([0.25] * 4, abs=0.01)
     assert s.shift.abs().max() <= 0.125 and moments(s.shift) == pytest.approx((0, 0.25 / math.sqrt(12)), abs=0.002)
     for factor, std in ((s.scale, 0.2), (s.stretch, 0.2), (s.contrast, 0.5), (s.saturation, 1.0)):
         assert moments(factor.log2()) == pytest.approx((0, std), **near)
     for angle in (s.before, s.behind, s.hue):
-        assert angle.abs().max() <= math.pi + 1e-6 and moments(angle) == pytest.approx((0, math.pi / math.sqrt(3)), abs=0.03)
-    assert moments(s.move) == pytest.approx((0, 0.125), abs=0.002) and moments(s.brightness) == pytest.approx((0, 0.2), abs=0.004)
+        assert angle.abs().max() <= math.pi + 1e-6 and moments(angle) == pytest.approx(
+            (0, math.pi / math.sqrt(3)), abs=0.03
+        )
+    assert moments(s.move) == pytest.approx((0, 0.125), abs=0.002) and moments(s.brightness) == pytest.approx(
+        (0, 0.2), abs=0.004
+    )
     assert s.noise.min() >= 0 and s.noise.square().mean().sqrt().item() == pytest.approx(0.1, abs=0.002)
     assert s.noise.mean().item() == pytest.approx(0.1 * math.sqrt(2 / math.pi), abs=0.002)
     assert torch.equal(s.cut, torch.ones(N)) and moments(s.centre) == pytest.approx((0.5, 1 / math.sqrt(12)), abs=0.005)
-    both = torch.stack([s.scale.log2(), s.stretch.log2(), s.before, s.behind, s.hue, *s.move.T, *s.shift.T, s.brightness, s.contrast.log2(), s.noise])
+    both = torch.stack(
+        [
+            s.scale.log2(),
+            s.stretch.log2(),
+            s.before,
+            s.behind,
+            s.hue,
+            *s.move.T,
+            *s.shift.T,
+            s.brightness,
+            s.contrast.log2(),
+            s.noise,
+        ]
+    )
     assert (torch.corrcoef(both) - torch.eye(len(both))).abs().max() < 0.03  # independent of each other
 
 
@@ -88,11 +109,23 @@ def test_each_transform_happens_with_probability_p():
     p = 0.3
     s = sample(torch.tensor(p), *drawn(N))
     for changed, expected in (
-        (s.flip != 0, p / 2), (s.turns != 0, p * 3 / 4), ((s.shift != 0).any(1), p), (s.scale != 1, p), (s.stretch != 1, p),
-        (s.before != 0, p_rotation(torch.tensor(p)).item()), ((s.before != 0) | (s.behind != 0), p), ((s.move != 0).any(1), p),
-        (s.brightness != 0, p), (s.contrast != 1, p), (s.luma_flip != 0, p / 2), (s.hue != 0, p), (s.saturation != 1, p),
-        ((s.bands != 1).any(1), 1 - (1 - p) ** 4), (s.noise != 0, p), (s.cut != 0, p),
-    ):  # fmt: skip
+        (s.flip != 0, p / 2),
+        (s.turns != 0, p * 3 / 4),
+        ((s.shift != 0).any(1), p),
+        (s.scale != 1, p),
+        (s.stretch != 1, p),
+        (s.before != 0, p_rotation(torch.tensor(p)).item()),
+        ((s.before != 0) | (s.behind != 0), p),
+        ((s.move != 0).any(1), p),
+        (s.brightness != 0, p),
+        (s.contrast != 1, p),
+        (s.luma_flip != 0, p / 2),
+        (s.hue != 0, p),
+        (s.saturation != 1, p),
+        ((s.bands != 1).any(1), 1 - (1 - p) ** 4),
+        (s.noise != 0, p),
+        (s.cut != 0, p),
+    ):
         assert changed.float().mean().item() == pytest.approx(expected, abs=0.01)
     assert p_rotation(torch.tensor(0.5)).item() == pytest.approx(0.2929, abs=1e-4)
     assert p_rotation(torch.tensor(1.0)).item() == 1 and p_rotation(torch.tensor(0.0)).item() == 0
@@ -103,8 +136,15 @@ def test_images_without_a_transform_stay_as_they_are_beside_others():
     y = pipe(x, torch.tensor(0.1), *drawn(256))
     s = sample(0.1, *drawn(256))
     neutral = Strengths.neutral(256)
-    untouched = torch.stack([(getattr(s, f.name) == getattr(neutral, f.name)).flatten(1).all(1) if getattr(s, f.name).ndim > 1
-                             else getattr(s, f.name) == getattr(neutral, f.name) for f in fields(s) if f.name != "centre"]).all(0)  # fmt: skip
+    untouched = torch.stack(
+        [
+            (getattr(s, f.name) == getattr(neutral, f.name)).flatten(1).all(1)
+            if getattr(s, f.name).ndim > 1
+            else getattr(s, f.name) == getattr(neutral, f.name)
+            for f in fields(s)
+            if f.name != "centre"
+        ]
+    ).all(0)
     assert 10 < untouched.sum() < 100
     assert torch.equal(y[untouched], x[untouched])
 
@@ -113,7 +153,9 @@ def test_chosen_transforms():
     x, none = images(2), Strengths.neutral(2)
     pipe = AdaPipeline("bgcfnc")
     assert torch.equal(pipe.transform(x, none), x)
-    assert torch.equal(pipe.transform(x, replace(none, flip=torch.tensor([1.0, 0.0]))), torch.stack([x[0].flip(2), x[1]]))
+    assert torch.equal(
+        pipe.transform(x, replace(none, flip=torch.tensor([1.0, 0.0]))), torch.stack([x[0].flip(2), x[1]])
+    )
     assert torch.equal(pipe.transform(x, replace(none, shift=torch.full((2, 2), 0.125)))[..., 2:, 2:], x[..., :-2, :-2])
     half = pipe.transform(x, replace(none, before=torch.full((2,), math.pi)))
     assert (half - x.rot90(2, (2, 3)))[..., 2:-2, 2:-2].abs().mean() < 0.2
@@ -121,7 +163,10 @@ def test_chosen_transforms():
     assert (cut[0, :, 4:12, 4:12] == 0).all() and (cut[0] == 0).sum() == 3 * 64
     assert (cut[1, :, 12:, :4] == 0).all() and (cut[1] == 0).sum() == 3 * 16
     field = torch.randn(2, 3, 16, 16)
-    assert torch.allclose(pipe.transform(x, replace(none, noise=torch.tensor([0.0, 0.5])), field), torch.stack([x[0], x[1] + 0.5 * field[1]]))
+    assert torch.allclose(
+        pipe.transform(x, replace(none, noise=torch.tensor([0.0, 0.5])), field),
+        torch.stack([x[0], x[1] + 0.5 * field[1]]),
+    )
 
 
 def test_percentiles():
@@ -129,7 +174,9 @@ def test_percentiles():
     for name in ("scale", "brightness", "contrast", "saturation", "hue", "noise", "before", "stretch"):
         a, b, c = (getattr(s, name) for s in (low, middle, high))
         assert (a < b).all() and (b < c).all(), name
-    assert torch.allclose(middle.scale, torch.ones(3)) and torch.allclose(high.scale, torch.tensor(2 ** (0.2 * 1.281552)))
+    assert torch.allclose(middle.scale, torch.ones(3)) and torch.allclose(
+        high.scale, torch.tensor(2 ** (0.2 * 1.281552))
+    )
     assert torch.allclose(high.noise, torch.tensor(0.1 * 1.644854), atol=1e-5)
     with pytest.raises(UserError):
         at_percentile(1.0, 3)
@@ -158,7 +205,9 @@ def test_gradients_of_first_and_second_order():
 
 
 def test_gradient_penalty_through_the_pipeline_reaches_the_discriminator():
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Softplus(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.Softplus(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 1)
+    )
     x = images(4, 3, 8).requires_grad_()
     (slope,) = torch.autograd.grad(net(AdaPipeline("bgc")(x, torch.tensor(0.9), *drawn(4))).sum(), x, create_graph=True)
     slope.square().sum().backward()
@@ -224,7 +273,14 @@ def test_controller_moves_by_the_images_seen():
 
 def test_controller_uses_the_mean_over_the_interval_and_stops_at_1():
     c = AdaController(100, interval=2, kimg=1, p0=0.5)
-    for signs, p in (((1.0, 0.1), 0.3), ((1.0, 0.3), 0.5), ((1.0, 1.0), 0.7), ((1.0, 1.0), 0.9), ((1.0, 1.0), 1.0), ((0.6, 0.6), 1.0)):
+    for signs, p in (
+        ((1.0, 0.1), 0.3),
+        ((1.0, 0.3), 0.5),
+        ((1.0, 1.0), 0.7),
+        ((1.0, 1.0), 0.9),
+        ((1.0, 1.0), 1.0),
+        ((0.6, 0.6), 1.0),
+    ):
         before = c.p
         kept = before.clone()
         for sign in signs:

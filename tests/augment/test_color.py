@@ -64,4 +64,6 @@ def test_grey_images_are_rgb_images_with_equal_channels():
     assert torch.allclose(recolored(x, hue=1.0, saturation=3.0), x, atol=1e-6)
     assert torch.allclose(recolored(x, luma_flip=1.0), -x, atol=1e-6)
     some = {"brightness": 0.2, "contrast": 1.7, "luma_flip": 1.0, "hue": -2.0, "saturation": 0.4}
-    assert torch.allclose(recolored(x, **some).expand(-1, 3, -1, -1), recolored(x.expand(-1, 3, -1, -1), **some), atol=1e-6)
+    assert torch.allclose(
+        recolored(x, **some).expand(-1, 3, -1, -1), recolored(x.expand(-1, 3, -1, -1), **some), atol=1e-6
+    )

@@ -37,7 +37,9 @@ def test_shares_and_spreads():
     length = labels[:, 5:7].norm(dim=1)
     assert length[length > 0].square().mean().sqrt().item() == pytest.approx(1, abs=0.12)
     turned = labels[:, 4] != 0
-    assert torch.allclose((labels[turned, 3] + 1) ** 2 + labels[turned, 4] ** 2, torch.ones(int(turned.sum())), atol=1e-5)
+    assert torch.allclose(
+        (labels[turned, 3] + 1) ** 2 + labels[turned, 4] ** 2, torch.ones(int(turned.sum())), atol=1e-5
+    )
 
 
 def script(gates: list[int], uniform: list[float], normal: list[float]):
@@ -51,20 +53,37 @@ def moments(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     size = image.shape[-1]
     at, mass = torch.arange(size) - (size - 1) / 2, image[0, 0].clamp(min=0) / image[0, 0].clamp(min=0).sum()
     mean = torch.stack([(mass.sum(0) * at).sum(), (mass.sum(1) * at).sum()])
-    return mean, torch.stack([(mass.sum(0) * (at - mean[0]) ** 2).sum().sqrt(), (mass.sum(1) * (at - mean[1]) ** 2).sum().sqrt()])
+    return mean, torch.stack(
+        [(mass.sum(0) * (at - mean[0]) ** 2).sum().sqrt(), (mass.sum(1) * (at - mean[1]) ** 2).sum().sqrt()]
+    )
 
 
 PLAIN = [0.9, 0.9, 0.5, 0.5, 0.9]  # no flips, angle 0, direction 0
 
 
-@pytest.mark.parametrize(("gates", "uniform", "normal", "label", "centre"), [
-    ([0, 0, 0, 0, 1], PLAIN, [0, 0, 1.0, -0.5], [0, 0, 0, 0, 0, 0, 0, 1.0, -0.5], (2 + 4, -1 - 2)),
-    ([0, 1, 0, 0, 0], PLAIN, [1.5, 0, 0, 0], [0, 0, 1.5, 0, 0, 0, 0, 0, 0], (2 * 2**0.3, -(2**0.3))),
-    ([0, 0, 1, 0, 0], [0.9, 0.9, 0.75, 0.5, 0.9], [0, 0, 0, 0], [0, 0, 0, -1, 1, 0, 0, 0, 0], (-1, -2)),  # a quarter, counter-clockwise as seen
-    ([1, 0, 0, 0, 0], [0.1, 0.1, 0.5, 0.5, 0.9], [0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0], (-2, 1)),
-    ([0, 0, 0, 1, 0], PLAIN, [0, 1.5, 0, 0], [0, 0, 0, 0, 0, 1.5, 0, 0, 0], (2 * 2**0.3, -(2**-0.3))),
-    ([0, 0, 0, 1, 0], [0.9, 0.9, 0.5, 0.75, 0.1], [0, 1.5, 0, 0], [0, 0, 0, 0, 0, 0, 1.5, 0, 0], (2 * 2**-0.3, -(2**0.3))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gates", "uniform", "normal", "label", "centre"),
+    [
+        ([0, 0, 0, 0, 1], PLAIN, [0, 0, 1.0, -0.5], [0, 0, 0, 0, 0, 0, 0, 1.0, -0.5], (2 + 4, -1 - 2)),
+        ([0, 1, 0, 0, 0], PLAIN, [1.5, 0, 0, 0], [0, 0, 1.5, 0, 0, 0, 0, 0, 0], (2 * 2**0.3, -(2**0.3))),
+        (
+            [0, 0, 1, 0, 0],
+            [0.9, 0.9, 0.75, 0.5, 0.9],
+            [0, 0, 0, 0],
+            [0, 0, 0, -1, 1, 0, 0, 0, 0],
+            (-1, -2),
+        ),  # a quarter, counter-clockwise as seen
+        ([1, 0, 0, 0, 0], [0.1, 0.1, 0.5, 0.5, 0.9], [0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0], (-2, 1)),
+        ([0, 0, 0, 1, 0], PLAIN, [0, 1.5, 0, 0], [0, 0, 0, 0, 0, 1.5, 0, 0, 0], (2 * 2**0.3, -(2**-0.3))),
+        (
+            [0, 0, 0, 1, 0],
+            [0.9, 0.9, 0.5, 0.75, 0.1],
+            [0, 1.5, 0, 0],
+            [0, 0, 0, 0, 0, 0, 1.5, 0, 0],
+            (2 * 2**-0.3, -(2**0.3)),
+        ),
+    ],
+)
 def test_each_transform_moves_the_image_as_its_label_says(gates, uniform, normal, label, centre):
     x = ramp(1, 32)
     y, labels = augment(x, 0.5, *script(gates, uniform, normal))

@@ -50,7 +50,11 @@ def test_warp_by_the_identity_gives_the_image_back_up_to_the_edges(size):
 
 
 def test_warp_keeps_constants_whatever_the_map():
-    maps = after(rotation(torch.rand(20) * 6), scaling(torch.rand(20) + 0.1, torch.rand(20) + 0.1), translation(20 * torch.randn(20, 2)))
+    maps = after(
+        rotation(torch.rand(20) * 6),
+        scaling(torch.rand(20) + 0.1, torch.rand(20) + 0.1),
+        translation(20 * torch.randn(20, 2)),
+    )
     assert torch.allclose(warp(torch.full((20, 1, 16, 16), 0.7), maps), torch.tensor(0.7), atol=1e-5)
 
 
@@ -63,11 +67,16 @@ def test_warp_puts_things_where_the_map_says():
         "half a turn": (rotation(one(math.pi)), blob(size, -3, 2, 1.6, 0.8, 0.4)),
         "a turn": (rotation(one(0.7)), blob(size, *_turned(3, -2, 0.7), 1.6, 0.8, 1.1)),
         "larger": (scaling(one(1.3), one(1.3)), blob(size, 3.9, -2.6, 2.08, 1.04, 0.4)),
-        "both": (after(scaling(one(0.8), one(0.8)), rotation(one(-1.0))), blob(size, *_turned(2.4, -1.6, -1.0), 1.28, 0.64, -0.6)),
+        "both": (
+            after(scaling(one(0.8), one(0.8)), rotation(one(-1.0))),
+            blob(size, *_turned(2.4, -1.6, -1.0), 1.28, 0.64, -0.6),
+        ),
     }
     at = torch.arange(size - 28, dtype=torch.float64)
     for name, (map, expected) in cases.items():
-        y, expected = (v[..., 14:-14, 14:-14] for v in (warp(x, map), expected))  # without the reflections in the corners
+        y, expected = (
+            v[..., 14:-14, 14:-14] for v in (warp(x, map), expected)
+        )  # without the reflections in the corners
         assert (y - expected).abs().max() < 0.03, name
         for dim in (2, 3):
             place = [float((v.sum(5 - dim).flatten() * at).sum() / v.sum()) for v in (y, expected)]
@@ -79,7 +88,9 @@ def _turned(x, y, angle):
 
 
 def test_a_turned_disc_stays_a_disc():
-    far = torch.cdist(torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0)), torch.tensor([[15.5, 15.5]])).reshape(32, 32)
+    far = torch.cdist(
+        torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0)), torch.tensor([[15.5, 15.5]])
+    ).reshape(32, 32)
     x = (3 * (8 - far)).sigmoid().expand(12, 1, 32, 32)
     y = warp(x, rotation(torch.linspace(0, 6, 12)))
     seen = far < 15  # the corners show reflections of the disc
@@ -96,7 +107,11 @@ def test_stretching_keeps_the_area():
 
 def test_warp_and_blit_agree_about_blits():
     x = torch.cat([blob(32, 2, -3, 2.0, 1.0), blob(32, -4, 1)], 1).float().expand(4, 2, 32, 32)
-    map = after(scaling(torch.tensor([1.0, -1, 1, -1]), torch.ones(4)), quarter_turns(torch.arange(4.0)), translation(torch.tensor([[1.0, 2]] * 4)))
+    map = after(
+        scaling(torch.tensor([1.0, -1, 1, -1]), torch.ones(4)),
+        quarter_turns(torch.arange(4.0)),
+        translation(torch.tensor([[1.0, 2]] * 4)),
+    )
     assert (warp(x, map) - blit(x, map)).abs().max() < 0.03
 
 
@@ -110,7 +125,11 @@ def test_far_outside_the_image_is_its_reflection():
 def test_gradients_of_first_and_second_order():
     map = after(rotation(one(0.4, 2.0).squeeze()), translation(one(0.3, 0.2).expand(2, 2)))
     x = torch.randn(2, 1, 5, 5, dtype=torch.float64, requires_grad=True)
-    for f in (lambda x: warp(x, map), lambda x: warp(x**2, map) ** 2, lambda x: blit(x**2, quarter_turns(one(1, 2).squeeze())) ** 2):
+    for f in (
+        lambda x: warp(x, map),
+        lambda x: warp(x**2, map) ** 2,
+        lambda x: blit(x**2, quarter_turns(one(1, 2).squeeze())) ** 2,
+    ):
         assert gradcheck(f, (x,), fast_mode=True) and gradgradcheck(f, (x,), fast_mode=True)
 
 

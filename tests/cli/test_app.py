@@ -39,7 +39,9 @@ def test_help_of_each_command(command, capsys):
     assert "Usage: d2o" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("trian",), ("train",), ("train", "quickstart", "--nope"), ("sample", "x", "--n", "many")])
+@pytest.mark.parametrize(
+    "arguments", [("trian",), ("train",), ("train", "quickstart", "--nope"), ("sample", "x", "--n", "many")]
+)
 def test_usage_errors_exit_with_2_and_no_traceback(arguments, capsys):
     assert run(*arguments) == 2
     captured = capsys.readouterr()

@@ -36,7 +36,10 @@ def test_the_words_are_those_that_d2o_knows():
         ("d2o fine", ["finetune"]),
         ("d2o train quick", ["quickstart"]),
         ("d2o train spi_gan_cel", ["spi_gan_celeba"]),
-        ("d2o finetune quickstart --set od", ["ode=", "ode.loss=", "ode.huber_reduce=", "ode.extractor=", "ode.perceptual_mse="]),
+        (
+            "d2o finetune quickstart --set od",
+            ["ode=", "ode.loss=", "ode.huber_reduce=", "ode.extractor=", "ode.perceptual_mse="],
+        ),
         ("d2o train spi_gan_church --set spi_gan.pl_w", ["spi_gan.pl_weight="]),  # by way of the recipe that it extends
         ("d2o train quickstart --set spi_gan.pl_w", []),
         ("d2o train quickstart --set optim.w", ["optim.weight_decay=", "optim.warmup="]),
@@ -61,11 +64,17 @@ def test_files_and_folders(offered, tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     for name in ("ckpt.safetensors", "ckpt.txt", "my.yaml"):
         (tmp_path / name).touch()
-    assert offered("d2o sample ck") == ["ckpt.safetensors"] and offered("d2o export run") == ["runs/"] and offered("d2o train my") == ["my.yaml"]
+    assert (
+        offered("d2o sample ck") == ["ckpt.safetensors"]
+        and offered("d2o export run") == ["runs/"]
+        and offered("d2o train my") == ["my.yaml"]
+    )
 
 
 def test_neither_help_nor_completion_imports_torch():
-    code = "import os, sys; os.environ.update(_D2O_COMPLETE='complete_bash', COMP_WORDS='d2o train q', COMP_CWORD='2')\n"
+    code = (
+        "import os, sys; os.environ.update(_D2O_COMPLETE='complete_bash', COMP_WORDS='d2o train q', COMP_CWORD='2')\n"
+    )
     code += "from d2o.cli.app import main\ntry: main([])\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["quickstart", "False"]

@@ -21,19 +21,35 @@ def run(*words: object) -> int:
     ("command", "hint", "shown"),
     [
         ("eval", "choose another --out, or make room and run again", "make room and run again"),
-        ("train", "choose another --out, or make room and run again", "choose another --out, or make room and run again"),
+        (
+            "train",
+            "choose another --out, or make room and run again",
+            "choose another --out, or make room and run again",
+        ),
         ("train", "put it at X, or name it with --weights inception=PATH", "put it at X"),
-        ("eval", "put it at X, or name it with --weights inception=PATH", "put it at X, or name it with --weights inception=PATH"),
+        (
+            "eval",
+            "put it at X, or name it with --weights inception=PATH",
+            "put it at X, or name it with --weights inception=PATH",
+        ),
         ("train", "leave --cfg away", "leave pairs.cfg away"),
         ("pairs", "leave --cfg away", "leave --cfg away"),
         ("train", "give another --extractor; --resize crop crops", "give another eval.extractor"),
         ("train", "for this teacher: --solver ddim --eta 1", "for this teacher: pairs.solver ddim pairs.eta 1"),
         ("teachers", "choose another --out", ""),
-        ("train", "d2o eval --against takes statistics; here images are needed", "d2o eval --against takes statistics; here images are needed"),
-        ("train", "python dataset_tool.py --source=a --dest=b --resolution=64x64", "python dataset_tool.py --source=a --dest=b --resolution=64x64"),
+        (
+            "train",
+            "d2o eval --against takes statistics; here images are needed",
+            "d2o eval --against takes statistics; here images are needed",
+        ),
+        (
+            "train",
+            "python dataset_tool.py --source=a --dest=b --resolution=64x64",
+            "python dataset_tool.py --source=a --dest=b --resolution=64x64",
+        ),
         ("eval", "--on-bad skip leaves them out\n--mini does without", "--on-bad skip leaves them out"),
     ],
-)  # fmt: skip
+)
 def test_a_hint_names_only_options_of_the_command_that_was_typed(command, hint, shown, monkeypatch, capsys):
     def fail(**_: object) -> None:
         raise UserError("wrong", hint)
@@ -76,17 +92,25 @@ def test_quiet_prints_results_and_errors_only(tmp_path, monkeypatch, capsys):
     for words in (("--quiet", "sample"), ("sample", "--quiet")):
         assert run(*words, "s.safetensors", "--n", 4) == 0
         assert capsys.readouterr() == ("", "")
-    assert run("sample", "none.safetensors", "--n", 4, "--quiet") == 2 and capsys.readouterr().err.startswith("error: no such file")
+    assert run("sample", "none.safetensors", "--n", 4, "--quiet") == 2 and capsys.readouterr().err.startswith(
+        "error: no such file"
+    )
     assert run("sample", "s.safetensors", "--n", 4) == 0 and "nothing to do" in capsys.readouterr().err  # as it was
 
 
-@pytest.mark.parametrize("name", ["mps", "xpu", "cuda:99", "meta", "tpu", "cpu:3", "", "cuda:x:y", "privateuseone", "CPU"])
+@pytest.mark.parametrize(
+    "name", ["mps", "xpu", "cuda:99", "meta", "tpu", "cpu:3", "", "cuda:x:y", "privateuseone", "CPU"]
+)
 def test_every_device_that_cannot_be_used_is_refused_in_a_line(name):
     if name in devices():
         pytest.skip("it is here")
     with pytest.raises(UserError) as caught:
         pick_device(name)
-    assert "\n" not in caught.value.message and f"--device {name}" in caught.value.message and len(caught.value.message) < 300
+    assert (
+        "\n" not in caught.value.message
+        and f"--device {name}" in caught.value.message
+        and len(caught.value.message) < 300
+    )
     assert caught.value.hint == f"usable here: {', '.join(devices())}"
 
 

@@ -17,6 +17,18 @@ def test_an_interruption_of_the_imports_ends_without_a_traceback(tmp_path: Path,
     """`typer` is imported by the command line, `torch` by the command: here a module of that name interrupts its own import."""
     (tmp_path / f"{module}.py").write_text(IMPORTED)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    command = [sys.executable, "-m", "d2o", "sample", "absent.safetensors", "--n", "4", "--out", str(tmp_path / "x.zip")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [
+        sys.executable,
+        "-m",
+        "d2o",
+        "sample",
+        "absent.safetensors",
+        "--n",
+        "4",
+        "--out",
+        str(tmp_path / "x.zip"),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (130, "stopped\n")

@@ -31,7 +31,9 @@ SMALL = ["--n", "20", "--batch", "10", "--distance-n", "8", "--device", "cpu"]
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a student and a teacher; `digits` is a tiny untrained extractor."""
     path = make_extractor(tmp_path / "net.safetensors")
-    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device))
+    monkeypatch.setitem(
+        features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device)
+    )
     monkeypatch.chdir(tmp_path)
     tiny_student(Path("student.safetensors"))
     tiny_teacher(Path("teacher.safetensors"))
@@ -49,12 +51,38 @@ def run(*arguments: str) -> str:
 
 
 def test_table_json_and_report(work: Path) -> None:
-    out = run("student.safetensors", "teacher.safetensors", "--against", "real:digits", *SMALL, "--steps", "2", "--teacher", "teacher.safetensors",
-              "--name", "mine", "--name", "theirs", "--json", "e.json", "--report", "r.html")  # fmt: skip
-    assert "mine" in out and "theirs" in out and "FD(digits)" in out and "edm_round" in out and "real:digits, n = 1,797" in out
+    out = run(
+        "student.safetensors",
+        "teacher.safetensors",
+        "--against",
+        "real:digits",
+        *SMALL,
+        "--steps",
+        "2",
+        "--teacher",
+        "teacher.safetensors",
+        "--name",
+        "mine",
+        "--name",
+        "theirs",
+        "--json",
+        "e.json",
+        "--report",
+        "r.html",
+    )
+    assert (
+        "mine" in out
+        and "theirs" in out
+        and "FD(digits)" in out
+        and "edm_round" in out
+        and "real:digits, n = 1,797" in out
+    )
     records = json.loads(Path("e.json").read_text())
     assert [r["name"] for r in records] == ["mine", "theirs"] and [r["x"]["nfe"] for r in records] == [1, 3]
-    assert "--steps is not for student.safetensors" in records[0]["notes"] and "--steps is not for teacher.safetensors" not in records[1]["notes"]
+    assert (
+        "--steps is not for student.safetensors" in records[0]["notes"]
+        and "--steps is not for teacher.safetensors" not in records[1]["notes"]
+    )
     assert records[0]["grid"]["teacher_png"] and records[0]["protocol"]["n_gen"] == 20
     assert "Samples from equal noise" in Path("r.html").read_text()
     assert not [p for p in work.iterdir() if p.name.endswith(".tmp")]
@@ -72,8 +100,14 @@ def test_json_to_standard_output_is_all_that_is_there(work: Path, capfd: pytest.
     ("arguments", "message"),
     [
         (["real:digits/a", "student.safetensors"], "student.safetensors be compared with\\? Give --against"),
-        (["student.safetensors", "damaged.safetensors", "--against", "real:digits"], "damaged.safetensors is truncated"),
-        (["student.safetensors", "real:digits", "--against", "real:digits", "--metrics", "fd,lpips"], "no teacher here"),
+        (
+            ["student.safetensors", "damaged.safetensors", "--against", "real:digits"],
+            "damaged.safetensors is truncated",
+        ),
+        (
+            ["student.safetensors", "real:digits", "--against", "real:digits", "--metrics", "fd,lpips"],
+            "no teacher here",
+        ),
         (["real:digits/a", "student.safetensors", "--against", "real:digits", "--labels", "3,10"], "10"),
         (["real:digits/a", "real:digits/b", "--against", "teacher.safetensors", "--neighbours", "2"], "holds none"),
         (["real:digits/a", "real:digits/b", "--against", "absent.npz"], "no such file or teacher: 'absent.npz'"),
@@ -95,7 +129,11 @@ def test_a_full_disk_costs_no_work(work: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("D2O_HOME", str(work / "home"))
     command = ["student.safetensors", "--against", "real:digits/a", *SMALL, "--no-teacher-distance", "--json", "e.json"]
     with monkeypatch.context() as full:
-        full.setattr(records, "atomic_write", lambda path, data: (_ for _ in ()).throw(write_error(path, OSError(errno.ENOSPC, "full"))))
+        full.setattr(
+            records,
+            "atomic_write",
+            lambda path, data: (_ for _ in ()).throw(write_error(path, OSError(errno.ENOSPC, "full"))),
+        )
         with pytest.raises(UserError, match="the disk is full"):
             run(*command)
     monkeypatch.setattr(collect, "_measure", lambda *arguments: pytest.fail("measured again"))
@@ -112,7 +150,9 @@ def test_stopped_between_two_x_it_says_how_far_it_was(work: Path, monkeypatch: p
         return plain(work, numbers)
 
     monkeypatch.setattr(collect, "_measure", stop_at_a_generator)
-    with pytest.raises(Stopped, match="1 of 2 X measured; stopped with 0 of 20 images of student; run the same command again") as caught:
+    with pytest.raises(
+        Stopped, match="1 of 2 X measured; stopped with 0 of 20 images of student; run the same command again"
+    ) as caught:
         run("real:digits/a", "student.safetensors", "--against", "real:digits", *SMALL)
     assert caught.value.exit_code == 143
 
@@ -121,7 +161,9 @@ def test_compare_puts_results_together(work: Path) -> None:
     run("student.safetensors", "--against", "real:digits", *SMALL, "--json", "a.json")
     Path("run").mkdir()
     run("real:digits/a", "--against", "real:digits/b", "--json", "run/eval.json")
-    Path("run/metrics.jsonl").write_text('{"iteration": 1, "images": 8, "loss": 1.0}\n{"iteration": 2, "images": 16, "loss": 0.5}\n')
+    Path("run/metrics.jsonl").write_text(
+        '{"iteration": 1, "images": 8, "loss": 1.0}\n{"iteration": 2, "images": 16, "loss": 0.5}\n'
+    )
     out = run("--compare", "a.json", "run", "--report", "r.html", "--run", "run", "--json", "both.json")
     assert "student" in out and "real:digits/a" in out and "a: n = 20" in out and "b: n = 899" in out
     assert len(json.loads(Path("both.json").read_text())) == 2 and "Training loss" in Path("r.html").read_text()
@@ -142,7 +184,10 @@ def test_statistics_need_no_reference_and_serve_as_one(work: Path) -> None:
         (["digitz"], "did you mean 'digits'"),
         (["student.safetensors", "--extractor", "inceptn", "--against", "real:digits"], "unknown extractor"),
         (["teacher.safetensors", "--solver", "hoin", "--against", "real:digits"], "unknown solver"),
-        (["student.safetensors", "--steps", "2", "--against", "real:digits"], "neither a teacher nor a student that takes several steps"),
+        (
+            ["student.safetensors", "--steps", "2", "--against", "real:digits"],
+            "neither a teacher nor a student that takes several steps",
+        ),
         (["student.safetensors", "--run", "x", "--against", "real:digits"], "add --report|training curves in a report"),
         (["student.safetensors", "digits", "--save-stats", "x.npz"], "one X"),
         (["student.safetensors", "--save-stats", "x.txt"], "an .npz file"),
@@ -158,7 +203,10 @@ def test_statistics_need_no_reference_and_serve_as_one(work: Path) -> None:
         (["--table", "digitz"], "did you mean 'digits'"),
         (["digits", "--metrics", "fidd"], "did you mean 'fid'"),
         (["digits", "--protocol", "gdd_cifar"], "did you mean 'gdd_cifar10'"),
-        (["digits", "--protocol", "gdd_cifar10", "--n", "100", "--resize", "256"], r"--n 100, --resize 256 are not the protocol gdd_cifar10"),
+        (
+            ["digits", "--protocol", "gdd_cifar10", "--n", "100", "--resize", "256"],
+            r"--n 100, --resize 256 are not the protocol gdd_cifar10",
+        ),
         (["digits", "--protocol", "gdd_cifar10", "--metrics", "fd"], "not the protocol"),
         (["digits", "--weights", "incepton=x"], "did you mean 'inception'"),
         (["student.safetensors", "digitz"], "no such file or teacher: 'digitz'"),
@@ -179,14 +227,63 @@ def test_mistakes_are_one_clear_error(work: Path, arguments: list[str], message:
 
 
 def test_files_of_the_table_and_options_of_the_numbers(work: Path) -> None:
-    options = ["--metrics", "fd,kid", "--metrics", "pr,is@digits", "--kid-size", "15", "--kid-subsets", "4", "--is-splits", "2",
-               "--is-mode", "edm_order", "--pr-k", "2", "--dc-k", "2", "--pr-dtype", "float16", "--quantize", "dmd_trunc", "--repeats", "2",
-               "--report-as", "min", "--no-teacher-distance", "--work", "kept", "--neighbours", "1", "--latency"]  # fmt: skip
-    out = run("student.safetensors", "--against", "real:digits", *SMALL, *options, "--csv", "t.csv", "--markdown", "t.md", "--json", "t.json")
+    options = [
+        "--metrics",
+        "fd,kid",
+        "--metrics",
+        "pr,is@digits",
+        "--kid-size",
+        "15",
+        "--kid-subsets",
+        "4",
+        "--is-splits",
+        "2",
+        "--is-mode",
+        "edm_order",
+        "--pr-k",
+        "2",
+        "--dc-k",
+        "2",
+        "--pr-dtype",
+        "float16",
+        "--quantize",
+        "dmd_trunc",
+        "--repeats",
+        "2",
+        "--report-as",
+        "min",
+        "--no-teacher-distance",
+        "--work",
+        "kept",
+        "--neighbours",
+        "1",
+        "--latency",
+    ]
+    out = run(
+        "student.safetensors",
+        "--against",
+        "real:digits",
+        *SMALL,
+        *options,
+        "--csv",
+        "t.csv",
+        "--markdown",
+        "t.md",
+        "--json",
+        "t.json",
+    )
     record = json.loads(Path("t.json").read_text())
-    assert {"fd", "kid", "precision", "recall", "is@digits"} <= set(record["metrics"]) and "min of 2" in record["metrics"]["fd"]["label"]
-    assert record["metrics"]["precision"]["dtype"] == "float16" and record["metrics"]["is@digits"]["mode"] == "edm_order"
-    assert "KID(digits)" in out and "KID(digits)" in Path("t.md").read_text() and "latency_ms" in record["metrics"]["speed"]
+    assert {"fd", "kid", "precision", "recall", "is@digits"} <= set(record["metrics"]) and "min of 2" in record[
+        "metrics"
+    ]["fd"]["label"]
+    assert (
+        record["metrics"]["precision"]["dtype"] == "float16" and record["metrics"]["is@digits"]["mode"] == "edm_order"
+    )
+    assert (
+        "KID(digits)" in out
+        and "KID(digits)" in Path("t.md").read_text()
+        and "latency_ms" in record["metrics"]["speed"]
+    )
     assert record["neighbours"]["k"] == 1 and list(Path("kept").iterdir()) and "student" in Path("t.csv").read_text()
     run("--compare", "t.json", "--markdown", "t.tex")
     assert "\\toprule" in Path("t.tex").read_text()
@@ -208,7 +305,9 @@ def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
     assert records["here"]["protocol"]["n_gen"] == 20 and "7.25" in out and "1.5" in out
     run("--table", "mine.yaml", "--n", "30", "--json", "t.json", "--device", "cpu")  # what is typed beats the table
     assert json.loads(Path("t.json").read_text())[0]["protocol"]["n_gen"] == 30
-    Path("none.yaml").write_text("title: None\npaper: A paper\nrows:\n  - {name: absent, x: runs/absent, paper: {fd: 1.0}}\n")
+    Path("none.yaml").write_text(
+        "title: None\npaper: A paper\nrows:\n  - {name: absent, x: runs/absent, paper: {fd: 1.0}}\n"
+    )
     with pytest.raises(UserError, match="none of its rows could be measured"):
         run("--table", "none.yaml")
 
@@ -216,7 +315,10 @@ def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
 def test_other_workers_say_and_write_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("student.safetensors", "--against", "real:digits", *SMALL, "--json", "e.json") == "" and not Path("e.json").exists()
+    assert (
+        run("student.safetensors", "--against", "real:digits", *SMALL, "--json", "e.json") == ""
+        and not Path("e.json").exists()
+    )
 
 
 def test_help_needs_no_torch() -> None:

@@ -39,7 +39,9 @@ def test_own_recipes_say_their_own(tmp_path, monkeypatch, capsys):
     assert "ask the museum of Ghent" in said and "--mini" not in said  # it has none
     assert run("train", "mine.yaml", "--plan") == 1
     said = capsys.readouterr().out
-    assert "missing: no such file or folder: nowhere; training says how to get them" in said and "trained weights" in said
+    assert (
+        "missing: no such file or folder: nowhere; training says how to get them" in said and "trained weights" in said
+    )
     assert run("train", "mine.yaml", "--set", "data.get=celebahq") == 2
     assert "expected a text, or one of cifar10, celeba_hq, lsun_church" in capsys.readouterr().err
 
@@ -47,13 +49,35 @@ def test_own_recipes_say_their_own(tmp_path, monkeypatch, capsys):
 def test_a_folder_of_256_px_trains(tmp_path):
     (tmp_path / "faces").mkdir()
     for i in range(5):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / "faces" / f"{i}.jpg")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(
+            tmp_path / "faces" / f"{i}.jpg"
+        )
     small = [
         "network={h_dim: 8, mapping: {r_layers: 2}, synthesis: {base: 1024, max_channels: 8}}",
         "spi_gan.critic={blocks: resnet, base: 1024, max_channels: 8, mbstd_group: 2, time_dim: 8}",
-        "batch=4", "micro_batch=2", "images=8", "data.limit=4", "eval=null", "preview=null", "log_every=1", "threads=1",
-    ]  # fmt: skip
+        "batch=4",
+        "micro_batch=2",
+        "images=8",
+        "data.limit=4",
+        "eval=null",
+        "preview=null",
+        "log_every=1",
+        "threads=1",
+    ]
     out = tmp_path / "run"
-    assert run("train", "spi_gan_celeba", "--data", tmp_path / "faces", "--out", out, *(part for text in small for part in ("--set", text))) == 0
+    assert (
+        run(
+            "train",
+            "spi_gan_celeba",
+            "--data",
+            tmp_path / "faces",
+            "--out",
+            out,
+            *(part for text in small for part in ("--set", text)),
+        )
+        == 0
+    )
     meta = read_meta(out / "checkpoints" / "last.safetensors")
-    assert meta["kind"] == "student" and meta["spec"]["shape"] == [3, 256, 256] and meta["spec"]["licence"] == "not stated"
+    assert (
+        meta["kind"] == "student" and meta["spec"]["shape"] == [3, 256, 256] and meta["spec"]["licence"] == "not stated"
+    )

@@ -29,14 +29,38 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-SMALL = ["--teacher", "t.safetensors", "--n", 12, "--out", "p", "--steps", 2, "--shard-size", 4, "--device", "cpu", "--threads", 1]
+SMALL = [
+    "--teacher",
+    "t.safetensors",
+    "--n",
+    12,
+    "--out",
+    "p",
+    "--steps",
+    2,
+    "--shard-size",
+    4,
+    "--device",
+    "cpu",
+    "--threads",
+    1,
+]
 
 
 def test_make_again_verify_damage_and_repair(run, tmp_path):
-    code, out, err = run(*SMALL, "--labels", "0,1", "--cfg", 2, "--dtype", "fp16", "--seed", 9, "--solver", "euler", "--store-noise")
-    assert code == 0 and out == "" and "p: 12 pairs of 2 network evaluations (4 passes) in 3 shards" in err and "12/12" in err
+    code, out, err = run(
+        *SMALL, "--labels", "0,1", "--cfg", 2, "--dtype", "fp16", "--seed", 9, "--solver", "euler", "--store-noise"
+    )
+    assert (
+        code == 0
+        and out == ""
+        and "p: 12 pairs of 2 network evaluations (4 passes) in 3 shards" in err
+        and "12/12" in err
+    )
     store = PairStore(tmp_path / "p")
-    assert store.settings.command("p").endswith("--seed 9 --solver euler --steps 2 --cfg 2 --labels 0,1 --shard-size 4 --dtype fp16 --store-noise")
+    assert store.settings.command("p").endswith(
+        "--seed 9 --solver euler --steps 2 --cfg 2 --labels 0,1 --shard-size 4 --dtype fp16 --store-noise"
+    )
     code, out, err = run(*store.settings.command("p").split()[2:])
     assert code == 0 and "p holds all 12 pairs already; nothing to do" in err
     code, out, err = run("--verify", "p")
@@ -61,7 +85,10 @@ def test_make_again_verify_damage_and_repair(run, tmp_path):
         (["--teacher", "digit", "--n", 3, "--out", "p"], "did you mean 'digits'"),
         (["--teacher", "missing.safetensors", "--n", 3, "--out", "p"], "no such file"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--solver", "eular"], "did you mean 'euler'"),
-        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"], "--device tpu9: no device of d2o's; it knows cpu, cuda"),
+        (
+            ["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--device", "tpu9"],
+            "--device tpu9: no device of d2o's; it knows cpu, cuda",
+        ),
         (["--teacher", "t.safetensors", "--n", "three", "--out", "p"], "integer"),
         (["--teacher", "t.safetensors", "--n", 3, "--out", "t.safetensors"], "is a file; expected a folder"),
         (["--verify", "nowhere"], "nowhere is not a pair store"),
@@ -106,7 +133,9 @@ def test_shares_stats_and_merge(run, tmp_path):
     words = [word if word != "p" else None for word in SMALL]
     for index in range(2):
         part = [f"part{index}" if word is None else word for word in words]
-        code, _, err = run(*part, "--worker", f"{index}/2", "--share-only", "--steps", 3, "--solver", "dpmpp", "--rewire", "permute")
+        code, _, err = run(
+            *part, "--worker", f"{index}/2", "--share-only", "--steps", 3, "--solver", "dpmpp", "--rewire", "permute"
+        )
         assert code == 0 and f"share {index}/2 is finished; {index + 1} of 3 shards are other workers'" in err
     code, out, _ = run("--stats", "part0")
     assert code == 0 and json.loads(out)["pairs"] == 8 and json.loads(out)["nfe_per_pair"] == 3
@@ -128,7 +157,20 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
     tiny_teacher(tmp_path / "t.safetensors")
 
     def peak(n):
-        words = ["--teacher", tmp_path / "t.safetensors", "--n", n, "--out", tmp_path / f"p{n}", "--steps", 1, "--shard-size", 256, "--device", "cpu"]
+        words = [
+            "--teacher",
+            tmp_path / "t.safetensors",
+            "--n",
+            n,
+            "--out",
+            tmp_path / f"p{n}",
+            "--steps",
+            1,
+            "--shard-size",
+            256,
+            "--device",
+            "cpu",
+        ]
         command = [sys.executable, "-c", PEAK, "pairs", *map(str, words)]
         done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
         return int(done.stdout.split()[-1])
@@ -138,7 +180,11 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
 
 
 def test_teachers_are_listed(run, capsys):
-    for name, expected in (([], "edm2-img512-xxl"), (["sd15"], "CreativeML OpenRAIL-M"), (["tiny-sd"], "ships with d2o")):
+    for name, expected in (
+        ([], "edm2-img512-xxl"),
+        (["sd15"], "CreativeML OpenRAIL-M"),
+        (["tiny-sd"], "ships with d2o"),
+    ):
         with pytest.raises(SystemExit) as end:
             main(["teachers", *name])
         assert end.value.code == 0 and expected in capsys.readouterr().out
@@ -151,7 +197,10 @@ def test_one_answer_says_all_that_is_missing_with_an_example_for_the_teacher(run
     before = sorted(tmp_path.iterdir())
     code, _, err = run("--teacher", "sd15", "--cfg", 3)
     assert code == 2 and "--n and --prompts are missing" in err and ".jsonl or .parquet" in err
-    assert "for example: d2o pairs --teacher sd15 --prompts prompts.txt --n 8192 --cfg 3" in err and sorted(tmp_path.iterdir()) == before
+    assert (
+        "for example: d2o pairs --teacher sd15 --prompts prompts.txt --n 8192 --cfg 3" in err
+        and sorted(tmp_path.iterdir()) == before
+    )
     assert "--n and --prompts are missing" in run("--teacher", "tiny-sd")[2]
 
 
@@ -162,5 +211,8 @@ def test_without_out_the_store_is_where_training_looks_for_it(run, tmp_path):
     assert PairStore(pair_folder(recipe)).settings.n == 4
     (tmp_path / "p.txt").write_text("a\nb\n")
     code, _, err = run("--teacher", "tiny-sd", "--prompts", "p.txt", "--steps", 1)
-    assert code == 0 and "note: teacher 'tiny-sd' is in diffusers' format; no method of `d2o train` takes its pairs yet" in err
+    assert (
+        code == 0
+        and "note: teacher 'tiny-sd' is in diffusers' format; no method of `d2o train` takes its pairs yet" in err
+    )
     assert "runs/pairs/tiny-sd-ddim1-p-n2-seed0" in err

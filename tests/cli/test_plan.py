@@ -35,7 +35,10 @@ def plan(tmp_path, monkeypatch, capsys):
 
 def test_the_quickstart_would_start(plan):
     code, out = plan("train", "quickstart")
-    assert code == 0 and "before it begins: the pair store runs/pairs/digits-heun18-n4096-seed0 is made (4,096 pairs)" in out
+    assert (
+        code == 0
+        and "before it begins: the pair store runs/pairs/digits-heun18-n4096-seed0 is made (4,096 pairs)" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,13 +48,18 @@ def test_the_quickstart_would_start(plan):
         ("eval.reference=nowhere.npz", "missing: no such file or teacher: 'nowhere.npz'"),
         ("data.path=nowhere", "missing: no such file or folder: nowhere"),
         ("data.resolution=12", "12x12 pixels"),
-        ("eval={metric: accuracy, extractor: null, reference: null}", "does not fit: eval.metric: method edm gives no metric of its own"),
+        (
+            "eval={metric: accuracy, extractor: null, reference: null}",
+            "does not fit: eval.metric: method edm gives no metric of its own",
+        ),
         ("eval=null", ""),
         ("teacher=digits", "does not fit: method edm learns without a teacher"),
     ],
 )
 def test_what_is_missing_or_does_not_fit(plan, tmp_path, change, words):
-    (tmp_path / "mine.yaml").write_text(RECIPE.replace("resolution: 12, ", "") if "resolution" not in change else RECIPE)
+    (tmp_path / "mine.yaml").write_text(
+        RECIPE.replace("resolution: 12, ", "") if "resolution" not in change else RECIPE
+    )
     code, out = plan("train", "mine.yaml", "--set", change)
     assert code == (1 if words else 0) and words in out
 
@@ -62,14 +70,22 @@ def test_all_in_one_answer(plan, tmp_path):
     changes = ("--set", "teacher=sdxl", "--set", "eval.reference=gone")
     code, out = plan("train", "quickstart", "--data", "x", "--device", "tpu", "--out", "full", *changes)
     assert code == 1 and "would not start: 5 problems" in out
-    for words in ("--data and --on-bad: method ode", "--device tpu: no device", "full holds other files and no run",
-                  "teacher 'sdxl' is in diffusers'", "no such file or teacher: 'gone'"):  # fmt: skip
+    for words in (
+        "--data and --on-bad: method ode",
+        "--device tpu: no device",
+        "full holds other files and no run",
+        "teacher 'sdxl' is in diffusers'",
+        "no such file or teacher: 'gone'",
+    ):
         assert words in out
 
 
 def test_pairs_that_do_not_fit_their_teacher(plan):
-    for change, words in (("pairs.labels='11'", "class 11 is out of range"), ("pairs.solver=eular", "did you mean 'euler'"),
-                          ("pairs.spacing=trailing", "leave pairs.spacing away")):  # fmt: skip
+    for change, words in (
+        ("pairs.labels='11'", "class 11 is out of range"),
+        ("pairs.solver=eular", "did you mean 'euler'"),
+        ("pairs.spacing=trailing", "leave pairs.spacing away"),
+    ):
         code, out = plan("train", "quickstart", "--set", change)
         assert code == 1 and words in out
 
@@ -83,17 +99,24 @@ def test_of_a_sweep(plan):
 def test_a_network_that_is_switched_off_fetches_nothing(plan, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     code, out = plan("train", "quickstart", "--set", "eval.reference=edm-cifar10")
-    assert code == 0 and "before it begins: reference edm-cifar10 is not on this machine; it is fetched from https" in out
+    assert (
+        code == 0 and "before it begins: reference edm-cifar10 is not on this machine; it is fetched from https" in out
+    )
     monkeypatch.setenv("D2O_OFFLINE", "1")
     code, out = plan("train", "quickstart", "--set", "eval.reference=edm-cifar10")
-    assert code == 1 and "missing: reference edm-cifar10" in out and "the network is switched off (D2O_OFFLINE=1)" in out
+    assert (
+        code == 1 and "missing: reference edm-cifar10" in out and "the network is switched off (D2O_OFFLINE=1)" in out
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["mine.yaml"], "12x12 pixels"),
-        (["mine.yaml", "--set", "eval={metric: accuracy, extractor: null, reference: null}"], "gives no metric of its own"),
+        (
+            ["mine.yaml", "--set", "eval={metric: accuracy, extractor: null, reference: null}"],
+            "gives no metric of its own",
+        ),
         (["quickstart", "--set", "micro_batch=3"], "3 does not divide"),
         (["quickstart", "--set", "ode.loss=perceptual"], "needs a feature extractor"),
         (["quickstart", "--set", "pairs.labels='77'"], "class 77 is out of range"),
@@ -101,7 +124,9 @@ def test_a_network_that_is_switched_off_fetches_nothing(plan, monkeypatch):
         (["quickstart", "--out", "a/b", "--device", "mps:7"], "usable here"),
     ],
 )
-def test_what_is_refused_is_refused_before_pairs_are_made_and_leaves_nothing(words, said, tmp_path, monkeypatch, capsys):
+def test_what_is_refused_is_refused_before_pairs_are_made_and_leaves_nothing(
+    words, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D2O_HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text(RECIPE)

@@ -28,12 +28,29 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_sample_again_and_with_other_settings(run, tmp_path):
-    words = ["s.safetensors", "--n", 12, "--out", "x.zip", "--batch", 4, "--seed", 5, "--labels", "balanced", "--threads", 1]
+    words = [
+        "s.safetensors",
+        "--n",
+        12,
+        "--out",
+        "x.zip",
+        "--batch",
+        4,
+        "--seed",
+        5,
+        "--labels",
+        "balanced",
+        "--threads",
+        1,
+    ]
     code, out, err = run(*words, "--grid", "grids/g.png")
     assert code == 0 and out == "" and "x.zip: 12 images, 1 network call each" in err
     assert len(open_images(tmp_path / "x.zip")) == 12
     with Image.open(tmp_path / "grids" / "g.png") as grid:
-        assert grid.size == (4 * 68 + 4, 3 * (68 + 15) + 4)  # two of classes 0 and 1, one of the others: each named below its image
+        assert grid.size == (
+            4 * 68 + 4,
+            3 * (68 + 15) + 4,
+        )  # two of classes 0 and 1, one of the others: each named below its image
     code, out, err = run(*words)
     assert code == 0 and "x.zip holds all 12 images already; nothing to do" in err
     code, out, err = run(*words, "--n", 13)
@@ -56,7 +73,11 @@ def test_a_run_folder_means_its_best_checkpoint(run, tmp_path):
 def test_a_teacher(run, tmp_path):
     words = ["--teacher", "t.safetensors", "--n", 4, "--out", "t", "--solver", "euler", "--steps", 3, "--cfg", 2]
     code, _, err = run(*words)
-    assert code == 0 and "t: 4 images, 3 network calls (6 passes) each" in err and (tmp_path / "t" / "samples.json").exists()
+    assert (
+        code == 0
+        and "t: 4 images, 3 network calls (6 passes) each" in err
+        and (tmp_path / "t" / "samples.json").exists()
+    )
     code, _, err = run(*words, "--steps", 4)
     assert code == 2 and "steps: 3 -> 4" in err
 
@@ -91,8 +112,15 @@ def test_without_out_the_name_says_what_was_made(run, tmp_path):
     code, _, err = run("s.safetensors", "--n", 5)
     assert code == 0 and "writing samples/s-n5-seed0.zip (--out names another" in err
     assert run("s.safetensors", "--n", 5, "--labels", "0,1")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["s-labels0_1-n5-seed0.zip", "s-n5-seed0.zip"]
-    for source, name in (("runs/quickstart", "quickstart"), ("runs/q/checkpoints/best.safetensors", "q-best"), ("a/v1.5", "v1.5")):
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "s-labels0_1-n5-seed0.zip",
+        "s-n5-seed0.zip",
+    ]
+    for source, name in (
+        ("runs/quickstart", "quickstart"),
+        ("runs/q/checkpoints/best.safetensors", "q-best"),
+        ("a/v1.5", "v1.5"),
+    ):
         assert _default_out(Path(source), 50000, 0, cfg=None) == Path(f"samples/{name}-n50000-seed0.zip")
     code, _, err = run("gone.safetensors", "--n", 5)
     assert code == 2 and "writing" not in err

@@ -59,29 +59,45 @@ def d2o(*arguments: object) -> int:
     return done.value.code  # type: ignore[return-value]
 
 
-def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(recipe, tmp_path, capsys, steps, monkeypatch):
+def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
+    recipe, tmp_path, capsys, steps, monkeypatch
+):
     out = tmp_path / "sweep"
     command = ["train", recipe, "--sweep", "optim.lr=1e-2,1e-3,1e-4", "--out", out]
     counting = ode.ODE.step
-    monkeypatch.setattr(ode.ODE, "step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM) if len(steps) == 8 else None, counting(*a))[1])
+    monkeypatch.setattr(
+        ode.ODE, "step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM) if len(steps) == 8 else None, counting(*a))[1]
+    )
     assert d2o(*command) == 128 + signal.SIGTERM
     err = capsys.readouterr().err
     assert "optim.lr=0.001 (2 of 3): stopped after 48 images, saved; the same command continues" in err
     record = json.loads((out / "sweep.json").read_text())
     assert [(m["name"], m["state"], m["seen"]) for m in record["members"]] == [
-        ("optim.lr=0.0001", "waiting", 0), ("optim.lr=0.001", "begun", 48), ("optim.lr=0.01", "finished", 96)]  # fmt: skip
+        ("optim.lr=0.0001", "waiting", 0),
+        ("optim.lr=0.001", "begun", 48),
+        ("optim.lr=0.01", "finished", 96),
+    ]
     monkeypatch.setattr(ode.ODE, "step", counting)
     assert d2o(*command) == 0
     captured = capsys.readouterr()
     assert "optim.lr=0.01 (1 of 3) is finished" in captured.err and "resumed after 48 images" in captured.err
     assert steps == [*range(6), *range(6), *range(6)]  # each iteration of each run once
     record = json.loads((out / "sweep.json").read_text())
-    assert record["metric"] == "fd" and [m["settings"] for m in record["members"]] == [{"optim.lr": v} for v in (1e-4, 1e-3, 1e-2)]
+    assert record["metric"] == "fd" and [m["settings"] for m in record["members"]] == [
+        {"optim.lr": v} for v in (1e-4, 1e-3, 1e-2)
+    ]
     assert all(m["state"] == "finished" and [x for x, _ in m["curve"]] == [32, 64, 96] for m in record["members"])
     lowest = min((y, m["name"]) for m in record["members"] for _, y in m["curve"])
     assert (record["best"]["value"], record["best"]["member"]) == lowest
-    assert all(m["best"]["value"] == read_meta(out / m["folder"] / "checkpoints" / "best.safetensors")["metrics"]["fd"] for m in record["members"])
-    assert all(m["name"] in captured.out for m in record["members"]) and f"{lowest[1]} *" in captured.out and "lower is better" in captured.out
+    assert all(
+        m["best"]["value"] == read_meta(out / m["folder"] / "checkpoints" / "best.safetensors")["metrics"]["fd"]
+        for m in record["members"]
+    )
+    assert (
+        all(m["name"] in captured.out for m in record["members"])
+        and f"{lowest[1]} *" in captured.out
+        and "lower is better" in captured.out
+    )
     picture = xml.parse(out / "sweep.svg")
     texts = [node.text for node in picture.iter() if node.tag.endswith("text")]
     assert texts[0] == "A <small> test" and {"optim.lr=0.001", "optim.lr=0.01", "images seen"} <= set(texts)
@@ -95,14 +111,22 @@ def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
     assert d2o("train", recipe, "--sweep", "optim.lr=1.0e-3,2e-3", "--out", out) == 0
     assert steps == [*range(6)]
     assert [m["name"] for m in json.loads((out / "sweep.json").read_text())["members"]] == [
-        "optim.lr=0.0001", "optim.lr=0.001", "optim.lr=0.002", "optim.lr=0.01"]  # fmt: skip
+        "optim.lr=0.0001",
+        "optim.lr=0.001",
+        "optim.lr=0.002",
+        "optim.lr=0.01",
+    ]
     for more, words in ((["--set", "batch=8"], "batch: 16 -> 8"), (["--sweep", "loss=l1"], "is a sweep over optim.lr")):
         assert d2o("train", recipe, "--sweep", "optim.lr=1e-3,2e-3", "--out", out, *more) == 2
         assert words in capsys.readouterr().err
     # and may grow longer, as a run may
     steps.clear()
     assert d2o("train", recipe, "--sweep", "optim.lr=1e-3", "--out", out, "--set", "images=128") == 0
-    assert steps == [6, 7] and {m["name"]: m["seen"] for m in json.loads((out / "sweep.json").read_text())["members"]}["optim.lr=0.001"] == 128
+    assert (
+        steps == [6, 7]
+        and {m["name"]: m["seen"] for m in json.loads((out / "sweep.json").read_text())["members"]}["optim.lr=0.001"]
+        == 128
+    )
 
 
 def test_a_member_killed_at_its_first_file_does_not_stop_the_sweep(recipe, tmp_path, capsys):
@@ -117,12 +141,22 @@ def test_a_member_killed_at_its_first_file_does_not_stop_the_sweep(recipe, tmp_p
 def test_nothing_is_made_where_a_value_is_wrong_or_a_plan_is_asked_for(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    assert d2o("train", recipe, "--sweep", "loss=l1,l2") == 2 and "--sweep ode.loss: expected 'mse', 'l1'" in capsys.readouterr().err
+    assert (
+        d2o("train", recipe, "--sweep", "loss=l1,l2") == 2
+        and "--sweep ode.loss: expected 'mse', 'l1'" in capsys.readouterr().err
+    )
     assert d2o("train", recipe, "--sweep", "loss=l1,perceptual") == 2
-    assert "--sweep: loss=perceptual: ode.extractor: the perceptual loss needs a feature extractor" in capsys.readouterr().err
+    assert (
+        "--sweep: loss=perceptual: ode.extractor: the perceptual loss needs a feature extractor"
+        in capsys.readouterr().err
+    )
     assert d2o("train", recipe, "--sweep", "batch=8,16", "--sweep", "loss=l1,mse", "--mini", "--plan") == 0
     out = capsys.readouterr().out
-    assert all(f"batch={b},loss={loss}" in out for b in (8, 16) for loss in ("l1", "mse")) and "4 runs" in out and "together" in out
+    assert (
+        all(f"batch={b},loss={loss}" in out for b in (8, 16) for loss in ("l1", "mse"))
+        and "4 runs" in out
+        and "together" in out
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -149,8 +183,13 @@ def test_finetune_sweeps_too_and_a_run_is_no_sweep(recipe, tmp_path, capsys):
     assert d2o("finetune", recipe, "--from", tmp_path / "s.safetensors", "--sweep", "loss=l1,mse", *arguments) == 0
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert record["metric"] == "loss" and record["best"] is None and all(m["curve"] for m in record["members"])
-    assert read_meta(tmp_path / "out" / "loss=l1" / "checkpoints" / "last.safetensors")["provenance"][-2]["started_from"]
-    assert d2o("train", recipe, "--sweep", "loss=l1,mse", *arguments) == 2 and "was started from" in capsys.readouterr().err
+    assert read_meta(tmp_path / "out" / "loss=l1" / "checkpoints" / "last.safetensors")["provenance"][-2][
+        "started_from"
+    ]
+    assert (
+        d2o("train", recipe, "--sweep", "loss=l1,mse", *arguments) == 2
+        and "was started from" in capsys.readouterr().err
+    )
     assert d2o("train", recipe, "--sweep", "loss=l1,mse", "--out", tmp_path / "out" / "loss=l1") == 2
     assert "holds a run, not a sweep" in capsys.readouterr().err
     assert d2o("train", recipe, "--sweep", "loss=l1,mse", "--out", tmp_path / "pairs") == 2

@@ -109,7 +109,19 @@ def test_missing_images_and_options_that_would_be_ignored(recipe, tmp_path, caps
     assert run("train", "quickstart", "--data", tmp_path / "images", "--out", tmp_path / "run") == 2
     assert "trains on pairs" in capsys.readouterr().err
     tiny_student(tmp_path / "s.safetensors")
-    assert run("finetune", recipe, "--from", tmp_path / "s.safetensors", "--data", tmp_path / "images", "--out", tmp_path / "run") == 2
+    assert (
+        run(
+            "finetune",
+            recipe,
+            "--from",
+            tmp_path / "s.safetensors",
+            "--data",
+            tmp_path / "images",
+            "--out",
+            tmp_path / "run",
+        )
+        == 2
+    )
     assert "cannot start from a student" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

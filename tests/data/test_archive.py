@@ -27,7 +27,9 @@ def images_of(channels=1, n=7, size=8):
 def build(out, images, labels=None, cuts=(0, 3, 7)):
     """Write in parts, cut at `cuts`, and join."""
     archive = archive_for(out)
-    parts = [archive.encode(a, images[a:b], None if labels is None else labels[a:b]) for a, b in itertools.pairwise(cuts)]
+    parts = [
+        archive.encode(a, images[a:b], None if labels is None else labels[a:b]) for a, b in itertools.pairwise(cuts)
+    ]
     target = out.with_name("joined")
     archive.join(target, lambda: iter(parts), labels, len(images), RECORD)
     target.rename(out / "samples.json" if archive.in_place else out)
@@ -52,7 +54,10 @@ def test_bytes_do_not_depend_on_the_cuts_or_the_day(tmp_path, suffix, monkeypatc
     build(tmp_path / f"a{suffix}", images, labels)
     monkeypatch.setattr("time.time", lambda: 2e9)
     build(tmp_path / f"b{suffix}", images, labels, (0, 1, 2, 7))
-    one, two = ([p.read_bytes() for p in sorted((tmp_path / f"{name}{suffix}").rglob("*.*")) or [tmp_path / f"{name}{suffix}"]] for name in "ab")
+    one, two = (
+        [p.read_bytes() for p in sorted((tmp_path / f"{name}{suffix}").rglob("*.*")) or [tmp_path / f"{name}{suffix}"]]
+        for name in "ab"
+    )
     assert one == two and one
 
 
@@ -65,9 +70,14 @@ def test_standard_readers_accept_the_files(tmp_path):
         assert file.namelist()[:2] == ["00000/img00000000.png", "00000/img00000001.png"] and len(file.namelist()) == 9
         assert json.loads(file.read("dataset.json"))["labels"][3] == ["00000/img00000003.png", 3]
         assert {info.date_time for info in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(file.read("00000/img00000006.png")))), images[6, 0].numpy())
+        assert np.array_equal(
+            np.asarray(Image.open(io.BytesIO(file.read("00000/img00000006.png")))), images[6, 0].numpy()
+        )
     with tarfile.open(tmp_path / "x.tar") as file:
-        assert file.getnames() == [".samples.json", *(f"img{i:08d}.{kind}" for i in range(7) for kind in ("png", "cls"))]
+        assert file.getnames() == [
+            ".samples.json",
+            *(f"img{i:08d}.{kind}" for i in range(7) for kind in ("png", "cls")),
+        ]
         assert file.extractfile("img00000004.cls").read() == b"4"
         assert {(member.mtime, member.mode, member.isreg()) for member in file} == {(0, 0o644, True)}
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
@@ -104,8 +114,11 @@ def test_folders_of_a_thousand(tmp_path):
     archive = archive_for(tmp_path / "x")
     archive.encode(998, images_of(n=4), None)
     assert sorted(str(p.relative_to(archive.out)) for p in archive.out.rglob("*.png")) == [
-        "00000/img00000998.png", "00000/img00000999.png", "00001/img00001000.png", "00001/img00001001.png",
-    ]  # fmt: skip
+        "00000/img00000998.png",
+        "00000/img00000999.png",
+        "00001/img00001000.png",
+        "00001/img00001001.png",
+    ]
 
 
 def test_pieces_of_a_part_join_to_the_same_part():

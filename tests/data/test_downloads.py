@@ -34,7 +34,10 @@ def test_lmdb(tmp_path, monkeypatch, at_once):
     if not at_once:
         monkeypatch.setattr(module, "DECODE_AT_ONCE", 0)
     kinds = {b"1b": "PNG", b"0a": "WEBP", b"10": "PNG"}
-    values = {key: encoded(random_pixels(i), kind, **({"lossless": True} if kind == "WEBP" else {})) for i, (key, kind) in enumerate(kinds.items())}
+    values = {
+        key: encoded(random_pixels(i), kind, **({"lossless": True} if kind == "WEBP" else {}))
+        for i, (key, kind) in enumerate(kinds.items())
+    }
     folder = church(tmp_path, values)
     found = open_images(folder)
     assert found.names == ["0a.webp", "10.png", "1b.png"] and found.labels is None and found.shape == (3, 6, 6)
@@ -110,7 +113,16 @@ def array(pixels: np.ndarray) -> bytes:
 def batch(pixels: np.ndarray, labels: list[int]) -> bytes:
     numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
     names = b"](" + b"".join(text(f"img{i}.png") for i in range(len(labels))) + b"e"
-    entries = text("batch_label") + text("training batch") + text("labels") + numbers + text("data") + array(pixels) + text("filenames") + names
+    entries = (
+        text("batch_label")
+        + text("training batch")
+        + text("labels")
+        + numbers
+        + text("data")
+        + array(pixels)
+        + text("filenames")
+        + names
+    )
     return b"\x80\x02}q\x01(" + entries + b"u."
 
 
@@ -120,9 +132,23 @@ LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 
 
 def cifar() -> dict[str, bytes]:
-    files = {f"data_batch_{i + 1}": batch(PIXELS[2 * i : 2 * i + 2].reshape(2, -1), LABELS[2 * i : 2 * i + 2]) for i in range(5)}
-    files["batches.meta"] = b"\x80\x02}(" + text("label_names") + b"](" + b"".join(map(text, NAMES)) + b"e" + text("num_vis") + b"M\x00\x0cu."
-    return {f"cifar-10-batches-py/{name}": data for name, data in (files | {"test_batch": files["data_batch_1"], "readme.html": b""}).items()}
+    files = {
+        f"data_batch_{i + 1}": batch(PIXELS[2 * i : 2 * i + 2].reshape(2, -1), LABELS[2 * i : 2 * i + 2])
+        for i in range(5)
+    }
+    files["batches.meta"] = (
+        b"\x80\x02}("
+        + text("label_names")
+        + b"]("
+        + b"".join(map(text, NAMES))
+        + b"e"
+        + text("num_vis")
+        + b"M\x00\x0cu."
+    )
+    return {
+        f"cifar-10-batches-py/{name}": data
+        for name, data in (files | {"test_batch": files["data_batch_1"], "readme.html": b""}).items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["folder", "above", "tar.gz", "zip"])
@@ -139,7 +165,9 @@ def test_cifar_10(tmp_path, kind):
 
 def test_cifar_10_that_is_bad(tmp_path):
     with pytest.raises(UserError, match="CIFAR-10 without data_batch_2"):
-        open_images(write_folder(tmp_path / "a", {name: data for name, data in cifar().items() if "batch_2" not in name}))
+        open_images(
+            write_folder(tmp_path / "a", {name: data for name, data in cifar().items() if "batch_2" not in name})
+        )
     name = "cifar-10-batches-py/data_batch_3"
     for data, why in (
         (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "os.system.*nothing was executed"),
@@ -162,7 +190,10 @@ def test_limit(tmp_path):
     assert "the first 4 of 7 images, as asked" in part.notes and part.fingerprint != whole.fingerprint
     assert open_images(folder, limit=7).fingerprint == open_images(folder, limit=100).fingerprint == whole.fingerprint
     digits = open_images("real:digits", limit=10)
-    assert torch.equal(digits.images(slice(None)), open_images("real:digits").images(range(10))) and len(digits.labels) == 10
+    assert (
+        torch.equal(digits.images(slice(None)), open_images("real:digits").images(range(10)))
+        and len(digits.labels) == 10
+    )
     with pytest.raises(UserError, match="the first 0 images are none"):
         open_images(folder, limit=0)
     with pytest.raises(MissingImages):

@@ -41,13 +41,22 @@ def count(monkeypatch):
     """The sizes of the batches that the teacher was given."""
     sizes = []
     sample = Teacher.sample
-    monkeypatch.setattr(Teacher, "sample", lambda self, noise, *a, **k: sizes.append(len(noise)) or sample(self, noise, *a, **k))
+    monkeypatch.setattr(
+        Teacher, "sample", lambda self, noise, *a, **k: sizes.append(len(noise)) or sample(self, noise, *a, **k)
+    )
     return sizes
 
 
 def arguments(teacher, out, n):
     options = {"n": n, "solver": "euler", "steps": 2, "shard-size": 8, "batch": 4, "threads": 1, "device": "cpu"}
-    return ["pairs", "--teacher", teacher[0], "--out", out, *(word for name, value in options.items() for word in (f"--{name}", value))]
+    return [
+        "pairs",
+        "--teacher",
+        teacher[0],
+        "--out",
+        out,
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+    ]
 
 
 @pytest.mark.parametrize("kind", [{}, {"store_noise": True, "dtype": "bf16"}, {"labels": "balanced", "cfg": 2.0}])
@@ -74,7 +83,11 @@ def test_prompts_and_another_file_system_grow_too(build, tmp_path):
     build("memory://growing/store", n=5)
     assert len(build("memory://growing/store", n=21)) == 21
     build("plain", 21)
-    held = {Path(name).name: MemoryFileSystem().cat(name) for name in MemoryFileSystem().find("/growing/store") if "timing" not in name}
+    held = {
+        Path(name).name: MemoryFileSystem().cat(name)
+        for name in MemoryFileSystem().find("/growing/store")
+        if "timing" not in name
+    }
     assert held == files(tmp_path / "plain")
 
 
@@ -98,7 +111,11 @@ def test_the_first_pairs_stream_as_a_store_of_so_many_does(build):
     small, large = build("small", n=10), build("large", n=20)
     a, b = (PairStream(store, 3, seed=1, buffer=1) for store in (small, PairStore(large.path, n=10)))
     for x, y in zip(a, b):
-        assert torch.equal(x.noise, y.noise) and torch.allclose(x.target, y.target, atol=1e-5) and torch.equal(x.labels, y.labels)
+        assert (
+            torch.equal(x.noise, y.noise)
+            and torch.allclose(x.target, y.target, atol=1e-5)
+            and torch.equal(x.labels, y.labels)
+        )
 
 
 def test_a_rewired_store_does_not_grow(build):
@@ -110,11 +127,16 @@ def test_a_rewired_store_does_not_grow(build):
         PairStore(build(n=8, rewire="permute").path, n=4)
 
 
-@pytest.mark.parametrize("die_in, die_at", [("replace", 1), ("compute", 1), ("replace", 2), ("record", 1), ("record", 2), ("replace", 3)])
+@pytest.mark.parametrize(
+    "die_in, die_at", [("replace", 1), ("compute", 1), ("replace", 2), ("record", 1), ("record", 2), ("replace", 3)]
+)
 def test_a_kill_while_it_grows(build, teacher, tmp_path, die_in, die_at):
     whole = build("whole", 21)
     store = build(n=5)
-    assert finish(start(arguments(teacher, store.path, 21), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
+    assert (
+        finish(start(arguments(teacher, store.path, 21), tmp_path / "log", die_in=die_in, die_at=die_at))
+        == -signal.SIGKILL
+    )
     if die_at == 1 and die_in != "record":  # the pairs of before stay readable
         assert len(PairStore(store.path, n=5)) == 5
     assert len(build(n=5)) == 5

@@ -104,17 +104,24 @@ def as_bzipped_zip(root: Path) -> Path:
 
 
 def as_wrapped_zip(root: Path) -> Path:
-    return write_zip(root / "set.zip", {f"outer/{name}": data for name, data in by_class().items()} | {"__MACOSX/._outer": b"x"})
+    return write_zip(
+        root / "set.zip", {f"outer/{name}": data for name, data in by_class().items()} | {"__MACOSX/._outer": b"x"}
+    )
 
 
 def as_edm_zip(root: Path) -> Path:
     rows = [[f"00000\\img{k:08d}.png" if k == 3 else f"00000/img{k:08d}.png", seed % 3] for k, seed in enumerate(ORDER)]
-    return write_zip(root / "edm.zip", {f"00000/img{k:08d}.png": png(seed) for k, seed in enumerate(ORDER)} | {"dataset.json": table(rows)})
+    return write_zip(
+        root / "edm.zip",
+        {f"00000/img{k:08d}.png": png(seed) for k, seed in enumerate(ORDER)} | {"dataset.json": table(rows)},
+    )
 
 
 def as_edm_folder(root: Path) -> Path:
     rows = {f"img{k}.png": seed % 3 for k, seed in enumerate(ORDER)}
-    return write_folder(root / "edm", {f"img{k}.png": png(seed) for k, seed in enumerate(ORDER)} | {"dataset.json": table(rows)})
+    return write_folder(
+        root / "edm", {f"img{k}.png": png(seed) for k, seed in enumerate(ORDER)} | {"dataset.json": table(rows)}
+    )
 
 
 def as_plain_tar(root: Path) -> Path:
@@ -152,7 +159,9 @@ def as_globbed_shards(root: Path) -> Path:
 
 
 def as_npz(root: Path) -> Path:
-    np.savez(root / "set.npz", images=np.stack([random_pixels(i) for i in ORDER]), labels=np.array([i % 3 for i in ORDER]))
+    np.savez(
+        root / "set.npz", images=np.stack([random_pixels(i) for i in ORDER]), labels=np.array([i % 3 for i in ORDER])
+    )
     return root / "set.npz"
 
 
@@ -163,15 +172,29 @@ def as_adm_npz(root: Path) -> Path:
 
 
 ALL = [
-    as_folder, as_zip, as_deflated_zip, as_bzipped_zip, as_wrapped_zip, as_edm_zip, as_edm_folder, as_plain_tar, as_cls_tar,
-    as_json_targz, as_shards, as_globbed_shards, as_npz, as_adm_npz,
-]  # fmt: skip
+    as_folder,
+    as_zip,
+    as_deflated_zip,
+    as_bzipped_zip,
+    as_wrapped_zip,
+    as_edm_zip,
+    as_edm_folder,
+    as_plain_tar,
+    as_cls_tar,
+    as_json_targz,
+    as_shards,
+    as_globbed_shards,
+    as_npz,
+    as_adm_npz,
+]
 NAMED = (as_folder, as_zip, as_deflated_zip, as_bzipped_zip, as_wrapped_zip, as_plain_tar)
 
 
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize("at_once", [1 << 30, 0], ids=["eager", "lazy"])
-def test_every_container_holds_the_same_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make, at_once: int) -> None:
+def test_every_container_holds_the_same_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make, at_once: int
+) -> None:
     monkeypatch.setattr(module, "DECODE_AT_ONCE", at_once)
     found = open_images(make(tmp_path))
     assert len(found) == 7 and found.shape == (3, 6, 6) and found.bad == []
@@ -186,7 +209,11 @@ def test_every_container_holds_the_same_set(tmp_path: Path, monkeypatch: pytest.
 def test_the_fingerprint_is_that_of_names_sizes_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_images(as_folder(tmp_path)).fingerprint
     assert len(first) == 64
-    assert open_images(as_zip(tmp_path)).fingerprint == first == open_images(tmp_path / "folder", resolution=3, channels=1).fingerprint
+    assert (
+        open_images(as_zip(tmp_path)).fingerprint
+        == first
+        == open_images(tmp_path / "folder", resolution=3, channels=1).fingerprint
+    )
     monkeypatch.setattr(module, "DECODE_AT_ONCE", 0)
     assert open_images(tmp_path / "folder").fingerprint == first
     (tmp_path / "folder/ant/00.png").rename(tmp_path / "folder/bee/00.png")
@@ -241,10 +268,19 @@ def test_label_gaps_keep_their_classes(tmp_path: Path) -> None:
 
 
 def test_side_files_are_counted(tmp_path: Path) -> None:
-    side = {"dataset.json": table(None), "samples.json": b"{}", ".DS_Store": b"", "Thumbs.db": b"", "notes.txt": b"", "README": b""}
+    side = {
+        "dataset.json": table(None),
+        "samples.json": b"{}",
+        ".DS_Store": b"",
+        "Thumbs.db": b"",
+        "notes.txt": b"",
+        "README": b"",
+    }
     found = open_images(write_folder(tmp_path / "x", {"a.png": png(0)} | side))
     assert len(found) == 1 and found.bad == []
-    assert any(note.startswith("5 files that are not an image ignored: .DS_Store, README, Thumbs.db") for note in found.notes)
+    assert any(
+        note.startswith("5 files that are not an image ignored: .DS_Store, README, Thumbs.db") for note in found.notes
+    )
 
 
 def test_classes_are_stated_and_empty_folders_are_none(tmp_path: Path) -> None:
@@ -315,7 +351,8 @@ BAD_FILES = {
 def test_bad_file_is_refused_or_skipped_by_name(tmp_path: Path, pack, name: str) -> None:
     data, why = BAD_FILES[name]
     target = pack(
-        tmp_path / ("x.tar" if pack is write_tar else "x.zip"), {f"{i}.png": png(i, (64, 64, 3)) for i in range(5)} | {name: data}
+        tmp_path / ("x.tar" if pack is write_tar else "x.zip"),
+        {f"{i}.png": png(i, (64, 64, 3)) for i in range(5)} | {name: data},
     )
     with pytest.raises(UserError, match="1 bad file of 6 in x") as error:
         open_images(target)
@@ -449,7 +486,9 @@ def test_bad_labels_in_dataset_json(tmp_path: Path, rows: list[object], bad: str
     assert len(found) == (2 if bad == "c.png" else 1)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"lab": 1}', b'{"labels": 3}', b'{"labels": [1, 2]}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"lab": 1}', b'{"labels": 3}', b'{"labels": [1, 2]}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_broken_dataset_json(tmp_path: Path, content: bytes) -> None:
     root = write_folder(tmp_path / "x", {"a.png": png(0), "dataset.json": content})
     with pytest.raises(UserError, match=r"dataset\.json in .* does not hold labels") as error:
@@ -498,7 +537,11 @@ def test_bad_labels_in_an_npz(tmp_path: Path) -> None:
         open_images(tmp_path / "x.npz")
     found = open_images(tmp_path / "x.npz", on_bad="skip")
     assert [name for name, _ in found.bad] == ["00000001", "00000002"]
-    assert found.labels is not None and found.labels.tolist() == [1, 0] and torch.equal(found.images([0, 1]), expected([0, 3]))
+    assert (
+        found.labels is not None
+        and found.labels.tolist() == [1, 0]
+        and torch.equal(found.images([0, 1]), expected([0, 3]))
+    )
 
 
 # ---- paths that are no set of images ----
@@ -508,7 +551,15 @@ def test_paths_that_are_no_set(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "texts", {"a.txt": b"", "b.txt": b""})
     write_folder(
-        tmp_path, {"x.png": png(0), "x.rar": b"", "x.zip": b"not a zip", "x.tar": b"not a tar" * 200, "x.npz": b"not an npz", "y.tar": b""}
+        tmp_path,
+        {
+            "x.png": png(0),
+            "x.rar": b"",
+            "x.zip": b"not a zip",
+            "x.tar": b"not a tar" * 200,
+            "x.npz": b"not an npz",
+            "y.tar": b"",
+        },
     )
     whole = write_zip(tmp_path / "whole.zip", by_class()).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[:-30])
@@ -562,7 +613,9 @@ def test_arguments_that_make_no_sense(wrong: dict[str, object]) -> None:
 
 
 def test_different_sizes_need_a_resolution(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "x", {"a.png": png(0, (6, 8, 3)), "b.png": png(1, (6, 8, 3)), "c.png": png(2, (5, 9, 3))})
+    root = write_folder(
+        tmp_path / "x", {"a.png": png(0, (6, 8, 3)), "b.png": png(1, (6, 8, 3)), "c.png": png(2, (5, 9, 3))}
+    )
     with pytest.raises(UserError, match=r"a\.png is 8x6, c\.png is 9x5") as error:
         open_images(root)
     assert "resolution" in error.value.hint
@@ -574,7 +627,9 @@ def test_equal_sizes_need_not_be_square(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height", "left", "top"), [(12, 8, 2, 0), (8, 13, 0, 2), (8, 8, 0, 0), (9, 8, 0, 0)])
-def test_centre_crop_without_resizing_takes_the_centre(tmp_path: Path, width: int, height: int, left: int, top: int) -> None:
+def test_centre_crop_without_resizing_takes_the_centre(
+    tmp_path: Path, width: int, height: int, left: int, top: int
+) -> None:
     pixels = random_pixels(0, (height, width, 3))
     found = open_images(write_folder(tmp_path / "x", {"a.png": encoded(pixels)}), resolution=8)
     assert torch.equal(found.images([0])[0], torch.from_numpy(pixels[top : top + 8, left : left + 8]).permute(2, 0, 1))
@@ -587,11 +642,16 @@ def test_resize_is_that_of_pil_followed_by_the_crop(tmp_path: Path, size: tuple[
     picture = Image.fromarray(random_pixels(0, (size[1], size[0], 3)))
     found = open_images(write_folder(tmp_path / "x", {"a.png": encoded(picture)}), resolution=16, resize=resize)
     short = min(size)
-    big = picture.resize((round(size[0] * 16 / short), round(size[1] * 16 / short)), getattr(Image.Resampling, resize.upper()))
+    big = picture.resize(
+        (round(size[0] * 16 / short), round(size[1] * 16 / short)), getattr(Image.Resampling, resize.upper())
+    )
     left, top = (big.width - 16) // 2, (big.height - 16) // 2
     wanted = np.asarray(big.crop((left, top, left + 16, top + 16)))
     assert np.array_equal(found.images([0])[0].permute(1, 2, 0).numpy(), wanted)
-    assert any(note.startswith("1 image " + ("shrunk" if short > 16 else "enlarged")) and resize in note for note in found.notes)
+    assert any(
+        note.startswith("1 image " + ("shrunk" if short > 16 else "enlarged")) and resize in note
+        for note in found.notes
+    )
 
 
 def test_resize_is_antialiased(tmp_path: Path) -> None:
@@ -646,7 +706,11 @@ CONVERSIONS = {
         "with alpha composited on white",
     ),
     "palette": (palette(), [[[10, 40]], [[20, 50]], [[30, 60]]], "expanded from a palette"),
-    "transparent colour": (palette(transparency=1), [[[10, 255]], [[20, 255]], [[30, 255]]], "with alpha composited on white"),
+    "transparent colour": (
+        palette(transparency=1),
+        [[[10, 255]], [[20, 255]], [[30, 255]]],
+        "with alpha composited on white",
+    ),
     "16-bit grey": (
         encoded(Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16))),
         [[[0, 0, 1, 255]]],
@@ -691,11 +755,20 @@ def test_every_exif_orientation_is_undone(tmp_path: Path) -> None:
         for turn, transpose in stored_as.items():
             exif = Image.Exif()
             exif[0x0112] = turn
-            options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-            files[f"{turn}.{suffix}"] = encoded(upright.transpose(Image.Transpose(transpose)), kind, exif=exif, **options)
+            options = (
+                {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+            )
+            files[f"{turn}.{suffix}"] = encoded(
+                upright.transpose(Image.Transpose(transpose)), kind, exif=exif, **options
+            )
         found = open_images(write_folder(tmp_path / suffix, files))
         assert found.shape == (3, 64, 128) and "7 images turned upright as EXIF says" in found.notes
-        distance = (found.images(range(7)).int() - torch.from_numpy(np.array(upright)).permute(2, 0, 1).int()).abs().float().mean()
+        distance = (
+            (found.images(range(7)).int() - torch.from_numpy(np.array(upright)).permute(2, 0, 1).int())
+            .abs()
+            .float()
+            .mean()
+        )
         assert distance < 12, kind  # JPEG rounds, and noise is hard on it; a wrong turn gives about 85
 
 
@@ -743,7 +816,11 @@ def broken_later(root: Path) -> Path:
     """Two classes; images 1, 2 (class a) and 4 (class b) have whole headers and broken pixels."""
     data = {i: encoded(random_pixels(i, (64, 64, 3)), "JPEG") for i in range(7)}
     return write_folder(
-        root / "x", {f"{'a' if i < 4 else 'b'}/{i}.jpg": data[i][: len(data[i]) // 2] if i in (1, 2, 4) else data[i] for i in range(7)}
+        root / "x",
+        {
+            f"{'a' if i < 4 else 'b'}/{i}.jpg": data[i][: len(data[i]) // 2] if i in (1, 2, 4) else data[i]
+            for i in range(7)
+        },
     )
 
 
@@ -794,7 +871,11 @@ def test_photos_with_a_preview_are_no_animations(tmp_path: Path, lazy: None) -> 
     data = encoded(photo, "MPO", save_all=True, append_images=[photo.resize((30, 30))])
     assert len(data) > 1 << 16  # the preview is behind what is read for a header
     found = open_images(write_folder(tmp_path / "x", {"a.jpg": data, "b.jpg": data}))
-    assert found.shape == (3, 400, 400) and found.notes == ["2 images compressed with loss (JPEG)"] and found.images([0, 1]).shape == (2, 3, 400, 400)
+    assert (
+        found.shape == (3, 400, 400)
+        and found.notes == ["2 images compressed with loss (JPEG)"]
+        and found.images([0, 1]).shape == (2, 3, 400, 400)
+    )
 
 
 @pytest.mark.parametrize("make", [as_zip, as_json_targz, as_folder])

@@ -83,7 +83,9 @@ def test_shards_hold_their_prompts_and_other_prompts_are_refused(build, prompts,
     store = build(teacher=TinyText(), prompts=prompts)
     Path(prompts).rename(tmp_path / "moved.txt")
     assert PairStore(store.path).prompts([4]) == ["zéro ✓"]  # reading needs no prompt file
-    assert build(teacher=TinyText(), prompts=str(tmp_path / "moved.txt")).fingerprint == store.fingerprint  # the content counts, not the name
+    assert (
+        build(teacher=TinyText(), prompts=str(tmp_path / "moved.txt")).fingerprint == store.fingerprint
+    )  # the content counts, not the name
     other = tmp_path / "other.txt"
     other.write_text("a cat\n")
     with pytest.raises(UserError, match=r"prompts: .*prompts.txt .* -> .*other.txt"):
@@ -131,9 +133,15 @@ def test_solver_options_are_part_of_the_settings(build):
     build(solver="ddim", eta=0.5)
     with pytest.raises(UserError, match=r"eta: 0.5 -> 0.0"):
         build(solver="ddim")
-    for wrong, message in (({"spacing": "leading"}, "takes Karras' steps"), ({"eta": 0.5}, "only the solver ddim"), ({"final": "x"}, "unknown final"),
-                           ({"rewire": "shuffle"}, "unknown rewire"), ({"per_prompt": 0}, "per_prompt must be"),
-                           ({"decode": True}, "works on pixels"), ({"solver": "hun"}, "did you mean 'heun'")):  # fmt: skip
+    for wrong, message in (
+        ({"spacing": "leading"}, "takes Karras' steps"),
+        ({"eta": 0.5}, "only the solver ddim"),
+        ({"final": "x"}, "unknown final"),
+        ({"rewire": "shuffle"}, "unknown rewire"),
+        ({"per_prompt": 0}, "per_prompt must be"),
+        ({"decode": True}, "works on pixels"),
+        ({"solver": "hun"}, "did you mean 'heun'"),
+    ):
         with pytest.raises(UserError, match=message):
             build("wrong", **wrong)
 
@@ -148,7 +156,10 @@ def test_rewired_pairs_are_the_same_targets_with_other_noises(build):
 
 
 def test_a_narrow_network_is_recorded_and_close(build, teacher):
-    exact, half = build("exact"), build("half", teacher=tiny_teacher(), compute=Compute(4, 1, "bf16", channels_last=True))
+    exact, half = (
+        build("exact"),
+        build("half", teacher=tiny_teacher(), compute=Compute(4, 1, "bf16", channels_last=True)),
+    )
     assert half.manifest["compute"]["precision"] == "bf16" and "precision" not in exact.manifest["compute"]
     difference = (exact.batch(range(20))[2] - half.batch(range(20))[2]).abs().max()
     assert 0 < difference < 0.5
@@ -242,9 +253,18 @@ def test_stats_count_what_is_there(build, tmp_path):
     store = build(cfg=2.0, solver="heun", steps=3)
     report = stats(store.path)
     assert (report["pairs"], report["shards"], report["nfe_per_pair"], report["forwards_per_pair"]) == (20, 3, 5, 10)
-    assert report["bytes"] == sum(p.stat().st_size for p in store.path.glob("shard*")) and report["nfe"] == 100 and report["forwards"] == 200
+    assert (
+        report["bytes"] == sum(p.stat().st_size for p in store.path.glob("shard*"))
+        and report["nfe"] == 100
+        and report["forwards"] == 200
+    )
     labels = store.batch(range(20))[1].bincount(minlength=10)
-    assert report["labels"] == {"used": int((labels > 0).sum()), "of": 10, "least": int(labels.min()), "most": int(labels.max())}
+    assert report["labels"] == {
+        "used": int((labels > 0).sum()),
+        "of": 10,
+        "least": int(labels.min()),
+        "most": int(labels.max()),
+    }
     assert report["timed_pairs"] == 20 and report["pairs_per_s"] > 0 and len(report["workers"]) == 1
     build("part", share=Share(0, 3, only=True))
     assert (stats(tmp_path / "part")["pairs"], stats(tmp_path / "part")["of"]) == (8, 20)
@@ -258,7 +278,9 @@ def test_stores_that_follow_each_other_are_joined(build, tmp_path):
     assert merge([tmp_path / "b", tmp_path / "a"], tmp_path / "ab") == 28
     assert files(tmp_path / "ab") == files(whole.path)
     noise, labels = noise_and_labels(range(28), (1, 8, 8), 10)
-    assert torch.equal(PairStore(tmp_path / "ab").batch(range(28))[0], noise) and torch.equal(PairStore(tmp_path / "ab").batch(range(28))[1], labels)
+    assert torch.equal(PairStore(tmp_path / "ab").batch(range(28))[0], noise) and torch.equal(
+        PairStore(tmp_path / "ab").batch(range(28))[1], labels
+    )
 
 
 def test_only_like_is_joined_with_like(build, tmp_path):
@@ -270,9 +292,16 @@ def test_only_like_is_joined_with_like(build, tmp_path):
     build("batch", n=8, seed=16, compute=Compute(2, 1))
     build("balanced", n=8, seed=16, labels="balanced")
     build("part", n=16, share=Share(0, 2, only=True))
-    cases = ((["a", "gap"], "ends before 16"), (["a", "steps"], "steps: 2 -> 3"), (["odd", "after_odd"], "end within a shard"),
-             (["a", "batch"], "batch: 4 -> 2"), (["a", "balanced"], "labels"), (["a"], "at least two"),
-             (["part", "part"], "1 of 2 shards are in none"), (["a", "nothing"], "not a pair store"))  # fmt: skip
+    cases = (
+        (["a", "gap"], "ends before 16"),
+        (["a", "steps"], "steps: 2 -> 3"),
+        (["odd", "after_odd"], "end within a shard"),
+        (["a", "batch"], "batch: 4 -> 2"),
+        (["a", "balanced"], "labels"),
+        (["a"], "at least two"),
+        (["part", "part"], "1 of 2 shards are in none"),
+        (["a", "nothing"], "not a pair store"),
+    )
     for names, message in cases:
         with pytest.raises(UserError, match=message):
             merge([tmp_path / name for name in names], tmp_path / "out")
@@ -298,7 +327,11 @@ def test_pairs_in_latent_space_keep_images_only_if_asked(build):
         plain.images([0])
     store = build("decoded", teacher=latent, decode=True)
     images = store.images([3, 12])
-    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8 and torch.equal(store.batch([3])[2], plain.batch([3])[2])
+    assert (
+        images.shape == (2, 3, 16, 16)
+        and images.dtype == torch.uint8
+        and torch.equal(store.batch([3])[2], plain.batch([3])[2])
+    )
     assert torch.equal(images[0, 0, :8, :8], ((store[3][2][0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
 
 

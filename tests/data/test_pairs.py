@@ -48,15 +48,36 @@ def build(teacher, tmp_path):
 
 
 def arguments(teacher, out, **more):
-    options = {"n": 20, "solver": "euler", "steps": 2, "shard-size": 8, "batch": 4, "threads": 1, "device": "cpu", **more}
-    return ["pairs", "--teacher", teacher[0], "--out", out, *(word for name, value in options.items() for word in (f"--{name}", value))]
+    options = {
+        "n": 20,
+        "solver": "euler",
+        "steps": 2,
+        "shard-size": 8,
+        "batch": 4,
+        "threads": 1,
+        "device": "cpu",
+        **more,
+    }
+    return [
+        "pairs",
+        "--teacher",
+        teacher[0],
+        "--out",
+        out,
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+    ]
 
 
 @pytest.fixture(scope="module")
 def reference(teacher, tmp_path_factory):
     """The files of a store made in one go."""
     out = tmp_path_factory.mktemp("reference") / "store"
-    make_pairs(PairSettings(str(teacher[0]), 20, solver="euler", steps=2, shard_size=8), out, compute=Compute(4, 1), teacher=teacher[1])
+    make_pairs(
+        PairSettings(str(teacher[0]), 20, solver="euler", steps=2, shard_size=8),
+        out,
+        compute=Compute(4, 1),
+        teacher=teacher[1],
+    )
     return files(out)
 
 
@@ -94,13 +115,19 @@ def test_a_batch_is_its_pairs(build, cache_bytes, store_noise):
 
 def test_other_batch_sizes_and_shards_give_the_same_values(build):
     ours = build().batch(range(20))
-    for name, how, more in (("a", {"batch": 20}, {"shard_size": 20}), ("b", {"batch": 3}, {"shard_size": 7}), ("c", {"batch": 1}, {})):
+    for name, how, more in (
+        ("a", {"batch": 20}, {"shard_size": 20}),
+        ("b", {"batch": 3}, {"shard_size": 7}),
+        ("c", {"batch": 1}, {}),
+    ):
         other = build(name, how, **more).batch(range(20))
         assert torch.equal(ours[0], other[0]) and torch.equal(ours[1], other[1])
         assert torch.allclose(ours[2], other[2], atol=1e-4)
 
 
-@pytest.mark.parametrize("die_in, die_at", [("compute", 4), ("replace", 2), ("replace", 3), ("record", 1), ("record", 2)])
+@pytest.mark.parametrize(
+    "die_in, die_at", [("compute", 4), ("replace", 2), ("replace", 3), ("record", 1), ("record", 2)]
+)
 def test_bytes_are_the_same_after_a_kill(teacher, reference, tmp_path, die_in, die_at):
     out = tmp_path / "store"
     assert finish(start(arguments(teacher, out), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
@@ -136,7 +163,9 @@ def test_a_stop_signal_saves_the_work_and_says_how_to_continue(teacher, referenc
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 143
     said = (tmp_path / "log").read_text()
-    assert "stopped with 8 of 20 pairs" in said and "to continue: d2o pairs --teacher" in said and "Traceback" not in said
+    assert (
+        "stopped with 8 of 20 pairs" in said and "to continue: d2o pairs --teacher" in said and "Traceback" not in said
+    )
     assert not list(out.glob("shard-00002*"))
     assert finish(start(arguments(teacher, out), tmp_path / "log")) == 0
     assert files(out) == reference
@@ -200,10 +229,28 @@ def test_another_torch_is_mentioned(build):
 def test_other_settings_are_refused_by_name(build, tmp_path):
     build()
     with pytest.raises(UserError) as error:
-        build(n=21, seed=5, solver="heun", steps=3, cfg=2.0, labels="balanced", shard_size=4, dtype="bf16", store_noise=True)
+        build(
+            n=21,
+            seed=5,
+            solver="heun",
+            steps=3,
+            cfg=2.0,
+            labels="balanced",
+            shard_size=4,
+            dtype="bf16",
+            store_noise=True,
+        )
     assert "n: 20" not in error.value.message  # a store may grow
-    for text in ("seed: 0 -> 5", "solver: euler -> heun", "steps: 2 -> 3", "cfg: 1.0 -> 2.0", "labels: random -> balanced",
-                 "shard_size: 8 -> 4", "dtype: fp32 -> bf16", "store_noise: False -> True"):  # fmt: skip
+    for text in (
+        "seed: 0 -> 5",
+        "solver: euler -> heun",
+        "steps: 2 -> 3",
+        "cfg: 1.0 -> 2.0",
+        "labels: random -> balanced",
+        "shard_size: 8 -> 4",
+        "dtype: fp32 -> bf16",
+        "store_noise: False -> True",
+    ):
         assert text in error.value.message
     other = tiny_teacher(tmp_path / "other.safetensors", seed=3)
     with pytest.raises(UserError, match=r"teacher: .* \(weights [0-9a-f]{12} -> [0-9a-f]{12}\)") as error:
@@ -214,7 +261,9 @@ def test_other_settings_are_refused_by_name(build, tmp_path):
 def test_the_same_weights_under_another_name_continue_the_store(build, teacher, tmp_path):
     store = build()
     (tmp_path / "copy.safetensors").write_bytes(teacher[0].read_bytes())
-    again = make_pairs(PairSettings(str(tmp_path / "copy.safetensors"), 20, solver="euler", steps=2, shard_size=8), store.path)
+    again = make_pairs(
+        PairSettings(str(tmp_path / "copy.safetensors"), 20, solver="euler", steps=2, shard_size=8), store.path
+    )
     assert again.fingerprint == store.fingerprint
 
 
@@ -225,7 +274,11 @@ def test_foreign_folders_and_manifests_are_refused_untouched(build, tmp_path):
     with pytest.raises(UserError, match=r"holds files that are not of a d2o-pairs folder \(thesis.tex\)"):
         build()
     assert files(out) == {"thesis.tex": b"x"}
-    for text, message in (("{", "damaged"), ("{}", "does not belong"), ('{"format": "d2o-pairs", "shards": [], "version": 2}', "version 2")):
+    for text, message in (
+        ("{", "damaged"),
+        ("{}", "does not belong"),
+        ('{"format": "d2o-pairs", "shards": [], "version": 2}', "version 2"),
+    ):
         (out / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=message):
             build()
@@ -296,7 +349,10 @@ def test_no_flipped_bit_of_a_shard_is_used(build, monkeypatch):
         data[at] ^= 1 << (at % 8)
         path.write_bytes(bytes(data))
         os.utime(path, ns=(time, time + 10**9 * (i + 1)))  # a clock's tick may be longer than this loop
-        with pytest.raises(UserError, match=r"shard-00000.safetensors is damaged: its checksum(.|\n)*to repair: delete it, and run: d2o pairs"):
+        with pytest.raises(
+            UserError,
+            match=r"shard-00000.safetensors is damaged: its checksum(.|\n)*to repair: delete it, and run: d2o pairs",
+        ):
             PairStore(store.path).batch([0])
 
 
@@ -336,7 +392,9 @@ def test_label_modes(build):
 
 def test_an_unconditional_teacher(tmp_path):
     torch.manual_seed(0)
-    network = EDMPrecond("ddpmpp", 8, 1, 0, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0)
+    network = EDMPrecond(
+        "ddpmpp", 8, 1, 0, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0
+    )
     teacher = Teacher(network, Spec(name="plain", shape=(1, 8, 8)))
     store = make_pairs(PairSettings("plain", 5, steps=2, solver="euler"), tmp_path / "s", teacher=teacher)
     assert store[0][1] is None and store.batch([1, 2])[1] is None and store.settings.labels == "none"
@@ -357,7 +415,9 @@ def test_guidance(build, teacher):
 @pytest.mark.parametrize("dtype, error", [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_number_formats(build, dtype, error):
     exact, short = build("exact"), build("short", dtype=dtype)
-    assert sum(p.stat().st_size for p in short.path.glob("shard*")) < sum(p.stat().st_size for p in exact.path.glob("shard*"))
+    assert sum(p.stat().st_size for p in short.path.glob("shard*")) < sum(
+        p.stat().st_size for p in exact.path.glob("shard*")
+    )
     a, b = exact.batch(range(20))[2], short.batch(range(20))[2]
     assert b.dtype == torch.float32 and not torch.equal(a, b)
     assert torch.allclose(a, b, rtol=error, atol=error)

@@ -11,7 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2o.data.pictures import GAP, SIDE, Layout, columns_for, draw_sheet, enlargement, from_png, lay_out, shortened, to_png
+from d2o.data.pictures import (
+    GAP,
+    SIDE,
+    Layout,
+    columns_for,
+    draw_sheet,
+    enlargement,
+    from_png,
+    lay_out,
+    shortened,
+    to_png,
+)
 
 
 def images(n: int, channels: int = 1, size: int = 8) -> Tensor:
@@ -66,7 +77,9 @@ def test_uneven_classes_are_named_below_each_image() -> None:
 def test_blocks_stand_side_by_side_under_their_titles() -> None:
     picture = draw_sheet([("teacher", images(4)), ("student", images(4, 3) + 100)], lay_out(4))
     left, right = cells(picture, range(10, 14)), cells(picture, range(110, 114))
-    assert picture.mode == "RGB" and all(right[v + 100][0] > left[13][0] + SIDE and right[v + 100][1] == left[v][1] for v in left)
+    assert picture.mode == "RGB" and all(
+        right[v + 100][0] > left[13][0] + SIDE and right[v + 100][1] == left[v][1] for v in left
+    )
     assert (np.asarray(picture)[: left[10][1]] < 128).any()
     headed = draw_sheet([("", images(4))], Layout([0, 1, 2, 3], 4), ["0.00", "0.33", "0.67", "1.00"])
     assert (np.asarray(headed)[: cells(headed, range(10, 14))[10][1] - 1] < 128).any()
@@ -88,7 +101,9 @@ def test_a_sheet_of_a_result_comes_apart_again() -> None:
     parts = from_png(to_png(made, 3), 5, 3)
     assert len(parts) == 5
     for part, image in zip(parts, made, strict=True):  # pixel by pixel
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))), image.permute(1, 2, 0).numpy())
+        assert np.array_equal(
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))), image.permute(1, 2, 0).numpy()
+        )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -14,7 +14,16 @@ from d2o.data import prompts as module
 from d2o.data.prompts import Prompts, open_prompts, pack, unpack
 from d2o.errors import UserError
 
-TEXTS = ["a photo of a cat", "ein Löwe 🦁", " two  spaces ", "tab\tand \x07 bell", "x" * 5000, "日本語", "a photo of a cat", "\x0b"]
+TEXTS = [
+    "a photo of a cat",
+    "ein Löwe 🦁",
+    " two  spaces ",
+    "tab\tand \x07 bell",
+    "x" * 5000,
+    "日本語",
+    "a photo of a cat",
+    "\x0b",
+]
 
 
 @pytest.fixture
@@ -44,7 +53,12 @@ def check(prompts, texts):
     assert len(prompts) == len(texts) and list(prompts) == texts
     assert [prompts[i] for i in range(len(texts))] == texts and prompts[-1] == texts[-1]
     index = [3, 0, 3, -1, 1]
-    assert prompts.many(index) == prompts.many(np.array(index)) == prompts.many(torch.tensor(index)) == [texts[i] for i in index]
+    assert (
+        prompts.many(index)
+        == prompts.many(np.array(index))
+        == prompts.many(torch.tensor(index))
+        == [texts[i] for i in index]
+    )
     assert prompts.many([]) == []
     for wrong in (len(texts), -len(texts) - 1):
         with pytest.raises(IndexError):
@@ -181,7 +195,13 @@ def test_urls_are_copied_once_for_each_version(tmp_path, monkeypatch):
 
 def test_memory_is_a_few_bytes_a_prompt(write):
     n = 100_000
-    path = write("p.txt", "".join(f"a photo of a rather long prompt with the number {i:08d} in it, so that it takes some space\n" for i in range(n)))
+    path = write(
+        "p.txt",
+        "".join(
+            f"a photo of a rather long prompt with the number {i:08d} in it, so that it takes some space\n"
+            for i in range(n)
+        ),
+    )
     tracemalloc.start()
     prompts = open_prompts(path)
     held, peak = tracemalloc.get_traced_memory()
@@ -204,14 +224,22 @@ def test_a_table_holds_two_of_its_groups(table, monkeypatch):
     prompts._file = Counting()
     prompts._groups.clear()
     order = np.random.RandomState(0).permutation(100)
-    assert prompts.many(order) == [f"p{i}" for i in order] and reads == list(range(10))  # each once, in whatever order one asks
+    assert prompts.many(order) == [f"p{i}" for i in order] and reads == list(
+        range(10)
+    )  # each once, in whatever order one asks
     assert len(prompts._groups) == module.GROUPS
 
 
 def test_packing():
     tensors = pack(TEXTS)
     assert {name: t.dtype for name, t in tensors.items()} == {"prompt_bytes": torch.uint8, "prompt_ends": torch.int64}
-    assert tensors["prompt_ends"].tolist()[:2] == [16, 30] and len(tensors["prompt_bytes"]) == sum(len(t.encode()) for t in TEXTS)
+    assert tensors["prompt_ends"].tolist()[:2] == [16, 30] and len(tensors["prompt_bytes"]) == sum(
+        len(t.encode()) for t in TEXTS
+    )
     for index in ([2, 0, 2], range(len(TEXTS)), torch.tensor([7, 1]), np.array([4])):
         assert unpack({**tensors, "target": torch.ones(1)}, index) == [TEXTS[i] for i in index]
-    assert unpack(pack(["", ""]), [1, 0]) == ["", ""] and unpack(pack(["", "a", ""]), [0, 1, 2]) == ["", "a", ""] and unpack(tensors, []) == []
+    assert (
+        unpack(pack(["", ""]), [1, 0]) == ["", ""]
+        and unpack(pack(["", "a", ""]), [0, 1, 2]) == ["", "a", ""]
+        and unpack(tensors, []) == []
+    )

@@ -38,7 +38,9 @@ def path():
 @pytest.fixture
 def remote(path, tmp_path):
     """remote(**times) -> another worker's view of the same folder."""
-    return lambda fs=None, **times: RemoteFolder(fs or MemoryFileSystem(), path, "test", "files", cache=tmp_path / "cache", **{**QUICK, **times})
+    return lambda fs=None, **times: RemoteFolder(
+        fs or MemoryFileSystem(), path, "test", "files", cache=tmp_path / "cache", **{**QUICK, **times}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +69,15 @@ def test_urls_choose_the_kind_of_folder(tmp_path):
     assert open_folder(f"file://{tmp_path}/a", "test", "files").path == tmp_path / "a"
     folder = open_folder("memory://bucket/a/", "test", "files")
     assert isinstance(folder, RemoteFolder) and folder.url == "memory://bucket/a"
-    assert open_folder(Path("memory://bucket/a"), "test", "files").url == "memory://bucket/a"  # Path has made one slash of two
+    assert (
+        open_folder(Path("memory://bucket/a"), "test", "files").url == "memory://bucket/a"
+    )  # Path has made one slash of two
 
 
-@pytest.mark.parametrize("url, words", [("oci://b/x", "pip install ocifs"), ("sftp://h/x", "paramiko"), ("nonsense://x", "Protocol not known")])
+@pytest.mark.parametrize(
+    "url, words",
+    [("oci://b/x", "pip install ocifs"), ("sftp://h/x", "paramiko"), ("nonsense://x", "Protocol not known")],
+)
 def test_a_missing_backend_says_what_to_install(url, words):
     with pytest.raises(UserError, match=words):
         open_folder(url, "test", "files")
@@ -191,7 +198,11 @@ def test_entries_count_before_and_after_they_are_in_the_manifest(remote, path):
     remote().add(entry(units[1]))
     remote().add(entry(units[0], size=11))  # made again
     for _ in range(2):
-        assert [(e["file"], e["bytes"]) for e in remote().manifest()["files"]] == [(units[0].file, 11), (units[1].file, 10), (units[2].file, 10)]
+        assert [(e["file"], e["bytes"]) for e in remote().manifest()["files"]] == [
+            (units[0].file, 11),
+            (units[1].file, 10),
+            (units[2].file, 10),
+        ]
         remote().close()
     assert set(contents(path)) == {"manifest.json"}
 
@@ -207,8 +218,16 @@ def test_a_unit_is_left_until_its_whole_file_is_there(remote, path):
     assert folder.left(UNITS[:2]) == UNITS[:2]
 
 
-DAMAGED = [b"", b"{", b"[]", b"null", b'{"file": "u00000.safetensors"}', b'{"file": "u00001.safetensors", "start": 0, "n": 5, "bytes": 9}',
-           b'{"file": "u00000.safetensors", "start": "0", "n": 5, "bytes": 9}', b"\xff\xfe"]  # fmt: skip
+DAMAGED = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"file": "u00000.safetensors"}',
+    b'{"file": "u00001.safetensors", "start": 0, "n": 5, "bytes": 9}',
+    b'{"file": "u00000.safetensors", "start": "0", "n": 5, "bytes": 9}',
+    b"\xff\xfe",
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -319,7 +338,9 @@ def test_two_may_begin_at_the_same_time(remote, path):
             ready.wait(5)
             return super().pipe_file(*args, **kwargs)
 
-    threads = [threading.Thread(target=lambda r=r: found.append(remote(Together(), settle=0.2).open(r))) for r in records]
+    threads = [
+        threading.Thread(target=lambda r=r: found.append(remote(Together(), settle=0.2).open(r))) for r in records
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -454,7 +475,10 @@ def test_a_claim_survives_a_network_that_comes_and_goes(remote, monkeypatch):
 
 def test_workers_in_threads_share_the_units(remote, path, reference):
     began = []
-    workers = [threading.Thread(target=fill_folder, args=(remote(settle=0.02), UNITS, 0.02), kwargs={"say": began.append}) for _ in range(3)]
+    workers = [
+        threading.Thread(target=fill_folder, args=(remote(settle=0.02), UNITS, 0.02), kwargs={"say": began.append})
+        for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

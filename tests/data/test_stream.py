@@ -55,7 +55,10 @@ class Store:
 def numbers(batch):
     """Which pairs are in the batch; checks that all that belongs together came together."""
     index = batch.target[:, 0, 0].long()
-    assert torch.equal(batch.target, index.view(-1, 1, 1).expand(-1, *SHAPE).float()) and batch.target.dtype == torch.float32
+    assert (
+        torch.equal(batch.target, index.view(-1, 1, 1).expand(-1, *SHAPE).float())
+        and batch.target.dtype == torch.float32
+    )
     assert torch.equal(batch.noise, noise_for_seeds((1000 + index).tolist(), SHAPE))
     assert batch.labels is not None and batch.labels.dtype == torch.int64 and torch.equal(batch.labels, index % 7)
     return index.tolist()
@@ -120,7 +123,23 @@ def test_any_place_is_resumed_as_if_nothing_had_happened(prefetch):
             for batch in stream:
                 positions.append(stream.position)
                 batches.append(numbers(batch))
-        assert positions == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4), (3, 0)]
+        assert positions == [
+            (0, 1),
+            (0, 2),
+            (0, 3),
+            (0, 4),
+            (1, 0),
+            (1, 1),
+            (1, 2),
+            (1, 3),
+            (1, 4),
+            (2, 0),
+            (2, 1),
+            (2, 2),
+            (2, 3),
+            (2, 4),
+            (3, 0),
+        ]
         for k, (at, index) in enumerate(positions[:-1]):
             other = fresh(rank)
             other.seek(at, index)
@@ -205,7 +224,11 @@ def test_a_pair_store_is_streamed_as_it_is_read(tmp_path, monkeypatch, where):
     found = []
     for batch in PairStream(store, 3, buffer=2, drop_last=False):
         index = [next(i for i in range(20) if torch.equal(noise[i], row)) for row in batch.noise]
-        assert torch.equal(batch.labels, labels[index]) and torch.equal(batch.target, target[index]) and batch.prompts is None
+        assert (
+            torch.equal(batch.labels, labels[index])
+            and torch.equal(batch.target, target[index])
+            and batch.prompts is None
+        )
         found += index
     assert sorted(found) == list(range(20))
 

@@ -40,13 +40,28 @@ def test_a_store_grows_and_is_sealed_then(old, tmp_path):
     store = make_pairs(settings, old / "pairs", compute=Compute(2, 1))
     assert len(store) == 9 and store.verify() == []
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(store.batch(range(5)), before))
-    assert (FIXTURE / "pairs" / "shard-00000.safetensors").read_bytes() == (old / "pairs" / "shard-00000.safetensors").read_bytes()
+    assert (FIXTURE / "pairs" / "shard-00000.safetensors").read_bytes() == (
+        old / "pairs" / "shard-00000.safetensors"
+    ).read_bytes()
     assert len(json.loads((old / "pairs" / "manifest.json").read_text())["sha256"]) == 64
 
 
 def test_samples_are_added_to(old, capsys):
     with pytest.raises(SystemExit) as done:
-        main(["sample", str(old / "student.safetensors"), "--n", "7", "--out", str(old / "x.zip"), "--threads", "1", "--device", "cpu"])
+        main(
+            [
+                "sample",
+                str(old / "student.safetensors"),
+                "--n",
+                "7",
+                "--out",
+                str(old / "x.zip"),
+                "--threads",
+                "1",
+                "--device",
+                "cpu",
+            ]
+        )
     assert done.value.code == 0 and "grows to 7 images" in capsys.readouterr().err.replace("\n", " ")
     was, now = open_images(FIXTURE / "x.zip"), open_images(old / "x.zip")
     assert len(now) == 7 and torch.equal(now.images(range(4)), was.images(range(4)))

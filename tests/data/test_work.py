@@ -61,11 +61,17 @@ def test_files_are_saved_whole_and_described(folder, tmp_path):
     save_file(tmp_path / "same.safetensors", tensors, {"a": 2, "b": 1})
     path = folder.local("u0.safetensors")
     assert path.read_bytes() == (tmp_path / "same.safetensors").read_bytes()
-    assert saved == {"bytes": path.stat().st_size, "sha256": file_sha256(path)} and folder.sha256("u0.safetensors") == saved["sha256"]
+    assert (
+        saved == {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        and folder.sha256("u0.safetensors") == saved["sha256"]
+    )
     assert torch.equal(load_file(path)[0]["x"], tensors["x"])
     assert folder.size("u0.safetensors") == saved["bytes"] and folder.exists("u0.safetensors")
     assert folder.size("u1.safetensors") == -1 and not folder.exists("u1.safetensors")
-    assert folder.sizes(["u1.safetensors", "u0.safetensors"]) == {"u0.safetensors": saved["bytes"], "u1.safetensors": -1}
+    assert folder.sizes(["u1.safetensors", "u0.safetensors"]) == {
+        "u0.safetensors": saved["bytes"],
+        "u1.safetensors": -1,
+    }
     with pytest.raises(UserError, match="cannot read .*u1.safetensors"):
         folder.sha256("u1.safetensors")
 

@@ -31,7 +31,9 @@ class Mixture(nn.Module):
         self.logits = nn.Parameter(torch.tensor(weights, dtype=torch.float64).log())
         self.requires_grad_(False)
 
-    def posterior(self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def posterior(
+        self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t] and E[eps | x_t], float64, of the shape of x_t [B, ...]; alpha and sigma numbers or [B].
 
         `labels` [B]: the component that a sample belongs to, -1: unknown.
@@ -56,14 +58,18 @@ class Mixture(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         labels = torch.multinomial(self.logits.softmax(0), n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return (self.means[labels] + self.log_stds.exp()[labels, None] * noise).reshape(n, *(shape or self.means.shape[1:])), labels
+        return (self.means[labels] + self.log_stds.exp()[labels, None] * noise).reshape(
+            n, *(shape or self.means.shape[1:])
+        ), labels
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean [D] and covariance [D, D] of the data."""
         weight = self.logits.softmax(0)
         mean = weight @ self.means
         around = self.means - mean
-        return mean, (weight[:, None] * around).T @ around + (weight @ self.log_stds.exp() ** 2) * torch.eye(len(mean), dtype=torch.float64)
+        return mean, (weight[:, None] * around).T @ around + (weight @ self.log_stds.exp() ** 2) * torch.eye(
+            len(mean), dtype=torch.float64
+        )
 
     def denoiser(self, schedule: Schedule, labels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """(x_t [B, ...], t [B]) -> E[x_0 | x_t] float64 for that schedule: what solvers call."""
@@ -74,7 +80,9 @@ class Mixture(nn.Module):
 
         return denoise
 
-    def solution(self, x: Tensor, start: tuple[float, float], end: tuple[float, float], labels: Tensor | None = None) -> Tensor:
+    def solution(
+        self, x: Tensor, start: tuple[float, float], end: tuple[float, float], labels: Tensor | None = None
+    ) -> Tensor:
         """The probability-flow ODE from (alpha, sigma) `start` to `end`, to about 1e-11, in float64.
 
         dx = D dalpha + eps dsigma depends on the path through (alpha, sigma) only by its ends, and rescaling both rescales x. So it is integrated
@@ -87,10 +95,20 @@ class Mixture(nn.Module):
             return eps * angle.cos() - x_0 * angle.sin()
 
         ends_on_a_step = {"step_t": angles[1:]}  # interpolating within the last step would cost digits
-        solved = odeint(slope, x.to(torch.float64) / math.hypot(*start), angles, rtol=1e-11, atol=1e-12, method="dopri8", options=ends_on_a_step)
+        solved = odeint(
+            slope,
+            x.to(torch.float64) / math.hypot(*start),
+            angles,
+            rtol=1e-11,
+            atol=1e-12,
+            method="dopri8",
+            options=ends_on_a_step,
+        )
         return solved[-1] * math.hypot(*end)
 
-    def _components(self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _components(
+        self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x_t float64, its distances to the components' means [B, K, D], their variances [B, K, 1] and the data's deviations [K, 1]."""
         x, stds = x_t.to(torch.float64), self.log_stds.exp()[:, None]
         alpha, sigma = (torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1, 1) for value in (alpha, sigma))
@@ -101,7 +119,9 @@ class Mixture(nn.Module):
         return self.logits.log_softmax(0) - 0.5 * (away**2 / variance + variance.log()).sum(2)
 
 
-def gaussian_solution(x: Tensor, mean: float, std: float, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
+def gaussian_solution(
+    x: Tensor, mean: float, std: float, start: tuple[float, float], end: tuple[float, float]
+) -> Tensor:
     """The same for one Gaussian, in closed form: what is left after the mean shrinks as the marginal's deviation does."""
     (a0, s0), (a1, s1) = start, end
     return a1 * mean + (x - a0 * mean) * math.sqrt((a1**2 * std**2 + s1**2) / (a0**2 * std**2 + s0**2))
@@ -131,7 +151,10 @@ class MixtureTeacher(Teacher):
         schedule = schedule or EDMSchedule()
         count, dimensions = mixture.means.shape
         kind = {"condition": "label", "classes": count} if labelled else {}
-        super().__init__(MixtureNetwork(mixture, schedule), Spec(name="mixture", shape=(dimensions, 1, 1), value_range=(-4.0, 4.0), **kind))
+        super().__init__(
+            MixtureNetwork(mixture, schedule),
+            Spec(name="mixture", shape=(dimensions, 1, 1), value_range=(-4.0, 4.0), **kind),
+        )
         self.mixture, self.schedule = mixture, schedule
         self.calls: list[int] = []
 

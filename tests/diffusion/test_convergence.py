@@ -28,7 +28,9 @@ def ends(schedule):
 def test_the_reference_is_the_closed_form_for_a_gaussian(schedule):
     start, end = ends(schedule)
     x = normal(50, 1) * start[1]
-    assert torch.allclose(GAUSSIAN.solution(x, start, end), gaussian_solution(x, 0.3, 0.5, start, end), rtol=0, atol=1e-10)
+    assert torch.allclose(
+        GAUSSIAN.solution(x, start, end), gaussian_solution(x, 0.3, 0.5, start, end), rtol=0, atol=1e-10
+    )
 
 
 def test_the_reference_keeps_every_quantile_in_one_dimension():
@@ -50,7 +52,9 @@ def test_the_posterior_is_tweedies():
     for alpha, sigma in ((1.0, 0.3), (0.6, 0.8), (0.05, 1.0)):
         x_0, eps = PLANE.posterior(x, alpha, sigma)
         (score,) = torch.autograd.grad(PLANE.log_density(x, alpha, sigma).sum(), x)
-        assert torch.allclose(alpha * x_0 + sigma * eps, x, atol=1e-12) and torch.allclose(eps, -sigma * score, atol=1e-12)
+        assert torch.allclose(alpha * x_0 + sigma * eps, x, atol=1e-12) and torch.allclose(
+            eps, -sigma * score, atol=1e-12
+        )
     known = PLANE.posterior(x, 1.0, 0.3, torch.tensor([0, 1, -1] * 10))[0]
     blind = PLANE.posterior(x, 1.0, 0.3)[0]
     assert torch.equal(known[2::3], blind[2::3]) and not torch.allclose(known[0::3], blind[0::3], atol=0.1)
@@ -85,18 +89,26 @@ PROBABLE = 0.05
 def sampled(solver, schedule, n=2000, seed=3):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, 2, generator=generator)
-    return solver.run(PLANE.denoiser(schedule), z, schedule, lambda: torch.randn(n, 2, generator=generator, dtype=torch.float64))
+    return solver.run(
+        PLANE.denoiser(schedule), z, schedule, lambda: torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(
     ("solver", "schedule"),
     [
-        (Solver("heun", 32), "edm"), (Solver("dpmpp", 48), "edm"), (Solver("euler", 512), "flow"), (Solver("heun", 32), "vp"),
-        (Solver("sde", 64), "edm"), (Solver("sde", 48, s_churn=80, s_noise=1.0), "edm"),
-        (Solver("ddim", 128, final="x0", eta=1.0), "sd"), (Solver("ddim", 128, final="x0", eta=0.5), "sd"), (Solver("ddim", 128, eta=1.0), "flow"),
+        (Solver("heun", 32), "edm"),
+        (Solver("dpmpp", 48), "edm"),
+        (Solver("euler", 512), "flow"),
+        (Solver("heun", 32), "vp"),
+        (Solver("sde", 64), "edm"),
+        (Solver("sde", 48, s_churn=80, s_noise=1.0), "edm"),
+        (Solver("ddim", 128, final="x0", eta=1.0), "sd"),
+        (Solver("ddim", 128, final="x0", eta=0.5), "sd"),
+        (Solver("ddim", 128, eta=1.0), "flow"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.name}{value.steps}",
-)  # fmt: skip
+)
 def test_samples_have_the_datas_distribution(solver, schedule):
     schedule = DiscreteSchedule.scaled_linear() if schedule == "sd" else SCHEDULES[schedule]
     x = sampled(solver, schedule)
@@ -112,14 +124,23 @@ def test_too_few_steps_are_found_out():
         assert energy_p_value(sampled(solver, EDMSchedule()), PLANE.sample(2000, seed=8)[0]) < PROBABLE
 
 
-@pytest.mark.parametrize(("stochastic", "plain"), [(Solver("sde", 40), Solver("heun", 40)), (Solver("ddim", 40, eta=1.0), Solver("ddim", 40))])
+@pytest.mark.parametrize(
+    ("stochastic", "plain"),
+    [(Solver("sde", 40), Solver("heun", 40)), (Solver("ddim", 40, eta=1.0), Solver("ddim", 40))],
+)
 def test_fresh_noise_makes_another_sample_of_the_same_start(stochastic, plain):
     schedule = EDMSchedule() if stochastic.name == "sde" else DiscreteSchedule.scaled_linear()
-    one, two, deterministic = sampled(stochastic, schedule, 50), sampled(stochastic, schedule, 50), sampled(plain, schedule, 50)
+    one, two, deterministic = (
+        sampled(stochastic, schedule, 50),
+        sampled(stochastic, schedule, 50),
+        sampled(plain, schedule, 50),
+    )
     assert torch.equal(one, two)  # the same fresh noise
     assert (one - deterministic).norm(dim=1).median() > 0.2
 
 
 def test_without_churn_the_stochastic_sampler_is_heuns():
     still = Solver("sde", 18, s_churn=0.0)
-    assert torch.allclose(sampled(still, EDMSchedule(), 50), sampled(Solver("heun", 18), EDMSchedule(), 50), rtol=0, atol=1e-4)
+    assert torch.allclose(
+        sampled(still, EDMSchedule(), 50), sampled(Solver("heun", 18), EDMSchedule(), 50), rtol=0, atol=1e-4
+    )

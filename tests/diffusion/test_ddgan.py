@@ -12,7 +12,11 @@ LEVELS = {1: [0.00657], 2: [0.28049, 0.00657], 3: [0.56460, 0.10576, 0.00657], 4
 def test_levels_are_the_published_ones(steps):
     process = DDGANProcess(steps)
     assert [round(v, 5) for v in process.A[1:].tolist()] == LEVELS[steps]
-    assert process.A.dtype == torch.float64 and process.A[0] == pytest.approx(1, abs=1e-8) and process.S[0] == pytest.approx(1e-4, rel=1e-6)
+    assert (
+        process.A.dtype == torch.float64
+        and process.A[0] == pytest.approx(1, abs=1e-8)
+        and process.S[0] == pytest.approx(1e-4, rel=1e-6)
+    )
     assert torch.allclose(process.A**2 + process.S**2, torch.ones(steps + 1, dtype=torch.float64))
     assert torch.allclose(process.A[1:] / process.A[:-1], (1 - process.b[1:]).sqrt())
 
@@ -34,7 +38,9 @@ def test_pairs_have_the_marginals_of_the_process():
         for x, i in ((x_t, step), (x_next, step + 1)):
             assert x.mean().item() == pytest.approx(process.A[i].item() * 0.7, abs=0.01)
             assert x.std().item() == pytest.approx(process.S[i].item(), rel=0.01)
-        assert (x_t * (x_next - process.a[step + 1] * x_t)).mean().item() == pytest.approx(0, abs=0.01)  # the step's noise is its own
+        assert (x_t * (x_next - process.a[step + 1] * x_t)).mean().item() == pytest.approx(
+            0, abs=0.01
+        )  # the step's noise is its own
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -46,8 +52,12 @@ def test_the_posterior_of_the_truth_is_a_step_back(steps):
         t = torch.full((n,), step)
         x_t, x_next = process.pair(x0, t, n1, n2)
         back = process.posterior(x0, x_next, t, n3)
-        assert back.mean().item() == pytest.approx(x_t.mean().item(), abs=0.01) and back.std().item() == pytest.approx(x_t.std().item(), rel=0.01)
-        assert (back * x_next).mean().item() == pytest.approx((x_t * x_next).mean().item(), abs=0.01)  # jointly with x_{t+1}
+        assert back.mean().item() == pytest.approx(x_t.mean().item(), abs=0.01) and back.std().item() == pytest.approx(
+            x_t.std().item(), rel=0.01
+        )
+        assert (back * x_next).mean().item() == pytest.approx(
+            (x_t * x_next).mean().item(), abs=0.01
+        )  # jointly with x_{t+1}
 
 
 def test_steps_may_differ_from_sample_to_sample_and_the_prediction_gets_gradients():

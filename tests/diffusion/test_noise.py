@@ -71,7 +71,9 @@ def test_steps_noise_goes_on_where_the_start_noise_ended(classes):
         if classes:
             assert labels[i] == torch.randint(classes, (), generator=generator)
         for draw in draws:
-            assert draw.dtype == torch.float64 and torch.equal(draw[i], torch.randn(shape, generator=generator, dtype=torch.float64))
+            assert draw.dtype == torch.float64 and torch.equal(
+                draw[i], torch.randn(shape, generator=generator, dtype=torch.float64)
+            )
 
 
 def test_steps_noise_depends_on_the_seed_alone_and_is_fresh():

@@ -18,12 +18,33 @@ SD = {**BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 
 
 
 def test_karras_sigmas_have_the_published_values():
-    values = [80, 57.5860, 40.7856, 28.3746, 19.3525, 12.9101, 8.4009, 5.3152, 3.2568, 1.9233,
-              1.0882, 0.5853, 0.2964, 0.1395, 0.0599, 0.0229, 0.0075, 0.0020, 0]  # fmt: skip
+    values = [
+        80,
+        57.5860,
+        40.7856,
+        28.3746,
+        19.3525,
+        12.9101,
+        8.4009,
+        5.3152,
+        3.2568,
+        1.9233,
+        1.0882,
+        0.5853,
+        0.2964,
+        0.1395,
+        0.0599,
+        0.0229,
+        0.0075,
+        0.0020,
+        0,
+    ]
     sigmas = karras_sigmas(18)
     assert sigmas.dtype == torch.float64 and sigmas.shape == (19,)
     assert torch.allclose(sigmas, torch.tensor(values, dtype=torch.float64), rtol=0, atol=5.1e-5)
-    assert sigmas[0] == pytest.approx(80, abs=1e-9) and sigmas[17] == pytest.approx(0.002, abs=1e-12) and sigmas[18] == 0
+    assert (
+        sigmas[0] == pytest.approx(80, abs=1e-9) and sigmas[17] == pytest.approx(0.002, abs=1e-12) and sigmas[18] == 0
+    )
 
 
 def test_karras_sigmas_follow_their_arguments():
@@ -53,7 +74,9 @@ def test_stable_diffusions_numbers():
     schedule = DiscreteSchedule.scaled_linear()
     t = torch.tensor([999.0, 981.0, 0.0])
     bar = schedule.alphas_cumprod[t.long()]
-    assert bar.dtype == torch.float64 and bar.tolist() == pytest.approx([0.004660098513, 0.005775500139, 0.99915], rel=1e-9)
+    assert bar.dtype == torch.float64 and bar.tolist() == pytest.approx(
+        [0.004660098513, 0.005775500139, 0.99915], rel=1e-9
+    )
     assert schedule.alpha(t).dtype == schedule.sigma(t).dtype == torch.float32
     assert schedule.alpha(t).tolist() == pytest.approx([0.0682649142, 0.0759967114, 0.9995749096], rel=1e-6)
     assert schedule.sigma(t).tolist() == pytest.approx([0.9976672298, 0.9971080683, 0.0291547595], rel=1e-6)
@@ -61,10 +84,14 @@ def test_stable_diffusions_numbers():
 
     grid = schedule.grid(50)
     assert grid.t[:-1].tolist() == list(range(981, 0, -20)) and grid.start == 1
-    assert grid.alpha[-1] ** 2 == pytest.approx(0.99915, rel=1e-9) and grid.sigma[-1] == pytest.approx(0.0291547595, rel=1e-8)
+    assert grid.alpha[-1] ** 2 == pytest.approx(0.99915, rel=1e-9) and grid.sigma[-1] == pytest.approx(
+        0.0291547595, rel=1e-8
+    )
     assert torch.allclose(grid.alpha**2 + grid.sigma**2, torch.ones(51, dtype=torch.float64), atol=1e-15)
     linspace = schedule.grid(50, "linspace").t
-    assert linspace[0] == 999 and linspace[49] == 0 and linspace.diff().min() == -21 and linspace[:50].diff().max() == -20
+    assert (
+        linspace[0] == 999 and linspace[49] == 0 and linspace.diff().min() == -21 and linspace[:50].diff().max() == -20
+    )
     assert schedule.grid(50, "trailing").t[:-1].tolist() == list(range(999, 18, -20))
     ends = schedule.grid(50, final="x0")
     assert ends.alpha[-1] == 1 and ends.sigma[-1] == 0 and torch.equal(ends.sigma[:-1], grid.sigma[:-1])
@@ -85,12 +112,21 @@ def test_a_discrete_grid_refuses_what_it_cannot_do():
 
 @pytest.mark.parametrize(
     "config",
-    [{}, SD, {**SD, "timestep_spacing": "trailing"}, {"beta_schedule": "squaredcos_cap_v2"}, {**BETAS, "num_train_timesteps": 500},
-     {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3}, {"beta_start": 0.001, "beta_end": 0.03, "set_alpha_to_one": False}],
-)  # fmt: skip
+    [
+        {},
+        SD,
+        {**SD, "timestep_spacing": "trailing"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {**BETAS, "num_train_timesteps": 500},
+        {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
+        {"beta_start": 0.001, "beta_end": 0.03, "set_alpha_to_one": False},
+    ],
+)
 def test_a_schedule_from_diffusers_configuration_is_that_schedulers(config):
     theirs, ours = DDIMScheduler.from_config(config), DiscreteSchedule.from_config(config)
-    assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-9)  # theirs is float32
+    assert torch.allclose(
+        ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-9
+    )  # theirs is float32
     theirs.set_timesteps(3)
     grid = ours.grid(3)
     assert grid.t[:-1].tolist() == theirs.timesteps.clamp(max=len(ours.alphas_cumprod) - 1).tolist()
@@ -107,7 +143,10 @@ def test_a_scheduler_that_would_give_other_samples_is_refused():
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_time_steps_are_those_of_diffusers(spacing):
-    theirs, ours = DDIMScheduler(**SD, timestep_spacing=spacing), DiscreteSchedule.from_config({**SD, "timestep_spacing": spacing})
+    theirs, ours = (
+        DDIMScheduler(**SD, timestep_spacing=spacing),
+        DiscreteSchedule.from_config({**SD, "timestep_spacing": spacing}),
+    )
     for steps in (*range(2, 48), 50, 100, 125, 200, 250, 500):
         theirs.set_timesteps(steps)
         assert torch.equal(ours.grid(steps).t[:-1].long(), theirs.timesteps), steps
@@ -141,9 +180,14 @@ def their_samples(scheduler, schedule, z):
     return x
 
 
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 50), ("leading", 30), ("leading", 1), ("trailing", 50), ("trailing", 4)])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("leading", 50), ("leading", 30), ("leading", 1), ("trailing", 50), ("trailing", 4)]
+)
 def test_ddim_samples_are_those_of_diffusers(spacing, steps):
-    z, schedule = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)), DiscreteSchedule.from_config({**SD, "timestep_spacing": spacing})
+    z, schedule = (
+        torch.randn(16, 2, generator=torch.Generator().manual_seed(1)),
+        DiscreteSchedule.from_config({**SD, "timestep_spacing": spacing}),
+    )
     theirs = on_our_table(DDIMScheduler(**SD, timestep_spacing=spacing), schedule)
     theirs.set_timesteps(steps)
     ours = Solver("ddim", steps).run(PLANE.denoiser(schedule), z, schedule)
@@ -161,9 +205,13 @@ def test_stochastic_ddim_is_that_of_diffusers(eta):
     fresh = [torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(20)]
     x = z.double()
     for i, t in enumerate(theirs.timesteps):
-        x = theirs.step(predicted_noise(denoise, schedule, x, t), int(t), x, eta=eta, variance_noise=fresh[i]).prev_sample
+        x = theirs.step(
+            predicted_noise(denoise, schedule, x, t), int(t), x, eta=eta, variance_noise=fresh[i]
+        ).prev_sample
     draws = iter(fresh)
-    assert torch.allclose(Solver("ddim", 20, eta=eta).run(denoise, z, schedule, lambda: next(draws)), x, rtol=0, atol=1e-6)
+    assert torch.allclose(
+        Solver("ddim", 20, eta=eta).run(denoise, z, schedule, lambda: next(draws)), x, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("steps", [10, 20])  # below 15 steps the last one is of first order
@@ -172,7 +220,9 @@ def test_dpmpp_samples_are_those_of_diffusers(steps, theirs, ours):
     """Theirs keeps sigmas in float32, and takes logarithms and differences of them: a relative 2^-24 of each, up to 3e-6 in h here."""
     z, schedule = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)), DiscreteSchedule.from_config(SD)
     scheduler = on_our_table(DPMSolverMultistepScheduler(**BETAS, solver_order=2, final_sigmas_type=theirs), schedule)
-    scheduler.set_timesteps(timesteps=schedule.grid(steps).t[:-1].int().tolist())  # theirs counts the steps of a spacing in another way
+    scheduler.set_timesteps(
+        timesteps=schedule.grid(steps).t[:-1].int().tolist()
+    )  # theirs counts the steps of a spacing in another way
     x = Solver("dpmpp", steps, final=ours).run(PLANE.denoiser(schedule), z, schedule)
     assert torch.allclose(x, their_samples(scheduler, schedule, z), rtol=0, atol=1e-5)
 
@@ -196,7 +246,9 @@ def test_flow_steps_and_samples_are_those_of_diffusers(shift, steps):
 def test_dpmpp_samples_of_a_flow_are_those_of_diffusers():
     """On their own times: these leave pure noise and the last short step out."""
     z, denoise = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)), PLANE.denoiser(FlowSchedule())
-    theirs = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", solver_order=2)
+    theirs = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", solver_order=2
+    )
     theirs.set_timesteps(20)
     x = z.double()
     for sigma, t in zip(theirs.sigmas.double(), theirs.timesteps, strict=False):

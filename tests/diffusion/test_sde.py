@@ -17,7 +17,9 @@ def test_marginals_solve_the_moment_equations(process):
         drift, diffusion = process.drift(t), process.diffusion(t)
         return torch.stack([drift * moments[0], 2 * drift * moments[1] + diffusion**2])
 
-    moments = odeint(slope, torch.tensor([1.0, 0.0], dtype=torch.float64), TIMES, rtol=1e-10, atol=1e-14, method="dopri5")
+    moments = odeint(
+        slope, torch.tensor([1.0, 0.0], dtype=torch.float64), TIMES, rtol=1e-10, atol=1e-14, method="dopri5"
+    )
     assert process.alpha(TIMES).tolist() == pytest.approx(moments[:, 0].tolist(), rel=1e-6)
     assert (process.sigma(TIMES) ** 2).tolist() == pytest.approx(moments[:, 1].tolist(), rel=1e-6, abs=1e-12)
 
@@ -42,14 +44,20 @@ def test_marginals_are_those_of_simulated_paths(process):
 
 def test_known_values():
     one = torch.ones((), dtype=torch.float64)
-    assert float(VP().alpha(one)) == pytest.approx(0.0065716, rel=1e-5) and float(VP().sigma(one)) == pytest.approx(0.9999784, abs=1e-7)
-    assert float(SubVP().sigma(one)) == pytest.approx(0.9999784**2, abs=2e-7) and float(SubVP().alpha(one)) == float(VP().alpha(one))
+    assert float(VP().alpha(one)) == pytest.approx(0.0065716, rel=1e-5) and float(VP().sigma(one)) == pytest.approx(
+        0.9999784, abs=1e-7
+    )
+    assert float(SubVP().sigma(one)) == pytest.approx(0.9999784**2, abs=2e-7) and float(SubVP().alpha(one)) == float(
+        VP().alpha(one)
+    )
     assert float(VE().sigma(one)) == pytest.approx(50, rel=1e-6) and float(VE(0.01, 50).sigma(0 * one)) == 0
     times = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for process in (VP(), VP(0.5, 5.0)):
         assert torch.allclose(process.alpha(times) ** 2 + process.sigma(times) ** 2, torch.ones_like(times), atol=1e-14)
         assert (SubVP(process.beta_min, process.beta_max).sigma(times) < process.sigma(times)).all()
-    assert torch.equal(VE().alpha(times), torch.ones_like(times)) and torch.equal(VE().drift(times), torch.zeros_like(times))
+    assert torch.equal(VE().alpha(times), torch.ones_like(times)) and torch.equal(
+        VE().drift(times), torch.zeros_like(times)
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)

@@ -26,15 +26,29 @@ def test_one_step_is_one_denoiser_call(solver):
     noise, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 5, 9])
     with torch.inference_mode():
         called = teacher.denoise(80 * noise, 80.0, labels)
-    assert torch.allclose(teacher.sample(noise, labels, solver=solver, steps=1), called, atol=1e-4)  # x - (x - D) at |x| of 200
+    assert torch.allclose(
+        teacher.sample(noise, labels, solver=solver, steps=1), called, atol=1e-4
+    )  # x - (x - D) at |x| of 200
 
 
-COUNTS = [("heun", 18, 35), ("heun", 40, 79), ("heun", 1, 1), ("euler", 10, 10), ("euler", 1, 1), ("ddim", 50, 50), ("dpmpp", 20, 20)]
+COUNTS = [
+    ("heun", 18, 35),
+    ("heun", 40, 79),
+    ("heun", 1, 1),
+    ("euler", 10, 10),
+    ("euler", 1, 1),
+    ("ddim", 50, 50),
+    ("dpmpp", 20, 20),
+]
 
 
 @pytest.mark.parametrize(
     ("solver", "steps", "calls", "schedule"),
-    [*((*count, schedule) for count in COUNTS for schedule in SCHEDULES), ("sde", 18, 35, "edm"), ("sde", 256, 511, "edm")],
+    [
+        *((*count, schedule) for count in COUNTS for schedule in SCHEDULES),
+        ("sde", 18, 35, "edm"),
+        ("sde", 256, 511, "edm"),
+    ],
 )
 def test_nfe_counts_the_calls_that_are_made(solver, steps, calls, schedule):
     schedule = SCHEDULES[schedule]
@@ -47,7 +61,10 @@ def test_nfe_counts_the_calls_that_are_made(solver, steps, calls, schedule):
 
     run = get_solver(solver, steps)
     x = run.run(counted, torch.ones(2, 2), schedule, fresh((2, 2)))
-    assert len(seen) == get_solver(solver, steps).nfe == run.nfe == run.forwards() == calls and run.forwards(3.0) == 2 * calls
+    assert (
+        len(seen) == get_solver(solver, steps).nfe == run.nfe == run.forwards() == calls
+        and run.forwards(3.0) == 2 * calls
+    )
     assert x.dtype == torch.float64 and x.isfinite().all() and min(seen) > 0
     if solver in ("euler", "ddim", "dpmpp"):
         assert seen == schedule.grid(steps).t[:-1].float().tolist()
@@ -125,7 +142,9 @@ def test_the_stochastic_sampler_is_edms_algorithm_2(labelled, steps):
         for now, after in pairwise(t):
             gamma = min(40 / steps, math.sqrt(2) - 1) if 0.05 <= now <= 50 else 0.0
             raised = now + gamma * now
-            state = state + math.sqrt(raised**2 - now**2) * 1.003 * torch.randn(2, 1, 1, generator=generator, dtype=torch.float64)
+            state = state + math.sqrt(raised**2 - now**2) * 1.003 * torch.randn(
+                2, 1, 1, generator=generator, dtype=torch.float64
+            )
             slope = (state - denoised(state, raised)) / raised
             moved = state + (after - raised) * slope
             if after > 0:
@@ -135,7 +154,9 @@ def test_the_stochastic_sampler_is_edms_algorithm_2(labelled, steps):
 
 
 @pytest.mark.parametrize(
-    "solver", [Solver("heun", 6), Solver("dpmpp", 6), Solver("sde", 6), Solver("ddim", 6, eta=1.0)], ids=lambda solver: solver.name
+    "solver",
+    [Solver("heun", 6), Solver("dpmpp", 6), Solver("sde", 6), Solver("ddim", 6, eta=1.0)],
+    ids=lambda solver: solver.name,
 )
 @pytest.mark.parametrize("kind", ["network", "mixture"])
 def test_a_sample_does_not_depend_on_its_batch(solver, kind):
@@ -147,7 +168,9 @@ def test_a_sample_does_not_depend_on_its_batch(solver, kind):
 
     def sample(seeds):
         noise, labels = noise_and_labels(seeds, shape, classes)
-        return teacher.sample(noise, labels, solver, cfg=1.5, randn=StepNoise(seeds, shape, classes) if solver.stochastic else None)
+        return teacher.sample(
+            noise, labels, solver, cfg=1.5, randn=StepNoise(seeds, shape, classes) if solver.stochastic else None
+        )
 
     together = sample(seeds)
     for i, seed in enumerate(seeds):
@@ -171,14 +194,27 @@ def test_repeated_noise_levels_do_no_harm():
 
 def test_what_a_solver_records():
     assert Solver("heun", 18).to_dict() == {"name": "heun", "steps": 18, "spacing": None, "final": "scheduler"}
-    assert Solver("ddim", 50, "leading", eta=1.0).to_dict() == {"name": "ddim", "steps": 50, "spacing": "leading", "final": "scheduler", "eta": 1.0}
+    assert Solver("ddim", 50, "leading", eta=1.0).to_dict() == {
+        "name": "ddim",
+        "steps": 50,
+        "spacing": "leading",
+        "final": "scheduler",
+        "eta": 1.0,
+    }
     sde = Solver("sde", 256)
-    assert Solver(**sde.to_dict()) == sde and {"s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}.items() <= sde.to_dict().items()
+    assert (
+        Solver(**sde.to_dict()) == sde
+        and {"s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}.items() <= sde.to_dict().items()
+    )
     assert [name for name in SOLVERS if Solver(name).stochastic] == ["sde"] and Solver("ddim", eta=0.1).stochastic
 
 
 def test_unknown_solver_names_the_known_ones():
-    for ask in (get_solver, lambda name: get_solver(name, 4), lambda name: tiny_teacher().sample(torch.zeros(1, 1, 8, 8), torch.tensor([0]), name)):
+    for ask in (
+        get_solver,
+        lambda name: get_solver(name, 4),
+        lambda name: tiny_teacher().sample(torch.zeros(1, 1, 8, 8), torch.tensor([0]), name),
+    ):
         with pytest.raises(UserError, match="unknown solver 'huen': did you mean 'heun'") as caught:
             ask("huen")
         assert "ddim, dpmpp, euler, heun, sde" in caught.value.hint

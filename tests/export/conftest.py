@@ -16,14 +16,29 @@ from d2o.networks.edm_unet import EDMPrecond
 from d2o.students.base import Student, checkpoint_meta, save_student
 from tests.helpers import SPEC, tiny_network
 
-RECIPE = {"name": "tiny-ode", "method": "ode", "images": 1000, "eval": {"metric": "fd", "extractor": "digits", "n": 500, "seed": 7}}
+RECIPE = {
+    "name": "tiny-ode",
+    "method": "ode",
+    "images": 1000,
+    "eval": {"metric": "fd", "extractor": "digits", "n": 500, "seed": 7},
+}
 TEACHER = {"name": "big-teacher", "sha256": "ab" * 32, "licence": "CC-BY-NC-4.0"}
-PROVENANCE = [{"method": "ode", "recipe": "first-run", "images": 600}, {"method": "ode", "recipe": "tiny-ode", "images": 1000}]
+PROVENANCE = [
+    {"method": "ode", "recipe": "first-run", "images": 600},
+    {"method": "ode", "recipe": "tiny-ode", "images": 1000},
+]
 
 
 def save_conditional(path: Path, **more) -> None:
     """A label-conditioned student with everything recorded."""
-    meta = {"recipe": RECIPE, "teacher": TEACHER, "metrics": {"fd": 1.8312345}, "provenance": PROVENANCE, "images": 1000, **more}
+    meta = {
+        "recipe": RECIPE,
+        "teacher": TEACHER,
+        "metrics": {"fd": 1.8312345},
+        "provenance": PROVENANCE,
+        "images": 1000,
+        **more,
+    }
     save_student(path, Student(tiny_network(1, num_blocks=0), SPEC), **meta)
 
 
@@ -35,7 +50,9 @@ def save_unconditional(path: Path) -> None:
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    save_student(path, Student(network, replace(SPEC, shape=(2, 8, 8), condition="none", classes=0, licence="unstated")))
+    save_student(
+        path, Student(network, replace(SPEC, shape=(2, 8, 8), condition="none", classes=0, licence="unstated"))
+    )
 
 
 TRACE = program.trace

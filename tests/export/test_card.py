@@ -76,7 +76,11 @@ def test_what_is_absent_is_stated_as_absent(folder):
 
 def test_metrics_without_and_with_their_own_protocol(tmp_path):
     save_conditional(tmp_path / "a.safetensors", recipe={"name": "x"}, metrics={"fd": 2.0})
-    save_conditional(tmp_path / "b.safetensors", recipe={"name": "x"}, metrics={"fd": 2.0, "protocol": {"n": 50, "extractor": "digits"}})
+    save_conditional(
+        tmp_path / "b.safetensors",
+        recipe={"name": "x"},
+        metrics={"fd": 2.0, "protocol": {"n": 50, "extractor": "digits"}},
+    )
     a, b = (card(open_source(tmp_path / f"{x}.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "x") for x in "ab")
     assert "records no protocol" in section(a, "Metrics")
     assert "records no protocol" not in section(b, "Metrics")
@@ -94,7 +98,12 @@ def test_another_licence_is_named_in_the_front_matter(tmp_path):
 
 def test_text_in_the_metadata_cannot_break_the_card(tmp_path):
     nasty = "a`b|c\n---\n```\n# heading"
-    save_conditional(tmp_path / "s.safetensors", teacher={"name": nasty, "licence": nasty}, recipe={"note": nasty}, provenance=[{"x": nasty}])
+    save_conditional(
+        tmp_path / "s.safetensors",
+        teacher={"name": nasty, "licence": nasty},
+        recipe={"note": nasty},
+        provenance=[{"x": nasty}],
+    )
     text = card(open_source(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
     assert front_matter(text)["license"] == "other"
     assert yaml_block(section(text, "Recipe")) == {"note": nasty}

@@ -19,7 +19,11 @@ from d2o.teachers.latent import text_to_image_teacher
 from tests.helpers import tiny_teacher
 from tests.latent import tiny_text_to_image
 
-RECIPE = {"name": "tiny", "data": {"path": "real:digits"}, "latent_diffusion": {"templates": ["a handwritten {name}"], "steps": 20, "cfg": 3.0}}
+RECIPE = {
+    "name": "tiny",
+    "data": {"path": "real:digits"},
+    "latent_diffusion": {"templates": ["a handwritten {name}"], "steps": 20, "cfg": 3.0},
+}
 PROMPTS = ["a handwritten seven", "eight", ""]
 
 
@@ -35,7 +39,9 @@ def test_diffusers_samples_what_the_checkpoint_samples(exported):
     pipeline = open_pipeline(done.path)
     pipeline.set_progress_bar_config(disable=True)
     noise = noise_for_seeds(range(3), (4, 16, 16))
-    theirs = pipeline(PROMPTS, num_inference_steps=7, guidance_scale=3.0, latents=noise, output_type="pt").images * 2 - 1
+    theirs = (
+        pipeline(PROMPTS, num_inference_steps=7, guidance_scale=3.0, latents=noise, output_type="pt").images * 2 - 1
+    )
     model, meta = load_text_to_image(folder / "tiny.safetensors")
     teacher = text_to_image_teacher(model, Spec.from_dict(meta["spec"]))
     ours = teacher.decode(teacher.sample(noise, PROMPTS, "ddim", 7, cfg=3.0))
@@ -47,22 +53,42 @@ def test_the_folder_is_stable_diffusion_1_5_s_layout_and_scheduler(exported):
     _, done = exported
     names = {path.relative_to(done.path).as_posix() for path in done.path.rglob("*") if path.is_file()}
     assert names == {
-        "README.md", "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
-        "tokenizer/merges.txt", "tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-    }  # fmt: skip
+        "README.md",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
     scheduler = json.loads((done.path / "scheduler" / "scheduler_config.json").read_text())
     expected = {
-        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon", "timestep_spacing": "leading",
-    }  # fmt: skip
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+    }
     assert expected.items() <= scheduler.items()
     index = json.loads((done.path / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline" and index["safety_checker"] == [None, None]
     assert load_autoencoder(done.path).vae.config.scaling_factor == 0.5
     parameters = sum(p.numel() for p in tiny_text_to_image().parameters())
     assert 2 * parameters < done.size < 2 * parameters + 150_000
-    assert all(path.stat().st_mode & 0o044 == 0o044 or path.stat().st_mode & 0o077 == 0 for path in done.path.rglob("*"))
+    assert all(
+        path.stat().st_mode & 0o044 == 0o044 or path.stat().st_mode & 0o077 == 0 for path in done.path.rglob("*")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")  # diffusers < 0.40 knows no other name
@@ -80,7 +106,11 @@ def test_the_card_says_what_one_must_know(exported):
     _, done = exported
     text = done.card.read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["license"] == "cc-by-4.0" and front["library_name"] == "diffusers" and front["pipeline_tag"] == "text-to-image"
+    assert (
+        front["license"] == "cc-by-4.0"
+        and front["library_name"] == "diffusers"
+        and front["pipeline_tag"] == "text-to-image"
+    )
     for part in ("UCI", "1,234 images", "accuracy: 0.975", 'pipeline("a handwritten seven"', "name: tiny", "d2o 0."):
         assert part in text
     assert done.licence == "CC-BY-4.0" and done.teacher == "tiny"
@@ -93,7 +123,10 @@ def test_the_same_export_again_changes_nothing_and_another_needs_force(tmp_path)
     assert not export_checkpoint(tmp_path / "a.safetensors", "diffusers", target).unchanged
     before = (target / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     (target / "README.md").write_text("edited")
-    assert export_checkpoint(tmp_path / "a.safetensors", "diffusers", target).unchanged and (target / "README.md").read_text() == "edited"
+    assert (
+        export_checkpoint(tmp_path / "a.safetensors", "diffusers", target).unchanged
+        and (target / "README.md").read_text() == "edited"
+    )
     with pytest.raises(UserError, match="holds another model"):
         export_checkpoint(tmp_path / "b.safetensors", "diffusers", target)
     assert (target / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
@@ -128,4 +161,7 @@ def test_too_large_a_difference_and_overflow_leave_nothing_behind(tmp_path):
     save_file(tmp_path / "big.safetensors", model.state_dict(), load_file(tmp_path / "a.safetensors")[1])
     with pytest.raises(UserError, match="fp16 cannot"):
         export_checkpoint(tmp_path / "big.safetensors", "diffusers", tmp_path / "out")
-    assert export_checkpoint(tmp_path / "big.safetensors", "diffusers", tmp_path / "out", dtype="fp32").parity.difference < 1e-3
+    assert (
+        export_checkpoint(tmp_path / "big.safetensors", "diffusers", tmp_path / "out", dtype="fp32").parity.difference
+        < 1e-3
+    )

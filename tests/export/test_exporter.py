@@ -66,8 +66,15 @@ def test_missing_foreign_and_truncated_checkpoints(tmp_path, student):
         export_checkpoint(tmp_path / "e.safetensors", "onnx")
 
 
-@pytest.mark.parametrize("damage, key", [({"spec": None}, "spec"), ({"network": None}, "network"), ({"student": []}, "student"),
-                                         ({"spec": {"shape": [1, 8, 8]}}, "spec.name")])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, key",
+    [
+        ({"spec": None}, "spec"),
+        ({"network": None}, "network"),
+        ({"student": []}, "student"),
+        ({"spec": {"shape": [1, 8, 8]}}, "spec.name"),
+    ],
+)
 def test_a_checkpoint_with_parts_of_its_record_missing_is_told(student, damage, key):
     tensors, meta = load_file(student)
     save_file(student, tensors, {**meta, **damage})

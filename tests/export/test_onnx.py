@@ -39,7 +39,9 @@ def test_labels_matter_and_those_out_of_range_act_as_no_class(folder, student_on
 
 def test_unconditional_student_has_no_label_input(folder, plain_onnx):
     noise = torch.randn(5, 2, 8, 8)
-    assert torch.allclose(run(plain_onnx.path, noise=noise), d2o.load_student(folder / "plain.safetensors")(noise), atol=1e-5)
+    assert torch.allclose(
+        run(plain_onnx.path, noise=noise), d2o.load_student(folder / "plain.safetensors")(noise), atol=1e-5
+    )
     assert [entry.version for entry in onnx.load(plain_onnx.path).opset_import if not entry.domain] == [20]
 
 
@@ -54,11 +56,18 @@ def test_a_teacher_exports_as_its_denoiser(folder, teacher_onnx):
 def test_the_file_is_single_and_says_what_it_is(folder, student_onnx):
     model = onnx.load(student_onnx.path, load_external_data=False)
     assert not any(t.external_data for t in model.graph.initializer)
-    shapes = {x.name: [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] for x in (*model.graph.input, *model.graph.output)}
+    shapes = {
+        x.name: [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim]
+        for x in (*model.graph.input, *model.graph.output)
+    }
     assert shapes == {"noise": ["N", 1, 8, 8], "label": ["N"], "image": ["N", 1, 8, 8]}
     assert [x.type.tensor_type.elem_type for x in model.graph.input] == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64]
     facts = {entry.key: entry.value for entry in model.metadata_props}
-    assert (facts["d2o_version"], facts["teacher"], facts["licence"]) == (d2o.__version__, "big-teacher", "CC-BY-NC-4.0")
+    assert (facts["d2o_version"], facts["teacher"], facts["licence"]) == (
+        d2o.__version__,
+        "big-teacher",
+        "CC-BY-NC-4.0",
+    )
     record = json.loads(facts["d2o"])
     assert record["recipe"]["name"] == "tiny-ode"
     assert record["provenance"][-1]["exported"] == "onnx"

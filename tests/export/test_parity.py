@@ -23,7 +23,9 @@ def test_the_largest_difference_of_all_samples_counts(source):
     assert parity.batch_sizes == (1, 6)
     assert "2.5e-01" in str(parity)
     assert "fake" in str(parity)
-    with pytest.raises(UserError, match=r"differs from the network by 2\.50e-01 at batch size 6: above the tolerance 0\.1"):
+    with pytest.raises(
+        UserError, match=r"differs from the network by 2\.50e-01 at batch size 6: above the tolerance 0\.1"
+    ):
         compare(source, run, 6, 0.1, "fake")
 
 

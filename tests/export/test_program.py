@@ -15,7 +15,9 @@ from tests.export.conftest import TRACE
 def test_conditional_student_agrees_at_batch_sizes_that_were_not_traced(folder, student_program, n):
     noise, label = torch.randn(n, 1, 8, 8), torch.arange(n) % 10
     network = torch.export.load(student_program.path).module()
-    assert torch.allclose(network(noise, label), d2o.load_student(folder / "student.safetensors")(noise, label), atol=1e-5)
+    assert torch.allclose(
+        network(noise, label), d2o.load_student(folder / "student.safetensors")(noise, label), atol=1e-5
+    )
 
 
 def test_labels_out_of_range_act_as_no_class(student_program):

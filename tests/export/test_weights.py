@@ -39,7 +39,9 @@ def test_metadata_is_kept_and_the_export_is_the_last_step(folder, student_fp16):
 
 def test_a_teacher_stays_a_teacher(folder, teacher_bf16):
     x, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
-    a, b = (d2o.load_teacher(path).denoise(x, 1.0, label) for path in (folder / "teacher.safetensors", teacher_bf16.path))
+    a, b = (
+        d2o.load_teacher(path).denoise(x, 1.0, label) for path in (folder / "teacher.safetensors", teacher_bf16.path)
+    )
     assert 0 < (a - b).abs().max() < 0.1
 
 
@@ -89,25 +91,44 @@ def test_a_published_student_in_a_pickle_becomes_a_student(tmp_path, capsys):
     pickle = Path(__file__).parents[1] / "golden" / "edm" / "edm-ddpmpp.pkl"
     before = d2o.load_teacher(pickle)
     with pytest.raises(SystemExit) as done:
-        main(["export", str(pickle), "--format", "safetensors", "--student-sigma", "2.5", "--out", str(tmp_path / "sid.safetensors")])
+        main(
+            [
+                "export",
+                str(pickle),
+                "--format",
+                "safetensors",
+                "--student-sigma",
+                "2.5",
+                "--out",
+                str(tmp_path / "sid.safetensors"),
+            ]
+        )
     assert done.value.code == 0 and "CC BY-NC-SA 4.0" in capsys.readouterr().out
     student = d2o.load_student(tmp_path / "sid.safetensors")
     z, label = torch.randn(3, *before.spec.shape), torch.tensor([0, 4, 9])
     with torch.no_grad():
         torch.testing.assert_close(student(z, label), before.denoise(2.5 * z, 2.5, label))
-    assert student.sigma == 2.5 and student.meta["converted_from"] == {"file": pickle.name, "sha256": file_sha256(pickle)}
+    assert student.sigma == 2.5 and student.meta["converted_from"] == {
+        "file": pickle.name,
+        "sha256": file_sha256(pickle),
+    }
     assert "distil" in (tmp_path / "sid.safetensors.md").read_text()
 
 
-@pytest.mark.parametrize(("given", "sigma", "words"), [
-    ("edm-ddpmpp.pkl", 0.0, "--student-sigma 0: expected a noise level above 0, at most 80"),
-    ("edm-ddpmpp.pkl", 81.0, "at most 80"),
-    ("digits", 2.5, "--student-sigma is for pickles of NVIDIA's kind"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "sigma", "words"),
+    [
+        ("edm-ddpmpp.pkl", 0.0, "--student-sigma 0: expected a noise level above 0, at most 80"),
+        ("edm-ddpmpp.pkl", 81.0, "at most 80"),
+        ("digits", 2.5, "--student-sigma is for pickles of NVIDIA's kind"),
+    ],
+)
 def test_noise_levels_of_published_students_that_cannot_be(given, sigma, words, tmp_path):
     pickle = Path(__file__).parents[1] / "golden" / "edm" / given
     with pytest.raises(UserError, match=words):
-        export_checkpoint(pickle if pickle.exists() else given, "safetensors", tmp_path / "x.safetensors", student_sigma=sigma)
+        export_checkpoint(
+            pickle if pickle.exists() else given, "safetensors", tmp_path / "x.safetensors", student_sigma=sigma
+        )
     with pytest.raises(UserError, match="diffusers takes text-to-image teachers"):
         export_checkpoint("tiny-sd", "diffusers", tmp_path / "d", student_sigma=2.5)
     assert not list(tmp_path.iterdir())

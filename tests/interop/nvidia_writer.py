@@ -27,7 +27,14 @@ class Persistent:
     """Pickles as NVIDIA's persistent classes do."""
 
     def __init__(self, class_name, state, **meta):
-        self.meta = {"type": "class", "version": 6, "module_src": "raise SystemExit", "class_name": class_name, "state": state, **meta}
+        self.meta = {
+            "type": "class",
+            "version": 6,
+            "module_src": "raise SystemExit",
+            "class_name": class_name,
+            "state": state,
+            **meta,
+        }
 
     def __reduce__(self):
         return _reconstruct_persistent_obj, (self.meta,)

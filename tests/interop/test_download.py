@@ -70,8 +70,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     """`drops` and `statuses` are by the number of the request; `lie` is added to the stated length; `deaf` to If-Range."""
-    behaviour = SimpleNamespace(content=CONTENT, etag='"v1"', ranges=True, length=True, lie=0, deaf=False, pause=0.05,
-                                drops={}, statuses={}, requests=[], hold=threading.Event())  # fmt: skip
+    behaviour = SimpleNamespace(
+        content=CONTENT,
+        etag='"v1"',
+        ranges=True,
+        length=True,
+        lie=0,
+        deaf=False,
+        pause=0.05,
+        drops={},
+        statuses={},
+        requests=[],
+        hold=threading.Event(),
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.daemon_threads = True
         running.behaviour = behaviour
@@ -101,7 +112,9 @@ def names(path: Path) -> list[str]:
 
 def test_a_file_is_fetched_once_and_recorded(server, path):
     seen = []
-    assert download(server.url, path, sha(CONTENT), len(CONTENT), lambda done, total: seen.append((done, total))) == path
+    assert (
+        download(server.url, path, sha(CONTENT), len(CONTENT), lambda done, total: seen.append((done, total))) == path
+    )
     assert path.read_bytes() == CONTENT
     assert names(path) == ["net.pkl", "net.pkl.json"]
     record = read_record(path)
@@ -117,7 +130,9 @@ def test_a_dropped_connection_is_continued_where_it_broke(server, path):
     assert path.read_bytes() == CONTENT
     starts = [int(r["Range"].removeprefix("bytes=").removesuffix("-")) for r in server.requests[1:]]
     assert len(starts) == 2 and all(r["If-Range"] == '"v1"' for r in server.requests[1:])
-    assert 1_000_000 - BLOCK < starts[0] <= 1_000_000 and 500_000 - BLOCK < starts[1] - starts[0] <= 500_000  # at most a block again
+    assert (
+        1_000_000 - BLOCK < starts[0] <= 1_000_000 and 500_000 - BLOCK < starts[1] - starts[0] <= 500_000
+    )  # at most a block again
 
 
 def test_server_errors_that_pass_are_waited_out(server, path):
@@ -212,7 +227,9 @@ def test_an_answer_of_unknown_length_is_refused(server, path):
 def test_a_wrong_checksum_leaves_nothing(server, path):
     with pytest.raises(UserError) as error:
         download(server.url, path, sha(OTHER))
-    assert sha(CONTENT) in error.value.message and sha(OTHER) in error.value.message and server.url in error.value.message
+    assert (
+        sha(CONTENT) in error.value.message and sha(OTHER) in error.value.message and server.url in error.value.message
+    )
     assert names(path) == []
 
 
@@ -231,7 +248,9 @@ def test_a_file_of_another_size_is_refused_before_it_is_fetched(server, path):
     assert names(path) == []
 
 
-@pytest.mark.parametrize(("status", "words"), [(404, "no such file"), (403, "refuses access"), (401, "login"), (410, "410 Gone")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(404, "no such file"), (403, "refuses access"), (401, "login"), (410, "410 Gone")]
+)
 def test_a_refusal_is_final_and_says_where_to_put_the_file(server, path, status, words):
     server.statuses = {0: status}
     with pytest.raises(UserError) as error:
@@ -317,7 +336,11 @@ def test_first_seen_is_pinned(server, path):
     server.content, server.etag = OTHER, '"v2"'
     with pytest.raises(UserError) as error:
         download(server.url, path)
-    assert sha(CONTENT) in error.value.message and "remove " + str(path) + ".json" in error.value.hint and not path.exists()
+    assert (
+        sha(CONTENT) in error.value.message
+        and "remove " + str(path) + ".json" in error.value.hint
+        and not path.exists()
+    )
     path.with_name("net.pkl.json").unlink()
     assert download(server.url, path).read_bytes() == OTHER
 
@@ -426,7 +449,11 @@ def test_the_waiting_process_takes_over_from_a_killed_one(server, path):
         ("a.npz", CONTENT, "not an npz file"),
         ("a.pth", b"PK\3\4" + bytes(5000), "cut off or damaged"),
         ("a.safetensors", (2**40).to_bytes(8, "little") + b"{}" + bytes(600), "its header says that it has"),
-        ("a.safetensors", (64).to_bytes(8, "little") + b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'.ljust(64) + b"abc", "promises 4"),
+        (
+            "a.safetensors",
+            (64).to_bytes(8, "little") + b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'.ljust(64) + b"abc",
+            "promises 4",
+        ),
         ("a.parquet", b"PAR1" + bytes(600), "without its end"),
         ("a.txt", b"a prompt\0", "no text"),
     ],

@@ -97,17 +97,36 @@ def test_what_is_missing(cache):
 
 def test_only_safetensors_in_the_layout_of_diffusers_are_asked_for():
     repository = [
-        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer/vocab.json", "tokenizer_3/spiece.model",
-        "tokenizer_3/tokenizer.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-        "text_encoder_3/model-00001-of-00002.safetensors", "text_encoder_3/model.safetensors.index.json",
-    ]  # fmt: skip
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "tokenizer_3/spiece.model",
+        "tokenizer_3/tokenizer.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder_3/model-00001-of-00002.safetensors",
+        "text_encoder_3/model.safetensors.index.json",
+    ]
     unwanted = [
-        "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors", "unet/model.onnx", "unet/flax_model.msgpack",
-        "vae_1_0/diffusion_pytorch_model.safetensors", "text_encoder/pytorch_model.bin", "pipeline.py", "text_encoder/model.fp16.safetensors",
+        "v1-5-pruned.safetensors",
+        "v1-5-pruned.ckpt",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "safety_checker/model.safetensors",
+        "unet/model.onnx",
+        "unet/flax_model.msgpack",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "pipeline.py",
+        "text_encoder/model.fp16.safetensors",
         "text_encoder_3/model.fp16-00001-of-00002.safetensors",
-    ]  # fmt: skip
-    asked = filter_repo_objects(repository + unwanted, allow_patterns=[*TEXTS, *weight_patterns()], ignore_patterns=[*NEVER])
+    ]
+    asked = filter_repo_objects(
+        repository + unwanted, allow_patterns=[*TEXTS, *weight_patterns()], ignore_patterns=[*NEVER]
+    )
     assert list(asked) == repository
     half = list(filter_repo_objects(unwanted, allow_patterns=weight_patterns("fp16"), ignore_patterns=[*NEVER]))
     assert half == [name for name in unwanted if ".fp16" in name]
@@ -131,7 +150,9 @@ def test_fetched_from_the_hub(cache, monkeypatch):
     assert hub_snapshot("owner/model", revision="main").name == COMMIT
     ((repo, options),) = calls
     assert repo == "owner/model" and options["revision"] == "main"
-    assert "*.bin" in options["ignore_patterns"] and not any(p.endswith((".bin", ".ckpt", ".pkl")) for p in options["allow_patterns"])
+    assert "*.bin" in options["ignore_patterns"] and not any(
+        p.endswith((".bin", ".ckpt", ".pkl")) for p in options["allow_patterns"]
+    )
     hub_snapshot("owner/model")
     assert len(calls) == 1  # from the cache
 
@@ -168,7 +189,10 @@ def refusal(kind: str) -> Exception:
         (lambda: refusal("GatedRepoError"), "accept its licence at https://huggingface.co/owner/model"),
         (lambda: refusal("RepositoryNotFoundError"), "no repository 'owner/model', or it is private"),
         (lambda: refusal("RevisionNotFoundError"), "no revision 'main'"),
-        (lambda: ConnectionError("Name or service not known\nmore"), "cannot fetch owner/model from the hub: Name or service not known\nrun again"),
+        (
+            lambda: ConnectionError("Name or service not known\nmore"),
+            "cannot fetch owner/model from the hub: Name or service not known\nrun again",
+        ),
     ],
 )
 def test_refusals_of_the_hub(cache, monkeypatch, error, words):

@@ -91,7 +91,9 @@ def zip_of(path: Path, name: str, data: bytes, size: int, packed: int | None = N
 
 
 @pytest.mark.parametrize("method", [0, 8])
-@pytest.mark.parametrize(("size", "packed"), [(900_000_000, None), (4_000_000_000, 4_000_000_000), (100, 4_000_000_000), (3, None)])
+@pytest.mark.parametrize(
+    ("size", "packed"), [(900_000_000, None), (4_000_000_000, 4_000_000_000), (100, 4_000_000_000), (3, None)]
+)
 def test_sizes_in_a_zip(tmp_path: Path, method: int, size: int, packed: int | None) -> None:
     with pytest.raises(UserError, match="no good image in x.zip"):
         open_images(zip_of(tmp_path / "x.zip", "a.png", b"x" * 1000, size, packed, method))
@@ -106,7 +108,12 @@ def test_an_image_that_inflates(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "x.zip", "a.png", b"", 300_000_000, len(body))
     data = path.read_bytes()
     place = data.index(b"PK\1\2")
-    path.write_bytes(data[:35] + body + data[place : place + 51] + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, 51, 35 + len(body), 0))
+    path.write_bytes(
+        data[:35]
+        + body
+        + data[place : place + 51]
+        + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, 51, 35 + len(body), 0)
+    )
     with pytest.raises(UserError, match="it says that it has 300,000,000 bytes; the limit is 268,435,456"):
         open_images(path)
 
@@ -116,13 +123,20 @@ def test_pixels_that_a_header_declares(tmp_path: Path) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b""))
-    with pytest.raises(UserError, match="a.png: its header says that it has 81,000,000 pixels; the limit is 67,108,864"):
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(
+        UserError, match="a.png: its header says that it has 81,000,000 pixels; the limit is 67,108,864"
+    ):
         open_images(tmp_path)
 
 
 def test_sizes_in_a_tar(tmp_path: Path) -> None:
-    for size, words in ((8 * 2**30 - 1, "it says that it has 8,589,934,591 bytes; the limit is"), (200_000_000, "cut off inside this file")):
+    for size, words in (
+        (8 * 2**30 - 1, "it says that it has 8,589,934,591 bytes; the limit is"),
+        (200_000_000, "cut off inside this file"),
+    ):
         info = tarfile.TarInfo("a.png")
         info.size = size
         (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(512))
@@ -142,7 +156,9 @@ def test_a_gzip_that_inflates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_unpacked_sizes_are_held_against_the_packed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs.check_unpacked("x", 2**30, 1)
     inputs.check_unpacked("x", 2**40, 2**34)
-    with pytest.raises(inputs.TooLarge, match="x would unpack from 1,000,000 to 2,000,000,000 bytes; the limit is 1,073,741,824"):
+    with pytest.raises(
+        inputs.TooLarge, match="x would unpack from 1,000,000 to 2,000,000,000 bytes; the limit is 1,073,741,824"
+    ):
         inputs.check_unpacked("x", 2 * 10**9, 10**6)
 
 
@@ -166,7 +182,15 @@ def test_json(tmp_path: Path) -> None:
         read_json(tmp_path / "r.json")
 
 
-YAMLS = ("a: &a [x]\nb: *a\n", "{" * 1000, "a: [" * 1000, "a: 1" + "0" * 5000, "\0", "- " * 1000, "a: !!python/object:os.system x")
+YAMLS = (
+    "a: &a [x]\nb: *a\n",
+    "{" * 1000,
+    "a: [" * 1000,
+    "a: 1" + "0" * 5000,
+    "\0",
+    "- " * 1000,
+    "a: !!python/object:os.system x",
+)
 
 
 @pytest.mark.parametrize("text", YAMLS)
@@ -179,7 +203,9 @@ def test_yaml(tmp_path: Path, text: str) -> None:
 def test_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("a cat\n" + "x" * 10_000_000 + "\n")
-    with pytest.raises(UserError, match=rf"p.txt, line 2: a prompt of 10,000,000 bytes; the limit is {MAX_PROMPT_BYTES:,}"):
+    with pytest.raises(
+        UserError, match=rf"p.txt, line 2: a prompt of 10,000,000 bytes; the limit is {MAX_PROMPT_BYTES:,}"
+    ):
         open_prompts(path)
     path = tmp_path / "p.jsonl"
     for record in ({"prompt": "x" * (MAX_PROMPT_BYTES + 1)}, {"prompt": "x", "more": "y" * MAX_LINE_BYTES}):
@@ -193,8 +219,13 @@ def test_prompts(tmp_path: Path) -> None:
 def test_tables_of_prompts(tmp_path: Path) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "p.parquet"
-    bad = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 1, 3)), pa.py_buffer(b"a\xff\xfe")])
-    for column, words in ((bad, "row 2: not UTF-8"), (pa.array(["a", "b", "x" * 100_000]), "row 3: a prompt of 100,000 bytes")):
+    bad = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 1, 3)), pa.py_buffer(b"a\xff\xfe")]
+    )
+    for column, words in (
+        (bad, "row 2: not UTF-8"),
+        (pa.array(["a", "b", "x" * 100_000]), "row 3: a prompt of 100,000 bytes"),
+    ):
         parquet.write_table(pa.table({"text": column}), path)
         with pytest.raises(UserError, match=f"p.parquet, {words}"):
             open_prompts(path)
@@ -203,17 +234,26 @@ def test_tables_of_prompts(tmp_path: Path) -> None:
     assert path.stat().st_size < 100_000 and len(found) == 3_000_000 and found[2_999_999] == "one text"
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".pkl", ".pt", ".txt", ".jsonl", ".zip", ".tar", ".yaml", ".json", ".safetensors"])
+@pytest.mark.parametrize(
+    "suffix", [".npz", ".pkl", ".pt", ".txt", ".jsonl", ".zip", ".tar", ".yaml", ".json", ".safetensors"]
+)
 def test_pipes_are_not_opened(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"pipe{suffix}"
     os.mkfifo(path)
-    readers = {".txt": open_prompts, ".jsonl": open_prompts, ".yaml": lambda p: load_recipe(str(p)), ".json": load_records}
+    readers = {
+        ".txt": open_prompts,
+        ".jsonl": open_prompts,
+        ".yaml": lambda p: load_recipe(str(p)),
+        ".json": load_records,
+    }
     for read in [readers[suffix]] if suffix in readers else [open_images, load_statistics, read_tensors, read_pickled]:
         with pytest.raises(UserError):
             read(path)
 
 
-def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_utf8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import Image
 
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/set\xff"))
@@ -224,6 +264,17 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
         Path(os.fsdecode(os.fsencode(folder) + b"/a\xfe%d.png" % i)).write_bytes(buffer.getvalue())
     assert open_images(folder).names == [rf"a\udcfe{i}.png" for i in range(3)]
     with pytest.raises(SystemExit) as done:
-        main(["eval", str(folder), "--against", "real:digits", "--json", str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html")])
+        main(
+            [
+                "eval",
+                str(folder),
+                "--against",
+                "real:digits",
+                "--json",
+                str(tmp_path / "r.json"),
+                "--report",
+                str(tmp_path / "r.html"),
+            ]
+        )
     assert done.value.code == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "r.json").read_text())["x"]["source"] == str(folder)

@@ -63,7 +63,9 @@ def rename(data: bytes, old: bytes, new: bytes) -> bytes:
     out = bytearray()
     frame = data.index(b"\x95")
     for module in (b".multiarray", b".numeric"):
-        data = data.replace(bytes([0x8C, len(old + module)]) + old + module, bytes([0x8C, len(new + module)]) + new + module)
+        data = data.replace(
+            bytes([0x8C, len(old + module)]) + old + module, bytes([0x8C, len(new + module)]) + new + module
+        )
     # Frames are only a hint for readers of streams: they are taken out rather than measured anew.
     while True:
         frame = data.find(b"\x95", frame)
@@ -88,7 +90,17 @@ def test_an_array_that_is_named_twice_is_one_array() -> None:
 
 
 @pytest.mark.parametrize(
-    "thing", [os.system, Run(os.system, "true"), Run(eval, "1"), Run(open, "/dev/null"), np.sum, np.dtype("V8"), torch.zeros(2), {1j: 2}]
+    "thing",
+    [
+        os.system,
+        Run(os.system, "true"),
+        Run(eval, "1"),
+        Run(open, "/dev/null"),
+        np.sum,
+        np.dtype("V8"),
+        torch.zeros(2),
+        {1j: 2},
+    ],
 )
 def test_anything_else_is_refused(tmp_path: Path, thing: object) -> None:
     for protocol in (2, 4, 5):
@@ -103,7 +115,10 @@ def test_anything_else_is_refused(tmp_path: Path, thing: object) -> None:
 
 def test_a_malicious_pickle_is_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
-    for name, write in (("x.npy", lambda file, thing: np.save(file, thing)), ("x.pt", lambda file, thing: torch.save(thing, file))):
+    for name, write in (
+        ("x.npy", lambda file, thing: np.save(file, thing)),
+        ("x.pt", lambda file, thing: torch.save(thing, file)),
+    ):
         write(tmp_path / name, {"mu": Run(os.mkdir, str(trap))})
         with pytest.raises(UserError, match=r"refers to '(posix|nt)\.mkdir', which has no place"):
             read_pickled(tmp_path / name)
@@ -139,7 +154,9 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(UserError, match="not a pickle"):
         read_pickled(tmp_path / "empty")
-    torch.save({"mu": torch.zeros(3)}, tmp_path / "tensors.pt")  # tensors lie beside the pickle: not this reader's business
+    torch.save(
+        {"mu": torch.zeros(3)}, tmp_path / "tensors.pt"
+    )  # tensors lie beside the pickle: not this reader's business
     with pytest.raises(UserError):
         read_pickled(tmp_path / "tensors.pt")
     with pytest.raises(UserError, match="no such file"):

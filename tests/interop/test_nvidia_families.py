@@ -48,7 +48,11 @@ def agree(found, network):
     [
         ("EDMPrecond", {}, {"arch": "adm"}),
         ("EDMPrecond", {"model_type": "SongUNet", "sigma_min": 0, "sigma_max": float("inf")}, {}),
-        ("EDMPrecond", {"model_type": "SongUNet", "sigma_min": 0.01, "sigma_max": 50}, {"sigma_min": 0.01, "sigma_max": 50}),
+        (
+            "EDMPrecond",
+            {"model_type": "SongUNet", "sigma_min": 0.01, "sigma_max": 50},
+            {"sigma_min": 0.01, "sigma_max": 50},
+        ),
         ("VPPrecond", {"beta_d": 19.9, "epsilon_t": 1e-5, "M": 1000}, {"precond": "vp"}),
         ("VEPrecond", {**VE, "sigma_min": 0.02}, {"arch": "ncsnpp", "precond": "ve", "noise_mult": 2}),
         ("iDDPMPrecond", {}, {"arch": "adm", "precond": "iddpm"}),
@@ -76,15 +80,29 @@ def test_edm_in_all_its_forms(tmp_path, class_name, kwargs, ours):
     ("class_name", "kwargs", "head"),
     [
         ("Precond", {}, True),
-        ("Precond", {"channel_mult_emb": None, "channel_mult_noise": None, "clip_act": 256, "resample_filter": [1, 1], "res_balance": 0.3}, True),
+        (
+            "Precond",
+            {
+                "channel_mult_emb": None,
+                "channel_mult_noise": None,
+                "clip_act": 256,
+                "resample_filter": [1, 1],
+                "res_balance": 0.3,
+            },
+            True,
+        ),
         ("EDM_2_Precond_EncoderDecoder", {"force_normalization": True, "use_gan": False}, True),
         ("EDM_2_Precond_Generator", {"force_normalization": True, "use_gan": True}, False),
     ],
 )
 def test_edm2_with_and_without_the_head(tmp_path, class_name, kwargs, head):
     path = tmp_path / "x.pkl"
-    network = snapshot(path, EDM2 if head else {**EDM2, "logvar_channels": 0}, class_name,
-                       {**COMMON, "img_channels": 4, "logvar_channels": 8, **UNET, **kwargs})  # fmt: skip
+    network = snapshot(
+        path,
+        EDM2 if head else {**EDM2, "logvar_channels": 0},
+        class_name,
+        {**COMMON, "img_channels": 4, "logvar_channels": 8, **UNET, **kwargs},
+    )
     found = read_nvidia_pickle(path)
     assert agree(found, network) and (build_network(found.config()).logvar_linear is not None) == head
     assert found.steps == 32 and found.space == "latent"
@@ -94,19 +112,43 @@ def test_the_golden_edm2_file():
     found = read_nvidia_pickle(GOLDEN / "edm2-tiny.pkl")
     assert (found.class_name, found.encoder, found.space) == ("Precond", "StandardRGBEncoder", "pixel")
     assert len(found.state_dict) == 63 and found.root_keys == ("ema", "encoder", "dataset_kwargs")
-    assert found.config() == {"arch": "edm2", "img_resolution": 16, "img_channels": 4, "label_dim": 10, "model_channels": 32, "sigma_data": 0.5,
-                              "logvar_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}  # fmt: skip
+    assert found.config() == {
+        "arch": "edm2",
+        "img_resolution": 16,
+        "img_channels": 4,
+        "label_dim": 10,
+        "model_channels": 32,
+        "sigma_data": 0.5,
+        "logvar_channels": 16,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [8],
+    }
 
 
 def edm2_file(**root):
     """An EDM2 file as it is published: half precision throughout, EasyDict, the autoencoder with its numpy statistics, bound hooks."""
-    kwargs = {**COMMON, "img_channels": 4, "model_channels": 2, "channel_mult": [1], "num_blocks": 1, "channels_per_head": 2, "logvar_channels": 4}
+    kwargs = {
+        **COMMON,
+        "img_channels": 4,
+        "model_channels": 2,
+        "channel_mult": [1],
+        "num_blocks": 1,
+        "channels_per_head": 2,
+        "logvar_channels": 4,
+    }
     torch.manual_seed(0)
     network = build_network({"arch": "edm2", **{k: v for k, v in kwargs.items() if k != "use_fp16"}}).half()
     ema = official(network, kwargs, "Precond")
     ema.meta["state"]["_forward_pre_hooks"] = {0: Run(getattr, 1, "real")}
-    encoder = Persistent("StabilityVAEEncoder", {"scale": np.float32([0.5, 1.0]), "_init_args": (), "_init_kwargs": {"batch_size": 8}})
-    return network, dumps(EasyDict(encoder=encoder, dataset_kwargs=EasyDict(path="x.zip"), loss_fn=Persistent("EDM2Loss", {}), ema=ema, **root))
+    encoder = Persistent(
+        "StabilityVAEEncoder", {"scale": np.float32([0.5, 1.0]), "_init_args": (), "_init_kwargs": {"batch_size": 8}}
+    )
+    return network, dumps(
+        EasyDict(
+            encoder=encoder, dataset_kwargs=EasyDict(path="x.zip"), loss_fn=Persistent("EDM2Loss", {}), ema=ema, **root
+        )
+    )
 
 
 def test_half_precision_is_kept_or_converted_while_reading(tmp_path):
@@ -126,8 +168,15 @@ def test_snapshots_with_several_networks(tmp_path, name):
     path, kwargs = tmp_path / "x.pkl", {**COMMON, **UNET, "model_type": "SongUNet"}
     torch.manual_seed(1)
     net = build_network({**OURS, "precond": "consistency"})
-    ema = snapshot(path, {**OURS, "precond": "consistency"}, f"{name}Precond", kwargs, net=official(net, kwargs, f"{name}Precond"),
-                   augment_pipe=None, loss_fn=Persistent(f"{name}Loss", {}))  # fmt: skip
+    ema = snapshot(
+        path,
+        {**OURS, "precond": "consistency"},
+        f"{name}Precond",
+        kwargs,
+        net=official(net, kwargs, f"{name}Precond"),
+        augment_pipe=None,
+        loss_fn=Persistent(f"{name}Loss", {}),
+    )
     assert agree(read_nvidia_pickle(path), ema) and agree(read_nvidia_pickle(path, "net"), net.eval())
     with pytest.raises(UserError, match="no network under 'G'; its objects are 'ema', 'net'"):
         read_nvidia_pickle(path, "G")

@@ -27,15 +27,41 @@ from tests.interop.nvidia_writer import EasyDict, Persistent, Run, damage, dumps
 
 pytestmark = pytest.mark.usefixtures("nvidia_modules")
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
-SONG = {"img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 16, "channel_mult": [1, 2],
-        "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1, "augment_dim": 9}  # fmt: skip
-NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+SONG = {
+    "img_resolution": 8,
+    "img_channels": 1,
+    "label_dim": 3,
+    "model_type": "SongUNet",
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "dropout": 0.1,
+    "augment_dim": 9,
+}
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
 
 
 def network(kwargs):
     """Our network for NVIDIA's arguments."""
-    ours = {"channel_mult_noise": "noise_mult", "embedding_type": "embedding", "encoder_type": "encoder", "resample_filter": "fir"}
-    arch = "adm" if kwargs["model_type"] == "DhariwalUNet" else "ncsnpp" if kwargs.get("encoder_type") == "residual" else "ddpmpp"
+    ours = {
+        "channel_mult_noise": "noise_mult",
+        "embedding_type": "embedding",
+        "encoder_type": "encoder",
+        "resample_filter": "fir",
+    }
+    arch = (
+        "adm"
+        if kwargs["model_type"] == "DhariwalUNet"
+        else "ncsnpp"
+        if kwargs.get("encoder_type") == "residual"
+        else "ddpmpp"
+    )
     torch.manual_seed(0)
     return EDMPrecond(arch, **{ours.get(k, k): v for k, v in kwargs.items() if k != "model_type"})
 
@@ -44,17 +70,33 @@ def small(state=None, root=None, **kwargs):
     """A file of 4 KB with all kinds of things in it: parameters, buffers, a container, a nested module, numpy values, attributes."""
 
     def attributes(parameters=None, buffers=None, modules=None, **more):
-        return {"_parameters": parameters or {}, "_buffers": buffers or {}, "_modules": modules or {}, "_non_persistent_buffers_set": {"b"},
-                "_init_args": (), "_init_kwargs": {}, **more}  # fmt: skip
+        return {
+            "_parameters": parameters or {},
+            "_buffers": buffers or {},
+            "_modules": modules or {},
+            "_non_persistent_buffers_set": {"b"},
+            "_init_args": (),
+            "_init_kwargs": {},
+            **more,
+        }
 
     weight = nn.Parameter(torch.arange(6.0).reshape(2, 3))
     linear = Persistent("Linear", attributes({"weight": weight, "bias": None}, scale=np.float64(0.5)))
     container = nn.ModuleDict()
     container._modules = {"8x8_in": linear}
     buffers = {"a": torch.ones(2, dtype=torch.float16), "b": torch.zeros(2), "c": torch.arange(8.0)[1:7:2]}
-    top = attributes(buffers=buffers, modules={"enc": container, "skip": None}, sigma_max=float("inf"), hooks={0: "x", 1: (True, 300)})
+    top = attributes(
+        buffers=buffers,
+        modules={"enc": container, "skip": None},
+        sigma_max=float("inf"),
+        hooks={0: "x", 1: (True, 300)},
+    )
     top["_init_kwargs"] = {**SONG, **kwargs}
-    return {"ema": Persistent("EDMPrecond", {**top, **(state or {})}), "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}), **(root or {})}
+    return {
+        "ema": Persistent("EDMPrecond", {**top, **(state or {})}),
+        "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}),
+        **(root or {}),
+    }
 
 
 def read(tmp_path, content):
@@ -80,7 +122,12 @@ def test_reads_what_the_official_code_writes(tmp_path, protocol):
 
 def test_golden_file():
     found = read_nvidia_pickle(GOLDEN / "edm-ddpmpp.pkl")
-    assert found.class_name == "EDMPrecond" and set(found.root_keys) == {"ema", "loss_fn", "augment_pipe", "dataset_kwargs"}
+    assert found.class_name == "EDMPrecond" and set(found.root_keys) == {
+        "ema",
+        "loss_fn",
+        "augment_pipe",
+        "dataset_kwargs",
+    }
     assert list(found.state_dict)[:3] == ["model.map_label.weight", "model.map_label.bias", "model.map_augment.weight"]
     assert found.config()["arch"] == "ddpmpp" and found.config()["augment_dim"] == 9
 
@@ -98,8 +145,11 @@ def test_storages_agree_with_torch():
         assert dtype == theirs.dtype and bytes(raw) == bytes(theirs.untyped())
 
 
-@pytest.mark.parametrize("kwargs", [SONG, {**SONG, **NCSNPP}, {**SONG, "embedding_type": "fourier"}, {**SONG, "model_type": "DhariwalUNet"}],
-                         ids=["ddpmpp", "ncsnpp", "ddpmpp-fourier", "adm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kwargs",
+    [SONG, {**SONG, **NCSNPP}, {**SONG, "embedding_type": "fourier"}, {**SONG, "model_type": "DhariwalUNet"}],
+    ids=["ddpmpp", "ncsnpp", "ddpmpp-fourier", "adm"],
+)
 def test_load_teacher_configures_the_network_from_the_file(tmp_path, kwargs):
     if kwargs["model_type"] == "DhariwalUNet":
         kwargs = {**kwargs, "model_channels": 32}  # attention has 64 channels a head
@@ -130,7 +180,9 @@ def test_half_precision_weights_become_float32_and_no_classes_no_labels(tmp_path
 
 
 def test_values_that_we_have_no_use_for_are_passed_over(tmp_path):
-    encoder = Persistent("StabilityVAEEncoder", {"scale": np.ones(4), "hook": [].append})  # numpy._reconstruct and builtins.getattr
+    encoder = Persistent(
+        "StabilityVAEEncoder", {"scale": np.ones(4), "hook": [].append}
+    )  # numpy._reconstruct and builtins.getattr
     found = read(tmp_path, small(root={"encoder": encoder}))
     assert "encoder" in found.root_keys and len(found.state_dict) == 3
 
@@ -151,7 +203,10 @@ def test_values_that_we_have_no_use_for_are_passed_over(tmp_path):
         ({"sigma_data": float("nan")}, "sigma_data"),
         ({"new_option": 1}, "option 'new_option'"),
         ({"model_type": "VisionTransformer"}, "around 'VisionTransformer'"),
-        ({"model_channels": 8192}, "more tensors or numbers than the file holds"),  # hundreds of gigabytes, were it built
+        (
+            {"model_channels": 8192},
+            "more tensors or numbers than the file holds",
+        ),  # hundreds of gigabytes, were it built
     ],
 )
 def test_unsupported_or_damaged_configurations(tmp_path, change, message):
@@ -192,7 +247,15 @@ def test_missing_and_foreign_files(tmp_path):
         with pytest.raises(UserError, match=r"folder|directory"):
             ask(tmp_path)
     torch.save({"a": torch.ones(2)}, tmp_path / "zip.pt")
-    for content in (b"", b"\x80", b"\x80\x04", b"hello", b"\x80\x09.", pickle.dumps({}, 0), (tmp_path / "zip.pt").read_bytes()):
+    for content in (
+        b"",
+        b"\x80",
+        b"\x80\x04",
+        b"hello",
+        b"\x80\x09.",
+        pickle.dumps({}, 0),
+        (tmp_path / "zip.pt").read_bytes(),
+    ):
         with pytest.raises(UserError, match=r"network\.pkl"):
             read(tmp_path, content)
 
@@ -215,11 +278,30 @@ def storage_blob(tensor):
 def test_tensors_stay_inside_their_storages(tmp_path):
     assert read(tmp_path, tensor_call(1, (2,), (2,))).state_dict["w"].tolist() == [1, 3]
     assert read(tmp_path, tensor_call(0, (2, 0), (1, 1))).state_dict["w"].shape == (2, 0)
-    beyond = [(0, (5,), (1,)), (4, (1,), (1,)), (0, (2,), (4,)), (5, (0,), (1,)), (0, (2, 2), (3, 1)), (2**40, (1,), (1,))]
-    invalid = [(-1, (1,), (1,)), (0, (-1,), (1,)), (0, (2,), (-1,)), (0, (2,), ()), (0, (2**60,), (0,)), (0, 4, (1,)), (0, (1.0,), (1,)),
-               (0, (1,) * 9, (1,) * 9)]  # fmt: skip
+    beyond = [
+        (0, (5,), (1,)),
+        (4, (1,), (1,)),
+        (0, (2,), (4,)),
+        (5, (0,), (1,)),
+        (0, (2, 2), (3, 1)),
+        (2**40, (1,), (1,)),
+    ]
+    invalid = [
+        (-1, (1,), (1,)),
+        (0, (-1,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2,), ()),
+        (0, (2**60,), (0,)),
+        (0, 4, (1,)),
+        (0, (1.0,), (1,)),
+        (0, (1,) * 9, (1,) * 9),
+    ]
     multiplied = [(0, (2**40,), (0,)), (0, (2**20, 2**20), (0, 0))]
-    for cases, message in ((beyond, "beyond its storage"), (invalid, "no valid shape"), (multiplied, "more bytes than the file")):
+    for cases, message in (
+        (beyond, "beyond its storage"),
+        (invalid, "no valid shape"),
+        (multiplied, "more bytes than the file"),
+    ):
         for case in cases:
             with pytest.raises(UserError, match=message):
                 read(tmp_path, tensor_call(*case))
@@ -244,7 +326,13 @@ def test_storages_are_exactly_as_long_as_they_say(tmp_path):
 
 def test_shared_storages_cannot_be_multiplied(tmp_path):
     whole = Run(
-        torch._utils._rebuild_tensor_v2, Run(torch.storage._load_from_bytes, storage_blob(torch.zeros(50_000))), 0, (50_000,), (1,), False, {}
+        torch._utils._rebuild_tensor_v2,
+        Run(torch.storage._load_from_bytes, storage_blob(torch.zeros(50_000))),
+        0,
+        (50_000,),
+        (1,),
+        False,
+        {},
     )
     with pytest.raises(UserError, match="more bytes than the file"):
         read(tmp_path, small({"_parameters": {f"w{i}": whole for i in range(2000)}}))  # 400 MB of tensors in 250 KB
@@ -273,16 +361,25 @@ def hostile(canary):
         "persistent id": (b"\x80\x04" + text + b"Q.", "opcode b'Q'"),
         "eval": (b"\x80\x04cbuiltins\neval\n" + code + b"\x85R.", "builtins.eval"),
         "inst of a known global": (b"\x80\x04(" + text + b"icollections\nOrderedDict\n.", "collections.OrderedDict"),
-        "getattr": (b"\x80\x04cbuiltins\ngetattr\nccollections\nOrderedDict\n\x8c\x08__init__\x86R)R.", "Call where a Global belongs"),
+        "getattr": (
+            b"\x80\x04cbuiltins\ngetattr\nccollections\nOrderedDict\n\x8c\x08__init__\x86R)R.",
+            "Call where a Global belongs",
+        ),
         "in the root": (dumps(small(root={"x": bad})), system),
         "in the state": (dumps(small({"x": bad})), system),
         "as a parameter": (dumps(small({"_parameters": {"w": bad}})), system),
         "as a hook": (dumps(small({"_forward_hooks": {0: [bad]}})), system),
         "as the kwargs": (dumps(small(model_channels=bad)), system),
         "as a tensor's argument": (dumps(tensor_call(bad, (4,), (1,))), system),
-        "inside a storage": (dumps(tensor_call(0, (4,), (1,), blob=b"\x80\x02cposix\nsystem\n" + text + b"\x85R.")), system),
-        "as source": (dumps({"ema": Persistent("EDMPrecond", {}, module_src=f"open({str(canary)!r}, 'w')")}), "damaged module"),
-    }  # fmt: skip
+        "inside a storage": (
+            dumps(tensor_call(0, (4,), (1,), blob=b"\x80\x02cposix\nsystem\n" + text + b"\x85R.")),
+            system,
+        ),
+        "as source": (
+            dumps({"ema": Persistent("EDMPrecond", {}, module_src=f"open({str(canary)!r}, 'w')")}),
+            "damaged module",
+        ),
+    }
 
 
 def test_nothing_is_executed(tmp_path, monkeypatch):
@@ -319,7 +416,10 @@ SIZES = {  # content, part of the message
     "deep lists": (b"\x80\x04" + nested(20_000) + b".", "no network"),
     "deep tuples": (b"\x80\x04)" + b"\x85" * 20_000 + b".", "no network"),
     "deep dicts": (b"\x80\x04" + b"}K\x01" * 10_000 + b"N" + b"s" * 10_000 + b".", "no network"),
-    "deep calls": (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93\x94" + b"h\x00" * 10_000 + b")" + b"R\x85" * 10_000 + b".", "no network"),
+    "deep calls": (
+        b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93\x94" + b"h\x00" * 10_000 + b")" + b"R\x85" * 10_000 + b".",
+        "no network",
+    ),
     "deep marks": (b"\x80\x04" + b"(" * 20_000 + b".", "nothing to work on"),
     "doubling tuples as a key": (b"\x80\x04}(" + doubling_tuples(200) + b"Nu.", "a tuple that is no text"),
     "doubling tuples in a set": (b"\x80\x04\x8f(" + doubling_tuples(200) + b"\x90.", "a tuple that is no text"),

@@ -75,17 +75,31 @@ def test_a_read_only_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("train", "quickstart", "--out", "{}"),
         ("train", "quickstart", "--sweep", "optim.lr=1e-3,2e-3", "--out", "{}"),
         ("export", "digits", "--out", "{}.onnx"),
-        *(("eval", "real:digits", option, f"{{}}{suffix}") for option, suffix in
-          (("--json", ".json"), ("--csv", ".csv"), ("--markdown", ".md"), ("--report", ".html"), ("--save-stats", ".npz"))),
+        *(
+            ("eval", "real:digits", option, f"{{}}{suffix}")
+            for option, suffix in (
+                ("--json", ".json"),
+                ("--csv", ".csv"),
+                ("--markdown", ".md"),
+                ("--report", ".html"),
+                ("--save-stats", ".npz"),
+            )
+        ),
     ],
     ids=lambda arguments: " ".join(arguments[:1] + arguments[-2:-1]),
-)  # fmt: skip
-def test_every_command_refuses_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments) -> None:  # type: ignore[no-untyped-def]
+)
+def test_every_command_refuses_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     for suffix in ("", ".zip", ".png", ".onnx", ".json", ".csv", ".md", ".html", ".npz"):
         dangling(tmp_path / f"out{suffix}")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("d2o.teachers.base.Teacher.denoise", lambda *_: pytest.fail("worked before it looked at the output"), raising=False)
+    monkeypatch.setattr(
+        "d2o.teachers.base.Teacher.denoise",
+        lambda *_: pytest.fail("worked before it looked at the output"),
+        raising=False,
+    )
     with pytest.raises(SystemExit) as done:
         main([argument.format("out") for argument in arguments])
     assert done.value.code == 2 and "link to nothing" in capsys.readouterr().err

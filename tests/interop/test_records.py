@@ -76,10 +76,21 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-SIZES = [("num_blocks", HUGE), ("num_blocks", 2**20), ("num_blocks", 3), ("model_channels", HUGE), ("model_channels", 2**20),
-         ("img_resolution", HUGE), ("img_channels", 2**20), ("label_dim", HUGE), ("label_dim", 2**20), ("channel_mult", [2**20]),
-         ("channel_mult", [1] * 500),
-         ("channel_mult", [1] * 15), ("num_blocks", 10**400)]  # fmt: skip
+SIZES = [
+    ("num_blocks", HUGE),
+    ("num_blocks", 2**20),
+    ("num_blocks", 3),
+    ("model_channels", HUGE),
+    ("model_channels", 2**20),
+    ("img_resolution", HUGE),
+    ("img_channels", 2**20),
+    ("label_dim", HUGE),
+    ("label_dim", 2**20),
+    ("channel_mult", [2**20]),
+    ("channel_mult", [1] * 500),
+    ("channel_mult", [1] * 15),
+    ("num_blocks", 10**400),
+]
 
 
 @pytest.mark.parametrize("key, value", SIZES)
@@ -90,25 +101,45 @@ def test_a_network_larger_than_its_file_is_refused_before_it_is_made(checkpoint,
     assert str(path) in error.value.message
 
 
-TYPES = [(put("network", "ddpmpp"), "network: expected a section"), (put("network", None), "network"),
-             (drop("network"), "network: missing"),
-         (put("network.arch", 7), "arch"), (put("network.arch", HUGE), "arch"), (drop("network.arch"), "arch"),
-         (put("network.channel_mult", "ab"), "cannot build"),
-         (put("network.num_blocks", "many"), "network.num_blocks: expected an integer"),
-         (put("network.num_blocks", 1.5), "num_blocks: expected an integer"), (put("network.num_blocks", None), "num_blocks: expected"),
-         (put("network.attn_resolutions", 8), "cannot build"), (put("network.dropout", "x"), "network.dropout: expected a number"),
-         (put("network.sigma_data", float("nan")), "sigma_data: expected a finite"),
-         (drop("spec"), "spec: missing"), (put("spec", []), "spec"), (put("spec.shape", [1, 8]), "spec.shape: expected a list of 3"),
-         (put("spec.shape", [1, "8", 8]), r"spec.shape\[1\]: expected an integer"), (put("spec.shape", [1, HUGE, 8]), "spec.shape"),
-         (put("spec.shape", [1, 2**20, 2**20]), "at most 67,108,864 numbers"), (put("spec.classes", HUGE), "spec.classes"),
-         (put("spec.sigma_max", "80"), "spec.sigma_max: expected a number"), (put("spec.sigma_max", float("nan")), "sigma_max"),
-         (put("spec.steps", HUGE), "spec.steps"), (put("spec.foreign", 1), "foreign, which this d2o does not know"),
-         (drop("student"), "student: missing"), (put("student", 3), "student"), (drop("student.sigma"), "sigma: missing"),
-         (put("student.sigma", [80]), "sigma"), (put("student.sigma", float("inf")), "sigma"),
-         (put("student.kind", "dream"), "kind of student"),
-         (put("student", {"kind": "multistep", "steps": HUGE}), "steps"), (put("teacher", "someone"), "teacher: expected a section"),
-         (put("teacher.name", 3), "teacher.name: expected a text"), (put("recipe", "x"), "recipe"), (put("provenance", {}), "provenance"),
-         (put("images", -1), "images"), (put("version", 2), "version")]  # fmt: skip
+TYPES = [
+    (put("network", "ddpmpp"), "network: expected a section"),
+    (put("network", None), "network"),
+    (drop("network"), "network: missing"),
+    (put("network.arch", 7), "arch"),
+    (put("network.arch", HUGE), "arch"),
+    (drop("network.arch"), "arch"),
+    (put("network.channel_mult", "ab"), "cannot build"),
+    (put("network.num_blocks", "many"), "network.num_blocks: expected an integer"),
+    (put("network.num_blocks", 1.5), "num_blocks: expected an integer"),
+    (put("network.num_blocks", None), "num_blocks: expected"),
+    (put("network.attn_resolutions", 8), "cannot build"),
+    (put("network.dropout", "x"), "network.dropout: expected a number"),
+    (put("network.sigma_data", float("nan")), "sigma_data: expected a finite"),
+    (drop("spec"), "spec: missing"),
+    (put("spec", []), "spec"),
+    (put("spec.shape", [1, 8]), "spec.shape: expected a list of 3"),
+    (put("spec.shape", [1, "8", 8]), r"spec.shape\[1\]: expected an integer"),
+    (put("spec.shape", [1, HUGE, 8]), "spec.shape"),
+    (put("spec.shape", [1, 2**20, 2**20]), "at most 67,108,864 numbers"),
+    (put("spec.classes", HUGE), "spec.classes"),
+    (put("spec.sigma_max", "80"), "spec.sigma_max: expected a number"),
+    (put("spec.sigma_max", float("nan")), "sigma_max"),
+    (put("spec.steps", HUGE), "spec.steps"),
+    (put("spec.foreign", 1), "foreign, which this d2o does not know"),
+    (drop("student"), "student: missing"),
+    (put("student", 3), "student"),
+    (drop("student.sigma"), "sigma: missing"),
+    (put("student.sigma", [80]), "sigma"),
+    (put("student.sigma", float("inf")), "sigma"),
+    (put("student.kind", "dream"), "kind of student"),
+    (put("student", {"kind": "multistep", "steps": HUGE}), "steps"),
+    (put("teacher", "someone"), "teacher: expected a section"),
+    (put("teacher.name", 3), "teacher.name: expected a text"),
+    (put("recipe", "x"), "recipe"),
+    (put("provenance", {}), "provenance"),
+    (put("images", -1), "images"),
+    (put("version", 2), "version"),
+]
 
 
 @pytest.mark.parametrize("change, message", TYPES)
@@ -123,10 +154,16 @@ def test_every_kind_of_file_is_checked(tmp_path):
     save_file(tmp_path / "c.safetensors", tensors, {**meta, "network": {**meta["network"], "feature_dim": 2**20}})
     with pytest.raises(UserError, match="more tensors or numbers than the file holds|do not fit"):
         load_extractor(str(tmp_path / "c.safetensors"))
-    save_file(tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"kind": "autoencoder", "network": {"block_out_channels": 5}})
+    save_file(
+        tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"kind": "autoencoder", "network": {"block_out_channels": 5}}
+    )
     with pytest.raises(UserError, match="cannot build a Autoencoder|cannot build"):
         load_autoencoder(tmp_path / "a.safetensors")
-    save_file(tmp_path / "b.safetensors", {"x": torch.zeros(3)}, {"kind": "autoencoder", "network": {"layers_per_block": 2**20}})
+    save_file(
+        tmp_path / "b.safetensors",
+        {"x": torch.zeros(3)},
+        {"kind": "autoencoder", "network": {"layers_per_block": 2**20}},
+    )
     with pytest.raises(UserError, match="more tensors or numbers than the file holds"):
         load_autoencoder(tmp_path / "b.safetensors")
     tiny_teacher(tmp_path / "t.safetensors")
@@ -138,15 +175,24 @@ def test_every_kind_of_file_is_checked(tmp_path):
 
 def test_a_network_that_a_user_types_has_limits_too(little_memory, monkeypatch):
     monkeypatch.setattr(budget, "MAX_TENSORS", 500)
-    for config, message in (({"num_blocks": 10**12}, "network.num_blocks: expected an integer of at most"),
-                            ({"num_blocks": 2**20}, "more tensors or numbers than d2o builds"),
-                            ({"model_channels": 2**16, "channel_mult": [1], "num_blocks": 1}, "this machine has")):  # fmt: skip
+    for config, message in (
+        ({"num_blocks": 10**12}, "network.num_blocks: expected an integer of at most"),
+        ({"num_blocks": 2**20}, "more tensors or numbers than d2o builds"),
+        ({"model_channels": 2**16, "channel_mult": [1], "num_blocks": 1}, "this machine has"),
+    ):
         with pytest.raises(UserError, match=message):
             build_network({"arch": "ddpmpp", "img_resolution": 8, "img_channels": 1, **config})
 
 
 def test_trying_a_network_out_draws_no_random_numbers():
-    config = {"arch": "ddpmpp", "img_resolution": 8, "img_channels": 1, "model_channels": 16, "channel_mult": [1], "num_blocks": 1}
+    config = {
+        "arch": "ddpmpp",
+        "img_resolution": 8,
+        "img_channels": 1,
+        "model_channels": 16,
+        "channel_mult": [1],
+        "num_blocks": 1,
+    }
     torch.manual_seed(3)
     first = build_network(config).state_dict()
     from d2o.networks.edm_unet import EDMPrecond
@@ -163,7 +209,12 @@ def test_trying_a_network_out_draws_no_random_numbers():
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     teacher = tiny_teacher(folder / "t.safetensors")
-    return make_pairs(PairSettings("t", 6, solver="euler", steps=2, shard_size=4), folder / "store", compute=Compute(4, 1), teacher=teacher)
+    return make_pairs(
+        PairSettings("t", 6, solver="euler", steps=2, shard_size=4),
+        folder / "store",
+        compute=Compute(4, 1),
+        teacher=teacher,
+    )
 
 
 @pytest.fixture
@@ -181,26 +232,43 @@ def manifest(store):
     path.write_text(before)
 
 
-MANIFESTS = [(put("settings.n", HUGE), "settings.n"), (put("settings.n", "6"), "settings.n: expected an integer"),
-             (put("settings.n", 2**32), "files"),
-             (put("settings.shard_size", 0), "shard_size"), (put("settings.shard_size", 3), "no shard of this store"),
-             (put("settings.steps", 1.5), "settings.steps"), (drop("settings.steps"), "settings.steps: missing"),
-             (drop("settings"), "settings: missing"),
-             (put("settings.dtype", "fp8"), "settings.dtype"), (put("settings.labels", 3), "settings.labels"),
-             (put("settings.cfg", float("nan")), "settings.cfg"), (put("settings.store_noise", "yes"), "settings.store_noise"),
-             (put("spec.shape", [HUGE, 8, 8]), "spec.shape"), (put("spec.shape", [64, 1024, 1024]), "cannot hold"),
-             (put("spec.shape", [1, 8, 90]), "cannot hold"), (put("spec", None), "spec"), (put("spec.classes", HUGE), "spec.classes"),
-             (put("teacher.sha256", 5), "teacher.sha256"), (drop("teacher"), "teacher: missing"),
-             (put("compute.batch", -1), "compute.batch"),
-             (put("compute.threads", HUGE), "compute.threads"), (drop("compute.torch"), "compute.torch"),
-             (put("noise_probe", "x"), "noise_probe"),
-             (put("noise_probe", []), "noise_probe: expected 8 numbers"), (put("shards", {}), "does not belong"),
-             (put("shards", [3]), "names no finished"),
-             (put("shards.0.n", HUGE), "no finished|shards"), (put("shards.0.bytes", 10), "cannot hold"),
-             (put("shards.0.sha256", "xyz"), "sha256"),
-             (put("shards.0.file", "../../etc/passwd"), "shards"), (put("shards.1.file", "shard-00000.safetensors"), "twice|no shard"),
-             (put("prompts", {"path": "p", "sha256": "0", "count": 3}), "prompts"), (put("format", "x"), "does not belong"),
-             (put("version", "1"), "version"), (put("unknown", 1), "unknown key")]  # fmt: skip
+MANIFESTS = [
+    (put("settings.n", HUGE), "settings.n"),
+    (put("settings.n", "6"), "settings.n: expected an integer"),
+    (put("settings.n", 2**32), "files"),
+    (put("settings.shard_size", 0), "shard_size"),
+    (put("settings.shard_size", 3), "no shard of this store"),
+    (put("settings.steps", 1.5), "settings.steps"),
+    (drop("settings.steps"), "settings.steps: missing"),
+    (drop("settings"), "settings: missing"),
+    (put("settings.dtype", "fp8"), "settings.dtype"),
+    (put("settings.labels", 3), "settings.labels"),
+    (put("settings.cfg", float("nan")), "settings.cfg"),
+    (put("settings.store_noise", "yes"), "settings.store_noise"),
+    (put("spec.shape", [HUGE, 8, 8]), "spec.shape"),
+    (put("spec.shape", [64, 1024, 1024]), "cannot hold"),
+    (put("spec.shape", [1, 8, 90]), "cannot hold"),
+    (put("spec", None), "spec"),
+    (put("spec.classes", HUGE), "spec.classes"),
+    (put("teacher.sha256", 5), "teacher.sha256"),
+    (drop("teacher"), "teacher: missing"),
+    (put("compute.batch", -1), "compute.batch"),
+    (put("compute.threads", HUGE), "compute.threads"),
+    (drop("compute.torch"), "compute.torch"),
+    (put("noise_probe", "x"), "noise_probe"),
+    (put("noise_probe", []), "noise_probe: expected 8 numbers"),
+    (put("shards", {}), "does not belong"),
+    (put("shards", [3]), "names no finished"),
+    (put("shards.0.n", HUGE), "no finished|shards"),
+    (put("shards.0.bytes", 10), "cannot hold"),
+    (put("shards.0.sha256", "xyz"), "sha256"),
+    (put("shards.0.file", "../../etc/passwd"), "shards"),
+    (put("shards.1.file", "shard-00000.safetensors"), "twice|no shard"),
+    (put("prompts", {"path": "p", "sha256": "0", "count": 3}), "prompts"),
+    (put("format", "x"), "does not belong"),
+    (put("version", "1"), "version"),
+    (put("unknown", 1), "unknown key"),
+]
 
 
 @pytest.mark.parametrize("change, message", MANIFESTS)
@@ -209,7 +277,12 @@ def test_manifests_of_wrong_types_are_refused_by_key(store, manifest, little_mem
     with pytest.raises(UserError, match=message):
         PairStore(store.path)
     with pytest.raises(UserError, match=message):
-        make_pairs(PairSettings("t", 6, solver="euler", steps=2, shard_size=4), store.path, compute=Compute(4, 1), teacher=tiny_teacher())
+        make_pairs(
+            PairSettings("t", 6, solver="euler", steps=2, shard_size=4),
+            store.path,
+            compute=Compute(4, 1),
+            teacher=tiny_teacher(),
+        )
 
 
 def test_no_flipped_bit_of_a_manifest_is_used(store):

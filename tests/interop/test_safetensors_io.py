@@ -6,7 +6,15 @@ import torch
 from safetensors.torch import save_file as foreign_save
 
 from d2o.errors import UserError
-from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, load_file, read_meta, save_file, tensors_sha256
+from d2o.interop.safetensors_io import (
+    atomic_path,
+    atomic_write,
+    file_sha256,
+    load_file,
+    read_meta,
+    save_file,
+    tensors_sha256,
+)
 
 
 def test_round_trip_of_tensors_and_nested_metadata(tmp_path):
@@ -52,7 +60,12 @@ def test_full_disk_and_files_in_the_way_are_one_clear_line(tmp_path, monkeypatch
 def test_fingerprints_see_values_names_and_types(tmp_path):
     a = {"x": torch.zeros(2)}
     assert tensors_sha256(a) == tensors_sha256({"x": torch.zeros(2)})
-    for other in ({"y": torch.zeros(2)}, {"x": torch.zeros(3)}, {"x": torch.ones(2)}, {"x": torch.zeros(2, dtype=torch.float64)}):
+    for other in (
+        {"y": torch.zeros(2)},
+        {"x": torch.zeros(3)},
+        {"x": torch.ones(2)},
+        {"x": torch.zeros(2, dtype=torch.float64)},
+    ):
         assert tensors_sha256(other) != tensors_sha256(a)
     (tmp_path / "f").write_bytes(b"abc")
     assert file_sha256(tmp_path / "f").startswith("ba7816bf")

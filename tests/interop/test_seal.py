@@ -12,7 +12,7 @@ from d2o.interop.safetensors_io import check_file, file_sha256, load_file, read_
 from d2o.runtime import TRUST
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([True, False])}
-META = {"kind": "x", "text": "sp\u00e9cial \"quotes\"", "more": {"sha256": "0" * 64}}
+META = {"kind": "x", "text": 'sp\u00e9cial "quotes"', "more": {"sha256": "0" * 64}}
 
 
 @pytest.fixture

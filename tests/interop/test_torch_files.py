@@ -17,7 +17,10 @@ from d2o.interop.torch_files import read_tensors
 from tests.interop.nvidia_writer import EasyDict, Persistent, Run, damage, dumps
 
 # torch.jit.script is on its way out, but the files that it wrote stay.
-pytestmark = [pytest.mark.usefixtures("nvidia_modules"), pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("nvidia_modules"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 FORMATS = ("safetensors", "archive", "legacy", "script", "module pickle")
 
 
@@ -39,7 +42,9 @@ def published(module):
     """A module as NVIDIA pickles it: its own classes by their source, torch's as they are."""
     children = {name: published(child) for name, child in module._modules.items()}
     if not type(module).__module__.startswith("torch.nn"):
-        return Persistent(type(module).__name__, {**module.__dict__, "_modules": children, "_init_args": (), "_init_kwargs": {}})
+        return Persistent(
+            type(module).__name__, {**module.__dict__, "_modules": children, "_init_args": (), "_init_kwargs": {}}
+        )
     shallow = copy.copy(module)
     shallow.__dict__ = {**module.__dict__, "_modules": children}
     return shallow
@@ -71,7 +76,10 @@ def test_every_format_gives_the_state_dict(tmp_path, kind):
 
 def test_checkpoints_with_other_things_in_them(tmp_path):
     net = Net()
-    torch.save({"epoch": 3, "state_dict": net.state_dict(), "arch": "x", "optimizer": {"groups": [1, 2]}}, tmp_path / "x.pth.tar")
+    torch.save(
+        {"epoch": 3, "state_dict": net.state_dict(), "arch": "x", "optimizer": {"groups": [1, 2]}},
+        tmp_path / "x.pth.tar",
+    )
     same(read_tensors(tmp_path / "x.pth.tar"), net.state_dict(), "state_dict.")
     (tmp_path / "x.pkl").write_bytes(dumps(EasyDict(G_ema=published(net), options=EasyDict(size=3))))
     same(read_tensors(tmp_path / "x.pkl"), net.state_dict(), "G_ema.")
@@ -124,20 +132,32 @@ def test_truncated_and_damaged_files_are_refused_in_one_line(tmp_path, kind):
         path.write_bytes(broken)
         try:
             found = read_tensors(path)
-            assert len(broken) >= len(content) * 7 // 8 and all(isinstance(tensor, torch.Tensor) for tensor in found.values())
+            assert len(broken) >= len(content) * 7 // 8 and all(
+                isinstance(tensor, torch.Tensor) for tensor in found.values()
+            )
         except UserError as error:
             assert str(path) in error.message and "\n" not in error.message
 
 
 def test_foreign_files(tmp_path):
-    for content, message in [(b"", "is empty"), (b"<html>404</html>", "no weights file"), (b"\x80", "no weights file"), (b"\x80\x04N.", "no module")]:
+    for content, message in [
+        (b"", "is empty"),
+        (b"<html>404</html>", "no weights file"),
+        (b"\x80", "no weights file"),
+        (b"\x80\x04N.", "no module"),
+    ]:
         (tmp_path / "x.pth").write_bytes(content)
         with pytest.raises(UserError, match=message):
             read_tensors(tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("images/1.png", b"")
     torch.save({"epoch": 1}, tmp_path / "none.pt")
-    for name, message in [("x.zip", "not one that torch.save"), ("none.pt", "holds no tensors"), ("gone.pt", "no such file"), ("", "is a folder")]:
+    for name, message in [
+        ("x.zip", "not one that torch.save"),
+        ("none.pt", "holds no tensors"),
+        ("gone.pt", "no such file"),
+        ("", "is a folder"),
+    ]:
         with pytest.raises(UserError, match=message):
             read_tensors(tmp_path / name)
 

@@ -113,15 +113,23 @@ def test_an_absent_package(entry, place):
     entry(url="", package="no_such_package_of_weights", inside="net.pth")
     with pytest.raises(UserError, match=r"the weights 'net' \(net.pth\) are not on this machine") as error:
         find_weights("net")
-    assert error.value.hint == f"pip install no_such_package_of_weights, or put the file at {place}, or name it with --weights net=PATH"
+    assert (
+        error.value.hint
+        == f"pip install no_such_package_of_weights, or put the file at {place}, or name it with --weights net=PATH"
+    )
 
 
 def test_without_a_network_the_words_say_what_to_do(entry, place, monkeypatch):
     entry(url="https://example.invalid/net.pth")
     monkeypatch.setenv("D2O_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"the weights 'net' are not on this machine: .* the network is switched off \(D2O_OFFLINE=1\)") as error:
+    with pytest.raises(
+        UserError, match=r"the weights 'net' are not on this machine: .* the network is switched off \(D2O_OFFLINE=1\)"
+    ) as error:
         find_weights("net")
-    assert error.value.hint == f"fetch https://example.invalid/net.pth by other means and put it at {place}, or name it with --weights net=PATH"
+    assert (
+        error.value.hint
+        == f"fetch https://example.invalid/net.pth by other means and put it at {place}, or name it with --weights net=PATH"
+    )
     place.parent.mkdir(parents=True)
     place.write_bytes(CONTENT)  # as the message says
     assert find_weights("net") == place

@@ -25,7 +25,10 @@ def test_members_that_are_swallowed_are_missed(tmp_path):
     with zipfile.ZipFile(path) as archive:
         assert [info.filename for info in listed(archive)] == [f"a{i}.npy" for i in range(5)]
     swallow(path)
-    with zipfile.ZipFile(path) as archive, pytest.raises(zipfile.BadZipFile, match="5 members, and its directory lists 1"):
+    with (
+        zipfile.ZipFile(path) as archive,
+        pytest.raises(zipfile.BadZipFile, match="5 members, and its directory lists 1"),
+    ):
         listed(archive)
     with pytest.raises(ValueError, match="directory lists 1"):
         read_npz(path, lambda name: True)

@@ -32,11 +32,15 @@ def at(*values):
 
 
 def test_the_grid_is_equation_5_and_karras():
-    assert c.karras_time(at(225, 243), 256).tolist() == pytest.approx([39.95, 60.29], abs=0.005)  # the paper says 40 and 60
+    assert c.karras_time(at(225, 243), 256).tolist() == pytest.approx(
+        [39.95, 60.29], abs=0.005
+    )  # the paper says 40 and 60
     assert c.karras_time(torch.arange(5), 4).tolist() == pytest.approx([0.002, 0.170, 2.515, 17.53, 80], rel=2e-3)
     ascending = karras_sigmas(18)[:-1].flip(0)
     assert torch.allclose(c.karras_time(torch.arange(18), 17), ascending, rtol=1e-12)
-    assert torch.equal(c.karras_time(torch.tensor(0), 17).float(), torch.tensor(0.002))  # to the bit: there the network is the identity
+    assert torch.equal(
+        c.karras_time(torch.tensor(0), 17).float(), torch.tensor(0.002)
+    )  # to the bit: there the network is the identity
 
 
 def test_jumps_and_what_undoes_them():
@@ -105,15 +109,25 @@ def test_the_schedules_of_n():
     # iCT: s0 10, s1 1280, K' = floor(K / 8)
     assert [c.doubling(k, 800, 10, 1280) for k in (0, 99, 100, 250, 799, 5000)] == [11, 11, 21, 41, 1281, 1281]
     # CT: s0 at the start, s1 + 1 at the end, and in between
-    assert (c.adaptive(0, 1000, 2, 150), c.adaptive(1000, 1000, 2, 150), c.adaptive(9999, 1000, 2, 150)) == (2, 151, 151)
+    assert (c.adaptive(0, 1000, 2, 150), c.adaptive(1000, 1000, 2, 150), c.adaptive(9999, 1000, 2, 150)) == (
+        2,
+        151,
+        151,
+    )
     assert c.adaptive(250, 1000, 2, 150) == math.ceil(math.sqrt(0.25 * (151**2 - 4) + 4) - 1) + 1
-    assert c.adaptive_mu(2, 2, 0.9) == pytest.approx(0.81) and c.adaptive_mu(151, 2, 0.9) == pytest.approx(math.exp(2 * math.log(0.9) / 150))
+    assert c.adaptive_mu(2, 2, 0.9) == pytest.approx(0.81) and c.adaptive_mu(151, 2, 0.9) == pytest.approx(
+        math.exp(2 * math.log(0.9) / 150)
+    )
 
 
 def test_the_stages_of_progressive_distillation():
     # CIFAR-10: from 4096, 50,000 iterations a stage, the last two twice as long: 750,000 in all
     assert c.stage(0, 4096, 1, 50_000) == (4096, 0, 50_000)
-    assert c.stage(549_999, 4096, 1, 50_000) == (4, 500_000, 50_000) and c.stage(550_000, 4096, 1, 50_000) == (2, 550_000, 100_000)
+    assert c.stage(549_999, 4096, 1, 50_000) == (4, 500_000, 50_000) and c.stage(550_000, 4096, 1, 50_000) == (
+        2,
+        550_000,
+        100_000,
+    )
     assert c.stage(650_000, 4096, 1, 50_000) == (1, 650_000, 100_000) == c.stage(2_000_000, 4096, 1, 50_000)
     assert c.stage(100, 8, 2, 10) == (2, 20, 20)
 
@@ -123,4 +137,8 @@ def test_lognormal_indices_have_their_shares():
     i = c.lognormal_index(uniform, n, -1.1, 2.0)
     edges = c.karras_time(torch.arange(n + 1), n).log()
     mass = (torch.erf((edges + 1.1) / (2.0 * math.sqrt(2)))).diff()
-    assert torch.allclose(torch.bincount(i, minlength=n + 1)[1:] / 20_000, (mass / mass.sum()).float(), atol=1e-3) and i.min() >= 1 and i.max() <= n
+    assert (
+        torch.allclose(torch.bincount(i, minlength=n + 1)[1:] / 20_000, (mass / mass.sum()).float(), atol=1e-3)
+        and i.min() >= 1
+        and i.max() <= n
+    )

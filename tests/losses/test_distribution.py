@@ -21,7 +21,9 @@ def test_the_gradient_of_dmd_is_the_difference_of_the_scores_with_its_weight():
     weight = sigma**2 * 48 / (x - real).abs().sum((1, 2, 3), keepdim=True)
     found = matching_gradient(x, real, fake)
     assert torch.allclose(found.double(), weight * (s_fake - s_real), rtol=1e-5, atol=1e-6)
-    assert torch.allclose(matching_gradient(x, real, fake, "none").double(), sigma**2 * (s_fake - s_real), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        matching_gradient(x, real, fake, "none").double(), sigma**2 * (s_fake - s_real), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("reduce", "count"), [("mean", 48), ("sum", 1)])
@@ -42,7 +44,9 @@ def test_the_gradient_flows_neither_to_the_networks_nor_to_the_weight():
     surrogate(x, g).sum().backward()
     assert real.grad is None and fake.grad is None and x.grad is not None
     same = images(0)
-    assert (matching_gradient(same, same, fake) == 0).all()  # a weight of infinity: the sample is left out, not the batch lost
+    assert (
+        matching_gradient(same, same, fake) == 0
+    ).all()  # a weight of infinity: the sample is left out, not the batch lost
 
 
 def test_a_step_against_the_gradient_brings_the_student_s_gaussian_to_the_teacher_s():

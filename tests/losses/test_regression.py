@@ -20,7 +20,9 @@ def test_values_by_hand():
     assert l1(x, y).item() == pytest.approx(6 / 4)
     c = 0.00054 * 2
     assert pseudo_huber(x, y).item() == pytest.approx(math.sqrt(14 + c * c) - c)
-    assert pseudo_huber(x, y, "element").item() == pytest.approx(sum(math.sqrt(v * v + c * c) - c for v in (1, -2, 3, 0)) / 4)
+    assert pseudo_huber(x, y, "element").item() == pytest.approx(
+        sum(math.sqrt(v * v + c * c) - c for v in (1, -2, 3, 0)) / 4
+    )
 
 
 def test_pseudo_huber_has_a_gradient_at_equality():
@@ -36,7 +38,9 @@ def test_perceptual_ignores_the_scale_of_features_and_has_gradients():
     assert torch.allclose(perceptual(x, 5 * x, maps), torch.zeros(2), atol=1e-5)
     value = perceptual(x, y, maps)
     f, g = x.detach() / x.detach().norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
-    by_hand = sum((a - b).square().sum(1).flatten(1).mean(1) for a, b in ((f, g), (f[:, :, ::2, ::2], g[:, :, ::2, ::2])))
+    by_hand = sum(
+        (a - b).square().sum(1).flatten(1).mean(1) for a, b in ((f, g), (f[:, :, ::2, ::2], g[:, :, ::2, ::2]))
+    )
     assert torch.allclose(value, by_hand, atol=1e-5)
     value.sum().backward()
     assert x.grad.abs().sum() > 0

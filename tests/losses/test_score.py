@@ -60,7 +60,10 @@ def test_sida_s_loss_and_gradient_agree_with_the_published_code(golden, student_
     weight = losses.mean_error(x, true)
     adversarial = losses.generator_adversarial(logits, size=batch) / weight.flatten()
     near(adversarial, numbers["sida_gan_per_image"])
-    total = 0.5 * 100 / batch * losses.sid_loss(x, true, fake, 1.0).sum() + 0.5 * 0.01 / batch * x[0].numel() * adversarial.sum()
+    total = (
+        0.5 * 100 / batch * losses.sid_loss(x, true, fake, 1.0).sum()
+        + 0.5 * 0.01 / batch * x[0].numel() * adversarial.sum()
+    )
     near(total, numbers["sida_total"])
     near(torch.autograd.grad(total, x, retain_graph=True)[0], numbers["sida_grad"])
 
@@ -92,7 +95,14 @@ def test_groups_are_averaged_and_dropped_samples_do_not_count():
     assert losses.batch_pool(values, 2).tolist() == [1.5, 1.5, 4.5, 4.5, 6, 6]
     assert torch.equal(losses.batch_pool(values, 1), values)
     keep = torch.tensor([True, True, False, False, False, False])
-    assert losses.batch_pool(values * torch.tensor([1, 1, torch.nan, 1, 1, 1]), 3, keep).tolist() == [1.5, 1.5, 1.5, 0, 0, 0]
+    assert losses.batch_pool(values * torch.tensor([1, 1, torch.nan, 1, 1, 1]), 3, keep).tolist() == [
+        1.5,
+        1.5,
+        1.5,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_forms_of_the_student_s_adversarial_loss():
@@ -103,14 +113,22 @@ def test_forms_of_the_student_s_adversarial_loss():
         torch.testing.assert_close(found.double(), wanted.flatten(1).mean(1), rtol=1e-3, atol=1e-6)
         gradient = torch.autograd.grad(found.sum(), logits)[0].flatten()
         assert (gradient <= 0).all() and gradient[0] == 0  # more real is always better; a map far outside gives nothing
-        assert torch.autograd.grad(losses.generator_adversarial(logits, 1, kind, clamp=None).sum(), logits)[0].flatten()[5] < 0
+        assert (
+            torch.autograd.grad(losses.generator_adversarial(logits, 1, kind, clamp=None).sum(), logits)[0].flatten()[5]
+            < 0
+        )
     with pytest.raises(UserError, match="did you mean 'saturating'"):
         losses.generator_adversarial(logits, 1, "saturatin")
 
 
 def test_uncertainty_divides_the_losses():
     torch.manual_seed(0)
-    a, b, sigma, u = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0.5, 2.0])[:, None, None, None], torch.randn(2, 1, 1, 1)
+    a, b, sigma, u = (
+        torch.randn(2, 1, 4, 4),
+        torch.randn(2, 1, 4, 4),
+        torch.tensor([0.5, 2.0])[:, None, None, None],
+        torch.randn(2, 1, 1, 1),
+    )
     plain = losses.denoising_loss(a, b, sigma)
     torch.testing.assert_close(losses.denoising_loss(a, b, sigma, logvar=u), plain / u.exp() + u)
     torch.testing.assert_close(losses.mean_error(a, b, u), (a - b).abs().mean((1, 2, 3), keepdim=True) * u.exp())

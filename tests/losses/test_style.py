@@ -10,7 +10,9 @@ from d2o.networks.style import StyleCritic, StyleSynthesis
 
 def test_logistic_losses():
     real, fake = torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 3.0])
-    assert d_logistic(real, fake).item() == pytest.approx(-(F.logsigmoid(real).mean() + torch.log(1 - fake.sigmoid()).mean()).item(), abs=1e-6)
+    assert d_logistic(real, fake).item() == pytest.approx(
+        -(F.logsigmoid(real).mean() + torch.log(1 - fake.sigmoid()).mean()).item(), abs=1e-6
+    )
     assert g_logistic(fake).item() == pytest.approx(-fake.sigmoid().log().mean().item(), abs=1e-6)
     assert d_logistic(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(2 * math.log(2))
     # Non-saturating: a generator that is found out still has a gradient.
@@ -20,8 +22,12 @@ def test_logistic_losses():
 
 def test_r1_of_a_linear_critic():
     x, w = torch.randn(6, 3, 4, 4, requires_grad=True), torch.randn(3, 4, 4)
-    assert r1_penalty((x * w).sum((1, 2, 3)), x, gamma=10.0).item() == pytest.approx(5 * w.square().sum().item(), rel=1e-5)
-    assert r1_penalty(x.square().sum((1, 2, 3)) / 2, x).item() == pytest.approx(x.square().sum((1, 2, 3)).mean().item() / 2, rel=1e-5)
+    assert r1_penalty((x * w).sum((1, 2, 3)), x, gamma=10.0).item() == pytest.approx(
+        5 * w.square().sum().item(), rel=1e-5
+    )
+    assert r1_penalty(x.square().sum((1, 2, 3)) / 2, x).item() == pytest.approx(
+        x.square().sum((1, 2, 3)).mean().item() / 2, rel=1e-5
+    )
 
 
 def along(module, loss, seed=1, eps=1e-6):
@@ -44,7 +50,9 @@ def along(module, loss, seed=1, eps=1e-6):
 @pytest.mark.parametrize("blocks, time", [("orig", "block_add"), ("resnet", "cmap")])
 def test_r1_trains_the_critic_in_the_right_direction(blocks, time):
     torch.manual_seed(0)
-    critic = StyleCritic(8, 1, blocks, base=64, max_channels=6, mbstd_group=2, time=time, time_dim=8, cmap_dim=6).double()
+    critic = StyleCritic(
+        8, 1, blocks, base=64, max_channels=6, mbstd_group=2, time=time, time_dim=8, cmap_dim=6
+    ).double()
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     exact, measured = along(critic, lambda: r1_penalty(critic(x, 0.6), x))
     assert exact == pytest.approx(measured, rel=1e-5) and abs(exact) > 1e-6
@@ -83,7 +91,9 @@ def test_the_gradient_goes_through_the_running_mean():
 
     def lengths_of(scale):  # J^T y = 2 scale for each image
         styles = ws[: len(scale)].clone().requires_grad_()
-        return path_lengths(scale[:, None, None, None] * styles[..., None].expand(-1, 1, 2, 2), styles, noise=y[: len(scale)])
+        return path_lengths(
+            scale[:, None, None, None] * styles[..., None].expand(-1, 1, 2, 2), styles, noise=y[: len(scale)]
+        )
 
     def gradient(loss_of):
         scale = torch.tensor([0.5, 1.0, 2.0, 3.0], requires_grad=True)

@@ -39,7 +39,9 @@ class Loop:
         others = [p.grad for other, net in self.networks.items() if other != name for p in net.parameters()]
         assert all(g is None for g in others), "the other network has gradients"
         parameters = list(self.networks[name].parameters())
-        self.gradients[name] = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        self.gradients[name] = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+        )
         with torch.no_grad():
             for p in parameters:
                 if self.lr and p.grad is not None:

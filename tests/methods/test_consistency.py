@@ -32,12 +32,21 @@ def method(teacher=None, student=None, start=None, images=None, batch=8, **optio
     section = SimpleNamespace(sigma=80.0, init="teacher", dropout=None, **(student or {}))
     options = {"N": N + 1, **options}
     return get_method("consistency")(
-        Setup(ConsistencyOptions(**options), teacher=teacher or tiny_teacher(), student=section, images=images or Images(), start=start, batch=batch)
+        Setup(
+            ConsistencyOptions(**options),
+            teacher=teacher or tiny_teacher(),
+            student=section,
+            images=images or Images(),
+            start=start,
+            batch=batch,
+        )
     )
 
 
 def batch(n: int = 8) -> Batch:
-    return Batch(images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10)
+    return Batch(
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+    )
 
 
 def pd(**options) -> Consistency:
@@ -63,7 +72,9 @@ def test_the_student_begins_as_the_teacher_and_is_the_identity_at_the_end():
     assert torch.equal(m.student(x, torch.full((4,), 0.002), labels), x)
     high = torch.full((4,), 80.0)
     assert torch.allclose(m.student(80 * x, high, labels), teacher.denoise(80 * x, 80.0, labels), atol=0.02)
-    assert m.student.config["precond"] == "consistency" and "precond" not in teacher.network.config  # and the teacher stays what it was
+    assert (
+        m.student.config["precond"] == "consistency" and "precond" not in teacher.network.config
+    )  # and the teacher stays what it was
     for other in (pd(), method(kind="ctm")):
         assert other.student.config["precond"] == "edm"
 
@@ -134,12 +145,14 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
     before = copy.deepcopy(m.student)
     second, _ = step(m, data, 2)  # stages of 16 images are 2 iterations
     assert second["N"] == 2 == m.nfe() and second["loss"].item() == pytest.approx(
-        by_hand(before, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4)  # fmt: skip
+        by_hand(before, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4
+    )
     with torch.no_grad():
         m.student.model.map_layer0.weight.mul_(1.5)
     third, _ = step(m, data, 3)  # the one before is still the teacher
     assert third["loss"].item() == pytest.approx(
-        by_hand(m.student, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4)  # fmt: skip
+        by_hand(m.student, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4
+    )
     assert [m.rate(k) for k in range(9)] == pytest.approx([1, 0.5, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5])
     assert pd(stage_decay=False).rate(3) == 1 == method().rate(3)
     step(m, data, 6)
@@ -147,7 +160,9 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
 
 
 def test_the_clamp_of_the_sampler_goes_into_the_checkpoint():
-    assert method().describe()["student"]["clamp"] is True and method(clamp=False).describe()["student"]["clamp"] is False
+    assert (
+        method().describe()["student"]["clamp"] is True and method(clamp=False).describe()["student"]["clamp"] is False
+    )
     m = method(clamp=False)
     assert m.made(m.student).with_steps(2).clamp is False
 
@@ -176,7 +191,11 @@ def test_ctm_is_table_5(i_min):
     for b in range(16):  # each sample's own number of solver steps
         x = x_t[b : b + 1]
         for at in range(int(i[b]), int(j[b]), -1):
-            x = c.heun_step(lambda y, level, b=b: teacher.denoise(y, level, data.labels[b : b + 1]), x, *(T(torch.tensor([n])) for n in (at, at - 1)))
+            x = c.heun_step(
+                lambda y, level, b=b: teacher.denoise(y, level, data.labels[b : b + 1]),
+                x,
+                *(T(torch.tensor([n])) for n in (at, at - 1)),
+            )
         ends.append(x)
     s, end = T(k), T(0 * k)
     goal = hop(hop(torch.cat(ends), T(j), s), s, end).detach()
@@ -227,7 +246,9 @@ def gaussian(kind, **options) -> Consistency:
 
 def gaussian_batch():
     generator = torch.Generator().manual_seed(1)
-    return Batch(images=0.3 + 0.5 * torch.randn(64, 1, 8, 8, generator=generator), labels=torch.zeros(64, dtype=torch.int64))
+    return Batch(
+        images=0.3 + 0.5 * torch.randn(64, 1, 8, 8, generator=generator), labels=torch.zeros(64, dtype=torch.int64)
+    )
 
 
 @pytest.mark.parametrize("kind", ["cd", "ctm"])
@@ -277,7 +298,9 @@ def test_the_target_network_follows():
         for p in adaptive.student.parameters():
             p.add_(1)
     step(adaptive)
-    assert torch.allclose(next(adaptive.states()["target"].parameters()), start[0] + 1 - 0.81, atol=1e-5)  # N(0) = 2: mu_0^2
+    assert torch.allclose(
+        next(adaptive.states()["target"].parameters()), start[0] + 1 - 0.81, atol=1e-5
+    )  # N(0) = 2: mu_0^2
 
 
 @pytest.mark.parametrize("target", ["stopgrad", "ema"])
@@ -294,16 +317,27 @@ def test_both_passes_leave_out_the_same_values(target):
     m.T = lambda i, n: torch.full((len(i),), 1.0, dtype=torch.float64)
     scalars, _ = step(m)
     assert scalars["loss"] < 1e-12
-    assert not torch.allclose(*(m.student(torch.ones(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64)) for _ in range(2)))
+    assert not torch.allclose(
+        *(m.student(torch.ones(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64)) for _ in range(2))
+    )
 
 
-@pytest.mark.parametrize("options", [
-    {"distance": "l1"}, {"distance": "pseudo_huber", "huber_reduce": "element"}, {"i_sampling": "lognormal", "weight": "inverse_gap"},
-    {"i_sampling": "lognormal", "i_min": 2}, {"n_schedule": "doubling", "N": 2, "n_max": 8, "schedule_images": 800},
-    {"kind": "ctm", "hops": "from_0"},
-    {"kind": "pd", "N": 4, "final_steps": 2, "stage_images": 8, "stage_target": "student"}, {"N": 1, "n_counts": "steps"}, {"kind": "ctm"},
-    {"kind": "ctm", "target": "ema"}, {"kind": "pd", "N": 1, "stage_images": 8, "weight": "uniform"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distance": "l1"},
+        {"distance": "pseudo_huber", "huber_reduce": "element"},
+        {"i_sampling": "lognormal", "weight": "inverse_gap"},
+        {"i_sampling": "lognormal", "i_min": 2},
+        {"n_schedule": "doubling", "N": 2, "n_max": 8, "schedule_images": 800},
+        {"kind": "ctm", "hops": "from_0"},
+        {"kind": "pd", "N": 4, "final_steps": 2, "stage_images": 8, "stage_target": "student"},
+        {"N": 1, "n_counts": "steps"},
+        {"kind": "ctm"},
+        {"kind": "ctm", "target": "ema"},
+        {"kind": "pd", "N": 1, "stage_images": 8, "weight": "uniform"},
+    ],
+)
 def test_every_switch_trains_the_student(options):
     m = method(**options)
     for iteration in (0, 1):
@@ -330,7 +364,9 @@ def test_lpips_pools_as_song_et_al_and_needs_no_weights_for_a_plan(monkeypatch):
     for pooling, kind in (("avg", nn.AvgPool2d), ("max", nn.MaxPool2d)):
         m = method(distance="lpips", lpips_pooling=pooling)
         assert type(m.lpips.slice[1]) is kind
-        assert step(m, batch(2))[0]["loss"] > 0 and any(float(p.grad.abs().max()) > 0 for p in m.student.parameters() if p.grad is not None)
+        assert step(m, batch(2))[0]["loss"] > 0 and any(
+            float(p.grad.abs().max()) > 0 for p in m.student.parameters() if p.grad is not None
+        )
     assert read == ["lpips-vgg"] * 2
     assert not make_plan(load_recipe("cd_digits", ["consistency.distance=lpips"])).missing and len(read) == 2
 
@@ -339,7 +375,9 @@ def test_starting_from_a_student():
     ode = tiny_student(seed=4)
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([80.0, 80.0]), torch.arange(2)
     m = method(start=ode)
-    assert isinstance(m.made(m.student), ConsistencyStudent) and torch.allclose(m.student(80 * x, t, labels), ode(x, labels), atol=0.02)
+    assert isinstance(m.made(m.student), ConsistencyStudent) and torch.allclose(
+        m.student(80 * x, t, labels), ode(x, labels), atol=0.02
+    )
     trained = ConsistencyStudent(m.student, SPEC)
     assert torch.equal(method(start=trained).student(x, t, labels), m.student(x, t, labels))
     ctm = method(kind="ctm", start=trained)
@@ -348,15 +386,23 @@ def test_starting_from_a_student():
     assert torch.equal(again.student(x, t, labels, s), ctm.student(x, t, labels, s))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"kind": "pd", "N": 4}, "stage_images is missing"), ({"kind": "pd", "N": 12, "stage_images": 8}, "12 steps cannot be halved down to 1"),
-    ({"kind": "pd", "N": 4, "stage_images": 8, "target": "ema"}, "target: ema is for kind cd and ctm, not for pd"),
-    ({"kind": "ctm", "form": "F"}, "form: F is for kind cd"), ({"kind": "ctm", "solver": "none"}, "is for kind cd, not for ctm"),
-    ({"solver": "none", "last_hop": "solver"}, "there is none"), ({"N": 1}, "at least 2 points"), ({"max_hops": 2}, "max_hops is for kind ctm"),
-    ({"n_schedule": "doubling"}, "needs n_max and schedule_images"), ({"stage_images": 8}, "stage_images is for kind pd"),
-    ({"n_schedule": "adaptive", "N": 9, "n_max": 4, "schedule_images": 8}, "n_max: 4 is below N = 9"),
-    ({"start": Student(tiny_network(), Spec("t", (3, 8, 8)))}, "not one that teacher 'tiny' could teach"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "pd", "N": 4}, "stage_images is missing"),
+        ({"kind": "pd", "N": 12, "stage_images": 8}, "12 steps cannot be halved down to 1"),
+        ({"kind": "pd", "N": 4, "stage_images": 8, "target": "ema"}, "target: ema is for kind cd and ctm, not for pd"),
+        ({"kind": "ctm", "form": "F"}, "form: F is for kind cd"),
+        ({"kind": "ctm", "solver": "none"}, "is for kind cd, not for ctm"),
+        ({"solver": "none", "last_hop": "solver"}, "there is none"),
+        ({"N": 1}, "at least 2 points"),
+        ({"max_hops": 2}, "max_hops is for kind ctm"),
+        ({"n_schedule": "doubling"}, "needs n_max and schedule_images"),
+        ({"stage_images": 8}, "stage_images is for kind pd"),
+        ({"n_schedule": "adaptive", "N": 9, "n_max": 4, "schedule_images": 8}, "n_max: 4 is below N = 9"),
+        ({"start": Student(tiny_network(), Spec("t", (3, 8, 8)))}, "not one that teacher 'tiny' could teach"),
+    ],
+)
 def test_mistakes(options, words):
     with pytest.raises(UserError, match=words):
         method(**options)
@@ -378,7 +424,16 @@ def test_what_does_not_fit_the_teacher():
         get_method("consistency")(Setup(ConsistencyOptions(), images=Images()))
 
 
-SMALL = ["images=160", "batch=16", "consistency.N=8", "log_every=1", "eval=null", "preview=null", "checkpoint.every=64", "student.dropout=0.1"]
+SMALL = [
+    "images=160",
+    "batch=16",
+    "consistency.N=8",
+    "log_every=1",
+    "eval=null",
+    "preview=null",
+    "checkpoint.every=64",
+    "student.dropout=0.1",
+]
 
 
 def tiny(name: str, tmp_path, *more: str):
@@ -390,9 +445,15 @@ def saved(run, name: str) -> bytes:
     return (run / "checkpoints" / f"{name}.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "more"), [
-    ("cd_digits", ("consistency.target=ema",)), ("cd_i_digits", ()), ("pd_digits", ("consistency.stage_images=32",)), ("ctm_digits", ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("cd_digits", ("consistency.target=ema",)),
+        ("cd_i_digits", ()),
+        ("pd_digits", ("consistency.stage_images=32",)),
+        ("ctm_digits", ()),
+    ],
+)
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path, name, more):
     recipe = tiny(name, tmp_path, *more)
     train(recipe, tmp_path / "whole")
@@ -404,7 +465,11 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path, name, more
     assert isinstance(student, ConsistencyStudent) and student.nfe == 1
     assert torch.isfinite(student(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]))).all()
     first = dict(tiny_network().named_parameters())
-    same = {key.split(".")[-2] for key, p in student.network.named_parameters() if key in first and torch.equal(p, first[key])}
+    same = {
+        key.split(".")[-2]
+        for key, p in student.network.named_parameters()
+        if key in first and torch.equal(p, first[key])
+    }
     assert same == ({"conv0", "conv1", "proj"} if name == "cd_i_digits" else set())  # frozen weights keep their bytes
 
 
@@ -413,7 +478,15 @@ def test_micro_batches_change_nothing(tmp_path, name):
     weights = []
     for micro in (16, 4):
         more = ["consistency.stage_images=16"] if name == "pd_digits" else []
-        recipe = tiny(name, tmp_path, *more, "student.dropout=0", "images=96", f"micro_batch={micro}", "optim={name: sgd, lr: 0.05}")
+        recipe = tiny(
+            name,
+            tmp_path,
+            *more,
+            "student.dropout=0",
+            "images=96",
+            f"micro_batch={micro}",
+            "optim={name: sgd, lr: 0.05}",
+        )
         train(recipe, tmp_path / f"{name}{micro}")
         weights.append(load_student(tmp_path / f"{name}{micro}").network.state_dict())
     assert max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0]) < 1e-5

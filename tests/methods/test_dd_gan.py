@@ -32,7 +32,9 @@ def dd_gan(images=None, start=None, network=None, **options) -> DDGAN:
 
 
 def batch(n: int = 8) -> Batch:
-    return Batch(images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10)
+    return Batch(
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+    )
 
 
 class Learning(OneStep):
@@ -43,13 +45,19 @@ class Learning(OneStep):
         self.changed, self.seen = [], []
 
     def update(self, name):
-        before = {key: p.detach().clone() for key, net in self.networks.items() for p in [torch.cat([q.flatten() for q in net.parameters()])]}
+        before = {
+            key: p.detach().clone()
+            for key, net in self.networks.items()
+            for p in [torch.cat([q.flatten() for q in net.parameters()])]
+        }
         torch.optim.SGD(self.networks[name].parameters(), 0.1).step()
         for p in self.networks[name].parameters():
             p.grad = None
         after = {key: torch.cat([q.detach().flatten() for q in net.parameters()]) for key, net in self.networks.items()}
         self.changed.append({key for key in before if not torch.equal(before[key], after[key])})
-        self.seen.append({key for key, net in self.networks.items() if any(p.grad is not None for p in net.parameters())})
+        self.seen.append(
+            {key for key, net in self.networks.items() if any(p.grad is not None for p in net.parameters())}
+        )
         self.updated.append(name)
 
     def frozen(self, name):
@@ -80,8 +88,17 @@ def test_the_losses_are_the_paper_s():
     process = DDGANProcess(3)
 
     def turn(draw):
-        t, n1, n2, z, noise = draw.randint(0, 3), draw.randn(1, 8, 8), draw.randn(1, 8, 8), draw.randn(8), draw.randn(1, 8, 8)
-        A, S, a, b = (table[t + i].float()[:, None, None, None] for table, i in ((process.A, 0), (process.S, 0), (process.a, 1), (process.b, 1)))
+        t, n1, n2, z, noise = (
+            draw.randint(0, 3),
+            draw.randn(1, 8, 8),
+            draw.randn(1, 8, 8),
+            draw.randn(8),
+            draw.randn(1, 8, 8),
+        )
+        A, S, a, b = (
+            table[t + i].float()[:, None, None, None]
+            for table, i in ((process.A, 0), (process.S, 0), (process.a, 1), (process.b, 1))
+        )
         x_t = (A * data.images + S * n1).requires_grad_()
         x_next = (a * x_t + b.sqrt() * n2).detach()
         return t, x_t, x_next, process.posterior(method.generator(x_next, t, z), x_next, t, noise)
@@ -91,17 +108,26 @@ def test_the_losses_are_the_paper_s():
     (gradient,) = torch.autograd.grad(real.sum(), x_t)
     expected = F.softplus(-real).mean() + F.softplus(method.critic(fake, t, x_next)).mean()
     r1 = 0.15 * gradient.square().sum((1, 2, 3)).mean()  # gamma / 2, and not times the interval
-    assert scalars["loss_d"].item() == pytest.approx(expected.item(), rel=1e-5) and scalars["r1"].item() == pytest.approx(r1.item(), rel=1e-4)
+    assert scalars["loss_d"].item() == pytest.approx(expected.item(), rel=1e-5) and scalars[
+        "r1"
+    ].item() == pytest.approx(r1.item(), rel=1e-4)
     assert loop.losses[0].item() == pytest.approx((expected + r1).item(), rel=1e-5)
     t2, _, x_next, fake = turn(Draws(1003, 0, 6, 6, CPU))  # other steps and noises, the same images
     assert not torch.equal(t, t2)
-    assert scalars["loss_g"].item() == pytest.approx(F.softplus(-method.critic(fake, t2, x_next)).mean().item(), rel=1e-5)
+    assert scalars["loss_g"].item() == pytest.approx(
+        F.softplus(-method.critic(fake, t2, x_next)).mean().item(), rel=1e-5
+    )
     assert all(p.grad is not None for p in method.generator.parameters())
 
 
 def test_r1_is_lazy_and_of_x_t_alone():
     method = dd_gan(r1_every=3, r1_gamma=1.0)
-    assert ["r1" in method.step(loop := OneStep(method, batch()), loop.batch, i) for i in range(4)] == [True, False, False, True]
+    assert ["r1" in method.step(loop := OneStep(method, batch()), loop.batch, i) for i in range(4)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     assert "r1" not in dd_gan(r1_gamma=0).step(loop := OneStep(dd_gan(r1_gamma=0), batch()), loop.batch, 0)
 
     class OfTheNext(torch.nn.Module):
@@ -115,7 +141,14 @@ def test_r1_is_lazy_and_of_x_t_alone():
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(tmp_path):
-    changes = ["batch=8", "images=48", "log_every=1", "eval=null", "preview={every: 48, n: 4}", "network={nf: 8, nz: 4, zdim: 8, n_mlp: 0}"]
+    changes = [
+        "batch=8",
+        "images=48",
+        "log_every=1",
+        "eval=null",
+        "preview={every: 48, n: 4}",
+        "network={nf: 8, nz: 4, zdim: 8, n_mlp: 0}",
+    ]
     changes += ["dd_gan={critic_width: 4, critic_temb: 8, r1_every: 2}", "micro_batch=4"]
     recipe = load_recipe("dd_gan_digits", changes, mini=True)
     train(recipe, tmp_path / "whole")
@@ -125,7 +158,11 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(
         whole, parts = (tmp_path / folder / "checkpoints" / f"{name}.safetensors" for folder in ("whole", "parts"))
         assert whole.read_bytes() == parts.read_bytes()
     meta = read_meta(tmp_path / "whole" / "checkpoints" / "last.safetensors")
-    assert meta["kind"] == "student" and meta["student"] == {"kind": "multistep", "steps": 4} and meta["network"]["arch"] == "ddgan"
+    assert (
+        meta["kind"] == "student"
+        and meta["student"] == {"kind": "multistep", "steps": 4}
+        and meta["network"]["arch"] == "ddgan"
+    )
     student = load_student(tmp_path / "whole")
     assert student.nfe == 4 and student.spec.condition == "none" and student.spec.licence == "CC-BY-4.0"
     assert student(noise_for_seeds(range(3), student.spec.shape)).shape == (3, 1, 8, 8)
@@ -153,7 +190,10 @@ def test_training_can_start_from_a_student_of_the_same_kind():
     first = dd_gan(steps=2)
     again = dd_gan(steps=2, start=first.student(first.generator))
     assert again.generator is not first.generator
-    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(first.generator.parameters(), again.generator.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) and b.requires_grad
+        for a, b in zip(first.generator.parameters(), again.generator.parameters(), strict=True)
+    )
     with pytest.raises(UserError, match="with 4 steps, and this is another"):
         dd_gan(start=first.student(first.generator))
     with pytest.raises(UserError, match="and this is another"):

@@ -74,7 +74,9 @@ def test_an_iteration_of_dmd_is_its_algorithm():
     assert loop.losses[0] == pytest.approx((scalars["loss"] + 0.25 * regression).item(), rel=1e-5)
     assert scalars["loss_score"].item() == pytest.approx(denoising.item(), rel=1e-3)
 
-    student = tiny_network()  # the student's gradient is that of the papers: the matching gradient times dx/dtheta, and the regression's
+    student = (
+        tiny_network()
+    )  # the student's gradient is that of the papers: the matching gradient times dx/dtheta, and the regression's
     x = student(80 * z, torch.tensor([80.0]), labels)
     reference = student(80 * data.noise, torch.tensor([80.0]), data.labels)
     ((x * grad).sum() / x.numel() + 0.25 * (reference - data.target).abs().mean()).backward()
@@ -97,7 +99,9 @@ def test_an_iteration_of_diff_instruct_is_its_algorithm():
         denoised = method.score(x + sigma * draw.randn(1, 8, 8), sigma.flatten(), labels)
         expected = ((sigma**-2 + 4) * (denoised - x) ** 2).sum() / 6
     assert scalars["loss_score"].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert method.student.training and {part.dropout for part in method.student.modules() if hasattr(part, "dropout")} == {0.3}
+    assert method.student.training and {
+        part.dropout for part in method.student.modules() if hasattr(part, "dropout")
+    } == {0.3}
 
     method = dmd(kind="diff_instruct", student=SimpleNamespace(sigma=1.0, init="teacher", dropout=None))
     moved(method.score)
@@ -120,7 +124,9 @@ def test_the_score_network_may_take_several_steps_on_new_samples():
     method = dmd(score_steps=3)
     loop = Loop(method, lr=1e-3, total=6)
     seen = []
-    handle = method.score.register_forward_pre_hook(lambda m, args: seen.append(args[0]) if torch.is_grad_enabled() else None)
+    handle = method.score.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0]) if torch.is_grad_enabled() else None
+    )
     method.step(loop, Batch(), 0)
     handle.remove()
     assert loop.updated == ["student", "score", "score", "score"] and loop.turns == [0, 1, 2, 3]
@@ -151,7 +157,9 @@ def test_micro_batches_change_nothing(options):
 
 def sigmas(method, draws: int = 4000, which: str = "student") -> torch.Tensor:
     o, draw = method.options, Draws(0, 0, draws, draws, CPU)
-    return method.sigma(draw, *((o.t_dist, o.t_index, o.t_range) if which == "student" else (o.score_t_dist, (0, 999), (0.0, 1.0)))).flatten()
+    return method.sigma(
+        draw, *((o.t_dist, o.t_index, o.t_range) if which == "student" else (o.score_t_dist, (0, 999), (0.0, 1.0)))
+    ).flatten()
 
 
 def test_noise_levels_are_drawn_as_the_papers_do():
@@ -179,7 +187,9 @@ def test_dropout_of_teacher_and_score_network_in_the_student_s_step():
     real, fake = method.both(method.score, x, sigma, labels)
     assert torch.equal(real, fake) and torch.equal(real, teacher.denoise(x, sigma, labels)) and method.score.training
     method = dmd(teacher, score_dropout=0.25)
-    assert {part.dropout for part in method.score.modules() if hasattr(part, "dropout")} == {0.25} and network.config["dropout"] == 0.5
+    assert {part.dropout for part in method.score.modules() if hasattr(part, "dropout")} == {0.25} and network.config[
+        "dropout"
+    ] == 0.5
 
 
 def test_the_student_starts_from_the_teacher_from_a_student_or_from_scratch():
@@ -187,11 +197,15 @@ def test_the_student_starts_from_the_teacher_from_a_student_or_from_scratch():
     method = dmd(teacher, student=SimpleNamespace(sigma=2.5, init="teacher", dropout=None))
     assert torch.allclose(method.student(z, labels), teacher.denoise(2.5 * z, 2.5, labels), atol=1e-6)
     assert method.describe()["student"] == {"kind": "denoiser", "sigma": 2.5}
-    assert not any(p.requires_grad for p in teacher.network.parameters()) and all(p.requires_grad for p in method.score.parameters())
+    assert not any(p.requires_grad for p in teacher.network.parameters()) and all(
+        p.requires_grad for p in method.score.parameters()
+    )
     start = tiny_student(seed=4)
     assert start.sigma == STUDENT.sigma
     method = dmd(teacher, start=start)
-    assert torch.equal(method.student(z, labels), start(z, labels)) and all(p.requires_grad for p in method.student.parameters())
+    assert torch.equal(method.student(z, labels), start(z, labels)) and all(
+        p.requires_grad for p in method.student.parameters()
+    )
     assert torch.equal(method.score(z, torch.ones(1), labels), teacher.denoise(z, 1.0, labels))  # always the teacher's
     scratch = dmd(teacher, student=SimpleNamespace(sigma=80.0, init="scratch", dropout=0.1))
     assert not torch.allclose(scratch.student.eval()(z, labels), teacher.denoise(80 * z, 80.0, labels), atol=1e-3)
@@ -211,21 +225,34 @@ def test_an_unconditional_teacher():
 def test_the_score_network_is_told_of_augmentations():
     network = tiny_network(augment_dim=9)
     method, told = dmd(Teacher(network, SPEC), kind="diff_instruct", augment=1.0), []
-    method.score.register_forward_pre_hook(lambda m, args, kwargs: told.append(kwargs.get("augment_labels")), with_kwargs=True)
+    method.score.register_forward_pre_hook(
+        lambda m, args, kwargs: told.append(kwargs.get("augment_labels")), with_kwargs=True
+    )
     method.step(Loop(method, total=6), Batch(), 0)
     assert len(told) == 2 and told[0].shape == (6, 9) and (told[0][:, 2] != 0).all() and told[1] is None
 
 
 def test_edm2_learns_with_its_uncertainty_and_the_student_goes_without():
     torch.manual_seed(0)
-    config = {"arch": "edm2", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8,
-              "img_resolution": 8, "img_channels": 1, "label_dim": 10}  # fmt: skip
+    config = {
+        "arch": "edm2",
+        "model_channels": 8,
+        "channel_mult": [1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+        "channels_per_head": 8,
+        "img_resolution": 8,
+        "img_channels": 1,
+        "label_dim": 10,
+    }
     network = build_network(config)
     torch.nn.init.ones_(network.unet.out_gain)
     method = dmd(Teacher(network, SPEC), kind="diff_instruct")
     method.step(Loop(method, lr=1e-3, total=6), Batch(), 0)
     method.settle()
-    assert method.score.logvar_linear.weight.square().mean().item() == pytest.approx(1, abs=1e-2)  # it learnt, and was normalised
+    assert method.score.logvar_linear.weight.square().mean().item() == pytest.approx(
+        1, abs=1e-2
+    )  # it learnt, and was normalised
     assert not torch.equal(method.score.logvar_linear.weight, network.logvar_linear.weight)
     assert method.student.network.unet.out_conv.weight.square().mean().item() == pytest.approx(1, abs=1e-2)
     again = build_network(method.describe()["network"])  # as a checkpoint is read
@@ -268,12 +295,19 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="with 3 classes, teacher 'tiny' other images"):
         dmd(start=other)
     with pytest.raises(UserError, match="of kind multistep"):
-        dmd(start=MultistepStudent(build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL}), SPEC, 2))
+        dmd(
+            start=MultistepStudent(
+                build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL}), SPEC, 2
+            )
+        )
 
 
 def test_only_the_regression_needs_pairs(tmp_path):
     assert DMD.needs(DMDOptions()) == "none" and DMD.needs(DMDOptions(lambda_reg=0.25)) == "pairs"
-    assert any("pair store" in why for why in make_plan(load_recipe("dmd_digits", ["batch=2", f"pairs.path={tmp_path / 'p'}"])).first)
+    assert any(
+        "pair store" in why
+        for why in make_plan(load_recipe("dmd_digits", ["batch=2", f"pairs.path={tmp_path / 'p'}"])).first
+    )
     assert make_plan(load_recipe("diff_instruct_digits", ["batch=2"])).missing == []
     with pytest.raises(UserError, match="needs `teacher:` and `pairs:`"):
         train(load_recipe("diff_instruct_digits", ["dmd.lambda_reg=0.1"], mini=True), tmp_path / "run")
@@ -282,7 +316,14 @@ def test_only_the_regression_needs_pairs(tmp_path):
 @pytest.mark.parametrize("name", ["dmd_digits", "diff_instruct_digits"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(name, tmp_path):
     tiny_teacher(tmp_path / "teacher.safetensors")
-    changes = [f"teacher={tmp_path / 'teacher.safetensors'}", "batch=8", "images=40", "log_every=1", "eval=null", "preview={every: 40, n: 4}"]
+    changes = [
+        f"teacher={tmp_path / 'teacher.safetensors'}",
+        "batch=8",
+        "images=40",
+        "log_every=1",
+        "eval=null",
+        "preview={every: 40, n: 4}",
+    ]
     changes += ["micro_batch=4", "student.dropout=0.1", "dmd.score_dropout=0.1", "dmd.dropout=shared"]
     changes += [f"pairs={{path: {tmp_path / 'pairs'}, n: 32, steps: 2}}"] if name == "dmd_digits" else []
     recipe = load_recipe(name, changes, mini=True)
@@ -302,14 +343,38 @@ def test_the_recipes_are_the_papers():
     dmd, noreg, instruct = (load_recipe(name) for name in ("dmd_cifar10", "dmd_cifar10_noreg", "diff_instruct_cifar10"))
     o = dmd.options.filled()
     assert (o.t_dist, o.t_index, o.score_t_dist, o.weight, o.order, o.samples) == (
-        "karras_index", (20, 980), "karras_index", "l1_teacher", "generator_first", "same",
-    )  # fmt: skip
+        "karras_index",
+        (20, 980),
+        "karras_index",
+        "l1_teacher",
+        "generator_first",
+        "same",
+    )
     assert (o.lambda_reg, o.regression, dmd.pairs.n, dmd.pairs.steps) == (0.25, "lpips", 100_000, 18)
     assert (dmd.student.sigma, dmd.student.dropout, o.score_dropout) == (80.0, 0.0, 0.0)
-    assert (dmd.optim.name, dmd.optim.lr, dmd.optim.weight_decay, dmd.optim.warmup, dmd.optim.clip_norm) == ("adamw", 5e-5, 0.01, 500, 10)
+    assert (dmd.optim.name, dmd.optim.lr, dmd.optim.weight_decay, dmd.optim.warmup, dmd.optim.clip_norm) == (
+        "adamw",
+        5e-5,
+        0.01,
+        500,
+        10,
+    )
     assert dmd.batch == 392 and dmd.images / dmd.batch == 300_000 and dmd.optim_critic is None
     assert noreg.options.lambda_reg == 0 and noreg.pairs is None and noreg.optim.lr == 1e-5 and noreg.batch == 392
     o = instruct.options.filled()
-    assert (o.t_dist, o.p_mean, o.p_std, o.weight, o.reduce, o.order, o.dropout) == ("lognormal", -1.2, 1.2, "none", "sum", "score_first", "shared")
-    assert (instruct.student.sigma, instruct.batch, instruct.optim.lr, instruct.optim.betas) == (1.0, 128, 1e-5, (0.0, 0.999))
+    assert (o.t_dist, o.p_mean, o.p_std, o.weight, o.reduce, o.order, o.dropout) == (
+        "lognormal",
+        -1.2,
+        1.2,
+        "none",
+        "sum",
+        "score_first",
+        "shared",
+    )
+    assert (instruct.student.sigma, instruct.batch, instruct.optim.lr, instruct.optim.betas) == (
+        1.0,
+        128,
+        1e-5,
+        (0.0, 0.999),
+    )
     assert (instruct.ema.half_life, instruct.ema.ramp, instruct.bad_gradients) == (500_000, 0.05, "zero")

@@ -54,7 +54,11 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(name, tmp_path):
     tiny_autoencoder(tmp_path / "vae.safetensors")
     changes = ["batch=8", "images=32", "log_every=1", "ema.half_life=50"]
     if name == "tiny_sd":
-        changes += [f"latent_diffusion.vae={tmp_path / 'vae.safetensors'}", "latent_diffusion.steps=2", "latent_diffusion.check_n=10"]
+        changes += [
+            f"latent_diffusion.vae={tmp_path / 'vae.safetensors'}",
+            "latent_diffusion.steps=2",
+            "latent_diffusion.check_n=10",
+        ]
         changes += ["eval.every=16", "preview={every: 32, n: 4}"]
     recipe = load_recipe(name, changes, mini=True)
     train(recipe, tmp_path / "whole")
@@ -119,7 +123,9 @@ def vae(tmp_path):
 def latent_diffusion(vae, images=None, **options):
     network = {"unet": UNET, "text_encoder": TEXT}
     torch.manual_seed(0)
-    return get_method("latent-diffusion")(Setup(LatentDiffusionOptions(vae=vae, **options), network=network, images=images or Few(), name="t"))
+    return get_method("latent-diffusion")(
+        Setup(LatentDiffusionOptions(vae=vae, **options), network=network, images=images or Few(), name="t")
+    )
 
 
 def test_latent_diffusion_predicts_the_noise_in_stable_diffusion_s_schedule(vae):
@@ -131,13 +137,17 @@ def test_latent_diffusion_predicts_the_noise_in_stable_diffusion_s_schedule(vae)
     posterior = model.vae.encode(x).latent_dist
     z = (posterior.mean + posterior.std * draw.randn(4, 16, 16)) * model.vae.config.scaling_factor
     t, noise = draw.randint(0, 1000), draw.randn(4, 16, 16)
-    bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t].float()[:, None, None, None]
+    bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t].float()[
+        :, None, None, None
+    ]
     choice, dropped = method.captions.choose(draw.rand(), 0.5), draw.rand() < 0.25
     prompts = ["" if dropped[i] else method.captions.table[i][choice[i]] for i in range(6)]
     states = model.text_encoder(model.tokens.encode(prompts))[0]
     found = model.unet(bar.sqrt() * z + (1 - bar).sqrt() * noise, t, states).sample
     assert scalars["loss"].item() == pytest.approx((found - noise).square().mean().item(), rel=1e-4)
-    assert all(p.grad is None for p in model.vae.parameters()) and all(p.grad is not None for p in model.unet.parameters())
+    assert all(p.grad is None for p in model.vae.parameters()) and all(
+        p.grad is not None for p in model.unet.parameters()
+    )
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.text_encoder.parameters())
 
 
@@ -156,7 +166,9 @@ def test_generation_is_the_sd_teacher_s_and_prompts_are_the_classes_in_turn(vae)
     assert images.shape == (10, 3, 32, 32) and images.abs().max() <= 1
     assert torch.equal(images, method.generate(method.model, noise, torch.arange(10)))
     teacher = text_to_image_teacher(method.model, method.spec())
-    assert torch.equal(images, teacher.decode(teacher.sample(noise, [method.captions.main(i) for i in range(10)], "ddim", 3, cfg=2.0)))
+    assert torch.equal(
+        images, teacher.decode(teacher.sample(noise, [method.captions.main(i) for i in range(10)], "ddim", 3, cfg=2.0))
+    )
     assert method.nfe() == 6 and isinstance(teacher.schedule, DiscreteSchedule)
 
 
@@ -169,11 +181,17 @@ def test_mistakes_are_named(vae, tmp_path):
     with pytest.raises(UserError, match="holds a teacher, not an autoencoder"):
         tiny_text_to_image(tmp_path / "sd.safetensors")
         latent_diffusion(str(tmp_path / "sd.safetensors"))
-    with pytest.raises(UserError, match=r"network\.unet\.block_outchannels: unknown key .* did you mean 'block_out_channels'"):
-        get_method("latent-diffusion")(Setup(LatentDiffusionOptions(vae=vae), network={"unet": {"block_outchannels": [8]}}, images=digits()))
+    with pytest.raises(
+        UserError, match=r"network\.unet\.block_outchannels: unknown key .* did you mean 'block_out_channels'"
+    ):
+        get_method("latent-diffusion")(
+            Setup(LatentDiffusionOptions(vae=vae), network={"unet": {"block_outchannels": [8]}}, images=digits())
+        )
     with pytest.raises(UserError, match="shrink by the 8"):
         network = {"block_out_channels": [4, 4, 4, 4], "norm_num_groups": 2}
-        get_method("autoencoder")(Setup(AutoencoderOptions(), network=network, images=open_images("real:digits", resolution=20)))
+        get_method("autoencoder")(
+            Setup(AutoencoderOptions(), network=network, images=open_images("real:digits", resolution=20))
+        )
     with pytest.raises(UserError, match="no checkpoint|without a checkpoint"):
         load_autoencoder(tmp_path)
     with pytest.raises(UserError, match="not an autoencoder"):
@@ -186,11 +204,16 @@ def test_a_checkpoint_of_either_transformers_generation_can_be_read(tmp_path):
     from d2o.interop.safetensors_io import save_file
 
     long = any(".text_model." in name for name in tensors)
-    swapped = {n.replace("text_model.", "") if long else n.replace("text_encoder.", "text_encoder.text_model."): t for n, t in tensors.items()}
+    swapped = {
+        n.replace("text_model.", "") if long else n.replace("text_encoder.", "text_encoder.text_model."): t
+        for n, t in tensors.items()
+    }
     save_file(tmp_path / "other.safetensors", swapped, meta)
     ids = network.tokens.encode(["a handwritten seven"])
     for name in ("new", "other"):
-        assert torch.equal(load_text_to_image(tmp_path / f"{name}.safetensors")[0].encode_text(ids), network.encode_text(ids))
+        assert torch.equal(
+            load_text_to_image(tmp_path / f"{name}.safetensors")[0].encode_text(ids), network.encode_text(ids)
+        )
 
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -209,7 +232,9 @@ def test_the_shipped_tiny_sd_draws_what_it_is_asked_for():
         return classify(extractor, images * 2 - 1)
 
     assert (draw([f"a handwritten {WORDS[c]}" for c in labels], 3.0) == labels).float().mean() >= 0.85
-    assert (draw([f"the digit {c}" for c in labels], 3.0) == labels).float().mean() >= 0.8  # other captions that it knows
+    assert (
+        draw([f"the digit {c}" for c in labels], 3.0) == labels
+    ).float().mean() >= 0.8  # other captions that it knows
     assert len(set(draw([""] * n, 1.0).tolist())) >= 6  # without a prompt: some of everything
     folder = asset("tiny-sd")
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000

@@ -15,7 +15,14 @@ from d2o.methods.ode import ODEOptions
 from tests.helpers import SPEC, tiny_network, tiny_student, tiny_teacher
 
 CPU = torch.device("cpu")
-NETWORK = {"arch": "ddpmpp", "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+NETWORK = {
+    "arch": "ddpmpp",
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
 
 
 class Images:
@@ -92,7 +99,14 @@ def test_edm_label_dropout_trains_the_unconditional_denoiser():
     assert torch.equal(method.denoiser(x, torch.ones(4), seen[0]), method.denoiser(x, torch.ones(4), None))
 
 
-EDM2 = {"arch": "edm2", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+EDM2 = {
+    "arch": "edm2",
+    "model_channels": 8,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "channels_per_head": 8,
+}
 
 
 @pytest.mark.parametrize("options", [{}, {"force_wn": "off"}, {"logvar_channels": 0}])
@@ -117,7 +131,9 @@ def test_edm_trains_edm2_with_its_uncertainty_and_normalised_weights(options):
     method.step(loop, batch, 0)
     method.settle()
     assert torch.allclose(loop.losses[0].detach(), expected, rtol=1e-4)
-    kept = all(torch.equal(p, before[name]) for name, p in network.named_parameters())  # this loop takes no optimiser steps
+    kept = all(
+        torch.equal(p, before[name]) for name, p in network.named_parameters()
+    )  # this loop takes no optimiser steps
     weight = network.unet.out_conv.weight.detach()
     assert kept == (options.get("force_wn") == "off")
     assert kept or torch.allclose(weight.square().mean(dim=(1, 2, 3)), torch.ones(len(weight)), atol=1e-3)
@@ -126,9 +142,13 @@ def test_edm_trains_edm2_with_its_uncertainty_and_normalised_weights(options):
 def test_edm_trains_with_its_augmentation_and_tells_the_network():
     """As EDM's teachers were trained (Karras et al. 2022, appendix F.2)."""
     network = {**NETWORK, "augment_dim": 9}
-    method = get_method("edm")(Setup(EDMOptions(augment=0.5, label_dropout=0.5), network=network, images=Images(), name="x"))
+    method = get_method("edm")(
+        Setup(EDMOptions(augment=0.5, label_dropout=0.5), network=network, images=Images(), name="x")
+    )
     seen = []
-    method.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append((*args, kwargs["augment_labels"])), with_kwargs=True)
+    method.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((*args, kwargs["augment_labels"])), with_kwargs=True
+    )
     y, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6)
     scalars, _ = run(method, Batch(images=y, labels=labels))
     draw = Draws(3, 0, 6, 6, CPU)
@@ -155,7 +175,13 @@ def test_edm_refuses_networks_that_are_no_denoiser_or_do_not_fit():
 
 
 def ode(**options):
-    return get_method("ode")(Setup(ODEOptions(**options), teacher=tiny_teacher(), student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None)))
+    return get_method("ode")(
+        Setup(
+            ODEOptions(**options),
+            teacher=tiny_teacher(),
+            student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None),
+        )
+    )
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("mse", lambda d: d.square().mean()), ("l1", lambda d: d.abs().mean())])
@@ -164,7 +190,9 @@ def test_ode_regresses_to_the_target_from_the_same_noise(loss, norm):
     noise, target, labels = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.arange(5)
     scalars, loop = run(method, Batch(noise=noise, target=target, labels=labels))
     teacher = tiny_teacher()
-    assert scalars["loss"].item() == pytest.approx(norm(teacher.denoise(80 * noise, 80.0, labels) - target).item(), rel=1e-5)
+    assert scalars["loss"].item() == pytest.approx(
+        norm(teacher.denoise(80 * noise, 80.0, labels) - target).item(), rel=1e-5
+    )
     assert loop.updated == ["student"]
     assert all(p.grad is not None for p in method.student.parameters())
 
@@ -180,7 +208,9 @@ def test_student_starts_as_one_teacher_call_or_from_a_student_or_from_scratch():
     method = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=setup.student, start=start))
     assert torch.equal(method.student(noise, labels), start(noise, labels))
     assert method.student is not start and all(p.requires_grad for p in method.student.parameters())
-    scratch = get_method("ode")(Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="scratch", dropout=0.25)))
+    scratch = get_method("ode")(
+        Setup(ODEOptions(), teacher=teacher, student=SimpleNamespace(sigma=80.0, init="scratch", dropout=0.25))
+    )
     assert not torch.allclose(scratch.student.eval()(noise, labels), once, atol=1e-3)
     assert scratch.student.config["network"]["dropout"] == 0.25
     assert {part.dropout for part in scratch.student.modules() if hasattr(part, "dropout")} == {0.25}
@@ -198,8 +228,12 @@ def test_ode_errors():
 
 def test_classifier_learns_and_never_sees_what_it_is_tested_on():
     images = Images(200)
-    images.pixels = (255 * torch.eye(64, dtype=torch.uint8)[images.labels * 6]).reshape(-1, 1, 8, 8)  # a class is the place of a dot
-    method = get_method("classifier")(Setup(ClassifierOptions(holdout=0.25, shift=0), network={"width": 8}, images=images))
+    images.pixels = (255 * torch.eye(64, dtype=torch.uint8)[images.labels * 6]).reshape(
+        -1, 1, 8, 8
+    )  # a class is the place of a dot
+    method = get_method("classifier")(
+        Setup(ClassifierOptions(holdout=0.25, shift=0), network={"width": 8}, images=images)
+    )
     train, held = set(method.train_indices.tolist()), set(method.held_indices.tolist())
     assert len(held) == 50 and not train & held and train | held == set(range(200))
     before = method.validate(method.classifier)["accuracy"]
@@ -230,7 +264,13 @@ def test_translate_moves_by_whole_pixels():
 def test_spec_of_a_trained_teacher():
     method = get_method("edm")(Setup(EDMOptions(), network=NETWORK, images=Images(), name="mine", licence="CC0"))
     spec = method.spec()
-    assert (spec.name, spec.shape, spec.condition, spec.classes, spec.licence) == ("mine", (1, 8, 8), "label", 10, "CC0")
+    assert (spec.name, spec.shape, spec.condition, spec.classes, spec.licence) == (
+        "mine",
+        (1, 8, 8),
+        "label",
+        10,
+        "CC0",
+    )
     out = method.generate(method.denoiser, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))
     assert out.shape == (2, 1, 8, 8) and out.abs().max() <= 1
     assert SPEC.shape == (1, 8, 8) and tiny_network().label_dim == 10

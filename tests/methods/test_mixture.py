@@ -22,7 +22,9 @@ def teacher(width: int):
 def test_the_energy_distance_tells_distributions_apart():
     x, y = (PLANE.sample(2000, seed, (2,))[0].float() for seed in (1, 2))
     assert abs(energy_distance(x, y)) < 0.005 < 0.03 < energy_distance(x, y + 0.3)
-    assert energy_distance(torch.tensor([[0.0, 0], [0, 2]]), torch.tensor([[0.0, 1], [0, 1]])) == pytest.approx(2 * 1 - 2 - 0)
+    assert energy_distance(torch.tensor([[0.0, 0], [0, 2]]), torch.tensor([[0.0, 1], [0, 1]])) == pytest.approx(
+        2 * 1 - 2 - 0
+    )
     assert max(fresh(PLANE, 5)) < 0.005
 
 
@@ -39,10 +41,15 @@ def test_the_student_comes_to_the_mixture(name, tmp_path: Path):
     found = distil(name, teacher(64), 128 * 400, tmp_path, every=128 * 400)
     start, end = found["curve"][0][1], found["energy"]
     assert start > 0.3 and end < 0.03, found
-    assert all(share == pytest.approx(weight, abs=0.1) for share, weight in zip(found["shares"], [0.5, 0.3, 0.2], strict=True)), found["shares"]
+    assert all(
+        share == pytest.approx(weight, abs=0.1) for share, weight in zip(found["shares"], [0.5, 0.3, 0.2], strict=True)
+    ), found["shares"]
 
 
 def test_alpha_0_is_worse_where_the_score_network_is_not_exact(tmp_path: Path):
     """The ablation of SiD, and of SiDA, section 5.1: by the same number of images the student has learnt less."""
-    ends = {alpha: distil(f"sid alpha {alpha}", teacher(12), 128 * 200, tmp_path / alpha, every=128 * 200)["energy"] for alpha in ("0", "1", "1.2")}
+    ends = {
+        alpha: distil(f"sid alpha {alpha}", teacher(12), 128 * 200, tmp_path / alpha, every=128 * 200)["energy"]
+        for alpha in ("0", "1", "1.2")
+    }
     assert ends["0"] > 1.5 * max(ends["1"], ends["1.2"]), ends

@@ -38,7 +38,9 @@ def sid(teacher=None, start=None, student=STUDENT, images=None, batch=8, **optio
     torch.manual_seed(0)
     options = SiDOptions(**options)
     images = images or (Images() if SiD.needs(options) == "images" else None)
-    setup = Setup(options, teacher=teacher or tiny_teacher(), student=student, start=start, images=images, device=CPU, batch=batch)
+    setup = Setup(
+        options, teacher=teacher or tiny_teacher(), student=student, start=start, images=images, device=CPU, batch=batch
+    )
     method = get_method("sid")(setup)
     with torch.no_grad():  # some iterations later: the score network is no longer the teacher
         for p in method.score.parameters():
@@ -47,10 +49,14 @@ def sid(teacher=None, start=None, student=STUDENT, images=None, batch=8, **optio
 
 
 def real(n: int = 8) -> Batch:
-    return Batch(images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10)
+    return Batch(
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+    )
 
 
-def run(method: SiD, batch: Batch | None = None, iteration: int = 0, size: int | None = None, **more) -> tuple[dict, Loop]:
+def run(
+    method: SiD, batch: Batch | None = None, iteration: int = 0, size: int | None = None, **more
+) -> tuple[dict, Loop]:
     loop = Loop(method, size, **more)
     scalars = method.step(loop, batch or Batch(), iteration)
     method.settle()
@@ -62,7 +68,10 @@ def test_an_iteration_is_algorithm_1_and_needs_no_data():
     method = sid(teacher)
     scalars, loop = run(method)
     assert SiD.needs(method.options) == "none" and loop.updated == ["score", "student"]  # from the first iteration on
-    assert loop.modes == [(False, True), (True, False)]  # dropout: the score network's in its step, the student's in its own
+    assert loop.modes == [
+        (False, True),
+        (True, False),
+    ]  # dropout: the score network's in its step, the student's in its own
     G, f, g = method.student.eval(), teacher.network, method.score
 
     draw = Draws(3, 0, 8, 8, CPU)
@@ -85,7 +94,12 @@ def test_an_iteration_is_algorithm_1_and_needs_no_data():
     loss = weight * ((1 - 1.2) * delta**2 + delta * (fake - x))  # Algorithm 1
     assert loop.losses[1] == pytest.approx(100 * loss.sum((1, 2, 3)).mean().item(), rel=1e-3)
     wanted = torch.autograd.grad(100 * loss.sum((1, 2, 3)).mean(), list(G.parameters()), allow_unused=True)
-    wanted = torch.cat([torch.zeros_like(p).flatten() if w is None else w.flatten() for p, w in zip(G.parameters(), wanted, strict=True)])
+    wanted = torch.cat(
+        [
+            torch.zeros_like(p).flatten() if w is None else w.flatten()
+            for p, w in zip(G.parameters(), wanted, strict=True)
+        ]
+    )
     torch.testing.assert_close(loop.gradients["student"], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
     assert scalars["delta"].item() == pytest.approx(delta.abs().mean().item(), rel=1e-4)
     assert set(scalars) == {"loss_score", "loss_g", "delta"} and all(torch.isfinite(v) for v in scalars.values())
@@ -103,13 +117,19 @@ def test_an_adversarial_iteration_adds_both_terms_and_takes_the_images_classes()
     noise, weight = sigma * draw.randn(1, 8, 8), sigma**-2 + 4
     denoised, fake = g(y + noise, sigma.flatten(), batch.labels, part="encoder_decoder")
     shown = g(batch.images + noise, sigma.flatten(), batch.labels, part="encoder")  # the same level, noise and classes
-    loss = (weight * (denoised - y) ** 2).sum((1, 2, 3)).mean() + losses.discriminator_loss(shown, fake, 4, weight, weight).mean()
+    loss = (weight * (denoised - y) ** 2).sum((1, 2, 3)).mean() + losses.discriminator_loss(
+        shown, fake, 4, weight, weight
+    ).mean()
     assert loop.losses[0] == pytest.approx(loss.item(), rel=1e-4)
     assert scalars["logit_real"].item() == pytest.approx(shown.mean().item(), rel=1e-4)
 
-    once, twice = (run(sid(**ADVERSARIAL, lambda_sid=0.0, adv_half=half), batch, ADV)[1].losses[1] for half in ("single", "double"))
+    once, twice = (
+        run(sid(**ADVERSARIAL, lambda_sid=0.0, adv_half=half), batch, ADV)[1].losses[1] for half in ("single", "double")
+    )
     assert 0 < once == pytest.approx(2 * twice, rel=1e-5)
-    alone = run(sid(**{**ADVERSARIAL, "start_adv_nimg": 10**6}), batch, ADV)[1].losses[1]  # SiD's loss alone, not halved
+    alone = run(sid(**{**ADVERSARIAL, "start_adv_nimg": 10**6}), batch, ADV)[1].losses[
+        1
+    ]  # SiD's loss alone, not halved
     assert loop.losses[1] == pytest.approx(0.5 * alone + once, rel=1e-4)
 
 
@@ -137,32 +157,62 @@ def test_pooling_groups_have_to_fit_into_micro_batches():
     assert SiD.micro_multiple(SiDOptions(**ADVERSARIAL)) == 4 and SiD.micro_multiple(SiDOptions(batch_pool=4)) == 1
     whole = {**ADVERSARIAL, "batch_pool": None}
     run(sid(**whole), real(), ADV)
-    with pytest.raises(UserError, match=r"groups of 8, the whole batch \(sid.batch_pool: null\), and a forward pass of one process has 4"):
+    with pytest.raises(
+        UserError,
+        match=r"groups of 8, the whole batch \(sid.batch_pool: null\), and a forward pass of one process has 4",
+    ):
         run(sid(**whole), real(), ADV, size=4)
     with pytest.raises(UserError, match=r"groups of 4 \(sid.batch_pool\) and a forward pass of one process has 2"):
         run(sid(**ADVERSARIAL), real(), ADV, size=2)
-    groups = [run(sid(**{**ADVERSARIAL, "batch_pool": pool}, lambda_sid=0.0), real(), ADV)[1].losses[1] for pool in (1, 4, None)]
+    groups = [
+        run(sid(**{**ADVERSARIAL, "batch_pool": pool}, lambda_sid=0.0), real(), ADV)[1].losses[1]
+        for pool in (1, 4, None)
+    ]
     assert len(set(groups)) == 3
 
 
 AUGMENTED = {"augment_dim": 9}
 
 
-@pytest.mark.parametrize("options", [
-    {"real_noise": "shared_sigma"}, {"real_noise": "independent"}, {"gen_adv": "linear_fakeness"}, {"gen_adv": "saturating"}, {"adv_half": "double"},
-    {"disc_map": "mid_mean"}, {"logit_clamp": None}, {"lambda_d": 100.0}, {"lambda_adv": 1.0}, {"augment": 0.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"real_noise": "shared_sigma"},
+        {"real_noise": "independent"},
+        {"gen_adv": "linear_fakeness"},
+        {"gen_adv": "saturating"},
+        {"adv_half": "double"},
+        {"disc_map": "mid_mean"},
+        {"logit_clamp": None},
+        {"lambda_d": 100.0},
+        {"lambda_adv": 1.0},
+        {"augment": 0.5},
+    ],
+)
 def test_every_adversarial_switch_trains_both_networks_and_matters(options):
     teacher = Teacher(tiny_network(**AUGMENTED), SPEC)
     plain, other = (run(sid(teacher, **{**ADVERSARIAL, **more}), real(), ADV) for more in ({}, options))
     assert all(torch.isfinite(value) for value in other[0].values())
-    changes = [not torch.allclose(plain[1].gradients[name], other[1].gradients[name], rtol=1e-5) for name in ("score", "student")]
+    changes = [
+        not torch.allclose(plain[1].gradients[name], other[1].gradients[name], rtol=1e-5)
+        for name in ("score", "student")
+    ]
     assert any(changes) or options == {"logit_clamp": None}  # no map is beyond it here
     assert all((gradient != 0).float().mean() > 0.7 for gradient in other[1].gradients.values())
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"tmax": 500}, {"rho": 3.0}, {"sigma_max": 20.0}, {"sigma_min": 0.1}, {"lambda_sid": 1.0},
-                                     {"teacher_precision": "bf16"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.5},
+        {"tmax": 500},
+        {"rho": 3.0},
+        {"sigma_max": 20.0},
+        {"sigma_min": 0.1},
+        {"lambda_sid": 1.0},
+        {"teacher_precision": "bf16"},
+    ],
+)
 def test_switches_of_the_student_s_loss_matter_to_it_alone(options):
     plain, other = (run(sid(**more))[1].gradients for more in ({}, options))
     assert not torch.equal(plain["student"], other["student"]) and torch.equal(plain["score"], other["score"])
@@ -177,8 +227,10 @@ def test_switches_of_the_score_network_s_loss_matter_to_it_alone(options):
 
 def test_dropout_of_the_student_is_its_own_matter():
     dropping = SimpleNamespace(sigma=2.5, init="teacher", dropout=0.5)
-    plain, still, other = (run(sid(student=student, train_dropout=on))[1].gradients["student"] for student, on in
-                           ((STUDENT, True), (dropping, False), (dropping, True)))  # fmt: skip
+    plain, still, other = (
+        run(sid(student=student, train_dropout=on))[1].gradients["student"]
+        for student, on in ((STUDENT, True), (dropping, False), (dropping, True))
+    )
     assert torch.equal(plain, still) and not torch.allclose(plain, other)
 
 
@@ -201,7 +253,9 @@ def test_classes_come_uniform_or_from_the_data():
         batch = Batch(images=real().images, labels=images.labels[:8])
         run(method, batch if SiD.needs(method.options) == "images" else None, ADV)
         assert set(seen) == classes if classes else len(set(seen)) > 3
-    unconditional = Teacher(build_network({**tiny_network().config, "label_dim": 0}), replace(SPEC, condition="none", classes=0))
+    unconditional = Teacher(
+        build_network({**tiny_network().config, "label_dim": 0}), replace(SPEC, condition="none", classes=0)
+    )
     run(sid(unconditional))
     run(sid(unconditional, **ADVERSARIAL), real(), ADV)  # the images' classes are of no interest
 
@@ -229,7 +283,9 @@ def test_samples_that_are_not_finite_are_dropped_and_counted_or_refused(options)
     poisoned = method.teacher.network = Poisoned(method.teacher.network)
     scalars, loop = run(method, batch, ADV)
     assert scalars["nan_samples"].item() == poisoned.told > 0
-    assert all(torch.isfinite(value) for value in scalars.values()) and all(g.isfinite().all() for g in loop.gradients.values())
+    assert all(torch.isfinite(value) for value in scalars.values()) and all(
+        g.isfinite().all() for g in loop.gradients.values()
+    )
     whole = sid(images=images, nan="drop", batch=16, **options)
     clean_scalars, clean = run(whole, batch, ADV)
     assert clean_scalars["nan_samples"] == 0
@@ -245,13 +301,25 @@ def test_samples_that_are_not_finite_are_dropped_and_counted_or_refused(options)
 def test_a_student_s_bad_image_teaches_the_score_network_nothing():
     method = sid(nan="drop")
     forward = method.student.forward
-    method.student.forward = lambda z, labels: torch.where((torch.arange(len(z)) == 2)[:, None, None, None], torch.inf, forward(z, labels))
+    method.student.forward = lambda z, labels: torch.where(
+        (torch.arange(len(z)) == 2)[:, None, None, None], torch.inf, forward(z, labels)
+    )
     scalars, loop = run(method)
     assert scalars["nan_samples"] == 2 and all(g.isfinite().all() for g in loop.gradients.values())
 
 
-EDM2 = {"arch": "edm2", "img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_channels": 16, "channel_mult": [1], "num_blocks": 1,
-        "attn_resolutions": [], "channels_per_head": 16, "logvar_channels": 8}  # fmt: skip
+EDM2 = {
+    "arch": "edm2",
+    "img_resolution": 8,
+    "img_channels": 1,
+    "label_dim": 10,
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "channels_per_head": 16,
+    "logvar_channels": 8,
+}
 
 
 def edm2_teacher(**more) -> Teacher:
@@ -266,7 +334,9 @@ def edm2_teacher(**more) -> Teacher:
 def test_edm2_s_uncertainty_weighs_every_loss_and_the_student_has_none():
     method, batch = sid(edm2_teacher(), **ADVERSARIAL), real()
     assert not any("logvar" in name for name, _ in method.student.named_parameters())
-    assert method.describe()["network"]["logvar_channels"] == 0 and any("logvar" in name for name, _ in method.score.named_parameters())
+    assert method.describe()["network"]["logvar_channels"] == 0 and any(
+        "logvar" in name for name, _ in method.score.named_parameters()
+    )
     build_network(method.describe()["network"]).load_state_dict(method.student.network.state_dict())
     method.score.logvar_linear.weight.data.fill_(0.0)
     _, loop = run(method, batch, ADV)  # u = 0
@@ -282,12 +352,22 @@ def test_edm2_s_uncertainty_weighs_every_loss_and_the_student_has_none():
 
 
 def norms(network: nn.Module) -> torch.Tensor:
-    return torch.cat([p.flatten(1).square().mean(1).sqrt() for name, p in network.named_parameters() if name.endswith("weight")])
+    return torch.cat(
+        [p.flatten(1).square().mean(1).sqrt() for name, p in network.named_parameters() if name.endswith("weight")]
+    )
 
 
-@pytest.mark.parametrize(("student", "score"), [
-    (None, None), ("post_step", "post_step"), ("pre_forward", "pre_forward"), ("off", "off"), ("post_step", "off"), ("off", "pre_forward"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("student", "score"),
+    [
+        (None, None),
+        ("post_step", "post_step"),
+        ("pre_forward", "pre_forward"),
+        ("off", "off"),
+        ("post_step", "off"),
+        ("off", "pre_forward"),
+    ],
+)
 def test_forced_weight_normalisation_is_a_switch_of_each_network(student, score):
     teacher = edm2_teacher(force_wn="off" if student == "post_step" else "post_step")
     with torch.no_grad():
@@ -296,7 +376,9 @@ def test_forced_weight_normalisation_is_a_switch_of_each_network(student, score)
     before = copy.deepcopy(teacher.network.state_dict())
     method = sid(teacher, student_force_wn=student, score_force_wn=score)
     z, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
-    torch.testing.assert_close(method.student.eval()(z, labels), teacher.network(2.5 * z, torch.tensor([2.5]), labels), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        method.student.eval()(z, labels), teacher.network(2.5 * z, torch.tensor([2.5]), labels), rtol=1e-3, atol=1e-3
+    )
     run(method, lr=1e-4)
     for network, force_wn in ((method.student.network, student), (method.score, score)):
         far = (norms(network) - 1).abs().max()
@@ -323,7 +405,9 @@ def test_latent_teachers_encode_the_real_images():
     teacher.latents = lambda images, noise: (asked.append(images.shape), noise)[1]
     with pytest.raises(UserError, match="makes images of 3 x 64 x 64, images has 1 x 8 x 8"):
         sid(teacher, **ADVERSARIAL)
-    run(sid(teacher, images=images, **ADVERSARIAL), Batch(images=torch.zeros(8, 3, 64, 64), labels=torch.arange(8)), ADV)
+    run(
+        sid(teacher, images=images, **ADVERSARIAL), Batch(images=torch.zeros(8, 3, 64, 64), labels=torch.arange(8)), ADV
+    )
     assert asked == [(8, 3, 64, 64)]
 
 
@@ -334,24 +418,45 @@ def other_images(**attributes):
     return images
 
 
-@pytest.mark.parametrize(("made", "words"), [
-    (lambda: sid(teacher=TinyText()), "distils denoisers of the EDM family; teacher 'tiny-text'"),
-    (lambda: get_method("sid")(Setup(SiDOptions(), student=STUDENT)), "needs a `teacher:`"),
-    (lambda: sid(student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None)), "student.sigma is 80, the teacher's highest noise level"),
-    (lambda: sid(start=tiny_student()), "student.sigma is 2.5, but the student to start from is called at 80"),
-    (lambda: sid(start=MultistepStudent(build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL}), SPEC, 2)),
-     "students of one call of a denoiser"),
-    (lambda: sid(start=Student(tiny_network(), replace(SPEC, classes=3), 2.5)), "with 3 classes, teacher 'tiny' other images"),
-    (lambda: sid(sigma_min=3.0, sigma_max=3.0), "no range of noise levels"),
-    (lambda: sid(adversarial=True, labels="uniform"), "uniform does not go with adversarial"),
-    (lambda: sid(**{**ADVERSARIAL, "batch_pool": 3}), "3 does not divide the batch of 8"),
-    (lambda: sid(student_force_wn="off"), "sid.student_force_wn: only networks of EDM2"),
-    (lambda: sid(score_force_wn="off"), "sid.score_force_wn: only networks of EDM2"),
-    (lambda: sid(augment=0.12), "takes no augmentation labels"),
-    (lambda: sid(images=other_images(labels=None, classes=0), **ADVERSARIAL), "images has no classes, teacher 'tiny' has 10"),
-    (lambda: sid(images=other_images(classes=7), labels="data"), "images has 7 classes, teacher 'tiny' has 10"),
-    (lambda: sid(images=other_images(shape=(3, 8, 8)), **ADVERSARIAL), "makes images of 1 x 8 x 8, images has 3 x 8 x 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: sid(teacher=TinyText()), "distils denoisers of the EDM family; teacher 'tiny-text'"),
+        (lambda: get_method("sid")(Setup(SiDOptions(), student=STUDENT)), "needs a `teacher:`"),
+        (
+            lambda: sid(student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None)),
+            "student.sigma is 80, the teacher's highest noise level",
+        ),
+        (lambda: sid(start=tiny_student()), "student.sigma is 2.5, but the student to start from is called at 80"),
+        (
+            lambda: sid(
+                start=MultistepStudent(
+                    build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL}), SPEC, 2
+                )
+            ),
+            "students of one call of a denoiser",
+        ),
+        (
+            lambda: sid(start=Student(tiny_network(), replace(SPEC, classes=3), 2.5)),
+            "with 3 classes, teacher 'tiny' other images",
+        ),
+        (lambda: sid(sigma_min=3.0, sigma_max=3.0), "no range of noise levels"),
+        (lambda: sid(adversarial=True, labels="uniform"), "uniform does not go with adversarial"),
+        (lambda: sid(**{**ADVERSARIAL, "batch_pool": 3}), "3 does not divide the batch of 8"),
+        (lambda: sid(student_force_wn="off"), "sid.student_force_wn: only networks of EDM2"),
+        (lambda: sid(score_force_wn="off"), "sid.score_force_wn: only networks of EDM2"),
+        (lambda: sid(augment=0.12), "takes no augmentation labels"),
+        (
+            lambda: sid(images=other_images(labels=None, classes=0), **ADVERSARIAL),
+            "images has no classes, teacher 'tiny' has 10",
+        ),
+        (lambda: sid(images=other_images(classes=7), labels="data"), "images has 7 classes, teacher 'tiny' has 10"),
+        (
+            lambda: sid(images=other_images(shape=(3, 8, 8)), **ADVERSARIAL),
+            "makes images of 1 x 8 x 8, images has 3 x 8 x 8",
+        ),
+    ],
+)
 def test_mistakes(made, words):
     with pytest.raises(UserError, match=words):
         made()
@@ -386,22 +491,33 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(name, teacher, tmp_p
     train(recipe, tmp_path / "parts", 4)
     train(recipe, tmp_path / "parts")
     for file in ("last", "state"):
-        whole, parts = ((tmp_path / run / "checkpoints" / f"{file}.safetensors").read_bytes() for run in ("whole", "parts"))
+        whole, parts = (
+            (tmp_path / run / "checkpoints" / f"{file}.safetensors").read_bytes() for run in ("whole", "parts")
+        )
         assert whole == parts
     student = load_student(tmp_path / "whole")
     assert type(student) is Student and student.sigma == 2.5 and student.nfe == 1
     lines = log(tmp_path / "whole")
     if name == "sid_digits":
-        assert recipe.data is None and read_meta(tmp_path / "whole" / "checkpoints" / "last.safetensors")["provenance"][-1]["data"] is None
+        assert (
+            recipe.data is None
+            and read_meta(tmp_path / "whole" / "checkpoints" / "last.safetensors")["provenance"][-1]["data"] is None
+        )
         assert all("loss_g" in line for line in lines)
     else:
-        assert ["loss_g" in line for line in lines] == [False] * 2 + [True] * 4 and ["loss_adv" in line for line in lines] == [False] * 4 + [True] * 2
+        assert ["loss_g" in line for line in lines] == [False] * 2 + [True] * 4 and [
+            "loss_adv" in line for line in lines
+        ] == [False] * 4 + [True] * 2
 
 
 def test_accumulation_and_activation_checkpointing_end_with_the_same_student(teacher, tmp_path):
     ends = []
     for i, more in enumerate(([], ["micro_batch=4", "checkpointing=true"])):
-        plain = ["optim={name: sgd, lr: 1.0e-4}", "optim_critic={name: sgd, lr: 1.0e-4}", "ema.half_life=null"]  # Adam would enlarge rounding errors
+        plain = [
+            "optim={name: sgd, lr: 1.0e-4}",
+            "optim_critic={name: sgd, lr: 1.0e-4}",
+            "ema.half_life=null",
+        ]  # Adam would enlarge rounding errors
         train(load_recipe("sida_digits", [*SMALL_RUN, teacher, *EARLY, *plain, *more]), tmp_path / str(i))
         ends.append(torch.cat([p.flatten() for p in load_student(tmp_path / str(i)).parameters()]))
     start = torch.cat([p.flatten() for p in tiny_network().parameters()])
@@ -413,8 +529,17 @@ def test_sid2a_goes_on_from_a_student_of_sid(teacher, tmp_path):
     train(load_recipe("sid_digits", [*SMALL_RUN, teacher]), tmp_path / "sid")
     changes = [*SMALL_RUN, teacher, *EARLY, "images=8"]  # the student waits: it is still the one it was
     with pytest.raises(SystemExit) as done:
-        main(["finetune", "sid2a_digits", "--from", str(tmp_path / "sid"), "--out", str(tmp_path / "sid2a"),
-              *(word for change in changes for word in ("--set", change))])  # fmt: skip
+        main(
+            [
+                "finetune",
+                "sid2a_digits",
+                "--from",
+                str(tmp_path / "sid"),
+                "--out",
+                str(tmp_path / "sid2a"),
+                *(word for change in changes for word in ("--set", change)),
+            ]
+        )
     assert done.value.code == 0
     before, after = load_student(tmp_path / "sid"), load_student(tmp_path / "sid2a")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

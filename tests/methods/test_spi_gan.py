@@ -26,11 +26,15 @@ CRITIC = {"base": 64, "max_channels": 8, "mbstd_group": 4, "time_dim": 16, "cmap
 def spi_gan(start=None, network=None, **options) -> SPIGAN:
     torch.manual_seed(0)
     options = {"critic": CRITIC, "ada": None, **options}
-    return get_method("spi-gan")(Setup(SPIGANOptions(**options), network=network or NETWORK, images=Images(), start=start, name="t", batch=8))
+    return get_method("spi-gan")(
+        Setup(SPIGANOptions(**options), network=network or NETWORK, images=Images(), start=start, name="t", batch=8)
+    )
 
 
 def batch(n: int = 8) -> Batch:
-    return Batch(images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10)
+    return Batch(
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+    )
 
 
 class Seeing(OneStep):
@@ -39,7 +43,9 @@ class Seeing(OneStep):
     def __init__(self, method, batch):
         super().__init__(method, batch)
         self.shown: list[tuple[torch.Tensor, float]] = []
-        method.critic.register_forward_pre_hook(lambda module, args: self.shown.append((args[0].detach().clone(), args[1])))
+        method.critic.register_forward_pre_hook(
+            lambda module, args: self.shown.append((args[0].detach().clone(), args[1]))
+        )
 
 
 def test_x_T_has_unit_variance_and_the_path_is_straight() -> None:
@@ -87,7 +93,13 @@ def test_an_iteration_is_algorithm_1() -> None:
     method.times(draw)
     x_T = method.x_T(data, draw)
     torch.testing.assert_close(loop.shown[1][0], first * data.images + (1 - first) * x_T)
-    assert fake.shape == data.images.shape and set(scalars) == {"loss_g", "loss_d", "logit_real", "logit_fake", "diversity"}
+    assert fake.shape == data.images.shape and set(scalars) == {
+        "loss_g",
+        "loss_d",
+        "logit_real",
+        "logit_fake",
+        "diversity",
+    }
     logits = method.critic(fake, first)
     assert float(loop.losses[0].detach()) == pytest.approx(float(F.softplus(-logits).mean().detach()), rel=1e-4)
 
@@ -97,7 +109,10 @@ def test_fixed_j_can_begin_with_the_noise_itself() -> None:
     method, data = spi_gan(K=2, j_sampling="fixed_with_0", r1_gamma=0.0), batch()
     loop = Seeing(method, data)
     method.step(loop, data, 0)
-    assert [t for _, t in loop.shown] == [0.0] * 3 + [0.5] * 3 + [1.0] * 3 and loop.updated == ["generator", "critic"] * 3
+    assert [t for _, t in loop.shown] == [0.0] * 3 + [0.5] * 3 + [1.0] * 3 and loop.updated == [
+        "generator",
+        "critic",
+    ] * 3
     draw = Draws(3, 0, 8, 8, CPU)
     method.times(draw)
     torch.testing.assert_close(loop.shown[1][0], method.x_T(data, draw))  # i(0)
@@ -124,9 +139,15 @@ def test_styles_are_mixed_image_by_image() -> None:
 
 def test_every_image_that_is_generated_in_training_may_be_mixed() -> None:
     method, data, seen = spi_gan(mixing_prob=1.0, pl_weight=1.0), batch(), []
-    method.generator.register_forward_pre_hook(lambda module, args, kwargs: seen.append((len(kwargs["z"]), kwargs["mix"])), with_kwargs=True)
+    method.generator.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((len(kwargs["z"]), kwargs["mix"])), with_kwargs=True
+    )
     method.step(OneStep(method, data), data, 0)
-    assert [n for n, _ in seen] == [8, 4, 8] * 2  # the generator's turn, its path lengths, the critic's turn, at both times
+    assert [n for n, _ in seen] == [
+        8,
+        4,
+        8,
+    ] * 2  # the generator's turn, its path lengths, the critic's turn, at both times
     assert all(len(second) == len(cutoffs) == n for n, (second, cutoffs) in seen)
 
 
@@ -141,23 +162,49 @@ def test_the_lazy_correction_is_a_switch() -> None:
 
 
 def tiny(*changes: str):
-    return load_recipe("spi_gan_digits", overrides=["images=256", "batch=16", "network.h_dim=16", "network.synthesis.base=64",
-                                               "network.synthesis.max_channels=8", "spi_gan.critic.base=64", "spi_gan.critic.max_channels=8",
-                                               "spi_gan.ada_kimg=0.2", "spi_gan.r1_every=3", "log_every=1", "eval=null",
-                                               "preview=null", *changes])  # fmt: skip
+    return load_recipe(
+        "spi_gan_digits",
+        overrides=[
+            "images=256",
+            "batch=16",
+            "network.h_dim=16",
+            "network.synthesis.base=64",
+            "network.synthesis.max_channels=8",
+            "spi_gan.critic.base=64",
+            "spi_gan.critic.max_channels=8",
+            "spi_gan.ada_kimg=0.2",
+            "spi_gan.r1_every=3",
+            "log_every=1",
+            "eval=null",
+            "preview=null",
+            *changes,
+        ],
+    )
 
 
 def test_the_average_moves_once_an_iteration_whatever_its_updates(tmp_path) -> None:
     """Table 8's decay is of an iteration: four updates of the generator (two times, path lengths at each) are one step of the average."""
-    recipe = tiny("ema={decay: 0.75, half_life: null}", "spi_gan.K=2", "spi_gan.pl_weight=1.0", "spi_gan.lazy_correction=true", "images=4", "batch=4")
+    recipe = tiny(
+        "ema={decay: 0.75, half_life: null}",
+        "spi_gan.K=2",
+        "spi_gan.pl_weight=1.0",
+        "spi_gan.lazy_correction=true",
+        "images=4",
+        "batch=4",
+    )
     setup = prepare(recipe, CPU, None, lambda text: None, lambda *_: None, StopFlag())
     trainer = Trainer(recipe, setup, tmp_path)
     assert trainer.optimizers["generator"].param_groups[0]["betas"][1] == pytest.approx(0.99 ** (4 / 5))
     before = [p.detach().clone() for p in trainer.networks["generator"].parameters()]
     trainer.run(lambda images, text: None, StopFlag())  # one iteration
-    for mine, old, new in zip(trainer.ema.network.parameters(), before, trainer.networks["generator"].parameters(), strict=True):
+    for mine, old, new in zip(
+        trainer.ema.network.parameters(), before, trainer.networks["generator"].parameters(), strict=True
+    ):
         torch.testing.assert_close(mine, torch.lerp(old, new.detach(), 0.25))
-    moved = max(float((old - new.detach()).abs().max()) for old, new in zip(before, trainer.networks["generator"].parameters(), strict=True))
+    moved = max(
+        float((old - new.detach()).abs().max())
+        for old, new in zip(before, trainer.networks["generator"].parameters(), strict=True)
+    )
     assert moved > 0.01
     torch.testing.assert_close(trainer.ema.network.mapping.w_avg, trainer.networks["generator"].mapping.w_avg)
 
@@ -171,8 +218,11 @@ def test_k_1_is_a_gan_of_clean_images() -> None:
 
 def test_regularisers_are_lazy_and_scaled() -> None:
     method, data = spi_gan(r1_gamma=0.1, r1_every=4, pl_weight=2.0, pl_every=2), batch()
-    for iteration, updates in ((0, ["generator", "generator", "critic", "critic"]), (1, ["generator", "critic"]),
-                               (2, ["generator", "generator", "critic"])):  # fmt: skip
+    for iteration, updates in (
+        (0, ["generator", "generator", "critic", "critic"]),
+        (1, ["generator", "critic"]),
+        (2, ["generator", "generator", "critic"]),
+    ):
         loop = OneStep(method, data)
         scalars = method.step(loop, data, iteration)
         assert loop.updated == updates * 2  # at each of both times
@@ -181,12 +231,24 @@ def test_regularisers_are_lazy_and_scaled() -> None:
             assert float(loop.losses[3].detach()) == pytest.approx(4 * float(scalars["r1"]), rel=0.9)
 
 
-@pytest.mark.parametrize("options", [
-    {"update_mode": "joint"}, {"update_mode": "joint", "ivp": "incremental"}, {"ivp": "incremental_detach"}, {"latent": "z"}, {"latent": "alternate"},
-    {"process": "ve"}, {"process": "subvp"}, {"mixing_prob": 1.0}, {"ada": "bgc", "ada_fixed": 0.5}, {"pair_noise": False, "K": 3},
-    {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}}, {"j_sampling": "fixed_with_0", "ivp": "incremental_detach"},
-    {"j_sampling": "fixed_with_0", "update_mode": "joint", "ivp": "incremental"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update_mode": "joint"},
+        {"update_mode": "joint", "ivp": "incremental"},
+        {"ivp": "incremental_detach"},
+        {"latent": "z"},
+        {"latent": "alternate"},
+        {"process": "ve"},
+        {"process": "subvp"},
+        {"mixing_prob": 1.0},
+        {"ada": "bgc", "ada_fixed": 0.5},
+        {"pair_noise": False, "K": 3},
+        {"critic": {**CRITIC, "time": "cmap", "blocks": "resnet"}},
+        {"j_sampling": "fixed_with_0", "ivp": "incremental_detach"},
+        {"j_sampling": "fixed_with_0", "update_mode": "joint", "ivp": "incremental"},
+    ],
+)
 def test_every_switch_trains_both_networks(options: dict) -> None:
     method, data = spi_gan(pl_weight=1.0, **options), batch()
     loop = OneStep(method, data)
@@ -225,12 +287,17 @@ def test_the_mean_style_is_tracked_at_t_1() -> None:
     assert not torch.equal(before, method.generator.mapping.w_avg)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"ada": "bgx"}, "unknown spi_gan.ada: augmentation pipeline 'bgx'"), ({"ivp": "incremental"}, "does not go with update_mode per_j"),
-    ({"update_mode": "joint", "ivp": "incremental_detach"}, "does not go with update_mode joint"),
-    ({"network": {**NETWORK, "img_resolution": 16}}, "of the data's 1 x 8 x 8 pixels"), ({"network": {"arch": "ddpmpp"}}, "style_generator"),
-    ({"start": tiny_student()}, "continues students of spi-gan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ada": "bgx"}, "unknown spi_gan.ada: augmentation pipeline 'bgx'"),
+        ({"ivp": "incremental"}, "does not go with update_mode per_j"),
+        ({"update_mode": "joint", "ivp": "incremental_detach"}, "does not go with update_mode joint"),
+        ({"network": {**NETWORK, "img_resolution": 16}}, "of the data's 1 x 8 x 8 pixels"),
+        ({"network": {"arch": "ddpmpp"}}, "style_generator"),
+        ({"start": tiny_student()}, "continues students of spi-gan"),
+    ],
+)
 def test_mistakes(options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         spi_gan(**options)
@@ -243,7 +310,9 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path) -> None:
         train(recipe, tmp_path / "parts", stop)
     train(recipe, tmp_path / "parts")
     for name in ("last", "state"):
-        whole, parts = ((tmp_path / run / "checkpoints" / f"{name}.safetensors").read_bytes() for run in ("whole", "parts"))
+        whole, parts = (
+            (tmp_path / run / "checkpoints" / f"{name}.safetensors").read_bytes() for run in ("whole", "parts")
+        )
         assert whole == parts
     student = load_student(tmp_path / "whole/checkpoints/last.safetensors")
     assert isinstance(student, StyleStudent) and student.spec.condition == "none" and student.nfe == 1

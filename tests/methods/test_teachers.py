@@ -58,7 +58,11 @@ def test_what_each_method_takes_of_the_published_teachers():
 
 def test_files_say_what_they_hold_and_loaded_teachers_are_of_the_same_kind(tmp_path):
     teacher, found = tiny_teacher(tmp_path / "t.safetensors"), look(str(tmp_path / "t.safetensors"))
-    assert (found.family, found.arch, found.precond) == ("edm", "ddpmpp", "edm") == (kind_of(teacher).family, kind_of(teacher).arch, "edm")
+    assert (
+        (found.family, found.arch, found.precond)
+        == ("edm", "ddpmpp", "edm")
+        == (kind_of(teacher).family, kind_of(teacher).arch, "edm")
+    )
     assert kind_of(load_teacher("digits")) == look("digits")
     assert look(str(tmp_path / "nowhere.safetensors")) is None and look("digitz") is None
     (tmp_path / "x.pkl").write_bytes(b"")
@@ -75,7 +79,9 @@ def test_another_preconditioning_is_not_consistencys():
     assert "methods that take this teacher: dmd, ode, sid" in caught.value.hint
 
 
-@pytest.mark.parametrize("words", [["train", "quickstart"], ["finetune", "quickstart", "--from", "nowhere.safetensors"]])
+@pytest.mark.parametrize(
+    "words", [["train", "quickstart"], ["finetune", "quickstart", "--from", "nowhere.safetensors"]]
+)
 def test_commands_refuse_before_pairs_are_made_or_anything_is_fetched(words, tmp_path, ddpm, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))

@@ -22,7 +22,9 @@ def extractor_file(tmp_path: Path) -> Path:
 def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The name `digits` means a tiny untrained network with 16 features, whether the assets are there or not."""
     path = make_extractor(tmp_path / "classifier.safetensors")
-    monkeypatch.setitem(features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device))
+    monkeypatch.setitem(
+        features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device)
+    )
     cached.cache_clear()
     yield path
     cached.cache_clear()

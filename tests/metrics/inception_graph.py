@@ -72,12 +72,16 @@ class Graph:
         for name, inner in (("mixed_4", 128), ("mixed_5", 160), ("mixed_6", 160), ("mixed_7", 192)):
             x = self.c(name, x, inner)
         one = self.tower("mixed_8.tower", x, (192, (1, 1)), (320, (3, 3), 2))
-        two = self.tower("mixed_8.tower_1", x, (192, (1, 1)), (192, (1, 7), 1, (0, 3)), (192, (7, 1), 1, (3, 0)), (192, (3, 3), 2))
+        two = self.tower(
+            "mixed_8.tower_1", x, (192, (1, 1)), (192, (1, 7), 1, (0, 3)), (192, (7, 1), 1, (3, 0)), (192, (3, 3), 2)
+        )
         x = torch.cat([one, two, F.max_pool2d(x, 3, 2)], 1)
         x = self.e("mixed_9", x, average)
         x = self.e("mixed_10", x, lambda y: F.max_pool2d(y, 3, 1, 1))
         features = x.mean((2, 3))
-        weight = self.tensors.setdefault("output.weight", torch.randn(1008, 2048, generator=self.generator) * 2048**-0.5)
+        weight = self.tensors.setdefault(
+            "output.weight", torch.randn(1008, 2048, generator=self.generator) * 2048**-0.5
+        )
         self.tensors.setdefault("output.bias", torch.randn(1008, generator=self.generator))
         return features, self.seen["layers.mixed_6.conv"].permute(0, 2, 3, 1), features @ weight.T
 

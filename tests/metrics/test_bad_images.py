@@ -38,7 +38,9 @@ def png16(pixels: np.ndarray, more: bytes = b"") -> bytes:
     height, width, channels = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 def tiff(pixels: np.ndarray, order: str = "<", deflate: bool = False, photometric: int | None = None) -> bytes:
@@ -113,7 +115,10 @@ def test_cmyk(tmp_path: Path) -> None:
     assert found.notes == ["1 image converted from CMYK to RGB", "1 image compressed with loss (JPEG)"]
     (tmp_path / "a.jpg").unlink()
     inks = RNG.integers(0, 256, (6, 5, 4), dtype=np.uint8)
-    eight, deep = opened(tmp_path, a_tif=tiff(inks, photometric=5)), opened(tmp_path, a_tif=tiff(inks.astype(np.uint16) * 257, photometric=5))
+    eight, deep = (
+        opened(tmp_path, a_tif=tiff(inks, photometric=5)),
+        opened(tmp_path, a_tif=tiff(inks.astype(np.uint16) * 257, photometric=5)),
+    )
     assert np.array_equal(pixels_of(eight), pixels_of(deep)) and "1 image converted from CMYK to RGB" in eight.notes
     by_hand = (255 - inks[..., :3].astype(int)) * (255 - inks[..., 3:].astype(int)) / 255
     assert np.abs(pixels_of(eight) - by_hand).max() <= 1
@@ -125,13 +130,24 @@ def test_grey_alpha_and_palette_files_in_one_set(tmp_path: Path) -> None:
     clear.putalpha(Image.new("L", clear.size, 0))
     palette = colour.quantize(16)
     found = opened(
-        tmp_path, a_png=encoded(soft(mode="L"), "PNG"), b_png=encoded(clear, "PNG"), c_png=encoded(palette, "PNG"), d_png=encoded(colour, "PNG")
+        tmp_path,
+        a_png=encoded(soft(mode="L"), "PNG"),
+        b_png=encoded(clear, "PNG"),
+        c_png=encoded(palette, "PNG"),
+        d_png=encoded(colour, "PNG"),
     )
-    wanted = [np.array(soft(mode="L").convert("RGB")), np.full((16, 16, 3), 255), np.array(palette.convert("RGB")), np.array(colour)]
+    wanted = [
+        np.array(soft(mode="L").convert("RGB")),
+        np.full((16, 16, 3), 255),
+        np.array(palette.convert("RGB")),
+        np.array(colour),
+    ]
     assert np.array_equal(found.images(range(4)).permute(0, 2, 3, 1).numpy(), np.stack(wanted))
     assert found.notes == [
-        "1 image with alpha composited on white", "1 image expanded from a palette", "1 image repeated from grey to 3 channels"
-    ]  # fmt: skip
+        "1 image with alpha composited on white",
+        "1 image expanded from a palette",
+        "1 image repeated from grey to 3 channels",
+    ]
 
 
 # ---- loss ----
@@ -140,12 +156,19 @@ def test_grey_alpha_and_palette_files_in_one_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "kind", "options", "loss"),
     [
-        ("jpg", "JPEG", {}, "JPEG"), ("tif", "TIFF", {"compression": "jpeg"}, "JPEG"), ("webp", "WEBP", {}, "WebP"),
-        ("webp", "WEBP", {"icc_profile": bytes(101)}, "WebP"), ("webp", "WEBP", {"lossless": True}, None),
-        ("webp", "WEBP", {"lossless": True, "icc_profile": bytes(101)}, None), ("tif", "TIFF", {}, None), ("png", "PNG", {}, None),
+        ("jpg", "JPEG", {}, "JPEG"),
+        ("tif", "TIFF", {"compression": "jpeg"}, "JPEG"),
+        ("webp", "WEBP", {}, "WebP"),
+        ("webp", "WEBP", {"icc_profile": bytes(101)}, "WebP"),
+        ("webp", "WEBP", {"lossless": True}, None),
+        ("webp", "WEBP", {"lossless": True, "icc_profile": bytes(101)}, None),
+        ("tif", "TIFF", {}, None),
+        ("png", "PNG", {}, None),
     ],
-)  # fmt: skip
-def test_lossy_files_are_counted(tmp_path: Path, suffix: str, kind: str, options: dict[str, object], loss: str | None) -> None:
+)
+def test_lossy_files_are_counted(
+    tmp_path: Path, suffix: str, kind: str, options: dict[str, object], loss: str | None
+) -> None:
     files = {f"{i}_{suffix}": encoded(soft(seed=i), kind, **options) for i in range(3)}
     assert opened(tmp_path, **files).notes == ([f"3 images compressed with loss ({loss})"] if loss else [])
 
@@ -160,7 +183,10 @@ def test_images_of_different_sizes_are_refused_unless_a_preparation_is_named(tmp
         opened(tmp_path, **files)
     assert "resolution" in error.value.hint
     found = open_images(tmp_path, **parse_preparation("16").reading())
-    assert found.shape == (3, 16, 16) and found.notes == ["3 images cropped to the centre square", "4 images shrunk to a short side of 16 (lanczos)"]
+    assert found.shape == (3, 16, 16) and found.notes == [
+        "3 images cropped to the centre square",
+        "4 images shrunk to a short side of 16 (lanczos)",
+    ]
 
 
 # ---- copies ----
@@ -171,7 +197,12 @@ def test_copies_of_an_image_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(reader, "DECODE_AT_ONCE", at_once)
     plain, again = encoded(soft(seed=0), "PNG"), encoded(soft(seed=0), "PNG", compress_level=1)
     assert plain != again
-    files = {"0_png": plain, "1_png": encoded(soft(seed=1), "PNG"), "2_bmp": encoded(soft(seed=0), "BMP"), "3_png": again}
+    files = {
+        "0_png": plain,
+        "1_png": encoded(soft(seed=1), "PNG"),
+        "2_bmp": encoded(soft(seed=0), "BMP"),
+        "3_png": again,
+    }
     found = opened(tmp_path, **files)
     if at_once == 0:
         assert found.duplicates == 0  # none has been read

@@ -63,7 +63,9 @@ def test_same_seed_same_numbers() -> None:
     np.random.seed(0)
     x, before = features(50, 0), np.random.get_state()[1].copy()  # type: ignore[union-attr]
     assert (
-        bootstrap_frechet(x, np.zeros(6), EYE, 5, 3) == bootstrap_frechet(x, np.zeros(6), EYE, 5, 3) != bootstrap_frechet(x, np.zeros(6), EYE, 5, 4)
+        bootstrap_frechet(x, np.zeros(6), EYE, 5, 3)
+        == bootstrap_frechet(x, np.zeros(6), EYE, 5, 3)
+        != bootstrap_frechet(x, np.zeros(6), EYE, 5, 4)
     )
     assert bootstrap_mean(x[:, 0], 5, 3) == bootstrap_mean(x[:, 0], 5, 3) != bootstrap_mean(x[:, 0], 5, 4)
     assert (np.random.get_state()[1] == before).all()  # type: ignore[index]

@@ -20,9 +20,11 @@ from torchvision import transforms  # noqa: E402
 START, END = 49406, 49407
 PREFIX = [320, 1125, 29340]  # "a", "photo", "depicts"
 TINY = {
-    "embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +98,23 @@ def test_the_tokenizer_needs_no_network(scorer, monkeypatch):
 def gigagan(image: torch.Tensor) -> torch.Tensor:
     """The steps of GigaGAN's evaluation, one after another: what its network sees of a uint8 image [3, H, W]."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    first = transforms.Compose([
-        transforms.CenterCrop(min(picture.size)), transforms.Resize(256, transforms.InterpolationMode.LANCZOS),
-        transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3),
-    ])  # fmt: skip
+    first = transforms.Compose(
+        [
+            transforms.CenterCrop(min(picture.size)),
+            transforms.Resize(256, transforms.InterpolationMode.LANCZOS),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
     back = ((first(picture) + 1.0) * 127.5).clamp(0.0, 255.0).to(torch.uint8)
-    second = transforms.Compose([
-        transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor(),
-        transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    ])  # fmt: skip
+    second = transforms.Compose(
+        [
+            transforms.Resize(224, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
     return second(Image.fromarray(back.permute(1, 2, 0).numpy()))
 
 

@@ -26,7 +26,13 @@ class Brightness:
         return {"brightness": batch.images.float().mean((1, 2, 3)), "number": batch.labels}
 
 
-def numbered(n: int = 700, batch: int = 50, calls: list[range] | None = None, stop_after: int = 10**9, stop: StopFlag | None = None) -> Pass:
+def numbered(
+    n: int = 700,
+    batch: int = 50,
+    calls: list[range] | None = None,
+    stop_after: int = 10**9,
+    stop: StopFlag | None = None,
+) -> Pass:
     """Image i is grey of value i mod 256."""
 
     def make(numbers: range) -> Batch:
@@ -85,9 +91,29 @@ def test_images_that_are_not_finite_are_counted_and_named() -> None:
 
 
 def command(work: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "d2o", "eval", str(work / "student.safetensors"), "--against", "real:digits", "--extractor",
-            str(work / "net.safetensors"), "--n", "3000", "--batch", "50", "--seed", "5", "--no-teacher-distance", "--metrics", "fd,kid,prdc",
-            "--device", "cpu", *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "d2o",
+        "eval",
+        str(work / "student.safetensors"),
+        "--against",
+        "real:digits",
+        "--extractor",
+        str(work / "net.safetensors"),
+        "--n",
+        "3000",
+        "--batch",
+        "50",
+        "--seed",
+        "5",
+        "--no-teacher-distance",
+        "--metrics",
+        "fd,kid,prdc",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def surroundings(work: Path) -> dict[str, str]:
@@ -103,18 +129,35 @@ def metrics(path: Path) -> dict[str, float]:
 def test_killed_evaluations_end_with_the_same_numbers_as_one_that_was_not(tmp_path: Path) -> None:
     tiny_student(tmp_path / "student.safetensors")
     make_extractor(tmp_path / "net.safetensors")
-    subprocess.run(command(tmp_path, "--json", str(tmp_path / "whole.json")), env=surroundings(tmp_path), check=True, capture_output=True)
+    subprocess.run(
+        command(tmp_path, "--json", str(tmp_path / "whole.json")),
+        env=surroundings(tmp_path),
+        check=True,
+        capture_output=True,
+    )
     for i in range(2):  # killed with some chunks done
-        process = subprocess.Popen(command(tmp_path, "--json", str(tmp_path / "parts.json")), env=surroundings(tmp_path),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        while process.poll() is None and len(list((tmp_path / "home" / "eval").glob("*/part-*.safetensors"))) < 3 * (i + 1):
+        process = subprocess.Popen(
+            command(tmp_path, "--json", str(tmp_path / "parts.json")),
+            env=surroundings(tmp_path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and len(list((tmp_path / "home" / "eval").glob("*/part-*.safetensors"))) < 3 * (
+            i + 1
+        ):
             time.sleep(0.01)
         process.kill()
         process.wait()
     assert list((tmp_path / "home" / "eval").glob("*/part-*.safetensors")), "it had finished before it was killed"
-    workers = [subprocess.Popen(command(tmp_path, "--json", str(tmp_path / "parts.json")),
-                                env={**surroundings(tmp_path), "RANK": str(rank), "WORLD_SIZE": "2"}, stdout=subprocess.PIPE, text=True)
-               for rank in (0, 1)]  # fmt: skip
+    workers = [
+        subprocess.Popen(
+            command(tmp_path, "--json", str(tmp_path / "parts.json")),
+            env={**surroundings(tmp_path), "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
     said = [worker.communicate()[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0] and "FD(" in said[0] and said[1] == ""
     assert metrics(tmp_path / "parts.json") == metrics(tmp_path / "whole.json")

@@ -51,11 +51,13 @@ def package(tmp_path_factory):
         torch.save(made["dino_vitb16"][0].state_dict(), folder / DINO)
         for kind in KINDS[1:]:
             network, projection = made[kind]
-            torch.save({"state_dict": {**network.state_dict(), "proj": projection}}, folder / f"{kind}_pretrain.pth.tar")
+            torch.save(
+                {"state_dict": {**network.state_dict(), "proj": projection}}, folder / f"{kind}_pretrain.pth.tar"
+            )
         patch.setattr(ViTExtractor, "create_model", staticmethod(lambda kind, _: made[kind]))
         model = PerceptualModel(
             ",".join(KINDS), "cls,embedding,embedding", "16,16,16", lora=True, normalize_embeds=True, device="cpu"
-        )  # fmt: skip
+        )
     config = peft.LoraConfig(r=4, lora_alpha=0.5, lora_dropout=0.3, bias="none", target_modules=["qkv"])
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
@@ -152,9 +154,14 @@ def test_diversity_is_the_mean_over_unordered_pairs_then_over_prompts():
     torch.manual_seed(0)
     e = torch.randn(6, 5)
     values = [
-        np.mean([dreamsim_distance(e[i : i + 1].double(), e[j : j + 1].double()).item() for i, j in itertools.combinations(range(k, k + 3), 2)])
+        np.mean(
+            [
+                dreamsim_distance(e[i : i + 1].double(), e[j : j + 1].double()).item()
+                for i, j in itertools.combinations(range(k, k + 3), 2)
+            ]
+        )
         for k in (0, 3)
-    ]  # fmt: skip
+    ]
     mean, std = dream_diversity(e, 3)
     assert mean == pytest.approx(np.mean(values), rel=1e-12)
     assert std == pytest.approx(np.std(values, ddof=1), rel=1e-12)

@@ -56,7 +56,9 @@ def test_student_against_real_digits(digits: Path, student: Path) -> None:
     noise, labels = draw(7, 0, 40, SPEC.shape, 10, "random")
     images = to_uint8(model(noise, labels))
     fake, real = features_by_hand(images), features_by_hand(open_images("real:digits").images(slice(None)))
-    assert record["metrics"]["fd"]["value"] == pytest.approx(frechet_distance(fake.mean, fake.cov, real.mean, real.cov), rel=1e-4)
+    assert record["metrics"]["fd"]["value"] == pytest.approx(
+        frechet_distance(fake.mean, fake.cov, real.mean, real.cov), rel=1e-4
+    )
     guess = load_extractor("digits").logits(images).argmax(1)
     accuracy = record["metrics"]["accuracy"]
     assert accuracy["value"] == pytest.approx(float((guess == labels).float().mean()))
@@ -69,13 +71,26 @@ def test_protocol_says_everything(digits: Path, student: Path) -> None:
     protocol, extractor = record["protocol"], load_extractor("digits")
     assert protocol["n_gen"] == 40 and protocol["seeds"] == [7, 46] and protocol["labels"] == "random"
     assert protocol["features"] == "digits/16" and protocol["weights_sha256"] == extractor.sha256
-    assert (protocol["resize"], protocol["quantize"], protocol["ref"], protocol["n_ref"]) == ("none", "edm_round", "real:digits", 1797)
+    assert (protocol["resize"], protocol["quantize"], protocol["ref"], protocol["n_ref"]) == (
+        "none",
+        "edm_round",
+        "real:digits",
+        1797,
+    )
     assert record["metrics"]["fd"]["label"] == "FD(digits)" and record["metrics"]["fd"]["trace"] == "eigvalsh"
     assert record["x"]["nfe"] == record["x"]["forwards"] == 1 and record["x"]["parameters"] > 1000
     assert record["env"]["cpu"] and record["env"]["torch"] == torch.__version__ and record["d2o"]
     assert record["command"] == f"d2o eval {student} --against real:digits --n 40 --seed 7 --batch 16 --distance-n 10"
     line = protocol_line(protocol)
-    for part in ("n = 40", "seeds 7..46", "digits/16", extractor.sha256[:12], "resize none", "quantise edm_round", "real:digits, n = 1,797"):
+    for part in (
+        "n = 40",
+        "seeds 7..46",
+        "digits/16",
+        extractor.sha256[:12],
+        "resize none",
+        "quantise edm_round",
+        "real:digits, n = 1,797",
+    ):
         assert part in line
 
 
@@ -87,7 +102,12 @@ def test_equal_seeds_give_equal_numbers(digits: Path, student: Path) -> None:
 
 
 def test_teacher_as_x_and_its_calls(digits: Path, teacher: Path) -> None:
-    (once,) = evaluate(teacher, against="real:digits", settings=Settings(n=20, batch=10, solver="euler", steps=1, distance_n=5), teacher=str(teacher))
+    (once,) = evaluate(
+        teacher,
+        against="real:digits",
+        settings=Settings(n=20, batch=10, solver="euler", steps=1, distance_n=5),
+        teacher=str(teacher),
+    )
     assert (once["x"]["kind"], once["x"]["nfe"], once["x"]["forwards"]) == ("teacher", 1, 1)
     assert once["metrics"]["distance"]["rmse"] > 0 and once["metrics"]["distance"]["teacher"]["steps"] == 18
     settings = Settings(n=20, batch=10, solver="heun", steps=3, cfg=2.0, distance_n=5)
@@ -107,12 +127,16 @@ def test_distance_to_the_teacher_from_equal_noise(digits: Path, student: Path, t
     gap = extractor.features(to_uint8(ours)) - extractor.features(to_uint8(theirs))
     assert distance["feature"] == pytest.approx(float(gap.norm(dim=1).mean()), rel=1e-3)
     assert distance["seeds"] == [7, 16] and distance["teacher"]["solver"] == "heun"
-    assert any("another" in note and "weights 000000000000" in note for note in record["notes"])  # tiny_student names a teacher of zeros
+    assert any(
+        "another" in note and "weights 000000000000" in note for note in record["notes"]
+    )  # tiny_student names a teacher of zeros
 
 
 def test_a_teacher_that_is_not_here_is_a_note_not_an_error(digits: Path, student: Path) -> None:
     (record,) = evaluate(student, against="real:digits")
-    assert "distance" not in record["metrics"] and any("no distance to the teacher (tiny)" in note for note in record["notes"])
+    assert "distance" not in record["metrics"] and any(
+        "no distance to the teacher (tiny)" in note for note in record["notes"]
+    )
     with pytest.raises(UserError, match="no such file or teacher"):
         evaluate(student, against="real:digits", teacher="absent")
     with pytest.raises(UserError, match="is not a teacher"):
@@ -120,9 +144,15 @@ def test_a_teacher_that_is_not_here_is_a_note_not_an_error(digits: Path, student
 
 
 def test_repeats_use_disjoint_seeds(digits: Path, student: Path) -> None:
-    (record,) = evaluate(student, against="real:digits", settings=Settings(n=40, seed=7, batch=16, repeats=3, distance_n=4))
+    (record,) = evaluate(
+        student, against="real:digits", settings=Settings(n=40, seed=7, batch=16, repeats=3, distance_n=4)
+    )
     fd = record["metrics"]["fd"]
-    assert len(set(fd["runs"])) == 3 and fd["value"] == pytest.approx(np.mean(fd["runs"])) and fd["std"] == pytest.approx(np.std(fd["runs"], ddof=1))
+    assert (
+        len(set(fd["runs"])) == 3
+        and fd["value"] == pytest.approx(np.mean(fd["runs"]))
+        and fd["std"] == pytest.approx(np.std(fd["runs"], ddof=1))
+    )
     assert record["protocol"]["seeds"] == [7, 126] and record["protocol"]["repeats"] == 3
     (second,) = evaluate(student, against="real:digits", settings=Settings(n=40, seed=47, batch=16, distance_n=4))
     assert second["metrics"]["fd"]["value"] == fd["runs"][1]
@@ -142,7 +172,10 @@ def test_images_whole_with_labels_from_folders(digits: Path, tmp_path: Path) -> 
     folder = folder_of(real.images(picks), tmp_path / "some", [int(real.labels[i]) for i in picks])
     (record,) = evaluate(folder, against="real:digits")
     assert record["protocol"]["n_gen"] == 60 and record["protocol"]["seeds"] is None and record["x"].get("nfe") is None
-    assert set(record["metrics"]["accuracy"]["per_class"]) == {"1", "4"}  # not the 0 and 1 that two folders would count as
+    assert set(record["metrics"]["accuracy"]["per_class"]) == {
+        "1",
+        "4",
+    }  # not the 0 and 1 that two folders would count as
     assert "speed" not in record["metrics"] and "distance" not in record["metrics"]
 
 
@@ -205,19 +238,25 @@ def test_statistics_of_another_extractor_are_refused(digits: Path, student: Path
         evaluate(student, against=str(tmp_path / "wide.npz"))
 
 
-def test_shipped_statistics_serve_when_the_weights_agree(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_statistics_serve_when_the_weights_agree(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are told apart from computed ones here by being wrong."""
     extractor = load_extractor("digits")
     monkeypatch.setattr(reference, "asset", lambda name: tmp_path / name)
     for sha, shipped in ((extractor.sha256, True), ("0" * 64, False)):
-        save_statistics(tmp_path / "reference_digits.npz", Statistics(torch.zeros(16), torch.eye(16), 1797, "digits", "none", sha))
+        save_statistics(
+            tmp_path / "reference_digits.npz", Statistics(torch.zeros(16), torch.eye(16), 1797, "digits", "none", sha)
+        )
         outputs = {"digits": (extractor, {"features"})}
         found = reference.load_reference("real:digits", outputs, False, Settings()).side.statistics(extractor)
         assert torch.equal(found.mu, torch.zeros(16, dtype=torch.float64)) is shipped and found.n == 1797
 
 
 def test_generator_as_reference_has_equal_noise(digits: Path, student: Path, teacher: Path) -> None:
-    (record,) = evaluate(student, against=str(teacher), settings=Settings(n=20, seed=3, batch=10, solver="euler", steps=1))
+    (record,) = evaluate(
+        student, against=str(teacher), settings=Settings(n=20, seed=3, batch=10, solver="euler", steps=1)
+    )
     assert record["protocol"]["ref"] == "teacher, heun 18"  # X's solver options don't spoil the reference
     assert record["protocol"]["ref_seeds"] == [3, 22] and record["protocol"]["n_ref"] == 20
     (self_,) = evaluate(student, against=str(student))
@@ -287,7 +326,13 @@ def test_quick_score_in_training(digits: Path, student: Path) -> None:
 
 def test_unconditional_student(digits: Path, tmp_path: Path) -> None:
     spec = replace(SPEC, condition="none", classes=0)
-    network = EDMPrecond("ddpmpp", 8, 1, 0, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0)
+    network = EDMPrecond(
+        "ddpmpp", 8, 1, 0, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0
+    )
     save_student(tmp_path / "u.safetensors", Student(network, spec))
     (record,) = evaluate(tmp_path / "u.safetensors", against="real:digits")
-    assert "accuracy" not in record["metrics"] and record["protocol"]["labels"] is None and record["grid"]["labels"] is None
+    assert (
+        "accuracy" not in record["metrics"]
+        and record["protocol"]["labels"] is None
+        and record["grid"]["labels"] is None
+    )

@@ -20,7 +20,9 @@ import torchvision  # noqa: E402
 from sklearn.datasets import load_sample_images  # noqa: E402
 from transformers import Dinov2Config, Dinov2Model  # noqa: E402
 
-with pytest.MonkeyPatch.context() as patch:  # clean-fid's module imports OpenAI's package, which its preparation does not need
+with (
+    pytest.MonkeyPatch.context() as patch
+):  # clean-fid's module imports OpenAI's package, which its preparation does not need
     patch.setitem(sys.modules, "clip", ModuleType("clip"))
     from cleanfid import clip_features as cleanfid
 
@@ -41,7 +43,10 @@ def randomise(network: torch.nn.Module, scale: float = 1.0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * (scale / max(1, parameter.shape[-1] if parameter.ndim else 1) ** 0.5))
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator)
+                * (scale / max(1, parameter.shape[-1] if parameter.ndim else 1) ** 0.5)
+            )
     return network.eval()
 
 
@@ -129,23 +134,47 @@ def test_lite0_of_other_layers_is_refused(tmp_path):
 
 def meta_names(model: Dinov2Model) -> dict[str, torch.Tensor]:
     """The state of transformers' model under Meta's names."""
-    renamed = {"attention.attention.query.": "attention.q_proj.", "attention.attention.key.": "attention.k_proj.",
-               "attention.attention.value.": "attention.v_proj.", "attention.output.dense.": "attention.o_proj."}  # fmt: skip
+    renamed = {
+        "attention.attention.query.": "attention.q_proj.",
+        "attention.attention.key.": "attention.k_proj.",
+        "attention.attention.value.": "attention.v_proj.",
+        "attention.output.dense.": "attention.o_proj.",
+    }
     state, found = {}, {}
     for key, value in model.state_dict().items():
         for old, new in renamed.items():  # of transformers before 5
             key = key.replace(old, new)
         state[key] = value
-    outside = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token", "embeddings.position_embeddings": "pos_embed",
-               "embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}  # fmt: skip
-    inside = {"norm1": "norm1", "attention.o_proj": "attn.proj", "layer_scale1.lambda1": "ls1.gamma", "norm2": "norm2", "mlp.fc1": "mlp.fc1",
-              "mlp.fc2": "mlp.fc2", "layer_scale2.lambda1": "ls2.gamma"}  # fmt: skip
+    outside = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.mask_token": "mask_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "layernorm": "norm",
+    }
+    inside = {
+        "norm1": "norm1",
+        "attention.o_proj": "attn.proj",
+        "layer_scale1.lambda1": "ls1.gamma",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "layer_scale2.lambda1": "ls2.gamma",
+    }
     for theirs, ours in outside.items():
-        found |= {ours + key[len(theirs) :]: value for key, value in state.items() if key == theirs or key.startswith(f"{theirs}.")}
+        found |= {
+            ours + key[len(theirs) :]: value
+            for key, value in state.items()
+            if key == theirs or key.startswith(f"{theirs}.")
+        }
     for i in range(TINY[1]):
         layer = f"encoder.layer.{i}."
         for theirs, ours in inside.items():
-            found |= {f"blocks.{i}.{ours}{key[len(layer + theirs) :]}": value for key, value in state.items() if key.startswith(layer + theirs)}
+            found |= {
+                f"blocks.{i}.{ours}{key[len(layer + theirs) :]}": value
+                for key, value in state.items()
+                if key.startswith(layer + theirs)
+            }
         for leaf in ("weight", "bias"):
             parts = [state[f"{layer}attention.{part}_proj.{leaf}"] for part in "qkv"]
             found[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(parts)
@@ -154,7 +183,9 @@ def meta_names(model: Dinov2Model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tiny_dino():
-    config = Dinov2Config(hidden_size=TINY[0], num_hidden_layers=TINY[1], num_attention_heads=TINY[2], image_size=224, patch_size=14)
+    config = Dinov2Config(
+        hidden_size=TINY[0], num_hidden_layers=TINY[1], num_attention_heads=TINY[2], image_size=224, patch_size=14
+    )
     return randomise(Dinov2Model(config))
 
 
@@ -210,19 +241,25 @@ def test_positions_are_resized_by_metas_rule():
     assert torch.equal(dinov2.resize_positions(found, 16), found)
 
 
-@pytest.mark.parametrize(("name", "count"), [("dinov2_vits14", 22_056_576), ("dinov2_vitb14", 86_580_480), ("dinov2_vitl14", 304_368_640)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("dinov2_vits14", 22_056_576), ("dinov2_vitb14", 86_580_480), ("dinov2_vitl14", 304_368_640)]
+)
 def test_dinov2_has_the_published_size(name, count):
     with torch.device("meta"):
         network = dinov2.vision_transformer(*dinov2.ARCHITECTURES[name], size=518)
-    assert sum(p.numel() for p in network.parameters()) + network.embed_dim == count  # and the mask token, which only training needs
+    assert (
+        sum(p.numel() for p in network.parameters()) + network.embed_dim == count
+    )  # and the mask token, which only training needs
 
 
 # CLIP
 
 TINY_CLIP = {
-    "embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +276,20 @@ def tiny_clip_file(tiny_clip, tmp_path, monkeypatch):
 
 def test_clip_features_are_those_of_cleanfid(tiny_clip, tiny_clip_file):
     extractor = clip.load("clip", tiny_clip_file)
-    assert extractor.name == "clip-vit-b-32" and extractor.dim == 24 and extractor.resize == "pil_bicubic224+center_crop"
+    assert (
+        extractor.name == "clip-vit-b-32" and extractor.dim == 24 and extractor.resize == "pil_bicubic224+center_crop"
+    )
     theirs = cleanfid.CLIP_fx.__new__(cleanfid.CLIP_fx)
     theirs.model = tiny_clip
     for height, width in ((32, 32), (47, 33), (225, 300), (300, 225), (256, 256)):
         x = images(2, height, width)
-        prepared = [torch.from_numpy(cleanfid.img_preprocess_clip(image.permute(1, 2, 0).numpy())).permute(2, 0, 1) for image in x]
-        assert torch.equal(common.each_image(x, lambda image: common.pil_bicubic_crop(image, 224)), torch.stack(prepared))
+        prepared = [
+            torch.from_numpy(cleanfid.img_preprocess_clip(image.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+            for image in x
+        ]
+        assert torch.equal(
+            common.each_image(x, lambda image: common.pil_bicubic_crop(image, 224)), torch.stack(prepared)
+        )
         expected = theirs(torch.stack(prepared).float())
         assert expected.norm(dim=1).sub(1).abs().min() > 0.1  # not normalised
         assert torch.allclose(extractor.features(x), expected, atol=1e-5)
@@ -258,7 +302,9 @@ def test_clip_reads_torchscript_in_half_precision(tiny_clip, tiny_clip_file, tmp
     whole = clip.build(TINY_CLIP)
     whole.load_state_dict(tiny_clip.state_dict())
     whole.register_buffer("input_resolution", torch.tensor(224))
-    traced = torch.jit.trace(whole.eval(), (torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.int64)), check_trace=False)
+    traced = torch.jit.trace(
+        whole.eval(), (torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.int64)), check_trace=False
+    )
     traced.half().save(str(tmp_path / "ViT-B-32.pt"))
     network = clip.read_clip("clip-vit-b-32", tmp_path / "ViT-B-32.pt")
     for name, value in tiny_clip.state_dict().items():
@@ -267,11 +313,15 @@ def test_clip_reads_torchscript_in_half_precision(tiny_clip, tiny_clip_file, tmp
     tokens = torch.tensor([[49406, 320, 1125, 49407] + [0] * 73])
     with torch.no_grad():  # the causal mask, which is in no file, is there
         assert torch.allclose(network.encode_text(tokens), tiny_clip.encode_text(tokens), atol=0.05)
-        assert torch.allclose(clip.read_clip("clip", tiny_clip_file).encode_text(tokens), tiny_clip.encode_text(tokens), atol=1e-6)
+        assert torch.allclose(
+            clip.read_clip("clip", tiny_clip_file).encode_text(tokens), tiny_clip.encode_text(tokens), atol=1e-6
+        )
 
 
 def test_the_published_clip_networks():
-    assert clip.configuration("clip-vit-b-32")["quick_gelu"] and not clip.configuration("clip-vit-g-14").get("quick_gelu")
+    assert clip.configuration("clip-vit-b-32")["quick_gelu"] and not clip.configuration("clip-vit-g-14").get(
+        "quick_gelu"
+    )
     for name, count, dim in (("clip-vit-b-32", 151_277_313, 512), ("clip-vit-g-14", 1_366_678_273, 1024)):
         with torch.device("meta"):
             network = clip.build(clip.configuration(name))
@@ -306,9 +356,14 @@ def test_vgg_equals_torch_fidelity(monkeypatch):
 
 def test_vgg_reads_nvidias_names(monkeypatch):
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in torchvision.models.vgg16(init_weights=False).state_dict().items()}
+        shapes = {
+            name: value.shape for name, value in torchvision.models.vgg16(init_weights=False).state_dict().items()
+        }
     theirs = {place: module for module, place in vgg.NVIDIA.items()}
-    state = {f"{theirs[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    state = {
+        f"{theirs[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": torch.zeros(1).expand(shape)
+        for name, shape in shapes.items()
+    }
     assert {"layers.conv1.weight", "layers.conv13.bias", "layers.fc2.weight"} <= set(state)
     state["lpips0"] = torch.zeros(64)
     state["layers.conv3.bias"] = torch.arange(128.0)

@@ -30,7 +30,9 @@ def cells(line: str) -> list[str]:
 
 
 def test_markdown_has_one_row_a_result_and_footnotes_that_are_referred_to() -> None:
-    lines = to_markdown([record("a", fd=1.0), record("b", fd=2.0), other_protocol("halves"), quoted("old", {"fd": 9.0}, "a paper")]).splitlines()
+    lines = to_markdown(
+        [record("a", fd=1.0), record("b", fd=2.0), other_protocol("halves"), quoted("old", {"fd": 9.0}, "a paper")]
+    ).splitlines()
     table = [cells(line) for line in lines if line.startswith("|")]
     assert len(table) == 6 and len({len(row) for row in table}) == 1
     assert table[0][:3] == ["name", "n", "FD(digits) ↓"] and table[1] == ["---", *["---:"] * (len(table[0]) - 1)]
@@ -51,14 +53,24 @@ def test_names_cannot_break_the_formats() -> None:
     assert len({len(row) for row in table}) == 1
     assert table[2][0] == r"a\|b_c \*x\* \[y\](z) \<i\> &amp; 50% \$1 {#} \\n\~^"
     tex = to_tex(rows)
-    assert r"a\textbar{}b\_c *x* {[}y{]}(z) \textless{}i\textgreater{} \& 50\% \$1 \{\#\} \textbackslash{}n\textasciitilde{}" in tex
+    assert (
+        r"a\textbar{}b\_c *x* {[}y{]}(z) \textless{}i\textgreater{} \& 50\% \$1 \{\#\} \textbackslash{}n\textasciitilde{}"
+        in tex
+    )
     assert len(list(csv.reader(io.StringIO(to_csv(rows))))) == 3
 
 
 def test_csv_keeps_every_digit_and_field() -> None:
     a, b = record("a", fd=1.4212345678901234), record("b, too")
     a["metrics"]["fd"] |= {"std": 0.012345678901234567, "runs": [1.4, 1.5], "error": "runs"}
-    a["metrics"]["kid@lite0"] = {"label": "KID(lite0)", "value": 1.5e-7, "runs": [1.5e-7], "std": None, "better": "lower", "n": 1000}
+    a["metrics"]["kid@lite0"] = {
+        "label": "KID(lite0)",
+        "value": 1.5e-7,
+        "runs": [1.5e-7],
+        "std": None,
+        "better": "lower",
+        "n": 1000,
+    }
     a["metrics"]["speed"] |= {"latency_ms": 1.25}
     a |= {"paper": {"fd": [1.4, 0.01], "recall": 0.5}, "preset": {"name": "p"}, "notes": ["x"]}
     rows = list(csv.DictReader(io.StringIO(to_csv([a, b]))))
@@ -66,7 +78,9 @@ def test_csv_keeps_every_digit_and_field() -> None:
     assert float(first["fd"]) == 1.4212345678901234 and float(first["fd.std"]) == 0.012345678901234567
     assert json.loads(first["fd.runs"]) == [1.4, 1.5] and first["fd.label"] == "FD(digits)"
     assert float(first["kid@lite0"]) == 1.5e-7 and first["kid@lite0.n"] == "1000" and second["kid@lite0"] == ""
-    assert (first["fd.paper"], first["fd.paper_std"], first["recall.paper"]) == ("1.4", "0.01", "0.5") and first["preset"] == "p"
+    assert (first["fd.paper"], first["fd.paper_std"], first["recall.paper"]) == ("1.4", "0.01", "0.5") and first[
+        "preset"
+    ] == "p"
     assert second["name"] == "b, too" and second["sha256"] == "c" * 64 and second["nfe"] == second["forwards"] == "1"
     assert first["protocol.n_gen"] == "4000" and json.loads(first["protocol.seeds"]) == [1_000_000, 1_003_999]
     assert first["speed.latency_ms"] == "1.25" and first["env.torch"] == "2.6.0" and json.loads(first["notes"]) == ["x"]

@@ -68,7 +68,9 @@ def test_exact_for_widely_spread_variances(smallest: float) -> None:
     a, b = np.geomspace(1, smallest, 60), np.geomspace(2, smallest, 60)
     s1, s2 = ((basis * values) @ basis.T for values in (a, b))
     expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
-    assert frechet_distance(np.zeros(60), (s1 + s1.T) / 2, np.zeros(60), (s2 + s2.T) / 2) == pytest.approx(expected, abs=1e-6)
+    assert frechet_distance(np.zeros(60), (s1 + s1.T) / 2, np.zeros(60), (s2 + s2.T) / 2) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("n", [10, 500])
@@ -99,7 +101,9 @@ def test_refuses_other_dimensions_and_nan() -> None:
 
 
 def test_streaming_equals_np_cov_far_from_zero() -> None:
-    x = torch.as_tensor(gaussian(np.random.default_rng(1), 1000, 12)).float() + 1e4  # a naive sum of squares loses 8 digits here
+    x = (
+        torch.as_tensor(gaussian(np.random.default_rng(1), 1000, 12)).float() + 1e4
+    )  # a naive sum of squares loses 8 digits here
     stream = FeatureStatistics(12)
     for part in x.split([1, 499, 0, 300, 200]):
         stream.update(part)

@@ -26,7 +26,9 @@ ALL = ("features", "spatial", "logits")
 
 
 def noise(size, count=1):
-    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(size), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(size), dtype=torch.uint8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,13 @@ def test_clean_equals_clean_fid(extractor, fidelity):
 
 
 def test_what_an_extractor_says(extractor, file, monkeypatch):
-    assert (extractor.name, extractor.dim, extractor.classes, extractor.shape, extractor.has) == ("inception", 2048, 1008, None, ALL)
+    assert (extractor.name, extractor.dim, extractor.classes, extractor.shape, extractor.has) == (
+        "inception",
+        2048,
+        1008,
+        None,
+        ALL,
+    )
     assert extractor.sha256 == file_sha256(file)
     monkeypatch.setattr(inception, "read_inception", lambda path: extractor.network)
     monkeypatch.setattr(inception, "file_sha256", lambda path: extractor.sha256)
@@ -111,7 +119,11 @@ def test_batches_and_grey_images(extractor, monkeypatch):
     monkeypatch.setattr(inception, "at_once", lambda device: 2)
     images = noise(32, 3)[:, :1]
     together = extractor.outputs(images, ALL)
-    assert {name: tuple(value.shape) for name, value in together.items()} == {"features": (3, 2048), "spatial": (3, 2023), "logits": (3, 1008)}
+    assert {name: tuple(value.shape) for name, value in together.items()} == {
+        "features": (3, 2048),
+        "spatial": (3, 2023),
+        "logits": (3, 1008),
+    }
     alone = extractor.outputs(images[2:].repeat(1, 3, 1, 1), ALL)
     for name in ALL:
         torch.testing.assert_close(together[name][2:], alone[name], rtol=1e-5, atol=1e-5)
@@ -163,7 +175,10 @@ def test_other_networks_are_refused_in_words(tensors, tmp_path):
     path = tmp_path / "x.safetensors"
     shape = {"Mixed_5b.branch1x1.conv.weight": torch.zeros(1, 192, 1, 1)}
     for other, message in [
-        ({**state, "fc.weight": torch.zeros(1000, 2048)}, "torchvision's inception_v3, trained on ImageNet with 1000 classes"),
+        (
+            {**state, "fc.weight": torch.zeros(1000, 2048)},
+            "torchvision's inception_v3, trained on ImageNet with 1000 classes",
+        ),
         ({**state, "AuxLogits.fc.weight": torch.zeros(1)}, "torchvision's inception_v3"),
         ({"conv1.weight": torch.zeros(3)}, r"no 'Conv2d_1a_3x3.conv.weight' \(472 of 566 tensors missing\)"),
         ({**state, **shape}, r"'Mixed_5b.branch1x1.conv.weight' has the shape \(1, 192, 1, 1\), not \(64, 192, 1, 1\)"),

@@ -58,7 +58,10 @@ def test_one_subset_of_everything_is_the_u_statistic() -> None:
 
 
 def test_equal_distributions_give_about_zero_and_a_shift_shows() -> None:
-    same, other = kid(features(1000, 0), features(1000, 1), 10, 200), kid(features(1000, 0), features(1000, 1, 0.1), 10, 200)
+    same, other = (
+        kid(features(1000, 0), features(1000, 1), 10, 200),
+        kid(features(1000, 0), features(1000, 1, 0.1), 10, 200),
+    )
     assert abs(same.mean) < 3 * same.std / np.sqrt(10) + 1e-3
     assert other.mean > 10 * abs(same.mean)
 

@@ -55,7 +55,9 @@ class Mean(Extractor):
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extractors and models whose weights cannot be here."""
     for name in ("inception", "inception-clean", "inception-legacy_pytorch", "dinov2_vitl14", "clip", "lite0"):
-        monkeypatch.setitem(features.EXTRACTORS, name, lambda name, weights, device: Mean(name, weights, device, classes=7))
+        monkeypatch.setitem(
+            features.EXTRACTORS, name, lambda name, weights, device: Mean(name, weights, device, classes=7)
+        )
     monkeypatch.setitem(features.EXTRACTORS, "dreamsim", Mean)
     monkeypatch.setattr(tools, "ClipScore", StandInClip)
     monkeypatch.setattr(tools, "load_pair_distance", lambda name, weights, device: StandInDistance(name))
@@ -100,13 +102,23 @@ def test_kid_prdc_and_is_are_those_of_their_functions(digits: Path, student: Pat
     (record,) = evaluate(student, against="real:digits", metrics=["kid", "prdc", "is@digits"])
     fake, real = both_sides(student)
     got = record["metrics"]
-    assert got["kid"]["value"] == pytest.approx(kid(fake, real, 5, 50).mean, rel=1e-4) and got["kid"]["error"] == "subsets"
+    assert (
+        got["kid"]["value"] == pytest.approx(kid(fake, real, 5, 50).mean, rel=1e-4) and got["kid"]["error"] == "subsets"
+    )
     found = manifold(real, fake, 3, 5)
     for key in ("precision", "recall", "density", "coverage"):
         assert got[key]["value"] == pytest.approx(getattr(found, key), abs=0.02) and got[key]["better"] == "higher"
     logits = load_extractor("digits").logits(quantize(load_student(student)(*draw(7, 0, 60, SPEC.shape, 10, "random"))))
-    assert got["is@digits"]["value"] == pytest.approx(inception_score(logits).mean, rel=1e-4) and got["is@digits"]["label"] == "IS(digits)"
-    assert (got["precision"]["k"], got["precision"]["inside"], got["density"]["k"], got["density"]["inside"]) == (3, "<=", 5, "<")
+    assert (
+        got["is@digits"]["value"] == pytest.approx(inception_score(logits).mean, rel=1e-4)
+        and got["is@digits"]["label"] == "IS(digits)"
+    )
+    assert (got["precision"]["k"], got["precision"]["inside"], got["density"]["k"], got["density"]["inside"]) == (
+        3,
+        "<=",
+        5,
+        "<",
+    )
     assert got["precision"]["n_ref"] == 1797 and got["kid"]["label"] == "KID(digits)"
 
 
@@ -114,7 +126,9 @@ def test_pr_and_dc_alone_equal_prdc(digits: Path, student: Path) -> None:
     options = replace(SMALL, pr_k=4, dc_k=2, pr_dtype="float64")
     (apart,) = evaluate(student, against="real:digits", metrics=["pr", "dc"], settings=options)
     (together,) = evaluate(student, against="real:digits", metrics=["prdc"], settings=options)
-    assert {k: e["value"] for k, e in apart["metrics"].items() if "k" in e} == {k: e["value"] for k, e in together["metrics"].items() if "k" in e}
+    assert {k: e["value"] for k, e in apart["metrics"].items() if "k" in e} == {
+        k: e["value"] for k, e in together["metrics"].items() if "k" in e
+    }
     assert apart["metrics"]["recall"]["k"] == 4 and apart["metrics"]["coverage"]["dtype"] == "float64"
 
 
@@ -140,10 +154,24 @@ def test_names_and_n_are_those_of_the_literature(stand_ins: None, digits: Path, 
     (record,) = evaluate(student, against="real:digits", metrics=wanted)
     labels = {key: entry["label"] for key, entry in record["metrics"].items() if "label" in entry}
     assert labels == {
-        "fid": "FID (n = 60)", "fid-clean": "clean-FID (n = 60)", "fid-pytorch": "pytorch-FID (n = 60)", "fd-dinov2": "FD-DINOv2 (n = 60)",
-        "clip-fid": "CLIP-FID (n = 60)", "sfid": "sFID (n = 60)", "is": "IS (n = 60)", "fd@lite0": "FD(lite0)", "kid@lite0": "KID(lite0)",
-    }  # fmt: skip
-    assert set(record["protocol"]["weights"]) == {"inception", "inception-clean", "inception-legacy_pytorch", "dinov2_vitl14", "clip", "lite0"}
+        "fid": "FID (n = 60)",
+        "fid-clean": "clean-FID (n = 60)",
+        "fid-pytorch": "pytorch-FID (n = 60)",
+        "fd-dinov2": "FD-DINOv2 (n = 60)",
+        "clip-fid": "CLIP-FID (n = 60)",
+        "sfid": "sFID (n = 60)",
+        "is": "IS (n = 60)",
+        "fd@lite0": "FD(lite0)",
+        "kid@lite0": "KID(lite0)",
+    }
+    assert set(record["protocol"]["weights"]) == {
+        "inception",
+        "inception-clean",
+        "inception-legacy_pytorch",
+        "dinov2_vitl14",
+        "clip",
+        "lite0",
+    }
     assert record["protocol"]["resizes"]["clip"] == "mean2" and "digits" not in record["protocol"]["features"]
     (thousands,) = evaluate(student, against="real:digits", metrics=["fid"], settings=replace(SMALL, n=2000, batch=500))
     assert thousands["metrics"]["fid"]["label"] == "FID-2k"
@@ -155,7 +183,9 @@ def test_statistics_of_the_published_files(stand_ins: None, digits: Path, studen
     mu, sigma = a.mean(0) + 100, np.cov(a.T)
     np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)
     (record,) = evaluate(student, against=str(tmp_path / "edm.npz"), metrics=["fid"])
-    assert record["metrics"]["fid"]["value"] > 0 and any("doesn't say which weights" in note for note in record["notes"])
+    assert record["metrics"]["fid"]["value"] > 0 and any(
+        "doesn't say which weights" in note for note in record["notes"]
+    )
     with pytest.raises(UserError, match=r"metric kid: .*holds statistics, not the features of single images"):
         evaluate(student, against=str(tmp_path / "edm.npz"), metrics=["kid@inception"])
     with pytest.raises(UserError, match="no spatial statistics"):
@@ -167,7 +197,9 @@ def test_statistics_of_the_published_files(stand_ins: None, digits: Path, studen
     (adm,) = evaluate(student, against=str(tmp_path / "adm.npz"), metrics=["fid", "sfid", "pr@inception"])
     assert adm["metrics"]["fid"]["value"] == pytest.approx(record["metrics"]["fid"]["value"], rel=1e-9)
     assert adm["metrics"]["sfid"]["value"] > 0 and adm["metrics"]["precision@inception"]["n_ref"] == 50
-    (clean,) = evaluate(student, against=str(tmp_path / "adm.npz"), metrics=["fid-clean"])  # another resize: then its images count
+    (clean,) = evaluate(
+        student, against=str(tmp_path / "adm.npz"), metrics=["fid-clean"]
+    )  # another resize: then its images count
     assert clean["metrics"]["fid-clean"]["value"] != pytest.approx(record["metrics"]["fid"]["value"], rel=1e-3)
 
 
@@ -189,15 +221,23 @@ def test_bootstrap_gives_error_bars_of_one_run(digits: Path, student: Path) -> N
 
 
 def test_the_least_of_several_runs_is_called_so(digits: Path, student: Path) -> None:
-    (record,) = evaluate(student, against="real:digits", metrics=["fd", "is@digits"], settings=replace(SMALL, repeats=3, report_as="min"))
+    (record,) = evaluate(
+        student, against="real:digits", metrics=["fd", "is@digits"], settings=replace(SMALL, repeats=3, report_as="min")
+    )
     fd, score = record["metrics"]["fd"], record["metrics"]["is@digits"]
-    assert fd["value"] == min(fd["runs"]) and fd["label"] == "FD(digits), min of 3" and fd["mean"] == pytest.approx(np.mean(fd["runs"]))
+    assert (
+        fd["value"] == min(fd["runs"])
+        and fd["label"] == "FD(digits), min of 3"
+        and fd["mean"] == pytest.approx(np.mean(fd["runs"]))
+    )
     assert score["value"] == max(score["runs"]) and score["label"] == "IS(digits), max of 3"
 
 
 def test_quantisation_and_size_are_part_of_the_number(stand_ins: None, digits: Path, student: Path) -> None:
-    (plain,), (darker,) = (evaluate(student, against="real:digits", metrics=["fd@lite0"], settings=replace(SMALL, quantize=q))
-                           for q in ("edm_round", "dmd_trunc"))  # fmt: skip
+    (plain,), (darker,) = (
+        evaluate(student, against="real:digits", metrics=["fd@lite0"], settings=replace(SMALL, quantize=q))
+        for q in ("edm_round", "dmd_trunc")
+    )
     assert plain["metrics"]["fd@lite0"]["value"] != darker["metrics"]["fd@lite0"]["value"]
     assert darker["protocol"]["quantize"] == "dmd_trunc"
     (larger,) = evaluate(student, against="real:digits", metrics=["fd@lite0"], settings=replace(SMALL, resize="16"))
@@ -207,8 +247,12 @@ def test_quantisation_and_size_are_part_of_the_number(stand_ins: None, digits: P
     stream = FeatureStatistics(12)
     stream.update(scored)
     save = Statistics.of(stream, load_extractor("lite0"))
-    (made,) = list(evaluate_all(Request([str(student)], metrics=["fd@lite0"], reference_needed=False, teacher_distance=False),
-                                replace(SMALL, resize="16")))  # fmt: skip
+    (made,) = list(
+        evaluate_all(
+            Request([str(student)], metrics=["fd@lite0"], reference_needed=False, teacher_distance=False),
+            replace(SMALL, resize="16"),
+        )
+    )
     torch.testing.assert_close(made.statistics.mu, save.mu)
     with pytest.raises(UserError, match="--quantize must be one of"):
         replace(SMALL, quantize="round")
@@ -219,8 +263,13 @@ def test_distances_to_the_teacher(stand_ins: None, digits: Path, student: Path, 
     noise, labels = draw(7, 0, 12, SPEC.shape, 10, "random")
     s, t = load_student(student), tiny_teacher()
     ours, theirs = quantize(s.decode(s(noise, labels))), quantize(t.decode(t.sample(noise, labels)))
-    assert record["metrics"]["lpips"]["value"] == pytest.approx(float((ours.float() - theirs.float()).abs().mean()), rel=0.05)
-    assert record["metrics"]["dreamsim"]["label"] == "DreamSim (n = 12)" and 0 <= record["metrics"]["dreamsim"]["value"] <= 2
+    assert record["metrics"]["lpips"]["value"] == pytest.approx(
+        float((ours.float() - theirs.float()).abs().mean()), rel=0.05
+    )
+    assert (
+        record["metrics"]["dreamsim"]["label"] == "DreamSim (n = 12)"
+        and 0 <= record["metrics"]["dreamsim"]["value"] <= 2
+    )
     with pytest.raises(UserError, match="compares latents"):
         evaluate(student, teacher=str(teacher), metrics=["latent-lpips-sd15"])
     with pytest.raises(UserError, match=r"metric lpips compares .* has no teacher here"):
@@ -229,11 +278,21 @@ def test_distances_to_the_teacher(stand_ins: None, digits: Path, student: Path, 
 
 def test_text_generators(stand_ins: None, text: Path, digits: Path) -> None:
     options = replace(SMALL, prompts=str(text), steps=2, per_prompt=4)
-    (record,) = evaluate("tiny-sd", against="real:digits", metrics=["fd@digits", "clip-score", "dreamdiv"], settings=options)
+    (record,) = evaluate(
+        "tiny-sd", against="real:digits", metrics=["fd@digits", "clip-score", "dreamdiv"], settings=options
+    )
     got = record["metrics"]
     assert got["clip-score"]["value"] == pytest.approx((3 + 7 + 9) / 300) and "ViT" not in got["clip-score"]["label"]
-    assert got["clip-score"]["model"] == "clip-vit-g-14" and got["dreamdiv"]["images"] == 12 and got["dreamdiv"]["per_prompt"] == 4
-    assert record["protocol"]["prompts"] == 3 and len(record["protocol"]["prompts_sha256"]) == 64 and record["protocol"]["labels"] is None
+    assert (
+        got["clip-score"]["model"] == "clip-vit-g-14"
+        and got["dreamdiv"]["images"] == 12
+        and got["dreamdiv"]["per_prompt"] == 4
+    )
+    assert (
+        record["protocol"]["prompts"] == 3
+        and len(record["protocol"]["prompts_sha256"]) == 64
+        and record["protocol"]["labels"] is None
+    )
     with pytest.raises(UserError, match="conditioned on text"):
         evaluate("tiny-sd", against="real:digits", metrics=["fd@digits"])
     with pytest.raises(UserError, match="clip-score needs prompts; real:digits has none"):
@@ -241,8 +300,13 @@ def test_text_generators(stand_ins: None, text: Path, digits: Path) -> None:
 
 
 def test_latency_and_its_parts(digits: Path, text: Path) -> None:
-    (record,) = evaluate("tiny-sd", against="real:digits", metrics=["fd@digits"], latency=True,
-                         settings=replace(SMALL, n=4, prompts=str(text), steps=1))  # fmt: skip
+    (record,) = evaluate(
+        "tiny-sd",
+        against="real:digits",
+        metrics=["fd@digits"],
+        latency=True,
+        settings=replace(SMALL, n=4, prompts=str(text), steps=1),
+    )
     speed = record["metrics"]["speed"]
     assert 0 < speed["network_ms"] <= speed["latency_ms"] <= speed["latency_p90_ms"] and speed["text_ms"] >= 0
     assert speed["timed"] == 50 and speed["dtype"] == "float32" and (speed["peak_memory_bytes"] or 10**8) > 10**6
@@ -251,14 +315,18 @@ def test_latency_and_its_parts(digits: Path, text: Path) -> None:
 def test_nearest_images_of_the_reference(digits: Path, tmp_path: Path) -> None:
     (record,) = evaluate("real:digits/a", against="real:digits", neighbours=2)
     assert record["neighbours"]["k"] == 2 and record["neighbours"]["n_ref"] == 1797
-    assert max(row[0] for row in record["neighbours"]["closest"]["distances"]) == pytest.approx(0, abs=1e-3)  # they are in the reference
+    assert max(row[0] for row in record["neighbours"]["closest"]["distances"]) == pytest.approx(
+        0, abs=1e-3
+    )  # they are in the reference
     stats = next(evaluate_all(Request(["real:digits"], reference_needed=False), SMALL)).statistics
     save_statistics(tmp_path / "s.npz", stats)
     with pytest.raises(UserError, match="holds statistics|holds none"):
         evaluate("real:digits/a", against=str(tmp_path / "s.npz"), neighbours=2)
 
 
-def test_what_cannot_be_is_refused_before_any_image_is_made(stand_ins: None, digits: Path, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused_before_any_image_is_made(
+    stand_ins: None, digits: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("d2o.metrics.passes.generate", lambda *a, **k: pytest.fail("an image was made"))
     with pytest.raises(UserError, match="metric kid: a subset has 1000 images, the smaller set 60"):
         evaluate(student, against="real:digits", metrics=["kid"], settings=replace(SMALL, kid_size=1000))
@@ -283,11 +351,17 @@ def test_metric_names(digits: Path) -> None:
 
 def test_weights_are_told_apart_by_name(tmp_path: Path) -> None:
     lone = Tools([str(tmp_path / "x.pth")])
-    assert lone._file("inception") == tmp_path / "x.pth" == lone._file("inception-clean")  # one file, prepared for in two ways
+    assert (
+        lone._file("inception") == tmp_path / "x.pth" == lone._file("inception-clean")
+    )  # one file, prepared for in two ways
     with pytest.raises(UserError, match="was taken for inception; lite0 needs its own"):
         lone._file("lite0")
     named = Tools([f"inception={tmp_path / 'i'}", f"lpips={tmp_path / 'l'}"])
-    assert named._file("inception-clean") == tmp_path / "i" and named._file("lpips-vgg") == tmp_path / "l" and named._file("lite0") is None
+    assert (
+        named._file("inception-clean") == tmp_path / "i"
+        and named._file("lpips-vgg") == tmp_path / "l"
+        and named._file("lite0") is None
+    )
     with pytest.raises(UserError, match="unknown network"):
         Tools(["incepton=x"])
     with pytest.raises(UserError, match="for which network"):
@@ -296,14 +370,26 @@ def test_weights_are_told_apart_by_name(tmp_path: Path) -> None:
 
 @pytest.fixture
 def preset(monkeypatch: pytest.MonkeyPatch, stand_ins: None) -> Preset:
-    made = Preset("mini", "A paper, Table 9", "digits", ("fid",), {"n": 60, "quantize": "edm_round"}, None, 1797, "inception", "a tool",
-                  ("labels are not stated",))  # fmt: skip
+    made = Preset(
+        "mini",
+        "A paper, Table 9",
+        "digits",
+        ("fid",),
+        {"n": 60, "quantize": "edm_round"},
+        None,
+        1797,
+        "inception",
+        "a tool",
+        ("labels are not stated",),
+    )
     monkeypatch.setitem(presets.PRESETS, "mini", made)
     monkeypatch.setattr(presets, "_published", lambda extractor: [f"{9:064d}"])
     return made
 
 
-def test_a_protocol_is_kept_or_refused(digits: Path, student: Path, preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_protocol_is_kept_or_refused(
+    digits: Path, student: Path, preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (record,) = evaluate(student, against="real:digits", metrics=preset.metrics, extractor="inception", preset=preset)
     assert record["preset"]["paper"] == "A paper, Table 9" and "labels are not stated" in record["notes"]
     assert "--protocol mini" in record["command"]
@@ -322,8 +408,12 @@ def test_leaks() -> None:
     assert "the same backbone" in notes({"critic": {"backbone": "efficientnet_lite0"}}, "lite0")[0]
     assert "the same ImageNet labels" in notes({"critic": {"backbone": "efficientnet_lite0"}}, "inception")[0]
     assert "the same backbone" in notes({"backbones": ["vgg16", "dinov2_vits14"]}, "dinov2_vitl14")[0]
-    assert not notes({"critic": {"backbone": "efficientnet_lite0"}}, "digits") and not notes({"loss": "mse", "extractor": "digits"}, "digits")
-    assert len(notes({"loss": "perceptual", "extractor": "digits"}, "digits")) == 1 and not leak_notes("x", {}, ["lite0"])
+    assert not notes({"critic": {"backbone": "efficientnet_lite0"}}, "digits") and not notes(
+        {"loss": "mse", "extractor": "digits"}, "digits"
+    )
+    assert len(notes({"loss": "perceptual", "extractor": "digits"}, "digits")) == 1 and not leak_notes(
+        "x", {}, ["lite0"]
+    )
 
 
 def test_copies_in_a_set_are_counted(digits: Path, tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from d2o.errors import UserError
 from d2o.metrics.features import EXTRACTORS
-from d2o.metrics.named_references import REFERENCES, find_reference, is_named, load_reference_statistics, lookup, reference_names
+from d2o.metrics.named_references import (
+    REFERENCES,
+    find_reference,
+    is_named,
+    load_reference_statistics,
+    lookup,
+    reference_names,
+)
 
 
 @pytest.fixture
@@ -22,11 +29,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_names_of_the_papers() -> None:
-    wanted = ["adm-imagenet64-labeled", "edm-afhqv2-64", "edm-cifar10", "edm-ffhq64", "edm-imagenet64", "edm-imagenet64-baseline", "edm2-img512"]
+    wanted = [
+        "adm-imagenet64-labeled",
+        "edm-afhqv2-64",
+        "edm-cifar10",
+        "edm-ffhq64",
+        "edm-imagenet64",
+        "edm-imagenet64-baseline",
+        "edm2-img512",
+    ]
     assert set(wanted) <= set(reference_names())
     for name in reference_names():
         entry = lookup(name)
-        assert entry.name == name and entry.url.startswith("https://") and entry.licence and entry.licence_url.startswith("https://")
+        assert (
+            entry.name == name
+            and entry.url.startswith("https://")
+            and entry.licence
+            and entry.licence_url.startswith("https://")
+        )
         assert set(entry.extractors) <= set(EXTRACTORS) and is_named(name)
     assert len({entry.path for entry in REFERENCES.values()}) == len(REFERENCES)
     assert REFERENCES["edm-cifar10"].url == "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz"
@@ -39,14 +59,26 @@ def test_the_names_of_the_papers() -> None:
     [
         ("clean-fid:cifar10_legacy_tensorflow_train_32", "cifar10_legacy_tensorflow_train_32.npz", "inception"),
         ("clean-fid:FFHQ_clean_trainval70k_1024", "ffhq_clean_trainval70k_1024.npz", "inception-clean"),
-        ("clean-fid:lsun_church_legacy_pytorch_train_256_kid", "lsun_church_legacy_pytorch_train_256_kid.npz", "inception-legacy_pytorch"),
-        ("clean-fid:afhq_cat_clean_clip_vit_b_32_train_512", "afhq_cat_clean_clip_vit_b_32_train_512.npz", "clip-vit-b-32"),
+        (
+            "clean-fid:lsun_church_legacy_pytorch_train_256_kid",
+            "lsun_church_legacy_pytorch_train_256_kid.npz",
+            "inception-legacy_pytorch",
+        ),
+        (
+            "clean-fid:afhq_cat_clean_clip_vit_b_32_train_512",
+            "afhq_cat_clean_clip_vit_b_32_train_512.npz",
+            "clip-vit-b-32",
+        ),
         ("clean-fid:mine_clean_custom_na", "mine_clean_custom_na.npz", "inception-clean"),
     ],
 )
 def test_clean_fids_scheme(name: str, file: str, extractor: str) -> None:
     entry = lookup(name)
-    assert entry.url == f"https://www.cs.cmu.edu/~clean-fid/stats/{file}" and entry.extractors == (extractor,) and extractor in EXTRACTORS
+    assert (
+        entry.url == f"https://www.cs.cmu.edu/~clean-fid/stats/{file}"
+        and entry.extractors == (extractor,)
+        and extractor in EXTRACTORS
+    )
     assert is_named(name) and entry.path.name == file
 
 
@@ -70,7 +102,13 @@ def test_clean_fids_own_function_asks_for_the_same(monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(FileNotFoundError):
             theirs.get_reference_statistics(name, res, mode=mode, model_name=model, split=split, metric=metric)
-        parts = [name, mode, *(["clip_vit_b_32"] if model.startswith("clip") else []), split, "na" if split == "custom" else str(res)]
+        parts = [
+            name,
+            mode,
+            *(["clip_vit_b_32"] if model.startswith("clip") else []),
+            split,
+            "na" if split == "custom" else str(res),
+        ]
         assert lookup("clean-fid:" + "_".join(parts) + ("_kid" if metric == "KID" else "")).url == asked[-1]
 
 
@@ -89,7 +127,9 @@ def test_an_unknown_name_lists_those_there_are() -> None:
 
 
 def test_without_a_network_the_place_for_the_file_is_named(home: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot download https://nvlabs.*cifar10-32x32\.npz: the network is switched off") as error:
+    with pytest.raises(
+        UserError, match=r"cannot download https://nvlabs.*cifar10-32x32\.npz: the network is switched off"
+    ) as error:
         find_reference("edm-cifar10")
     assert str(home / "cifar10-32x32.npz") in error.value.hint
 
@@ -100,10 +140,20 @@ def test_what_the_file_does_not_state_is_filled_in(home: Path) -> None:
     found = load_reference_statistics("edm-cifar10")
     assert (found.n, found.feature) == (50_000, "inception")
     spatial = {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}
-    np.savez(home / "VIRTUAL_imagenet64_labeled.npz", arr_0=np.zeros(1, np.uint8), mu=np.zeros(4), sigma=np.eye(4), **spatial)
+    np.savez(
+        home / "VIRTUAL_imagenet64_labeled.npz", arr_0=np.zeros(1, np.uint8), mu=np.zeros(4), sigma=np.eye(4), **spatial
+    )
     adm = load_reference_statistics("adm-imagenet64-labeled")
-    assert adm.n == 1_281_167 and adm.spatial is not None and (adm.spatial.n, adm.spatial.feature) == (1_281_167, "inception")
-    both = {"num_images": 1000, "fid": {"mu": np.zeros(4), "sigma": np.eye(4)}, "fd_dinov2": {"mu": np.zeros(2), "sigma": np.eye(2)}}
+    assert (
+        adm.n == 1_281_167
+        and adm.spatial is not None
+        and (adm.spatial.n, adm.spatial.feature) == (1_281_167, "inception")
+    )
+    both = {
+        "num_images": 1000,
+        "fid": {"mu": np.zeros(4), "sigma": np.eye(4)},
+        "fd_dinov2": {"mu": np.zeros(2), "sigma": np.eye(2)},
+    }
     (home / "img512.pkl").write_bytes(pickle.dumps(both))
     dino = load_reference_statistics("edm2-img512", "dinov2_vitl14")
     assert (dino.n, dino.feature, dino.dim) == (1000, "dinov2_vitl14", 2)

@@ -17,7 +17,9 @@ from d2o.metrics.neighbours import neighbours_record
 
 
 def images(n: int, seed: int, side: int = 6, channels: int = 1) -> Tensor:
-    return torch.randint(0, 256, (n, channels, side, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, channels, side, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def flat(x: Tensor) -> Tensor:
@@ -36,7 +38,10 @@ def test_copies_come_first_and_fresh_images_are_as_far_as_real_ones() -> None:
     real, fresh = images(300, 0), images(100, 1)
     fresh[[13, 57]] = real[[200, 7]]
     found = neighbours_record(fresh, flat(fresh), flat(real), lambda i: real[i], k=2, rows=6, extractor="pixels")
-    assert found["closest"]["samples"][:2] == [13, 57] and [j[0] for j in found["closest"]["neighbours"][:2]] == [200, 7]
+    assert found["closest"]["samples"][:2] == [13, 57] and [j[0] for j in found["closest"]["neighbours"][:2]] == [
+        200,
+        7,
+    ]
     assert [d[0] for d in found["closest"]["distances"][:2]] == [0, 0] and found["closest"]["distances"][2][0] > 0
     assert found["closer"] == pytest.approx(0.02) and found["closer_real"] == 0
     assert found["median"] == pytest.approx(found["median_real"], rel=0.02)  # of one distribution
@@ -53,7 +58,9 @@ def test_distances_are_those_of_a_full_search() -> None:
     among = torch.cdist(flat(real).double(), flat(real).double()).fill_diagonal_(torch.inf).min(1).values
     assert found["median_real"] == pytest.approx(float(among.median()), rel=1e-6)
     own = full.values[:, 0] / among.median()
-    assert np.allclose(found["curve"]["sample"], torch.quantile(own, torch.linspace(0, 1, 21, dtype=torch.float64)), rtol=1e-5)
+    assert np.allclose(
+        found["curve"]["sample"], torch.quantile(own, torch.linspace(0, 1, 21, dtype=torch.float64)), rtol=1e-5
+    )
 
 
 def test_pictures_are_the_sample_and_its_neighbours_row_by_row() -> None:
@@ -73,7 +80,9 @@ def test_references_of_another_size_or_colour_are_brought_to_the_samples() -> No
     found = neighbours_record(fresh, torch.rand(4, 5), torch.rand(10, 5), lambda i: real[i], k=3, rows=4)
     assert decoded(found["spaced"]["png"]).shape == (12, 24, 3)
     large = images(3, 2, side=256)
-    assert decoded(neighbours_record(large, torch.rand(3, 5), torch.rand(10, 5), lambda i: real[i], k=1, rows=2)["spaced"]["png"]).shape == (128, 256)
+    assert decoded(
+        neighbours_record(large, torch.rand(3, 5), torch.rand(10, 5), lambda i: real[i], k=1, rows=2)["spaced"]["png"]
+    ).shape == (128, 256)
 
 
 def test_doubles_among_the_reference_are_counted_as_near() -> None:

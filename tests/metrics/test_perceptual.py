@@ -38,7 +38,9 @@ def trunks(tmp_path_factory):
 
 
 def images(n, channels, size, seed=0):
-    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, of what lpips gives it
@@ -49,7 +51,9 @@ def test_lpips_is_the_packages(trunk, trunks):
     assert torch.equal(torch.get_rng_state(), rng)  # the draws of who asked for it stay what they were
     theirs = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     weights = torch.load(trunks[trunk], weights_only=True)
-    theirs.net.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in theirs.net.state_dict()})
+    theirs.net.load_state_dict(
+        {name: weights["features." + name.partition(".")[2]] for name in theirs.net.state_dict()}
+    )
     a, b = images(2, 3, 48), images(2, 3, 48, seed=1)
     with torch.no_grad():
         expected = theirs(a / 127.5 - 1, b / 127.5 - 1).flatten()
@@ -65,7 +69,9 @@ def test_what_a_distance_of_images_is(trunks):
     a, b = images(n, 1, 31), images(n, 1, 31, seed=1)
     found = distance(a, b)
     assert found.shape == (n,) and found.dtype == torch.float32
-    assert torch.allclose(found[-1:], distance(a[-1:].expand(-1, 3, -1, -1), b[-1:].expand(-1, 3, -1, -1)))  # grey is repeated
+    assert torch.allclose(
+        found[-1:], distance(a[-1:].expand(-1, 3, -1, -1), b[-1:].expand(-1, 3, -1, -1))
+    )  # grey is repeated
     assert torch.equal(distance(a, a), torch.zeros(n))
     assert torch.allclose(distance(b, a), found)
 

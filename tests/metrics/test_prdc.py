@@ -45,18 +45,22 @@ def in_float64(real: Tensor, fake: Tensor, k: int, inclusive: bool = False) -> d
     about_real, about_fake = (squares(x, x).kthvalue(k + 1).values for x in (real, fake))
     in_real, in_fake = (
         between <= radius if inclusive else between < radius for radius in (about_real[:, None], about_fake)
-    )  # fmt: skip
+    )
     return {
-        "precision": float(in_real.any(0).double().mean()), "recall": float(in_fake.any(1).double().mean()),
-        "density": float(in_real.sum()) / (k * len(fake)), "coverage": float(in_real.any(1).double().mean()),
-    }  # fmt: skip
+        "precision": float(in_real.any(0).double().mean()),
+        "recall": float(in_fake.any(1).double().mean()),
+        "density": float(in_real.sum()) / (k * len(fake)),
+        "coverage": float(in_real.any(1).double().mean()),
+    }
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize(("n", "m", "d"), [(300, 200, 64), (90, 250, 7), (250, 90, 300), (140, 140, 1)])
 def test_equals_prdc(n: int, m: int, d: int, k: int) -> None:
     real, fake = normal(n, d, 0), normal(m, d, 1, 0.95, 0.05)
-    assert four(real, fake, k) == pytest.approx(compute_prdc(real.double().numpy(), fake.double().numpy(), k), abs=1e-12)
+    assert four(real, fake, k) == pytest.approx(
+        compute_prdc(real.double().numpy(), fake.double().numpy(), k), abs=1e-12
+    )
 
 
 def test_gaussian_of_prdc_readme() -> None:
@@ -70,8 +74,12 @@ def test_gaussian_of_prdc_readme() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_equals_torch_fidelity(k: int) -> None:
     real, fake = normal(300, 50, 0), normal(200, 50, 1, 0.95)
-    assert precision_recall(real, fake, k) == pytest.approx(calculate_precision_recall_full(fake.double(), real.double(), k), abs=1e-6)
-    theirs = prc_features_to_metric(fake, real, prc_neighborhood=k, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
+    assert precision_recall(real, fake, k) == pytest.approx(
+        calculate_precision_recall_full(fake.double(), real.double(), k), abs=1e-6
+    )
+    theirs = prc_features_to_metric(
+        fake, real, prc_neighborhood=k, prc_batch_size=1000, save_cpu_ram=False, verbose=False
+    )
     assert precision_recall(real, fake, k) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1 / 200)
 
 
@@ -94,7 +102,9 @@ def test_a_tight_cloud_away_from_the_rest_is_resolved(scale: float) -> None:
     real, fake = torch.cat([normal(150, 40, 0), cloud[:80]]), cloud[80:]
     assert (torch.cdist(cloud, cloud) - torch.cdist(cloud.double(), cloud.double())).abs().max() > 0.02
     distance, index = nearest(fake, real, 2)
-    expected = torch.stack([(row - real.double()).square().sum(1) for row in fake.double()]).sqrt().topk(2, largest=False)
+    expected = (
+        torch.stack([(row - real.double()).square().sum(1) for row in fake.double()]).sqrt().topk(2, largest=False)
+    )
     torch.testing.assert_close(distance, expected.values, rtol=1e-9, atol=0)
     assert (index == expected.indices).all()
     found = four(real, fake, 3)

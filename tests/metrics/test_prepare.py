@@ -21,7 +21,9 @@ SIZES = [(40, 27), (27, 41), (64, 64), (33, 36), (19, 50), (70, 73), (16, 16), (
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(small).astype(int) + rng.integers(-20, 20, (size[1], size[0], 3))).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(small).astype(int) + rng.integers(-20, 20, (size[1], size[0], 3))).clip(0, 255).astype(np.uint8)
+    )
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
@@ -36,9 +38,13 @@ def gigagan(image: Image.Image, size: int, resample: Image.Resampling) -> torch.
     return tensor(functional.center_crop(image, min(image.size)).resize((size, size), resample))
 
 
-@pytest.mark.parametrize(("text", "resample"), [("16", "LANCZOS"), ("16:lanczos", "LANCZOS"), ("16:bicubic", "BICUBIC"), ("48", "LANCZOS")])
+@pytest.mark.parametrize(
+    ("text", "resample"), [("16", "LANCZOS"), ("16:lanczos", "LANCZOS"), ("16:bicubic", "BICUBIC"), ("48", "LANCZOS")]
+)
 @pytest.mark.parametrize("at_once", [1 << 30, 0])
-def test_files_of_all_sizes_as_gigagan_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, resample: str, at_once: int) -> None:
+def test_files_of_all_sizes_as_gigagan_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, resample: str, at_once: int
+) -> None:
     monkeypatch.setattr(reader, "DECODE_AT_ONCE", at_once)
     pictures = [picture(size, i) for i, size in enumerate(SIZES)]
     for i, image in enumerate(pictures):
@@ -58,7 +64,11 @@ def test_the_order_matters_and_is_stated(tmp_path: Path) -> None:
     first, then = (open_images(tmp_path, resolution=16, order=order) for order in ("crop_resize", "resize_crop"))
     assert not torch.equal(first.images([0]), then.images([0]))
     assert (first.images([0]).int() - then.images([0]).int()).abs().float().mean() < 12  # the same region
-    assert first.notes == list(reversed(then.notes)) == ["1 image cropped to the centre square", "1 image shrunk to a short side of 16 (lanczos)"]
+    assert (
+        first.notes
+        == list(reversed(then.notes))
+        == ["1 image cropped to the centre square", "1 image shrunk to a short side of 16 (lanczos)"]
+    )
     with pytest.raises(UserError, match="unknown order of resizing and cropping 'resize': did you mean"):
         open_images(tmp_path, order="resize")
 
@@ -71,7 +81,9 @@ def test_a_strip_is_cropped_before_it_can_fill_the_memory(tmp_path: Path) -> Non
 def test_batches_of_one_size_and_grey() -> None:
     way = parse_preparation("16")
     batch = torch.stack([tensor(picture((40, 27), i)) for i in range(9)])
-    assert torch.equal(way.apply(batch), torch.stack([gigagan(picture((40, 27), i), 16, Image.Resampling.LANCZOS) for i in range(9)]))
+    assert torch.equal(
+        way.apply(batch), torch.stack([gigagan(picture((40, 27), i), 16, Image.Resampling.LANCZOS) for i in range(9)])
+    )
     assert way.apply(batch[:0, :, :16, :16]).shape == (0, 3, 16, 16)
     grey = batch[:, :1]
     assert way.apply(grey).shape == (9, 1, 16, 16)
@@ -93,7 +105,11 @@ def test_crop_takes_the_size_of_the_extractor(tmp_path: Path) -> None:
         picture(size, i).save(tmp_path / f"{i}.png")
     way = parse_preparation("crop").sized((1, 8, 8))
     found, plain = open_images(tmp_path, **way.reading()), open_images(tmp_path, resolution=8, channels=1)
-    assert found.shape == (1, 8, 8) and torch.equal(found.images(range(8)), plain.images(range(8))) and way.describe() == "lanczos+centre_crop"
+    assert (
+        found.shape == (1, 8, 8)
+        and torch.equal(found.images(range(8)), plain.images(range(8)))
+        and way.describe() == "lanczos+centre_crop"
+    )
     assert torch.equal(way.apply(tensor(picture(SIZES[0], 0))[None]), found.images([0]))
     with pytest.raises(UserError, match="takes any size"):
         parse_preparation("crop").sized(None)
@@ -103,7 +119,9 @@ def test_crop_takes_the_size_of_the_extractor(tmp_path: Path) -> None:
         parse_preparation("crop").reading()
 
 
-@pytest.mark.parametrize("text", ["", "cropped", "256:nearest", "256 lanczos", "-256", "0", "1e2", "5000", "99999999", "256:", "２５６"])
+@pytest.mark.parametrize(
+    "text", ["", "cropped", "256:nearest", "256 lanczos", "-256", "0", "1e2", "5000", "99999999", "256:", "２５６"]
+)
 def test_other_words_are_refused_with_the_forms(text: str) -> None:
     with pytest.raises(UserError) as error:
         parse_preparation(text)
@@ -116,7 +134,9 @@ def test_quantisation_of_both_schools() -> None:
     assert torch.equal(quantize(middle.float() + 1e-4), levels.to(torch.uint8))
     x = torch.linspace(-1.2, 1.2, 4801)
     edm, dmd = quantize(x, "edm_round").int(), quantize(x, "dmd_trunc").int()
-    assert torch.equal(edm, (x * 127.5 + 128).clip(0, 255).int()) and torch.equal(dmd, ((x + 1) * 127.5).clip(0, 255).int())
+    assert torch.equal(edm, (x * 127.5 + 128).clip(0, 255).int()) and torch.equal(
+        dmd, ((x + 1) * 127.5).clip(0, 255).int()
+    )
     inside = x.abs() < 0.99
     assert 0.45 < (edm - dmd)[inside].float().mean() < 0.55  # half a level
     assert quantize(torch.tensor([-9.0, 9.0]), "dmd_trunc").tolist() == [0, 255]

@@ -19,7 +19,10 @@ def test_one_record_is_an_object_and_several_a_list(tmp_path: Path) -> None:
     save_records(path, [record()])
     assert isinstance(json.loads(path.read_text()), dict) and load_records(path) == [record()]
     save_records(path, [record(), record(name="two")])  # own files may be replaced
-    assert isinstance(json.loads(path.read_text()), list) and [r["name"] for r in load_records(path)] == ["student", "two"]
+    assert isinstance(json.loads(path.read_text()), list) and [r["name"] for r in load_records(path)] == [
+        "student",
+        "two",
+    ]
 
 
 def test_run_folder_holds_eval_json(tmp_path: Path) -> None:
@@ -30,7 +33,9 @@ def test_run_folder_holds_eval_json(tmp_path: Path) -> None:
     assert load_records(tmp_path) == [record()]
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "not json", '{"format": "other"}', '[{"format": "d2o-eval", "version": 1}, 3]'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "not json", '{"format": "other"}', '[{"format": "d2o-eval", "version": 1}, 3]']
+)
 def test_foreign_files_are_neither_read_nor_overwritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
@@ -44,10 +49,19 @@ def test_foreign_files_are_neither_read_nor_overwritten(tmp_path: Path, content:
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        (["protocol"], None), (["protocol", "n_gen"], "many"), (["metrics", "fd", "value"], "low"), (["metrics", "fd", "value"], float("nan")),
-        (["x"], []), (["x", "kind"], None), (["grid", "n"], 10**30), (["grid"], None), (["notes"], [1]), (["env", "threads"], {}), (["name"], 3),
+        (["protocol"], None),
+        (["protocol", "n_gen"], "many"),
+        (["metrics", "fd", "value"], "low"),
+        (["metrics", "fd", "value"], float("nan")),
+        (["x"], []),
+        (["x", "kind"], None),
+        (["grid", "n"], 10**30),
+        (["grid"], None),
+        (["notes"], [1]),
+        (["env", "threads"], {}),
+        (["name"], 3),
     ],
-)  # fmt: skip
+)
 def test_edited_results_are_refused_with_the_key(tmp_path: Path, keys: list[str], value: object) -> None:
     edited = record()
     place = edited

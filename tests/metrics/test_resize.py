@@ -14,7 +14,9 @@ SHAPES = [(32, 32), (64, 64), (299, 299), (512, 512), (45, 130), (1, 1)]
 
 
 def noise(shape, count=2):
-    return torch.randint(0, 256, (count, 3, *shape), generator=torch.Generator().manual_seed(shape[0]), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, *shape), generator=torch.Generator().manual_seed(shape[0]), dtype=torch.uint8
+    )
 
 
 def each(resizer, images):
@@ -33,7 +35,9 @@ def test_tensorflow_samples_at_the_corner_of_pixels():
 def test_tf_bilinear_is_torch_fidelitys_to_the_bit(shape):
     images = noise(shape).float()
     kept = images.clone()
-    assert torch.equal(tf_bilinear(images, 299), interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False))
+    assert torch.equal(
+        tf_bilinear(images, 299), interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False)
+    )
     assert torch.equal(images, kept)
 
 
@@ -41,9 +45,13 @@ def test_tf_bilinear_is_torch_fidelitys_to_the_bit(shape):
 def test_clean_pil_is_clean_fids_to_the_bit(shape):
     images = noise(shape)
     found = clean_pil(images, 299)
-    assert found.dtype == torch.float32 and torch.equal(found, each(make_resizer("PIL", False, "bicubic", (299, 299)), images))
+    assert found.dtype == torch.float32 and torch.equal(
+        found, each(make_resizer("PIL", False, "bicubic", (299, 299)), images)
+    )
     if shape == (32, 32):
-        assert found.min() == 0 and found.max() == 255 and (found != found.round()).any()  # overshoot is clipped, nothing is rounded
+        assert (
+            found.min() == 0 and found.max() == 255 and (found != found.round()).any()
+        )  # overshoot is clipped, nothing is rounded
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,7 +17,12 @@ FILES = [asset("classifier_digits.safetensors"), asset(SHIPPED["real:digits"])]
 
 def test_reference_is_of_the_shipped_classifier_and_all_digits() -> None:
     extractor, shipped = load_extractor("digits"), load_statistics(FILES[1])
-    assert (shipped.n, shipped.feature, shipped.resize, shipped.weights_sha256) == (1797, "digits", "none", extractor.sha256)
+    assert (shipped.n, shipped.feature, shipped.resize, shipped.weights_sha256) == (
+        1797,
+        "digits",
+        "none",
+        extractor.sha256,
+    )
     stream = FeatureStatistics(extractor.dim)
     stream.update(extractor.features(open_images("real:digits").images(slice(None))))
     torch.testing.assert_close(shipped.mu, stream.mean, rtol=1e-4, atol=1e-4)

@@ -28,14 +28,26 @@ def test_round_trip_with_equal_bytes(tmp_path: Path) -> None:
     save_statistics(tmp_path / "b.npz", s)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     read = load_statistics(tmp_path / "a.npz")
-    assert (read.n, read.feature, read.resize, read.weights_sha256, read.tool_version) == (123, "digits", "none", "ab" * 32, "0.1")
-    assert torch.equal(read.mu, s.mu) and torch.equal(read.sigma, s.sigma) and read.distance(s) == pytest.approx(0, abs=1e-9)
+    assert (read.n, read.feature, read.resize, read.weights_sha256, read.tool_version) == (
+        123,
+        "digits",
+        "none",
+        "ab" * 32,
+        "0.1",
+    )
+    assert (
+        torch.equal(read.mu, s.mu)
+        and torch.equal(read.sigma, s.sigma)
+        and read.distance(s) == pytest.approx(0, abs=1e-9)
+    )
 
 
 def test_files_of_other_tools(tmp_path: Path) -> None:
     np.savez(tmp_path / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
     np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=np.zeros(4), sigma=np.eye(4))
-    assert is_statistics(tmp_path / "edm.npz") and not is_statistics(tmp_path / "adm.npz")  # a batch of images that also has statistics
+    assert is_statistics(tmp_path / "edm.npz") and not is_statistics(
+        tmp_path / "adm.npz"
+    )  # a batch of images that also has statistics
     read = load_statistics(tmp_path / "edm.npz")
     assert read.n is None and read.feature == "" and not read.rank_deficient
     assert read.distance(some()) == pytest.approx(0 + 1 + 4 + 9)
@@ -54,7 +66,11 @@ def test_statistics_of_another_extractor_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"not a zip", "cannot be read"), ({"mu": np.zeros(3)}, "need mu and sigma"), ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shape")],
+    [
+        (b"not a zip", "cannot be read"),
+        ({"mu": np.zeros(3)}, "need mu and sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shape"),
+    ],
 )
 def test_damaged_files(tmp_path: Path, content: bytes | dict, message: str) -> None:
     path = tmp_path / "x.npz"
@@ -92,9 +108,15 @@ def stylegan(features: np.ndarray) -> dict[str, object]:
     """What StyleGAN's FeatureStats pickles: sums in float64, and all features in batches where a metric needs them."""
     f = features.astype(np.float64)
     return {
-        "capture_all": True, "capture_mean_cov": True, "max_items": None, "num_items": len(f), "num_features": f.shape[1],
-        "all_features": [features[:20], features[20:]], "raw_mean": f.sum(0), "raw_cov": f.T @ f,
-    }  # fmt: skip
+        "capture_all": True,
+        "capture_mean_cov": True,
+        "max_items": None,
+        "num_items": len(f),
+        "num_features": f.shape[1],
+        "all_features": [features[:20], features[20:]],
+        "raw_mean": f.sum(0),
+        "raw_cov": f.T @ f,
+    }
 
 
 def write_pickle(path: Path, value: object) -> Path:
@@ -120,9 +142,16 @@ def test_features_of_clean_fids_kid(tmp_path: Path) -> None:
 
 
 def test_edm2_holds_two_extractors(tmp_path: Path) -> None:
-    path = write_pickle(tmp_path / "img512.pkl", {"num_images": 1_281_167, "fid": {"mu": MU, "sigma": SIGMA}, "fd_dinov2": DINO})
+    path = write_pickle(
+        tmp_path / "img512.pkl", {"num_images": 1_281_167, "fid": {"mu": MU, "sigma": SIGMA}, "fd_dinov2": DINO}
+    )
     assert is_statistics(path)
-    for feature, name in ((None, "inception"), ("inception", "inception"), ("inception-clean", "inception"), ("dinov2_vitl14", "dinov2_vitl14")):
+    for feature, name in (
+        (None, "inception"),
+        ("inception", "inception"),
+        ("inception-clean", "inception"),
+        ("dinov2_vitl14", "dinov2_vitl14"),
+    ):
         found = load_statistics(path, feature)
         assert (found.feature, found.n) == (name, 1_281_167)
         assert close(found) if name == "inception" else close(found, DINO["mu"], DINO["sigma"])
@@ -138,7 +167,14 @@ def test_edm2_holds_two_extractors(tmp_path: Path) -> None:
 
 
 def test_adm_reference_batches_are_images_with_statistics(tmp_path: Path) -> None:
-    np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=MU, sigma=SIGMA, mu_s=DINO["mu"], sigma_s=DINO["sigma"])
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=np.zeros((2, 8, 8, 3), np.uint8),
+        mu=MU,
+        sigma=SIGMA,
+        mu_s=DINO["mu"],
+        sigma_s=DINO["sigma"],
+    )
     assert not is_statistics(tmp_path / "adm.npz")
     found = load_statistics(tmp_path / "adm.npz")
     assert close(found) and found.spatial is not None and close(found.spatial, DINO["mu"], DINO["sigma"])
@@ -157,7 +193,11 @@ def test_torch_fidelitys_cache(tmp_path: Path) -> None:
     from torch_fidelity.utils import cache_lookup_one_recompute_on_miss
 
     cache_lookup_one_recompute_on_miss(
-        "set-stat-fid-6", lambda: fid_features_to_statistics(torch.from_numpy(FEATURES)), cache=True, cache_root=str(tmp_path), verbose=False
+        "set-stat-fid-6",
+        lambda: fid_features_to_statistics(torch.from_numpy(FEATURES)),
+        cache=True,
+        cache_root=str(tmp_path),
+        verbose=False,
     )
     path = tmp_path / "set-stat-fid-6.pt"
     found = load_statistics(path)
@@ -167,9 +207,17 @@ def test_torch_fidelitys_cache(tmp_path: Path) -> None:
 def test_stylegans_cache_divides_by_n(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "stats.pkl", stylegan(FEATURES))
     found = load_statistics(path)
-    assert is_statistics(path) and found.n == 50 and close(found, MU, np.cov(FEATURES.astype(np.float64), rowvar=False, bias=True))
+    assert (
+        is_statistics(path)
+        and found.n == 50
+        and close(found, MU, np.cov(FEATURES.astype(np.float64), rowvar=False, bias=True))
+    )
     assert found.features is not None and np.array_equal(found.features, FEATURES)
-    changes = (({"num_items": 0}, "keys of StyleGAN's statistics"), ({"raw_cov": "x"}, "StyleGAN"), ({"raw_mean": None}, "real numbers"))
+    changes = (
+        ({"num_items": 0}, "keys of StyleGAN's statistics"),
+        ({"raw_cov": "x"}, "StyleGAN"),
+        ({"raw_mean": None}, "real numbers"),
+    )
     for change, message in changes:
         with pytest.raises(UserError, match=message):
             load_statistics(write_pickle(tmp_path / "bad.pkl", stylegan(FEATURES) | change))
@@ -179,13 +227,31 @@ def test_stylegans_cache_divides_by_n(tmp_path: Path) -> None:
 
 
 def test_spatial_statistics_and_features_round_trip(tmp_path: Path) -> None:
-    about = {"n": 50, "feature": "inception", "resize": "none", "weights_sha256": "a" * 64, "tool_version": "1", "extractor_resize": "tf_bilinear299"}
+    about = {
+        "n": 50,
+        "feature": "inception",
+        "resize": "none",
+        "weights_sha256": "a" * 64,
+        "tool_version": "1",
+        "extractor_resize": "tf_bilinear299",
+    }
     spatial = Statistics(torch.from_numpy(DINO["mu"]), torch.from_numpy(DINO["sigma"]), **about)
-    whole = Statistics(torch.from_numpy(MU), torch.from_numpy(SIGMA), **about, features=torch.from_numpy(FEATURES), spatial=spatial)
+    whole = Statistics(
+        torch.from_numpy(MU), torch.from_numpy(SIGMA), **about, features=torch.from_numpy(FEATURES), spatial=spatial
+    )
     save_statistics(tmp_path / "x.npz", whole)
     found = load_statistics(tmp_path / "x.npz")
-    assert is_statistics(tmp_path / "x.npz") and close(found) and found.features is not None and np.array_equal(found.features, FEATURES)
-    assert found.spatial is not None and torch.equal(found.spatial.sigma, spatial.sigma) and found.spatial.distance(spatial) < 1e-9
+    assert (
+        is_statistics(tmp_path / "x.npz")
+        and close(found)
+        and found.features is not None
+        and np.array_equal(found.features, FEATURES)
+    )
+    assert (
+        found.spatial is not None
+        and torch.equal(found.spatial.sigma, spatial.sigma)
+        and found.spatial.distance(spatial) < 1e-9
+    )
     assert all(getattr(found, key) == getattr(found.spatial, key) == value for key, value in about.items())
 
 
@@ -197,14 +263,22 @@ def test_statistics_of_a_stream_name_their_extractor(extractor_file: Path) -> No
     found = Statistics.of(features, extractor, "lanczos+centre_crop", spatial)
     assert found.spatial is not None and (found.dim, found.spatial.dim) == (16, 3)
     for one in (found, found.spatial):
-        assert (one.n, one.feature, one.weights_sha256, one.extractor_resize) == (20, extractor.name, extractor.sha256, extractor.resize)
+        assert (one.n, one.feature, one.weights_sha256, one.extractor_resize) == (
+            20,
+            extractor.name,
+            extractor.sha256,
+            extractor.resize,
+        )
     check_same_features(found, Statistics.none(extractor))
 
 
 def test_one_network_fed_in_two_ways_is_two_extractors() -> None:
     clean = some(feature="inception-clean", weights_sha256="a" * 64, extractor_resize="clean_pil299")
     plain = some(feature="inception", weights_sha256="a" * 64, extractor_resize="tf_bilinear299")
-    with pytest.raises(UserError, match="resized in another way: inception-clean resizes with clean_pil299, inception with tf_bilinear299") as error:
+    with pytest.raises(
+        UserError,
+        match="resized in another way: inception-clean resizes with clean_pil299, inception with tf_bilinear299",
+    ) as error:
         clean.distance(plain)
     assert "--extractor: inception-clean or inception" in error.value.hint
     assert clean.distance(some(weights_sha256="a" * 64)) == pytest.approx(0, abs=1e-9)  # a file that does not say
@@ -217,7 +291,12 @@ def test_numbers_that_are_no_gaussian(tmp_path: Path) -> None:
     eye = np.eye(3)
     skewed, infinite, negative = eye.copy(), eye.copy(), eye.copy()
     skewed[0, 1], infinite[0, 0], negative[1, 1] = 0.1, np.nan, -0.5
-    for sigma, message in ((skewed, "not symmetric"), (infinite, "not finite"), (negative, "negative variances"), (eye + 1j, "real numbers")):
+    for sigma, message in (
+        (skewed, "not symmetric"),
+        (infinite, "not finite"),
+        (negative, "negative variances"),
+        (eye + 1j, "real numbers"),
+    ):
         np.savez(tmp_path / "x.npz", mu=np.zeros(3), sigma=sigma)
         with pytest.raises(UserError, match=message):
             load_statistics(tmp_path / "x.npz")
@@ -268,7 +347,9 @@ def test_other_things_are_no_statistics(tmp_path: Path) -> None:
         load_statistics(tmp_path / "network.pkl")
     with pytest.raises(UserError, match="is a folder"):
         load_statistics(tmp_path)
-    assert not any(is_statistics(tmp_path / name) for name in ("images.npz", "list.pkl", "network.pkl", "absent.npz", "."))
+    assert not any(
+        is_statistics(tmp_path / name) for name in ("images.npz", "list.pkl", "network.pkl", "absent.npz", ".")
+    )
     np.savez(tmp_path / "dict.npz", stats={"mu": MU, "sigma": SIGMA})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="need mu and sigma"):
         load_statistics(tmp_path / "dict.npz")

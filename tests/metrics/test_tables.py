@@ -57,21 +57,36 @@ def test_every_table_loads_names_what_exists_and_says_how_to_run_it(name):
 
 
 def test_the_papers_all_have_their_tables():
-    papers = [f"sida_table{i}" for i in range(1, 8)] + [f"spi_gan_table{i}" for i in range(1, 6)] + [f"d2g_table{i}" for i in range(1, 7)]
+    papers = (
+        [f"sida_table{i}" for i in range(1, 8)]
+        + [f"spi_gan_table{i}" for i in range(1, 6)]
+        + [f"d2g_table{i}" for i in range(1, 7)]
+    )
     assert {*papers, "gdd_table3a", "gdd_table4", "spi_gan_dd_gan", "digits"} <= set(table_names())
 
 
 def test_some_numbers_of_the_papers():
     """The records that the papers claim, read by hand from their abstracts and texts."""
     rows = {row.name: row for row in load_table("sida_table1").rows}
-    assert rows["SiD2A, alpha 1.0"].printed("fid") == (1.499, 0.012) and rows["EDM (VP), the teacher"].printed("fid") == (1.97, None)
+    assert rows["SiD2A, alpha 1.0"].printed("fid") == (1.499, 0.012) and rows["EDM (VP), the teacher"].printed(
+        "fid"
+    ) == (1.97, None)
     rows = {row.name: row for row in load_table("sida_table2").rows}
     assert rows["SiD2A, alpha 1.2"].printed("fid") == (1.396, 0.014)
-    assert {row.name: row for row in load_table("sida_table3").rows}["SiD2A, alpha 1.2"].printed("fid") == (1.110, 0.018)
+    assert {row.name: row for row in load_table("sida_table3").rows}["SiD2A, alpha 1.2"].printed("fid") == (
+        1.110,
+        0.018,
+    )
     assert {row.name: row for row in load_table("sida_table4").rows}["SiDA-XL"].printed("fid") == (1.449, 0.033)
     assert {row.name: row for row in load_table("gdd_table3c").rows}["GDD-I"].printed("fid") == (0.85, None)
-    assert {row.name: row for row in load_table("d2g_table3").rows}["Diffusion2GAN"].printed("fid-clean") == (9.29, None)
-    assert {row.name: row for row in load_table("spi_gan_table2").rows}["SPI-GAN"].printed("fid-pytorch") == (6.62, None)
+    assert {row.name: row for row in load_table("d2g_table3").rows}["Diffusion2GAN"].printed("fid-clean") == (
+        9.29,
+        None,
+    )
+    assert {row.name: row for row in load_table("spi_gan_table2").rows}["SPI-GAN"].printed("fid-pytorch") == (
+        6.62,
+        None,
+    )
 
 
 def test_tables_are_not_taken_for_recipes():
@@ -105,8 +120,10 @@ def test_absent_rows(tmp_path):
         "nowhere/a is not here",
         "nowhere/b is not here; d2o finetune recipes/quickstart.yaml --from runs/a makes it",
         "nowhere/c is not here, and this d2o has no recipe no_such that makes it",
-        None, None, None,
-    ]  # fmt: skip
+        None,
+        None,
+        None,
+    ]
 
 
 # ---- one's own -----------------------------------------------------------------------------------------------------------------------------
@@ -119,7 +136,11 @@ def test_options_of_a_row_go_over_those_of_the_table(tmp_path):
     )
     table = load_table(write(tmp_path / "mine.yaml", text))
     a, b = table.rows
-    assert table.options_of(a) == {"n": 100, "metrics": ["fd", "pr"], "seed": 3}  # only what is written; nothing is filled in
+    assert table.options_of(a) == {
+        "n": 100,
+        "metrics": ["fd", "pr"],
+        "seed": 3,
+    }  # only what is written; nothing is filled in
     assert (table.against_of(a), table.against_of(b)) == ("real.zip", "other.zip")
     assert a.printed("fd") == (1.0, None) and a.printed("precision") == (0.5, 0.1) and a.printed("recall") is None
 
@@ -127,19 +148,40 @@ def test_options_of_a_row_go_over_those_of_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problems"),
     [
-        ("rows:\n  - {name: a, y: digits}\n", ["4: rows[0].y: unknown key; known here: name, x, options, paper, against, recipe, start"]),
+        (
+            "rows:\n  - {name: a, y: digits}\n",
+            ["4: rows[0].y: unknown key; known here: name, x, options, paper, against, recipe, start"],
+        ),
         ("rows:\n  - {x: digits}\n", ["4: rows[0].name: missing; expected a text, not empty"]),
         ("rows: []\n", ["3: rows: expected a list, each a section (lines of `key: value`), got 0 values"]),
         ("", ["1: rows: missing; expected a list, each a section (lines of `key: value`)"]),
-        ("rows:\n  - name: a\n    x: digits\n    options:\n      steps: fast\n", ["7: rows[0].options.steps: expected an integer, got 'fast'"]),
-        ("rows:\n  - name: a\n    x: digits\n    options:\n      stepz: 3\n", ["7: rows[0].options.stepz: unknown key; did you mean 'steps'?"]),
+        (
+            "rows:\n  - name: a\n    x: digits\n    options:\n      steps: fast\n",
+            ["7: rows[0].options.steps: expected an integer, got 'fast'"],
+        ),
+        (
+            "rows:\n  - name: a\n    x: digits\n    options:\n      stepz: 3\n",
+            ["7: rows[0].options.stepz: unknown key; did you mean 'steps'?"],
+        ),
         ("options: {n: 1}\nrows:\n  - {name: a, x: digits}\n", ["3: options: --n must be at least 2, not 1"]),
-        ("protocol: sida_cifar\nrows:\n  - {name: a, x: digits}\n", ["3: protocol: unknown protocol 'sida_cifar': did you mean 'sida_cifar10'?"]),
-        ("rows:\n  - {name: a}\n", ["4: rows[0]: neither x nor paper: there is nothing to measure and nothing to quote"]),
+        (
+            "protocol: sida_cifar\nrows:\n  - {name: a, x: digits}\n",
+            ["3: protocol: unknown protocol 'sida_cifar': did you mean 'sida_cifar10'?"],
+        ),
+        (
+            "rows:\n  - {name: a}\n",
+            ["4: rows[0]: neither x nor paper: there is nothing to measure and nothing to quote"],
+        ),
         ("rows:\n  - {name: a, x: b}\n  - {name: a, x: c}\n", ["5: rows[1].name: another row is called 'a', too"]),
-        ("rows:\n  - name: a\n    paper:\n      fidd: 1.2\n", ["6: rows[0].paper.fidd: unknown number 'fidd': did you mean 'fid'?"]),
+        (
+            "rows:\n  - name: a\n    paper:\n      fidd: 1.2\n",
+            ["6: rows[0].paper.fidd: unknown number 'fidd': did you mean 'fid'?"],
+        ),
         ("rows:\n  - name: a\n    paper: {fid: [1.2]}\n", ["5: rows[0].paper.fid: expected a number or a list"]),
-        ("options: {metrics: [fidd]}\nrows:\n  - {name: a, x: b}\n", ["3: options: unknown metric 'fidd': did you mean 'fid'?"]),
+        (
+            "options: {metrics: [fidd]}\nrows:\n  - {name: a, x: b}\n",
+            ["3: options: unknown metric 'fidd': did you mean 'fid'?"],
+        ),
         (
             "protocol: gdd_ffhq64\nrows:\n  - {name: a, x: b, options: {n: 500, metrics: [kid]}}\n",
             [
@@ -165,7 +207,8 @@ def test_all_problems_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [(b"", "is not a table"), (b"- a\n", "is not a table"), (b"\xff\xfe\x00", "is not a table: it is not a text")]
+    ("data", "words"),
+    [(b"", "is not a table"), (b"- a\n", "is not a table"), (b"\xff\xfe\x00", "is not a table: it is not a text")],
 )
 def test_files_that_are_no_tables(data, words, tmp_path):
     (tmp_path / "t.yaml").write_bytes(data)

@@ -62,7 +62,9 @@ def killed_at(number: int, work: Callable[[], None]) -> bool:
 
         def hook(event: str, arguments: tuple) -> None:
             nonlocal count
-            count += event in changes or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+            count += event in changes or (
+                event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            )
             if count == number:
                 os._exit(9)  # no clean-up, as after a SIGKILL
 
@@ -135,7 +137,9 @@ def test_the_same_evaluation_beside_it_keeps_its_work(root: Path) -> None:
     assert not list(root.iterdir())
 
 
-def test_workers_of_torchrun_find_everything_done_however_late_they_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_torchrun_find_everything_done_however_late_they_come(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with Workplace() as place:
@@ -192,7 +196,12 @@ def test_a_flipped_bit_is_found_and_its_images_measured_again(tmp_path: Path) ->
     calls: list[range] = []
     with Workplace(tmp_path, say=said.append) as place:
         assert gather(place, calls=calls).column("number").tolist() == list(range(700))
-    assert calls[0].start == 300 and len(calls) == 6 and str(part) in said[0] and "300 images are measured again" in said[0]
+    assert (
+        calls[0].start == 300
+        and len(calls) == 6
+        and str(part) in said[0]
+        and "300 images are measured again" in said[0]
+    )
 
 
 def test_between_two_passes_it_stops_at_once(root: Path) -> None:

@@ -42,7 +42,11 @@ def test_prompts_are_padded_and_cut_to_77_with_both_marks(tokens):
     ids = tokens.encode(["", "seven " * 200])
     assert ids.shape == (2, 77) and ids.dtype == torch.int64
     assert ids[0, 0] == tokens.vocab[BOS] and (ids[0, 1:] == tokens.vocab[EOS]).all()
-    assert ids[1, 0] == tokens.vocab[BOS] and ids[1, -1] == tokens.vocab[EOS] and (ids[1, 1:-1] == tokens.vocab["seven</w>"]).all()
+    assert (
+        ids[1, 0] == tokens.vocab[BOS]
+        and ids[1, -1] == tokens.vocab[EOS]
+        and (ids[1, 1:-1] == tokens.vocab["seven</w>"]).all()
+    )
 
 
 def test_the_vocabulary_depends_on_the_set_of_words_alone_and_is_laid_out_as_clip_s(tokens):

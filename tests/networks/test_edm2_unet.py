@@ -14,8 +14,18 @@ from d2o.networks.build import build_network, count_parameters, set_dropout
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, MPConv, mp_cat, mp_silu, mp_sum
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
-TINY = {"arch": "edm2", "img_resolution": 8, "img_channels": 2, "label_dim": 3, "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1,
-        "attn_resolutions": [4], "channels_per_head": 16, "logvar_channels": 8}  # fmt: skip
+TINY = {
+    "arch": "edm2",
+    "img_resolution": 8,
+    "img_channels": 2,
+    "label_dim": 3,
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "channels_per_head": 16,
+    "logvar_channels": 8,
+}
 
 
 def tiny(**more):
@@ -51,11 +61,21 @@ def test_denoiser_and_uncertainty_agree_with_the_official_ones(golden):
 def test_sampler_agrees_with_the_official_one(golden):
     network, numbers = golden
     solver, label = Solver("heun", 32), numbers["label"]
-    samples = solver.run(lambda x, sigma: network(x, sigma, label), numbers["latents"], EDMSchedule(network.sigma_min, network.sigma_max))
+    samples = solver.run(
+        lambda x, sigma: network(x, sigma, label), numbers["latents"], EDMSchedule(network.sigma_min, network.sigma_max)
+    )
     assert solver.nfe == 63 and (samples - numbers["heun32"]).abs().max() < 1e-3
 
 
-PUBLISHED = {"xxs": 31309029, "xs": 124713253, "s": 280212837, "m": 497807781, "l": 777498085, "xl": 1119283749, "xxl": 1523164773}
+PUBLISHED = {
+    "xxs": 31309029,
+    "xs": 124713253,
+    "s": 280212837,
+    "m": 497807781,
+    "l": 777498085,
+    "xl": 1119283749,
+    "xxl": 1523164773,
+}
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -64,26 +84,44 @@ def test_published_networks_have_their_parameter_counts(preset):
     with torch.device("meta"):
         network, generator = build_network(config), build_network({**config, "logvar_channels": 0})
         again = build_network(network.config)
-    assert count_parameters(network) == count_parameters(again) == PUBLISHED[preset] and len(network.state_dict()) == 203
+    assert (
+        count_parameters(network) == count_parameters(again) == PUBLISHED[preset] and len(network.state_dict()) == 203
+    )
     assert count_parameters(generator) == PUBLISHED[preset] - 128  # SiD's students have no uncertainty head
-    assert network.config["dropout"] == (0.1 if preset in ("m", "l", "xl", "xxl") else 0.0) and "preset" not in network.config
+    assert (
+        network.config["dropout"] == (0.1 if preset in ("m", "l", "xl", "xxl") else 0.0)
+        and "preset" not in network.config
+    )
 
 
 def test_published_names_and_shapes():
     with torch.device("meta"):
-        network = build_network({"arch": "edm2", "preset": "xs", "img_resolution": 64, "img_channels": 4, "label_dim": 1000})
+        network = build_network(
+            {"arch": "edm2", "preset": "xs", "img_resolution": 64, "img_channels": 4, "label_dim": 1000}
+        )
         unconditional = build_network({"arch": "edm2", "preset": "xs", "img_resolution": 64, "img_channels": 4})
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     assert shapes["unet.enc.64x64_conv.weight"] == (128, 5, 3, 3) and shapes["unet.emb_label.weight"] == (512, 1000)
-    assert shapes["unet.enc.32x32_block0.conv_skip.weight"] == (256, 128, 1, 1) and shapes["unet.dec.8x8_in0.attn_qkv.weight"] == (1536, 512, 1, 1)
-    assert shapes["logvar_linear.weight"] == (1, 128) and shapes["unet.out_gain"] == shapes["unet.dec.64x64_up.emb_gain"] == ()
+    assert shapes["unet.enc.32x32_block0.conv_skip.weight"] == (256, 128, 1, 1) and shapes[
+        "unet.dec.8x8_in0.attn_qkv.weight"
+    ] == (1536, 512, 1, 1)
+    assert (
+        shapes["logvar_linear.weight"] == (1, 128)
+        and shapes["unet.out_gain"] == shapes["unet.dec.64x64_up.emb_gain"] == ()
+    )
     assert set(shapes) - set(unconditional.state_dict()) == {"unet.emb_label.weight"}
 
 
 def test_magnitudes_are_preserved():
     torch.manual_seed(0)
     a, b = torch.randn(64, 48, 8, 8), torch.randn(64, 16, 8, 8)
-    for y in (mp_silu(a), mp_sum(a, a.flip(0), 0.3), mp_cat(a, b, 0.5), MPConv(48, 32, 3)(a)[:, :, 1:-1, 1:-1], MPConv(48, 32, 0)(a[:, :, 0, 0])):
+    for y in (
+        mp_silu(a),
+        mp_sum(a, a.flip(0), 0.3),
+        mp_cat(a, b, 0.5),
+        MPConv(48, 32, 3)(a)[:, :, 1:-1, 1:-1],
+        MPConv(48, 32, 0)(a[:, :, 0, 0]),
+    ):
         assert abs(y.square().mean().sqrt() - 1) < 0.05
     joined = mp_cat(a, b, 0.5)  # both inputs contribute the same, whatever their numbers of channels
     assert torch.allclose(joined[:, :48].square().sum(1).mean(), joined[:, 48:].square().sum(1).mean(), rtol=0.05)
@@ -93,7 +131,9 @@ def test_no_label_is_a_zero_row():
     network, x, sigma = tiny().eval(), torch.randn(2, 2, 8, 8), torch.tensor([0.5, 3.0])
     with torch.inference_mode():
         plain = network(x, sigma)
-        assert torch.equal(network(x, sigma, torch.tensor([-1, -1])), plain) and torch.equal(network(x, sigma, torch.zeros(2, 3)), plain)
+        assert torch.equal(network(x, sigma, torch.tensor([-1, -1])), plain) and torch.equal(
+            network(x, sigma, torch.zeros(2, 3)), plain
+        )
         assert not torch.allclose(network(x, sigma, torch.tensor([0, 2])), plain)
         alone = network(x[:1], sigma[:1], torch.tensor([0]))
         assert torch.allclose(network(x, sigma, torch.tensor([0, 2]))[:1], alone, atol=1e-5)
@@ -157,7 +197,10 @@ def test_weights_are_normalised_before_each_forward_in_training_only():
 def test_without_the_head_there_is_no_uncertainty():
     network = tiny(logvar_channels=0).eval()
     assert not any(name.startswith("logvar") for name in network.state_dict())
-    for ask in (lambda: network(torch.randn(1, 2, 8, 8), torch.tensor(1.0), return_logvar=True), lambda: network.logvar(torch.tensor(1.0))):
+    for ask in (
+        lambda: network(torch.randn(1, 2, 8, 8), torch.tensor(1.0), return_logvar=True),
+        lambda: network.logvar(torch.tensor(1.0)),
+    ):
         with pytest.raises(UserError, match="no uncertainty head"):
             ask()
 

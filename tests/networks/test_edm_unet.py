@@ -21,7 +21,10 @@ def golden(request):
 
 def test_denoiser_agrees_with_the_official_one(golden):
     teacher, numbers = golden
-    for condition in (numbers["label"].argmax(1), numbers["label"]):  # class indices as d2o has them, one-hot rows as EDM has them
+    for condition in (
+        numbers["label"].argmax(1),
+        numbers["label"],
+    ):  # class indices as d2o has them, one-hot rows as EDM has them
         with torch.inference_mode():
             denoised = teacher.network(numbers["noisy"], numbers["sigma"], condition)
         assert (denoised - numbers["denoised"]).abs().max() < 1e-4
@@ -77,7 +80,10 @@ def test_published_names_and_shapes():
     assert shapes["model.dec.8x8_block0.skip.weight"] == (256, 512, 1, 1)
     assert {"model.map_noise.freqs", "model.dec.8x8_in0.proj.bias", "model.dec.32x32_aux_conv.weight"} <= set(shapes)
     shapes = {name: tuple(t.shape) for name, t in imagenet.items()}
-    assert shapes["model.enc.32x32_block0.affine.weight"] == (768, 768) and shapes["model.map_label.weight"] == (768, 1000)
+    assert shapes["model.enc.32x32_block0.affine.weight"] == (768, 768) and shapes["model.map_label.weight"] == (
+        768,
+        1000,
+    )
     assert "model.map_label.bias" not in shapes and "model.enc.32x32_down.skip.weight" not in shapes
     assert "model.enc.32x32_down.skip.resample_filter" in shapes
 
@@ -106,7 +112,9 @@ def test_preconditioning_limits():
 @pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
 def test_a_network_is_rebuilt_from_its_configuration(arch):
     torch.manual_seed(0)
-    network = EDMPrecond(arch, 8, 1, 3, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=()).eval()
+    network = EDMPrecond(
+        arch, 8, 1, 3, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=()
+    ).eval()
     again = build_network(network.config).eval()
     again.load_state_dict(network.state_dict())
     x, sigma, label = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 10.0]), torch.tensor([0, 2])

@@ -15,9 +15,21 @@ from d2o.networks.precond import set_disc_map
 from d2o.teachers.registry import load_teacher
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
-TINY = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "img_resolution": 8, "img_channels": 2,
-        "label_dim": 3}  # fmt: skip
-MORE = {"ddpmpp": {}, "ncsnpp": {}, "adm": {"model_channels": 64}, "edm2": {"channels_per_head": 16, "logvar_channels": 8}}
+TINY = {
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "img_resolution": 8,
+    "img_channels": 2,
+    "label_dim": 3,
+}
+MORE = {
+    "ddpmpp": {},
+    "ncsnpp": {},
+    "adm": {"model_channels": 64},
+    "edm2": {"channels_per_head": 16, "logvar_channels": 8},
+}
 
 
 def tiny(arch: str, seed: int = 0) -> nn.Module:
@@ -50,7 +62,9 @@ def test_one_pass_gives_the_image_and_the_map_of_separate_passes(arch, kind):
         assert torch.equal(denoised, network(*inputs())) and torch.equal(denoised, network(*inputs(), part="decoder"))
         seen.clear()
         assert torch.equal(disc_map, network(*inputs(), part="encoder"))
-        assert list(seen) == (["enc_last_mean"] if kind == "enc_last_mean" else ["enc_last_mean", "mid_mean"])  # and no block after it
+        assert list(seen) == (
+            ["enc_last_mean"] if kind == "enc_last_mean" else ["enc_last_mean", "mid_mean"]
+        )  # and no block after it
     assert disc_map.shape == (3, 1, 4, 4) and disc_map.dtype == torch.float32
     torch.testing.assert_close(disc_map, seen[kind].mean(1, keepdim=True))
 
@@ -58,7 +72,9 @@ def test_one_pass_gives_the_image_and_the_map_of_separate_passes(arch, kind):
 def test_uncertainty_comes_last():
     network = tiny("edm2").eval()
     denoised, disc_map, u = network(*inputs(), part="encoder_decoder", return_logvar=True)
-    assert torch.equal(u, network.logvar(inputs()[1])) and torch.equal(disc_map, network(*inputs(), part="encoder", return_logvar=True)[0])
+    assert torch.equal(u, network.logvar(inputs()[1])) and torch.equal(
+        disc_map, network(*inputs(), part="encoder", return_logvar=True)[0]
+    )
     assert torch.equal(denoised, network(*inputs(), return_logvar=True)[0])
 
 
@@ -98,7 +114,9 @@ def test_recomputing_activations_changes_no_gradient(arch, dropout):
         x.requires_grad_()
         torch.manual_seed(7)
         stored: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, stored=stored: (stored.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, stored=stored: (stored.append(t.numel()), t)[1], lambda t: t
+        ):
             denoised, disc_map = network(x, sigma, label, part="encoder_decoder")
             loss = denoised.square().mean() + disc_map.square().mean()
         loss.backward()

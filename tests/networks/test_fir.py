@@ -7,7 +7,11 @@ from torch.nn import functional as F
 from d2o.errors import UserError
 from d2o.networks.fir import EDGES, down2, fir_taps, resample, smooth, up2
 
-SHORT, LOPSIDED, LONG = (1, 3, 3, 1), (1, 2, 5, 3), (1, 3, 7, 8, 4, 1.5, 0.5)  # even and odd ones of LONG have the same sum
+SHORT, LOPSIDED, LONG = (
+    (1, 3, 3, 1),
+    (1, 2, 5, 3),
+    (1, 3, 7, 8, 4, 1.5, 0.5),
+)  # even and odd ones of LONG have the same sum
 
 
 def by_definition(x, taps, up, down, pad):
@@ -24,7 +28,9 @@ def by_definition(x, taps, up, down, pad):
 def test_equals_its_definition(taps):
     torch.manual_seed(0)
     x, k = torch.randn(2, 3, 9, 8), fir_taps(taps)
-    for up, down, pad in itertools.product((1, 2, 3), (1, 2), ((0, 1, 2, 3), (3, 3, 3, 3), (5, 9, 0, -1), (-1, 2, 9, 9))):
+    for up, down, pad in itertools.product(
+        (1, 2, 3), (1, 2), ((0, 1, 2, 3), (3, 3, 3, 3), (5, 9, 0, -1), (-1, 2, 9, 9))
+    ):
         expected = by_definition(x, k, up, down, pad)
         assert torch.allclose(resample(x, k, up, down, pad), expected, atol=1e-5)
         assert torch.allclose(resample(x, k.expand(3, -1), up, down, pad), expected, atol=1e-5)

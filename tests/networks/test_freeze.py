@@ -41,7 +41,9 @@ def test_the_frozen_shares_of_gdd(name, total, shares):
         assert sum(p.numel() for p in network.parameters() if not p.requires_grad) == frozen
 
 
-@pytest.mark.parametrize(("name", "share"), [("ncsnpp-cifar10", 83.7), ("ddpmpp-cifar10", 84.7), ("adm-imagenet", 76.0)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("ncsnpp-cifar10", 83.7), ("ddpmpp-cifar10", 84.7), ("adm-imagenet", 76.0)]
+)
 def test_the_two_convolutions_of_the_blocks(name, share):
     network = on_meta(name)
     freeze(network, "conv")
@@ -53,17 +55,44 @@ def test_what_stays_trainable():
     network = on_meta("ncsnpp-cifar10")
     freeze(network, "conv")
     trained = {name.split(".")[-2] for name, p in network.named_parameters() if p.requires_grad}
-    assert trained == {"map_layer0", "map_layer1", "32x32_conv", "16x16_aux_residual", "8x8_aux_residual", "32x32_aux_norm", "32x32_aux_conv",
-                       "norm0", "norm1", "norm2", "affine", "qkv", "skip"}  # fmt: skip
+    assert trained == {
+        "map_layer0",
+        "map_layer1",
+        "32x32_conv",
+        "16x16_aux_residual",
+        "8x8_aux_residual",
+        "32x32_aux_norm",
+        "32x32_aux_conv",
+        "norm0",
+        "norm1",
+        "norm2",
+        "affine",
+        "qkv",
+        "skip",
+    }
     frozen = [name.split(".")[-2] for name, p in network.named_parameters() if not p.requires_grad]
-    assert set(frozen) == {"conv0", "conv1", "proj"} and frozen.count("conv0") == 2 * frozen.count("conv1") / 2  # biases with their weights
+    assert (
+        set(frozen) == {"conv0", "conv1", "proj"} and frozen.count("conv0") == 2 * frozen.count("conv1") / 2
+    )  # biases with their weights
 
 
 def test_edm2_and_networks_without_blocks():
-    edm2 = build_network({"arch": "edm2", "img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
-                          "attn_resolutions": [4], "channels_per_head": 8})  # fmt: skip
-    for level, layers in (("conv", {"conv_res0", "conv_res1", "attn_proj"}), ("conv_qkv_skip", {"conv_res0", "conv_res1", "attn_proj", "attn_qkv",
-                                                                                              "conv_skip"})):  # fmt: skip
+    edm2 = build_network(
+        {
+            "arch": "edm2",
+            "img_resolution": 8,
+            "img_channels": 1,
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "num_blocks": 1,
+            "attn_resolutions": [4],
+            "channels_per_head": 8,
+        }
+    )
+    for level, layers in (
+        ("conv", {"conv_res0", "conv_res1", "attn_proj"}),
+        ("conv_qkv_skip", {"conv_res0", "conv_res1", "attn_proj", "attn_qkv", "conv_skip"}),
+    ):
         freeze(edm2, level)
         assert {name.split(".")[-2] for name, p in edm2.named_parameters() if not p.requires_grad} == layers
     assert freeze(torch.nn.Linear(2, 2), "none") == 0

@@ -9,7 +9,15 @@ from d2o.networks.ddgan_critic import DDGANCritic, critic_widths
 from d2o.networks.ncsnpp_blocks import AdaptiveGroupNorm, TimeEmbedding
 from d2o.networks.ncsnpp_z import DDGANGenerator
 
-SMALL = {"nf": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "nz": 8, "zdim": 16, "n_mlp": 1}
+SMALL = {
+    "nf": 16,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [4],
+    "nz": 8,
+    "zdim": 16,
+    "n_mlp": 1,
+}
 
 
 def perturbed(network: torch.nn.Module) -> torch.nn.Module:
@@ -38,7 +46,14 @@ def test_published_sizes():
         assert [name for name in cifar.enc if "attention" in name] == ["16_attention0", "16_attention1"]
         assert [name for name in cifar.dec if "attention" in name] == ["in_attention", "16_attention"]
         assert [name for name in large.enc if "attention" in name] == ["16_attention0", "16_attention1"]
-        assert [block.conv0.out_channels for name, block in large.enc.items() if "block1" in name] == [64, 64, 128, 128, 256, 256]
+        assert [block.conv0.out_channels for name, block in large.enc.items() if "block1" in name] == [
+            64,
+            64,
+            128,
+            128,
+            256,
+            256,
+        ]
         x, t = torch.empty(2, 3, 256, 256), torch.zeros(2, dtype=torch.int64)
         assert large(x, t, torch.empty(2, 100)).shape == x.shape
         small, big = DDGANCritic(32, 3), DDGANCritic(256, 3)
@@ -85,7 +100,9 @@ def test_adaptive_norm_starts_as_the_plain_one_and_is_moved_by_z():
 def test_time_is_embedded_by_sines_then_cosines_of_the_bare_step():
     embedded = TimeEmbedding(8)(torch.tensor([0, 3]))
     frequencies = 10000.0 ** (-torch.arange(4) / 3)
-    assert torch.allclose(embedded, torch.stack([torch.cat([(s * frequencies).sin(), (s * frequencies).cos()]) for s in (0, 3)]))
+    assert torch.allclose(
+        embedded, torch.stack([torch.cat([(s * frequencies).sin(), (s * frequencies).cos()]) for s in (0, 3)])
+    )
 
 
 @pytest.mark.parametrize(("kind", "resolution"), [("small", 8), ("large", 16)])
@@ -100,7 +117,14 @@ def test_the_critic_answers_to_everything_and_differentiates_twice(kind, resolut
     (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     gradient.square().sum().backward()
     with_gradient = [name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-    assert {"input.weight", "blocks.0.conv0.weight", "blocks.1.skip.weight", "final.weight", "output.weight", "time1.weight"} <= set(with_gradient)
+    assert {
+        "input.weight",
+        "blocks.0.conv0.weight",
+        "blocks.1.skip.weight",
+        "final.weight",
+        "output.weight",
+        "time1.weight",
+    } <= set(with_gradient)
 
 
 def test_gradients_of_the_gradient_are_right():
@@ -112,8 +136,12 @@ def test_gradients_of_the_gradient_are_right():
 def test_classes_are_ours_and_can_be_left_out():
     network, judge = generator(classes=3), critic(classes=3)
     x, t, z = torch.randn(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64), torch.randn(3, 8)
-    assert not torch.allclose(network(x, t, z, torch.tensor([0, 1, 2])), network(x, t, z, torch.tensor([2, 0, 1])), atol=1e-5)
-    assert not torch.allclose(judge(x, t, x, torch.tensor([0, 1, 2])), judge(x, t, x, torch.tensor([2, 0, 1])), atol=1e-6)
+    assert not torch.allclose(
+        network(x, t, z, torch.tensor([0, 1, 2])), network(x, t, z, torch.tensor([2, 0, 1])), atol=1e-5
+    )
+    assert not torch.allclose(
+        judge(x, t, x, torch.tensor([0, 1, 2])), judge(x, t, x, torch.tensor([2, 0, 1])), atol=1e-6
+    )
     none = network(x, t, z, torch.full((3,), -1))
     plain = generator()
     plain.load_state_dict({name: value for name, value in network.state_dict().items() if not name.startswith("label")})
@@ -128,9 +156,15 @@ def test_networks_are_rebuilt_from_their_configuration():
         assert torch.equal(again(*inputs), network(*inputs))
 
 
-@pytest.mark.parametrize(("change", "message"), [({"img_resolution": 9}, "cannot be halved 1 times"), ({"nf": 18}, "multiple of 4"),
-                                                 ({"nf": 36, "channel_mult": [1, 4]}, "do not divide into 32 groups"),
-                                                 ({"nfs": 3}, "did you mean 'nf'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_resolution": 9}, "cannot be halved 1 times"),
+        ({"nf": 18}, "multiple of 4"),
+        ({"nf": 36, "channel_mult": [1, 4]}, "do not divide into 32 groups"),
+        ({"nfs": 3}, "did you mean 'nf'"),
+    ],
+)
 def test_mistakes_are_named(change, message):
     with pytest.raises(UserError, match=message):
         build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL, **change})

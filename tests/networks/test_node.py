@@ -30,7 +30,9 @@ def test_published_sizes():
     assert count_parameters(timed.r) == 513 * 512 + 512
 
 
-@pytest.mark.parametrize("more", [{}, {"r_layers": 3}, {"ode_time_input": "concat"}, {"method": "dopri5", "rtol": 1e-7, "atol": 1e-7}])
+@pytest.mark.parametrize(
+    "more", [{}, {"r_layers": 3}, {"ode_time_input": "concat"}, {"method": "dopri5", "rtol": 1e-7, "atol": 1e-7}]
+)
 def test_restarted_and_incremental_solves_agree(more):
     network, z = mapping(**more), torch.randn(5, *SHAPE)
     path = network.path(z, torch.tensor(TIMES))
@@ -79,7 +81,9 @@ def test_steps_are_those_of_torchdiffeq_on_the_same_grid():
     network.r.register_forward_hook(lambda *_: calls.append(1))
     path = network.path(z, [0.25, 0.25, 0.55, 1.0])
     assert len(calls) == 4 * (3 + 0 + 3 + 5)  # 0.3 is three steps of 0.1, although 0.55 - 0.25 is a little more
-    grid = torch.cat([torch.linspace(a, b, n + 1)[1 if a else 0 :] for a, b, n in ((0.0, 0.25, 3), (0.25, 0.55, 3), (0.55, 1.0, 5))])
+    grid = torch.cat(
+        [torch.linspace(a, b, n + 1)[1 if a else 0 :] for a, b, n in ((0.0, 0.25, 3), (0.25, 0.55, 3), (0.55, 1.0, 5))]
+    )
     expected = odeint(lambda t, h: network.r(h, t), network.start(z), grid, method="rk4")
     assert torch.equal(path[0], path[1])
     for h, i in zip(path[1:], (3, 6, 11)):

@@ -8,8 +8,15 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.networks.build import build_network, count_parameters
 
-TINY = {"arch": "ddpmpp", "img_resolution": 8, "img_channels": 1, "model_channels": 16, "channel_mult": [1], "num_blocks": 1,
-        "attn_resolutions": []}  # fmt: skip
+TINY = {
+    "arch": "ddpmpp",
+    "img_resolution": 8,
+    "img_channels": 1,
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
 CIFAR10 = {"arch": "ddpmpp", "img_resolution": 32, "img_channels": 3, "channel_mult": [2, 2, 2], "dropout": 0.13}
 
 
@@ -22,7 +29,9 @@ class Stub(torch.nn.Module):
 
     def forward(self, x, c_noise, labels, augment):
         self.x, self.c_noise = x, c_noise
-        return torch.cat([0.5 * x + 0.01 * c_noise[:, None, None, None], *[torch.full_like(x, 1e9)] * (self.outputs - 1)], dim=1)
+        return torch.cat(
+            [0.5 * x + 0.01 * c_noise[:, None, None, None], *[torch.full_like(x, 1e9)] * (self.outputs - 1)], dim=1
+        )
 
 
 def stubbed(precond, **more):
@@ -45,7 +54,12 @@ def table(precond, s, d=0.5):
             u = levels()
             return 1, -s, 1 / math.sqrt(s**2 + 1), 999 - min(range(1001), key=lambda j: abs(u[j] - s))
         case "consistency":
-            return d**2 / ((s - 0.002) ** 2 + d**2), d * (s - 0.002) / math.hypot(s, d), 1 / math.hypot(s, d), math.log(s) / 4
+            return (
+                d**2 / ((s - 0.002) ** 2 + d**2),
+                d * (s - 0.002) / math.hypot(s, d),
+                1 / math.hypot(s, d),
+                math.log(s) / 4,
+            )
 
 
 def levels():
@@ -74,9 +88,15 @@ def test_denoiser_is_the_table(precond):
 
 
 def test_noise_levels_that_the_networks_are_made_for():
-    ranges = {name: (network.sigma_min, network.sigma_max) for name in ("edm", "vp", "ve", "iddpm") for network in [stubbed(name)]}
+    ranges = {
+        name: (network.sigma_min, network.sigma_max)
+        for name in ("edm", "vp", "ve", "iddpm")
+        for network in [stubbed(name)]
+    }
     assert ranges["edm"] == (0, math.inf) and ranges["ve"] == (0.02, 100)
-    assert ranges["vp"] == pytest.approx((1.0005e-3, 152.167), rel=1e-4)  # in float32, as the official code has it, the first is 9.77e-4
+    assert ranges["vp"] == pytest.approx(
+        (1.0005e-3, 152.167), rel=1e-4
+    )  # in float32, as the official code has it, the first is 9.77e-4
     t = torch.tensor(1e-5)
     assert math.sqrt(torch.exp(9.95 * t**2 + 0.1 * t) - 1) == pytest.approx(9.77e-4, rel=1e-3)
     assert ranges["iddpm"] == pytest.approx((0.00642, 20291.17), rel=2e-3)
@@ -86,7 +106,9 @@ def test_noise_levels_that_the_networks_are_made_for():
 
 def test_iddpm_rounds_to_its_levels():
     network = stubbed("iddpm")
-    assert network.u.shape == (1001,) and network.u[0].item() == pytest.approx(20291.17, abs=0.5) and network.u[1000] == 0
+    assert (
+        network.u.shape == (1001,) and network.u[0].item() == pytest.approx(20291.17, abs=0.5) and network.u[1000] == 0
+    )
     assert network.u[999].item() == pytest.approx(0.00642, abs=1e-5)
     sigma = torch.tensor([[0.0, 0.0065], [1.0, 80.0]], dtype=torch.float64)
     rounded = network.round_sigma(sigma)
@@ -122,7 +144,9 @@ def test_samplers_keep_to_the_networks_levels(precond):
 
     def perfect(x, sigma):
         asked.append(float(sigma[0]))
-        network.model = lambda c_in_x, c_noise, labels, augment: (image - x) / network.coefficients(sigma.reshape(-1, 1, 1, 1))[1]
+        network.model = lambda c_in_x, c_noise, labels, augment: (
+            (image - x) / network.coefficients(sigma.reshape(-1, 1, 1, 1))[1]
+        )
         return network(x, sigma)
 
     del network.model

@@ -28,9 +28,16 @@ def cpu(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how, unit", [({}, None), ({"amx": True, "avx512": True}, "AMX"), ({"avx512": True}, "AVX512-BF16"), ({"flags": "avx2"}, None),
-                  ({"flags": "avx512_bf16"}, "AVX512-BF16"), ({"flags": "avx512_bf16 amx_tile amx_bf16"}, "AMX")]
-)  # fmt: skip
+    "how, unit",
+    [
+        ({}, None),
+        ({"amx": True, "avx512": True}, "AMX"),
+        ({"avx512": True}, "AVX512-BF16"),
+        ({"flags": "avx2"}, None),
+        ({"flags": "avx512_bf16"}, "AVX512-BF16"),
+        ({"flags": "avx512_bf16 amx_tile amx_bf16"}, "AMX"),
+    ],
+)
 def test_bf16_is_chosen_where_the_processor_computes_in_it(cpu, how, unit):
     cpu(**how)
     assert bf16_unit(CPU) == unit
@@ -57,5 +64,7 @@ def test_wide_convolutional_networks_on_a_cpu_are_put_in_channels_last_order(mon
     monkeypatch.setattr(processor, "WIDE", 500)
     assert prefers_channels_last(network(), CPU) and arrange(wide := network(), "cpu")
     assert wide[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert not prefers_channels_last(nn.Linear(100, 100), CPU) and not prefers_channels_last(network(), torch.device("meta"))
+    assert not prefers_channels_last(nn.Linear(100, 100), CPU) and not prefers_channels_last(
+        network(), torch.device("meta")
+    )
     assert not prefers_channels_last(print, CPU)  # a teacher's network may be any callable

@@ -126,7 +126,9 @@ def test_minibatch_std():
         assert torch.allclose(minibatch_std(x, group)[:, 2], std.expand(4, 2, 2))
     # Two channels: one statistic for each half of the input's.
     x = torch.cat([torch.zeros(4, 2, 2, 2), x], dim=1)
-    assert torch.allclose(minibatch_std(x, 4, channels=2)[:, 4:, 0, 0], torch.stack([torch.tensor(1e-4), std]).expand(4, 2))
+    assert torch.allclose(
+        minibatch_std(x, 4, channels=2)[:, 4:, 0, 0], torch.stack([torch.tensor(1e-4), std]).expand(4, 2)
+    )
 
 
 @pytest.mark.parametrize("batch, group, effective", [(6, 4, 3), (5, 4, 1), (9, 6, 3), (8, 32, 8)])
@@ -148,7 +150,10 @@ def test_channel_tables():
 def test_published_sizes():
     with torch.device("meta"):
         small, large = StyleSynthesis(32, 3), StyleSynthesis(256, 3, base=16384)
-        plain, residual = StyleCritic(32, 3, time="none"), StyleCritic(256, 3, "resnet", 16384, mbstd_group=8, time="none")
+        plain, residual = (
+            StyleCritic(32, 3, time="none"),
+            StyleCritic(256, 3, "resnet", 16384, mbstd_group=8, time="none"),
+        )
     assert (small.num_ws, large.num_ws, StyleSynthesis(8, 1, **TINY).num_ws) == (8, 14, 4)
     affine = lambda channels: 512 * channels + channels  # noqa: E731
     conv = lambda a, b, k=3: a * b * k * k  # noqa: E731
@@ -171,7 +176,9 @@ def test_noise_modes():
     assert draw(0).shape == (3, 1, 8, 8)
     assert torch.equal(draw(0), draw(0)) and not torch.allclose(draw(0), draw(1))
     assert not torch.allclose(network(ws), network(ws))
-    assert torch.equal(network(ws, "const"), network(ws, "const")) and torch.equal(network(ws, "none"), network(ws, "none"))
+    assert torch.equal(network(ws, "const"), network(ws, "const")) and torch.equal(
+        network(ws, "none"), network(ws, "none")
+    )
     assert not torch.allclose(network(ws, "const"), network(ws, "none"))
     noises = network.draw_noise(3, torch.Generator().manual_seed(0))
     assert torch.equal(network(ws, noises=noises), draw(0))
@@ -196,7 +203,9 @@ def test_residual_block_halves_the_power_of_both_branches():
     assert torch.allclose(block(x, emb), (y + block.skip(x)) / math.sqrt(2), atol=1e-5)
     # The time is added to the bias, before the activation.
     conv = block.conv0
-    by_hand = F.leaky_relu(F.conv2d(x, conv.weight * conv.gain, padding=1) + block.time(emb)[:, :, None, None], 0.2) * math.sqrt(2)
+    by_hand = F.leaky_relu(
+        F.conv2d(x, conv.weight * conv.gain, padding=1) + block.time(emb)[:, :, None, None], 0.2
+    ) * math.sqrt(2)
     assert torch.allclose(conv(x, block.time(emb)), by_hand, atol=1e-5)
 
 
@@ -231,7 +240,9 @@ def test_modulation_is_chosen_by_size_and_not_by_batch(monkeypatch):
 
     monkeypatch.setattr("torch.nn.functional.conv2d", spy)
     for batch in (2, 5):
-        modulated_conv(torch.ones(batch, 4, 16, 16), torch.ones(4, 4, 3, 3), torch.ones(batch, 4))  # 2048 activations, 144 weights
+        modulated_conv(
+            torch.ones(batch, 4, 16, 16), torch.ones(4, 4, 3, 3), torch.ones(batch, 4)
+        )  # 2048 activations, 144 weights
         modulated_conv(torch.ones(batch, 4, 4, 4), torch.ones(4, 4, 3, 3), torch.ones(batch, 4))  # 128 activations
     assert groups == [2, 1, 5, 1]
 
@@ -248,7 +259,9 @@ def test_exported_for_any_batch():
             return self.synthesis(self.synthesis.broadcast(self.mapping(z)), "const")
 
     generator = Generator().eval()
-    program = torch.export.export(generator, (torch.randn(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},))
+    program = torch.export.export(
+        generator, (torch.randn(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},)
+    )
     z = torch.randn(5, 1, 8, 8)
     assert torch.allclose(program.module()(z), generator(z), atol=1e-5)
 
@@ -328,7 +341,9 @@ def double(module):
 @pytest.mark.parametrize("up", [False, True])
 def test_modulated_convolution_is_twice_differentiable(how, up):
     torch.manual_seed(0)
-    x, weight, styles = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 3, 3), (2, 2, 3, 3), (2, 2)))
+    x, weight, styles = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 3, 3), (2, 2, 3, 3), (2, 2))
+    )
     assert torch.autograd.gradgradcheck(lambda *a: modulated_conv(*a, up=up, how=how), (x, weight, styles))
 
 

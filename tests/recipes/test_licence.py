@@ -26,9 +26,16 @@ mini: {data: {path: "real:digits", limit: 8}}
 
 @pytest.mark.parametrize(
     ("name", "licence"),
-    [("spi_gan_celeba", "non-commercial"), ("dd_gan_celeba", "non-commercial"), ("spi_gan_church", None), ("spi_gan_cifar10_k1", None),
-     ("spi_gan_digits", "CC-BY-4.0"), ("teacher_digits", "CC-BY-4.0"), ("tiny_sd", "CC-BY-4.0")],
-)  # fmt: skip
+    [
+        ("spi_gan_celeba", "non-commercial"),
+        ("dd_gan_celeba", "non-commercial"),
+        ("spi_gan_church", None),
+        ("spi_gan_cifar10_k1", None),
+        ("spi_gan_digits", "CC-BY-4.0"),
+        ("teacher_digits", "CC-BY-4.0"),
+        ("tiny_sd", "CC-BY-4.0"),
+    ],
+)
 def test_recipes_state_that_of_their_data_set(name, licence):
     assert load_recipe(name).data.licence == licence
     assert load_recipe(name, mini=True).data.licence == "CC-BY-4.0"  # digits

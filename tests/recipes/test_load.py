@@ -89,12 +89,35 @@ def failure(name: str) -> UserError:
 
 def test_defaults():
     r = recipe()
-    assert (r.name, r.title, r.method, r.teacher, r.seed, r.batch, r.images) == ("small", "", "fake", "digits", 0, 8, 1000)
-    assert r.data is None and r.pairs is None and r.network is None and r.eval is None and r.preview is None and r.reproduces is None
+    assert (r.name, r.title, r.method, r.teacher, r.seed, r.batch, r.images) == (
+        "small",
+        "",
+        "fake",
+        "digits",
+        0,
+        8,
+        1000,
+    )
+    assert (
+        r.data is None
+        and r.pairs is None
+        and r.network is None
+        and r.eval is None
+        and r.preview is None
+        and r.reproduces is None
+    )
     assert (r.student.sigma, r.student.init) == (80.0, "teacher")
-    assert r.optim.betas == (0.9, 0.999) and r.optim.lr == 0.001 and r.optim.clip_norm is None and r.optim_critic is None
+    assert (
+        r.optim.betas == (0.9, 0.999) and r.optim.lr == 0.001 and r.optim.clip_norm is None and r.optim_critic is None
+    )
     assert (r.ema.half_life, r.ema.decay, r.ema.ramp) == (None, None, 0.05)
-    assert (r.precision, r.channels_last, r.compile, r.bad_gradients, r.log_every) == ("fp32", "auto", False, "raise", 20)
+    assert (r.precision, r.channels_last, r.compile, r.bad_gradients, r.log_every) == (
+        "fp32",
+        "auto",
+        False,
+        "raise",
+        20,
+    )
     assert (r.checkpoint.every, r.checkpoint.keep) == (50_000, 3)
     assert r.options == FakeOptions()
 
@@ -148,11 +171,32 @@ def test_an_empty_section_is_its_defaults():
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1e-4", 1e-4), ("1E4", 1e4), ("1.e-4", 1e-4), (".5e-3", 5e-4), ("+2.5", 2.5), ("1_000", 1000), ("010", 10), ("0x10", 16), ("-3", -3),
-     (".inf", math.inf), ("-.inf", -math.inf), ("null", None), ("~", None), ("true", True), ("yes", "yes"), ("off", "off"),
-     ("2024-01-02", "2024-01-02"),
-     ("1:30", "1:30"), ("'1e-4'", "1e-4"), ("!!str 3", "3"), ("1e", "1e"), ("e5", "e5"), ("1__0", "1__0")],
-)  # fmt: skip
+    [
+        ("1e-4", 1e-4),
+        ("1E4", 1e4),
+        ("1.e-4", 1e-4),
+        (".5e-3", 5e-4),
+        ("+2.5", 2.5),
+        ("1_000", 1000),
+        ("010", 10),
+        ("0x10", 16),
+        ("-3", -3),
+        (".inf", math.inf),
+        ("-.inf", -math.inf),
+        ("null", None),
+        ("~", None),
+        ("true", True),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("2024-01-02", "2024-01-02"),
+        ("1:30", "1:30"),
+        ("'1e-4'", "1e-4"),
+        ("!!str 3", "3"),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ("1__0", "1__0"),
+    ],
+)
 def test_scalars(written, value):
     network = recipe(f"network: {{x: {written}, y: [{written}]}}\n").network
     assert network is not None
@@ -194,7 +238,10 @@ def test_options_take_part_in_equality():
 
 def test_from_dict_reports_like_a_file():
     with pytest.raises(UserError) as caught:
-        Recipe.from_dict({"name": "x", "method": "fake", "optim": {"lr": -1}, "batch": 1, "images": 1, "fake": {"los": 3}}, "checkpoint x")
+        Recipe.from_dict(
+            {"name": "x", "method": "fake", "optim": {"lr": -1}, "batch": 1, "images": 1, "fake": {"los": 3}},
+            "checkpoint x",
+        )
     assert caught.value.message.splitlines() == [
         "checkpoint x: optim.lr: expected a number > 0, got -1",
         "checkpoint x: fake.los: unknown key; did you mean 'loss'?",
@@ -230,7 +277,10 @@ def test_dump_escapes_what_yaml_cannot_hold():
         ("fake: {by_name: {a: 1.5}}", "fake.by_name.a: expected an integer, got 1.5"),
         ("fake: {inner: {weight: -1}}", "fake.inner.weight: expected a number >= 0, got -1"),
         ("fake: [1]", "fake: expected a section (lines of `key: value`), got a list"),
-        ("two_player: {rate: 1}", "two_player: unknown key: it belongs to method 'two-player', but this recipe's method is 'fake'"),
+        (
+            "two_player: {rate: 1}",
+            "two_player: unknown key: it belongs to method 'two-player', but this recipe's method is 'fake'",
+        ),
         ("seed: abc", "seed: expected an integer >= 0 and <= 4294967295, got 'abc'"),
         ("seed: -1", "seed: expected an integer >= 0 and <= 4294967295, got -1"),
         ("seed: 4294967296", "seed: expected an integer >= 0 and <= 4294967295, got 4294967296"),
@@ -243,7 +293,10 @@ def test_dump_escapes_what_yaml_cannot_hold():
         ("micro_batch: 9", "micro_batch: expected at most batch = 8, got 9"),
         ("student: {sigma: .inf}", "student.sigma: expected a number > 0, got Infinity"),
         ("student: {sigma: 0}", "student.sigma: expected a number > 0, got 0"),
-        ("student: {init: teachr}", "student.init: expected 'teacher' or 'scratch', got 'teachr'; did you mean 'teacher'?"),
+        (
+            "student: {init: teachr}",
+            "student.init: expected 'teacher' or 'scratch', got 'teachr'; did you mean 'teacher'?",
+        ),
         ("student: x", "student: expected a section (lines of `key: value`), got 'x'"),
         ("title: 3", "title: expected a text, got 3 (put it in quotes)"),
         ("compile: yes", "compile: expected true or false, got 'yes' (write true)"),
@@ -255,7 +308,10 @@ def test_dump_escapes_what_yaml_cannot_hold():
         ("data: {}", "data.path: missing; expected a text, not empty"),
         ("network: [1]", "network: expected a section (lines of `key: value`), got a list"),
         ("ema: {decay: 1}", "ema.decay: expected a number > 0 and < 1, got 1"),
-        ("ema: {half_life: 5, decay: 0.9}", "ema.decay: half_life is given too (5.0); give one of the two (null takes the other back)"),
+        (
+            "ema: {half_life: 5, decay: 0.9}",
+            "ema.decay: half_life is given too (5.0); give one of the two (null takes the other back)",
+        ),
         ("optim_critic: {lr: 1e-3, final_lr: 1e-2}", "optim_critic.final_lr: expected at most lr = 0.001, got 0.01"),
         ("optim_critic: {lr: 1, betas: [0.9, 1]}", "optim_critic.betas[1]: expected a number >= 0 and < 1, got 1"),
         ("eval: {every: 5, reference: x}", "eval.extractor: missing; metric fd needs it"),
@@ -275,19 +331,29 @@ def test_dump_escapes_what_yaml_cannot_hold():
 )
 def test_one_problem(text, problem):
     (line,) = lines(text + "\n")
-    assert line == f"r.yaml:7: {problem}" or (line.startswith(f"r.yaml:7: {problem};") and "known here: name, title" in line)
+    assert line == f"r.yaml:7: {problem}" or (
+        line.startswith(f"r.yaml:7: {problem};") and "known here: name, title" in line
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("name: small\n", "", "1: name: missing; expected a name of letters, digits and . _ + - that begins with a letter or digit"),
+        (
+            "name: small\n",
+            "",
+            "1: name: missing; expected a name of letters, digits and . _ + - that begins with a letter or digit",
+        ),
         (
             "name: small",
             "name: ../x",
             "1: name: expected a name of letters, digits and . _ + - that begins with a letter or digit, got '../x'",
         ),
-        ("method: fake", "method: fke", "2: method: unknown method 'fke': did you mean 'fake'? (known: fake, two-player)"),
+        (
+            "method: fake",
+            "method: fke",
+            "2: method: unknown method 'fke': did you mean 'fake'? (known: fake, two-player)",
+        ),
         ("method: fake", "method: [fake]", "2: method: expected a text, not empty, got a list"),
         ("method: fake\n", "", "1: method: missing; expected a text, not empty"),
         ("method: fake", "method: two-player", "1: two_player.rate: missing; expected a number > 0"),
@@ -311,13 +377,17 @@ def test_a_pydantic_message_we_have_no_words_for(monkeypatch):
     class Odd(BaseModel):
         when: date = Field(None, description="a day")
 
-    monkeypatch.setattr(sys.modules["d2o.methods.base"], "get_method", lambda name: type("Method", (), {"Options": Odd}))
+    monkeypatch.setattr(
+        sys.modules["d2o.methods.base"], "get_method", lambda name: type("Method", (), {"Options": Odd})
+    )
     (line,) = lines("fake: {when: soon}\n")
     assert line.startswith("r.yaml:7: fake.when: ") and "date" in line and line.endswith("got 'soon'")
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file():
-    assert lines("log_every: 0\npairs:\n  m: 3\n  solver: 4\nprecision: fp8\nmini:\n  batc: 3\n", "images=x", "optim.lrr=3") == [
+    assert lines(
+        "log_every: 0\npairs:\n  m: 3\n  solver: 4\nprecision: fp8\nmini:\n  batc: 3\n", "images=x", "optim.lrr=3"
+    ) == [
         "r.yaml:7: log_every: expected an integer >= 1, got 0",
         "r.yaml:8: pairs.n: missing; expected an integer >= 1",
         "r.yaml:9: pairs.m: unknown key; known here: path, n, solver, steps, spacing, final, eta, seed, batch, shard_size, labels, cfg, prompts, "
@@ -349,7 +419,9 @@ def test_precedence_base_file_mini_set():
 
 def test_sections_merge_and_lists_are_replaced():
     write(SMALL + "network: {arch: a, mult: [1, 2], deep: {x: 1, y: 2}}\nfake: {loss: l1}\n", "base.yaml")
-    r = load_recipe(write("extends: base\nnetwork: {mult: [3], deep: {y: 3}}\nfake: {layers: 2}\noptim: {eps: 1}\n", "child.yaml"))
+    r = load_recipe(
+        write("extends: base\nnetwork: {mult: [3], deep: {y: 3}}\nfake: {layers: 2}\noptim: {eps: 1}\n", "child.yaml")
+    )
     assert r.network == {"arch": "a", "mult": [3], "deep": {"x": 1, "y": 3}}
     assert r.options == FakeOptions(loss="l1", layers=2)
     assert (r.optim.lr, r.optim.eps) == (0.001, 1.0)
@@ -357,7 +429,9 @@ def test_sections_merge_and_lists_are_replaced():
 
 def test_null_takes_back():
     write(
-        SMALL + "seed: 3\npairs: {n: 3}\noptim_critic: {lr: 1}\nnetwork: {a: 1, b: ~}\nema: {half_life: 5}\nfake: {loss: l1}\n", "base.yaml"
+        SMALL
+        + "seed: 3\npairs: {n: 3}\noptim_critic: {lr: 1}\nnetwork: {a: 1, b: ~}\nema: {half_life: 5}\nfake: {loss: l1}\n",
+        "base.yaml",
     )
     child = "extends: base.yaml\nseed: null\npairs: ~\nnetwork: {a: null}\nema: {half_life: ~, decay: 0.9, ramp: null}\nfake: null\n"
     r = load_recipe(write(child, "child.yaml"), ["optim_critic=null"])
@@ -429,7 +503,12 @@ def test_mini_is_merged_only_when_asked_for():
     text = "fake: {loss: l1}\nmini: {batch: 2, optim: {eps: 1}, fake: {layers: 1}, pairs: {n: 3}}\n"
     full, small = recipe(text), recipe(text, mini=True)
     assert (full.batch, full.pairs, full.options.layers) == (8, None, "all")
-    assert (small.batch, small.optim.lr, small.optim.eps, small.options) == (2, 0.001, 1.0, FakeOptions(loss="l1", layers=1))
+    assert (small.batch, small.optim.lr, small.optim.eps, small.options) == (
+        2,
+        0.001,
+        1.0,
+        FakeOptions(loss="l1", layers=1),
+    )
     assert small.pairs is not None and small.pairs.n == 3
 
 
@@ -440,7 +519,9 @@ def test_mini_without_a_section():
 
 
 def test_a_typo_is_reported_with_mini_too():
-    assert lines("mini: {optim: {lrr: 3}}\n", mini=True) == ["r.yaml:7: mini.optim.lrr: unknown key; did you mean 'lr'?"]
+    assert lines("mini: {optim: {lrr: 3}}\n", mini=True) == [
+        "r.yaml:7: mini.optim.lrr: unknown key; did you mean 'lr'?"
+    ]
     assert lines("sed: 3\nmini: {sed: 3}\n") == [
         "r.yaml:7: sed: unknown key; did you mean 'seed'?",
         "r.yaml:8: mini.sed: unknown key; did you mean 'seed'?",
@@ -448,8 +529,12 @@ def test_a_typo_is_reported_with_mini_too():
 
 
 def test_a_conflict_that_mini_makes():
-    assert lines("ema: {half_life: 5}\nmini: {ema: {decay: 0.9}}\n")[0].startswith("r.yaml:8: mini.ema.decay: half_life is given too")
-    assert lines("micro_batch: 4\nmini: {batch: 2}\n") == ["r.yaml:7: micro_batch: expected at most batch = 2, got 4 (with --mini)"]
+    assert lines("ema: {half_life: 5}\nmini: {ema: {decay: 0.9}}\n")[0].startswith(
+        "r.yaml:8: mini.ema.decay: half_life is given too"
+    )
+    assert lines("micro_batch: 4\nmini: {batch: 2}\n") == [
+        "r.yaml:7: micro_batch: expected at most batch = 2, got 4 (with --mini)"
+    ]
 
 
 def test_set_may_mend_a_file_but_not_break_its_mini():
@@ -462,12 +547,28 @@ def test_set_may_mend_a_file_but_not_break_its_mini():
 
 
 def test_set_values_are_yaml():
-    r = recipe("", "optim.lr=1e-4", "optim.betas=[0, 0.5]", "pairs.n=3", "network={arch: x, y: 1}", "network.y=2", "title=a=b",
-               "fake.loss=l1",
-               "data.path=#1", "compile=true", "name='010'")  # fmt: skip
+    r = recipe(
+        "",
+        "optim.lr=1e-4",
+        "optim.betas=[0, 0.5]",
+        "pairs.n=3",
+        "network={arch: x, y: 1}",
+        "network.y=2",
+        "title=a=b",
+        "fake.loss=l1",
+        "data.path=#1",
+        "compile=true",
+        "name='010'",
+    )
     assert r.optim.lr == 1e-4 and r.optim.betas == (0.0, 0.5)
     assert r.pairs is not None and r.pairs.n == 3
-    assert r.network == {"arch": "x", "y": 2} and r.title == "a=b" and r.options.loss == "l1" and r.compile is True and r.name == "010"
+    assert (
+        r.network == {"arch": "x", "y": 2}
+        and r.title == "a=b"
+        and r.options.loss == "l1"
+        and r.compile is True
+        and r.name == "010"
+    )
     assert r.data is not None and r.data.path == "#1"
 
 
@@ -486,7 +587,10 @@ def test_set_values_are_yaml():
         ("pairs.seed=1", "--set pairs.seed: pairs.n: missing; expected an integer >= 1"),
         ("fake.inner.weight=-1", "--set fake.inner.weight: expected a number >= 0, got -1"),
         ("two-player.rate=1", "--set two-player.rate: two-player: unknown key; known here: "),
-        ("mini.batch=2", "--set mini.batch: cannot be set; it belongs in the file (set the key itself: --set comes after mini)"),
+        (
+            "mini.batch=2",
+            "--set mini.batch: cannot be set; it belongs in the file (set the key itself: --set comes after mini)",
+        ),
         ("extends=x", "--set extends: cannot be set; it belongs in the file"),
         ("name=[1,", "--set name: cannot read '[1,': a bracket is opened here"),
         ("name=*x", "--set name: cannot read '*x': aliases are not used in recipes"),
@@ -528,7 +632,9 @@ def test_not_a_recipe(content, message):
 
 
 def test_keys_and_values_that_cannot_be():
-    assert lines("title: a\ntitle: b\nema: {ramp: 1, ramp: 1}\n1: x\n[a]: x\nseed: !!int abc\nthreads: !foo 3\nnetwork: !bar {a: 1}\n") == [
+    assert lines(
+        "title: a\ntitle: b\nema: {ramp: 1, ramp: 1}\n1: x\n[a]: x\nseed: !!int abc\nthreads: !foo 3\nnetwork: !bar {a: 1}\n"
+    ) == [
         "r.yaml:8: title: given twice (first in line 7)",
         "r.yaml:9: ema.ramp: given twice (first in line 9)",
         "r.yaml:10: a key must be a text, not 1",
@@ -598,7 +704,9 @@ def test_unknown_name(name, monkeypatch):
     monkeypatch.setattr(load, "recipe_folders", lambda: [Path("one")])
     with pytest.raises(UserError) as caught:
         find_recipe(name)
-    assert caught.value.message == "unknown recipe 'quik': did you mean 'quick'?" and caught.value.hint == "known: quick"
+    assert (
+        caught.value.message == "unknown recipe 'quik': did you mean 'quick'?" and caught.value.hint == "known: quick"
+    )
 
 
 @pytest.mark.parametrize("name", ["", "quik.yaml", "a/quik", "../quick"])
@@ -618,7 +726,9 @@ def test_folders_of_a_checkout_and_of_an_installed_package(monkeypatch):
         Path(folder).mkdir(parents=True)
     write("", "checkout/pyproject.toml")
     monkeypatch.setattr(d2o, "__file__", str(Path("site/d2o/__init__.py").absolute()))
-    assert load.recipe_folders() == [Path("site/d2o/recipes/builtin").resolve()]  # not a `recipes` package of somebody else
+    assert load.recipe_folders() == [
+        Path("site/d2o/recipes/builtin").resolve()
+    ]  # not a `recipes` package of somebody else
     monkeypatch.setattr(d2o, "__file__", str(Path("checkout/d2o/__init__.py").absolute()))
     assert load.recipe_folders() == [Path("checkout/recipes").resolve()]
 
@@ -630,7 +740,14 @@ def test_diff():
     a = recipe("optim_critic: {lr: 1}\n").resolved()
     assert diff_recipes(a, a) == []
     b = recipe(
-        "", "optim.lr=0.002", "teacher=other", "optim.betas=[0, 0.5]", "network.arch=x", "compile=true", "fake.loss=l1", "title="
+        "",
+        "optim.lr=0.002",
+        "teacher=other",
+        "optim.betas=[0, 0.5]",
+        "network.arch=x",
+        "compile=true",
+        "fake.loss=l1",
+        "title=",
     ).resolved()
     assert diff_recipes(a, b) == [
         "teacher: digits -> other",
@@ -657,12 +774,24 @@ def test_diff_of_odd_values():
 def test_every_key_is_described_with_its_default():
     rows = {row.key: row for row in describe("fake")}
     assert (
-        list(rows)[:3] == ["name", "title", "method"] and {"optim.lr", "fake.loss", "fake.inner.weight", "extends", "mini"} <= rows.keys()
+        list(rows)[:3] == ["name", "title", "method"]
+        and {"optim.lr", "fake.loss", "fake.inner.weight", "extends", "mini"} <= rows.keys()
     )
     assert all(row.description for row in rows.values())
     sections = {"student", "optim", "checkpoint", "extends", "mini"}
-    required = {"name", "method", "batch", "images", "data.path", "pairs.n", "optim.lr", "optim_critic.lr", "eval.every",
-                "preview.every", "tracker.name"}  # fmt: skip
+    required = {
+        "name",
+        "method",
+        "batch",
+        "images",
+        "data.path",
+        "pairs.n",
+        "optim.lr",
+        "optim_critic.lr",
+        "eval.every",
+        "preview.every",
+        "tracker.name",
+    }
     for key, row in rows.items():
         if not key.startswith("fake") and key not in sections | required:
             assert "(default" in row.description, key
@@ -673,7 +802,11 @@ def test_every_key_is_described_with_its_default():
 # ---- anything at all ---------------------------------------------------------------------------------------------------------------------
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"])),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
@@ -682,7 +815,9 @@ PLAIN = st.recursive(
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), PLAIN, max_size=3))
 @settings(max_examples=50)
 def test_any_free_section_survives_the_file(network):
-    r = Recipe.from_dict({"name": "x", "method": "fake", "optim": {"lr": 1}, "batch": 1, "images": 1, "network": network})
+    r = Recipe.from_dict(
+        {"name": "x", "method": "fake", "optim": {"lr": 1}, "batch": 1, "images": 1, "network": network}
+    )
     again = load_recipe(write(r.to_yaml()))
     assert again == r and diff_recipes(again.resolved(), r.resolved()) == []
 
@@ -694,7 +829,8 @@ def test_a_damaged_file_is_a_user_error_or_a_recipe(data):
     for _ in range(data.draw(st.integers(1, 3))):
         at, end = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 3))
         text[at : at + end] = data.draw(
-            st.binary(max_size=3) | st.sampled_from([b"\t", b"'", b"{", b"]", b": ", b"- ", b"\n", b"!!", b"&a", b"|", b"null"])
+            st.binary(max_size=3)
+            | st.sampled_from([b"\t", b"'", b"{", b"]", b": ", b"- ", b"\n", b"!!", b"&a", b"|", b"null"])
         )
     Path("r.yaml").write_bytes(text)
     try:

@@ -21,7 +21,10 @@ TIMED = 2 * R + 513 * (64 + 128 + 256 + 3 * 512)
 
 @pytest.mark.parametrize(
     ("name", "generator", "critic"),
-    [("spi_gan_cifar10", FIRST[32] + R + 19_422_227, 20_720_641 + 5 * R), ("spi_gan_celeba", FIRST[256] + 7 * R + 22_666_210, 24_001_089 + TIMED)],
+    [
+        ("spi_gan_cifar10", FIRST[32] + R + 19_422_227, 20_720_641 + 5 * R),
+        ("spi_gan_celeba", FIRST[256] + 7 * R + 22_666_210, 24_001_089 + TIMED),
+    ],
 )
 def test_published_sizes(name, generator, critic):
     plan = make_plan(load_recipe(name))
@@ -34,7 +37,11 @@ def test_table_8():
     cifar, celeba, church = (load_recipe(f"spi_gan_{name}") for name in ("cifar10", "celeba", "church"))
     keys = ("K", "ada_target", "ada_interval", "mixing_prob", "r1_gamma", "pl_weight", "r1_every", "pl_every")
     assert [getattr(cifar.options, key) for key in keys] == [2, 0.6, 4, 0.0, 0.01, 0.0, 16, 4]
-    assert [getattr(celeba.options, key) for key in keys] == [getattr(church.options, key) for key in keys] == [2, 0.6, 4, 0.9, 10.0, 2.0, 16, 4]
+    assert (
+        [getattr(celeba.options, key) for key in keys]
+        == [getattr(church.options, key) for key in keys]
+        == [2, 0.6, 4, 0.9, 10.0, 2.0, 16, 4]
+    )
     assert (cifar.network["mapping"], celeba.network["mapping"]) == ({"r_layers": 1}, {"r_layers": 7})
     assert (cifar.options.critic["blocks"], celeba.options.critic["blocks"]) == ("orig", "resnet")
     assert (cifar.ema.decay, celeba.ema.decay, church.ema.decay) == (0.9999, 0.999, 0.999)
@@ -72,13 +79,26 @@ def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
     own = {"spi_gan_celeba": "spi_gan_celeba", "spi_gan_church": "spi_gan_church"}.get(name, "spi_gan_cifar10")
     assert recipe.eval.protocol == (own if name.startswith("spi") else "ddgan")
     assert (recipe.eval.metric, recipe.eval.n, recipe.eval.reference) == ("fd", 50_000, "data")
-    assert recipe.eval.extractor == ("inception" if own == "spi_gan_cifar10" and name.startswith("spi") else "inception-legacy_pytorch")
+    assert recipe.eval.extractor == (
+        "inception" if own == "spi_gan_cifar10" and name.startswith("spi") else "inception-legacy_pytorch"
+    )
     mini = load_recipe(name, mini=True).eval
     assert (mini.protocol, mini.extractor, mini.reference) == (None, "digits", "real:digits")
 
 
-@pytest.mark.parametrize("name", ["cd_cifar10", "cd_cifar10_cond", "cd_i_cifar10", "cd_i_cifar10_unfrozen", "cd_imagenet64", "dmd_cifar10",
-                                  "dmd_cifar10_noreg", "diff_instruct_cifar10"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cd_cifar10",
+        "cd_cifar10_cond",
+        "cd_i_cifar10",
+        "cd_i_cifar10_unfrozen",
+        "cd_imagenet64",
+        "dmd_cifar10",
+        "dmd_cifar10_noreg",
+        "diff_instruct_cifar10",
+    ],
+)
 def test_baselines_are_scored_on_the_way_as_their_headers_score_them(name):
     recipe, text = load_recipe(name), find_recipe(name).read_text()
     assert f"d2o eval runs/{name} --protocol {recipe.eval.protocol}" in text and recipe.images >= 20 * recipe.eval.every
@@ -91,10 +111,16 @@ def test_cd_i_and_its_twin_differ_in_freeze_alone():
         for mini in (False, True):
             a, b = (load_recipe(name, mini=mini).resolved() for name in (frozen, twin))
             assert {key for key in a if a[key] != b[key]} <= {"name", "title", "student"}
-            assert (a["student"].pop("freeze"), b["student"].pop("freeze")) == ("conv", "none") and a["student"] == b["student"]
+            assert (a["student"].pop("freeze"), b["student"].pop("freeze")) == ("conv", "none") and a["student"] == b[
+                "student"
+            ]
     recipe = load_recipe("cd_i_cifar10")
     assert (recipe.precision, recipe.data.xflip, recipe.options.i_min, recipe.options.form) == ("bf16", False, 2, "F")
-    assert load_recipe("ctm_digits").options.i_min == load_recipe("ctm_digits", ["consistency.i_min=null"]).options.lowest == 2
+    assert (
+        load_recipe("ctm_digits").options.i_min
+        == load_recipe("ctm_digits", ["consistency.i_min=null"]).options.lowest
+        == 2
+    )
 
 
 # ---- SiDA (arXiv 2410.14919) -------------------------------------------------------------------------------------------------------------
@@ -108,8 +134,11 @@ SIDA_TABLE_8 = {  # batch, of one GPU, learning rate, eps, half-life of the aver
 }
 EDM2_POOL = {"xs": 64, "s": 64, "m": 32, "l": 32, "xl": 16, "xxl": 2}
 SIZES = {  # of EDM and EDM2, as released
-    "edm-cifar10-cond-vp": 55_735_299, "edm-imagenet64-adm": 295_899_267, "edm-afhqv2-vp": 61_805_571, "edm2-img512-s": 280_212_837,
-}  # fmt: skip
+    "edm-cifar10-cond-vp": 55_735_299,
+    "edm-imagenet64-adm": 295_899_267,
+    "edm-afhqv2-vp": 61_805_571,
+    "edm2-img512-s": 280_212_837,
+}
 
 
 def rows_of(*tables):
@@ -131,13 +160,37 @@ def test_sida_table_8(method, dataset):
     assert o.alpha == (1.0 if method == "sida_{}" else float(name[-3:]))
     score = recipe.optim_critic or recipe.optim
     for optim in (recipe.optim, score):
-        assert (optim.name, optim.lr, optim.eps, optim.weight_decay, optim.warmup, optim.clip_norm) == ("adam", lr, eps, 0, 0, None)
-        beta1 = 0.9 if optim is recipe.optim and name.startswith("sid_ffhq64") else 0.0  # their scripts, against the table
+        assert (optim.name, optim.lr, optim.eps, optim.weight_decay, optim.warmup, optim.clip_norm) == (
+            "adam",
+            lr,
+            eps,
+            0,
+            0,
+            None,
+        )
+        beta1 = (
+            0.9 if optim is recipe.optim and name.startswith("sid_ffhq64") else 0.0
+        )  # their scripts, against the table
         assert optim.betas == (beta1, 0.999)
-    assert o.adversarial == (recipe.data is not None) == (not name.startswith("sid_")) and recipe.optim.clip_value is None
+    assert (
+        o.adversarial == (recipe.data is not None) == (not name.startswith("sid_")) and recipe.optim.clip_value is None
+    )
     if o.adversarial:
-        assert (o.batch_pool, o.lambda_adv, o.lambda_d, o.start_g_nimg, o.start_adv_nimg, score.clip_value) == (gpu, 0.01, 1, 100_000, 200_000, 1.0)
-        assert (o.gen_adv, o.logit_clamp, o.adv_half, o.real_noise, o.disc_map) == ("nonsat_bce", 10, "single", "shared", "enc_last_mean")
+        assert (o.batch_pool, o.lambda_adv, o.lambda_d, o.start_g_nimg, o.start_adv_nimg, score.clip_value) == (
+            gpu,
+            0.01,
+            1,
+            100_000,
+            200_000,
+            1.0,
+        )
+        assert (o.gen_adv, o.logit_clamp, o.adv_half, o.real_noise, o.disc_map) == (
+            "nonsat_bce",
+            10,
+            "single",
+            "shared",
+            "enc_last_mean",
+        )
     else:
         assert SiD.needs(o) == "none" and score.clip_value is None
 
@@ -148,14 +201,32 @@ def test_edm2_512(method, size):
     recipe = load_recipe(f"{method}_edm2_512_{size}")
     o, plain = recipe.options, method == "sid" or size != "s"
     assert (recipe.teacher, recipe.batch, recipe.micro_batch) == (f"edm2-img512-{size}", 2048, EDM2_POOL[size])
-    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, recipe.optim_critic) == (5e-5, (0, 0.999), 1e-6, None)
-    assert (recipe.ema.half_life, o.alpha, o.p_mean, o.p_std, o.augment, recipe.student.sigma) == (2_000_000, 1.0, -0.4, 1.0, 0, 2.5)
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, recipe.optim_critic) == (
+        5e-5,
+        (0, 0.999),
+        1e-6,
+        None,
+    )
+    assert (recipe.ema.half_life, o.alpha, o.p_mean, o.p_std, o.augment, recipe.student.sigma) == (
+        2_000_000,
+        1.0,
+        -0.4,
+        1.0,
+        0,
+        2.5,
+    )
     assert recipe.student.dropout == o.score_dropout == (0.0 if size in ("xs", "s") else 0.1)
     assert (o.uncertainty, o.student_force_wn) == ((True, "post_step") if plain else (False, "off"))
     assert o.score_force_wn == ("post_step" if method == "sid" else "off")  # what their copied hooks come to
     assert o.lambda_sid == (50 if (method, size) == ("sid2a", "m") else 100) and o.lambda_score == 1
     if method != "sid":
-        assert (o.adversarial, o.batch_pool, o.lambda_d, o.lambda_adv, recipe.data.resolution) == (True, EDM2_POOL[size], 100, 0.01, 512)
+        assert (o.adversarial, o.batch_pool, o.lambda_d, o.lambda_adv, recipe.data.resolution) == (
+            True,
+            EDM2_POOL[size],
+            100,
+            0.01,
+            512,
+        )
 
 
 def test_their_tables_have_their_recipes_and_their_recipes_the_tables_numbers():
@@ -170,7 +241,11 @@ def test_their_tables_have_their_recipes_and_their_recipes_the_tables_numbers():
         assert name.removeprefix("sida_table").removesuffix("_pr") in str(recipe.reproduces["table"])
         assert recipe.eval.protocol == load_table(name).protocol.removesuffix("_pr") and row.x == f"runs/{recipe.name}"
         text = find_recipe(row.recipe).read_text()
-        assert (f"d2o finetune recipes/{row.recipe}.yaml --from {row.start}" if row.start else f"d2o train recipes/{row.recipe}.yaml") in text
+        assert (
+            f"d2o finetune recipes/{row.recipe}.yaml --from {row.start}"
+            if row.start
+            else f"d2o train recipes/{row.recipe}.yaml"
+        ) in text
     for row, _ in rows_of(*table_names()):  # of other papers' tables too
         if not row.recipe.startswith(("gdd_", "d2g_")):
             find_recipe(row.recipe)

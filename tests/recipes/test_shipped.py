@@ -41,7 +41,9 @@ def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini, monkeypatch
         assert sum(plan.memory.values()) < 80e9
     teacher = f"teacher {recipe.teacher} is not on this machine"
     published = (teacher, "the weights 'inception' are not on this machine; training fetches them", "reference edm")
-    assert [f for f in plan.first if "pair store" in f or (f.startswith(published) and not mini)] == plan.first and not plan.refused
+    assert [
+        f for f in plan.first if "pair store" in f or (f.startswith(published) and not mini)
+    ] == plan.first and not plan.refused
     assert [f for f in plan.missing if brought(recipe) and recipe.data.path in f] == plan.missing
     head = find_recipe(name).read_text().split("name:")[0]
     assert f"recipes/{name}.yaml" in head and ("Cost" in head or "budget" in head)
@@ -73,18 +75,42 @@ def test_the_classifier_can_be_trained_again(tmp_path):
 
 def test_the_teacher_can_be_trained_again_and_used(tmp_path):
     out = tmp_path / "t"
-    assert run("train", "teacher_digits", "--mini", "--out", out, "--set", "images=12800", "--set", "eval={every: 6400, n: 200}") == 0
+    assert (
+        run(
+            "train",
+            "teacher_digits",
+            "--mini",
+            "--out",
+            out,
+            "--set",
+            "images=12800",
+            "--set",
+            "eval={every: 6400, n: 200}",
+        )
+        == 0
+    )
     scores = [line["eval"] for line in log(out) if "eval" in line]
     assert scores[-1]["fd"] < 0.85 * scores[0]["fd"]
     teacher = d2o.load_teacher(out / "checkpoints" / "last.safetensors")
     assert teacher.spec.classes == 10 and teacher.spec.licence == "CC-BY-4.0" and teacher.spec.name == "teacher_digits"
     pairs = tmp_path / "pairs"
-    assert run("pairs", "--teacher", out / "checkpoints" / "last.safetensors", "--n", 8, "--steps", 3, "--out", pairs) == 0
+    assert (
+        run("pairs", "--teacher", out / "checkpoints" / "last.safetensors", "--n", 8, "--steps", 3, "--out", pairs) == 0
+    )
     assert len(d2o.PairStore(pairs)) == 8
 
 
 def test_the_perceptual_loss_trains(tmp_path):
-    small = ["--set", f"pairs.path={tmp_path / 'pairs'}", "--set", "pairs.n=128", "--set", "pairs.steps=4", "--set", "images=1280"]
+    small = [
+        "--set",
+        f"pairs.path={tmp_path / 'pairs'}",
+        "--set",
+        "pairs.n=128",
+        "--set",
+        "pairs.steps=4",
+        "--set",
+        "images=1280",
+    ]
     small += ["--set", "eval={every: 1280, n: 64}", "--set", "preview=null", "--set", "log_every=2"]
     assert run("train", "ode_digits_perceptual", "--mini", "--out", tmp_path / "r", *small) == 0
     losses = [line["loss"] for line in log(tmp_path / "r") if "loss" in line]
@@ -94,7 +120,11 @@ def test_the_perceptual_loss_trains(tmp_path):
 def test_assets_say_what_made_them_and_are_good():
     for name in (name for name in BUILTIN.values() if asset(name).is_file()):  # folders have a card
         meta = read_meta(asset(name))
-        assert meta["kind"] == "teacher" and meta["recipe"]["name"] == "teacher_digits" and meta["spec"]["licence"] == "CC-BY-4.0"
+        assert (
+            meta["kind"] == "teacher"
+            and meta["recipe"]["name"] == "teacher_digits"
+            and meta["spec"]["licence"] == "CC-BY-4.0"
+        )
         assert asset(name).stat().st_size <= 3_000_000
     meta = read_meta(asset("classifier_digits.safetensors"))
     assert meta["recipe"]["name"] == "classifier_digits" and meta["metrics"]["accuracy"] > 0.98

@@ -39,8 +39,21 @@ def recipe(tmp_path):
 @pytest.fixture
 def make(tmp_path):
     def run(n=24, **settings):
-        settings = {"solver": "euler", "steps": 2, "seed": 5, "cfg": 1.5, "labels": "balanced", "shard_size": 8, "dtype": "bf16", **settings}
-        return make_pairs(PairSettings(str(tmp_path / "teacher.safetensors"), n, **settings), tmp_path / "pairs", compute=Compute(4, 1))
+        settings = {
+            "solver": "euler",
+            "steps": 2,
+            "seed": 5,
+            "cfg": 1.5,
+            "labels": "balanced",
+            "shard_size": 8,
+            "dtype": "bf16",
+            **settings,
+        }
+        return make_pairs(
+            PairSettings(str(tmp_path / "teacher.safetensors"), n, **settings),
+            tmp_path / "pairs",
+            compute=Compute(4, 1),
+        )
 
     return run
 
@@ -57,7 +70,16 @@ def test_what_is_left_open_is_as_the_store_says(recipe, make, tmp_path):
     make()
     found = load_recipe(recipe)
     p = found.pairs
-    assert (p.n, p.solver, p.steps, p.seed, p.cfg, p.labels, p.shard_size, p.dtype) == (24, "euler", 2, 5, 1.5, "balanced", 8, "bf16")
+    assert (p.n, p.solver, p.steps, p.seed, p.cfg, p.labels, p.shard_size, p.dtype) == (
+        24,
+        "euler",
+        2,
+        5,
+        1.5,
+        "balanced",
+        8,
+        "bf16",
+    )
     assert found.teacher == str(tmp_path / "teacher.safetensors")
     assert load_recipe(recipe, ["pairs.n=9"]).pairs.n == 9
     assert make_plan(found).refused == [] and not make_plan(found).missing
@@ -111,6 +133,8 @@ def test_values_that_are_not_finite_are_named_before_training(recipe, make, tmp_
     manifest = dict(store.manifest)
     manifest["shards"][2] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (store.path / "manifest.json").write_text(dump(manifest))
-    assert PairStore(store.path).verify() == ["shard-00002.safetensors: pair 19 holds values that are not finite (NaN or infinite)"]
+    assert PairStore(store.path).verify() == [
+        "shard-00002.safetensors: pair 19 holds values that are not finite (NaN or infinite)"
+    ]
     assert d2o("train", recipe, "--out", tmp_path / "run", "--device", "cpu") == 2
     assert "pair 19 holds values that are not finite" in capsys.readouterr().err.replace("\n", " ")

@@ -54,7 +54,10 @@ def test_one_and_two_steps_of_a_consistency_model():
     again = model.network(one + (tau**2 - 0.002**2) ** 0.5 * OwnNoise(noise)(1, 8, 8), level(tau), LABELS)
     assert torch.allclose(two(noise, LABELS), again, atol=1e-5)
     assert two.with_steps(1)(noise, LABELS).equal(one) and two.with_steps(2) is two
-    assert torch.equal(two(noise, LABELS, randn=lambda *shape: torch.zeros(4, *shape)), model.network(one, level(two.grid()[1]), LABELS))
+    assert torch.equal(
+        two(noise, LABELS, randn=lambda *shape: torch.zeros(4, *shape)),
+        model.network(one, level(two.grid()[1]), LABELS),
+    )
 
 
 def test_a_trajectory_model_lands_on_the_way():
@@ -96,7 +99,11 @@ def test_estimates_are_clamped_at_every_call(form, steps):
     def loud(network):  # estimates far outside of [-1, 1]
         network.register_forward_hook(lambda module, args, out: (asked.append(args[0].clone()), 5 * out)[1])
 
-    model, free, latent = student(form, steps, True), student(form, steps, False), student(form, steps, True, replace(SPEC, space="latent"))
+    model, free, latent = (
+        student(form, steps, True),
+        student(form, steps, False),
+        student(form, steps, True, replace(SPEC, space="latent")),
+    )
     for each in (model, free, latent):
         loud(each.network)
 
@@ -109,7 +116,11 @@ def test_estimates_are_clamped_at_every_call(form, steps):
     for i, (t, s) in enumerate(pairwise(grid)):
         torch.testing.assert_close(calls[i], x, rtol=1e-4, atol=1e-4)
         to = second_time(level(s)) if form == "ctm" else None
-        f = model.network(calls[i], level(t), LABELS, to) if to is not None else model.network(calls[i], level(t), LABELS)
+        f = (
+            model.network(calls[i], level(t), LABELS, to)
+            if to is not None
+            else model.network(calls[i], level(t), LABELS)
+        )
         f = f.clamp(-1, 1) if form != "ctm" or i == steps - 1 else f
         x = f if form == "cd" else jump(calls[i], f, level(t), level(s))
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
@@ -143,7 +154,14 @@ def test_checkpoints_state_the_kind_and_bring_it_back(tmp_path, form, steps):
     save_student(tmp_path / "s.safetensors", model)
     again = d2o.load_student(tmp_path / "s.safetensors")
     assert isinstance(again, ConsistencyStudent) and torch.equal(again(noise, LABELS), model(noise, LABELS))
-    assert again.record == {"kind": "consistency", "form": form, "sigma": 80.0, "steps": steps, "middle": MIDDLE, "clamp": True}
+    assert again.record == {
+        "kind": "consistency",
+        "form": form,
+        "sigma": 80.0,
+        "steps": steps,
+        "middle": MIDDLE,
+        "clamp": True,
+    }
     rebuilt = build_student(again.config, SPEC)
     rebuilt.network.load_state_dict(again.network.state_dict())
     assert torch.equal(rebuilt(noise, LABELS), model(noise, LABELS))
@@ -168,8 +186,14 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_sampling_in_two_steps_on_the_command_line(run, tmp_path):
-    for out, more, calls in (("1.npz", (), "1 network call "), ("2.npz", ("--steps", 2), "2 network calls "), ("4.npz", (), "4 network calls ")):
-        code, err = run("sample", "pd.safetensors" if out == "4.npz" else "s.safetensors", "--n", 6, "--out", out, *more)
+    for out, more, calls in (
+        ("1.npz", (), "1 network call "),
+        ("2.npz", ("--steps", 2), "2 network calls "),
+        ("4.npz", (), "4 network calls "),
+    ):
+        code, err = run(
+            "sample", "pd.safetensors" if out == "4.npz" else "s.safetensors", "--n", 6, "--out", out, *more
+        )
         assert code == 0 and calls in err
     assert (tmp_path / "1.npz").read_bytes() != (tmp_path / "2.npz").read_bytes()
     code, err = run("sample", "s.safetensors", "--n", 6, "--out", "2.npz", "--steps", 1)

@@ -37,7 +37,12 @@ def build(student, tmp_path):
 
     def run(name="x.zip", how=None, sampler=None, **settings):
         sampler = sampler or student_sampler(load_student(student))
-        make_samples(sampler, tmp_path / name, SampleSettings(**{"n": 20, **settings}), **{"batch": 4, "threads": 1, "chunk": 8, **(how or {})})
+        make_samples(
+            sampler,
+            tmp_path / name,
+            SampleSettings(**{"n": 20, **settings}),
+            **{"batch": 4, "threads": 1, "chunk": 8, **(how or {})},
+        )
         return tmp_path / name
 
     return run
@@ -64,7 +69,9 @@ def test_an_image_is_what_the_student_makes_of_its_seed(build, student, suffix):
     network = load_student(student)
     x = network.decode(network(noise, labels))
     assert torch.equal(found.labels, labels)
-    assert (found.images(range(20)).int() - to_uint8(x).int()).abs().max() <= 1  # another batch size may round to the neighbour
+    assert (
+        found.images(range(20)).int() - to_uint8(x).int()
+    ).abs().max() <= 1  # another batch size may round to the neighbour
 
 
 def test_a_teacher_samples_from_the_same_noise(build):
@@ -84,17 +91,32 @@ def test_the_record_says_what_made_the_images(build, student):
     assert record["compute"]["batch"] == 4 and "chunk" not in record["compute"]
     record = check_free(archive_for(build("t.tar", sampler=teacher_sampler(tiny_teacher(), Solver("euler", 2), 3.0))))
     source = {name: record["source"][name] for name in ("kind", "solver", "steps", "cfg", "nfe", "forwards", "licence")}
-    assert source == {"kind": "teacher", "solver": "euler", "steps": 2, "cfg": 3.0, "nfe": 2, "forwards": 4, "licence": "CC0-1.0"}
+    assert source == {
+        "kind": "teacher",
+        "solver": "euler",
+        "steps": 2,
+        "cfg": 3.0,
+        "nfe": 2,
+        "forwards": 4,
+        "licence": "CC0-1.0",
+    }
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("chunk", [1, 10, 1000])
 def test_bytes_do_not_depend_on_the_parts(build, reference, tmp_path, suffix, chunk):
     build(f"x{suffix}", {"chunk": chunk})
-    assert files(tmp_path) == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+    assert files(tmp_path) == {
+        name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")
+    }
 
 
-KILLS = [(".zip", "replace", k) for k in (3, 5, 8, 9)] + [(".npz", "record", 2), ("", "compute", 4), ("", "replace", 8), (".tar", "record", 1)]
+KILLS = [(".zip", "replace", k) for k in (3, 5, 8, 9)] + [
+    (".npz", "record", 2),
+    ("", "compute", 4),
+    ("", "replace", 8),
+    (".tar", "record", 1),
+]
 
 
 @pytest.mark.parametrize("suffix, die_in, die_at", KILLS)
@@ -103,7 +125,9 @@ def test_bytes_are_the_same_after_a_kill(student, reference, build, tmp_path, su
     assert finish(start(arguments(student, out), tmp_path / "log", die_in=die_in, die_at=die_at)) == -signal.SIGKILL
     assert not (out / "samples.json").exists() if not suffix else die_at == 9 or not out.exists()
     build(f"work/x{suffix}", {"batch": 5, "threads": 2, "chunk": 3})  # what was recorded holds, not these
-    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+    assert files(tmp_path / "work") == {
+        name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")
+    }
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])
@@ -115,7 +139,9 @@ def test_bytes_are_the_same_from_two_workers_one_of_them_killed(student, referen
     wait_for(lambda: (parts / ".locks" / "part-00001.safetensors.lock").exists())
     first.kill()
     assert finish(second) == 0
-    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+    assert files(tmp_path / "work") == {
+        name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")
+    }
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])
@@ -123,7 +149,9 @@ def test_workers_that_start_and_end_together(student, reference, tmp_path, suffi
     out = tmp_path / "work" / f"x{suffix}"
     workers = [start(arguments(student, out), tmp_path / f"log{i}", pause=0.01) for i in range(4)]
     assert [finish(worker) for worker in workers] == [0] * 4
-    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
+    assert files(tmp_path / "work") == {
+        name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")
+    }
 
 
 def test_a_stop_signal_keeps_the_parts_and_says_how_to_continue(student, reference, tmp_path):
@@ -177,7 +205,9 @@ def test_other_settings_are_refused_by_name(build, suffix, student, tmp_path):
     before = files(tmp_path)
     with pytest.raises(UserError) as error:
         build(f"x{suffix}", n=21, seed=1, labels="balanced")
-    assert error.value.message == f"{out} holds samples of other settings:\n  seed: 0 -> 1\n  labels: random -> balanced"
+    assert (
+        error.value.message == f"{out} holds samples of other settings:\n  seed: 0 -> 1\n  labels: random -> balanced"
+    )
     with pytest.raises(UserError, match="kind: student -> teacher"):
         build(f"x{suffix}", sampler=teacher_sampler(tiny_teacher()))
     tiny_student(tmp_path / "other.safetensors", seed=9)
@@ -212,9 +242,18 @@ def test_nothing_foreign_is_overwritten(build, tmp_path, suffix):
         build("y.zip")
 
 
-@pytest.mark.parametrize("settings, message", [({"n": 0}, "n must be"), ({"seed": 2**32}, "seed"), ({"labels": "10"}, "out of range"),
-                                               ({"name": "x.rar"}, "unknown output format '.rar'"), ({"how": {"batch": 0}}, "batch must"),
-                                               ({"how": {"chunk": 0}}, "chunk must"), ({"how": {"threads": 0}}, "threads must")])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"n": 0}, "n must be"),
+        ({"seed": 2**32}, "seed"),
+        ({"labels": "10"}, "out of range"),
+        ({"name": "x.rar"}, "unknown output format '.rar'"),
+        ({"how": {"batch": 0}}, "batch must"),
+        ({"how": {"chunk": 0}}, "chunk must"),
+        ({"how": {"threads": 0}}, "threads must"),
+    ],
+)
 def test_bad_settings_create_nothing(build, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         build(**settings)
@@ -223,8 +262,12 @@ def test_bad_settings_create_nothing(build, tmp_path, settings, message):
 
 def test_bad_teacher_settings():
     teacher = tiny_teacher()
-    for solver, message in ((Solver("rk4"), "unknown solver"), (Solver("heun", 0), "steps must be"), (Solver("sde", 4), "is deterministic"),
-                            (Solver("heun", 4, spacing="leading"), "takes Karras' steps")):  # fmt: skip
+    for solver, message in (
+        (Solver("rk4"), "unknown solver"),
+        (Solver("heun", 0), "steps must be"),
+        (Solver("sde", 4), "is deterministic"),
+        (Solver("heun", 4, spacing="leading"), "takes Karras' steps"),
+    ):
         with pytest.raises(UserError, match=message):
             teacher_sampler(teacher, solver)
     with pytest.raises(UserError, match="takes no prompts"):
@@ -282,7 +325,9 @@ def test_the_first_images_again_are_those_of_the_file(build, student):
 def test_a_teacher_is_not_asked_for_gradients(build, monkeypatch):
     seen = []
     real = Teacher.denoise
-    monkeypatch.setattr(Teacher, "denoise", lambda self, *a: seen.append(torch.is_inference_mode_enabled()) or real(self, *a))
+    monkeypatch.setattr(
+        Teacher, "denoise", lambda self, *a: seen.append(torch.is_inference_mode_enabled()) or real(self, *a)
+    )
     build(sampler=teacher_sampler(tiny_teacher(), Solver("euler", 1)))
     assert seen and all(seen)
 
@@ -293,19 +338,25 @@ def test_how_the_network_is_run_is_recorded_and_goes_on(build, student, monkeypa
     exact, said = build("exact.npz", how={"channels_last": False}), []
     half = build("half.npz", how={"precision": "auto", "say": said.append})
     compute = check_free(archive_for(half))["compute"]
-    assert (compute["precision"], compute["channels_last"]) == ("bf16", True) and "precision" not in check_free(archive_for(exact))["compute"]
+    assert (compute["precision"], compute["channels_last"]) == ("bf16", True) and "precision" not in check_free(
+        archive_for(exact)
+    )["compute"]
     assert said == ["precision bf16 (auto: AMX computes in bf16)"]
     a, b = (open_images(path).images(range(20)).float() for path in (exact, half))
     assert 0 < (a - b).abs().max() < 16  # of 255: bf16 has 8 bits
     # A picture of it is made as the output was, also by a sampler that made none of it.
     images, _ = first_images(student_sampler(load_student(student)), check_free(archive_for(half)), 8)
     assert torch.equal(images, open_images(half).images(range(8)))
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_output_grows_to_the_bytes_of_one_made_at_once(build, tmp_path, suffix, monkeypatch):
     build(f"whole/x{suffix}", n=27)
     sizes = []
     forward = Student.forward
-    monkeypatch.setattr(Student, "forward", lambda self, noise, *a: sizes.append(len(noise)) or forward(self, noise, *a))
+    monkeypatch.setattr(
+        Student, "forward", lambda self, noise, *a: sizes.append(len(noise)) or forward(self, noise, *a)
+    )
     said = []
     for n in (3, 18, 27):
         build(f"grown/x{suffix}", {"say": said.append, "batch": None if n > 3 else 4}, n=n)
@@ -313,7 +364,9 @@ def test_an_output_grows_to_the_bytes_of_one_made_at_once(build, tmp_path, suffi
     assert sum(sizes) == 27 + 3 + 2 and any("grows to 18 images" in line for line in said)
     before = files(tmp_path / "grown")
     build(f"grown/x{suffix}", {"say": said.append}, n=9)
-    assert "holds 27 images already, and so the first 9; nothing to do" in said[-1] and files(tmp_path / "grown") == before
+    assert (
+        "holds 27 images already, and so the first 9; nothing to do" in said[-1] and files(tmp_path / "grown") == before
+    )
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip", ".tar"])
@@ -329,8 +382,16 @@ def test_what_is_damaged_is_not_taken_over(build, tmp_path, suffix):
     assert files(tmp_path / "grown") == files(tmp_path / "whole")
 
 
-GROWING_KILLS = [("", "compute", 1), ("", "record", 2), ("", "replace", 4), ("", "replace", 9), (".zip", "replace", 1), (".zip", "record", 1),
-                 (".tar", "replace", 5), (".npz", "replace", 6)]  # fmt: skip
+GROWING_KILLS = [
+    ("", "compute", 1),
+    ("", "record", 2),
+    ("", "replace", 4),
+    ("", "replace", 9),
+    (".zip", "replace", 1),
+    (".zip", "record", 1),
+    (".tar", "replace", 5),
+    (".npz", "replace", 6),
+]
 
 
 @pytest.mark.parametrize("suffix, die_in, die_at", GROWING_KILLS)
@@ -357,9 +418,9 @@ def test_workers_asked_for_different_numbers_make_the_largest(student, reference
     wait_for(lambda: (parts / ".locks" / "part-00000.safetensors.lock").exists())
     workers = [start(arguments(student, out), tmp_path / "second"), start(small, tmp_path / "third")]
     assert [finish(worker) for worker in (first, *workers)] == [0, 0, 0]
-    assert files(tmp_path / "work") == {name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")}
-
-
+    assert files(tmp_path / "work") == {
+        name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")
+    }
 
 
 def test_workers_of_several_threads_write_what_one_of_them_writes(student, tmp_path):
@@ -367,7 +428,11 @@ def test_workers_of_several_threads_write_what_one_of_them_writes(student, tmp_p
 
     def begin(out, threads, pause):
         words = ["--threads", threads] if threads else []
-        return start(["sample", student, "--n", 20, "--out", out, "--batch", 4, "--chunk", 8, *words], tmp_path / f"log{threads}", pause)
+        return start(
+            ["sample", student, "--n", 20, "--out", out, "--batch", 4, "--chunk", 8, *words],
+            tmp_path / f"log{threads}",
+            pause,
+        )
 
     assert finish(begin(tmp_path / "one.zip", 2, 0.0)) == 0
     first = begin(tmp_path / "two.zip", 2, 0.2)

@@ -76,7 +76,11 @@ def test_checkpoints_state_the_kind_and_bring_it_back(tmp_path):
     model, noise = student(), torch.randn(2, 1, 8, 8)
     save_student(tmp_path / "s.safetensors", model)
     again = d2o.load_student(tmp_path / "s.safetensors")
-    assert isinstance(again, MultistepStudent) and again.nfe == 3 and again.meta["student"] == {"kind": "multistep", "steps": 3}
+    assert (
+        isinstance(again, MultistepStudent)
+        and again.nfe == 3
+        and again.meta["student"] == {"kind": "multistep", "steps": 3}
+    )
     assert torch.equal(again(noise), model(noise)) and again.fingerprint == model.fingerprint
     rebuilt = build_student(again.config, SPEC)
     rebuilt.network.load_state_dict(again.network.state_dict())

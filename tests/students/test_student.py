@@ -10,7 +10,11 @@ def test_round_trip_and_provenance(tmp_path):
     again = d2o.load_student(tmp_path / "s.safetensors")
     noise, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 9])
     assert torch.equal(again(noise, labels), student(noise, labels))
-    assert again.meta["teacher"]["name"] == "tiny" and again.meta["kind"] == "student" and again.meta["d2o"] == d2o.__version__
+    assert (
+        again.meta["teacher"]["name"] == "tiny"
+        and again.meta["kind"] == "student"
+        and again.meta["d2o"] == d2o.__version__
+    )
     assert again.fingerprint == student.fingerprint and not again.training
     rebuilt = build_student(again.config, SPEC)
     rebuilt.network.load_state_dict(again.network.state_dict())

@@ -19,7 +19,13 @@ from d2o.students.paths import path_images, save_path, walk_names
 from d2o.students.style import StyleStudent, interpolate
 from d2o.teachers.base import Spec
 
-CONFIG = {"arch": "style_generator", "img_resolution": 8, "img_channels": 1, "h_dim": 16, "synthesis": {"base": 64, "max_channels": 8}}
+CONFIG = {
+    "arch": "style_generator",
+    "img_resolution": 8,
+    "img_channels": 1,
+    "h_dim": 16,
+    "synthesis": {"base": 64, "max_channels": 8},
+}
 
 
 def style_student(**options) -> StyleStudent:
@@ -77,7 +83,9 @@ def test_interpolations_keep_their_ends_and_slerp_the_norm() -> None:
         torch.testing.assert_close(points[-1], b, rtol=1e-4, atol=1e-5)
     middle = {mode: interpolate(a, b, 3, mode)[1].flatten(1).norm(dim=1) for mode in ("lerp", "slerp")}
     assert bool((middle["lerp"] < 0.85 * a.flatten(1).norm(dim=1)).all())
-    torch.testing.assert_close(middle["slerp"], (a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1)) / 2, rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        middle["slerp"], (a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1)) / 2, rtol=0.1, atol=0
+    )
     with pytest.raises(UserError, match="unknown interpolation"):
         interpolate(a, b, 3, "nlerp")
     with pytest.raises(UserError, match="at least 2 steps"):
@@ -118,9 +126,26 @@ def test_an_exported_student_has_constant_noise_inputs(file_format: str, tmp_pat
 
 
 def test_a_student_that_draws_noise_between_its_calls_is_refused_as_a_graph(tmp_path: Path) -> None:
-    network = build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, "nf": 16, "channel_mult": (1,), "num_res_blocks": 1,
-                             "attn_resolutions": (), "nz": 8, "zdim": 16, "n_mlp": 1})  # fmt: skip
-    save_student(tmp_path / "m.safetensors", MultistepStudent(network, Spec("m", (1, 8, 8)), 2), recipe={}, teacher={"name": "none"})
+    network = build_network(
+        {
+            "arch": "ddgan",
+            "img_resolution": 8,
+            "img_channels": 1,
+            "nf": 16,
+            "channel_mult": (1,),
+            "num_res_blocks": 1,
+            "attn_resolutions": (),
+            "nz": 8,
+            "zdim": 16,
+            "n_mlp": 1,
+        }
+    )
+    save_student(
+        tmp_path / "m.safetensors",
+        MultistepStudent(network, Spec("m", (1, 8, 8)), 2),
+        recipe={},
+        teacher={"name": "none"},
+    )
     with pytest.raises(UserError, match="draws noise of its own between its 2 network calls") as caught:
         export_checkpoint(tmp_path / "m.safetensors", "program")
     assert "--format safetensors" in caught.value.hint

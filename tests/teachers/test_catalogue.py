@@ -13,7 +13,9 @@ from d2o.teachers import catalogue
 from d2o.teachers.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
 from d2o.teachers.registry import planned_teacher
 
-EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [f"edm-{d}-{v}" for d in ("ffhq", "afhqv2") for v in ("vp", "ve")]
+EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [
+    f"edm-{d}-{v}" for d in ("ffhq", "afhqv2") for v in ("vp", "ve")
+]
 EDM2 = [f"edm2-img512-{size}" for size in ("xs", "s", "m", "l", "xl", "xxl")]
 
 
@@ -36,7 +38,13 @@ def test_every_teacher_of_the_papers_has_its_entry():
     assert find("edm-cifar10") is None
     for name in names():
         entry = find(name)
-        assert entry.name == name and entry.licence and entry.licence_url.startswith("https://") and entry.about and entry.parameters > 0
+        assert (
+            entry.name == name
+            and entry.licence
+            and entry.licence_url.startswith("https://")
+            and entry.about
+            and entry.parameters > 0
+        )
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
 
 
@@ -69,8 +77,11 @@ def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
     assert sum(p.numel() for p in teacher.network.parameters()) == published.parameters
     assert all(p.device.type == "meta" and not p.requires_grad for p in teacher.network.parameters())
     spec = teacher.spec
-    assert (spec.space, spec.classes, spec.steps) == ("latent" if name in EDM2 else "pixel", {"cond": 10, "uncond": 0}.get(name.split("-")[2],
-            0 if "hq" in name else 1000), published.steps)  # fmt: skip
+    assert (spec.space, spec.classes, spec.steps) == (
+        "latent" if name in EDM2 else "pixel",
+        {"cond": 10, "uncond": 0}.get(name.split("-")[2], 0 if "hq" in name else 1000),
+        published.steps,
+    )
     assert spec.shape[1] == published.resolution // (8 if name in EDM2 else 1)
 
 
@@ -86,16 +97,24 @@ def test_offline_says_which_file_to_put_where(home):
     with pytest.raises(UserError) as error:
         fetch(find("edm2-img512-s"))
     path = home / "teachers" / "edm2-img512-s-2147483-0.130.pkl"
-    assert error.value.hint == f"download it by other means and put it at {path}" and "D2O_OFFLINE=1" in error.value.message
+    assert (
+        error.value.hint == f"download it by other means and put it at {path}"
+        and "D2O_OFFLINE=1" in error.value.message
+    )
     with pytest.raises(UserError) as error:
         fetch(find("sd15"))
-    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5" in error.value.hint and str(home / "teachers" / "sd15") in error.value.hint
+    assert (
+        "hf download stable-diffusion-v1-5/stable-diffusion-v1-5" in error.value.hint
+        and str(home / "teachers" / "sd15") in error.value.hint
+    )
 
 
 def test_downloaded_then_checked_at_every_load(home, tmp_path, monkeypatch):
     content = pickle.dumps({"ema": None})
     source = put(tmp_path / "server" / "net.pkl", content)
-    entry = catalogue.Published("mine", "nvidia", f"file://{source}", "MIT", "https://example.org", "a test", parameters=1)
+    entry = catalogue.Published(
+        "mine", "nvidia", f"file://{source}", "MIT", "https://example.org", "a test", parameters=1
+    )
     path = fetch(entry)
     assert path == home / "teachers" / "net.pkl"
     assert download.read_record(path)["sha256"] == hashlib.sha256(content).hexdigest()
@@ -113,7 +132,12 @@ def test_the_licence_is_shown_once_per_machine(home):
     for _ in range(3):
         fetch(entry, say=said.append)
     assert said == [licence_line(entry)] * 2
-    assert "CC BY-NC-SA 4.0" in said[0] and entry.licence_url in said[0] and "non-commercial" in said[0] and "recorded in everything" in said[0]
+    assert (
+        "CC BY-NC-SA 4.0" in said[0]
+        and entry.licence_url in said[0]
+        and "non-commercial" in said[0]
+        and "recorded in everything" in said[0]
+    )
     assert "\n" not in said[0]
     assert entry.licence in (home / "licences" / entry.name).read_text()
     put(find("edm-ffhq-ve").place)
@@ -140,7 +164,10 @@ def test_a_home_that_cannot_keep_the_stamp_is_no_reason_to_fail(home):
 def test_a_pipeline_put_there_by_hand(home):
     entry = find("sd15")
     folder = home / "teachers" / "sd15"
-    put(folder / "model_index.json", json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}).encode())
+    put(
+        folder / "model_index.json",
+        json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}).encode(),
+    )
     put(folder / "unet" / "config.json", b"{}")
     assert local_path(entry) is None
     with pytest.raises(UserError, match=r"sd15 lacks unet/\*.safetensors"):

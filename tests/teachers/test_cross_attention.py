@@ -17,7 +17,9 @@ def teacher_of(pipe, unet=None):
     second = getattr(pipe, "text_encoder_2", None)
     encoders, tokenizers = [pipe.text_encoder, *([second] if second else [])], [pipe.tokenizer] * (2 if second else 1)
     spec = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="ddim", steps=4)
-    return StableDiffusionTeacher(unet or pipe.unet, pipe.vae, encoders, tokenizers, DiscreteSchedule.scaled_linear(), spec)
+    return StableDiffusionTeacher(
+        unet or pipe.unet, pipe.vae, encoders, tokenizers, DiscreteSchedule.scaled_linear(), spec
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,17 @@ def test_what_is_spared_changes_nothing(pipes, noise, kind, dtype):
 def test_keys_and_values_once_a_sample_and_the_first_layers_on_one_half(pipes, noise):
     teacher, calls = teacher_of(pipes["sd"]), Counter()
     first, block = teacher.network.down_blocks[0], teacher.network.down_blocks[0].attentions[0].transformer_blocks[0]
-    watched = {"key": block.attn2.to_k, "resnet": first.resnets[0].conv1, "self": block.attn1.to_q, "query": block.attn2.to_q, "ff": block.ff}
+    watched = {
+        "key": block.attn2.to_k,
+        "resnet": first.resnets[0].conv1,
+        "self": block.attn1.to_q,
+        "query": block.attn2.to_q,
+        "ff": block.ff,
+    }
     handles = [
-        module.register_forward_hook(lambda m, given, out, name=name: calls.update({name: len(given[0]), f"{name} calls": 1}))
+        module.register_forward_hook(
+            lambda m, given, out, name=name: calls.update({name: len(given[0]), f"{name} calls": 1})
+        )
         for name, module in watched.items()
     ]
     teacher.sample(noise, PROMPTS, cfg=5.0)
@@ -78,7 +88,9 @@ def test_the_unet_is_as_before_even_after_a_failure(pipes, noise):
     assert [attn.processor for attn in teacher._attentions] == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.network.modules())
     with torch.no_grad():
-        assert torch.allclose(teacher.guided(noise, 500, prepared, 3.0), teacher.guided(noise, 500, text, 3.0), atol=1e-4)
+        assert torch.allclose(
+            teacher.guided(noise, 500, prepared, 3.0), teacher.guided(noise, 500, text, 3.0), atol=1e-4
+        )
     again = copy.deepcopy(teacher)
     assert torch.equal(again.sample(noise, PROMPTS, cfg=2.0), teacher.sample(noise, PROMPTS, cfg=2.0))
 
@@ -98,7 +110,9 @@ def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
     teacher.sample(noise, PROMPTS, cfg=2.0)
     compiled = len(graphs)
     for prompts in (PROMPTS, ["two", "three", "four"]):
-        assert torch.allclose(teacher.sample(noise, prompts, cfg=2.0), expected.sample(noise, prompts, cfg=2.0), atol=1e-4)
+        assert torch.allclose(
+            teacher.sample(noise, prompts, cfg=2.0), expected.sample(noise, prompts, cfg=2.0), atol=1e-4
+        )
     assert compiled and len(graphs) == compiled
     assert text_attentions(teacher.network)  # the plain processors are back
 
@@ -107,7 +121,10 @@ def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
     "options",
     [
         {"only_cross_attention": (True, False)},
-        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D")},
+        {
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D"),
+        },
         {"attention_type": "gated"},
     ],
 )
@@ -120,8 +137,9 @@ def test_other_unets_do_all_of_their_work(pipes, noise, options):
 
 def test_text_may_come_later_in_the_network(pipes, noise):
     unet = pipelines.unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     assert shared_layers(unet) == [unet.conv_in]
     teacher = teacher_of(pipes["sd"], unet)
     ours, theirs = (each.sample(noise, PROMPTS, cfg=5.0) for each in (teacher, plain(teacher)))

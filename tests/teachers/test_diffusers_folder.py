@@ -17,9 +17,11 @@ def folders(tmp_path_factory):
     """One folder of each family, as diffusers writes it."""
     root = tmp_path_factory.mktemp("folders")
     for name, pipe in {
-        "sd": pipelines.stable_diffusion(root), "xl": pipelines.stable_diffusion_xl(root), "sd3": pipelines.stable_diffusion_3(root, t5=True),
+        "sd": pipelines.stable_diffusion(root),
+        "xl": pipelines.stable_diffusion_xl(root),
+        "sd3": pipelines.stable_diffusion_3(root, t5=True),
         "ddpm": pipelines.unconditional(),
-    }.items():  # fmt: skip
+    }.items():
         pipe.save_pretrained(root / name)
     return root
 
@@ -41,20 +43,28 @@ def noise(*shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "solver"), [("sd", "StableDiffusion", "ddim"), ("xl", "StableDiffusionXL", "ddim"), ("sd3", "StableDiffusion3", "euler")]
+    ("name", "kind", "solver"),
+    [("sd", "StableDiffusion", "ddim"), ("xl", "StableDiffusionXL", "ddim"), ("sd3", "StableDiffusion3", "euler")],
 )
 def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, name, kind, solver):
     import diffusers
 
     teacher = load_diffusers(folders / name, "mine", licence="MIT")
     assert capfd.readouterr() == ("", "")
-    assert (teacher.spec.name, teacher.spec.licence, teacher.spec.shape, teacher.spec.solver) == ("mine", "MIT", (4, 8, 8), solver)
+    assert (teacher.spec.name, teacher.spec.licence, teacher.spec.shape, teacher.spec.solver) == (
+        "mine",
+        "MIT",
+        (4, 8, 8),
+        solver,
+    )
     assert (teacher.spec.space, teacher.spec.condition, teacher.spec.guidable) == ("latent", "text", True)
     assert teacher.meta["pipeline"] == f"{kind}Pipeline" and is_diffusers_folder(folders / name)
     pipe = getattr(diffusers, f"{kind}Pipeline").from_pretrained(folders / name)
     pipe.set_progress_bar_config(disable=True)
     z = noise(2, 4, 8, 8)
-    theirs = pipe(PROMPTS, latents=z, output_type="latent", guidance_scale=4.0, num_inference_steps=3, height=16, width=16).images
+    theirs = pipe(
+        PROMPTS, latents=z, output_type="latent", guidance_scale=4.0, num_inference_steps=3, height=16, width=16
+    ).images
     ours = teacher.sample(z, PROMPTS, steps=3, cfg=4.0)
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
     assert teacher.decode(ours).shape == (2, 3, 16, 16)
@@ -63,7 +73,12 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
 
 def test_a_ddpm_folder_old_or_new(folders, tmp_path):
     teacher = load_diffusers(folders / "ddpm", "ddpm")
-    assert (teacher.spec.shape, teacher.spec.space, teacher.spec.condition, teacher.clip) == ((3, 8, 8), "pixel", "none", 1.0)
+    assert (teacher.spec.shape, teacher.spec.space, teacher.spec.condition, teacher.clip) == (
+        (3, 8, 8),
+        "pixel",
+        "none",
+        1.0,
+    )
     old = shutil.copytree(folders / "ddpm", tmp_path / "old")  # the first repositories keep all files at the top
     for file in [*old.glob("unet/*"), *old.glob("scheduler/*")]:
         file.rename(old / file.name)
@@ -82,17 +97,24 @@ def test_a_ddpm_folder_by_class(tmp_path):
         load_diffusers(tmp_path / "classes", "classes")
 
 
-@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize(
+    "name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler", "DDIMScheduler"]
+)
 def test_whichever_scheduler_a_folder_has_its_numbers_are_used(sd, name):
     import diffusers
 
-    own = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.0134, beta_schedule="scaled_linear", timestep_spacing="leading")
+    own = getattr(diffusers, name)(
+        beta_start=0.00085, beta_end=0.0134, beta_schedule="scaled_linear", timestep_spacing="leading"
+    )
     (sd / "scheduler" / "scheduler_config.json").unlink()
     own.save_pretrained(sd / "scheduler")
     edit(sd / "scheduler" / "scheduler_config.json", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     ddim = diffusers.DDIMScheduler.from_config(read_json(sd / "scheduler" / "scheduler_config.json"))
     schedule, prediction, clip = discrete_schedule(Folder(sd, read_json(sd / "model_index.json")))
-    assert torch.allclose(schedule.alphas_cumprod.float(), ddim.alphas_cumprod, rtol=1e-5) and (prediction, clip) == ("epsilon", None)
+    assert torch.allclose(schedule.alphas_cumprod.float(), ddim.alphas_cumprod, rtol=1e-5) and (prediction, clip) == (
+        "epsilon",
+        None,
+    )
     ddim.set_timesteps(50)
     grid = schedule.grid(50)
     assert grid.t[:-1].tolist() == ddim.timesteps.tolist()
@@ -132,7 +154,9 @@ def test_half_precision_files_are_read_where_there_are_no_others(folders, tmp_pa
     assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
     half, full = load_diffusers(tmp_path / "half", "half"), load_diffusers(folders / "sd", "full")
     weight, exact = half.network.conv_in.weight, full.network.conv_in.weight
-    assert weight.dtype == torch.float32 and torch.equal(weight, exact.half().float()) and not torch.equal(weight, exact)
+    assert (
+        weight.dtype == torch.float32 and torch.equal(weight, exact.half().float()) and not torch.equal(weight, exact)
+    )
 
 
 def test_weights_in_parts(folders, tmp_path):

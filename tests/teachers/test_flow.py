@@ -14,10 +14,16 @@ SPEC = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="euler",
 def teacher_of(pipe, **options):
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     return StableDiffusion3Teacher(
-        pipe.transformer, pipe.vae, encoders, [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3],
-        FlowSchedule(pipe.scheduler.config.shift), SPEC, scaling_factor=pipe.vae.config.scaling_factor, shift_factor=pipe.vae.config.shift_factor,
+        pipe.transformer,
+        pipe.vae,
+        encoders,
+        [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3],
+        FlowSchedule(pipe.scheduler.config.shift),
+        SPEC,
+        scaling_factor=pipe.vae.config.scaling_factor,
+        shift_factor=pipe.vae.config.shift_factor,
         **options,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,9 @@ def test_samples_are_those_of_diffusers_pipeline(tmp_path, noise, t5, shift, cfg
     ours = teacher.sample(noise, PROMPTS, steps=6, cfg=cfg)
     assert torch.allclose(ours, theirs, atol=2e-5), float((ours - theirs).abs().max())
     assert torch.allclose(teacher.decode(ours), images * 2 - 1, atol=5e-5)
-    assert not torch.allclose(teacher.sample(noise, PROMPTS[::-1], steps=6, cfg=cfg), theirs, atol=0.01), "the prompts do nothing: the test is blind"
+    assert not torch.allclose(teacher.sample(noise, PROMPTS[::-1], steps=6, cfg=cfg), theirs, atol=0.01), (
+        "the prompts do nothing: the test is blind"
+    )
 
 
 def test_the_network_is_told_the_time_in_thousandths(pipe, noise):
@@ -50,7 +58,9 @@ def test_the_network_is_told_the_time_in_thousandths(pipe, noise):
     x = teacher.denoise(noise, 0.7501, PROMPTS)
     assert torch.allclose(seen[0], torch.full((3,), 750.1)) and seen[0].dtype == torch.float32
     text = teacher.encode(PROMPTS)
-    v = pipe.transformer(noise, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=seen[0]).sample
+    v = pipe.transformer(
+        noise, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=seen[0]
+    ).sample
     assert torch.allclose(x, noise - 0.7501 * v, atol=1e-6)
     assert text.states.shape == (3, 77 + 256, 80) and text.pooled.shape == (3, 40)
     assert text.states[:, 77:].abs().max() == 0 == text.states[:, :, 64:].abs().max()

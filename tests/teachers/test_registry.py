@@ -34,14 +34,21 @@ def test_a_named_teacher_is_used_where_it_was_put(home, tmp_path):
     assert len(said) == 1 and "CC BY-NC-SA 4.0" in said[0] and "non-commercial" in said[0]
     load_teacher("edm-ffhq-vp", say=said.append)
     assert len(said) == 1  # once per machine
-    store = make_pairs(PairSettings("edm-ffhq-vp", 2, steps=1), tmp_path / "pairs", compute=Compute(2, 1), teacher=teacher)
-    assert store is not None and store.manifest["teacher"]["licence"] == teacher.spec.licence == "CC BY-NC-SA 4.0 (NVIDIA)"
+    store = make_pairs(
+        PairSettings("edm-ffhq-vp", 2, steps=1), tmp_path / "pairs", compute=Compute(2, 1), teacher=teacher
+    )
+    assert (
+        store is not None and store.manifest["teacher"]["licence"] == teacher.spec.licence == "CC BY-NC-SA 4.0 (NVIDIA)"
+    )
 
 
 def test_an_absent_teacher_says_what_to_put_where(home):
     with pytest.raises(UserError) as error:
         load_teacher("edm2-img512-s")
-    assert "D2O_OFFLINE" in error.value.message and str(home / "teachers" / "edm2-img512-s-2147483-0.130.pkl") in error.value.hint
+    assert (
+        "D2O_OFFLINE" in error.value.message
+        and str(home / "teachers" / "edm2-img512-s-2147483-0.130.pkl") in error.value.hint
+    )
     for name in ("sdxl", "someone/something"):
         with pytest.raises(UserError) as error:
             load_teacher(name)
@@ -66,7 +73,11 @@ def test_edm2_decodes_by_the_autoencoder_of_its_latents(home, monkeypatch):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (8, 8)}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+    }
     vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, layers_per_block=1, **blocks)
     vae.save_pretrained(home / "teachers" / "sd-vae-ft-mse")
     entry = replace(catalogue.AUTOENCODERS["sd-vae-ft-mse"], sha256=None, bytes=None)

@@ -24,9 +24,16 @@ def teacher_of(pipe, **options):
     encoders, tokenizers = [pipe.text_encoder, *([second] if second else [])], [pipe.tokenizer] * (2 if second else 1)
     schedule = DiscreteSchedule.from_config(dict(pipe.scheduler.config))
     return StableDiffusionTeacher(
-        pipe.unet, pipe.vae, encoders, tokenizers, schedule, options.pop("spec", SPEC), prediction=pipe.scheduler.config.prediction_type,
-        scaling_factor=pipe.vae.config.scaling_factor, **options,
-    )  # fmt: skip
+        pipe.unet,
+        pipe.vae,
+        encoders,
+        tokenizers,
+        schedule,
+        options.pop("spec", SPEC),
+        prediction=pipe.scheduler.config.prediction_type,
+        scaling_factor=pipe.vae.config.scaling_factor,
+        **options,
+    )
 
 
 def latents_of(pipe, noise, **options):
@@ -63,7 +70,9 @@ def test_samples_are_those_of_diffusers_pipeline(pipe, teacher, noise, cfg):
     theirs = latents_of(pipe, noise, guidance_scale=cfg, num_inference_steps=10)
     ours = teacher.sample(noise, PROMPTS, steps=10, cfg=cfg)
     assert far(ours, theirs) < NEAR
-    assert far(teacher.sample(noise, PROMPTS[::-1], steps=10, cfg=cfg), theirs) > 0.01, "the prompts do nothing here: the test is blind"
+    assert far(teacher.sample(noise, PROMPTS[::-1], steps=10, cfg=cfg), theirs) > 0.01, (
+        "the prompts do nothing here: the test is blind"
+    )
     if cfg != 1:
         assert far(teacher.sample(noise, PROMPTS, steps=10), theirs) > 0.01
 
@@ -90,7 +99,9 @@ def test_other_kinds_of_prediction(pipe, noise, prediction):
     other.scheduler = DDIMScheduler(**(pipelines.SD_SCHEDULER | {"prediction_type": prediction}))
     theirs = latents_of(other, noise, guidance_scale=3.0, num_inference_steps=5)
     # Of a predicted sample, diffusers divides by small sigmas in float32.
-    assert far(teacher_of(other).sample(noise, PROMPTS, steps=5, cfg=3.0), theirs) < (NEAR if prediction == "v_prediction" else 1e-4)
+    assert far(teacher_of(other).sample(noise, PROMPTS, steps=5, cfg=3.0), theirs) < (
+        NEAR if prediction == "v_prediction" else 1e-4
+    )
 
 
 @pytest.mark.filterwarnings("ignore:__array__")  # numpy 2 about diffusers
@@ -99,9 +110,13 @@ def test_dpmpp_is_diffusers_dpm_solver_multistep(pipe, teacher, noise):
 
     for steps in (8, 20):  # below 15 steps the last one is of first order
         other = copy.copy(pipe)
-        other.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", final_sigmas_type="zero")
+        other.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing", final_sigmas_type="zero"
+        )
         theirs = latents_of(other, noise, guidance_scale=3.0, num_inference_steps=steps)
-        assert far(teacher.sample(noise, PROMPTS, Solver("dpmpp", steps, "trailing", "x0"), cfg=3.0), theirs) < NEAR, steps
+        assert far(teacher.sample(noise, PROMPTS, Solver("dpmpp", steps, "trailing", "x0"), cfg=3.0), theirs) < NEAR, (
+            steps
+        )
 
 
 def test_ancestral_ddim_is_diffusers_with_the_same_noise(pipe, teacher, noise):
@@ -130,7 +145,9 @@ def test_spacings_are_those_of_diffusers():
             scheduler.set_timesteps(steps)
             assert schedule.grid(steps, spacing).t[:-1].tolist() == scheduler.timesteps.tolist(), (spacing, steps)
             assert torch.allclose(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=1e-5)
-    assert schedule.grid(50).t[:3].tolist() == [981, 961, 941] and schedule.grid(50).alpha[-1] ** 2 == pytest.approx(0.99915)
+    assert schedule.grid(50).t[:3].tolist() == [981, 961, 941] and schedule.grid(50).alpha[-1] ** 2 == pytest.approx(
+        0.99915
+    )
 
 
 def test_a_prompt_is_encoded_once_and_alike_in_any_company(pipe):
@@ -140,7 +157,9 @@ def test_a_prompt_is_encoded_once_and_alike_in_any_company(pipe):
     again = teacher.encode(["two"])
     assert teacher.prompts.encoded == 3 and torch.equal(again.states[0], first.states[1])
     other = teacher_of(pipe).encode(["three", "", "two", "four"])
-    assert torch.equal(other.states[2], first.states[1]), "another worker meets the prompt among others and must get the same bytes"
+    assert torch.equal(other.states[2], first.states[1]), (
+        "another worker meets the prompt among others and must get the same bytes"
+    )
     with torch.no_grad():
         batch = pipe.tokenizer(["one", "two"], padding="max_length", max_length=77, return_tensors="pt").input_ids
         assert torch.allclose(pipe.text_encoder(batch)[0], first.states[:2], atol=1e-5)
@@ -204,7 +223,9 @@ def test_the_network_that_students_copy_is_left_as_it_was(pipe, noise):
 
 
 def test_latents_are_decoded_a_few_at_a_time(pipe, teacher, noise, monkeypatch):
-    theirs = pipe(PROMPTS, latents=noise, output_type="pt", num_inference_steps=2, height=16, width=16, guidance_scale=3.0).images
+    theirs = pipe(
+        PROMPTS, latents=noise, output_type="pt", num_inference_steps=2, height=16, width=16, guidance_scale=3.0
+    ).images
     x = teacher.sample(noise, PROMPTS, steps=2, cfg=3.0)
     images = teacher.decode(x)
     assert images.shape == (3, 3, 16, 16) and float(images.abs().max()) <= 1
@@ -240,7 +261,9 @@ def test_components_that_do_not_fit_are_refused(pipe, pipe_xl):
     with pytest.raises(UserError, match="Stable Diffusion XL with 1 text encoders"):
         StableDiffusionTeacher(pipe_xl.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC)
     with pytest.raises(UserError, match="did you mean 'epsilon'"):
-        StableDiffusionTeacher(pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC, prediction="epsilom")
+        StableDiffusionTeacher(
+            pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC, prediction="epsilom"
+        )
     with pytest.raises(UserError, match="4 channels with an autoencoder of 8"):
         StableDiffusionTeacher(pipe.unet, pipelines.vae(8), [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC)
     with pytest.raises(UserError, match="unknown sdxl_uncond"):
@@ -254,8 +277,14 @@ def test_the_fingerprint_covers_all_that_samples_depend_on(pipe):
     words.text_encoder = pipelines.clip()
     assert teacher_of(words).fingerprint != teacher.fingerprint
     other = StableDiffusionTeacher(
-        pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], teacher.schedule, SPEC, prediction="v_prediction",
-    )  # fmt: skip
+        pipe.unet,
+        pipe.vae,
+        [pipe.text_encoder],
+        [pipe.tokenizer],
+        teacher.schedule,
+        SPEC,
+        prediction="v_prediction",
+    )
     assert other.fingerprint != teacher.fingerprint
 
 

@@ -31,7 +31,9 @@ def test_guidance_extrapolates_from_the_unconditional_denoiser():
     d_c, d_u = teacher.denoise(x, 2.0, labels), teacher.denoise(x, 2.0, torch.full((3,), -1))
     assert torch.allclose(teacher.guided(x, 2.0, labels, 3.0), d_u + 3 * (d_c - d_u), atol=1e-5)
     assert torch.equal(teacher.guided(x, 2.0, labels), d_c)
-    assert not torch.allclose(teacher.sample(x, labels, steps=2, cfg=3.0), teacher.sample(x, labels, steps=2), atol=1e-3)
+    assert not torch.allclose(
+        teacher.sample(x, labels, steps=2, cfg=3.0), teacher.sample(x, labels, steps=2), atol=1e-3
+    )
     with pytest.raises(UserError, match="needs a condition"):
         teacher.guided(x, 2.0, None, 3.0)
 
@@ -105,17 +107,23 @@ def test_guidance_is_one_call_of_twice_the_size(kind):
     noise = torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     solver = Solver("euler", 6)
     plain = teacher.sample(noise, labels, solver)
-    assert teacher.calls == [5] * solver.forwards() and torch.equal(teacher.sample(noise, labels, solver, cfg=1.0), plain)
+    assert teacher.calls == [5] * solver.forwards() and torch.equal(
+        teacher.sample(noise, labels, solver, cfg=1.0), plain
+    )
     teacher.calls.clear()
     guided = teacher.sample(noise, labels, solver, cfg=2.0)
     assert teacher.calls == [10] * solver.nfe and sum(teacher.calls) / len(noise) == solver.forwards(2.0) == 12
-    assert teacher.guided(noise, 0.5, labels, 0.0).allclose(teacher.denoise(noise, 0.5, torch.full((5,), -1)), atol=1e-5)
+    assert teacher.guided(noise, 0.5, labels, 0.0).allclose(
+        teacher.denoise(noise, 0.5, torch.full((5,), -1)), atol=1e-5
+    )
 
     def by_hand(x, t):
         d_c, d_u = (PLANE.denoiser(SCHEDULES[kind], which)(x, t) for which in (labels, torch.full((5,), -1)))
         return d_u + 2.0 * (d_c - d_u)
 
-    assert torch.allclose(guided, solver.run(by_hand, noise, SCHEDULES[kind]).float(), atol=1e-4) and not torch.allclose(guided, plain, atol=0.05)
+    assert torch.allclose(
+        guided, solver.run(by_hand, noise, SCHEDULES[kind]).float(), atol=1e-4
+    ) and not torch.allclose(guided, plain, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -128,7 +136,9 @@ def test_samples_of_a_class_have_its_distribution(kind):
         assert torch.allclose(x[labels == k].mean(0), PLANE.means[k], rtol=0, atol=4 * std / 300**0.5 + 0.02)
         assert torch.allclose(x[labels == k].std(0), torch.full((2,), std).double(), rtol=0.15)
     blind = MixtureTeacher(schedule=SCHEDULES[kind], labelled=False)
-    assert torch.allclose(blind.sample(noise[:5], None, "heun", 8), teacher.sample(noise[:5], torch.full((5,), -1), "heun", 8))
+    assert torch.allclose(
+        blind.sample(noise[:5], None, "heun", 8), teacher.sample(noise[:5], torch.full((5,), -1), "heun", 8)
+    )
 
 
 def test_a_teacher_samples_as_usual_unless_told_otherwise():
@@ -179,8 +189,14 @@ def test_a_teachers_network_is_frozen_and_a_copy_of_it_learns():
 def test_text_conditions_are_cut_and_joined_together():
     text = Text(torch.randn(4, 7, 5), torch.randn(4, 3))
     assert len(text) == 4 and len(text[1:3]) == 2
-    assert torch.equal(text[torch.tensor([2, 0])].states, text.states[[2, 0]]) and torch.equal(text[1:3].pooled, text.pooled[1:3])
-    assert text[:2].pooled is not None and Text(text.states)[:2].pooled is None and Text(text.states).to(torch.device("cpu")).pooled is None
+    assert torch.equal(text[torch.tensor([2, 0])].states, text.states[[2, 0]]) and torch.equal(
+        text[1:3].pooled, text.pooled[1:3]
+    )
+    assert (
+        text[:2].pooled is not None
+        and Text(text.states)[:2].pooled is None
+        and Text(text.states).to(torch.device("cpu")).pooled is None
+    )
     both = join(text[:1], text[2:])
     assert torch.equal(both.states, text.states[[0, 2, 3]]) and torch.equal(both.pooled, text.pooled[[0, 2, 3]])
     assert join(Text(text.states), Text(text.states)).pooled is None

@@ -40,7 +40,9 @@ def loop(pipe, noise, steps, eta=0.0, fresh=None, labels=None, **options):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_samples_are_those_of_diffusers_scheduler(prediction):
     pipe = pipelines.unconditional("DDIMPipeline", scheduler_of(prediction_type=prediction))
-    teacher = UNet2DTeacher(pipe.unet, DiscreteSchedule.from_config(dict(pipe.scheduler.config)), SPEC, prediction=prediction)
+    teacher = UNet2DTeacher(
+        pipe.unet, DiscreteSchedule.from_config(dict(pipe.scheduler.config)), SPEC, prediction=prediction
+    )
     (noise,) = drawn()
     assert far(teacher.sample(noise, steps=10), loop(pipe, noise, 10)) < (1e-4 if prediction == "sample" else NEAR)
     assert teacher.decode(noise * 3).abs().max() == 1
@@ -121,8 +123,9 @@ def test_no_condition_and_no_guidance_without_classes():
 def test_the_fingerprint_covers_prediction_and_clipping():
     unet, schedule = pipelines.unconditional().unet, DiscreteSchedule.from_config({})
     prints = {
-        UNet2DTeacher(unet, schedule, SPEC).fingerprint, UNet2DTeacher(unet, schedule, SPEC, clip=1.0).fingerprint,
+        UNet2DTeacher(unet, schedule, SPEC).fingerprint,
+        UNet2DTeacher(unet, schedule, SPEC, clip=1.0).fingerprint,
         UNet2DTeacher(unet, schedule, SPEC, prediction="sample").fingerprint,
         UNet2DTeacher(unet, DiscreteSchedule.from_config({"beta_end": 0.01}), SPEC).fingerprint,
-    }  # fmt: skip
+    }
     assert len(prints) == 4

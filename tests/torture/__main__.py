@@ -15,8 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                  MPLBACKEND="Agg", PYTHONDONTWRITEBYTECODE="1")  # fmt: skip
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    NO_COLOR="1",
+    COLUMNS="160",
+    TERM="dumb",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+    PYTHONDONTWRITEBYTECODE="1",
+)
 
 from tests.torture import commands, damage, forks, kill
 from tests.torture.report import Report
@@ -24,9 +32,16 @@ from tests.torture.specimens import QUICK, SPECIMENS
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.torture", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200, help="kills at random moments, of all commands together")
-    parser.add_argument("--events", type=int, default=-1, help="kills at events of the last checkpoint, for each command; -1: all, and some others")
+    parser.add_argument(
+        "--events",
+        type=int,
+        default=-1,
+        help="kills at events of the last checkpoint, for each command; -1: all, and some others",
+    )
     parser.add_argument("--full", type=int, default=6, help="full disks for each command")
     parser.add_argument("--mutations", type=int, default=5000, help="damaged files, of all formats together")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,16 +72,24 @@ def main() -> int:
             report.save(asked.json)
         if not asked.keep:
             shutil.rmtree(base, ignore_errors=True)
-    print(f"\n{report.table()}\n\n{len(report.results)} trials, {len(report.failed)} failed, {time.perf_counter() - started:.0f} s")
+    print(
+        f"\n{report.table()}\n\n{len(report.results)} trials, {len(report.failed)} failed, {time.perf_counter() - started:.0f} s"
+    )
     return 1 if report.failed else 0
 
 
 def kills(asked: argparse.Namespace, once: dict | None, base: Path, report: Report) -> None:
-    chosen = [kill.find(once["command"])] if once else [c for c in commands.COMMANDS if asked.only in c.name and c.quick >= asked.quick]
+    chosen = (
+        [kill.find(once["command"])]
+        if once
+        else [c for c in commands.COMMANDS if asked.only in c.name and c.quick >= asked.quick]
+    )
     if not chosen:
         return
     inputs = commands.prepare(base)
-    references = {c.name: kill.Reference(c, inputs, _folder(base / "references" / c.name.replace(" ", "_"))) for c in chosen}
+    references = {
+        c.name: kill.Reference(c, inputs, _folder(base / "references" / c.name.replace(" ", "_"))) for c in chosen
+    }
     planned = []
     for i, (name, reference) in enumerate(references.items()):
         if not asked.quick:
@@ -85,7 +108,10 @@ def mutations(asked: argparse.Namespace, once: dict | None, base: Path, report: 
     chosen = [damage.find(once["specimen"])] if once else known
     if not chosen:
         return
-    intact = {s.name: damage.Intact(s, _folder(base / "specimens" / s.name.replace(" ", "_").replace("/", "_"))) for s in chosen}
+    intact = {
+        s.name: damage.Intact(s, _folder(base / "specimens" / s.name.replace(" ", "_").replace("/", "_")))
+        for s in chosen
+    }
     planned = [damage.Mutant(**once)] if once else damage.plan(chosen, asked.mutations, asked.seed)
     for result in damage.mutants(intact, planned, base / "mutants", asked.jobs, keep=asked.keep is not None):
         report.add(result)

@@ -49,8 +49,11 @@ def differences(reference: dict[str, str], found: dict[str, str]) -> list[str]:
     """Each difference in a few words, the most telling first."""
     missing = [f"missing: {name}" for name in sorted(reference.keys() - found.keys())]
     more = [f"left over: {name}" for name in sorted(found.keys() - reference.keys())]
-    other = [f"differs: {name}{_where(reference[name], found[name])}" for name in sorted(reference.keys() & found.keys()) if
-             reference[name] != found[name]]  # fmt: skip
+    other = [
+        f"differs: {name}{_where(reference[name], found[name])}"
+        for name in sorted(reference.keys() & found.keys())
+        if reference[name] != found[name]
+    ]
     return missing + other + more
 
 
@@ -88,7 +91,9 @@ def _content(path: Path, speeds: set[str]) -> str:
         text = re.sub(r'samples_per_s"*: [\d.e+-]+', "samples_per_s", text)
         text = re.sub(r"[\d,.]+ (images|samples)/s", "# images/s", text)
         text = re.sub(r"[\d.]+ s, of these [\d.]+ s generating", "# s", text)
-        return re.sub(r"(?<=>)[\d,.]+(?=<)|(?<=\| )[\d,.]+(?= \|)", lambda match: "#" if match[0] in speeds else match[0], text)
+        return re.sub(
+            r"(?<=>)[\d,.]+(?=<)|(?<=\| )[\d,.]+(?= \|)", lambda match: "#" if match[0] in speeds else match[0], text
+        )
     return hashlib.sha256(data).hexdigest()
 
 

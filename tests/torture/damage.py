@@ -45,14 +45,18 @@ class Intact:
         if outcome.code != 0:
             raise RuntimeError(f"{specimen.name}, intact: {outcome.brief}\n{outcome.text}")
 
-    def read(self, folder: Path, log: Path, data: bytes | None = None, trust: bool = False) -> tuple[forks.Outcome, dict[str, str]]:
+    def read(
+        self, folder: Path, log: Path, data: bytes | None = None, trust: bool = False
+    ) -> tuple[forks.Outcome, dict[str, str]]:
         """Read it in a copy of its folder, with `data` in its place; the file itself is no product. `trust`: without looking at digests."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.folder, folder)
         if data is not None:
             (folder / self.file).write_bytes(data)
         read = self.specimen.read
-        function: Callable[[], Any] = forks.d2o(["--trust", *read] if trust else read) if isinstance(read, list) else read
+        function: Callable[[], Any] = (
+            forks.d2o(["--trust", *read] if trust else read) if isinstance(read, list) else read
+        )
         outcome = forks.run(function, cwd=folder, log=log, seconds=SECONDS, memory=MEMORY)
         if outcome.code != 0:
             return outcome, {}
@@ -70,14 +74,22 @@ def plan(specimens: list[Specimen], count: int, seed: int) -> list[Mutant]:
         raw, known = list(RAW), list(FORMATS[specimen.format])
         for k in range(share):
             names = known if known and k % 2 else raw
-            mutants.append(Mutant(specimen.name, names[(k // 2) % len(names)] if known else names[k % len(names)], rng.randrange(2**31)))
+            mutants.append(
+                Mutant(
+                    specimen.name,
+                    names[(k // 2) % len(names)] if known else names[k % len(names)],
+                    rng.randrange(2**31),
+                )
+            )
     random.Random(seed).shuffle(mutants)  # so that a run that is stopped has seen something of everything
     return mutants
 
 
 def attempt(mutant: Mutant, intact: Intact, folder: Path, log: Path) -> dict[str, Any]:
     specimen, rng = intact.specimen, random.Random(mutant.seed)
-    mutation, tells = (RAW[mutant.mutation], True) if mutant.mutation in RAW else FORMATS[specimen.format][mutant.mutation]
+    mutation, tells = (
+        (RAW[mutant.mutation], True) if mutant.mutation in RAW else FORMATS[specimen.format][mutant.mutation]
+    )
     data = mutation(intact.data, rng)
     result: dict[str, Any] = {"what": specimen.name, "kind": mutant.mutation, "failures": [], "replay": mutant.replay}
     if data is None or data == intact.data:
@@ -88,11 +100,18 @@ def attempt(mutant: Mutant, intact: Intact, folder: Path, log: Path) -> dict[str
     failures = _verdict(specimen, intact, outcome, products, own=specimen.own and tells and not trust)
     if trust:
         result["kind"] += " --trust"
-    return {**result, "code": outcome.code if outcome.code is not None else -outcome.signal, "peak": outcome.peak, "seconds": outcome.seconds,
-            "failures": failures}  # fmt: skip
+    return {
+        **result,
+        "code": outcome.code if outcome.code is not None else -outcome.signal,
+        "peak": outcome.peak,
+        "seconds": outcome.seconds,
+        "failures": failures,
+    }
 
 
-def mutants(intact: dict[str, Intact], planned: list[Mutant], base: Path, jobs: int, keep: bool) -> Iterator[dict[str, Any]]:
+def mutants(
+    intact: dict[str, Intact], planned: list[Mutant], base: Path, jobs: int, keep: bool
+) -> Iterator[dict[str, Any]]:
     def work(number: int) -> dict[str, Any]:
         mutant, folder = planned[number], base / f"{number:05d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +127,9 @@ def find(name: str) -> Specimen:
     return next(specimen for specimen in SPECIMENS if specimen.name == name)
 
 
-def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, products: dict[str, str], own: bool) -> list[str]:
+def _verdict(
+    specimen: Specimen, intact: Intact, outcome: forks.Outcome, products: dict[str, str], own: bool
+) -> list[str]:
     said = [line.strip() for line in outcome.text.splitlines() if line.strip()]
     if outcome.timed_out:
         return ["hang: " + outcome.brief]
@@ -119,7 +140,9 @@ def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, product
         if "Traceback" in text:
             return ["traceback with exit 2", *said[-2:]]
         named = any(name in text for name in (*specimen.names, intact.file.name))
-        if not named and "not finite" not in text:  # weights that are wrong, but as they were written, are said of the network
+        if (
+            not named and "not finite" not in text
+        ):  # weights that are wrong, but as they were written, are said of the network
             return ["the message names no file", *said[-3:]]
         if max(len(line) for line in said) > 20_000:
             return [f"a message of {max(len(line) for line in said):,} characters", *(line[:200] for line in said[-3:])]
@@ -128,7 +151,11 @@ def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, product
         return [f"exit {outcome.code}: {_kind(said)}", *(line[:300] for line in said[-3:])]
     if not own or products == intact.products:
         return []
-    changed = [name for name in sorted(products.keys() | intact.products.keys()) if products.get(name) != intact.products.get(name)]
+    changed = [
+        name
+        for name in sorted(products.keys() | intact.products.keys())
+        if products.get(name) != intact.products.get(name)
+    ]
     return ["silent acceptance: another result", ", ".join(changed)[:300]]
 
 

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-PATHS = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.link": 1, "os.symlink": 1, "os.truncate": 0, "os.chmod": 0}
+PATHS = {
+    "os.rename": 1,
+    "os.remove": 0,
+    "os.mkdir": 0,
+    "os.rmdir": 0,
+    "os.link": 1,
+    "os.symlink": 1,
+    "os.truncate": 0,
+    "os.chmod": 0,
+}
 """Audit event -> which of its arguments names the file that changes."""
 FILLING = ("open", "write", "os.mkdir", "fsync")
 """What fails on a full disk; renaming and removing do not."""
@@ -42,9 +51,21 @@ class Events:
             self.event("fsync", "")
             fsync(descriptor)
 
-        def watched_open(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None, newline: Any = None,
-                         closefd: bool = True, opener: Any = None) -> Any:  # fmt: skip
-            if not set(mode) & set("wax+") or not isinstance(file, (str, bytes, os.PathLike)) or self._ours(file) is None:
+        def watched_open(
+            file: Any,
+            mode: str = "r",
+            buffering: int = -1,
+            encoding: Any = None,
+            errors: Any = None,
+            newline: Any = None,
+            closefd: bool = True,
+            opener: Any = None,
+        ) -> Any:
+            if (
+                not set(mode) & set("wax+")
+                or not isinstance(file, (str, bytes, os.PathLike))
+                or self._ours(file) is None
+            ):
                 return plain(file, mode, buffering, encoding, errors, newline, closefd, opener)
             raw = _Raw(self, file, mode.replace("b", "").replace("t", ""), closefd, opener)
             if buffering == 0:
@@ -60,7 +81,9 @@ class Events:
     def event(self, kind: str, path: str, before: Callable[[], None] = lambda: None) -> None:
         """`before` is done if this is where the process dies or the disk gets full: a part of a write."""
         with self.lock:
-            counted = ".tfevents." not in path  # TensorBoard writes in a thread of its own: the numbers would not be the same twice
+            counted = (
+                ".tfevents." not in path
+            )  # TensorBoard writes in a thread of its own: the numbers would not be the same twice
             if counted:
                 self.seen.append((kind, path))
             here = (counted and len(self.seen) == self.at) or (self.where is not None and self.where(kind, path))
@@ -86,7 +109,9 @@ class Events:
                 return
         elif name in PATHS:
             path = arguments[PATHS[name]]
-            if (name == "os.mkdir" and os.path.isdir(path)) or (name == "os.remove" and arguments[1] == -1 and not os.path.lexists(path)):
+            if (name == "os.mkdir" and os.path.isdir(path)) or (
+                name == "os.remove" and arguments[1] == -1 and not os.path.lexists(path)
+            ):
                 return  # nothing changes
         else:
             return

@@ -84,8 +84,16 @@ def d2o(arguments: list[str]) -> Callable[[], None]:
     return command
 
 
-def run(function: Callable[[], Any], *, cwd: Path, log: Path, seconds: float = 60, kill_after: float | None = None,
-        polite: bool = False, memory: int | None = None) -> Outcome:  # fmt: skip
+def run(
+    function: Callable[[], Any],
+    *,
+    cwd: Path,
+    log: Path,
+    seconds: float = 60,
+    kill_after: float | None = None,
+    polite: bool = False,
+    memory: int | None = None,
+) -> Outcome:
     """Call `function` in a child and wait. `kill_after`: SIGKILL (`polite`: SIGTERM) after that many seconds; `memory`: bytes that it may take
     beyond what is in use now."""
     started = time.perf_counter()
@@ -107,7 +115,9 @@ def run(function: Callable[[], Any], *, cwd: Path, log: Path, seconds: float = 6
     took = time.perf_counter() - started
     died = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-    return Outcome(code, died, timed_out, took, usage.ru_maxrss / 1024, log.read_text(errors="replace") if log.exists() else "")
+    return Outcome(
+        code, died, timed_out, took, usage.ru_maxrss / 1024, log.read_text(errors="replace") if log.exists() else ""
+    )
 
 
 def _wait(pid: int, seconds: float) -> bool:
@@ -193,7 +203,9 @@ def share(jobs: int, count: int, work: Callable[[int], dict[str, Any]], folder: 
             if done:
                 running.remove(pid)
                 if status:
-                    raise RuntimeError(f"a worker of the harness itself ended with status {status}; its traceback is above")
+                    raise RuntimeError(
+                        f"a worker of the harness itself ended with status {status}; its traceback is above"
+                    )
 
 
 def _take(following: Any) -> int:

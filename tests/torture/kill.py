@@ -52,11 +52,17 @@ class Reference:
         folder = self.base / "second"
         copy(self.inputs, self.command.inputs, folder)
         forks.run(forks.d2o(self.command.arguments), cwd=folder, log=self.base / "log", seconds=LIMIT)
-        return [f"left over: {name}" for name in leftovers(self.products)] + differences(self.products, snapshot(folder, self.command.inputs))
+        return [f"left over: {name}" for name in leftovers(self.products)] + differences(
+            self.products, snapshot(folder, self.command.inputs)
+        )
 
     def tail(self) -> list[int]:
         """The events of the last checkpoint (or part) and of the end, by number."""
-        ends = [i for i, (kind, path) in enumerate(self.events, 1) if kind == "os.rename" and path.endswith(self.command.marker)]
+        ends = [
+            i
+            for i, (kind, path) in enumerate(self.events, 1)
+            if kind == "os.rename" and path.endswith(self.command.marker)
+        ]
         first = ends[-2] if len(ends) > 1 else 0
         return [i for i in self.telling() if i > first]
 
@@ -68,14 +74,24 @@ def plan(reference: Reference, moments: int, events: int | None, full: int, seed
     """`moments` random ones (one in five a polite stop); `events` of the last checkpoint's (None: all, and a sixth of the others); `full` disks."""
     name = reference.command.name
     rng = random.Random(f"{seed}/{name}")
-    trials = [Trial(name, "stop" if i % 5 == 4 else "moment", round(rng.uniform(0.02, 1.0), 3), rng.randrange(2**31), i % 3 == 2)
-              for i in range(moments)]  # fmt: skip
+    trials = [
+        Trial(
+            name, "stop" if i % 5 == 4 else "moment", round(rng.uniform(0.02, 1.0), 3), rng.randrange(2**31), i % 3 == 2
+        )
+        for i in range(moments)
+    ]
     tail = reference.tail()
     others = [i for i in reference.telling() if i not in set(tail)]
-    chosen = tail + rng.sample(others, len(others) // 6) if events is None else sorted(rng.sample(tail, min(events, len(tail))))
+    chosen = (
+        tail + rng.sample(others, len(others) // 6)
+        if events is None
+        else sorted(rng.sample(tail, min(events, len(tail))))
+    )
     trials += [Trial(name, "event", i, rng.randrange(2**31), rng.random() < 0.25) for i in chosen]
     filling = [i for i in reference.telling() if reference.events[i - 1][0] in FILLING]
-    return trials + [Trial(name, "full", i, rng.randrange(2**31)) for i in sorted(rng.sample(filling, min(full, len(filling))))]
+    return trials + [
+        Trial(name, "full", i, rng.randrange(2**31)) for i in sorted(rng.sample(filling, min(full, len(filling))))
+    ]
 
 
 def attempt(trial: Trial, reference: Reference, folder: Path, log: Path) -> dict[str, Any]:
@@ -87,7 +103,9 @@ def attempt(trial: Trial, reference: Reference, folder: Path, log: Path) -> dict
     def disturbed(arguments: list[str], kind: str, at: float) -> forks.Outcome:
         if kind in ("moment", "stop"):
             after = at * reference.seconds
-            return forks.run(forks.d2o(arguments), cwd=folder, log=log, seconds=LIMIT, kill_after=after, polite=kind == "stop")
+            return forks.run(
+                forks.d2o(arguments), cwd=folder, log=log, seconds=LIMIT, kill_after=after, polite=kind == "stop"
+            )
         return _watched(arguments, folder, log.parent, int(at), "full" if kind == "full" else "kill", log)[0]
 
     outcome = disturbed(command.arguments, trial.kind, trial.at)
@@ -103,11 +121,20 @@ def attempt(trial: Trial, reference: Reference, folder: Path, log: Path) -> dict
     if outcome.code != 0:
         failures.append(f"the same command again: {outcome.brief}: {_said(outcome.text)}")
     failures += differences(reference.products, snapshot(folder, command.inputs))
-    return {"what": trial.command, "kind": trial.kind, "at": trial.at, "where": where, "kills": kills, "failures": failures,
-            "replay": trial.replay}  # fmt: skip
+    return {
+        "what": trial.command,
+        "kind": trial.kind,
+        "at": trial.at,
+        "where": where,
+        "kills": kills,
+        "failures": failures,
+        "replay": trial.replay,
+    }
 
 
-def trials(references: dict[str, Reference], planned: list[Trial], base: Path, jobs: int, keep: bool) -> Iterator[dict[str, Any]]:
+def trials(
+    references: dict[str, Reference], planned: list[Trial], base: Path, jobs: int, keep: bool
+) -> Iterator[dict[str, Any]]:
     def work(number: int) -> dict[str, Any]:
         trial = planned[number]
         folder = base / f"{number:05d}" / "place"
@@ -143,8 +170,9 @@ def _said(text: str) -> str:
     return " / ".join(lines[errors[-1] :] if errors else lines[-3:])[:300]
 
 
-def _watched(arguments: list[str], folder: Path, base: Path, at: int = 0, action: str = "kill",
-             log: Path | None = None) -> tuple[forks.Outcome, list[tuple[str, str]]]:  # fmt: skip
+def _watched(
+    arguments: list[str], folder: Path, base: Path, at: int = 0, action: str = "kill", log: Path | None = None
+) -> tuple[forks.Outcome, list[tuple[str, str]]]:
     """Run with its events counted, and with `action` at number `at`; the events of a run that lived."""
     command: Callable[[], None] = forks.d2o(arguments)
     listed = base / "events.json"

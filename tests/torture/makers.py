@@ -92,7 +92,9 @@ def image_folder(suffix: str) -> Callable[[Path], None]:
 
 def edm_zip(folder: Path) -> None:
     members = [(f"00000/img{i:08d}.png", png(i)) for i in range(COUNT)]
-    members.append(("dataset.json", json.dumps({"labels": [[name, i % 2] for i, (name, _) in enumerate(members)]}).encode()))
+    members.append(
+        ("dataset.json", json.dumps({"labels": [[name, i % 2] for i, (name, _) in enumerate(members)]}).encode())
+    )
     with zipfile.ZipFile(folder / "images.zip", "w") as file:
         for name, content in members:
             file.writestr(zipfile.ZipInfo(name), content)
@@ -118,13 +120,18 @@ def npz_of_images(folder: Path) -> None:
         return out.getvalue()
 
     pixels = np.random.RandomState(0).randint(0, 255, (COUNT, 8, 8, 1), dtype=np.uint8)
-    (folder / "images.npz").write_bytes(pack([("images.npy", array(pixels)), ("labels.npy", array(np.arange(COUNT) % 2))]))
+    (folder / "images.npz").write_bytes(
+        pack([("images.npy", array(pixels)), ("labels.npy", array(np.arange(COUNT) % 2))])
+    )
 
 
 def lmdb_of_images(folder: Path) -> None:
     import lmdb
 
-    with lmdb.open(str(folder / "images_lmdb"), map_size=1 << 20) as environment, environment.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(folder / "images_lmdb"), map_size=1 << 20) as environment,
+        environment.begin(write=True) as transaction,
+    ):
         for i in range(COUNT):
             transaction.put(b"%04d" % i, png(i))
     os.remove(folder / "images_lmdb" / "lock.mdb")
@@ -207,7 +214,9 @@ def torch_weights(kind: str) -> Callable[[Path], None]:
         torch.manual_seed(0)
         tensors = {"layer.weight": torch.randn(8, 8), "layer.bias": torch.randn(8), "steps": torch.arange(3)}
         if kind == "script":
-            torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())).save(str(folder / "weights.pt"))
+            torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())).save(
+                str(folder / "weights.pt")
+            )
         else:
             torch.save({"state_dict": tensors}, folder / "weights.pt", _use_new_zipfile_serialization=kind == "zip")
 
@@ -220,8 +229,13 @@ def downloaded(folder: Path) -> None:
 
     content = png() * 20
     (folder / "weights.bin").write_bytes(content)
-    about = {"url": "https://example.org/weights.bin", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "checked": False,
-             "date": "2026-01-01T00:00:00+00:00"}  # fmt: skip
+    about = {
+        "url": "https://example.org/weights.bin",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "checked": False,
+        "date": "2026-01-01T00:00:00+00:00",
+    }
     (folder / "weights.bin.json").write_text(json.dumps(about))
 
 
@@ -236,4 +250,6 @@ def classifier_and_images(folder: Path) -> None:
     from d2o.teachers.registry import asset
 
     image_folder("png")(folder)
-    save_file(folder / "classifier.safetensors", *load_file(asset("classifier_digits.safetensors")))  # as it is written today: with its seal
+    save_file(
+        folder / "classifier.safetensors", *load_file(asset("classifier_digits.safetensors"))
+    )  # as it is written today: with its seal

@@ -49,7 +49,9 @@ def size_field(data: bytes, rng: random.Random) -> bytes:
     width, value = rng.choice([4, 8]), rng.choice(SIZES)
     place = rng.choice([0, rng.randrange(64), len(data) - 8 - rng.randrange(64), rng.randrange(len(data))])
     place = max(0, min(place, len(data) - width))
-    return data[:place] + (value % 2 ** (8 * width)).to_bytes(width, rng.choice(["little", "big"])) + data[place + width :]
+    return (
+        data[:place] + (value % 2 ** (8 * width)).to_bytes(width, rng.choice(["little", "big"])) + data[place + width :]
+    )
 
 
 RAW: dict[str, Mutation] = {f.__name__: f for f in (flip, run_of, truncate, extend, swap, cut_or_repeat, size_field)}
@@ -58,8 +60,12 @@ RAW: dict[str, Mutation] = {f.__name__: f for f in (flip, run_of, truncate, exte
 # Which formats know which mutations. The flag: whether d2o could tell that the file was changed, where the bytes have a digest.
 
 FORMATS: dict[str, dict[str, tuple[Mutation, bool]]] = {
-    "sealed": {"record": (record, True), "tensor_header": (tensor_header, True), "forged_record": (forged_record, False),
-               "forged_tensors": (forged_tensors, False)},
+    "sealed": {
+        "record": (record, True),
+        "tensor_header": (tensor_header, True),
+        "forged_record": (forged_record, False),
+        "forged_tensors": (forged_tensors, False),
+    },
     "safetensors": {"tensor_header": (tensor_header, False)},
     "json": {"json_node": (json_node, True)},
     "jsonl": {"json_lines": (json_lines, True), "lines": (lines, True)},
@@ -69,4 +75,4 @@ FORMATS: dict[str, dict[str, tuple[Mutation, bool]]] = {
     "zip": {"zip_fields": (zip_fields, True), "zip_member": (zip_member, False)},
     "tar": {"tar_head": (tar_head, False)},
     "": {},
-}  # fmt: skip
+}

@@ -84,7 +84,9 @@ def pack(members: list[tuple[str, bytes]]) -> bytes:
     with warnings.catch_warnings(), zipfile.ZipFile(out, "w") as file:
         warnings.simplefilter("ignore")  # a name that comes twice is meant
         for name, content in members:
-            info = zipfile.ZipInfo(name.encode("utf-8", "surrogateescape").decode("latin-1") if "\udcff" in name else name)
+            info = zipfile.ZipInfo(
+                name.encode("utf-8", "surrogateescape").decode("latin-1") if "\udcff" in name else name
+            )
             info.compress_type = zipfile.ZIP_DEFLATED if len(content) > 10**6 else zipfile.ZIP_STORED
             info.file_size = len(content)
             file.writestr(info, content)
@@ -109,9 +111,22 @@ def npy(content: bytes, rng: random.Random) -> bytes | None:
 
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
-    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
+    shape, fortran, dtype = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )(stream)
     body = stream.read()
-    shapes = [(), (0,), (2**40,), (2**63,), (-1,), (1,) * 40, (*shape, 1), tuple(reversed(shape)), (*shape[:1], 2**33), (2**20, *shape)]
+    shapes = [
+        (),
+        (0,),
+        (2**40,),
+        (2**63,),
+        (-1,),
+        (1,) * 40,
+        (*shape, 1),
+        tuple(reversed(shape)),
+        (*shape[:1], 2**33),
+        (2**20, *shape),
+    ]
     kinds = ["|O", "<f8", "<f4", "|u1", "<i8", "<U5", "<M8[s]", "<c16", "|V8", "<f2", "[('a', '<i4')]"]
     way = rng.randrange(3)
     descr = repr(dtype.str) if way != 1 else (kind if (kind := rng.choice(kinds)).startswith("[") else repr(kind))
@@ -135,8 +150,17 @@ def tar_head(data: bytes, rng: random.Random) -> bytes | None:
     head = bytearray(data[i : i + 512])
     way = rng.randrange(4)
     if way == 0:
-        head[124:136] = rng.choice([b"77777777777\0", b"00000000000\0", b"20000000000\0", b"-0000000001\0", b"\x80" + (2**40).to_bytes(11, "big"),
-                                    b"\xff" * 12, b"zzzzzzzzzzz\0"])  # fmt: skip
+        head[124:136] = rng.choice(
+            [
+                b"77777777777\0",
+                b"00000000000\0",
+                b"20000000000\0",
+                b"-0000000001\0",
+                b"\x80" + (2**40).to_bytes(11, "big"),
+                b"\xff" * 12,
+                b"zzzzzzzzzzz\0",
+            ]
+        )
     elif way == 1:
         head[156:157] = rng.choice([b"1", b"2", b"3", b"5", b"6", b"x", b"g", b"L", b"S", b"\xff"])
     elif way == 2:

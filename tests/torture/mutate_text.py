@@ -10,8 +10,35 @@ from typing import Any
 
 SIZES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 DEEP, BIG = "\0deep", "\0big"
-VALUES: list[Any] = [None, True, False, -1, 0, 1, 2**31, 2**40, 2**63, 10**30, -0.5, 1e308, math.nan, math.inf, "", "x", "\u0000\ud800", "0", [], {},
-                     [[]], {"a": {}}, [None] * 1000, "../../../etc/passwd", "y" * 100_000, DEEP, BIG]  # fmt: skip
+VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2**31,
+    2**40,
+    2**63,
+    10**30,
+    -0.5,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "\u0000\ud800",
+    "0",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [None] * 1000,
+    "../../../etc/passwd",
+    "y" * 100_000,
+    DEEP,
+    BIG,
+]
 """What a JSON value may become. The last two are written as text: a thousand-fold nesting, and a number of 5,000 digits."""
 
 
@@ -46,7 +73,9 @@ def json_node(data: bytes, rng: random.Random, spare: tuple[str, ...] = ()) -> b
     elif way < 0.25 and isinstance(parent, dict):
         parent[str(key) + "_"] = parent.pop(key)
     elif way < 0.35 and isinstance(parent[key], (int, float)) and not isinstance(parent[key], bool):
-        parent[key] = rng.choice([-parent[key], parent[key] + 1, parent[key] * 2**40, float(parent[key]), str(parent[key])])
+        parent[key] = rng.choice(
+            [-parent[key], parent[key] + 1, parent[key] * 2**40, float(parent[key]), str(parent[key])]
+        )
     else:
         parent[key] = rng.choice(VALUES)
     text = json.dumps(holder[0], ensure_ascii=True)
@@ -67,8 +96,28 @@ def json_lines(data: bytes, rng: random.Random) -> bytes | None:
 def words(data: bytes, rng: random.Random) -> bytes:
     """A word of a text becomes something else."""
     parts = data.split(b" ")
-    odd = [b"", b"0", b"-1", b"1e999", b"99999999999999999999", b".nan", b"null", b"[]", b"{}", b"true", b"\xff\xfe", b"\0", b"~" * 300, b"'",
-           b"&a [*a]", b"!!python/object/apply:os.system [echo]", b"${HOME}", b"../" * 50, b"2026-01-01", "名".encode() * 100]  # fmt: skip
+    odd = [
+        b"",
+        b"0",
+        b"-1",
+        b"1e999",
+        b"99999999999999999999",
+        b".nan",
+        b"null",
+        b"[]",
+        b"{}",
+        b"true",
+        b"\xff\xfe",
+        b"\0",
+        b"~" * 300,
+        b"'",
+        b"&a [*a]",
+        b"!!python/object/apply:os.system [echo]",
+        b"${HOME}",
+        b"../" * 50,
+        b"2026-01-01",
+        "名".encode() * 100,
+    ]
     parts[rng.randrange(len(parts))] = rng.choice(odd) + (b"\n" if rng.random() < 0.3 else b"")
     return b" ".join(parts)
 
@@ -87,7 +136,11 @@ def lines(data: bytes, rng: random.Random) -> bytes:
     elif way == 3:
         rows[i] = b"   " + rows[i]
     else:
-        rows[i] = rows[i].partition(b":")[0] + b": " + rng.choice([b"[" * 5000 + b"]" * 5000, b"x" * 10**6, b"{a: 1, a: 2}", b"1" * 5000])
+        rows[i] = (
+            rows[i].partition(b":")[0]
+            + b": "
+            + rng.choice([b"[" * 5000 + b"]" * 5000, b"x" * 10**6, b"{a: 1, a: 2}", b"1" * 5000])
+        )
     return b"\n".join(rows)
 
 

@@ -21,7 +21,9 @@ class Report:
     def add(self, result: Result) -> None:
         self.results.append(result)
         if result["failures"]:
-            print(f"FAILED {result['what']}, {result['kind']} {result.get('at', '')} {result.get('where', '')}".rstrip())
+            print(
+                f"FAILED {result['what']}, {result['kind']} {result.get('at', '')} {result.get('where', '')}".rstrip()
+            )
             for failure in result["failures"][:6]:
                 print(f"    {failure}")
             if len(result["failures"]) > 6:
@@ -46,7 +48,11 @@ class Report:
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
     def save(self, path: Path) -> None:
-        counts = {"trials": len(self.results), "failed": len(self.failed), "kills": sum(r.get("kills", 0) for r in self.results)}
+        counts = {
+            "trials": len(self.results),
+            "failed": len(self.failed),
+            "kills": sum(r.get("kills", 0) for r in self.results),
+        }
         path.write_text(json.dumps({**counts, "failures": self.failed, "results": self.results}, indent=1) + "\n")
 
 

@@ -28,7 +28,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """All trials, made by a process of its own: this one has threads, and could not fork."""
     path = tmp_path_factory.mktemp("torture") / "results.json"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-m", "tests.torture", *AMOUNT, "--json", path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.torture", *AMOUNT, "--json", path],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert path.exists(), done.stdout + done.stderr
     found = json.loads(path.read_text())
     assert done.returncode == (1 if found["failed"] else 0), done.stdout + done.stderr
@@ -36,8 +42,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def failed(results: list[dict]) -> str:
-    lines = [f"{r['what']}, {r['kind']} {r.get('where', '')}: {'; '.join(r['failures'])[:600]}\n    python -m tests.torture {r['replay']}"
-             for r in results if r["failures"]]  # fmt: skip
+    lines = [
+        f"{r['what']}, {r['kind']} {r.get('where', '')}: {'; '.join(r['failures'])[:600]}\n    python -m tests.torture {r['replay']}"
+        for r in results
+        if r["failures"]
+    ]
     return "\n".join(lines)
 
 
@@ -86,7 +95,11 @@ def test_a_full_disk_stays_full(tmp_path):
 
     (tmp_path / "place").mkdir()
     outcome = forks.run(writer, cwd=tmp_path / "place", log=tmp_path / "log", seconds=20)
-    assert outcome.code == 0 and "b: No space left on device" in outcome.text and "c: No space left on device" in outcome.text
+    assert (
+        outcome.code == 0
+        and "b: No space left on device" in outcome.text
+        and "c: No space left on device" in outcome.text
+    )
     assert (tmp_path / "place" / "a").read_text() == "0123456789" and (tmp_path / "place" / "b").read_text() == "01234"
 
 

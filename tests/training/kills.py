@@ -42,7 +42,12 @@ class Scored(TinyGAN):
 
     def step(self, loop: Any, batch: Any, iteration: int) -> Any:
         loss = super().step(loop, batch, iteration)["loss"]
-        return {"loss_g": loss, "loss_d": loss, "logit_real": loss, **({"r1": loss * iteration} if iteration % 3 == 0 else {})}
+        return {
+            "loss_g": loss,
+            "loss_d": loss,
+            "logit_real": loss,
+            **({"r1": loss * iteration} if iteration % 3 == 0 else {}),
+        }
 
 
 def recipe_of(path: Path) -> Any:

@@ -23,7 +23,9 @@ def main(out: Path, recipes: list[str]) -> None:
         for path in recipes:
             recipe = load_recipe(path)
             folder = out / recipe.name
-            trainer = Trainer(recipe, prepare(recipe, device, None, print, lambda *_: None, StopFlag()), folder, rank, world)  # type: ignore[arg-type]
+            trainer = Trainer(
+                recipe, prepare(recipe, device, None, print, lambda *_: None, StopFlag()), folder, rank, world
+            )  # type: ignore[arg-type]
             if rank == 0:
                 atomic_write(folder / "recipe.yaml", recipe.to_yaml())
             trainer.run(lambda done, note: None, StopFlag())

@@ -45,12 +45,18 @@ def test_what_auto_took_is_recorded_repeats_and_holds_on_other_machines(recipe, 
     monkeypatch.setattr(processor, "bf16_unit", lambda device: None)
     monkeypatch.setattr(processor, "WIDE", 10**9)
     before = checkpoint(run)
-    (run / "checkpoints" / "last.safetensors").unlink()  # killed at its end, and resumed where the choice would be another
+    (
+        run / "checkpoints" / "last.safetensors"
+    ).unlink()  # killed at its end, and resumed where the choice would be another
     assert d2o("train", recipe, "--out", run, "--resume", *auto) == 0
     assert checkpoint(run) == before and load_recipe(run / "recipe.yaml") == chosen
-    assert d2o("train", recipe, "--out", run, "--resume", "--precision", "fp32", "--set", "threads=1", "--seed", "5") == 2
+    assert (
+        d2o("train", recipe, "--out", run, "--resume", "--precision", "fp32", "--set", "threads=1", "--seed", "5") == 2
+    )
     assert "precision: bf16 -> fp32" in capsys.readouterr().err
-    assert d2o("train", run / "recipe.yaml", "--out", tmp_path / "again") == 0  # the recorded recipe gives the same bytes
+    assert (
+        d2o("train", run / "recipe.yaml", "--out", tmp_path / "again") == 0
+    )  # the recorded recipe gives the same bytes
     assert checkpoint(tmp_path / "again") == before
     assert d2o("train", recipe, "--out", tmp_path / "third", *auto) == 0
     other = load_recipe(tmp_path / "third" / "recipe.yaml")
@@ -94,8 +100,11 @@ def test_measuring_leaves_a_trainer_of_two_networks_as_it_was(gan, tmp_path, two
         while trainer.iteration < 10:
             trainer.method.step(trainer, trainer.batches.get(trainer.iteration), trainer.iteration)
             trainer.iteration += 1
-        return {f"{name}/{key}": value for name, net in {**trainer.networks, "ema": trainer.ema.network}.items()
-                for key, value in net.state_dict().items()}  # fmt: skip
+        return {
+            f"{name}/{key}": value
+            for name, net in {**trainer.networks, "ema": trainer.ema.network}.items()
+            for key, value in net.state_dict().items()
+        }
 
     plain, after = run(False), run(True)
     assert plain.keys() == after.keys() and all(torch.equal(plain[key], after[key]) for key in plain)

@@ -73,7 +73,10 @@ def test_more_bad_iterations_than_good_ones_stop_a_run_and_outliers_do_not():
     mostly = see(Divergence(), [False] * 100 + [True, True, False] * PATIENCE)
     with pytest.raises(UserError, match="those of iteration 40"):
         mostly.check(250, False, "skip", 40)
-    for pattern in ([True, False, False] * 200, [False] * 100 + [True] * (PATIENCE - 1) + [False] * 100 + [True] * (PATIENCE - 1)):
+    for pattern in (
+        [True, False, False] * 200,
+        [False] * 100 + [True] * (PATIENCE - 1) + [False] * 100 + [True] * (PATIENCE - 1),
+    ):
         see(Divergence(), pattern).check(600, True, "skip", None)
     resumed = see(Divergence(see(Divergence(), [True] * 30).state), [True] * 20, start=30)
     assert resumed.state == see(Divergence(), [True] * 50).state and resumed.state["since"] == 0
@@ -102,8 +105,18 @@ def test_weights_that_are_not_finite_are_named():
 @pytest.mark.parametrize("images", [160, 1600])
 def test_a_learning_rate_that_is_far_too_high_ends_in_words(tmp_path, capsys, policy, images):
     run = tmp_path / "run"
-    command = ["train", tiny_recipe(tmp_path, RECIPE), "--out", run, "--set", "optim.lr=1e6", "--set", f"bad_gradients={policy}",
-               "--set", f"images={images}"]  # fmt: skip
+    command = [
+        "train",
+        tiny_recipe(tmp_path, RECIPE),
+        "--out",
+        run,
+        "--set",
+        "optim.lr=1e6",
+        "--set",
+        f"bad_gradients={policy}",
+        "--set",
+        f"images={images}",
+    ]
     for more in ([], ["--resume"]):
         assert d2o(*command, *more) == 2
         said = capsys.readouterr().err
@@ -147,7 +160,9 @@ def gan(tmp_path, monkeypatch):
 
 
 def test_no_checkpoint_is_written_over_by_one_that_is_not_finite(gan, tmp_path):
-    with pytest.raises(UserError, match=r"after iteration 16 weights are not finite .*generator.*\n.*those of iteration 12"):
+    with pytest.raises(
+        UserError, match=r"after iteration 16 weights are not finite .*generator.*\n.*those of iteration 12"
+    ):
         gan(Explodes, tmp_path / "run")
     whole = tmp_path / "whole"
     gan(TinyGAN, whole, "images=96")
@@ -158,7 +173,9 @@ def test_no_checkpoint_is_written_over_by_one_that_is_not_finite(gan, tmp_path):
 
 def test_a_score_of_weights_that_are_not_finite_is_not_asked_for_and_nan_is_no_best(gan, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(TinyGAN, "validate", lambda self, product: asked.append(1) or {"accuracy": NAN if len(asked) < 3 else 0.5})
+    monkeypatch.setattr(
+        TinyGAN, "validate", lambda self, product: asked.append(1) or {"accuracy": NAN if len(asked) < 3 else 0.5}
+    )
     more = ["eval={every: 32, metric: accuracy}", "checkpoint.every=1000"]
     trainer = gan(TinyGAN, tmp_path / "run", *more)
     assert trainer.best == {"accuracy": 0.5, "iteration": 12, "images": 96} and len(asked) == 5
@@ -185,7 +202,11 @@ def test_checkpoints_wait_while_a_run_is_in_doubt_and_a_resumed_run_agrees(gan, 
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         original = Stumbles.step
-        patch.setattr(Stumbles, "step", lambda *a: (seen.append(1), setattr(StopFlag, "received", 15 if len(seen) == 18 else 0), original(*a))[2])
+        patch.setattr(
+            Stumbles,
+            "step",
+            lambda *a: (seen.append(1), setattr(StopFlag, "received", 15 if len(seen) == 18 else 0), original(*a))[2],
+        )
         with pytest.raises(Exception, match="stopped after 144 images"):
             gan(Stumbles, tmp_path / "parts", "images=480", "checkpoint.keep=9")
     StopFlag.received = 0

@@ -50,7 +50,9 @@ def test_a_protocol_gives_network_number_reference_and_the_making_of_images(reci
     assert d2o("train", recipe, "--out", run) == 0
     said = capsys.readouterr().err
     told = "Fréchet distance (protocol tiny, digits) of 40 images to real:digits, every 40 images: 120 images of 1 network call each, beside"
-    assert f"{told} training on 96" in said and said.index("evaluation:") < said.index("train ")  # before it costs anything
+    assert f"{told} training on 96" in said and said.index("evaluation:") < said.index(
+        "train "
+    )  # before it costs anything
     resolved = load_recipe(run / "recipe.yaml")
     chosen = {"channels_last": resolved.channels_last}  # what `auto` came to
     assert resolved == load_recipe(recipe).model_copy(update=chosen)
@@ -61,8 +63,23 @@ def test_a_protocol_gives_network_number_reference_and_the_making_of_images(reci
     best = read_meta(run / "checkpoints" / "best.safetensors")
     assert best["metrics"]["fd"] == min(scores)
     # `d2o eval` of the last checkpoint under the same settings finds the same number, and another one under its own
-    again = ["eval", run / "checkpoints" / "last.safetensors", "--against", "real:digits", "--extractor", "digits", "--metrics", "fd", "--n", 40,
-             "--seed", 7, "--batch", 20, "--no-teacher-distance"]  # fmt: skip
+    again = [
+        "eval",
+        run / "checkpoints" / "last.safetensors",
+        "--against",
+        "real:digits",
+        "--extractor",
+        "digits",
+        "--metrics",
+        "fd",
+        "--n",
+        40,
+        "--seed",
+        7,
+        "--batch",
+        20,
+        "--no-teacher-distance",
+    ]
     found = []
     for more in (["--quantize", "dmd_trunc", "--labels", "balanced"], []):
         assert d2o(*again, *more, "--json", tmp_path / "eval.json") == 0
@@ -73,8 +90,10 @@ def test_a_protocol_gives_network_number_reference_and_the_making_of_images(reci
 def test_what_is_missing_or_wrong_is_told_before_anything_is_made(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("D2O_OFFLINE", "1")
-    for protocol, words in (("sida_cifar10", ("weights 'inception'", "put it at", "--set eval=null")),
-                            ("other", ("not the protocol other", "images of the reference: 1,797"))):  # fmt: skip
+    for protocol, words in (
+        ("sida_cifar10", ("weights 'inception'", "put it at", "--set eval=null")),
+        ("other", ("not the protocol other", "images of the reference: 1,797")),
+    ):
         assert d2o("train", recipe, "--out", tmp_path / "run", "--set", f"eval.protocol={protocol}") == 2
         err = capsys.readouterr().err
         assert all(word in err for word in words) and "--weights" not in err
@@ -105,7 +124,10 @@ def test_the_reference_can_be_the_images_that_are_trained_on():
     """As training reads them: all digits are what `real:digits` stands for; of a part of them the distance is another."""
     spec, score = Spec("s", (1, 8, 8)), {"n": 60, "seed": 0}
     data = [load_recipe("spi_gan_digits", changes).data for changes in ([], ["data.limit=300"])]
-    whole, part = (FrechetEvaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"] for section in data)
+    whole, part = (
+        FrechetEvaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+        for section in data
+    )
     named = FrechetEvaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
     assert whole == pytest.approx(named, rel=1e-3) and part != pytest.approx(named, rel=1e-3)
 
@@ -113,12 +135,32 @@ def test_the_reference_can_be_the_images_that_are_trained_on():
 def test_a_recipe_is_scored_against_its_own_images(tmp_path, capsys, monkeypatch):
     settings = {"n": 60, "resize": "none", "quantize": "edm_round", "labels": "random", "repeats": 1}
     for count in (1797, 50_000):  # as the protocols of SPI-GAN, whose reference the user brings
-        preset = Preset(f"own{count}", "a paper", "digits", ("fd",), settings, None, count, "digits", "d2o", (), {"against": "the digits"})
+        preset = Preset(
+            f"own{count}",
+            "a paper",
+            "digits",
+            ("fd",),
+            settings,
+            None,
+            count,
+            "digits",
+            "d2o",
+            (),
+            {"against": "the digits"},
+        )
         monkeypatch.setitem(presets.PRESETS, preset.name, preset)
-        changes = [f"eval={{every: 16, protocol: own{count}, reference: data, n: 60}}", "images=16", "batch=8", "preview=null",
-                   "network.synthesis.base=64", "spi_gan.critic.base=64"]  # fmt: skip
+        changes = [
+            f"eval={{every: 16, protocol: own{count}, reference: data, n: 60}}",
+            "images=16",
+            "batch=8",
+            "preview=null",
+            "network.synthesis.base=64",
+            "spi_gan.critic.base=64",
+        ]
         arguments = [word for change in changes for word in ("--set", change)]
-        assert d2o("train", "spi_gan_digits", "--out", tmp_path / f"own{count}", *arguments) == (0 if count == 1797 else 2)
+        assert d2o("train", "spi_gan_digits", "--out", tmp_path / f"own{count}", *arguments) == (
+            0 if count == 1797 else 2
+        )
     said = capsys.readouterr().err
     assert "of 60 images to the training images, every 16" in said
     assert "images of the reference: 1,797, the protocol has 50,000" in said

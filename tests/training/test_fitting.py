@@ -59,9 +59,13 @@ def recipe(tmp_path, monkeypatch):
 def test_micro_batches_are_multiples_of_what_a_loss_takes_together(recipe):
     assert divide(recipe()) == ((0, 24), 24) and divide(recipe("micro_batch=8"), 1, 3) == ((8, 16), 8)
     assert divide(recipe("micro_batch=20"), 0, 3) == ((0, 8), 8)  # no smaller than the share: as if it were not given
-    for overrides, world, words in ((["micro_batch=6"], 1, "micro_batch: method tiny-gan takes 4 samples in a row together, and 6 is no multiple"),
-                                    ([], 4, "each of 4 processes has 6"), (["batch=18"], 1, "the batch has 18"), ([], 5, "among 5 processes"),
-                                    (["micro_batch=16"], 1, "16 does not divide the 24 samples")):  # fmt: skip
+    for overrides, world, words in (
+        (["micro_batch=6"], 1, "micro_batch: method tiny-gan takes 4 samples in a row together, and 6 is no multiple"),
+        ([], 4, "each of 4 processes has 6"),
+        (["batch=18"], 1, "the batch has 18"),
+        ([], 5, "among 5 processes"),
+        (["micro_batch=16"], 1, "16 does not divide the 24 samples"),
+    ):
         with pytest.raises(UserError) as caught:
             divide(recipe(*overrides), 0, world)
         assert words in caught.value.message
@@ -76,7 +80,9 @@ def test_a_method_without_data_draws_the_same_whatever_the_micro_batch(recipe, t
         trainer.folder.mkdir()
         trainer.run(lambda done, note: None, StopFlag())
         found.append(torch.cat([labels for _, _, labels in Pooled.seen]))
-        assert [entry[:2] for entry in Pooled.seen[:3]] == ([(0, 24)] * 3 if not overrides else [(0, 8), (8, 8), (16, 8)])
+        assert [entry[:2] for entry in Pooled.seen[:3]] == (
+            [(0, 24)] * 3 if not overrides else [(0, 8), (8, 8), (16, 8)]
+        )
     assert found[0].shape == (240,) and torch.equal(*found)
 
 
@@ -117,7 +123,9 @@ threads: 1
         recipe = load_recipe(tmp_path / "r.yaml", [setting])
         plans.append(make_plan(recipe).memory["activations (micro-batch 8)"])
         folder = tmp_path / setting
-        trainer = Trainer(recipe, prepare(recipe, torch.device("cpu"), None, print, lambda *_: None, StopFlag()), folder)  # type: ignore[arg-type]
+        trainer = Trainer(
+            recipe, prepare(recipe, torch.device("cpu"), None, print, lambda *_: None, StopFlag()), folder
+        )  # type: ignore[arg-type]
         folder.mkdir()
         trainer.run(lambda done, note: None, StopFlag())
         weights.append(torch.cat([p.detach().flatten() for p in trainer.networks["student"].parameters()]))

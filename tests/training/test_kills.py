@@ -16,14 +16,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[in
     (folder / "recipe.yaml").write_text(RECIPE)
     code, events = train(folder / "recipe.yaml", folder / "whole")
     assert code == 0
-    return folder, [(i, f"{what} {Path(path).name}") for i, (what, path) in enumerate(events, 1) if "tensorboard" not in path]
+    return folder, [
+        (i, f"{what} {Path(path).name}") for i, (what, path) in enumerate(events, 1) if "tensorboard" not in path
+    ]
 
 
 def test_the_order_of_writes(whole):
     """So that the kills below are where they are meant to be."""
     folder, events = whole
     names = sorted(path.name for path in (folder / "whole" / "checkpoints").iterdir())
-    assert names == [f"{name}.safetensors" for name in ("best", "images-000000000160", "images-000000000168", "last", "state")]
+    assert names == [
+        f"{name}.safetensors" for name in ("best", "images-000000000160", "images-000000000168", "last", "state")
+    ]
     renames = [text.split()[1] for _, text in events if text.startswith("os.rename")]
     last, number = "last.safetensors", "images-000000000168.safetensors"
     assert renames[-5:] == [f"{last}.next", f"{number}.next", "state.safetensors", number, last]

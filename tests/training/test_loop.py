@@ -61,14 +61,21 @@ def test_a_run_leaves_everything_needed_to_read_continue_and_repeat_it(recipe, t
     assert "pairs" in capsys.readouterr().err
     assert (tmp_path / "pairs" / "manifest.json").exists()
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert names == ["images-000000000256.safetensors", "images-000000000320.safetensors", "last.safetensors", "state.safetensors"]
+    assert names == [
+        "images-000000000256.safetensors",
+        "images-000000000320.safetensors",
+        "last.safetensors",
+        "state.safetensors",
+    ]
     assert sorted(p.name for p in (run / "previews").iterdir()) == ["000000000.png", "000000160.png", "000000320.png"]
     lines = log(run)
     assert [line["iteration"] for line in lines] == list(range(2, 21, 2)) and lines[-1]["images"] == 320
     assert lines[-1]["loss"] < lines[0]["loss"] and all(line["images_per_s"] > 0 for line in lines)
     assert list((run / "tensorboard").glob("events*"))
     meta = read_meta(run / "checkpoints" / "last.safetensors")
-    assert meta["kind"] == "student" and meta["recipe"]["optim"]["lr"] == 1e-3 and meta["teacher"]["licence"] == "CC0-1.0"
+    assert (
+        meta["kind"] == "student" and meta["recipe"]["optim"]["lr"] == 1e-3 and meta["teacher"]["licence"] == "CC0-1.0"
+    )
     assert meta["provenance"][0]["method"] == "ode" and meta["images"] == 320
     # recipe.yaml re-runs as it is, to the same bytes
     assert d2o("train", run / "recipe.yaml", "--out", tmp_path / "again") == 0
@@ -90,7 +97,9 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(recipe, tmp_path, caps
 
 
 def start(recipe: Path, run: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "d2o", "train", str(recipe), "--out", str(run), *more], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "d2o", "train", str(recipe), "--out", str(run), *more], stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
@@ -151,9 +160,24 @@ def test_two_processes_give_the_result_of_one(recipe, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "d2o"]
-    done = subprocess.run([*torchrun, "train", str(recipe), "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+        "-m",
+        "d2o",
+    ]
+    done = subprocess.run(
+        [*torchrun, "train", str(recipe), "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -171,7 +195,9 @@ def test_faster_settings_stay_close(recipe, tmp_path, setting):
 def test_compiled_training_is_the_same_training(recipe, tmp_path, monkeypatch):
     compiled = []
     original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: (compiled.append(self), original(self, backend="eager"))[1])
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: (compiled.append(self), original(self, backend="eager"))[1]
+    )
     assert d2o("train", recipe, "--out", tmp_path / "a", "--set", "images=64") == 0
     assert d2o("train", recipe, "--out", tmp_path / "b", "--set", "images=64", "--set", "compile=true") == 0
     assert len(compiled) == 1
@@ -227,8 +253,12 @@ def test_finetune_starts_from_the_student_and_records_where_it_came_from(recipe,
 
 def test_mistakes_create_nothing(recipe, tmp_path, capsys):
     run = tmp_path / "run"
-    for override, words in (("optim.lrr=1", "did you mean"), ("batch=none at all", "batch"), ("teacher=digitz", "unknown teacher"),
-                            ("pairs.solver=hein", "did you mean 'heun'")):  # fmt: skip
+    for override, words in (
+        ("optim.lrr=1", "did you mean"),
+        ("batch=none at all", "batch"),
+        ("teacher=digitz", "unknown teacher"),
+        ("pairs.solver=hein", "did you mean 'heun'"),
+    ):
         assert d2o("train", recipe, "--out", run, "--set", override) == 2
         err = capsys.readouterr().err
         assert words in err and "Traceback" not in err
@@ -248,7 +278,16 @@ def test_plan_prints_and_creates_nothing(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run, "--plan") == 0
     out = capsys.readouterr().out
-    for words in ("41,329", "optimiser (adam)", "EMA", "activations", "making pairs", "128", "before it begins: the pair store", "would start"):
+    for words in (
+        "41,329",
+        "optimiser (adam)",
+        "EMA",
+        "activations",
+        "making pairs",
+        "128",
+        "before it begins: the pair store",
+        "would start",
+    ):
         assert words in out, words
     assert not run.exists() and not (tmp_path / "pairs").exists()
     assert d2o("train", recipe, "--plan", "--set", "teacher=gone.safetensors") == 1

@@ -17,8 +17,18 @@ CPU = torch.device("cpu")
 
 
 def options(**more):
-    values = {"name": "adam", "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "schedule": "constant", "warmup": 0,
-              "final_lr": 0.0, "clip_norm": None, "clip_value": None}  # fmt: skip
+    values = {
+        "name": "adam",
+        "lr": 0.1,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup": 0,
+        "final_lr": 0.0,
+        "clip_norm": None,
+        "clip_value": None,
+    }
     return SimpleNamespace(**{**values, **more})
 
 

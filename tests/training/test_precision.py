@@ -37,7 +37,9 @@ def test_gradients_that_fp16_would_round_to_nothing_survive():
 
 def test_an_overflow_leaves_the_update_out_and_halves_the_scale_at_the_end_of_the_iteration():
     scale = LossScale("fp16")
-    assert not scale.unscale(gradients(float("inf"))) and scale.scale == START  # the other players of the iteration have the old one
+    assert (
+        not scale.unscale(gradients(float("inf"))) and scale.scale == START
+    )  # the other players of the iteration have the old one
     assert scale.unscale(gradients(1.0))
     scale.end_iteration()
     assert scale.scale == START / 2
@@ -69,7 +71,9 @@ def test_fp16_trains_like_fp32_and_overflow_is_no_bad_gradient(recipe, tmp_path)
     assert b[0] == pytest.approx(a[0], rel=0.1) and b[-1] == pytest.approx(a[-1], rel=0.5)
     assert all(line["loss_scale"] >= 1 for line in log(tmp_path / "b")) and "loss_scale" not in log(tmp_path / "a")[0]
     record = read_meta(tmp_path / "b" / "checkpoints" / "state.safetensors")
-    assert record["loss_scale"]["scale"] == log(tmp_path / "b")[-1]["loss_scale"] and record["bad_gradients"] == {"student": 0}
+    assert record["loss_scale"]["scale"] == log(tmp_path / "b")[-1]["loss_scale"] and record["bad_gradients"] == {
+        "student": 0
+    }
 
 
 def test_two_players_in_fp16_resume_to_the_same_bytes(gan, tmp_path, monkeypatch):  # noqa: F811

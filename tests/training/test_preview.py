@@ -26,5 +26,7 @@ def test_a_preview_shows_as_many_of_each_class_and_repeats(tmp_path: Path) -> No
     first = path.read_bytes()
     assert preview.write(1000, generate).read_bytes() == first and preview.write(2000, generate).read_bytes() != first
     few = Preview(tmp_path, SPEC, 4, None, None, 2, torch.device("cpu"))
-    assert len(few.noise) == 4 and few.layout.captions == ["class 0", "class 2", "class 5", "class 7"] and few.left is None
+    assert (
+        len(few.noise) == 4 and few.layout.captions == ["class 0", "class 2", "class 5", "class 7"] and few.left is None
+    )
     assert few.write(0, generate).name == "000000000.png"

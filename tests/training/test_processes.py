@@ -75,8 +75,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    done = subprocess.run([*torchrun, "-m", "tests.training.processes", str(folder / "two"), *recipes], capture_output=True, text=True, timeout=180,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.training.processes", str(folder / "two"), *recipes],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two", done.stderr
 
@@ -92,7 +97,9 @@ def test_two_processes_end_with_the_weights_buffers_and_controllers_of_one(runs,
     start = [key for key in one if key.startswith(("network/", "ema/"))]
     assert len(start) > 50
     assert max((one[key].float() - two[key].float()).abs().max().item() for key in start) < 1e-5
-    torch.testing.assert_close([one[k] for k in one], [two[k] for k in one], rtol=1e-3, atol=1e-4)  # the optimisers' moments too
+    torch.testing.assert_close(
+        [one[k] for k in one], [two[k] for k in one], rtol=1e-3, atol=1e-4
+    )  # the optimisers' moments too
 
 
 @pytest.mark.parametrize("name", ["dd", "spi", "sida"])

@@ -106,7 +106,10 @@ def test_a_state_of_an_older_version_resumes(recipe, tmp_path):
     old["watch"] = {"state": record["watch"]["state"], "since": [dict(row) for row in record["since"]]}
     save_file(file(run, "state"), tensors, old)
     assert d2o("train", recipe, "--out", run, "--resume") == 0
-    whole = {**content(tmp_path / "whole"), "metrics.jsonl": log(tmp_path / "whole")}  # that state knew no order of scalars
+    whole = {
+        **content(tmp_path / "whole"),
+        "metrics.jsonl": log(tmp_path / "whole"),
+    }  # that state knew no order of scalars
     assert {**content(run), "metrics.jsonl": log(run)} == whole
     # finished, with a `last` that is of the checkpoint before: as an older version left it when it was killed there
     tensors, record = load_file(file(run, "state"))
@@ -149,9 +152,13 @@ def test_what_does_not_change_the_past_may_change(recipe, tmp_path, capsys):
     tensors, expected = (load_file(file(folder, "state"))[0] for folder in (run, longer))
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in tensors)
     head = [line for line in (run / "recipe.yaml").read_text().splitlines() if line.startswith("#")]
-    assert head == ["# changed after 72 images: log_every: 4 -> 3", "# changed after 72 images: eval.every: 24 -> 16",
-                    "# changed after 72 images: checkpoint.every: 40 -> 32", "# changed after 72 images: checkpoint.keep: 2 -> 1",
-                    "# changed after 168 images: images: 168 -> 320"]  # fmt: skip
+    assert head == [
+        "# changed after 72 images: log_every: 4 -> 3",
+        "# changed after 72 images: eval.every: 24 -> 16",
+        "# changed after 72 images: checkpoint.every: 40 -> 32",
+        "# changed after 72 images: checkpoint.keep: 2 -> 1",
+        "# changed after 168 images: images: 168 -> 320",
+    ]
     assert load_recipe(str(run / "recipe.yaml")).images == 320
     assert sorted(path.stem for path in (run / "checkpoints").glob("images-*")) == ["images-000000000320"]
 
@@ -165,10 +172,15 @@ def test_another_measure_starts_another_best(recipe, tmp_path, monkeypatch):
     assert read_meta(file(run, "state"))["best"]["accuracy"] == -5.0
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ("optim.lr=0.1", "optim.lr: 0.05 -> 0.1"), ("batch=4", "batch: 8 -> 4"), ("seed=3", "seed: 0 -> 3"),
-    ("images=40", "images: 168 -> 40: 88 are trained already"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("optim.lr=0.1", "optim.lr: 0.05 -> 0.1"),
+        ("batch=4", "batch: 8 -> 4"),
+        ("seed=3", "seed: 0 -> 3"),
+        ("images=40", "images: 168 -> 40: 88 are trained already"),
+    ],
+)
 def test_what_changes_the_past_is_refused_with_the_way_on(recipe, tmp_path, capsys, change, words):
     run = tmp_path / "run"
     stopped(recipe, run, 11)
@@ -181,7 +193,13 @@ def test_what_changes_the_past_is_refused_with_the_way_on(recipe, tmp_path, caps
 
 def test_only_a_constant_learning_rate_may_grow_longer():
     def resolved(images, **optim):
-        return {"images": images, "optim": {"schedule": "constant", "lr": 1.0, **optim}, "optim_critic": None, "log_every": 3, "eval": None}
+        return {
+            "images": images,
+            "optim": {"schedule": "constant", "lr": 1.0, **optim},
+            "optim_critic": None,
+            "log_every": 3,
+            "eval": None,
+        }
 
     assert forbidden(resolved(100), resolved(200), 100) == [] == forbidden(resolved(100), resolved(50), 50)
     assert forbidden(resolved(100), {**resolved(100), "log_every": 5, "eval": {"every": 3}}, 100) == []
@@ -221,7 +239,9 @@ def test_the_curves_of_tensorboard_survive_a_resume(recipe, tmp_path):
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     lines = [line for line in log(run) if "loss_g" in line]
-    assert [(event.step, pytest.approx(event.value)) for event in board.Scalars("loss_g")] == [(line["images"], line["loss_g"]) for line in lines]
+    assert [(event.step, pytest.approx(event.value)) for event in board.Scalars("loss_g")] == [
+        (line["images"], line["loss_g"]) for line in lines
+    ]
     assert [line["iteration"] for line in lines] == [4, 8, 12, 16, 20, 21]
 
 

@@ -59,7 +59,9 @@ def mlflow(monkeypatch):
             return SimpleNamespace(info=SimpleNamespace(run_id=f"run{len(runs) - 1}"))
 
         def get_run(self, id):
-            return SimpleNamespace(info=SimpleNamespace(run_id=id), data=SimpleNamespace(metrics={key: 0.0 for key in runs[id]["points"]}))
+            return SimpleNamespace(
+                info=SimpleNamespace(run_id=id), data=SimpleNamespace(metrics={key: 0.0 for key in runs[id]["points"]})
+            )
 
         def get_metric_history(self, id, key):
             return [SimpleNamespace(step=step) for step, _ in runs[id]["points"][key]]
@@ -87,8 +89,15 @@ def test_wandb_gets_the_numbers_of_the_log_and_a_resumed_run_is_the_same_there(r
     run, track = tmp_path / "run", ("--set", "tracker=wandb", "--set", "optim.schedule=constant")
     assert d2o("train", recipe, "--out", run, *track) == 0
     (only,) = wandb.values()
-    assert only["finished"] and only["name"] == "test" and only["project"] == "d2o" and only["config"]["optim"]["lr"] == 1e-3
-    assert {step: values["loss"] for step, values in only["steps"].items()} == {line["images"]: line["loss"] for line in log(run)}
+    assert (
+        only["finished"]
+        and only["name"] == "test"
+        and only["project"] == "d2o"
+        and only["config"]["optim"]["lr"] == 1e-3
+    )
+    assert {step: values["loss"] for step, values in only["steps"].items()} == {
+        line["images"]: line["loss"] for line in log(run)
+    }
     assert d2o("train", recipe, "--out", run, "--resume", *track, "--set", "images=640") == 0
     assert len(wandb) == 1 and only["begun"] == 2
     assert d2o("train", recipe, "--out", tmp_path / "other", *track) == 0
@@ -107,8 +116,16 @@ def test_mlflow_gets_each_number_once_however_often_the_run_was_resumed(recipe, 
         second.write(i, 16 * i, loss=1 / i, eval={"fd": 2.0})
     second.close()
     (only,) = mlflow.values()
-    assert only["points"]["loss"] == [(16 * i, 1 / i) for i in (1, 2, 3, 4)] and set(only["points"]) == {"loss", "eval/fd"}
-    assert only["status"] == "FINISHED" and only["name"] == "my-run" and only["params"]["optim.lr"] == "0.001" and said == []
+    assert only["points"]["loss"] == [(16 * i, 1 / i) for i in (1, 2, 3, 4)] and set(only["points"]) == {
+        "loss",
+        "eval/fd",
+    }
+    assert (
+        only["status"] == "FINISHED"
+        and only["name"] == "my-run"
+        and only["params"]["optim.lr"] == "0.001"
+        and said == []
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(recipe, tmp_path, capsys, monkeypatch):

@@ -82,7 +82,10 @@ def train(recipe, folder: Path, iterations: int | None = None) -> Trainer:
     stop = StopFlag()
     if iterations is not None:
         original = trainer.method.step
-        trainer.method.step = lambda loop, batch, i: (stop.__dict__.update(received=15) if i + 1 == iterations else None, original(loop, batch, i))[1]
+        trainer.method.step = lambda loop, batch, i: (
+            stop.__dict__.update(received=15) if i + 1 == iterations else None,
+            original(loop, batch, i),
+        )[1]
         from d2o.runtime import Stopped
 
         with pytest.raises(Stopped):
@@ -140,7 +143,9 @@ def test_norms_and_a_verdict_are_logged_for_networks_against_each_other(recipe, 
     train(recipe(), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_generator"] > 0 and line["grad_critic"] > 0 and "watch" not in line for line in lines)
-    assert "watch" not in read_meta(tmp_path / "checkpoints" / "state.safetensors")  # TinyGAN tells nothing of its critic's logits
+    assert "watch" not in read_meta(
+        tmp_path / "checkpoints" / "state.safetensors"
+    )  # TinyGAN tells nothing of its critic's logits
 
 
 class Told(TinyGAN):
@@ -150,7 +155,12 @@ class Told(TinyGAN):
         loss = super().step(loop, batch, iteration)["loss"]
         logit = self.critic(torch.ones(1, 1)).mean().detach()
         more = {"r1": torch.tensor(float(iteration))} if iteration % 16 == 0 else {}
-        return {"loss_g": loss, "loss_d": torch.tensor(1e-3 if iteration >= 100 else 1.0) * (1 + 0.1 * logit.sigmoid()), "logit_real": logit, **more}
+        return {
+            "loss_g": loss,
+            "loss_d": torch.tensor(1e-3 if iteration >= 100 else 1.0) * (1 + 0.1 * logit.sigmoid()),
+            "logit_real": logit,
+            **more,
+        }
 
 
 @pytest.mark.parametrize("iterations", [77, 103, 150])
@@ -162,7 +172,10 @@ def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, mon
     assert found.watch.verdict == resumed.watch.verdict == "critic saturated since iteration 110 (loss_d 0.001)"
     state = "checkpoints/state.safetensors"
     assert (tmp_path / "whole" / state).read_bytes() == (tmp_path / "parts" / state).read_bytes()
-    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
     whole, parts = ([{k: v for k, v in line.items() if k != "images_per_s"} for line in lines] for lines in logs)
     assert whole == parts and whole[1]["r1"] == 16 and "r1" not in whole[2]  # the mean over the iterations that have it
     assert [line.get("watch") for line in whole[:5]] == [None] * 4 + ["stable"]

@@ -23,8 +23,16 @@ NAMES = (*MODELS, "clip")
 """"clip" is "clip-vit-b-32", in short."""
 SIZE = 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PUBLISHED = {"clip-vit-b-32": "OpenAI's ViT-B-32.pt", "clip-vit-g-14": "LAION's CLIP-ViT-g-14-laion2B-s12B-b42K (.bin or .safetensors)"}
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # constants that TorchScript stores beside them
+PUBLISHED = {
+    "clip-vit-b-32": "OpenAI's ViT-B-32.pt",
+    "clip-vit-g-14": "LAION's CLIP-ViT-g-14-laion2B-s12B-b42K (.bin or .safetensors)",
+}
+NO_WEIGHTS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+)  # constants that TorchScript stores beside them
 
 
 class ClipFeatures(Extractor):
@@ -79,7 +87,9 @@ def read_clip(name: str, path: Path) -> Any:
     """The network with the weights of OpenAI's TorchScript file or of open_clip's .bin or .safetensors. UserError: as `load`."""
     name = full_name(name)
     tensors = {plain_name(key): tensor for key, tensor in read_tensors(path).items()}
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in NO_WEIGHTS and not key.endswith(".attn_mask")}
+    tensors = {
+        key: tensor for key, tensor in tensors.items() if key not in NO_WEIGHTS and not key.endswith(".attn_mask")
+    }
     hint = f"expected {PUBLISHED[name]}; without --weights {name}=PATH, d2o finds or fetches it"
     with torch.device("meta"):
         network = build(configuration(name))

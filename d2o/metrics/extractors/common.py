@@ -47,7 +47,10 @@ def package(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this needs the package {module.partition('.')[0]!r}, which is not there ({error})", "pip install 'd2o[eval]'") from error
+        raise UserError(
+            f"this needs the package {module.partition('.')[0]!r}, which is not there ({error})",
+            "pip install 'd2o[eval]'",
+        ) from error
 
 
 def in_chunks(run: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
@@ -102,7 +105,9 @@ def fit(network: N, tensors: dict[str, Tensor], path: str | Path, what: str, hin
     missing = [name for name in needed if name not in tensors]
     foreign = [name for name in tensors if name not in needed]
     if missing:
-        raise UserError(f"{path} is not {what}: it has no {missing[0]!r} ({len(missing)} of {len(needed)} tensors missing)", hint)
+        raise UserError(
+            f"{path} is not {what}: it has no {missing[0]!r} ({len(missing)} of {len(needed)} tensors missing)", hint
+        )
     if foreign:
         raise UserError(f"{path} is not {what}: it also has {foreign[0]!r} ({len(foreign)} tensors too many)", hint)
     for name, value in needed.items():

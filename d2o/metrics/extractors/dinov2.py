@@ -70,9 +70,17 @@ def read_dinov2(name: str, path: Path) -> Any:
 def vision_transformer(width: int, blocks: int, heads: int, size: int = SIZE) -> Any:
     """timm's vision transformer with DINOv2's shape and names, for images of `size` pixels, untrained."""
     return package("timm.models.vision_transformer").VisionTransformer(
-        size, PATCH, embed_dim=width, depth=blocks, num_heads=heads, init_values=1e-5, num_classes=0, global_pool="token",
-        norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip",
-    )  # fmt: skip
+        size,
+        PATCH,
+        embed_dim=width,
+        depth=blocks,
+        num_heads=heads,
+        init_values=1e-5,
+        num_classes=0,
+        global_pool="token",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        weight_init="skip",
+    )
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:

@@ -56,7 +56,9 @@ class Ensemble(nn.Module):
         for block in self.dino.blocks:
             tokens = block(tokens)
         x = standardise(x, OPENAI)
-        return torch.cat([tokens[:, 0], self.clip(x) @ self.projections[0], self.open_clip(x) @ self.projections[1]], dim=1)
+        return torch.cat(
+            [tokens[:, 0], self.clip(x) @ self.projections[0], self.open_clip(x) @ self.projections[1]], dim=1
+        )
 
 
 def standardise(x: Tensor, mean_and_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
@@ -72,7 +74,9 @@ class DreamSim(Extractor):
         self.ensemble = ensemble.to(self.device, torch.float32).eval().requires_grad_(False)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        features = [normalise(self.ensemble(resize(part.to(self.device)) / 255)) for part in images.split(at_once(self.device))]
+        features = [
+            normalise(self.ensemble(resize(part.to(self.device)) / 255)) for part in images.split(at_once(self.device))
+        ]
         return {"features": torch.cat(features)}
 
 
@@ -130,7 +134,9 @@ def _unpack(path: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
-                if member in (CLIP, OPEN_CLIP) or re.fullmatch(rf"{ADAPTER}/adapter_(config\.json|model\.(safetensors|bin))", member):
+                if member in (CLIP, OPEN_CLIP) or re.fullmatch(
+                    rf"{ADAPTER}/adapter_(config\.json|model\.(safetensors|bin))", member
+                ):
                     info = archive.getinfo(member)
                     check_unpacked(member, info.file_size, info.compress_size)
                     archive.extract(member, folder)
@@ -153,12 +159,16 @@ def _load(folder: Path, dino: Path, device: str | torch.device) -> Extractor:
         networks.append(build_trunk(kind, tensors, file))
         merge(networks[i], adapter, f"extractor_list.{i}.model.", scale)
     if adapter:
-        raise UserError(f"{ADAPTER} of DreamSim's weights adapts what the ensemble does not have: {next(iter(adapter))}", HINT)
+        raise UserError(
+            f"{ADAPTER} of DreamSim's weights adapts what the ensemble does not have: {next(iter(adapter))}", HINT
+        )
     return DreamSim(Ensemble(*networks, projections=projections), tensors_sha256(source), device)
 
 
 def _state(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    found = {name.removeprefix("state_dict."): value for name, value in tensors.items() if name.startswith("state_dict.")}
+    found = {
+        name.removeprefix("state_dict."): value for name, value in tensors.items() if name.startswith("state_dict.")
+    }
     if found.get("proj", torch.zeros(0)).ndim != 2:
         raise UserError(f"{path.name} of DreamSim's weights holds no image encoder with a projection", HINT)
     return found
@@ -200,10 +210,19 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
         config = read_json(folder / "adapter_config.json")
         scale = float(config["lora_alpha"]) / int(config["r"])
     except (UserError, ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{ADAPTER}/adapter_config.json of DreamSim's weights is no configuration of a LoRA ({error!r})", HINT) from error
-    other = [key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+        raise UserError(
+            f"{ADAPTER}/adapter_config.json of DreamSim's weights is no configuration of a LoRA ({error!r})", HINT
+        ) from error
+    other = [
+        key
+        for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
+        if config.get(key)
+    ]
     if other or config.get("bias", "none") != "none":
-        raise UserError(f"{ADAPTER}/adapter_config.json of DreamSim's weights asks for {', '.join(other or ['bias'])}, which is not read", HINT)
+        raise UserError(
+            f"{ADAPTER}/adapter_config.json of DreamSim's weights asks for {', '.join(other or ['bias'])}, which is not read",
+            HINT,
+        )
     file = next((f for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if f.is_file()), None)
     if file is None:
         raise UserError("the weights of DreamSim lack the adapter's adapter_model.safetensors", HINT)

@@ -76,10 +76,19 @@ def read_inception(path: str | Path) -> Inception:
     tensors = from_tensorflow_names(read_tensors(path))
     head = tensors.get("fc.weight")
     if "AuxLogits.fc.weight" in tensors or (head is not None and head.ndim == 2 and len(head) == 1000):
-        raise UserError(f"{path} is torchvision's inception_v3, trained on ImageNet with 1000 classes: not the network of FID, which has 1008", HINT)
+        raise UserError(
+            f"{path} is torchvision's inception_v3, trained on ImageNet with 1000 classes: not the network of FID, which has 1008",
+            HINT,
+        )
     with torch.device("meta"):
         network = Inception()
     # Batch counts play no part in evaluation, and not every file has them; what a file holds besides the network does not matter.
     own = network.state_dict()
     counts = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}
-    return fit(network, {**{key: tensors[key] for key in own if key in tensors}, **counts}, path, "the Inception network of FID", HINT)
+    return fit(
+        network,
+        {**{key: tensors[key] for key in own if key in tensors}, **counts},
+        path,
+        "the Inception network of FID",
+        HINT,
+    )

@@ -34,7 +34,7 @@ class Lite0(Extractor):
     def __init__(self, network: Any, sha256: str, device: str | torch.device = "cpu"):
         super().__init__(
             "lite0", FEATURES, sha256, device, resize=f"bicubic{SIZE}", classes=CLASSES, outputs=("features", "logits")
-        )  # fmt: skip
+        )
         self.network = ready(network, self.device)
 
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -67,12 +67,24 @@ def read_lite0(path: Path) -> Any:
 STAGES = (1, 2, 2, 3, 3, 4, 1)
 """Blocks per stage: timm counts them within the stage, the file through all of them."""
 OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # it does not expand
-BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+FIRST_BLOCK = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}  # it does not expand
+BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
 def timm_name(name: str, path: Path) -> str:
-    """"_blocks.4._bn0.weight" -> "blocks.2.1.bn1.weight". UserError, naming `path`: no tensor of EfficientNet-lite0."""
+    """ "_blocks.4._bn0.weight" -> "blocks.2.1.bn1.weight". UserError, naming `path`: no tensor of EfficientNet-lite0."""
     try:
         parts = name.split(".")
         if parts[0] != "_blocks":

@@ -36,8 +36,12 @@ class Vgg16(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4096, FEATURES), nn.ReLU(inplace=True)
-        )  # fmt: skip
+            nn.Linear(512 * 7 * 7, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(4096, FEATURES),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
@@ -73,18 +77,24 @@ def read_vgg(path: Path) -> Vgg16:
     with torch.device("meta"):
         network = Vgg16()
     # The class logits, and in NVIDIA's file the heads of its LPIPS and the constants of its input, have no part in the features.
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(("features.", "classifier.")) and name not in LOGITS}
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(("features.", "classifier.")) and name not in LOGITS
+    }
     return fit(network, tensors, path, WHAT, HINT)
 
 
 LOGITS = ("classifier.6.weight", "classifier.6.bias")
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 NVIDIA = {f"layers.conv{i}": f"features.{place}" for i, place in enumerate(CONVOLUTIONS, 1)} | {
-    "layers.fc1": "classifier.0", "layers.fc2": "classifier.3", "layers.fc3": "classifier.6",
-}  # fmt: skip
+    "layers.fc1": "classifier.0",
+    "layers.fc2": "classifier.3",
+    "layers.fc3": "classifier.6",
+}
 
 
 def torchvision_name(name: str) -> str:
-    """"layers.conv3.bias" of NVIDIA's vgg16.pt -> "features.5.bias"; other names stay."""
+    """ "layers.conv3.bias" of NVIDIA's vgg16.pt -> "features.5.bias"; other names stay."""
     module, _, leaf = name.rpartition(".")
     return f"{NVIDIA[module]}.{leaf}" if module in NVIDIA else name
