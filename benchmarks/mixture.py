@@ -193,7 +193,8 @@ def main() -> None:
             rows.append(row)
             early = "  ".join(f"{done:,}: {energy:.4f}" for done, energy in row["curve"][:4])
             print(
-                f"width {width}  {name:18s}  {early}  end: {row['energy']:.4f}  shares {[round(s, 2) for s in row['shares']]}",
+                f"width {width}  {name:18s}  {early}  end: {row['energy']:.4f}  shares"
+                f" {[round(s, 2) for s in row['shares']]}",
                 flush=True,
             )
     result = {

@@ -100,7 +100,10 @@ def main() -> None:
     ratios = [pairs * calls / ((before + after) / 2) for before, pairs, after in rates]
     report = {
         "benchmark": "pairs",
-        "what": "pairs/s of `d2o pairs` to disk times calls per pair, over calls/s of the bare network at its best batch size",
+        "what": (
+            "pairs/s of `d2o pairs` to disk times calls per pair, over calls/s of the bare network at its best batch"
+            " size"
+        ),
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
         "target": 0.85,

@@ -206,7 +206,10 @@ def main() -> None:
         pairs = statistics.median(mine for _, mine, _ in rates)
         report = {
             "benchmark": "pairs_sd",
-            "what": "pairs/s of `d2o pairs` to disk over a loop of diffusers' StableDiffusionPipeline(output_type='latent'), each at its best batch",
+            "what": (
+                "pairs/s of `d2o pairs` to disk over a loop of diffusers'"
+                " StableDiffusionPipeline(output_type='latent'), each at its best batch"
+            ),
             "ratio": round(statistics.median(ratios), 3),
             "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
             "target": 1.3 if device.type == "cpu" else 1.5,

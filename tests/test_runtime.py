@@ -31,7 +31,10 @@ def test_idle_threads_make_way(clean):
 
 
 def test_beside_another_d2o_they_make_way_at_once(clean):
-    script = "import os; from d2o.runtime import share_cores; share_cores(); print(os.environ['GOMP_SPINCOUNT'], flush=True); input()"
+    script = (
+        "import os; from d2o.runtime import share_cores; share_cores(); print(os.environ['GOMP_SPINCOUNT'],"
+        " flush=True); input()"
+    )
     first = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline().strip() == SPINS
     share_cores()

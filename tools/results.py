@@ -127,12 +127,13 @@ def write() -> None:
     seeds, halves = protocol["seeds"], records[0]["eval"]["protocol"]["n_ref"]
     threads = " or ".join(sorted({str(r["eval"]["env"]["threads"]) for r in records}))
     footer = (
-        f"Fréchet distance over {protocol['features']} features (weights {str(protocol['weights_sha256'])[:12]}), {protocol['n_gen']:,} images at "
-        f"a time, seeds {seeds[0]}..{seeds[1]} where generated (mean and standard deviation of {REPEATS} blocks, the same ones in every row: what "
-        f"is hard for one is hard for all), quantised to 8 bits, reference {protocol['ref']} (n = {protocol['n_ref']}; the real halves against each "
-        f"other, n = {halves}); {env['cpu']}, {threads} threads, torch {env['torch']}. "
-        "Minutes are those of the run's own log: the students of `ode` on 2 cores, the others on one core beside other work. "
-        "It is not FID: the features are a small classifier's."
+        f"Fréchet distance over {protocol['features']} features (weights {str(protocol['weights_sha256'])[:12]}),"
+        f" {protocol['n_gen']:,} images at a time, seeds {seeds[0]}..{seeds[1]} where generated (mean and standard"
+        f" deviation of {REPEATS} blocks, the same ones in every row: what is hard for one is hard for all), quantised"
+        f" to 8 bits, reference {protocol['ref']} (n = {protocol['n_ref']}; the real halves against each other, n ="
+        f" {halves}); {env['cpu']}, {threads} threads, torch {env['torch']}. Minutes are those of the run's own log:"
+        " the students of `ode` on 2 cores, the others on one core beside other work. It is not FID: the features are"
+        " a small classifier's."
     )
     block = f"{BEGIN}\n{table(records)}\n\n{footer}\n{END}"
     readme = (ROOT / "README.md").read_text()

@@ -94,7 +94,8 @@ def _positions(map: Tensor, at: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 class _Sample(torch.autograd.Function):
     """Bilinear `grid_sample` at a constant grid. It is linear in the image, so its gradient is the adjoint map, whose gradient is it again: that
-    makes it differentiable any number of times (gradient penalties need two) in versions of torch where grid_sample is not."""
+    makes it differentiable any number of times (gradient penalties need two) in versions of torch where grid_sample is not.
+    """
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, grid: Tensor) -> Tensor:

@@ -67,8 +67,10 @@ def common(
     trust: bool = typer.Option(
         False,
         "--trust",
-        help="Read d2o's own files without comparing their bytes with the digests they were written with. "
-        "With any command.",
+        help=(
+            "Read d2o's own files without comparing their bytes with the digests they were written with. "
+            "With any command."
+        ),
     ),
     quiet: bool = typer.Option(
         False, "--quiet", help="Print results and errors only: no progress, no notes. With any command."

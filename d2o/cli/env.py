@@ -38,7 +38,9 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
         else {
             "model": cpu["model"],
             "cores": f"{cpu['cores']}, {cpu['usable cores']} of them usable; torch takes {cpu['torch threads']}",
-            "capability": f"{cpu['capability']}; bf16 {'fast: ' + cpu['bf16'] if cpu['bf16'] else 'slow: the processor has none'}",
+            "capability": (
+                f"{cpu['capability']}; bf16 {'fast: ' + cpu['bf16'] if cpu['bf16'] else 'slow: the processor has none'}"
+            ),
             "memory": size(cpu["memory"]) if cpu["memory"] else "unknown",
         }
     )
@@ -65,4 +67,7 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
 def _cache(entry: dict[str, Any]) -> str:
     if not entry["there"]:
         return f"{entry['path']}, not there"
-    return f"{entry['path']}, {'more than ' if entry['more'] else ''}{size(entry['bytes'])}{'' if entry['writable'] else ', not writable'}"
+    return (
+        f"{entry['path']},"
+        f" {'more than ' if entry['more'] else ''}{size(entry['bytes'])}{'' if entry['writable'] else ', not writable'}"
+    )

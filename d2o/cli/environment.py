@@ -160,7 +160,8 @@ def _devices() -> dict[str, str]:
             bf16 = "bf16" if about.major >= 8 else "no bf16"
             versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
             found[name] = (
-                f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor} ({bf16}), {versions}"
+                f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor} ({bf16}),"
+                f" {versions}"
             )
     return found
 

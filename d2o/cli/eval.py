@@ -29,22 +29,29 @@ _what, _making, _numbers, _out = (partial(_option, panel) for panel in (WHAT, MA
 
 X = typer.Argument(
     None,
-    help="What to measure: a student's or teacher's .safetensors, a run folder (its best checkpoint, else its last), a teacher by name "
-    "(digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or statistics (.npz, .pkl). Several give one table.",
+    help=(
+        "What to measure: a student's or teacher's .safetensors, a run folder (its best checkpoint, else its last), a"
+        " teacher by name (digits), images (folder, zip, tar, npz, real:digits, real:digits/a), a pair store, or"
+        " statistics (.npz, .pkl). Several give one table."
+    ),
     show_default=False,
     autocompletion=complete.subjects,
 )
 AGAINST = _what(
     "--against",
-    help="The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
-    "what comes of digits: real:digits.",
+    help=(
+        "The reference: images, statistics, a published one (edm-cifar10), or what X can be. Default for "
+        "what comes of digits: real:digits."
+    ),
     autocompletion=complete.references,
 )
 METRICS = _what(
     "--metrics",
     default=[],
-    help="fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, "
-    "fd-class, rel-fd, rel-fid, clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that.",
+    help=(
+        "fd (default), fid, fid-clean, sfid, fd-dinov2, clip-fid, kid, is, pr, dc, prdc, fd-class, rel-fd, rel-fid,"
+        " clip-score, lpips, dreamsim, dreamdiv; separated by commas; NAME@EXTRACTOR: over that."
+    ),
     autocompletion=complete.metrics,
 )
 PROTOCOL = _what(
@@ -54,13 +61,18 @@ PROTOCOL = _what(
 )
 TABLE = _what(
     "--table",
-    help="Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers beside.",
+    help=(
+        "Measure the rows of a paper's table (recipes/tables/*.yaml, by name or path) and put the paper's numbers"
+        " beside."
+    ),
     autocompletion=complete.tables,
 )
 EXTRACTOR = _what(
     "--extractor",
-    help="Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
-    "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour.",
+    help=(
+        "Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
+        "an own classifier's .safetensors. Default: digits for 8x8 grey images, lite0 for larger ones in colour."
+    ),
     autocompletion=complete.of("extractors", ".safetensors", paths=True),
 )
 WEIGHTS = _what(
@@ -101,19 +113,25 @@ PER_PROMPT = _making("--per-prompt", default=8, help="Images of one prompt for d
 BATCH = _making("--batch", default=250, help="Images per network call.")
 SOLVER = _making(
     "--solver",
-    help="Solver of a teacher as X: heun, euler, ddim or dpmpp; default: its usual. With euler, --steps 1 calls it once.",
+    help=(
+        "Solver of a teacher as X: heun, euler, ddim or dpmpp; default: its usual. With euler, --steps 1 calls it once."
+    ),
 )
 STEPS = _making(
     "--steps",
-    help="Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls). Of a "
-    "consistency student as X: network calls, 1 or 2.",
+    help=(
+        "Solver steps of a teacher as X; default: its usual number (digits: 18 of heun, 35 network calls). Of a "
+        "consistency student as X: network calls, 1 or 2."
+    ),
 )
 CFG = _making("--cfg", default=1.0, help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
 RESIZE = _making(
     "--resize",
     default="none",
-    help="Before scoring: none, crop (sets of images: scale and centre-crop to what the extractor takes), "
-    "or a size: 256, 256:bicubic (centre-crop, then Lanczos or bicubic). Recorded.",
+    help=(
+        "Before scoring: none, crop (sets of images: scale and centre-crop to what the extractor takes), "
+        "or a size: 256, 256:bicubic (centre-crop, then Lanczos or bicubic). Recorded."
+    ),
 )
 QUANTIZE = _making(
     "--quantize", default="edm_round", help="Generated images to 8 bits: edm_round, or dmd_trunc (GigaGAN, DMD2)."
@@ -122,8 +140,10 @@ ON_BAD = _making("--on-bad", default="refuse", help="Corrupt images: refuse or s
 DEVICE = _making("--device", help="cpu, cuda or cuda:N. Default: CUDA if there is one.")
 WORK = _making(
     "--work",
-    help="Folder for unfinished work, which is kept and found again by later evaluations. Default: in $D2O_HOME, removed "
-    "when done. The same command again continues.",
+    help=(
+        "Folder for unfinished work, which is kept and found again by later evaluations. Default: in $D2O_HOME, removed"
+        " when done. The same command again continues."
+    ),
 )
 
 REPEATS = _numbers("--repeats", default=1, help="Runs over disjoint blocks of n seeds; every run is recorded.")
@@ -155,8 +175,10 @@ CLIP_MODEL = _numbers("--clip-model", default="clip-vit-g-14", help="Of clip-sco
 
 JSON = _out(
     "--json",
-    help="Write the result, with its protocol, to this file (a list for several X). -: to standard output, and the table to "
-    "stderr.",
+    help=(
+        "Write the result, with its protocol, to this file (a list for several X). -: to standard output, and the table"
+        " to stderr."
+    ),
 )
 CSV = _out("--csv", help="Write the table with all digits, one row for each X.")
 MARKDOWN = _out("--markdown", help="Write the table as markdown (or LaTeX: FILE.tex).")

@@ -9,21 +9,29 @@ import typer
 from d2o.cli import complete, console
 
 CHECKPOINT = typer.Argument(
-    help="A student's or teacher's .safetensors checkpoint, a run folder (its best checkpoint, else its last), or a builtin teacher.",
+    help=(
+        "A student's or teacher's .safetensors checkpoint, a run folder (its best checkpoint, else its last), or a"
+        " builtin teacher."
+    ),
     show_default=False,
     autocompletion=complete.checkpoints,
 )
 FORMAT = typer.Option(
     "onnx",
     "--format",
-    help="onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or diffusers (a "
-    "text-to-image teacher as a folder for StableDiffusionPipeline).",
+    help=(
+        "onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or"
+        " diffusers (a text-to-image teacher as a folder for StableDiffusionPipeline)."
+    ),
     autocompletion=complete.among("onnx", "program", "safetensors", "diffusers"),
 )
 OUT = typer.Option(
     None,
     "--out",
-    help="File (.onnx, .pt2, .safetensors) or existing folder; for diffusers the folder itself. Default: the checkpoint's name, beside it.",
+    help=(
+        "File (.onnx, .pt2, .safetensors) or existing folder; for diffusers the folder itself. Default: the"
+        " checkpoint's name, beside it."
+    ),
     show_default=False,
 )
 OPSET = typer.Option(
@@ -36,14 +44,20 @@ OPSET = typer.Option(
 DTYPE = typer.Option(
     None,
     "--dtype",
-    help="Precision of the weights, for safetensors and diffusers: fp32, fp16 or bf16. Default: fp32 for safetensors, fp16 for diffusers.",
+    help=(
+        "Precision of the weights, for safetensors and diffusers: fp32, fp16 or bf16. Default: fp32 for safetensors,"
+        " fp16 for diffusers."
+    ),
     show_default=False,
 )
 STUDENT_SIGMA = typer.Option(
     None,
     "--student-sigma",
-    help="The checkpoint is a published one-step student in a pickle of NVIDIA's kind, which does not say so, called at this noise level: SiD and "
-    "SiDA 2.5, GDD 80. With --format safetensors it becomes a student that d2o samples, measures and trains further.",
+    help=(
+        "The checkpoint is a published one-step student in a pickle of NVIDIA's kind, which does not say so, called at"
+        " this noise level: SiD and SiDA 2.5, GDD 80. With --format safetensors it becomes a student that d2o samples,"
+        " measures and trains further."
+    ),
     show_default=False,
 )
 CHECK_N = typer.Option(

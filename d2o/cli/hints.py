@@ -39,7 +39,8 @@ def typed(context: Any) -> None:
 
 def fit(hint: str) -> str:
     """The ways out that a hint offers (parted by line breaks, `;` or `, or`), without those by options that this command does not have. What
-    names another command (`d2o eval --against`) stays; a recipe's keys stand for the options of `d2o pairs` and `d2o eval`."""
+    names another command (`d2o eval --against`) stays; a recipe's keys stand for the options of `d2o pairs` and `d2o eval`.
+    """
     parts = BREAKS.split(hint)
     kept = ""
     for separator, part in zip(["", *parts[1::2]], parts[::2], strict=True):

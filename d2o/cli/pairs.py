@@ -24,8 +24,10 @@ def pairs(
     teacher: str = typer.Option(
         None,
         "--teacher",
-        help="Teacher: a name (digits, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
-        "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder.",
+        help=(
+            "Teacher: a name (digits, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
+            "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder."
+        ),
         show_default=False,
         autocompletion=complete.teachers,
     ),
@@ -39,8 +41,10 @@ def pairs(
     out: str = typer.Option(
         None,
         "--out",
-        help="Folder of the store, or any fsspec URL (s3://bucket/pairs); a store that was begun there is "
-        "continued. Default: a name made of the settings, under runs/pairs.",
+        help=(
+            "Folder of the store, or any fsspec URL (s3://bucket/pairs); a store that was begun there is "
+            "continued. Default: a name made of the settings, under runs/pairs."
+        ),
         show_default=False,
     ),
     solver: str = typer.Option(
@@ -52,8 +56,10 @@ def pairs(
     steps: int = typer.Option(
         None,
         "--steps",
-        help="Solver steps (heun and sde evaluate the network 2 x steps - 1 times, the others steps "
-        "times). Default: the teacher's usual number.",
+        help=(
+            "Solver steps (heun and sde evaluate the network 2 x steps - 1 times, the others steps "
+            "times). Default: the teacher's usual number."
+        ),
         show_default=False,
     ),
     seed: int = typer.Option(0, "--seed", help="Seed of the first pair; pair i has seed + i."),
@@ -68,8 +74,10 @@ def pairs(
     prompts: str = typer.Option(
         None,
         "--prompts",
-        help="Prompts for teachers that take text: .txt (one a line), .jsonl or .parquet (column "
-        "prompt, text or caption).",
+        help=(
+            "Prompts for teachers that take text: .txt (one a line), .jsonl or .parquet (column "
+            "prompt, text or caption)."
+        ),
         show_default=False,
     ),
     per_prompt: int = typer.Option(
@@ -87,8 +95,10 @@ def pairs(
     final: str = typer.Option(
         "scheduler",
         "--final",
-        help="Last step of SD-like teachers: as its scheduler says (SD: a little noise stays), "
-        "or x0 (to the predicted image itself).",
+        help=(
+            "Last step of SD-like teachers: as its scheduler says (SD: a little noise stays), "
+            "or x0 (to the predicted image itself)."
+        ),
     ),
     eta: float = typer.Option(0.0, "--eta", help="Fresh noise in ddim, 0 (none) to 1 (DDPM's ancestral sampler)."),
     s_churn: float = typer.Option(40.0, "--s-churn", help="Fresh noise of all steps together.", rich_help_panel=CHURN),
@@ -154,8 +164,10 @@ def pairs(
         None,
         "--worker",
         metavar="I/N",
-        help="Begin with the I-th of N shares (0/N to N-1/N), then help with the "
-        "others. Default: torchrun's rank, or all.",
+        help=(
+            "Begin with the I-th of N shares (0/N to N-1/N), then help with the "
+            "others. Default: torchrun's rank, or all."
+        ),
         show_default=False,
         rich_help_panel=WORKERS,
     ),
@@ -302,7 +314,8 @@ def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: f
         raise UserError(f"{names} {'is' if len(lacking) == 1 else 'are'} missing", hint)
     if kind is not None and not methods_for(kind):
         console.say(
-            f"note: teacher {teacher!r} {kind.words()}; no method of `d2o train` takes its pairs yet (d2o.PairStore reads them)"
+            f"note: teacher {teacher!r} {kind.words()}; no method of `d2o train` takes its pairs yet (d2o.PairStore"
+            " reads them)"
         )
 
 

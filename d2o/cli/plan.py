@@ -27,7 +27,10 @@ def size(n: int) -> str:
 
 def show_plan(recipe: Any, plan: Plan) -> None:
     """Print what `recipe` builds and costs, and whether it would start."""
-    title = f"{recipe.name}: method {recipe.method}, {recipe.images:,} images in {plan.iterations:,} iterations of {recipe.batch}"
+    title = (
+        f"{recipe.name}: method {recipe.method}, {recipe.images:,} images in {plan.iterations:,} iterations of"
+        f" {recipe.batch}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("part")
     table.add_column("amount", justify="right")

@@ -28,16 +28,20 @@ def sample(
     out: Path = typer.Option(
         None,
         "--out",
-        help="Where to: a folder (no suffix), or a .zip, .tar or .npz file. Default: "
-        "`samples/<name>-n<n>-seed<seed>.zip`.",
+        help=(
+            "Where to: a folder (no suffix), or a .zip, .tar or .npz file. Default: "
+            "`samples/<name>-n<n>-seed<seed>.zip`."
+        ),
         show_default=False,
     ),
     seed: int = typer.Option(0, "--seed", help="Seed of the first image; image i has seed + i."),
     labels: str = typer.Option(
         None,
         "--labels",
-        help="Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
-        "prompts likewise (default: balanced).",
+        help=(
+            "Classes: random (default: from the image's seed), balanced, or indices in turn: 0,1,2; of "
+            "prompts likewise (default: balanced)."
+        ),
         show_default=False,
     ),
     batch: int = typer.Option(
@@ -53,8 +57,10 @@ def sample(
     teacher: str = typer.Option(
         None,
         "--teacher",
-        help="Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
-        "that both can be compared.",
+        help=(
+            "Sample a teacher instead: any that `d2o pairs` takes. Equal seeds give equal noise, so "
+            "that both can be compared."
+        ),
         show_default=False,
         autocompletion=complete.teachers,
     ),
@@ -68,16 +74,19 @@ def sample(
     steps: int = typer.Option(
         None,
         "--steps",
-        help="Solver steps of the teacher (default: its usual number); network calls of a consistency "
-        "student, 1 or 2; pictures of a --path (9).",
+        help=(
+            "Solver steps of the teacher (default: its usual number); network calls of a consistency "
+            "student, 1 or 2; pictures of a --path (9)."
+        ),
         show_default=False,
     ),
     cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
     prompt: list[str] = typer.Option(
         None,
         "--prompt",
-        help="A prompt for a teacher that takes text; give it several times for several, which "
-        "the images take in turn.",
+        help=(
+            "A prompt for a teacher that takes text; give it several times for several, which the images take in turn."
+        ),
         show_default=False,
     ),
     prompts: str = typer.Option(
@@ -90,8 +99,10 @@ def sample(
     path: str = typer.Option(
         None,
         "--path",
-        help="Walk through a style student's latents (SPI-GAN) instead: h, from noise to image; z, between "
-        "two noises; w, between two styles. OUT: .png, a row for each of the n walks, or .gif.",
+        help=(
+            "Walk through a style student's latents (SPI-GAN) instead: h, from noise to image; z, between "
+            "two noises; w, between two styles. OUT: .png, a row for each of the n walks, or .gif."
+        ),
         show_default=False,
     ),
     interpolation: str = typer.Option(

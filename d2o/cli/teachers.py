@@ -56,8 +56,9 @@ def _one(name: str) -> None:
         "revision": published.revision,
         "sha256": published.sha256 or "not published; that of the first download is kept and checked",
         "licence": f"{published.licence} ({published.licence_url})",
-        "usual sampling": f"{published.solver}, {published.steps} steps"
-        + (f", cfg {published.cfg:g}" if published.cfg != 1 else ""),
+        "usual sampling": (
+            f"{published.solver}, {published.steps} steps" + (f", cfg {published.cfg:g}" if published.cfg != 1 else "")
+        ),
         "resolution": f"{published.resolution} px",
         "here": catalogue.local_path(published) or f"no; fetched on demand, or put it at {published.place}",
     }

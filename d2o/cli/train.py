@@ -34,14 +34,18 @@ OUT = typer.Option(
 RESUME = typer.Option(
     False,
     "--resume",
-    help="Continue the run in --out from its last saved state. What its past does not depend on may change: "
-    "images (with a constant learning rate), eval, preview, checkpoint, log_every, tracker.",
+    help=(
+        "Continue the run in --out from its last saved state. What its past does not depend on may change: "
+        "images (with a constant learning rate), eval, preview, checkpoint, log_every, tracker."
+    ),
 )
 DATA = typer.Option(
     None,
     "--data",
-    help="Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
-    "Their licence is `--set data.licence=...`.",
+    help=(
+        "Images instead of the recipe's: folder, zip, WebDataset tar, LMDB, npz, ... "
+        "Their licence is `--set data.licence=...`."
+    ),
     show_default=False,
     autocompletion=complete.files,
 )
@@ -58,15 +62,19 @@ MINI = typer.Option(
 PLAN = typer.Option(
     False,
     "--plan",
-    help="Only print networks, parameters, memory, network calls, disk, and all that is missing or does not fit. "
-    "Exit code 0: it would start; 1: it would not.",
+    help=(
+        "Only print networks, parameters, memory, network calls, disk, and all that is missing or does not fit. "
+        "Exit code 0: it would start; 1: it would not."
+    ),
 )
 SWEEP = typer.Option(
     [],
     "--sweep",
     metavar="KEY=A,B,...",
-    help="Train once for each of these values of a recipe's key, or of one in its method's "
-    "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues.",
+    help=(
+        "Train once for each of these values of a recipe's key, or of one in its method's "
+        "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues."
+    ),
     show_default=False,
     autocompletion=complete.keys,
 )
@@ -81,8 +89,10 @@ SEED = typer.Option(
 PRECISION = typer.Option(
     None,
     "--precision",
-    help="Instead of the recipe's: fp32; bf16; fp16, with dynamic loss scaling; auto: bf16 where the "
-    "processor computes in it.",
+    help=(
+        "Instead of the recipe's: fp32; bf16; fp16, with dynamic loss scaling; auto: bf16 where the "
+        "processor computes in it."
+    ),
     show_default=False,
     autocompletion=complete.among("fp32", "bf16", "fp16", "auto"),
 )

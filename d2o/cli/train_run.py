@@ -176,7 +176,8 @@ def finish_run(trainer: Trainer, stop: Any) -> None:
         f"{name} {sum(p.numel() for p in net.parameters()):,} parameters" for name, net in trainer.networks.items()
     )
     console.say(
-        f"{recipe.name}: method {recipe.method}; {described}; {recipe.images:,} images, batch {recipe.batch}, {trainer.device}, {folder}"
+        f"{recipe.name}: method {recipe.method}; {described}; {recipe.images:,} images, batch {recipe.batch},"
+        f" {trainer.device}, {folder}"
     )
     if trainer.iteration:
         console.say(f"resumed after {trainer.images:,} images")

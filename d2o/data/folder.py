@@ -56,7 +56,8 @@ class Claim(Protocol):
 
 class Folder(ABC):
     """`kind` is the manifest's "format", `entries` the manifest's key that lists finished files ({"file", "start", "n", "bytes", ...});
-    `url` names the folder in messages; `poll` is the pause in seconds between two looks at what other workers are doing."""
+    `url` names the folder in messages; `poll` is the pause in seconds between two looks at what other workers are doing.
+    """
 
     poll = POLL
 

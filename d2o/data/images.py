@@ -147,7 +147,10 @@ class ImageSet:
         return len(self._rows)
 
     def __repr__(self) -> str:
-        return f"ImageSet({self.name!r}, {len(self)} images of {list(self.shape)}, {self.classes} classes, {len(self.bad)} bad)"
+        return (
+            f"ImageSet({self.name!r}, {len(self)} images of {list(self.shape)}, {self.classes} classes, {len(self.bad)}"
+            " bad)"
+        )
 
     @property
     def bad(self) -> list[tuple[str, str]]:

@@ -84,7 +84,8 @@ class LatentSet:
         if values.ndim != 3 or values.shape[0] % 2 or values.dtype.kind != "f" or 0 in values.shape:
             raise self._damaged(
                 index,
-                f"holds {values.dtype} {list(values.shape)}, not the floats [2C, h, w] of means and standard deviations",
+                f"holds {values.dtype} {list(values.shape)}, not the floats [2C, h, w] of means and standard"
+                " deviations",
             )
         if index and values.shape != self.shape:
             raise self._damaged(index, f"has shape {list(values.shape)}, the first one {list(self.shape)}")

@@ -10,9 +10,9 @@ from PIL import Image
 from d2o.data import decode
 
 LAYOUTS = (
-    "accepted: a folder of images (a class is a sub-folder, or labels in dataset.json), an EDM-style .zip, "
-    "WebDataset .tar/.tar.gz (shards as name-{000..009}.tar or name-*.tar), an .npz, an LMDB of image files (LSUN's folders), "
-    "CIFAR-10's cifar-10-python.tar.gz or its folder, real:digits, real:digits/a, real:digits/b"
+    "accepted: a folder of images (a class is a sub-folder, or labels in dataset.json), an EDM-style .zip, WebDataset"
+    " .tar/.tar.gz (shards as name-{000..009}.tar or name-*.tar), an .npz, an LMDB of image files (LSUN's folders),"
+    " CIFAR-10's cifar-10-python.tar.gz or its folder, real:digits, real:digits/a, real:digits/b"
 )
 MAX_CLASSES = 1_000_000
 

@@ -104,7 +104,8 @@ class Manifest(Record):
             raise ValueError(f"noise_probe: expected {min(8, values)} numbers, got {len(self.noise_probe)}")
         if (self.spec.condition == "text") != (self.prompts is not None):
             raise ValueError(
-                f"prompts: a teacher of condition {self.spec.condition!r} {'has' if self.prompts is None else 'has no'} prompts"
+                f"prompts: a teacher of condition {self.spec.condition!r} {'has' if self.prompts is None else 'has no'}"
+                " prompts"
             )
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("shards: a file is listed twice")
@@ -114,7 +115,8 @@ class Manifest(Record):
                 self.settings.shard_size, self.settings.n - shard.start
             ):
                 raise ValueError(
-                    f"shards: {shard.file} with pairs {shard.start:,} to {shard.start + shard.n - 1:,} is no shard of this store"
+                    f"shards: {shard.file} with pairs {shard.start:,} to {shard.start + shard.n - 1:,} is no shard of"
+                    " this store"
                 )
             if shard.bytes < (least := shard.n * values * DTYPE_BYTES[self.settings.dtype]):
                 raise ValueError(

@@ -259,6 +259,7 @@ def check_probe(manifest: dict[str, Any], path: str | Path) -> None:
     if not settings.store_noise and not np.allclose(now, manifest["noise_probe"], rtol=0, atol=1e-4):
         maker = manifest["compute"]["torch"]
         raise UserError(
-            f"{path} was made by torch {maker}; this torch, {torch.__version__}, draws other noise from the store's seeds",
+            f"{path} was made by torch {maker}; this torch, {torch.__version__}, draws other noise from the store's"
+            " seeds",
             "use that torch, or make the store again (with --store-noise the noise is kept and never derived)",
         )

@@ -206,7 +206,8 @@ def _following(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[d
             )
         if i < len(stores) - 1 and settings.n % settings.shard_size:
             raise UserError(
-                f"{path}: its {settings.n} pairs end within a shard of {settings.shard_size}, so no other store can follow it"
+                f"{path}: its {settings.n} pairs end within a shard of {settings.shard_size}, so no other store can"
+                " follow it"
             )
         _agree(
             paths[0], manifest, path, {**theirs, "settings": {**theirs["settings"], "seed": first.seed, "n": first.n}}

@@ -35,7 +35,8 @@ class Layout:
 
 def lay_out(n: int, labels: Sequence[int] | None = None, names: Mapping[int, str] | None = None) -> Layout:
     """How n images are shown best: those of few classes in rows of their own, for which up to an eighth of the images is left out so that all
-    have equally many; else in the order of the classes, each with its name. `names` of the classes (prompts); else "class 3"."""
+    have equally many; else in the order of the classes, each with its name. `names` of the classes (prompts); else "class 3".
+    """
     if labels is None:
         return Layout(list(range(n)), columns_for(n))
     order = sorted(range(n), key=lambda i: labels[i])

@@ -142,7 +142,8 @@ class Files(Source):
             kinds = list(dict.fromkeys(ignored))
             names = ", ".join(kinds[:5]) + (", ..." if len(kinds) > 5 else "")
             self.notes.append(
-                f"{len(ignored)} {'file that is' if len(ignored) == 1 else 'files that are'} not an image ignored: {names}"
+                f"{len(ignored)} {'file that is' if len(ignored) == 1 else 'files that are'} not an image ignored:"
+                f" {names}"
             )
         if found is None:
             return None, [], problems

@@ -91,9 +91,15 @@ def _what(source: Source, file_format: str, detail: str, source_name: str) -> st
             if known
             else "from a teacher that the checkpoint does not name"
         )
-        what = f"A one-step generator (one network call from noise to {'image' if spec.space == 'pixel' else 'latent'}), {origin}."
+        what = (
+            f"A one-step generator (one network call from noise to {'image' if spec.space == 'pixel' else 'latent'}),"
+            f" {origin}."
+        )
     else:
-        what = f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that make an image."
+        what = (
+            f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that"
+            " make an image."
+        )
     labels = f"class label, {spec.classes} classes" if spec.condition == "label" else "none"
     rows = {
         "format": f"{FORMATS[file_format]}, {detail}",
@@ -109,9 +115,15 @@ def _what(source: Source, file_format: str, detail: str, source_name: str) -> st
 
 
 def _teacher(source: Source) -> str:
-    licence = "The checkpoint states no licence: find out under which terms its teacher and its images may be used before you use or share this file."
+    licence = (
+        "The checkpoint states no licence: find out under which terms its teacher and its images may be used before you"
+        " use or share this file."
+    )
     if source.licence != UNSTATED:
-        licence = f"Licence as the checkpoint states it: {_code(source.licence)}. Read its terms before you use or share this file."
+        licence = (
+            f"Licence as the checkpoint states it: {_code(source.licence)}. Read its terms before you use or share this"
+            " file."
+        )
     licence += _images(source.meta)
     if source.kind == "teacher":
         return f"This file is itself a teacher, {_code(source.spec.name)}.\n\n{licence}"
@@ -182,7 +194,8 @@ def _limitations(source: Source, file_format: str) -> str:
     points = [f"The size is fixed: {' x '.join(map(str, spec.shape))}; the batch size is free."]
     if spec.condition == "label":
         points.append(
-            f'Labels are 0 to {spec.classes - 1}; -1 means "no class", of use only to a network trained with dropped labels.'
+            f'Labels are 0 to {spec.classes - 1}; -1 means "no class", of use only to a network trained with dropped'
+            " labels."
         )
         silent = "This file does not check labels: any other label acts as -1, without an error."
         points.append(
@@ -194,7 +207,8 @@ def _limitations(source: Source, file_format: str) -> str:
         )
     if source.meta.get("student", {}).get("kind") == "style" and file_format != "safetensors":
         points.append(
-            "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image its own."
+            "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image"
+            " its own."
         )
     if spec.space == "pixel":
         points.append(
@@ -204,7 +218,8 @@ def _limitations(source: Source, file_format: str) -> str:
         points.append("Outputs are latents: the teacher's decoder, which is not in this file, turns them into images.")
     points.append("Parity was measured on a CPU in float32; GPUs with TF32 or half precision differ more.")
     points.append(
-        "It may repeat faults and biases of its teacher and training data; nothing was measured beyond what stands above."
+        "It may repeat faults and biases of its teacher and training data; nothing was measured beyond what stands"
+        " above."
     )
     return "\n".join(f"- {point}" for point in points)
 

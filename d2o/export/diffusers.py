@@ -135,7 +135,10 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
         for a, b in zip(found, expected):
             worst, largest = max(worst, float((a - b).abs().max())), max(largest, float(b.abs().max()))
     if not worst <= tolerance:
-        text = f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance {tolerance:g}; it is not kept"
+        text = (
+            f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance {tolerance:g}; it"
+            " is not kept"
+        )
         raise UserError(text, "--tolerance sets what is accepted, --dtype fp32 rounds nothing")
     import diffusers
 
@@ -175,24 +178,38 @@ def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parit
     )
     source = f" ({DIGITS})" if data.startswith("real:digits") else ""
     sampled = f"{options.get('steps')} DDIM steps, guidance {options.get('cfg')}, measured before rounding to {dtype}"
-    compared = f"Largest difference from the checkpoint {parity.difference:.1e} (largest value {parity.largest:.2f}), {parity.runtime}."
+    compared = (
+        f"Largest difference from the checkpoint {parity.difference:.1e} (largest value {parity.largest:.2f}),"
+        f" {parity.runtime}."
+    )
     return (
         "\n\n".join(
             [
                 f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
                 f"# {name}",
-                f"A text-to-image latent diffusion model in the form of Stable Diffusion 1.5, trained by d2o {meta.get('d2o', '')}: latents "
-                f"{channels} x {size} x {size}, images of {model.vae.config.sample_size} pixels. Parameters: {sizes}. Weights in {dtype}.",
-                f"## Licence\n\n`{licence}`. The U-Net and the text encoder started from random weights, the autoencoder is that of `{options.get('vae')}`.",
-                f"## Data\n\n`{data}`{source}. Captions were made from the class labels; {meta.get('images', 0):,} images were seen in training.",
+                (
+                    "A text-to-image latent diffusion model in the form of Stable Diffusion 1.5, trained by d2o"
+                    f" {meta.get('d2o', '')}: latents {channels} x {size} x {size}, images of"
+                    f" {model.vae.config.sample_size} pixels. Parameters: {sizes}. Weights in {dtype}."
+                ),
+                (
+                    f"## Licence\n\n`{licence}`. The U-Net and the text encoder started from random weights, the"
+                    f" autoencoder is that of `{options.get('vae')}`."
+                ),
+                (
+                    f"## Data\n\n`{data}`{source}. Captions were made from the class labels; {meta.get('images', 0):,}"
+                    " images were seen in training."
+                ),
                 "## How to use\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
                 f'pipeline = StableDiffusionPipeline.from_pretrained("{name}")\n'
                 f'image = pipeline("{prompt}", num_inference_steps=50, guidance_scale=3.0).images[0]\n```',
                 f"## Metrics\n\n{metrics}\n\nAs the checkpoint records them: {sampled}.",
                 f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, width=130).strip()}\n```",
                 f"## Numerical parity\n\n{compared}",
-                "## Limitations\n\nIt knows the words of its captions and nothing else. There is no safety checker: it can only draw what it was "
-                f"trained on. Exported by d2o {__version__}.",
+                (
+                    "## Limitations\n\nIt knows the words of its captions and nothing else. There is no safety"
+                    f" checker: it can only draw what it was trained on. Exported by d2o {__version__}."
+                ),
             ]
         )
         + "\n"

@@ -151,9 +151,10 @@ def _write(
         write_program(source, path, record)
         return open_program(path), f"torch.export.load against the network, {torch_version}"
     write_weights(source, path, record, dtype)
-    return open_weights(
-        source, path
-    ), f"d2o.load_{source.kind} (computes in float32) against the network, {torch_version}"
+    return (
+        open_weights(source, path),
+        f"d2o.load_{source.kind} (computes in float32) against the network, {torch_version}",
+    )
 
 
 def _record(source: Source, file_format: str, detail: str) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def compare(source: Source, run: Runner, n: int, tolerance: float, runtime: str)
             raise UserError(f"the exported file does not run at batch size {size}, so it is not kept: {why}") from error
         if found.shape != expected.shape:
             raise UserError(
-                f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}; the file is not kept"
+                f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}; the file is not"
+                " kept"
             )
         worst = (found.to(torch.float32) - expected).abs().max().item()
         difference = worst if worst != worst else max(difference, worst)  # a NaN stays

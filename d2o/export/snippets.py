@@ -16,7 +16,10 @@ def usage(source: Source, file_name: str, file_format: str) -> str:
     lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors}[file_format](source, file_name)
     needs = {
         "onnx": "`pip install onnxruntime numpy`; d2o and torch are not needed.",
-        "program": f"`pip install torch` ({torch.__version__.split('+')[0]} wrote the file; a later one reads it); d2o is not needed.",
+        "program": (
+            f"`pip install torch` ({torch.__version__.split('+')[0]} wrote the file; a later one reads it); d2o is not"
+            " needed."
+        ),
         "safetensors": "`pip install d2o`.",
     }[file_format]
     return f"{needs} {_about(source, file_format)}\n\n```python\n" + "\n".join(lines) + "\n```"

@@ -114,7 +114,8 @@ def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
     kind = meta.get("kind") if isinstance(meta, dict) else None
     if kind not in ("student", "teacher"):
         raise UserError(
-            f"{path} holds {f'a d2o {kind}' if kind else 'no d2o checkpoint'}; only students and teachers can be exported"
+            f"{path} holds {f'a d2o {kind}' if kind else 'no d2o checkpoint'}; only students and teachers can be"
+            " exported"
         )
     try:
         network, spec, fingerprint, call = (_student if kind == "student" else _teacher)(path)
@@ -128,7 +129,10 @@ def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
             f"{path}: its metadata is incomplete ({type(error).__name__}: {error})", "expected a file made by `d2o`"
         ) from error
     if spec.condition == "text":
-        what = f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported in this format"
+        what = (
+            f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported in this"
+            " format"
+        )
         raise UserError(what, "--format diffusers writes a text-to-image teacher")
     return Source(path, kind, spec, meta, network, fingerprint, call.eval())
 

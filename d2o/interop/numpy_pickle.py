@@ -37,7 +37,10 @@ EXPECTED: dict[str, type] = {
 # Limits: a file of statistics has fewer than 100 opcodes; one with the features of 50,000 images in batches has some 20,000.
 MAX_OPCODES, MAX_VALUES, MAX_DEPTH, MAX_DIMENSIONS = 200_000, 100_000, 8, 8
 
-HINT = "nothing in it was executed: d2o reads pickles of plain numpy arrays only; download it again, or save the arrays with numpy.savez"
+HINT = (
+    "nothing in it was executed: d2o reads pickles of plain numpy arrays only; download it again, or save the arrays"
+    " with numpy.savez"
+)
 
 
 def read_pickled(path: str | Path) -> Any:

@@ -114,7 +114,10 @@ class NvidiaNetwork:
         try:
             return network_config(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
         except Malformed as error:
-            hint = "d2o runs the denoisers of EDM (SongUNet and DhariwalUNet in any of its preconditionings) and EDM2, and SiD's, SiDA's and GDD's"
+            hint = (
+                "d2o runs the denoisers of EDM (SongUNet and DhariwalUNet in any of its preconditionings) and EDM2, and"
+                " SiD's, SiDA's and GDD's"
+            )
             raise UserError(f"{self.path} {error}", hint) from error
 
     @property

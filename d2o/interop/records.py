@@ -57,7 +57,8 @@ class SpecRecord(Record):
             raise ValueError(f"shape {list(self.shape)}: expected at most {MAX_VALUES:,} numbers in a sample")
         if (self.condition == "label") != (self.classes > 0):
             raise ValueError(
-                f"condition {self.condition!r} with {self.classes} classes: there are classes where, and only where, it is 'label'"
+                f"condition {self.condition!r} with {self.classes} classes: there are classes where, and only where, it"
+                " is 'label'"
             )
         return self
 

@@ -36,7 +36,10 @@ from d2o.interop.nvidia_pickle import (
     check_persistent,
 )
 
-HINT = "expected published weights: .safetensors, what torch.save wrote, TorchScript, or NVIDIA's .pkl; if it is one, download it again"
+HINT = (
+    "expected published weights: .safetensors, what torch.save wrote, TorchScript, or NVIDIA's .pkl; if it is one,"
+    " download it again"
+)
 
 DTYPES = {
     "FloatStorage": torch.float32,

@@ -75,7 +75,8 @@ def _declare() -> Any:
 def _unavailable(name: str) -> Any:
     def operator(*_: Any) -> None:
         raise RuntimeError(
-            f"torchvision::{name} is not available: this torchvision was compiled for another torch; install one that fits"
+            f"torchvision::{name} is not available: this torchvision was compiled for another torch; install one that"
+            " fits"
         )
 
     return operator

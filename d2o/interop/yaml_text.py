@@ -185,9 +185,11 @@ def build(node: yaml.Node, mark: Mark, problems: Problems) -> Node:
         if key in values:
             problems.add(
                 here,
-                f"{_at(here)}given twice (first in line {values[key].mark.line})"
-                if line
-                else f"{_at(here)}given twice",
+                (
+                    f"{_at(here)}given twice (first in line {values[key].mark.line})"
+                    if line
+                    else f"{_at(here)}given twice"
+                ),
             )
             continue
         values[key] = build(value_node, here, problems)

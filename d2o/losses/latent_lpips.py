@@ -68,7 +68,8 @@ class LatentLPIPS(nn.Module):
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != self.space.channels or min(a.shape[2:]) < 4:
             want = f"[n, {self.space.channels}, h, w] with h and w of at least 4"
             raise UserError(
-                f"LatentLPIPS of this space takes two batches of latents {want}; these are {[*a.shape]} and {[*b.shape]}"
+                f"LatentLPIPS of this space takes two batches of latents {want}; these are {[*a.shape]} and"
+                f" {[*b.shape]}"
             )
         if raw:
             a, b = (a - self.space.shift) * self.space.scale, (b - self.space.shift) * self.space.scale

@@ -35,12 +35,14 @@ class AutoencoderMethod(Method):
             raise UserError("network.arch: method autoencoder trains autoencoder_kl")
         if (config["in_channels"], config["out_channels"], config["sample_size"]) != (channels, channels, resolution):
             raise UserError(
-                f"the network section asks for other images than the data has ({channels} x {resolution} x {resolution})"
+                f"the network section asks for other images than the data has ({channels} x {resolution} x"
+                f" {resolution})"
             )
         self.autoencoder = Autoencoder(**config)
         if resolution % self.autoencoder.factor:
             raise UserError(
-                f"images of {resolution} pixels do not shrink by the {self.autoencoder.factor} of network.block_out_channels"
+                f"images of {resolution} pixels do not shrink by the {self.autoencoder.factor} of"
+                " network.block_out_channels"
             )
         size = resolution // self.autoencoder.factor
         self.latent_shape = (self.autoencoder.vae.config.latent_channels, size, size)

@@ -85,7 +85,8 @@ class Setup:
 @dataclass
 class Batch:
     """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1] (or stored latents), labels. Tensors [B, ...] on the device;
-    labels int64 or None. Methods that need no data get one with nothing in it: they draw what they need by the `Draws` that come with it."""
+    labels int64 or None. Methods that need no data get one with nothing in it: they draw what they need by the `Draws` that come with it.
+    """
 
     labels: Tensor | None = None
     noise: Tensor | None = None

@@ -26,23 +26,32 @@ class ConsistencyOptions(Options):
     )
     weight: Literal["uniform", "inverse_gap", "truncated_snr"] | None = Field(
         None,
-        description="weight of a sample: 1, 1 / (t - u), or max(1 / t^2, 1) (default none: pd truncated_snr, others uniform)",
+        description=(
+            "weight of a sample: 1, 1 / (t - u), or max(1 / t^2, 1) (default none: pd truncated_snr, others uniform)"
+        ),
     )
     N: int = Field(18, ge=1, description="noise levels; pd: the student's steps in the first stage")
     n_counts: Literal["points", "steps"] = Field(
         "points",
-        description="what N counts: the points of the grid (Song et al. 2023), or its steps (Table 5); pd always has N steps",
+        description=(
+            "what N counts: the points of the grid (Song et al. 2023), or its steps (Table 5); pd always has N steps"
+        ),
     )
     n_schedule: Literal["constant", "doubling", "adaptive"] = Field(
         "constant",
-        description="N in the course of training: constant; doubled from N to n_max (iCT); by CT's square root (both count points)",
+        description=(
+            "N in the course of training: constant; doubled from N to n_max (iCT); by CT's square root (both count"
+            " points)"
+        ),
     )
     n_max: int | None = Field(None, ge=2, description="s1 of the schedule, the largest N less 1; its s0 is N")
     schedule_images: int | None = Field(None, ge=1, description="images over which the schedule of N runs")
     i_min: Literal[1, 2] | None = Field(
         None,
-        description="lowest index of t on the grid (default none: as Table 5, 2 for ctm, whose solver then stops one step above sigma_min, "
-        "else 1; the authors' code has 2 for cd too)",
+        description=(
+            "lowest index of t on the grid (default none: as Table 5, 2 for ctm, whose solver then stops one step above"
+            " sigma_min, else 1; the authors' code has 2 for cd too)"
+        ),
     )
     i_sampling: Literal["uniform", "lognormal"] = Field(
         "uniform", description="distribution of that index: uniform, or after ln t ~ N (iCT)"
@@ -63,7 +72,10 @@ class ConsistencyOptions(Options):
     )
     last_hop: Literal["student", "solver"] = Field(
         "student",
-        description="the way from one step above sigma_min, in cd's target: the student's, or the solver's (Zheng & Yang's code)",
+        description=(
+            "the way from one step above sigma_min, in cd's target: the student's, or the solver's (Zheng & Yang's"
+            " code)"
+        ),
     )
     max_hops: int | None = Field(
         None, ge=1, description="most solver steps from t to u (ctm; default none: down to sigma_min)"
@@ -78,7 +90,10 @@ class ConsistencyOptions(Options):
     stage_decay: bool = Field(True, description="let the learning rate fall to 0 in every stage, linearly (pd)")
     stage_target: Literal["previous", "student"] = Field(
         "previous",
-        description="who takes the two steps after the first stage (pd): the student of the stage before, or the one in training",
+        description=(
+            "who takes the two steps after the first stage (pd): the student of the stage before, or the one in"
+            " training"
+        ),
     )
     middle: float = Field(
         MIDDLE,
@@ -88,8 +103,10 @@ class ConsistencyOptions(Options):
     )
     clamp: bool = Field(
         True,
-        description="the student brings its estimate of the clean image into [-1, 1] at every call, as the sampler of Song et "
-        "al. 2023 does; never in latent spaces",
+        description=(
+            "the student brings its estimate of the clean image into [-1, 1] at every call, as the sampler of Song et "
+            "al. 2023 does; never in latent spaces"
+        ),
     )
 
     @property

@@ -107,7 +107,8 @@ class DDGAN(GeneratorMethod):
             )
         if start.spec.shape != shape or start.spec.classes != classes:
             raise UserError(
-                f"the student to start from makes {start.spec.shape} with {start.spec.classes} classes, the data are others"
+                f"the student to start from makes {start.spec.shape} with {start.spec.classes} classes, the data are"
+                " others"
             )
         return copy.deepcopy(start.network).requires_grad_(True).train()
 

@@ -70,22 +70,32 @@ class DMDOptions(Options):
     p_std: float = Field(1.2, gt=0, description="lognormal: standard deviation of ln sigma")
     weight: Literal["l1_teacher", "none"] | None = Field(
         None,
-        description="divide each sample's gradient by its mean |x - D_teacher|, or not; null: l1_teacher, diff_instruct none",
+        description=(
+            "divide each sample's gradient by its mean |x - D_teacher|, or not; null: l1_teacher, diff_instruct none"
+        ),
     )
     reduce: Literal["mean", "sum"] | None = Field(
         None, description="both losses over the values of a sample; null: mean, diff_instruct sum"
     )
     order: Literal["generator_first", "score_first"] | None = Field(
         None,
-        description="which network's step comes first in an iteration; null: generator_first, diff_instruct score_first",
+        description=(
+            "which network's step comes first in an iteration; null: generator_first, diff_instruct score_first"
+        ),
     )
     samples: Literal["same", "fresh"] | None = Field(
         None,
-        description="the (first) step of the score network learns from the student's samples of that iteration, or new ones; null: by kind",
+        description=(
+            "the (first) step of the score network learns from the student's samples of that iteration, or new ones;"
+            " null: by kind"
+        ),
     )
     score_t_dist: Levels | None = Field(
         None,
-        description="noise levels of the score network's loss, the whole range of them; null: karras_index, diff_instruct lognormal",
+        description=(
+            "noise levels of the score network's loss, the whole range of them; null: karras_index, diff_instruct"
+            " lognormal"
+        ),
     )
     score_dropout: float | None = Field(
         None, ge=0, lt=1, description="dropout of the score network while it is trained; null: the teacher's"
@@ -100,7 +110,10 @@ class DMDOptions(Options):
     )
     dropout: Literal["off", "shared"] = Field(
         "off",
-        description="dropout of teacher and score network in the student's step: none, or the same masks in both (Diff-Instruct's code)",
+        description=(
+            "dropout of teacher and score network in the student's step: none, or the same masks in both"
+            " (Diff-Instruct's code)"
+        ),
     )
     lambda_reg: float = Field(
         0.0,
@@ -143,8 +156,8 @@ class DMD(ScoreMethod):
         self.uncertain = has_uncertainty(self.score)
         if self.options.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
             raise UserError(
-                f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
-                "would come out of the student",
+                f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that"
+                " the augmentations would come out of the student",
                 "set dmd.augment: 0",
             )
         self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None

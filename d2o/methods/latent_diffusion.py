@@ -35,7 +35,10 @@ CHECK_SEED = 2_000_000  # away from the seeds of pairs (from 0) and of previews
 
 class LatentDiffusionOptions(Options):
     vae: str = Field(
-        description="frozen autoencoder: run folder or checkpoint of method autoencoder, a diffusers folder, or tiny-sd (that ships)"
+        description=(
+            "frozen autoencoder: run folder or checkpoint of method autoencoder, a diffusers folder, or tiny-sd (that"
+            " ships)"
+        )
     )
     templates: list[str] = Field(
         ["a photo of a {name}", "{name}"], description="captions; {name} becomes the class's; the first is the main one"
@@ -147,7 +150,8 @@ class LatentDiffusion(Method):
         n, classes = self.options.check_n, len(self.captions.table)
         if extractor.classes != classes:
             raise UserError(
-                f"latent_diffusion.extractor: {self.options.extractor} tells {extractor.classes} classes apart, the data has {classes}"
+                f"latent_diffusion.extractor: {self.options.extractor} tells {extractor.classes} classes apart, the"
+                f" data has {classes}"
             )
         right = 0
         for part in torch.arange(n).split(250):

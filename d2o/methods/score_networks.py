@@ -48,13 +48,15 @@ class ScoreMethod(Method):
 
 def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: bool = False) -> Student:
     """A copy of `setup.start`, or what `setup.student` says, without EDM2's uncertainty head. UserError: it does not fit the teacher, or is not
-    called where the recipe says, or (unless `at_sigma_max`) at the teacher's highest noise level, the recipes' default, where it starts as a mean."""
+    called where the recipe says, or (unless `at_sigma_max`) at the teacher's highest noise level, the recipes' default, where it starts as a mean.
+    """
     sigma = float(setup.student.sigma)
     if setup.start is not None:
         student = copy.deepcopy(setup.start)
         if type(student) is not Student or not isinstance(student.network, Denoiser):
             raise UserError(
-                f"method {method} trains students of one call of a denoiser; the one to start from is of kind {student.record['kind']}"
+                f"method {method} trains students of one call of a denoiser; the one to start from is of kind"
+                f" {student.record['kind']}"
             )
         if (student.spec.shape, student.spec.classes) != (teacher.spec.shape, teacher.spec.classes):
             theirs = f"{student.spec.shape} with {student.spec.classes} classes"
@@ -67,7 +69,8 @@ def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: boo
     else:
         if sigma >= teacher.spec.sigma_max and not at_sigma_max:
             raise UserError(
-                f"student.sigma is {sigma:g}, the teacher's highest noise level, of which its denoiser makes a mean of all images",
+                f"student.sigma is {sigma:g}, the teacher's highest noise level, of which its denoiser makes a mean of"
+                " all images",
                 f"method {method} calls its student at sigma_init: set student.sigma: 2.5",
             )
         scratch = setup.student.init == "scratch"
@@ -138,7 +141,8 @@ def labels_of_images(method: str, setup: Setup, spec: Spec) -> Tensor | None:
     if images.labels is None or images.classes != spec.classes:
         theirs = f"{images.classes} classes" if images.labels is not None and images.classes else "no classes"
         raise UserError(
-            f"{images.name} has {theirs}, teacher {spec.name!r} has {spec.classes}, and method {method} takes the classes from the data"
+            f"{images.name} has {theirs}, teacher {spec.name!r} has {spec.classes}, and method {method} takes the"
+            " classes from the data"
         )
     return images.labels.to(setup.device)
 
@@ -151,7 +155,8 @@ def check_real_images(method: str, setup: Setup, teacher: Teacher) -> None:
     if spec.space == "latent":
         if not hasattr(teacher, "latents"):
             raise UserError(
-                f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real images"
+                f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real"
+                " images"
             )
         wanted = (3, PIXELS * spec.shape[1], PIXELS * spec.shape[2])
     if isinstance(images, LatentSet):
@@ -159,7 +164,8 @@ def check_real_images(method: str, setup: Setup, teacher: Teacher) -> None:
         if spec.space != "latent" or tuple(images.shape) != wanted:
             need, have = (" x ".join(map(str, shape)) for shape in (spec.shape, images.shape))
             raise UserError(
-                f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard deviations of {have}"
+                f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard"
+                f" deviations of {have}"
             )
     elif tuple(images.shape) != tuple(wanted):
         need, have = (" x ".join(map(str, shape)) for shape in (wanted, images.shape))

@@ -75,23 +75,33 @@ class SiDOptions(Options):
     )
     student_force_wn: ForceWN | None = Field(
         None,
-        description="EDM2: forced weight normalisation of the student (default none: as the network that it begins from says)",
+        description=(
+            "EDM2: forced weight normalisation of the student (default none: as the network that it begins from says)"
+        ),
     )
     score_force_wn: ForceWN | None = Field(
         None,
-        description="EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the published runs "
-        "have it on for SiD, off for SiDA and SiD2A)",
+        description=(
+            "EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the"
+            " published runs have it on for SiD, off for SiDA and SiD2A)"
+        ),
     )
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="precision of the true score (default none: as the rest)"
     )
     labels: Literal["uniform", "data"] | None = Field(
         None,
-        description="classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if adversarial)",
+        description=(
+            "classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if"
+            " adversarial)"
+        ),
     )
     nan: Literal["drop", "raise"] = Field(
         "raise",
-        description="a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients: zero: as published)",
+        description=(
+            "a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients: zero:"
+            " as published)"
+        ),
     )
     adversarial: bool = Field(
         False, description="SiDA: the score network's encoder tells real images from the student's"
@@ -99,7 +109,9 @@ class SiDOptions(Options):
     start_g_nimg: int | None = Field(
         None,
         ge=0,
-        description="images after which the student starts to learn (default none: 100000 if adversarial, else at once)",
+        description=(
+            "images after which the student starts to learn (default none: 100000 if adversarial, else at once)"
+        ),
     )
     start_adv_nimg: int = Field(
         200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial"
@@ -109,12 +121,16 @@ class SiDOptions(Options):
     batch_pool: int | None = Field(
         None,
         ge=1,
-        description="samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one GPU); 1: each by "
-        "itself (default none: the whole batch)",
+        description=(
+            "samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one GPU); 1:"
+            " each by itself (default none: the whole batch)"
+        ),
     )
     gen_adv: Literal["nonsat_bce", "linear_fakeness", "saturating"] = Field(
         "nonsat_bce",
-        description="the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or log(1 - D)",
+        description=(
+            "the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or log(1 - D)"
+        ),
     )
     logit_clamp: float | None = Field(
         10.0, gt=0, description="maps beyond this give the student no gradient; null: all do"
@@ -181,7 +197,8 @@ class SiD(ScoreMethod):
             )
         if o.adversarial and o.labels == "uniform":
             raise UserError(
-                "sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same classes",
+                "sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same"
+                " classes",
                 "leave sid.labels away",
             )
         if o.adversarial and self.batch % (o.batch_pool or 1):
@@ -191,8 +208,8 @@ class SiD(ScoreMethod):
                 raise UserError(f"sid.{key}: only networks of EDM2 have forced weight normalisation", "leave it away")
         if o.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
             raise UserError(
-                f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that the augmentations "
-                "would come out of the student",
+                f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that"
+                " the augmentations would come out of the student",
                 "set sid.augment: 0",
             )
 
@@ -338,7 +355,8 @@ class SiD(ScoreMethod):
                 else f"{size} (sid.batch_pool)"
             )
             raise UserError(
-                f"adversarial losses are averaged over groups of {what} and a forward pass of one process has {draw.count} samples",
+                f"adversarial losses are averaged over groups of {what} and a forward pass of one process has"
+                f" {draw.count} samples",
                 "make micro_batch, and the share of each process, a multiple of sid.batch_pool",
             )
         return size

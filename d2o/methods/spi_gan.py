@@ -29,8 +29,10 @@ class SPIGANOptions(Options):
     K: int = Field(2, ge=1, description="times of an iteration; the last is 1, the clean image")
     j_sampling: Literal["uniform_sorted", "stratified", "fixed", "fixed_with_0"] = Field(
         "uniform_sorted",
-        description="the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; k / K (the ablation); these and "
-        "0, which is x_T",
+        description=(
+            "the other times: K - 1 sorted draws from (0, 1); one draw per K-th of it; k / K (the ablation); these and "
+            "0, which is x_T"
+        ),
     )
     update_mode: Literal["per_j", "joint"] = Field(
         "per_j", description="one step of each network for each time, or one for the mean over all times"
@@ -41,7 +43,10 @@ class SPIGANOptions(Options):
     )
     latent: Literal["xT", "z", "alternate"] = Field(
         "xT",
-        description="noise that the generator starts from: x_T of the images, fresh noise, or x_T for the critic's step and fresh for its own",
+        description=(
+            "noise that the generator starts from: x_T of the images, fresh noise, or x_T for the critic's step and"
+            " fresh for its own"
+        ),
     )
     pair_noise: bool = Field(True, description="the real path ends in the same x_T as the fake one; false: in another")
     process: Literal["vp", "ve", "subvp"] = Field("vp", description="forward process of x_T")
@@ -52,8 +57,10 @@ class SPIGANOptions(Options):
     pl_every: int = Field(4, ge=1, description="iterations from one to the next; its weight is multiplied by this")
     lazy_correction: bool = Field(
         False,
-        description="StyleGAN2's correction for lazy regularisation: with c = k / (k + 1), k the interval of the "
-        "network's regulariser whatever its weight, learning rates times c and betas to the power of c",
+        description=(
+            "StyleGAN2's correction for lazy regularisation: with c = k / (k + 1), k the interval of the "
+            "network's regulariser whatever its weight, learning rates times c and betas to the power of c"
+        ),
     )
     ada: str | None = Field("bgc", description="augmentation pipeline (b, bg, bgc, bgcf, bgcfn, bgcfnc); null: none")
     ada_target: float = Field(
@@ -86,7 +93,8 @@ class SPIGAN(GeneratorMethod):
         config = {**own, **setup.need_network()}
         if any(config[key] != value for key, value in own.items()):
             raise UserError(
-                f"network: method spi-gan trains a style_generator of the data's {channels} x {resolution} x {resolution} pixels"
+                f"network: method spi-gan trains a style_generator of the data's {channels} x {resolution} x"
+                f" {resolution} pixels"
             )
         generator = build_network(config) if setup.start is None else self.continued(setup.start)
         assert isinstance(generator, StyleGenerator)

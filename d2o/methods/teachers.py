@@ -39,7 +39,8 @@ def check_kind(method: str, kind: Kind) -> None:
         what = f"method {method} learns without a teacher, and the recipe has `teacher: {kind.name}`"
         raise UserError(
             what,
-            f"take `teacher` out, or a method that distils: {', '.join(name for name in method_names() if get_method(name).takes)}",
+            "take `teacher` out, or a method that distils:"
+            f" {', '.join(name for name in method_names() if get_method(name).takes)}",
         )
     if ways := methods_for(kind):
         first = f"methods that take this teacher: {', '.join(ways)}"

@@ -19,7 +19,8 @@ LOWER, HIGHER = "lower", "higher"
 @dataclass(frozen=True)
 class Metric:
     """`extractor`: the one that it is defined over; None: the one chosen for X. `output`: what it needs of each image, and (`reference`) of
-    the reference: "statistics", "rows" (every image's), or "" for nothing. `compute` gives one Score for each of `keys`."""
+    the reference: "statistics", "rows" (every image's), or "" for nothing. `compute` gives one Score for each of `keys`.
+    """
 
     name: str
     about: str

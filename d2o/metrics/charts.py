@@ -53,7 +53,8 @@ def line_chart(
         body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{short(tick)}</text>')
     body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     body.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}"'
+        f' text-anchor="middle">{escape(x_label)}</text>'
     )
     for i, (s, p) in enumerate(lines):
         smooth = s.smooth and len(p) >= FEW
@@ -64,7 +65,8 @@ def line_chart(
             body.append(f'<polyline class="s{i % colours}" points="{average}"/>')
         if s.marks:
             body += [
-                f'<circle class="s{i % colours}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="3.5"><title>{short(x)}: {short(y)}</title></circle>'
+                f'<circle class="s{i % colours}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="3.5"><title>{short(x)}:'
+                f" {short(y)}</title></circle>"
                 for x, y in p
             ]
     title = f"{escape(y_label)} against {escape(x_label)}"
@@ -187,15 +189,20 @@ def dot_chart(dots: Sequence[Dot], title: str, log_x: bool = False) -> str:
         body += [f'<line class="rail" x1="{sx(t):.1f}" x2="{sx(t):.1f}" y1="{y - 3}" y2="{y + 3}"/>' for t in ticks]
         if d.error and math.isfinite(d.error):
             body.append(
-                f'<line class="{colour} error" x1="{sx(d.value - d.error):.1f}" x2="{sx(d.value + d.error):.1f}" y1="{y}" y2="{y}"/>'
+                f'<line class="{colour} error" x1="{sx(d.value - d.error):.1f}" x2="{sx(d.value + d.error):.1f}"'
+                f' y1="{y}" y2="{y}"/>'
             )
         if math.isfinite(d.value):
             body.append(f'<circle class="{colour}" cx="{sx(d.value):.1f}" cy="{y}" r="5"/>')
         if d.mark is not None and math.isfinite(d.mark):
             body.append(
-                f'<path class="mark" d="M{sx(d.mark):.1f} {y - 8}l8 8l-8 8l-8 -8z"><title>paper: {short(d.mark)}</title></path>'
+                f'<path class="mark" d="M{sx(d.mark):.1f} {y - 8}l8 8l-8 8l-8 -8z"><title>paper:'
+                f" {short(d.mark)}</title></path>"
             )
-    return f'<svg class="dots" viewBox="0 0 {DOT_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
+    return (
+        f'<svg class="dots" viewBox="0 0 {DOT_WIDTH} {height}" role="img"'
+        f' aria-label="{escape(title)}">{"".join(body)}</svg>'
+    )
 
 
 def _spread(ticks: list[float], place: Callable[[float], float]) -> list[float]:

@@ -74,8 +74,10 @@ def check_shape(shape: tuple[int, ...], extractor: Extractor, of: str = "the ima
         raise UserError(f"{of} are {describe_shape(shape)}, but the extractor {extractor.name!r} takes 1 or 3 channels")
     if extractor.shape is not None and shape != extractor.shape:
         raise UserError(
-            f"{of} are {describe_shape(shape)}, but the extractor {extractor.name!r} takes {describe_shape(extractor.shape)}",
-            "give another --extractor; for a set of images --resize crop scales and centre-crops, and the result says so",
+            f"{of} are {describe_shape(shape)}, but the extractor {extractor.name!r} takes"
+            f" {describe_shape(extractor.shape)}",
+            "give another --extractor; for a set of images --resize crop scales and centre-crops, and the result"
+            " says so",
         )
 
 

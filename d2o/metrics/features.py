@@ -138,8 +138,8 @@ def load_extractor(name: str, device: Device = "cpu", weights: Path | None = Non
         )
     with torch.random.fork_rng(devices=[]):
         extractor = read_extractor(path.stem, path, device)
-    extractor.name = (
-        f"{path.stem}@{extractor.sha256[:6]}"  # an own network never passes for a shipped one of the same name
+    extractor.name = (  # an own network never passes for a shipped one of the same name
+        f"{path.stem}@{extractor.sha256[:6]}"
     )
     return extractor
 

@@ -26,7 +26,8 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any, factor2: np.n
     shapes = [mu1.shape, sigma1.shape, mu2.shape, sigma2.shape]
     if shapes != [(dim,), (dim, dim), (dim,), (dim, dim)]:
         raise UserError(
-            f"statistics of different dimensions: mu {mu1.shape} and {mu2.shape}, sigma {sigma1.shape} and {sigma2.shape}",
+            f"statistics of different dimensions: mu {mu1.shape} and {mu2.shape}, sigma {sigma1.shape} and"
+            f" {sigma2.shape}",
             "both must come from the same feature extractor",
         )
     if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):

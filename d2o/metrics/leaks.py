@@ -44,11 +44,13 @@ def leak_notes(source: str, recipe: dict[str, Any], extractors: list[str]) -> li
         for name in trained:
             if name == extractor or (measured is not None and _family(name) == measured):
                 notes.append(
-                    f"{source} was trained on features of {name}: a metric over {extractor}, the same backbone, flatters it"
+                    f"{source} was trained on features of {name}: a metric over {extractor}, the same backbone,"
+                    " flatters it"
                 )
             elif measured in IMAGENET and _family(name) in IMAGENET:
                 notes.append(
-                    f"{source} was trained on features of {name}, {extractor} learned the same ImageNet labels: the metric may flatter it"
+                    f"{source} was trained on features of {name}, {extractor} learned the same ImageNet labels: the"
+                    " metric may flatter it"
                 )
     return notes
 

@@ -17,7 +17,10 @@ EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/"
 ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/64/"
 CLEAN_URL = "https://www.cs.cmu.edu/~clean-fid/stats/"
 CLEAN = "clean-fid:"
-CLEAN_FORM = f"{CLEAN}NAME_MODE_SPLIT_SIZE, for example {CLEAN}cifar10_legacy_tensorflow_train_32 or {CLEAN}ffhq_clean_trainval70k_1024"
+CLEAN_FORM = (
+    f"{CLEAN}NAME_MODE_SPLIT_SIZE, for example {CLEAN}cifar10_legacy_tensorflow_train_32 or"
+    f" {CLEAN}ffhq_clean_trainval70k_1024"
+)
 CLEAN_MODES = {
     "clean": "inception-clean",
     "legacy_pytorch": "inception-legacy_pytorch",
@@ -90,7 +93,8 @@ REFERENCES = {
             IMAGENET,
             "MIT (OpenAI)",
             "https://github.com/openai/guided-diffusion/blob/main/LICENSE",
-            "ImageNet training set at 64x64 (ADM): statistics for FID and sFID of all, and 10,000 of the images for precision and recall",
+            "ImageNet training set at 64x64 (ADM): statistics for FID and sFID of all, and 10,000 of the images for"
+            " precision and recall",
             images=10_000,
         ),
     )

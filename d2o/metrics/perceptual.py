@@ -121,7 +121,10 @@ def build_lpips(trunk: Literal["alex", "vgg"], path: Path | None) -> Any:
     for name, value in network.net.state_dict().items():  # slice2.3.weight is torchvision's features.3.weight
         found = tensors.get(f"features.{name.partition('.')[2]}")
         if found is None or found.shape != value.shape:
-            what = f"{path} is not torchvision's {LPIPS.TITLES[trunk]}: features.{name.partition('.')[2]} is missing or of another shape"
+            what = (
+                f"{path} is not torchvision's {LPIPS.TITLES[trunk]}: features.{name.partition('.')[2]} is missing or of"
+                " another shape"
+            )
             raise UserError(what, "expected the file as torchvision publishes it")
         state[name] = found
     network.net.load_state_dict(state)

@@ -15,7 +15,8 @@ from d2o.metrics.tools import Tools
 @dataclass
 class Plan:
     """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to the teacher (None: X is
-    statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown sample among the reference's images."""
+    statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown sample among the reference's images.
+    """
 
     wants: Sequence[Want]
     main: Extractor | None

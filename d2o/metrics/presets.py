@@ -71,17 +71,33 @@ _GDD = {**_50K, "seed": 0, "repeats": 1}
 _EDM = {**_50K, "seed": 0, "repeats": 3, "report_as": "min"}
 _COCO = {"n": 30_000, "repeats": 1, "resize": "256:lanczos", "quantize": "dmd_trunc"}
 
-_SIDA_RUNS = "mean and deviation of 10 runs of the snapshot with the lowest FID; which seeds is not stated: any, but not those it was chosen on"
-_SIDA_LABELS = "classes drawn uniformly from each image's seed, as SiD's generation script does; its training loop drew them from the data"
-_ADM_BATCH = "the reference is OpenAI's batch of ImageNet 64x64 (VIRTUAL_imagenet64_labeled.npz), not that of FID; half precision, as the tools"
+_SIDA_RUNS = (
+    "mean and deviation of 10 runs of the snapshot with the lowest FID; which seeds is not stated: any, but not those"
+    " it was chosen on"
+)
+_SIDA_LABELS = (
+    "classes drawn uniformly from each image's seed, as SiD's generation script does; its training loop drew them from"
+    " the data"
+)
+_ADM_BATCH = (
+    "the reference is OpenAI's batch of ImageNet 64x64 (VIRTUAL_imagenet64_labeled.npz), not that of FID; half"
+    " precision, as the tools"
+)
 _EDM_MIN = "the smallest of three runs, over the seeds from 0, 50,000 and 100,000 on; the label says so"
-_SPI = "the paper states neither the number of images nor its tool: 50,000, and the training set as reference, are our choice"
+_SPI = (
+    "the paper states neither the number of images nor its tool: 50,000, and the training set as reference, are our"
+    " choice"
+)
 _JPEG = "the authors' script writes JPEG files before it scores them; d2o scores the 8-bit images themselves"
 _CROP = (
-    "real and generated images are centre-cropped to their short side and brought to 256 pixels with Lanczos, as GigaGAN's published code does; "
-    "the paper's text says antialiased bicubic: measure once with --resize 256:bicubic, without --protocol, and report both"
+    "real and generated images are centre-cropped to their short side and brought to 256 pixels with Lanczos, as"
+    " GigaGAN's published code does; the paper's text says antialiased bicubic: measure once with --resize 256:bicubic,"
+    " without --protocol, and report both"
 )
-_CAPTIONS = "which of an image's captions is its prompt, and the seeds, are not stated: freeze the list; its sha256 is in the result"
+_CAPTIONS = (
+    "which of an image's captions is its prompt, and the seeds, are not stated: freeze the list; its sha256 is in the"
+    " result"
+)
 _OPENCLIP = "CLIP model: OpenCLIP ViT-g-14 of laion2b_s12b_b42k"
 
 # ---- the protocols -------------------------------------------------------------------------------------------------------------------------
@@ -258,7 +274,10 @@ _ALL = (
         "pytorch-fid, as DD-GAN; prdc",
         (
             _SPI,
-            "recall (k = 3) and coverage (k = 5) over Inception features are our choice; the table prints these two of the four",
+            (
+                "recall (k = 3) and coverage (k = 5) over Inception features are our choice; the table prints these two"
+                " of the four"
+            ),
             "how many images the reference holds is not stated; DD-GAN trains on the first 120,000, centre-cropped",
         ),
         {"against": "LSUN Church at 256x256"},
@@ -306,8 +325,10 @@ _ALL = (
         (
             _CROP,
             _CAPTIONS,
-            "k is not stated: 3, the usual; the first author's own library has 5: measure that once with --pr-k 5, without "
-            "--protocol, and report both",
+            (
+                "k is not stated: 3, the usual; the first author's own library has 5: measure that once with --pr-k 5,"
+                " without --protocol, and report both"
+            ),
             "10,000 images on either side",
         ),
         {"against": "10,000 validation images of COCO 2014", "prompts": "10,000 of their captions, one a line"},
@@ -434,8 +455,14 @@ def apply_preset(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
     UserError: options that contradict it, all of them; options that it needs (`needs`) and that are not there.
     """
     if wrong := differences(preset, given):
-        what = f"{', '.join(flag for flag, _ in wrong)} {'is' if len(wrong) == 1 else 'are'} not the protocol {preset.name}"
-        hint = f"leave {'the option' if len(wrong) == 1 else 'these options'} away; or leave --protocol away, and the result is not comparable"
+        what = (
+            f"{', '.join(flag for flag, _ in wrong)} {'is' if len(wrong) == 1 else 'are'} not the protocol"
+            f" {preset.name}"
+        )
+        hint = (
+            f"leave {'the option' if len(wrong) == 1 else 'these options'} away; or leave --protocol away, and the"
+            " result is not comparable"
+        )
         raise UserError(f"{what} ({', '.join(wanted for _, wanted in wrong)})", hint)
     if missing := [f"--{name} ({what})" for name, what in preset.needs.items() if given.get(name) is None]:
         raise UserError(f"the protocol {preset.name} needs {' and '.join(missing)}")
@@ -509,7 +536,8 @@ def _wrong_networks(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
         known = _published(name)
         if sha and known and sha not in known:
             found.append(
-                f"weights of {name}: sha256 {sha[:12]}... is no published file of this network (known: {_written([k[:12] for k in known])})"
+                f"weights of {name}: sha256 {sha[:12]}... is no published file of this network (known:"
+                f" {_written([k[:12] for k in known])})"
             )
     return found
 

@@ -65,8 +65,8 @@ def default_reference(subject: Subject) -> str:
         return OWN_IMAGES[subject.teacher]
     raise UserError(
         f"what should {subject.source} be compared with? Give --against REF",
-        f"REF: images (folder, zip, tar, npz), statistics (.npz, .pkl), a published reference ({', '.join(sorted(REFERENCES))}), a teacher or "
-        "another checkpoint",
+        "REF: images (folder, zip, tar, npz), statistics (.npz, .pkl), a published reference"
+        f" ({', '.join(sorted(REFERENCES))}), a teacher or another checkpoint",
     )
 
 

@@ -77,8 +77,8 @@ def render(records: Sequence[Record], curves: Sequence[Curves] = (), title: str 
         f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>\n<body><main>\n"
         f"<header><h1>{escape(title)}</h1><p>{escape(_subtitle(records))}</p></header>\n{_tiles(records)}\n"
         + "\n".join(section for section in sections if section)
-        + f"\n<footer>Made by d2o {__version__}. This page is complete in itself: it loads nothing and runs no script.</footer>\n"
-        "</main></body></html>\n"
+        + f"\n<footer>Made by d2o {__version__}. This page is complete in itself: it loads nothing and runs no"
+        " script.</footer>\n</main></body></html>\n"
     )
 
 
@@ -146,9 +146,10 @@ def _results(records: Sequence[Record]) -> str:
     table = results_table(records)
     pieces = "".join(_table(records, piece) for piece in fold(table, WIDTH, names=NAMES))
     return (
-        '<section><h2>Results</h2><p class="lead">Numbers are comparable only under one protocol: equal n, features, reference and pixel '
-        "handling, all stated below. A Fréchet distance (FD) is named by the network whose features it compares.</p>"
-        f'<div class="card">{pieces}</div><ul class="protocol">{"".join(_footnote(line) for line in table.footer)}</ul></section>'
+        '<section><h2>Results</h2><p class="lead">Numbers are comparable only under one protocol: equal n, features,'
+        " reference and pixel handling, all stated below. A Fréchet distance (FD) is named by the network whose"
+        f' features it compares.</p><div class="card">{pieces}</div><ul'
+        f' class="protocol">{"".join(_footnote(line) for line in table.footer)}</ul></section>'
     )
 
 
@@ -195,7 +196,8 @@ def _footnote(line: str) -> str:
 
 def _details(records: Sequence[Record]) -> str:
     return (
-        '<section><h2>How each number was made</h2><p class="lead">The command that repeats it, the weights it used and the machine it ran on.'
+        '<section><h2>How each number was made</h2><p class="lead">The command that repeats it, the weights it used and'
+        " the machine it ran on."
         f"</p>{''.join(_about(r) for r in records if has_protocol(r))}</section>"
     )
 

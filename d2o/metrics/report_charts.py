@@ -83,7 +83,10 @@ def _dots(metric: Metric, dots: Sequence[Dot]) -> str:
     ]
     title = f"{metric['label']} of {len(dots)} rows"
     says = ", ".join(filter(None, what))
-    return f'<div class="card chart"><h3>{escape(heading(metric))}</h3><p>{says[:1].upper() + says[1:]}</p>{dot_chart(dots, title, log)}</div>'
+    return (
+        '<div class="card'
+        f' chart"><h3>{escape(heading(metric))}</h3><p>{says[:1].upper() + says[1:]}</p>{dot_chart(dots, title, log)}</div>'
+    )
 
 
 def _wide(values: Sequence[float]) -> bool:
@@ -179,12 +182,21 @@ def _by_class(records: Sequence[Record], key: str, column: dict[int, Metric]) ->
     heads = "".join(f'<th scope="col">{escape(str(c))}</th>' for c in classes)
     if key == "accuracy":
         features = ", ".join(dict.fromkeys(records[row]["protocol"]["features"].partition("/")[0] for row in scored))
-        about = f"Per cent of the images of each class that the classifier of the extractor {features} takes for that class."
+        about = (
+            f"Per cent of the images of each class that the classifier of the extractor {features} takes for that"
+            " class."
+        )
     else:
-        about = f"{first['label']} within each class{', per cent' if percent else ''}; {WORDS.get(first['better'], 'neither end is better')}."
+        about = (
+            f"{first['label']} within each class{', per cent' if percent else ''};"
+            f" {WORDS.get(first['better'], 'neither end is better')}."
+        )
     label = first["label"]
     title = f"{label[:1].upper() + label[1:]} by class" if "by class" not in label else label
-    table = f'<table class="heat"><thead><tr><th scope="col">class</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    table = (
+        '<table class="heat"><thead><tr><th'
+        f' scope="col">class</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
     return section(title, about + told, scroll(title, table))
 
 

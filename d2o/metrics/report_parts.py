@@ -45,7 +45,10 @@ def samples(records: Sequence[Record]) -> Iterable[str]:
         order = ", in the order of the classes asked for" if grid.get("labels") else ""
         if key:
             first, last = grid["seeds"]
-            lead = f"The same {grid['n']} noises in every column, seeds {first} to {last}: the first ones, not chosen{order}."
+            lead = (
+                f"The same {grid['n']} noises in every column, seeds {first} to {last}: the first ones, not"
+                f" chosen{order}."
+            )
             yield section("Samples from equal noise", lead, f'<div class="grids">{"".join(_columns(group))}</div>')
         else:
             figures = "".join(
@@ -94,11 +97,12 @@ def _image(png: str) -> str:
 
 
 NEIGHBOURS = (
-    "Each row: a generated image, then the training images nearest to it in feature space. The number is its distance to the nearest one, in "
-    "units of what is usual among training images themselves (the median distance of one to its nearest other one). Around 1, a sample is as "
-    "new as training images are to each other; well below 1, with a pair that looks the same, it is a copy. Training sets hold near-doubles, too, "
-    "so a few close pairs prove nothing: compare the share of close samples with that of training images. Copies that the features "
-    "overlook, such as shifted or cropped ones, are not found."
+    "Each row: a generated image, then the training images nearest to it in feature space. The number is its distance"
+    " to the nearest one, in units of what is usual among training images themselves (the median distance of one to its"
+    " nearest other one). Around 1, a sample is as new as training images are to each other; well below 1, with a pair"
+    " that looks the same, it is a copy. Training sets hold near-doubles, too, so a few close pairs prove nothing:"
+    " compare the share of close samples with that of training images. Copies that the features overlook, such as"
+    " shifted or cropped ones, are not found."
 )
 
 
@@ -113,9 +117,10 @@ def neighbours(records: Sequence[Record]) -> str:
 def _neighbours(record: Record) -> str:
     near = record["neighbours"]
     closer = (
-        f"{_share(near['closer'])} of {near['n']:,} samples are nearer to a training image than {near['near']:g} times the usual distance; "
-        f"of training images {_share(near['closer_real'])}. The median distance of samples is {_ratio(near['median'], near['median_real'])} times "
-        f"the usual one. Features {near['extractor']}, {near['n_ref']:,} training images."
+        f"{_share(near['closer'])} of {near['n']:,} samples are nearer to a training image than {near['near']:g} times"
+        f" the usual distance; of training images {_share(near['closer_real'])}. The median distance of samples is"
+        f" {_ratio(near['median'], near['median_real'])} times the usual one. Features {near['extractor']},"
+        f" {near['n_ref']:,} training images."
     )
     sheets = "".join(
         _pairs(record["name"], near, near[which], title)
@@ -134,14 +139,17 @@ def _neighbours(record: Record) -> str:
     if chart:
         lines = legend([("s0", "samples"), ("s1", "training images")])
         what = (
-            "Share of images (upwards) with a training image nearer than the distance below. Samples far to the left of training images: "
-            "copying. To the right: images unlike those of the training."
+            "Share of images (upwards) with a training image nearer than the distance below. Samples far to the left of"
+            " training images: copying. To the right: images unlike those of the training."
         )
         title = f"How near, over {near['n']:,} samples"
         curve = (
             f'<div class="card chart"><h3>{title}</h3><p>{what}</p>{lines}{scroll("Distances", chart, "plot ")}</div>'
         )
-    return f'<h3>{escape(record["name"])}</h3><p class="lead">{escape(closer)}</p><div class="grids near">{sheets}{curve}</div>'
+    return (
+        f'<h3>{escape(record["name"])}</h3><p class="lead">{escape(closer)}</p><div class="grids'
+        f' near">{sheets}{curve}</div>'
+    )
 
 
 def _pairs(name: str, near: dict[str, Any], sheet: dict[str, Any], title: str) -> str:
@@ -159,7 +167,7 @@ def _pairs(name: str, near: dict[str, Any], sheet: dict[str, Any], title: str) -
     )
     alt = f"{name}: {rows} rows of a sample and its {near['k']} nearest training images"
     return (
-        f'<figure class="card"><div class="heads"><span>sample</span><span>nearest training images</span></div>'
+        '<figure class="card"><div class="heads"><span>sample</span><span>nearest training images</span></div>'
         f'<ol class="paired" aria-label="{escape(alt)}">{items}</ol><figcaption>{escape(title)}</figcaption></figure>'
     )
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 def tf_bilinear(x: Tensor, size: int) -> Tensor:
     """Float images [n, C, h, w] -> [n, C, size, size]: TensorFlow 1's resize_bilinear, which torch-fidelity, EDM, StyleGAN and ADM's evaluator
-    use inside their network. The source of pixel i is i * in / out (no half-pixel shift); no antialiasing when it shrinks."""
+    use inside their network. The source of pixel i is i * in / out (no half-pixel shift); no antialiasing when it shrinks.
+    """
     return _lerp(_lerp(x, size, 3), size, 2)  # across first, then down, rounded as TensorFlow does
 
 

@@ -104,15 +104,15 @@ def check_same_features(a: Statistics, b: Statistics) -> None:
     hint = "make both with the same --extractor" + (f": {' or '.join(names)}" if names else "")
     if a.dim != b.dim:
         raise UserError(
-            f"statistics of {a.dim} features ({a.feature or 'extractor not stated'}) cannot be compared with {b.dim} features "
-            f"({b.feature or 'extractor not stated'})",
+            f"statistics of {a.dim} features ({a.feature or 'extractor not stated'}) cannot be compared with {b.dim}"
+            f" features ({b.feature or 'extractor not stated'})",
             hint,
         )
     if a.weights_sha256 and b.weights_sha256:
         if a.weights_sha256 != b.weights_sha256:
             raise UserError(
-                f"statistics of another extractor: {a.feature} with weights {a.weights_sha256[:12]}, {b.feature} with weights "
-                f"{b.weights_sha256[:12]}",
+                f"statistics of another extractor: {a.feature} with weights {a.weights_sha256[:12]}, {b.feature} with"
+                f" weights {b.weights_sha256[:12]}",
                 f"{hint} (its weights are compared by sha256)",
             )
     elif a.feature and b.feature and a.feature != b.feature:

@@ -119,8 +119,8 @@ def _absent(text: str) -> UserError:
     near = nearest(text, [*teacher_names(), "real:digits"])
     return UserError(
         f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
-        f"give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a teacher: "
-        f"{', '.join(teacher_names())}",
+        "give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a"
+        f" teacher: {', '.join(teacher_names())}",
     )
 
 
@@ -182,7 +182,8 @@ def reference_teacher(
     expected = subject.record.get("teacher_sha256")
     if expected is not None and expected != teacher.record["fingerprint"]:
         return teacher, [
-            f"{subject.source} was distilled from another {choice} than the one measured against (weights {expected[:12]})"
+            f"{subject.source} was distilled from another {choice} than the one measured against (weights"
+            f" {expected[:12]})"
         ]
     return teacher, []
 

@@ -19,7 +19,8 @@ RAMP = (
 )
 """Neighbours in a sweep have neighbouring colours."""
 STYLE = (
-    "text{font:15px system-ui,sans-serif;fill:#5f646d}.title{font-size:18px;font-weight:600;fill:#1d1f23}.bold{font-weight:700;fill:#1d1f23}"
+    "text{font:15px"
+    " system-ui,sans-serif;fill:#5f646d}.title{font-size:18px;font-weight:600;fill:#1d1f23}.bold{font-weight:700;fill:#1d1f23}"
     ".tick{stroke:#e2e0da}.axis{stroke:#5f646d}polyline{fill:none;stroke-width:2;stroke-linejoin:round}.faint{opacity:.35;stroke-width:1}"
 )
 LEFT, TOP, ROW, LEGEND, LETTERS = 16, 62, 24, 290, 26
@@ -67,7 +68,10 @@ def sweep_chart(title: str, lines: Sequence[Line], y_label: str, lower_is_better
         legend.append(f'<text{bold} x="{x + LEGEND - 10}" y="{y}" text-anchor="end">{short(best)}</text>')
     colours = "".join(f".s{i}{{stroke:{c}}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(_colours(len(drawn))))
     width, height = x + LEGEND, max(TOP + HEIGHT, TOP + ROW * (len(drawn) + 1)) + 8
-    about = f"{y_label}{', logarithmic' if log else ''}; beside each run its {'lowest' if lower_is_better else 'highest'} value"
+    about = (
+        f"{y_label}{', logarithmic' if log else ''}; beside each run its {'lowest' if lower_is_better else 'highest'}"
+        " value"
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
         f'<style>{STYLE}{colours}</style><rect width="100%" height="100%" fill="#fff"/>'

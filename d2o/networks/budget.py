@@ -47,7 +47,10 @@ def build_within(make: Callable[[], N], holds: Mapping[str, Tensor] | None, wher
     if torch.get_default_device().type == "meta":
         return module
     if holds is None and torch.get_default_device().type == "cpu" and 4 * values[0] > (memory := physical_memory()):
-        what = f"{where}: {values[0]:,} parameters take {4 * values[0] / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f}"
+        what = (
+            f"{where}: {values[0]:,} parameters take {4 * values[0] / 2**30:,.0f} GiB; this machine has"
+            f" {memory / 2**30:,.0f}"
+        )
         raise UserError(what, "describe a smaller network")
     return make()
 

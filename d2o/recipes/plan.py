@@ -199,7 +199,8 @@ def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
         here = lookup(e.reference).path.exists()
         if not here:
             plan.fetched(
-                f"reference {e.reference} is not on this machine; it is fetched from {lookup(e.reference).url} when it is needed"
+                f"reference {e.reference} is not on this machine; it is fetched from {lookup(e.reference).url} when it"
+                " is needed"
             )
     elif not here and e.reference != OWN_IMAGES and "://" not in e.reference:
         _attempt(plan.missing, lambda: check_there(e.reference))
@@ -231,7 +232,8 @@ def _teacher(plan: Plan, name: str) -> Teacher:
     published = catalogue.find(name)
     if published is not None and not Path(name).exists() and catalogue.local_path(published) is None:
         plan.fetched(
-            f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed ({published.licence})"
+            f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed"
+            f" ({published.licence})"
         )
         return planned_teacher(published)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)

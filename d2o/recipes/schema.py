@@ -71,12 +71,13 @@ class Recipe(Section):
     images: Count = field(..., "length of training in images")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
         "fp32",
-        "fp32; bf16 autocast; fp16 autocast with dynamic loss scaling; auto: bf16 where the processor computes in it. The run's recipe.yaml "
-        "says what was chosen",
+        "fp32; bf16 autocast; fp16 autocast with dynamic loss scaling; auto: bf16 where the processor computes in it."
+        " The run's recipe.yaml says what was chosen",
     )
     channels_last: bool | Literal["auto"] = field(
         "auto",
-        "keep images and weights in channels-last memory order; auto: where that is faster. The run's recipe.yaml says what was chosen",
+        "keep images and weights in channels-last memory order; auto: where that is faster. The run's recipe.yaml says"
+        " what was chosen",
     )
     checkpointing: bool = field(
         False, "recompute activations in the backward pass instead of keeping them: less memory, a third more computing"
@@ -87,8 +88,8 @@ class Recipe(Section):
     )
     threads: Threads | Literal["auto"] | None = field(
         None,
-        "CPU threads of torch; auto: a few iterations are measured with one and with all, the faster is kept, and the run's recipe.yaml says "
-        "which (default none: torch's choice)",
+        "CPU threads of torch; auto: a few iterations are measured with one and with all, the faster is kept, and the"
+        " run's recipe.yaml says which (default none: torch's choice)",
     )
     log_every: Count = field(20, "iterations between two lines of metrics.jsonl")
     eval: Eval | None = field(None, "metric measured on the way")

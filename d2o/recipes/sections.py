@@ -65,7 +65,8 @@ class Data(Section):
 
     path: Text = field(
         ...,
-        "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or `real:digits`",
+        "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or"
+        " `real:digits`",
     )
     licence: Text | None = field(
         None,
@@ -105,7 +106,8 @@ class Student(Section):
     )
     freeze: Literal["none", "conv", "conv_qkv", "conv_qkv_skip"] = field(
         "none",
-        "layers of its U-Net blocks that keep the weights they start with: none, convolutions, also attention's qkv, also 1x1 shortcuts",
+        "layers of its U-Net blocks that keep the weights they start with: none, convolutions, also attention's qkv,"
+        " also 1x1 shortcuts",
     )
 
 
@@ -139,11 +141,13 @@ class Pairs(Section):
     dtype: Literal["fp32", "fp16", "bf16"] = field("fp32", "number format of the targets on disk")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
         "fp32",
-        "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it, recorded in the store",
+        "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it,"
+        " recorded in the store",
     )
     channels_last: bool | Literal["auto"] = field(
         "auto",
-        "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded in the store",
+        "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded"
+        " in the store",
     )
     store_noise: bool = field(False, "keep the noise in the store instead of deriving it from the seeds")
 

@@ -1,5 +1,6 @@
 """Students that jump along the teacher's probability-flow ODE: consistency models (Song et al. 2023), progressively distilled ones (Salimans &
-Ho 2022), consistency trajectory models (Kim et al. 2024). One network call makes an image; the first and the last can also take two."""
+Ho 2022), consistency trajectory models (Kim et al. 2024). One network call makes an image; the first and the last can also take two.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,10 @@ class ConsistencyStudent(Student):
         if steps == self.nfe:
             return self
         if self.form == "pd":
-            what = f"this student was distilled to {self.nfe} {'step' if self.nfe == 1 else 'steps'} and can take no other number"
+            what = (
+                f"this student was distilled to {self.nfe} {'step' if self.nfe == 1 else 'steps'} and can take no other"
+                " number"
+            )
             raise UserError(f"--steps {steps}: {what}", "train one with consistency.final_steps, or leave --steps away")
         if steps not in (1, 2):
             raise UserError(

@@ -197,7 +197,10 @@ class Teacher:
         if cfg != 1 and self.spec.condition == "none":
             raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} takes none")
         if cfg != 1 and not self.spec.guidable:
-            what = f"teacher {self.spec.name!r} was trained with a class for every image; it cannot be guided (cfg {cfg:g})"
+            what = (
+                f"teacher {self.spec.name!r} was trained with a class for every image; it cannot be guided (cfg"
+                f" {cfg:g})"
+            )
             raise UserError(what, "leave --cfg away")
 
     @property

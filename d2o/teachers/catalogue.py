@@ -68,7 +68,10 @@ def _edm(name: str, file: str, about: str, steps: int, resolution: int, paramete
 
 
 def _edm2(size: str, snapshot: str, parameters: int) -> Published:
-    about = f"EDM2-{size.upper()}, ImageNet 512x512 in the latents of sd-vae-ft-mse, the EMA of the best FID without guidance"
+    about = (
+        f"EDM2-{size.upper()}, ImageNet 512x512 in the latents of sd-vae-ft-mse, the EMA of the best FID without"
+        " guidance"
+    )
     url = f"{EDM2_URL}edm2-img512-{size}-{snapshot}.pkl"
     licence = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL)
     network: dict[str, Any] = {
@@ -256,7 +259,10 @@ def fetch_autoencoder(
 def licence_line(published: Published) -> str:
     """What is said about the licence: one line."""
     terms = "non-commercial use only; " if published.licence == NVIDIA_LICENCE else ""
-    return f"{published.name}: licence {published.licence}, {published.licence_url}; {terms}it is recorded in everything made from this teacher"
+    return (
+        f"{published.name}: licence {published.licence}, {published.licence_url}; {terms}it is recorded in everything"
+        " made from this teacher"
+    )
 
 
 def _from_hub(published: Published) -> Path:

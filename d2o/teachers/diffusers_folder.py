@@ -128,7 +128,8 @@ def _stable_diffusion(
     schedule, prediction, clip = discrete_schedule(folder)
     if clip is not None:
         raise UserError(
-            f"{folder.path}: its scheduler clips the prediction to [-{clip:g}, {clip:g}], which makes no sense for latents",
+            f"{folder.path}: its scheduler clips the prediction to [-{clip:g}, {clip:g}], which makes no sense for"
+            " latents",
             "set clip_sample to false in scheduler/scheduler_config.json",
         )
     config = folder.config("unet")
@@ -185,7 +186,8 @@ def _stable_diffusion_3(
     )
     if config["_class_name"] != "FlowMatchEulerDiscreteScheduler":
         raise UserError(
-            f"{folder.path}: Stable Diffusion 3 with scheduler {config['_class_name']}; expected FlowMatchEulerDiscreteScheduler"
+            f"{folder.path}: Stable Diffusion 3 with scheduler {config['_class_name']}; expected"
+            " FlowMatchEulerDiscreteScheduler"
         )
     for key in (
         "use_dynamic_shifting",
@@ -207,7 +209,8 @@ def _stable_diffusion_3(
     transformer, vae = folder.model("transformer"), folder.vae()
     if transformer.config.in_channels != transformer.config.out_channels:
         raise UserError(
-            f"{folder.path}: a transformer with {transformer.config.in_channels} input channels; inpainting ones are no teachers"
+            f"{folder.path}: a transformer with {transformer.config.in_channels} input channels; inpainting ones are no"
+            " teachers"
         )
     spec = Spec(
         name, _shape(folder, transformer), space="latent", condition="text", licence=licence, solver="euler", steps=28
@@ -231,8 +234,9 @@ def _unet2d(folder: Folder, name: str, device: Any, dtype: torch.dtype | None, l
     config = folder.config("unet")
     if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type") is not None:
         raise UserError(
-            f"{folder.path}: its UNet embeds {'continuous time' if config.get('class_embed_type') is None else 'continuous labels'}, "
-            "which d2o does not support"
+            f"{folder.path}: its UNet embeds"
+            f" {'continuous time' if config.get('class_embed_type') is None else 'continuous labels'}, which d2o does"
+            " not support"
         )
     unet = folder.model("unet")
     classes = unet.config.num_class_embeds or 0

@@ -120,7 +120,8 @@ class Folder:
         wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
         if wrong:
             raise UserError(
-                f"{where}: the weights do not fit config.json ({len(wrong)} missing or of another size, {wrong[0]} first)"
+                f"{where}: the weights do not fit config.json ({len(wrong)} missing or of another size, {wrong[0]}"
+                " first)"
             )
         return model.float()
 

@@ -156,7 +156,8 @@ def make_pairs(
         )
     if left := folder.left(units):
         say(
-            f"{out}: share {share.index}/{share.count} is finished; {len(left)} of {len(units)} shards are other workers'"
+            f"{out}: share {share.index}/{share.count} is finished; {len(left)} of {len(units)} shards are other"
+            " workers'"
         )
         return None
     grow(

@@ -125,7 +125,8 @@ def _from_hub(name: str) -> Path:
     near = nearest(name, teacher_names())
     raise UserError(
         f"unknown teacher {name!r}" + (f": did you mean {near!r}?" if near else ""),
-        f"known: {', '.join(teacher_names())}; or a path (.safetensors, run folder, NVIDIA's .pkl, diffusers folder), or owner/name on the hub",
+        f"known: {', '.join(teacher_names())}; or a path (.safetensors, run folder, NVIDIA's .pkl, diffusers folder),"
+        " or owner/name on the hub",
     )
 
 

@@ -47,7 +47,8 @@ class TextTeacher(Teacher):
     ):
         if vae.config.latent_channels != spec.shape[0]:
             raise UserError(
-                f"{spec.name}: a network for {spec.shape[0]} channels with an autoencoder of {vae.config.latent_channels}"
+                f"{spec.name}: a network for {spec.shape[0]} channels with an autoencoder of"
+                f" {vae.config.latent_channels}"
             )
         super().__init__(network, spec, device, dtype)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
@@ -83,7 +84,8 @@ class TextTeacher(Teacher):
         text = condition if isinstance(condition, Text) else self.encode(condition)
         if text.states.ndim != 3 or text.states.shape[-1] != self.width:
             raise UserError(
-                f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another teacher's"
+                f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another"
+                " teacher's"
             )
         if self.pooled and text.pooled is None:
             raise UserError(f"{name!r} takes a pooled vector of each prompt as well; this text has none")
@@ -139,7 +141,8 @@ class StableDiffusionTeacher(TextTeacher):
         self.xl = len(text_encoders) == 2
         if self.xl != (unet.config.addition_embed_type == "text_time"):
             raise UserError(
-                f"{spec.name}: a UNet of Stable Diffusion {'1 or 2' if self.xl else 'XL'} with {len(text_encoders)} text encoders"
+                f"{spec.name}: a UNet of Stable Diffusion {'1 or 2' if self.xl else 'XL'} with {len(text_encoders)}"
+                " text encoders"
             )
         on = torch.device(device)
         one = (
@@ -150,7 +153,8 @@ class StableDiffusionTeacher(TextTeacher):
         width = unet.config.cross_attention_dim
         if not isinstance(width, int):
             raise UserError(
-                f"{spec.name}: a UNet with text of several widths (cross_attention_dim {list(width)}), which d2o does not support"
+                f"{spec.name}: a UNet with text of several widths (cross_attention_dim {list(width)}), which d2o does"
+                " not support"
             )
         super().__init__(
             unet,

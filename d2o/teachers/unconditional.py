@@ -41,7 +41,8 @@ class UNet2DTeacher(Teacher):
         channels, out = unet.config.in_channels, unet.config.out_channels
         if out not in (channels, 2 * channels):
             raise UserError(
-                f"{spec.name}: a UNet with {channels} input and {out} output channels; expected {channels} or {2 * channels}"
+                f"{spec.name}: a UNet with {channels} input and {out} output channels; expected {channels} or"
+                f" {2 * channels}"
             )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:

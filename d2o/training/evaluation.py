@@ -48,8 +48,8 @@ def cost(recipe: Any, nfe: int) -> str:
     reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
     return (
-        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images: "
-        f"{e.n * many:,} images of {calls} each, beside training on {recipe.images:,}"
+        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images:"
+        f" {e.n * many:,} images of {calls} each, beside training on {recipe.images:,}"
     )
 
 

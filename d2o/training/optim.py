@@ -73,7 +73,8 @@ class GradientGuard:
         if count and self.policy == "raise":
             raise UserError(
                 f"the gradients of {network!r} are not finite (first at iteration {int(self.first)})",
-                "lower optim.lr, set optim.clip_norm, or choose bad_gradients: skip or zero; the last checkpoint is from before this",
+                "lower optim.lr, set optim.clip_norm, or choose bad_gradients: skip or zero; the last checkpoint is"
+                " from before this",
             )
         return count
 

@@ -95,7 +95,8 @@ class _Tracked:
         except Exception as error:
             self._alive = False
             self._say(
-                f"tracker {self._name} is given up ({' '.join(str(error).split())[:200]}); metrics.jsonl holds everything"
+                f"tracker {self._name} is given up ({' '.join(str(error).split())[:200]}); metrics.jsonl holds"
+                " everything"
             )
 
 

@@ -293,11 +293,10 @@ def test_files_of_the_table_and_options_of_the_numbers(work: Path) -> None:
 
 def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
     Path("mine.yaml").write_text(
-        "title: Mine\npaper: A paper\nagainst: real:digits\noptions: {n: 20, batch: 10, distance_n: 4, metrics: [fd]}\nrows:\n"
-        "  - {name: here, x: student.safetensors, paper: {fd: [1.5, 0.2]}}\n"
-        "  - {name: absent, x: runs/absent, recipe: quickstart, paper: {fd: 9.5}}\n"
-        "  - {name: broken, x: net.safetensors}\n"
-        "  - {name: quoted, paper: {fd: 7.25}}\n"
+        "title: Mine\npaper: A paper\nagainst: real:digits\noptions: {n: 20, batch: 10, distance_n: 4, metrics:"
+        " [fd]}\nrows:\n  - {name: here, x: student.safetensors, paper: {fd: [1.5, 0.2]}}\n  - {name: absent, x:"
+        " runs/absent, recipe: quickstart, paper: {fd: 9.5}}\n  - {name: broken, x: net.safetensors}\n  - {name:"
+        " quoted, paper: {fd: 7.25}}\n"
     )
     out = run("--table", "mine.yaml", "--json", "t.json", "--device", "cpu")
     records = {r["name"]: r for r in json.loads(Path("t.json").read_text())}

@@ -463,8 +463,10 @@ def test_settings_in_words_and_back(tmp_path):
     settings = PairSettings("digits", 7, seed=3, cfg=2.5, labels="1,2", store_noise=True, dtype="bf16", steps=4)
     manifest = {"settings": settings.to_dict()}
     assert PairSettings.from_manifest(manifest) == settings and (settings.nfe, settings.forwards) == (7, 14)
-    assert settings.command("my pairs") == (
-        "d2o pairs --teacher digits --n 7 --out 'my pairs' --seed 3 --steps 4 --cfg 2.5 --labels 1,2 --dtype bf16 --store-noise"
+    assert (
+        settings.command("my pairs")
+        == "d2o pairs --teacher digits --n 7 --out 'my pairs' --seed 3 --steps 4 --cfg 2.5 --labels 1,2 --dtype bf16"
+        " --store-noise"
     )
     assert PairSettings("digits", 7).command("p") == "d2o pairs --teacher digits --n 7 --out p"
 

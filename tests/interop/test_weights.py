@@ -128,7 +128,8 @@ def test_without_a_network_the_words_say_what_to_do(entry, place, monkeypatch):
         find_weights("net")
     assert (
         error.value.hint
-        == f"fetch https://example.invalid/net.pth by other means and put it at {place}, or name it with --weights net=PATH"
+        == f"fetch https://example.invalid/net.pth by other means and put it at {place}, or name it with --weights"
+        " net=PATH"
     )
     place.parent.mkdir(parents=True)
     place.write_bytes(CONTENT)  # as the message says

@@ -54,8 +54,8 @@ def test_names_cannot_break_the_formats() -> None:
     assert table[2][0] == r"a\|b_c \*x\* \[y\](z) \<i\> &amp; 50% \$1 {#} \\n\~^"
     tex = to_tex(rows)
     assert (
-        r"a\textbar{}b\_c *x* {[}y{]}(z) \textless{}i\textgreater{} \& 50\% \$1 \{\#\} \textbackslash{}n\textasciitilde{}"
-        in tex
+        r"a\textbar{}b\_c *x* {[}y{]}(z) \textless{}i\textgreater{} \& 50\% \$1 \{\#\}"
+        r" \textbackslash{}n\textasciitilde{}" in tex
     )
     assert len(list(csv.reader(io.StringIO(to_csv(rows))))) == 3
 

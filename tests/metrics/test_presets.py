@@ -114,9 +114,10 @@ def test_everything_that_contradicts_the_protocol_is_named():
     }
     with pytest.raises(UserError) as caught:
         apply_preset(SIDA, wrong)
-    assert caught.value.message == (
-        "--n 10000, --quantize dmd_trunc, --metrics fid,kid, --against cifar10-test.zip, --report-as min are not the protocol sida_cifar10 "
-        "(n 50000, quantize edm_round, metrics fid,is, against edm-cifar10, report_as mean)"
+    assert (
+        caught.value.message
+        == "--n 10000, --quantize dmd_trunc, --metrics fid,kid, --against cifar10-test.zip, --report-as min are not the"
+        " protocol sida_cifar10 (n 50000, quantize edm_round, metrics fid,is, against edm-cifar10, report_as mean)"
     )
 
 

@@ -130,9 +130,10 @@ def test_absent_rows(tmp_path):
 
 
 def test_options_of_a_row_go_over_those_of_the_table(tmp_path):
-    text = HEAD + (
-        "options: {n: 200, metrics: [fd, pr], seed: 3}\nagainst: real.zip\nrows:\n"
-        "  - {name: a, x: digits, options: {n: 100}, paper: {fd: 1, precision: [0.5, 0.1]}}\n  - {name: b, x: digits, against: other.zip}\n"
+    text = (
+        HEAD
+        + "options: {n: 200, metrics: [fd, pr], seed: 3}\nagainst: real.zip\nrows:\n  - {name: a, x: digits, options:"
+        " {n: 100}, paper: {fd: 1, precision: [0.5, 0.1]}}\n  - {name: b, x: digits, against: other.zip}\n"
     )
     table = load_table(write(tmp_path / "mine.yaml", text))
     a, b = table.rows

@@ -390,8 +390,10 @@ def test_all_problems_are_listed_in_the_order_of_the_file():
     ) == [
         "r.yaml:7: log_every: expected an integer >= 1, got 0",
         "r.yaml:8: pairs.n: missing; expected an integer >= 1",
-        "r.yaml:9: pairs.m: unknown key; known here: path, n, solver, steps, spacing, final, eta, seed, batch, shard_size, labels, cfg, prompts, "
-        "per_prompt, rewire, dtype, precision, channels_last, store_noise",
+        (
+            "r.yaml:9: pairs.m: unknown key; known here: path, n, solver, steps, spacing, final, eta, seed, batch,"
+            " shard_size, labels, cfg, prompts, per_prompt, rewire, dtype, precision, channels_last, store_noise"
+        ),
         "r.yaml:10: pairs.solver: expected a text, not empty, got 4 (put it in quotes)",
         "r.yaml:11: precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8'; did you mean 'fp32'?",
         "r.yaml:13: mini.batc: unknown key; did you mean 'batch'?",
@@ -430,10 +432,14 @@ def test_sections_merge_and_lists_are_replaced():
 def test_null_takes_back():
     write(
         SMALL
-        + "seed: 3\npairs: {n: 3}\noptim_critic: {lr: 1}\nnetwork: {a: 1, b: ~}\nema: {half_life: 5}\nfake: {loss: l1}\n",
+        + "seed: 3\npairs: {n: 3}\noptim_critic: {lr: 1}\nnetwork: {a: 1, b: ~}\nema: {half_life: 5}\nfake: {loss:"
+        " l1}\n",
         "base.yaml",
     )
-    child = "extends: base.yaml\nseed: null\npairs: ~\nnetwork: {a: null}\nema: {half_life: ~, decay: 0.9, ramp: null}\nfake: null\n"
+    child = (
+        "extends: base.yaml\nseed: null\npairs: ~\nnetwork: {a: null}\nema: {half_life: ~, decay: 0.9, ramp:"
+        " null}\nfake: null\n"
+    )
     r = load_recipe(write(child, "child.yaml"), ["optim_critic=null"])
     assert r.seed == 0 and r.pairs is None and r.optim_critic is None
     assert r.network == {"b": None}
@@ -633,7 +639,8 @@ def test_not_a_recipe(content, message):
 
 def test_keys_and_values_that_cannot_be():
     assert lines(
-        "title: a\ntitle: b\nema: {ramp: 1, ramp: 1}\n1: x\n[a]: x\nseed: !!int abc\nthreads: !foo 3\nnetwork: !bar {a: 1}\n"
+        "title: a\ntitle: b\nema: {ramp: 1, ramp: 1}\n1: x\n[a]: x\nseed: !!int abc\nthreads: !foo 3\nnetwork: !bar {a:"
+        " 1}\n"
     ) == [
         "r.yaml:8: title: given twice (first in line 7)",
         "r.yaml:9: ema.ramp: given twice (first in line 9)",
@@ -754,8 +761,10 @@ def test_diff():
         'network: null -> {"arch": "x"}',
         "optim.lr: 0.001 -> 0.002",
         "optim.betas: [0.9, 0.999] -> [0.0, 0.5]",
-        'optim_critic: {"name": "adam", "lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0, "schedule": "constant", '
-        '"warmup": 0, "final_lr": 0.0, "clip_norm": null, "clip_value": null} -> null',
+        (
+            'optim_critic: {"name": "adam", "lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0,'
+            ' "schedule": "constant", "warmup": 0, "final_lr": 0.0, "clip_norm": null, "clip_value": null} -> null'
+        ),
         "compile: false -> true",
         "fake.loss: mse -> l1",
     ]

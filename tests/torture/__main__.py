@@ -73,7 +73,8 @@ def main() -> int:
         if not asked.keep:
             shutil.rmtree(base, ignore_errors=True)
     print(
-        f"\n{report.table()}\n\n{len(report.results)} trials, {len(report.failed)} failed, {time.perf_counter() - started:.0f} s"
+        f"\n{report.table()}\n\n{len(report.results)} trials, {len(report.failed)} failed,"
+        f" {time.perf_counter() - started:.0f} s"
     )
     return 1 if report.failed else 0
 

@@ -43,7 +43,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def failed(results: list[dict]) -> str:
     lines = [
-        f"{r['what']}, {r['kind']} {r.get('where', '')}: {'; '.join(r['failures'])[:600]}\n    python -m tests.torture {r['replay']}"
+        f"{r['what']}, {r['kind']} {r.get('where', '')}: {'; '.join(r['failures'])[:600]}\n    python -m tests.torture"
+        f" {r['replay']}"
         for r in results
         if r["failures"]
     ]

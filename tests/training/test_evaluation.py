@@ -49,7 +49,10 @@ def test_a_protocol_gives_network_number_reference_and_the_making_of_images(reci
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run) == 0
     said = capsys.readouterr().err
-    told = "Fréchet distance (protocol tiny, digits) of 40 images to real:digits, every 40 images: 120 images of 1 network call each, beside"
+    told = (
+        "Fréchet distance (protocol tiny, digits) of 40 images to real:digits, every 40 images: 120 images of 1 network"
+        " call each, beside"
+    )
     assert f"{told} training on 96" in said and said.index("evaluation:") < said.index(
         "train "
     )  # before it costs anything

@@ -220,7 +220,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     ]
     if other or config.get("bias", "none") != "none":
         raise UserError(
-            f"{ADAPTER}/adapter_config.json of DreamSim's weights asks for {', '.join(other or ['bias'])}, which is not read",
+            f"{ADAPTER}/adapter_config.json of DreamSim's weights asks for {', '.join(other or ['bias'])}, which is not"
+            " read",
             HINT,
         )
     file = next((f for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if f.is_file()), None)

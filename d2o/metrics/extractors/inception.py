@@ -27,8 +27,8 @@ NAMES = (*RESIZE, "inception-tf")
 """What `load` knows. "inception-tf" is "inception", in full."""
 
 HINT = (
-    "expected pytorch-fid's or torch-fidelity's inception-2015-12-05 (.pth), NVIDIA's (.pt or .pkl), or that of OpenAI's consistency models "
-    "(.pt); without --weights, d2o finds or fetches pytorch-fid's"
+    "expected pytorch-fid's or torch-fidelity's inception-2015-12-05 (.pth), NVIDIA's (.pt or .pkl), or that of"
+    " OpenAI's consistency models (.pt); without --weights, d2o finds or fetches pytorch-fid's"
 )
 
 
@@ -77,7 +77,8 @@ def read_inception(path: str | Path) -> Inception:
     head = tensors.get("fc.weight")
     if "AuxLogits.fc.weight" in tensors or (head is not None and head.ndim == 2 and len(head) == 1000):
         raise UserError(
-            f"{path} is torchvision's inception_v3, trained on ImageNet with 1000 classes: not the network of FID, which has 1008",
+            f"{path} is torchvision's inception_v3, trained on ImageNet with 1000 classes: not the network of FID,"
+            " which has 1008",
             HINT,
         )
     with torch.device("meta"):

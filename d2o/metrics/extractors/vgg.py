@@ -19,7 +19,10 @@ from d2o.metrics.resize import tf_bilinear
 NAMES = ("vgg16-fc2",)
 FEATURES, SIZE = 4096, 224
 WHAT = "VGG-16"
-HINT = "expected torchvision's vgg16-397923af.pth or NVIDIA's vgg16.pt; without --weights, d2o finds or fetches torchvision's"
+HINT = (
+    "expected torchvision's vgg16-397923af.pth or NVIDIA's vgg16.pt; without --weights, d2o finds or fetches"
+    " torchvision's"
+)
 
 
 class Vgg16(nn.Module):
