@@ -1,13 +1,15 @@
-"""The metrics of `d2o eval` over the usual tools, on the same features in the same process, and `d2o eval` over the bare extractor.
+"""The metrics of `d2o eval` over the usual tools, on the same features in the same process, and `d2o eval` over the
+bare extractor.
 
     python benchmarks/metrics.py [--quick] [--only frechet,prdc,memory,eval]
 
-frechet: the Fréchet distance of 2048 features over the formula with scipy.linalg.sqrtm. Target: 5 times as fast. The reference is decomposed in
-every call; `kept` says what keeping its factor gives on top.
-prdc: precision, recall, density and coverage, k = 5, of 10,000 and 10,000 images of 2048 features, over the package prdc. Target: 3 times as fast,
-and (memory) in at most a quarter of its peak memory, each in a process of its own: what it takes beyond the imports, its features included.
-eval: images/s of `d2o eval IMAGES --against STATISTICS --metrics fd`, from PNG files to the JSON result, over the images/s of the extractor alone
-on a batch that is there already. Target: 0.85.
+frechet: the Fréchet distance of 2048 features over the formula with scipy.linalg.sqrtm. Target: 5 times as fast. The
+reference is decomposed in every call; `kept` says what keeping its factor gives on top.
+prdc: precision, recall, density and coverage, k = 5, of 10,000 and 10,000 images of 2048 features, over the package
+prdc. Target: 3 times as fast, and (memory) in at most a quarter of its peak memory, each in a process of its own: what
+it takes beyond the imports, its features included.
+eval: images/s of `d2o eval IMAGES --against STATISTICS --metrics fd`, from PNG files to the JSON result, over the
+images/s of the extractor alone on a batch that is there already. Target: 0.85.
 
 Repetitions of both sides alternate; the medians of the ratios of neighbours are printed as JSON.
 """
@@ -58,7 +60,8 @@ def summary(rounds: list[tuple[float, float]], target: float) -> dict[str, Any]:
 
 
 def moments(n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of n features whose variances fall as those of real ones do: by a factor of 10,000 from first to last."""
+    """Mean and covariance of n features whose variances fall as those of real ones do: by a factor of 10,000 from first
+    to last."""
     draw = np.random.default_rng(seed)
     basis = np.linalg.qr(draw.normal(size=(d, d)))[0]
     x = (draw.normal(size=(n, d)) * np.geomspace(1, 1e-2, d)) @ basis.T + 0.3

@@ -1,11 +1,15 @@
-"""Distillation where everything is known: a mixture of Gaussians in the plane, whose denoiser has a closed form, taught to a small MLP.
+"""Distillation where everything is known: a mixture of Gaussians in the plane, whose denoiser has a closed form, taught
+to a small MLP.
 
     python benchmarks/mixture.py [--quick]
 
-SiD for several alpha, DMD and Diff-Instruct, each by the real method and training loop, from a student and a score network that are MLPs of two
-widths: the wider one can learn the mixture's denoiser well, the narrow one cannot, so that its score is wrong throughout. Measured along the
-training: the energy distance (the squared MMD of the kernel -|x - y|) of 2,000 samples of the student, averaged over time, to 2,000 of the mixture,
-beside that of fresh samples of the mixture; and the share of samples near each component.
+SiD for several alpha, DMD and Diff-Instruct, each by the real method and training loop, from a student and a score
+network that are MLPs of two
+widths: the wider one can learn the mixture's denoiser well, the narrow one cannot, so that its score is wrong
+throughout. Measured along the
+training: the energy distance (the squared MMD of the kernel -|x - y|) of 2,000 samples of the student, averaged over
+time, to 2,000 of the mixture, beside that of fresh samples of the mixture; and the share of samples near each
+component.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {
 
 
 class PlaneDenoiser(Denoiser):
-    """A preconditioned MLP on points [B, 2, 1, 1]. With `exact` it is that mixture's denoiser instead; copies of it, which methods train, are not."""
+    """A preconditioned MLP on points [B, 2, 1, 1]. With `exact` it is that mixture's denoiser instead; copies of it,
+    which methods train, are not."""
 
     def __init__(self, exact: Mixture | None = None, width: int = 64):
         super().__init__(1, 2, 0)
@@ -79,7 +84,8 @@ class PlaneDenoiser(Denoiser):
 def make_teacher(
     width: int = 64, mixture: Mixture = PLANE, iterations: int = 800, batch: int = 512, seed: int = 0
 ) -> Teacher:
-    """The exact teacher. Its network's copies begin as an MLP that has learnt its denoiser, as EDM trains (with the exact images as targets)."""
+    """The exact teacher. Its network's copies begin as an MLP that has learnt its denoiser, as EDM trains (with the
+    exact images as targets)."""
     torch.manual_seed(seed)
     network = PlaneDenoiser(width=width)
     optimiser = torch.optim.Adam(network.parameters(), 2e-3)
@@ -121,7 +127,8 @@ def distil(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train by the real method and loop; energy distances to the mixture at the start, `every` so many images, and at the end."""
+    """Train by the real method and loop; energy distances to the mixture at the start, `every` so many images, and at
+    the end."""
     method, options, sigma = METHODS[name]
     network = teacher.network
     assert isinstance(network, PlaneDenoiser) and network.exact is not None

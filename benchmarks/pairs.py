@@ -2,10 +2,10 @@
 
     python benchmarks/pairs.py [--quick] [--teacher digits]
 
-The baseline calls the teacher's network in a loop, in inference mode, at the batch size (of 32 to 512) at which it is fastest, and keeps nothing.
-Pairs are made with Heun, 18 steps (35 calls), at the same batch size and the same threads, in the same process; blocks of both alternate, and
-the median of the ratios of neighbouring blocks is printed as JSON. Target: 0.85. Beside it stands how fast a store is read at random and in
-a shuffled stream (target: 20,000/s).
+The baseline calls the teacher's network in a loop, in inference mode, at the batch size (of 32 to 512) at which it is
+fastest, and keeps nothing. Pairs are made with Heun, 18 steps (35 calls), at the same batch size and the same threads,
+in the same process; blocks of both alternate, and the median of the ratios of neighbouring blocks is printed as JSON.
+Target: 0.85. Beside it stands how fast a store is read at random and in a shuffled stream (target: 20,000/s).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/pairs_memory.py [--teacher tiny-sd] [--sizes 1000,10000]
 
-Every size runs as a command of its own (few solver steps: memory does not depend on them), which reports its peak resident set at the end.
-Prints JSON with the ratio of the largest store's peak to the smallest's. Target: at most 1.05.
+Every size runs as a command of its own (few solver steps: memory does not depend on them), which reports its peak
+resident set at the end. Prints JSON with the ratio of the largest store's peak to the smallest's. Target: at most 1.05.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python benchmarks/pairs_sd.py [--quick] [--teacher tiny-sd] [--device cuda --precision bf16 --random sd15]
 
-The baseline is a loop of StableDiffusionPipeline(..., output_type="latent") with its DDIM scheduler, 50 steps, guidance 3, progress bar off, at
-the batch size at which it is fastest; d2o runs at the batch size at which it is fastest, with its network compiled (`--compile none`: as it is;
-compiling takes about a minute before anything is timed). Same weights, same noises, same prompts; the largest difference of the latents is
-stated. Blocks of both alternate in one process, and the median of the ratios of neighbouring blocks is printed as JSON. Target: 1.3 on a CPU with
-tiny-sd, 1.5 on a GPU at SD 1.5's size in bf16 (`--random sd15`: random weights at that size), where the fraction of the card's measured matrix
-rate is printed, too (target: 0.4).
+The baseline is a loop of StableDiffusionPipeline(..., output_type="latent") with its DDIM scheduler, 50 steps, guidance
+3, progress bar off, at the batch size at which it is fastest; d2o runs at the batch size at which it is fastest, with
+its network compiled (`--compile none`: as it is; compiling takes about a minute before anything is timed). Same
+weights, same noises, same prompts; the largest difference of the latents is stated. Blocks of both alternate in one
+process, and the median of the ratios of neighbouring blocks is printed as JSON. Target: 1.3 on a CPU with tiny-sd, 1.5
+on a GPU at SD 1.5's size in bf16 (`--random sd15`: random weights at that size), where the fraction of the card's
+measured matrix rate is printed, too (target: 0.4).
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/sample.py [CHECKPOINT] [--quick]
 
-The baseline calls the student in a loop on noise that is there already, in inference mode, at the same batch size and threads, and keeps nothing.
-Sampling draws noise, computes, encodes PNGs, writes parts and joins them. Both run in the same process; blocks of both alternate, and the median
-of the ratios of neighbouring blocks is printed as JSON. Without a checkpoint the student is the network of the teacher `digits`. Target: 0.85.
+The baseline calls the student in a loop on noise that is there already, in inference mode, at the same batch size and
+threads, and keeps nothing. Sampling draws noise, computes, encodes PNGs, writes parts and joins them. Both run in the
+same process; blocks of both alternate, and the median of the ratios of neighbouring blocks is printed as JSON. Without
+a checkpoint the student is the network of the teacher `digits`. Target: 0.85.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""Images/s of the training loop with method sid over a bare hand-written iteration of the same algorithm, and the memory of both.
+"""Images/s of the training loop with method sid over a bare hand-written iteration of the same algorithm, and the
+memory of both.
 
     python benchmarks/sid.py [--quick] [--device cuda] [--out FILE.json]
 
-SiD, and SiDA in its last phase (both losses), with the teacher `digits` and with a wider EDM network of random weights (CUDA: CIFAR-10's size).
-The bare iteration has the same networks, optimisers, clipping and moving average; it reads nothing, logs nothing and checks nothing. Blocks of both
-alternate in one process: the bare one runs while the loop waits in its progress callback. The median ratio of neighbouring blocks is reported.
-Target: 0.9. Peak memory is that of a process of its own for each case. Beside it what saves memory and what that costs: checkpointing, the true score
-in bf16, micro-batches; and SiDA's score and map from one pass of the score network against a pass for each.
+SiD, and SiDA in its last phase (both losses), with the teacher `digits` and with a wider EDM network of random weights
+(CUDA: CIFAR-10's size). The bare iteration has the same networks, optimisers, clipping and moving average; it reads
+nothing, logs nothing and checks nothing. Blocks of both
+alternate in one process: the bare one runs while the loop waits in its progress callback. The median ratio of
+neighbouring blocks is reported.
+Target: 0.9. Peak memory is that of a process of its own for each case. Beside it what saves memory and what that costs:
+checkpointing, the true score in bf16, micro-batches; and SiDA's score and map from one pass of the score network
+against a pass for each.
 """
 
 from __future__ import annotations
@@ -87,7 +91,8 @@ def make_wide(folder: Path, device: str) -> None:
 
 
 def make_trainer(case: dict[str, Any], folder: Path, run: str, block: int = 1, blocks: int = 1) -> Trainer:
-    """The loop as `d2o train` makes it, for `blocks` lines of the log; without evaluation, preview and checkpoints on the way."""
+    """The loop as `d2o train` makes it, for `blocks` lines of the log; without evaluation, preview and checkpoints on
+    the way."""
     batch, device = BATCH[case["network"]][case["device"]] // (4 if case["quick"] else 1), torch.device(case["device"])
     overrides = [
         "eval=null",
@@ -117,7 +122,8 @@ def wait(device: torch.device) -> float:
 
 
 def race(case: dict[str, Any], folder: Path, block: int, blocks: int) -> dict[str, Any]:
-    """Images/s of the loop and of the bare iteration, `blocks` times `block` iterations of each, the first of which warm up."""
+    """Images/s of the loop and of the bare iteration, `blocks` times `block` iterations of each, the first of which
+    warm up."""
     trainer = make_trainer(case, folder, f"race-{case['network']}-{case['method']}", block, blocks + 1)
     bare, batch, device = Bare(trainer), trainer.recipe.batch, trainer.device
     ours: list[float] = []
@@ -188,7 +194,8 @@ def compare(cases: dict[str, dict[str, Any]], folder: Path, block: int, blocks: 
 
 
 def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most (`ru_maxrss` would count the parent's, of which this one was forked)."""
+    """Bytes of this process: VmRSS now, VmHWM at most (`ru_maxrss` would count the parent's, of which this one was
+    forked)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 

@@ -1,4 +1,5 @@
-"""One iteration of SiD and of SiDA in its last phase, by hand: what benchmarks/sid.py compares the training loop with."""
+"""One iteration of SiD and of SiDA in its last phase, by hand: what benchmarks/sid.py compares the training loop
+with."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Milliseconds an image of SPI-GAN at 32 px, over one call of EDM's U-Net and over DD-GAN's four, all at their published sizes; and where an
-iteration of SPI-GAN's training spends its time.
+"""Milliseconds an image of SPI-GAN at 32 px, over one call of EDM's U-Net and over DD-GAN's four, all at their
+published sizes; and where an iteration of SPI-GAN's training spends its time.
 
     python benchmarks/style.py [--quick]
 
-The paper has 0.04 against 0.21 (DD-GAN; seconds, units and batch not stated): a ratio of 0.19. Networks are untrained, which costs the same.
+The paper has 0.04 against 0.21 (DD-GAN; seconds, units and batch not stated): a ratio of 0.19. Networks are untrained,
+which costs the same.
 """
 
 from __future__ import annotations

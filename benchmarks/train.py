@@ -1,9 +1,11 @@
-"""Images/s of the training loop over a hand-written loop that does only the arithmetic: forward, loss, backward, optimiser, EMA.
+"""Images/s of the training loop over a hand-written loop that does only the arithmetic: forward, loss, backward,
+optimiser, EMA.
 
     python benchmarks/train.py [--quick]
 
-Both train the same student of `digits` on the same pairs in the same process, in alternating blocks; the ratio of the medians is printed as JSON
-with what it ran on. The hand-written loop reads nothing, logs nothing, checks nothing. Target: 0.9.
+Both train the same student of `digits` on the same pairs in the same process, in alternating blocks; the ratio of the
+medians is printed as JSON with what it ran on. The hand-written loop reads nothing, logs nothing, checks nothing.
+Target: 0.9.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Several d2o processes on one machine: what two workers on one store make in a second over what one makes, and what a second process costs.
+"""Several d2o processes on one machine: what two workers on one store make in a second over what one makes, and what a
+second process costs.
 
     python benchmarks/workers.py [--quick] [--out benchmarks/results/workers.json]
 
-Workers are processes that wait with everything loaded, so that starting them is not measured; each round has one, two, and one with a second that
-waits for its shard. Three ratios, medians over the rounds, printed as JSON:
+Workers are processes that wait with everything loaded, so that starting them is not measured; each round has one, two,
+and one with a second that waits for its shard. Three ratios, medians over the rounds, printed as JSON:
 - `ratio`: pairs/s of two workers on one store over pairs/s of one. Target: 1.0. The stores' bytes are compared, too.
-- `beside_idle`: pairs/s of one worker while a second one waits on the same store for its last shard, over pairs/s of one alone.
-- `alone`: pairs/s of one worker over one whose idle threads spin as OpenMP has it by default: what making way costs where nobody needs it.
+- `beside_idle`: pairs/s of one worker while a second one waits on the same store for its last shard, over pairs/s of
+  one alone.
+- `alone`: pairs/s of one worker over one whose idle threads spin as OpenMP has it by default: what making way costs
+  where nobody needs it.
 Beside them stands `spinning`, the first ratio with those spinning threads: what it was.
 """
 

@@ -1,4 +1,5 @@
-"""`python -m d2o` (and so `torchrun -m d2o`) and the console script `d2o`. Nothing is imported before an interruption can end politely."""
+"""`python -m d2o` (and so `torchrun -m d2o`) and the console script `d2o`. Nothing is imported before an interruption
+can end politely."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """SIGINT. While a module is being imported there is nothing to save, and what an exception would do there depends on whose module it
-    is (a traceback, a misleading ImportError): the process ends. Else as usual, by KeyboardInterrupt."""
+    """SIGINT. While a module is being imported there is nothing to save, and what an exception would do there depends
+    on whose module it is (a traceback, a misleading ImportError): the process ends. Else as usual, by
+    KeyboardInterrupt."""
     while frame is not None:
         if frame.f_code.co_filename == IMPORTING:
             os.write(2, b"stopped\n")

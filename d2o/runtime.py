@@ -1,5 +1,5 @@
-"""What a long command needs from the process it runs in: a polite stop, its place among several workers, and not to be in the others' way.
-No torch here."""
+"""What a long command needs from the process it runs in: a polite stop, its place among several workers, and not to be
+in the others' way. No torch here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Within the block the first SIGINT or SIGTERM only raises a flag, so that the step in hand can finish; the second acts as usual."""
+    """Within the block the first SIGINT or SIGTERM only raises a flag, so that the step in hand can finish; the second
+    acts as usual."""
     flag = StopFlag()
     previous: dict[int, object] = {}
 
@@ -58,26 +59,29 @@ TRUST = "D2O_TRUST"
 
 
 def trusting() -> bool:
-    """Whether `d2o --trust` was said: digests of files that d2o wrote are not looked at. In the environment, so that child processes know."""
+    """Whether `d2o --trust` was said: digests of files that d2o wrote are not looked at. In the environment, so that
+    child processes know."""
     return os.environ.get(TRUST, "") not in ("", "0")
 
 
 SPINS = "1000"
-"""Turns (some ten microseconds) that an idle OpenMP thread waits for its next work before it sleeps. libgomp's own number is 300,000: threads
-that wait for one that is not running keep the cores from it for milliseconds, so that two processes on one machine slow each other many times.
-Longer than the gaps between the operations of a network: with none at all a process alone on its machine loses up to 40 % (measured)."""
+"""Turns (some ten microseconds) that an idle OpenMP thread waits for its next work before it sleeps. libgomp's own
+number is 300,000: threads that wait for one that is not running keep the cores from it for milliseconds, so that two
+processes on one machine slow each other many times. Longer than the gaps between the operations of a network: with none
+at all a process alone on its machine loses up to 40 % (measured)."""
 
 
 def share_cores() -> None:
-    """Let idle threads make way for other processes, at once where another d2o is at work on this machine as this one starts. Before torch is
-    imported, which reads this once; what the user chose stands."""
+    """Let idle threads make way for other processes, at once where another d2o is at work on this machine as this one
+    starts. Before torch is imported, which reads this once; what the user chose stands."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS if _alone() else "0"  # libgomp, which torch ships on Linux
         os.environ["KMP_BLOCKTIME"] = "0"  # Intel's and LLVM's, in milliseconds (200)
 
 
 def _alone() -> bool:
-    """Whether no other d2o process of this user lives on this machine. Each holds a lock on a file of its own until it ends, however it ends."""
+    """Whether no other d2o process of this user lives on this machine. Each holds a lock on a file of its own until it
+    ends, however it ends."""
     with contextlib.suppress(OSError):
         folder = os.path.join(tempfile.gettempdir(), f"d2o-{os.getuid()}")
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The main job, end to end: `make demo`. Runs the `d2o` commands below, echoing each; run again, it continues where it stopped."""
+"""The main job, end to end: `make demo`. Runs the `d2o` commands below, echoing each; run again, it continues where it
+stopped."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ if (
 
 from d2o.runtime import share_cores  # noqa: E402
 
-share_cores()  # as the command does it: idle threads of tests make way, for each other and for the processes that tests start
+# as the command does it: idle threads of tests make way, for each other and for the processes that tests start
+share_cores()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -65,7 +65,8 @@ def tiny_recipe(folder: Path, text: str) -> Path:
 
 
 class TinyText(Teacher):
-    """A text teacher without a text encoder: a prompt's "embedding" is made from its bytes, and the labels 0..9 from its length."""
+    """A text teacher without a text encoder: a prompt's "embedding" is made from its bytes, and the labels 0..9 from
+    its length."""
 
     def __init__(self, seed: int = 0):
         super().__init__(tiny_network(seed), replace(SPEC, name="tiny-text", condition="text", classes=0))

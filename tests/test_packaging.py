@@ -75,7 +75,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with the wheel in it, that borrows all other packages from the running one; nothing is downloaded."""
+    """A fresh environment with the wheel in it, that borrows all other packages from the running one; nothing is
+    downloaded."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"

@@ -1,4 +1,5 @@
-"""Processes that do d2o's work, to be killed. They are forked from a server that has imported torch once, which saves seconds each."""
+"""Processes that do d2o's work, to be killed. They are forked from a server that has imported torch once, which saves
+seconds each."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ CONTEXT.set_forkserver_preload(["tests.workers", "tests.training.kills"])
 
 
 def _command(arguments: list[str], log: str, pause: float, die_in: str, die_at: int) -> None:
-    """Run `d2o ARGUMENTS`, sleeping `pause` seconds at each network call; kill -9 oneself in the `die_at`-th call of `die_in`."""
+    """Run `d2o ARGUMENTS`, sleeping `pause` seconds at each network call; kill -9 oneself in the `die_at`-th call of
+    `die_in`."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     app.console.out.file = app.console.err.file = sys.stdout
     calls = 0
@@ -97,7 +99,8 @@ REMOTE_MANIFEST = {"format": "test", "version": 1, "settings": {"seed": 3}, "fil
 
 
 def fill_folder(folder, units, pause: float = 0.0, die_at: int = 0, say=lambda file: None) -> None:
-    """Make each unit from its number alone, `pause` seconds for each; kill -9 oneself in the middle of the `die_at`-th."""
+    """Make each unit from its number alone, `pause` seconds for each; kill -9 oneself in the middle of the
+    `die_at`-th."""
     made = 0
 
     def make(unit, done):

@@ -1,7 +1,9 @@
-"""The results table: measure rows (`python tools/results.py ROW ...`), or only write the tables from results/*.json (`make results`).
+"""The results table: measure rows (`python tools/results.py ROW ...`), or only write the tables from results/*.json
+(`make results`).
 
-Every row is one file results/ROW.json: the commands that made it, the recipe, the training budget that was used, and d2o's own record of the
-evaluation with its protocol and hardware. docs/results.md and the table in README.md are generated from these files and from nothing else.
+Every row is one file results/ROW.json: the commands that made it, the recipe, the training budget that was used, and
+d2o's own record of the evaluation with its protocol and hardware. docs/results.md and the table in README.md are
+generated from these files and from nothing else.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tools/tiny_sd.py [--n 1000] [--steps 50] [--teacher tiny-sd]
 
-Samples of "a handwritten zero" ... "a handwritten nine" in equal parts, decoded, averaged to grey 8x8, and read by the classifier `digits`; at
-several guidance weights. For the empty prompt: which digits it draws.
+Samples of "a handwritten zero" ... "a handwritten nine" in equal parts, decoded, averaged to grey 8x8, and read by the
+classifier `digits`; at several guidance weights. For the empty prompt: which digits it draws.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Adaptive discriminator augmentation (Karras et al. 2020, "Training generative adversarial networks with limited data"): the pipeline of
-appendix B, and the controller of its probability (section 3).
+"""Adaptive discriminator augmentation (Karras et al. 2020, "Training generative adversarial networks with limited
+data"): the pipeline of appendix B, and the controller of its probability (section 3).
 
-What the discriminator sees, real and generated, goes through the pipeline; each transform is applied to each image with probability p, drawn
-independently. While p is below about 0.8 the generator does not learn the augmentations, because the unchanged images can be told from the others.
+What the discriminator sees, real and generated, goes through the pipeline; each transform is applied to each image with
+probability p, drawn independently. While p is below about 0.8 the generator does not learn the augmentations, because
+the unchanged images can be told from the others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from d2o.errors import UserError, unknown
 
 KINDS = ("blit", "geom", "color", "filter", "noise", "cutout")
 PIPES = {kind: (kind,) for kind in KINDS} | {"bgcfnc"[: n + 1]: KINDS[: n + 1] for n in range(6)}
-"""What `categories` may be: one kind of transform, or the first letters of some ("bgc": blit, geom and color, the paper's choice)."""
+"""What `categories` may be: one kind of transform, or the first letters of some ("bgc": blit, geom and color, the
+paper's choice)."""
 
 SMALLEST = 4  # pixels a side
 POWER = (10, 1, 1, 1)  # of the octave bands in a natural image, over 13
@@ -63,14 +65,17 @@ class Strengths:
 
 
 def p_rotation(p: Tensor) -> Tensor:
-    """The probability 1 - sqrt(1 - p) of each of the two rotations, so that there is at least one with probability p."""
+    """The probability 1 - sqrt(1 - p) of each of the two rotations, so that there is at least one with probability
+    p."""
     return 1 - (1 - p).sqrt()
 
 
 def sample(p: Tensor | float, randn: Numbers, rand: Numbers, kinds: tuple[str, ...] = KINDS) -> Strengths:
-    """Strengths of one batch (ADA, appendix B), with the probability p of each transform of these kinds; the other kinds do nothing.
+    """Strengths of one batch (ADA, appendix B), with the probability p of each transform of these kinds; the other
+    kinds do nothing.
 
-    The numbers of all kinds are drawn whichever are asked for, so that the blits of "b" and "bgc" are the same with the same generator.
+    The numbers of all kinds are drawn whichever are asked for, so that the blits of "b" and "bgc" are the same with the
+    same generator.
     """
     gates = rand(19)
     chance, uniform, normal = iter(gates.unbind(1)), iter(rand(11).unbind(1)), iter(randn(11).unbind(1))
@@ -136,12 +141,14 @@ def sample(p: Tensor | float, randn: Numbers, rand: Numbers, kinds: tuple[str, .
 class AdaPipeline(nn.Module):
     """ADA's transforms of the given `categories` (see `PIPES`). It has no parameters and no state.
 
-    forward(images [B, C, R, R] in [-1, 1], p, randn, rand) -> images of the same shape and type (not limited to [-1, 1]). p is a number or a
-    scalar tensor, which is never read by the host. randn and rand are the methods of a `Draws`, or what `numbers` makes; always the same count of
-    numbers is drawn, so that results depend on neither processes nor micro-batches. An image to which nothing happens comes back to the bit.
-    Differentiable in the images any number of times. Computed in float32 or better, under autocast too.
+    forward(images [B, C, R, R] in [-1, 1], p, randn, rand) -> images of the same shape and type (not limited to [-1,
+    1]). p is a number or a scalar tensor, which is never read by the host. randn and rand are the methods of a `Draws`,
+    or what `numbers` makes; always the same count of numbers is drawn, so that results depend on neither processes nor
+    micro-batches. An image to which nothing happens comes back to the bit. Differentiable in the images any number of
+    times. Computed in float32 or better, under autocast too.
 
-    UserError: unknown categories; images that are not square, or smaller than 4 pixels, or whose channels have no colour (not 1 or 3).
+    UserError: unknown categories; images that are not square, or smaller than 4 pixels, or whose channels have no
+    colour (not 1 or 3).
     """
 
     def __init__(self, categories: str = "bgc"):
@@ -156,7 +163,8 @@ class AdaPipeline(nn.Module):
         return self.transform(images, strengths, noise)
 
     def transform(self, images: Tensor, strengths: Strengths, noise: Tensor | None = None) -> Tensor:
-        """`images` with those strengths, as far as the pipeline's kinds cover them; standard normal `noise` [B, C, R, R] for the kind "noise"."""
+        """`images` with those strengths, as far as the pipeline's kinds cover them; standard normal `noise` [B, C, R,
+        R] for the kind "noise"."""
         self._check(images.shape)
         s, kinds = strengths, self.kinds
         device = images.device.type
@@ -191,8 +199,8 @@ class AdaPipeline(nn.Module):
 def _where(
     done: Tensor, change: Callable[..., Tensor], x: Tensor, *how: Tensor, otherwise: Tensor | None = None
 ) -> Tensor:
-    """change(x, *how) for the images that are `done`, the others as they are in `otherwise` (None: x). On a CPU only the former are computed: with
-    a small p that is next to nothing."""
+    """change(x, *how) for the images that are `done`, the others as they are in `otherwise` (None: x). On a CPU only
+    the former are computed: with a small p that is next to nothing."""
     otherwise = x if otherwise is None else otherwise
     if x.device.type != "cpu":
         return torch.where(done[:, None, None, None], change(x, *how), otherwise)
@@ -249,11 +257,13 @@ def at_percentile(q: float, batch: int, device: torch.device | str = "cpu") -> S
 
 
 class AdaController(nn.Module):
-    """The probability p of a pipeline, steered so that r_t, the mean sign of the discriminator's outputs for real images, stays at `target`.
+    """The probability p of a pipeline, steered so that r_t, the mean sign of the discriminator's outputs for real
+    images, stays at `target`.
 
-    Every `interval` calls of `update`, p moves by batch * interval / (kimg * 1000) towards more augmentation if r_t > target and towards less if it
-    is below, within [0, 1]: from 0 to 1 in `kimg` thousand images (ADA, section 3, eq. 1; its values are the defaults). `batch` is the global
-    batch. `fixed` holds p at that value. All state is in buffers, on whatever device; p is a scalar tensor, for `AdaPipeline`.
+    Every `interval` calls of `update`, p moves by batch * interval / (kimg * 1000) towards more augmentation if r_t >
+    target and towards less if it is below, within [0, 1]: from 0 to 1 in `kimg` thousand images (ADA, section 3, eq. 1;
+    its values are the defaults). `batch` is the global batch. `fixed` holds p at that value. All state is in buffers,
+    on whatever device; p is a scalar tensor, for `AdaPipeline`.
     UserError: values out of range.
     """
 
@@ -285,8 +295,8 @@ class AdaController(nn.Module):
 
     @torch.no_grad()
     def update(self, mean_sign: Tensor) -> None:
-        """One iteration: the mean of sign(D(real)) over the global batch (of all processes, which must all be given the same). Nothing is read
-        by the host."""
+        """One iteration: the mean of sign(D(real)) over the global batch (of all processes, which must all be given the
+        same). Nothing is read by the host."""
         total, count = self.total + mean_sign.to(self.total), self.count + 1
         due, r = count == self.interval, total / self.interval
         # New tensors each time, so that a p kept for the log stays what it was.

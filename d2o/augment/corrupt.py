@@ -1,4 +1,5 @@
-"""Corruptions of ADA: noise on every pixel and channel, and a square that is cut out. Karras et al. 2020 (ADA), appendix B."""
+"""Corruptions of ADA: noise on every pixel and channel, and a square that is cut out. Karras et al. 2020 (ADA),
+appendix B."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def add_noise(images: Tensor, std: Tensor, noise: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, cut: Tensor, centre: Tensor) -> Tensor:
-    """images [B, C, R, R], where cut [B] is 1 without a square around centre [B, 2] (across, down; 0 and 1 are the image's edges): mid-grey, 0."""
+    """images [B, C, R, R], where cut [B] is 1 without a square around centre [B, 2] (across, down; 0 and 1 are the
+    image's edges): mid-grey, 0."""
     size = images.shape[-1]
     at = (torch.arange(size, device=images.device, dtype=centre.dtype) + 0.5) / size
     inside = (at - centre[:, :, None]).abs() < CUTOUT / 2

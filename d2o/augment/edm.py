@@ -1,8 +1,9 @@
-"""The augmentation that EDM's denoisers are trained with, and are told of (Karras et al. 2022, appendix F.2): geometric only, not leaking.
+"""The augmentation that EDM's denoisers are trained with, and are told of (Karras et al. 2022, appendix F.2): geometric
+only, not leaking.
 
-The network gets nine numbers of each image, all 0 when nothing happened to it: [left-right flip, up-down flip, scale, cos a - 1, sin a,
-stretch cos r, stretch sin r, shift right, shift down], with the rotation a and the direction r of the stretching; scale, stretch and shifts are
-in units of their spread.
+The network gets nine numbers of each image, all 0 when nothing happened to it: [left-right flip, up-down flip, scale,
+cos a - 1, sin a, stretch cos r, stretch sin r, shift right, shift down], with the rotation a and the direction r of the
+stretching; scale, stretch and shifts are in units of their spread.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ TURNED = 0.5  # probability that the stretching has a direction of its own
 def augment(images: Tensor, p: float, randn: Numbers, rand: Numbers) -> tuple[Tensor, Tensor]:
     """images [B, C, R, R] in [-1, 1] -> (images, labels [B, 9]), float32.
 
-    Half of the images are mirrored left to right whatever p > 0 is; each other transform happens with probability p (up-down flips p / 2). randn
-    and rand are the methods of a `Draws`; always the same count of numbers is drawn.
+    Half of the images are mirrored left to right whatever p > 0 is; each other transform happens with probability p
+    (up-down flips p / 2). randn and rand are the methods of a `Draws`; always the same count of numbers is drawn.
     """
     chance, uniform, normal = rand(5), rand(5).unbind(1), randn(4)
     yflips, scales, turns, stretches, moves = (chance < p).unbind(1)

@@ -1,7 +1,8 @@
 """Wavelet filters of ADA as matrices: resampling by two (sym6), and amplification of octave bands (sym2).
 
-Every filter here acts along one axis, with the image continued by reflection (about the centres of its edge pixels). That is a linear map from
-pixels to pixels, so it is held as a matrix: exact at any image size, differentiable any number of times, and quick on every device.
+Every filter here acts along one axis, with the image continued by reflection (about the centres of its edge pixels).
+That is a linear map from pixels to pixels, so it is held as a matrix: exact at any image size, differentiable any
+number of times, and quick on every device.
 Wavelets: Daubechies 1988. Bands: Karras et al. 2020 (ADA), appendix B.
 """
 
@@ -35,17 +36,19 @@ SYM6 = np.array(
 """Orthonormal low-pass filters: sum h = sqrt(2), sum_n h[n] h[n + 2k] = 1 if k = 0, else 0."""
 
 MIDDLE = 5
-"""Pixel n is tap h[MIDDLE] of fine sample 2n, so sample m lies at pixel m / 2: about this tap sym6 is closest to a symmetric filter, to 0.1 samples
-(measured on photographs: turned images are nearest to the exact ones with this middle)."""
+"""Pixel n is tap h[MIDDLE] of fine sample 2n, so sample m lies at pixel m / 2: about this tap sym6 is closest to a
+symmetric filter, to 0.1 samples (measured on photographs: turned images are nearest to the exact ones with this
+middle)."""
 
 _on_device: dict[tuple[str, int, str, torch.dtype], Tensor] = {}
 
 
 def matrix(kind: str, size: int, like: Tensor) -> Tensor:
-    """The matrix of that kind for rows of `size` pixels, with the type and device of `like`. Copied there once, so that no later call waits.
+    """The matrix of that kind for rows of `size` pixels, with the type and device of `like`. Copied there once, so that
+    no later call waits.
 
-    "up" [2 size + 10, size]: to the fine samples m = -5 .. 2 size + 4, which "down" [size, 2 size + 10] reads. "bands" [4, size, size]: the
-    octave bands [0, pi/8], [pi/8, pi/4], [pi/4, pi/2], [pi/2, pi].
+    "up" [2 size + 10, size]: to the fine samples m = -5 .. 2 size + 4, which "down" [size, 2 size + 10] reads. "bands"
+    [4, size, size]: the octave bands [0, pi/8], [pi/8, pi/4], [pi/4, pi/2], [pi/2, pi].
     """
     key = (kind, size, str(like.device), like.dtype)
     if key not in _on_device:
@@ -63,7 +66,8 @@ def reflected(x: Tensor, size: int) -> Tensor:
 def band_filters() -> list[np.ndarray]:
     """The four band-pass filters [43], symmetric about their middle, which add up to the identity.
 
-    With P(z) = H(z) H(1/z) / 2, the half-band filter of sym2, and Q = 1 - P: P(z)P(z^2)P(z^4), P(z)P(z^2)Q(z^4), P(z)Q(z^2), Q(z).
+    With P(z) = H(z) H(1/z) / 2, the half-band filter of sym2, and Q = 1 - P: P(z)P(z^2)P(z^4), P(z)P(z^2)Q(z^4),
+    P(z)Q(z^2), Q(z).
     """
     low = np.convolve(SYM2, SYM2[::-1]) / 2
     high = -low

@@ -1,7 +1,7 @@
 """Geometric part of ADA: pixel blitting, which is exact, and any affine map as one warp between wavelet resamplings.
 
-Karras et al. 2020 (ADA), appendix B. Maps are 3 x 3 matrices [B, 3, 3] on (x, y, 1), in pixels from the image's centre, x to the right and y down,
-and lead from a pixel of the result to where its value comes from.
+Karras et al. 2020 (ADA), appendix B. Maps are 3 x 3 matrices [B, 3, 3] on (x, y, 1), in pixels from the image's centre,
+x to the right and y down, and lead from a pixel of the result to where its value comes from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from d2o.augment.filters import MIDDLE, matrix, reflected
 
 
 def after(first: Tensor, *others: Tensor) -> Tensor:
-    """The product of maps in that order. Elementwise, as positions must not be rounded to TF32 on any setting of the user's."""
+    """The product of maps in that order. Elementwise, as positions must not be rounded to TF32 on any setting of the
+    user's."""
     for other in others:
         first = (first[..., :, :, None] * other[..., None, :, :]).sum(-2)
     return first
@@ -51,7 +52,8 @@ def translation(shift: Tensor) -> Tensor:
 
 
 def blit(images: Tensor, map: Tensor) -> Tensor:
-    """images [B, C, R, R] under a map of whole pixels (flips, quarter turns, whole shifts): every value of the result is one of the image's."""
+    """images [B, C, R, R] under a map of whole pixels (flips, quarter turns, whole shifts): every value of the result
+    is one of the image's."""
     size = images.shape[-1]
     x, y = (
         reflected(v, size).round().long()
@@ -64,8 +66,8 @@ def blit(images: Tensor, map: Tensor) -> Tensor:
 def warp(images: Tensor, map: Tensor) -> Tensor:
     """images [B, C, R, R] under any map: twice finer rows (sym6), bilinear sampling there, and back by the same filter.
 
-    The image is continued by reflection without end, where the published code pads by at most R - 1 pixels, measured on the host, and has zeros
-    beyond. The identity gives the image back, as the wavelet is orthonormal.
+    The image is continued by reflection without end, where the published code pads by at most R - 1 pixels, measured on
+    the host, and has zeros beyond. The identity gives the image back, as the wavelet is orthonormal.
     """
     size = images.shape[-1]
     up, down = matrix("up", size, images), matrix("down", size, images)
@@ -78,8 +80,8 @@ def warp(images: Tensor, map: Tensor) -> Tensor:
 
 
 def _fine(v: Tensor, size: int) -> Tensor:
-    """Pixel positions v as numbers of fine samples. Samples that exist are read where they are, the others where reflection leads to: sym6 is not
-    quite symmetric, so only the former gives the identity back at the edges."""
+    """Pixel positions v as numbers of fine samples. Samples that exist are read where they are, the others where
+    reflection leads to: sym6 is not quite symmetric, so only the former gives the identity back at the edges."""
     at = 2 * v + MIDDLE
     return torch.where((at > -0.01) & (at < 2 * size + 9.01), at, 2 * reflected(v, size) + MIDDLE)
 
@@ -93,8 +95,9 @@ def _positions(map: Tensor, at: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 class _Sample(torch.autograd.Function):
-    """Bilinear `grid_sample` at a constant grid. It is linear in the image, so its gradient is the adjoint map, whose gradient is it again: that
-    makes it differentiable any number of times (gradient penalties need two) in versions of torch where grid_sample is not.
+    """Bilinear `grid_sample` at a constant grid. It is linear in the image, so its gradient is the adjoint map, whose
+    gradient is it again: that makes it differentiable any number of times (gradient penalties need two) in versions of
+    torch where grid_sample is not.
     """
 
     @staticmethod

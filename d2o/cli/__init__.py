@@ -1,1 +1,2 @@
-"""Floor 6: the command line, one file per subcommand. Torch is imported inside the commands, never at the top of a module."""
+"""Floor 6: the command line, one file per subcommand. Torch is imported inside the commands, never at the top of a
+module."""

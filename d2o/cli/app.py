@@ -91,7 +91,8 @@ app.command(cls=Command)(env)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM, work saved."""
+    """Entry point. Exit codes: 0 done; 2 the user's mistake; 1 a fault of d2o; 130 or 143 stopped by SIGINT or SIGTERM,
+    work saved."""
     program = arguments is None  # the process is ours, and ends here
     if program:
         share_cores()
@@ -106,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False, prog_name="d2o")
         if program and worker()[1] > 1 and not code:
-            # All is written. Among several processes torch's communication threads can abort an interpreter that takes itself apart.
+            # All is written. Among several processes torch's communication threads can abort an interpreter that takes
+            # itself apart.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)

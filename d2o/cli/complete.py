@@ -82,7 +82,8 @@ def metrics(incomplete: str) -> Offer:
 
 
 def keys(context: typer.Context, incomplete: str) -> Offer:
-    """KEY= of the recipe that was named before, its method's own keys among them; of all methods where there is none."""
+    """KEY= of the recipe that was named before, its method's own keys among them; of all methods where there is
+    none."""
     known = load()["keys"]
     words = [context.params.get("recipe"), *context.args]  # an option without its value yet leaves the rest unparsed
     method = next((found for word in words if word and (found := _method(str(word)))), None)

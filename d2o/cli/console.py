@@ -44,8 +44,9 @@ def _cut(text: str) -> str:
 
 
 class Meter:
-    """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. The time that is left is shown from the second update
-    on, as the mean rate since the first has it. Silent on all workers but the first, and under --quiet."""
+    """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. The time that is left is
+    shown from the second update on, as the mean rate since the first has it. Silent on all workers but the first, and
+    under --quiet."""
 
     def __init__(self, title: str, total: int, unit: str = "images", done: int = 0):
         self.title, self.total, self.unit, self.done = title, total, unit, done

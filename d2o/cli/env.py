@@ -14,8 +14,8 @@ from d2o.cli.plan import size
 def env(as_json: bool = typer.Option(False, "--json", help="As JSON, for programs.")) -> None:
     """Tell what d2o finds on this machine: for bug reports, and for finding out what can run here.
 
-    Versions, processor, devices, caches and their sizes, optional packages and what they are for, teachers that are here. It fetches and changes
-    nothing; tokens and user names are not in it.
+    Versions, processor, devices, caches and their sizes, optional packages and what they are for, teachers that are
+    here. It fetches and changes nothing; tokens and user names are not in it.
     """
     from d2o.cli.environment import collect
 

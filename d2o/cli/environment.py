@@ -1,4 +1,5 @@
-"""What `d2o env` tells: versions, processor, devices, caches, packages, teachers. Nothing is changed or fetched, and nothing secret is read."""
+"""What `d2o env` tells: versions, processor, devices, caches, packages, teachers. Nothing is changed or fetched, and
+nothing secret is read."""
 
 from __future__ import annotations
 

@@ -245,9 +245,10 @@ def evaluate(
 ) -> None:
     """Measure students, teachers and images, and say how it was measured.
 
-    Every metric of the papers: Fréchet distances over a named feature extractor (FID, FD-DINOv2, ...), KID, Inception Score, precision, recall,
-    density, coverage, CLIP score, perceptual distances to the teacher from equal noise; accuracy by class, samples/s, network calls (NFE).
-    Every number comes with its protocol. Interrupted, the same command continues; under torchrun the processes share the work.
+    Every metric of the papers: Fréchet distances over a named feature extractor (FID, FD-DINOv2, ...), KID, Inception
+    Score, precision, recall, density, coverage, CLIP score, perceptual distances to the teacher from equal noise;
+    accuracy by class, samples/s, network calls (NFE). Every number comes with its protocol. Interrupted, the same
+    command continues; under torchrun the processes share the work.
     """
     values = dict(context.params)
     outputs = Outputs(json, csv, markdown, report, run, title)

@@ -119,8 +119,8 @@ class Outputs:
 
 @contextmanager
 def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Record]]:
-    """The records of what these option values ask for; `given` are the options that the user typed. What was kept of the work goes when the
-    block, which writes them, has ended well."""
+    """The records of what these option values ask for; `given` are the options that the user typed. What was kept of
+    the work goes when the block, which writes them, has ended well."""
     from d2o.metrics.workplace import Workplace
     from d2o.runtime import stop_flag
 
@@ -210,7 +210,8 @@ class _Progress:
 
 
 def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
-    """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types beats the table."""
+    """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
+    beats the table."""
     from d2o.metrics.cells import quoted
     from d2o.metrics.evaluate import FORMAT
     from d2o.metrics.tables import absent, load_table

@@ -83,10 +83,11 @@ def export(
     tolerance: float = TOLERANCE,
     force: bool = FORCE,
 ) -> None:
-    """Write a student as ONNX, as a torch.export program or as weights in another precision, compare it with the student, add a model card.
+    """Write a student as ONNX, as a torch.export program or as weights in another precision, compare it with the
+    student, add a model card.
 
-    The batch size stays free. A teacher exports as its denoiser D(x, sigma, label), a text-to-image teacher as a diffusers pipeline. Above
-    --tolerance the file is not kept.
+    The batch size stays free. A teacher exports as its denoiser D(x, sigma, label), a text-to-image teacher as a
+    diffusers pipeline. Above --tolerance the file is not kept.
     """
     from d2o.export.exporter import export_checkpoint
 

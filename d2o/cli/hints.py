@@ -1,4 +1,5 @@
-"""Hints are written where an error is found, for all commands that may meet it. Here they are made fit for the command that was typed."""
+"""Hints are written where an error is found, for all commands that may meet it. Here they are made fit for the command
+that was typed."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ def typed(context: Any) -> None:
 
 
 def fit(hint: str) -> str:
-    """The ways out that a hint offers (parted by line breaks, `;` or `, or`), without those by options that this command does not have. What
-    names another command (`d2o eval --against`) stays; a recipe's keys stand for the options of `d2o pairs` and `d2o eval`.
+    """The ways out that a hint offers (parted by line breaks, `;` or `, or`), without those by options that this
+    command does not have. What names another command (`d2o eval --against`) stays; a recipe's keys stand for the
+    options of `d2o pairs` and `d2o eval`.
     """
     parts = BREAKS.split(hint)
     kept = ""

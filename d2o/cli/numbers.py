@@ -1,4 +1,5 @@
-"""Limits of the numbers on the command line, so that a slip of the finger is refused at once and not by whichever library meets it first."""
+"""Limits of the numbers on the command line, so that a slip of the finger is refused at once and not by whichever
+library meets it first."""
 
 from __future__ import annotations
 

@@ -204,14 +204,14 @@ def pairs(
 ) -> None:
     """Make pairs of noise and a teacher's output, to train students on.
 
-    The same command again continues a store that was interrupted in any way, and makes shards again that are missing; with a larger --n it adds
-    to the store. Any number of workers
-    may run it at once on the same folder or URL (the same command started again, torchrun, a Slurm array, --worker on separate machines):
-    each takes unfinished shards, and those of a worker that died.
+    The same command again continues a store that was interrupted in any way, and makes shards again that are missing;
+    with a larger --n it adds to the store. Any number of workers
+    may run it at once on the same folder or URL (the same command started again, torchrun, a Slurm array, --worker on
+    separate machines): each takes unfinished shards, and those of a worker that died.
 
-    A pair is a function of its seed and its label or prompt. With the same --batch, --threads, precision and kind of device (kept in
-    manifest.json and taken by every worker) the files have the same bytes however many workers made them; with others the values agree to
-    rounding, about 1e-5.
+    A pair is a function of its seed and its label or prompt. With the same --batch, --threads, precision and kind of
+    device (kept in manifest.json and taken by every worker) the files have the same bytes however many workers made
+    them; with others the values agree to rounding, about 1e-5.
     """
     tools = {"--verify": verify, "--stats": stats, "--merge": merge}
     if len(given := [name for name, value in tools.items() if value]) > 1:
@@ -287,7 +287,8 @@ def pairs(
 
 
 def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: float) -> None:
-    """UserError: what cannot be done without is missing; all of it, with an example for this teacher. Says what nothing can be trained on."""
+    """UserError: what cannot be done without is missing; all of it, with an example for this teacher. Says what nothing
+    can be trained on."""
     from d2o.methods.teachers import methods_for
     from d2o.teachers.kinds import look
 

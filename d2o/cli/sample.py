@@ -140,9 +140,9 @@ def sample(
 ) -> None:
     """Write images of a student (or of a teacher, for comparison) to a folder, zip, tar or npz.
 
-    Image i depends on seed + i and its label alone; equal seeds give files of equal bytes. The same command again continues what was
-    interrupted; with a larger --n it adds to what is there, which stays until the larger output takes its place. Several workers may run it at
-    once (started twice, or under torchrun) and share the work.
+    Image i depends on seed + i and its label alone; equal seeds give files of equal bytes. The same command again
+    continues what was interrupted; with a larger --n it adds to what is there, which stays until the larger output
+    takes its place. Several workers may run it at once (started twice, or under torchrun) and share the work.
     """
     example = "for example: d2o sample runs/quickstart --n 1000"
     if path is not None:
@@ -227,7 +227,8 @@ def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, te
 
 
 def _default_out(source: Path, n: int, seed: int, **others: Any) -> Path:
-    """samples/NAME-n50000-seed0.zip; what else was chosen is part of the name, so that other choices make other files."""
+    """samples/NAME-n50000-seed0.zip; what else was chosen is part of the name, so that other choices make other
+    files."""
     from d2o.data.pair_settings import short_name
 
     run = source.parent.parent.name if source.parent.name == "checkpoints" else ""

@@ -37,10 +37,11 @@ def run_sweep(
     device_name: str | None,
     start: Path | None,
 ) -> None:
-    """Train all members that are not finished; the sweep's folder then holds a run folder for each, sweep.json and sweep.svg.
+    """Train all members that are not finished; the sweep's folder then holds a run folder for each, sweep.json and
+    sweep.svg.
 
-    Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be trained, or a member
-    that failed (the others are trained all the same). Stopped: the same command continues.
+    Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be
+    trained, or a member that failed (the others are trained all the same). Stopped: the same command continues.
     """
     from d2o.interop.outputs import check_output
     from d2o.recipes.sweep import check_folder, plan_sweep

@@ -15,8 +15,8 @@ def teachers(
 ) -> None:
     """List the teachers that have a name: parameters, licence, and whether they are on this machine.
 
-    Any other teacher is given by its path: a .safetensors checkpoint or run of `d2o train`, an NVIDIA .pkl, a diffusers folder, or as owner/name
-    of a repository on the hub.
+    Any other teacher is given by its path: a .safetensors checkpoint or run of `d2o train`, an NVIDIA .pkl, a diffusers
+    folder, or as owner/name of a repository on the hub.
     """
     from rich import box
     from rich.table import Column, Table

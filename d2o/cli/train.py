@@ -121,8 +121,9 @@ def train(
 ) -> None:
     """Train what a recipe describes: a one-step student, a teacher, a classifier.
 
-    Missing pairs are made first. The run folder holds recipe.yaml (fully resolved, re-runnable), metrics.jsonl, TensorBoard events, previews
-    and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all processes share the recipe's global batch.
+    Missing pairs are made first. The run folder holds recipe.yaml (fully resolved, re-runnable), metrics.jsonl,
+    TensorBoard events, previews and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all
+    processes share the recipe's global batch.
     """
     _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, None)
 
@@ -144,7 +145,8 @@ def finetune(
     precision: str = PRECISION,
     device: str = DEVICE,
 ) -> None:
-    """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the result."""
+    """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the
+    result."""
     _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, from_)
 
 

@@ -75,9 +75,10 @@ def _instead(recipe: Any, folder: Path, trained: bool) -> str:
 def opened(
     folder: Path, recipe: Any, resume: bool, start: Path | None, device: Any, rank: int, world: int
 ) -> Iterator[bool]:
-    """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is anything
-    to do: False of a run that is finished, once the folder is as its state says. UserError: as `check_run`, or the folder
-    is held already."""
+    """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is
+    anything
+    to do: False of a run that is finished, once the folder is as its state says. UserError: as `check_run`, or the
+    folder is held already."""
     from d2o.interop.outputs import check_output
     from d2o.interop.temporary import sweep
     from d2o.training.checkpoint import settle
@@ -124,7 +125,8 @@ def begin_run(
     start: Path | None,
     stop: Any,
 ) -> Trainer:
-    """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for what is missing."""
+    """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for
+    what is missing."""
     from d2o.training.choices import as_begun
     from d2o.training.distributed import barrier
     from d2o.training.loop import Trainer

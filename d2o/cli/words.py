@@ -1,6 +1,8 @@
-"""The words that the shell completes. Where they come from takes seconds to import, so they are kept in `d2o/assets/words.json`.
+"""The words that the shell completes. Where they come from takes seconds to import, so they are kept in
+`d2o/assets/words.json`.
 
-`python -m d2o.cli.words` writes that file again, after a teacher, method, key, protocol, extractor, metric or reference was added.
+`python -m d2o.cli.words` writes that file again, after a teacher, method, key, protocol, extractor, metric or reference
+was added.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Writing images as a folder, zip, tar or npz, in parts that are made in any order and joined without looking at the pixels again.
+"""Writing images as a folder, zip, tar or npz, in parts that are made in any order and joined without looking at the
+pixels again.
 
     folder  00000/img00000000.png ..., dataset.json (labels, as EDM writes them), samples.json
     zip     the same, as stored (not compressed again) entries
@@ -6,9 +7,9 @@
     npz     arr_0 uint8 [n, H, W, C], labels int64 [n], samples (the text of samples.json)
 
 `samples.json` records what made the images. Nothing depends on the clock: equal images and records give equal bytes.
-A part is a dict of tensors, so that it can be kept as a .safetensors file until all are there. Parts are handled with numpy: they are made
-in threads of their own, where the first parallel torch operation would start a second set of OpenMP threads, which then spins beside the
-one that computes (measured: a third of the speed).
+A part is a dict of tensors, so that it can be kept as a .safetensors file until all are there. Parts are handled with
+numpy: they are made in threads of their own, where the first parallel torch operation would start a second set of
+OpenMP threads, which then spins beside the one that computes (measured: a third of the speed).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from d2o.interop.npz import read_npz
 Part = dict[str, torch.Tensor]
 RECORD = "samples.json"
 PARTIAL = ".partial"
-"""End of the name of a file that is being written into a folder; only one worker at a time makes it, and another after it is killed."""
+"""End of the name of a file that is being written into a folder; only one worker at a time makes it, and another after
+it is killed."""
 PER_FOLDER = 1000
 MAX_RECORD = 1 << 24  # bytes of samples.json
 DOS_DATE = 33  # 1980-01-01, the first day that a zip can name
@@ -68,7 +70,8 @@ class Archive:
         n: int,
         record: dict[str, Any],
     ) -> None:
-        """Write the file that becomes `out` (in place: its record) to `target`. `parts()` yields all in order; labels int64 [n] or None."""
+        """Write the file that becomes `out` (in place: its record) to `target`. `parts()` yields all in order; labels
+        int64 [n] or None."""
         raise NotImplementedError
 
     def read_record(self) -> dict[str, Any] | None:
@@ -227,7 +230,8 @@ FORMATS: dict[str, type[Archive]] = {"": Folder, ".zip": Zip, ".tar": Tar, ".npz
 
 
 def archive_for(out: str | Path) -> Archive:
-    """The format by suffix; no suffix, or a folder that exists, is a folder. UserError: unknown suffix (with the list)."""
+    """The format by suffix; no suffix, or a folder that exists, is a folder. UserError: unknown suffix (with the
+    list)."""
     out = Path(out)
     suffix = "" if out.is_dir() else out.suffix
     if suffix not in FORMATS:
@@ -241,7 +245,8 @@ def join_pieces(pieces: list[Part]) -> Part:
 
 
 def check_free(archive: Archive) -> dict[str, Any] | None:
-    """None when `out` is free; the record of a finished archive of ours there. UserError: something else is in the way."""
+    """None when `out` is free; the record of a finished archive of ours there. UserError: something else is in the
+    way."""
     out = archive.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -292,7 +297,8 @@ def _zip_local(name: bytes, crc: int, data: bytes) -> bytes:
 
 
 def _zip_central(name: bytes, crc: int, length: int, offset: int) -> bytes:
-    """The entry's line in the central directory (4.3.12), with the 64-bit offset as an extra field where it needs one."""
+    """The entry's line in the central directory (4.3.12), with the 64-bit offset as an extra field where it needs
+    one."""
     extra = struct.pack("<2HQ", 1, 8, offset) if offset >= LARGE else b""
     made_by, needs, mode = 3 << 8 | 45, 45 if extra else 20, 0o100644 << 16  # 3: Unix
     fields = (
@@ -328,7 +334,8 @@ def _zip_end(count: int, length: int, offset: int) -> bytes:
 
 
 def _tar_entry(name: str, data: bytes) -> bytes:
-    """A regular file, mode 644, of nobody and 1970 (POSIX ustar), padded to whole blocks; several times faster than tarfile's header."""
+    """A regular file, mode 644, of nobody and 1970 (POSIX ustar), padded to whole blocks; several times faster than
+    tarfile's header."""
     header = bytearray(tarfile.BLOCKSIZE)
     nobody, length, time = b"0000000", b"%011o" % len(data), b"%011o" % 0
     struct.pack_into(

@@ -118,8 +118,9 @@ CIFAR_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
 def open_cifar(container: Container, path: str) -> Arrays | None:
-    """CIFAR-10's training images in their authors' order (EDM's zip has the same), if `container` holds them as they were published: pickles,
-    read as data, never executed. None if it holds something else. UserError: a batch that is missing or damaged.
+    """CIFAR-10's training images in their authors' order (EDM's zip has the same), if `container` holds them as they
+    were published: pickles, read as data, never executed. None if it holds something else. UserError: a batch that is
+    missing or damaged.
     """
     folders = {
         posixpath.dirname(member.path)

@@ -48,7 +48,8 @@ def class_names(names: Sequence[str]) -> list[list[str]]:
 class Captions:
     """Every caption of every class, as a table, and the choice among them.
 
-    `table[c]` has the captions of class c, the same number for each: `templates` with `{name}` filled in by the class's names; the first is the
+    `table[c]` has the captions of class c, the same number for each: `templates` with `{name}` filled in by the class's
+    names; the first is the
     main one. UserError: no template, or one without `{name}`.
     """
 
@@ -69,8 +70,8 @@ class Captions:
         return self.table[label][0]
 
     def choose(self, u: Tensor, main: float) -> Tensor:
-        """Which caption, int64 in the shape of `u`, from uniform numbers in [0, 1): the first with probability `main`, else any of the others
-        with equal probability."""
+        """Which caption, int64 in the shape of `u`, from uniform numbers in [0, 1): the first with probability `main`,
+        else any of the others with equal probability."""
         others = len(self.table[0]) - 1
         if others == 0:
             return torch.zeros_like(u, dtype=torch.int64)

@@ -1,10 +1,11 @@
-"""Claims where there are no locks: an object `claims/<file>.json` that names its worker and is written anew while the worker lives.
+"""Claims where there are no locks: an object `claims/<file>.json` that names its worker and is written anew while the
+worker lives.
 
-A worker writes its claim, waits `settle` seconds and reads it back: the last writer has it. That makes double work rare, not impossible; it
-must do no harm. A claim that was not renewed for `expiry` seconds is void. Its age is the object's own modification time by the store's clock
-(measured once, with an object of our own), so that the clocks of the machines do not matter; where a file system tells no times, the time
-written in the claim counts, by this machine's clock. Either way a claim is void, too, when this worker has watched it for `expiry` seconds
-and saw no change.
+A worker writes its claim, waits `settle` seconds and reads it back: the last writer has it. That makes double work
+rare, not impossible; it must do no harm. A claim that was not renewed for `expiry` seconds is void. Its age is the
+object's own modification time by the store's clock (measured once, with an object of our own), so that the clocks of
+the machines do not matter; where a file system tells no times, the time written in the claim counts, by this machine's
+clock. Either way a claim is void, too, when this worker has watched it for `expiry` seconds and saw no change.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ CLAIMS = "claims"
 
 
 class Claims:
-    """This worker's claims in a folder; it renews them every `beat` seconds in a thread. Times in seconds. Threads may share it."""
+    """This worker's claims in a folder; it renews them every `beat` seconds in a thread. Times in seconds. Threads may
+    share it."""
 
     def __init__(self, objects: Objects, beat: float, expiry: float, settle: float):
         self.objects, self.beat, self.expiry, self.settle = objects, beat, expiry, settle

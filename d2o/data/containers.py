@@ -1,4 +1,5 @@
-"""Folders, zips and tars as lists of members whose bytes can be read by many threads at once. Nothing is ever extracted."""
+"""Folders, zips and tars as lists of members whose bytes can be read by many threads at once. Nothing is ever
+extracted."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Member(NamedTuple):
 
 
 class Container:
-    """`members`: files only, in no particular order. `bad`: (name, why) of those that cannot be read at all. `path`: where it lies."""
+    """`members`: files only, in no particular order. `bad`: (name, why) of those that cannot be read at all. `path`:
+    where it lies."""
 
     members: list[Member]
 
@@ -47,8 +49,8 @@ class Container:
         self.notes: list[str] = []
 
     def read(self, member: Member, limit: int | None = None, most: int = MAX_IMAGE_BYTES) -> bytes:
-        """The member's bytes, checked; with a limit about that many of the first ones, unchecked. OSError if they cannot be had, or if it says
-        that it has more than `most`."""
+        """The member's bytes, checked; with a limit about that many of the first ones, unchecked. OSError if they
+        cannot be had, or if it says that it has more than `most`."""
         if member.size > most:
             raise OSError(f"it says that it has {member.size:,} bytes; the limit is {most:,}")
         return self._read(member, limit)

@@ -1,4 +1,5 @@
-"""One image file -> 8-bit pixels of the asked channels and size. What a file needed on the way is named, so that it can be counted.
+"""One image file -> 8-bit pixels of the asked channels and size. What a file needed on the way is named, so that it can
+be counted.
 
 Choices, the same everywhere:
 - images that carry an EXIF orientation are turned upright first;
@@ -32,7 +33,8 @@ FILTERS = {
     "box": Image.Resampling.BOX,
 }
 ORDERS = ("resize_crop", "crop_resize")
-"""Resize the short side, then cut out the centre (EDM, StyleGAN); or cut out the centre square, then resize it (GigaGAN, DMD2)."""
+"""Resize the short side, then cut out the centre (EDM, StyleGAN); or cut out the centre square, then resize it
+(GigaGAN, DMD2)."""
 HEADER_BYTES = 1 << 16
 
 _UPRIGHT = {
@@ -48,7 +50,8 @@ _GREY = ("1", "L", "LA", "La", "I", "F")  # and every "I;16..."
 
 
 class Head(NamedTuple):
-    """What the header says: (width, height) once upright, whether it is grey, and the conversions decoding will make."""
+    """What the header says: (width, height) once upright, whether it is grey, and the conversions decoding will
+    make."""
 
     size: tuple[int, int]
     grey: bool
@@ -107,7 +110,8 @@ def head_of(picture: Image.Image, start: bytes = b"") -> Head:
 def decode(
     picture: Image.Image, channels: int, resolution: int | None, resize: str, order: str = "resize_crop"
 ) -> np.ndarray:
-    """uint8 [C, H, W]. With a resolution: a square of it, made by the antialiased filter `resize` and a centre crop in this `order`."""
+    """uint8 [C, H, W]. With a resolution: a square of it, made by the antialiased filter `resize` and a centre crop in
+    this `order`."""
     turn = _orientation(picture)
     if "transparency" in picture.info and _sixteen_bit(picture):  # PIL compares it with the 8 bits that are left
         raise ValueError("16-bit pixels with a transparent colour are not supported")
@@ -126,7 +130,8 @@ def decode(
 
 
 def fit(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
-    """Short side to `resolution`, the other in proportion (rounded), then the centre square (left and top rounded down)."""
+    """Short side to `resolution`, the other in proportion (rounded), then the centre square (left and top rounded
+    down)."""
     width, height = picture.size
     short = min(width, height)
     if max(width, height) > 100 * short:  # resized it could fill the memory, and no crop of it shows anything
@@ -139,8 +144,8 @@ def fit(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
 
 
 def crop_first(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
-    """The centre square of the short side, then resized to `resolution`. Left and top are halves rounded to even, as torchvision's
-    center_crop takes them, so that GigaGAN's evaluation sees the same pixels."""
+    """The centre square of the short side, then resized to `resolution`. Left and top are halves rounded to even, as
+    torchvision's center_crop takes them, so that GigaGAN's evaluation sees the same pixels."""
     short = min(picture.size)
     left, top = round((picture.width - short) / 2), round((picture.height - short) / 2)
     square = picture.crop((left, top, left + short, top + short))
@@ -159,7 +164,8 @@ def reason(error: Exception) -> str:
 
 
 def _eight_bit(picture: Image.Image, mode: str) -> Image.Image:
-    """Grey stays "L" whatever is asked (its caller repeats it: cheaper, and the same pixels); all else becomes `mode`."""
+    """Grey stays "L" whatever is asked (its caller repeats it: cheaper, and the same pixels); all else becomes
+    `mode`."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and _sixteen_bit(picture)):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
@@ -189,7 +195,8 @@ def _sixteen_bit(picture: Image.Image) -> bool:
 
 
 def _loss(picture: Image.Image, start: bytes) -> str:
-    """The format that rounded the pixels when the file was written, or "". WebP says so in the name of its first chunk of pixels."""
+    """The format that rounded the pixels when the file was written, or "". WebP says so in the name of its first chunk
+    of pixels."""
     if picture.format == "WEBP":
         place = 12
         while start[place : place + 4] in (b"VP8X", b"ICCP", b"ALPH", b"EXIF", b"XMP "):

@@ -17,9 +17,10 @@ SEEDS = 2**32
 def label_mode(labels: str | None, classes: int, name: str) -> str:
     """The canonical form of a `--labels` option for a generator `name` with that many classes (0: takes no labels).
 
-    "random" (or "uniform"): drawn from the sample's own seed, after the noise, as EDM does; "balanced": sample i gets class i mod classes;
-    "3" or "0,1,2": these in turn. None means "random", or "none" without classes. UserError: anything else, a class out of range, labels
-    for no classes.
+    "random" (or "uniform"): drawn from the sample's own seed, after the noise, as EDM does; "balanced": sample i gets
+    class i mod classes;
+    "3" or "0,1,2": these in turn. None means "random", or "none" without classes. UserError: anything else, a class out
+    of range, labels for no classes.
     """
     text = "" if labels is None else labels.replace(" ", "").lower()
     if classes == 0:
@@ -48,7 +49,8 @@ def check_range(n: int, seed: int) -> None:
 def draw(
     seed: int, start: int, n: int, shape: Sequence[int], classes: int, labels: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Samples start .. start + n - 1: noise [n, *shape] float32 and class indices [n] int64, or None if `labels` is "none" or "text".
+    """Samples start .. start + n - 1: noise [n, *shape] float32 and class indices [n] int64, or None if `labels` is
+    "none" or "text".
 
     `labels` is in the form that `label_mode` returns. The noise is the same in every mode.
     """

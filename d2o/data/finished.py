@@ -1,4 +1,5 @@
-"""The images of a finished archive as parts of a larger one, as they are: nothing is decoded but pixels that lie there plainly."""
+"""The images of a finished archive as parts of a larger one, as they are: nothing is decoded but pixels that lie there
+plainly."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from d2o.data.images import open_images
 
 
 class Finished:
-    """The first `n` images of a finished archive of ours, held open: what is read later is of the file that was there, whatever takes its place."""
+    """The first `n` images of a finished archive of ours, held open: what is read later is of the file that was there,
+    whatever takes its place."""
 
     def __init__(self, archive: Archive, n: int):
         self.archive, self.n = archive, n
@@ -29,7 +31,8 @@ class Finished:
             self.source = open_images(archive.out)
 
     def part(self, start: int, n: int, labels: torch.Tensor | None) -> Part:
-        """Images start .. start + n - 1 as `archive.encode` would give them. Any exception: they are not as they were written."""
+        """Images start .. start + n - 1 as `archive.encode` would give them. Any exception: they are not as they were
+        written."""
         if isinstance(self.archive, Npz):
             return self.archive.encode(start, self.source.images(range(start, start + n)), labels)
         files = [self._file(i) for i in range(start, start + n)]

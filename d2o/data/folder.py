@@ -1,8 +1,8 @@
-"""What a folder that any number of processes fill together can do, wherever it lies: on a disk (`WorkFolder` in d2o/data/work.py) or on an
-object store (`RemoteFolder` in d2o/data/remote.py).
+"""What a folder that any number of processes fill together can do, wherever it lies: on a disk (`WorkFolder` in
+d2o/data/work.py) or on an object store (`RemoteFolder` in d2o/data/remote.py).
 
-`manifest.json` lists the finished files, and names the sha256 of its own content; `timing/` holds statistics of the workers, on which nothing
-depends.
+`manifest.json` lists the finished files, and names the sha256 of its own content; `timing/` holds statistics of the
+workers, on which nothing depends.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Claim(Protocol):
 
 
 class Folder(ABC):
-    """`kind` is the manifest's "format", `entries` the manifest's key that lists finished files ({"file", "start", "n", "bytes", ...});
-    `url` names the folder in messages; `poll` is the pause in seconds between two looks at what other workers are doing.
+    """`kind` is the manifest's "format", `entries` the manifest's key that lists finished files ({"file", "start", "n",
+    "bytes", ...}); `url` names the folder in messages; `poll` is the pause in seconds between two looks at what other
+    workers are doing.
     """
 
     poll = POLL
@@ -85,7 +86,8 @@ class Folder(ABC):
 
     @abstractmethod
     def claim(self, name: str) -> Claim | None:
-        """The claim of a file, held until `.release()` or the death of this process; None when another worker holds it."""
+        """The claim of a file, held until `.release()` or the death of this process; None when another worker holds
+        it."""
 
     @abstractmethod
     def remove_temporary(self, name: str) -> None:
@@ -93,11 +95,13 @@ class Folder(ABC):
 
     @abstractmethod
     def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
-        """All is finished: remove what only working together needed, unless the manifest that now holds says otherwise."""
+        """All is finished: remove what only working together needed, unless the manifest that now holds says
+        otherwise."""
 
     @abstractmethod
     def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
-        """Write a safetensors file, whole or not at all; returns {"bytes", "sha256"} of it. UserError: unwritable, disk full."""
+        """Write a safetensors file, whole or not at all; returns {"bytes", "sha256"} of it. UserError: unwritable, disk
+        full."""
 
     @abstractmethod
     def local(self, file: str) -> Path:
@@ -144,7 +148,8 @@ class Folder(ABC):
         ]
 
     def order(self, units: list[Unit]) -> list[Unit]:
-        """The order in which this worker should try to claim the units, if nothing speaks for another: give them to `fill` so."""
+        """The order in which this worker should try to claim the units, if nothing speaks for another: give them to
+        `fill` so."""
         return units
 
     @contextlib.contextmanager
@@ -211,7 +216,8 @@ def content_sha256(record: dict[str, Any]) -> str:
 
 
 def intact(record: dict[str, Any]) -> bool:
-    """Whether a record's content is that of its digest. Those of an older d2o have none; with `--trust` nobody looks."""
+    """Whether a record's content is that of its digest. Those of an older d2o have none; with `--trust` nobody
+    looks."""
     return SHA256 not in record or trusting() or record[SHA256] == content_sha256(record)
 
 

@@ -1,7 +1,8 @@
-"""Real images as uint8 tensors [n, C, H, W] in 0..255, from whatever holds them, with nothing dropped or changed silently.
+"""Real images as uint8 tensors [n, C, H, W] in 0..255, from whatever holds them, with nothing dropped or changed
+silently.
 
-`open_images` says which files it could not use (`.bad`) and what it did to the others (`.notes`). Which layouts are accepted, and how
-labels and the order come about, is told in sources.py; how a file becomes pixels in decode.py.
+`open_images` says which files it could not use (`.bad`) and what it did to the others (`.notes`). Which layouts are
+accepted, and how labels and the order come about, is told in sources.py; how a file becomes pixels in decode.py.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def open_images(
 ) -> ImageSet:
     """The images at `path` (see `layouts.LAYOUTS`), or the first `limit` of them.
 
-    They are resized with the antialiased filter `resize` to a short side of `resolution` pixels and centre-cropped to a square, or, in the
-    `order` "crop_resize", cropped to the centre square and then resized (which differs in the last bits). `resolution` None keeps the size,
-    which all images must then share; `channels` None is 1 if every image is grey, else 3. Files that cannot be used raise a UserError that
-    names them (`on_bad` "refuse") or are left out and listed in `.bad` ("skip"). Also raises UserError for a path that is empty, of no known
-    layout or with latents for images, and MissingImages for one where nothing is. `source`: what lies at the path, where it is open already.
+    They are resized with the antialiased filter `resize` to a short side of `resolution` pixels and centre-cropped to a
+    square, or, in the `order` "crop_resize", cropped to the centre square and then resized (which differs in the last
+    bits). `resolution` None keeps the size, which all images must then share; `channels` None is 1 if every image is
+    grey, else 3. Files that cannot be used raise a UserError that names them (`on_bad` "refuse") or are left out and
+    listed in `.bad` ("skip"). Also raises UserError for a path that is empty, of no known layout or with latents for
+    images, and MissingImages for one where nothing is. `source`: what lies at the path, where it is open already.
     """
     if on_bad not in ("refuse", "skip"):
         raise unknown("way to treat bad files (on_bad)", on_bad, ("refuse", "skip"))
@@ -94,8 +96,8 @@ class ImageSet:
     name           of the set, for messages and records (no folders)
     notes          what was done to the images, and what beside them was ignored: one sentence each
 
-    Sets of at most DECODE_AT_ONCE decoded bytes are decoded when opened. Of larger ones only the headers are read then, and a file
-    found bad later follows `on_bad`: a UserError, or the next good image of the same class stands in for it.
+    Sets of at most DECODE_AT_ONCE decoded bytes are decoded when opened. Of larger ones only the headers are read then,
+    and a file found bad later follows `on_bad`: a UserError, or the next good image of the same class stands in for it.
     """
 
     def __init__(
@@ -161,13 +163,14 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what was found at the path, bad or not, before resizing: names, sizes in bytes and labels (npz: the pixels)."""
+        """sha256 of what was found at the path, bad or not, before resizing: names, sizes in bytes and labels (npz: the
+        pixels)."""
         return self._source.fingerprint
 
     @property
     def duplicates(self) -> int:
-        """How many of the images are pixel for pixel copies of an earlier one: of all, or of those read so far where a set is decoded on
-        demand. What several ranks generate from the same seeds shows here."""
+        """How many of the images are pixel for pixel copies of an earlier one: of all, or of those read so far where a
+        set is decoded on demand. What several ranks generate from the same seeds shows here."""
         if self._pixels is not None and len(self) and not self._digests.any():
             pixels = self._pixels.numpy()
             self._digests[:] = map_threads(lambda i: _digest(pixels[i]), range(len(self)))
@@ -175,7 +178,8 @@ class ImageSet:
         return len(known) - len(np.unique(known))
 
     def images(self, indices: Sequence[int] | Tensor | np.ndarray | slice) -> Tensor:
-        """uint8 [k, C, H, W], in the order asked for; negative indices count from the end. IndexError outside the set."""
+        """uint8 [k, C, H, W], in the order asked for; negative indices count from the end. IndexError outside the
+        set."""
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
         wanted = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
@@ -314,8 +318,9 @@ class ImageSet:
 def save_png_bytes(image: Tensor) -> bytes:
     """A PNG file of uint8 [C, H, W], C 1 (grey) or 3 (RGB).
 
-    Written here because samplers write tens of thousands of tiny files: 11 microseconds for 8x8 where PIL at its fastest setting
-    takes 26, 70 against 114 for 32x32, 1.6 ms against 3.3 for 256x256, at about the same size. zlib releases the GIL.
+    Written here because samplers write tens of thousands of tiny files: 11 microseconds for 8x8 where PIL at its
+    fastest setting takes 26, 70 against 114 for 32x32, 1.6 ms against 3.3 for 256x256, at about the same size. zlib
+    releases the GIL.
     """
     channels, height, width = image.shape
     pixels = image.cpu().numpy().transpose(1, 2, 0).reshape(height, width * channels)

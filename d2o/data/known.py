@@ -1,4 +1,5 @@
-"""How to get the data sets of the papers: names, sizes, file names, terms. Recipes refer to these texts by name (`data.get`)."""
+"""How to get the data sets of the papers: names, sizes, file names, terms. Recipes refer to these texts by name
+(`data.get`)."""
 
 from __future__ import annotations
 

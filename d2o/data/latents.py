@@ -1,7 +1,8 @@
 """Stored latents: what EDM2's `dataset_tool.py encode` writes, for training in latent space without the autoencoder.
 
-An archive like one of images, whose members are `.npy` files: the mean and the standard deviation of one image's latent, one after the other in an
-array [2C, h, w] (ImageNet at 512 px: [8, 64, 64]), with labels in dataset.json. A latent is drawn anew every time an image is used.
+An archive like one of images, whose members are `.npy` files: the mean and the standard deviation of one image's
+latent, one after the other in an array [2C, h, w] (ImageNet at 512 px: [8, 64, 64]), with labels in dataset.json. A
+latent is drawn anew every time an image is used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PIXELS = 8
 
 
 class LatentSet:
-    """An ordered set of stored latents, read on demand; with the attributes of `ImageSet`, where `shape` is (2C, h, w)."""
+    """An ordered set of stored latents, read on demand; with the attributes of `ImageSet`, where `shape` is (2C, h,
+    w)."""
 
     def __init__(self, source: LatentFiles, name: str, on_bad: str = "refuse"):
         self._source, self.name = source, name
@@ -103,7 +105,8 @@ class LatentSet:
 def open_set(
     path: str | os.PathLike[str], *, resolution: int | None, channels: int | None, on_bad: str, limit: int | None
 ) -> ImageSet | LatentSet:
-    """What lies at `path`: images as `open_images` reads them, or stored latents. `resolution` of latents is that of the images they were made of.
+    """What lies at `path`: images as `open_images` reads them, or stored latents. `resolution` of latents is that of
+    the images they were made of.
 
     UserError: as `open_images`; latents of another resolution than asked for.
     """

@@ -22,7 +22,8 @@ class Reason(str):
 
 
 class Source:
-    """Images by number: `names`, `labels` (None for all, or an int each) and `class_names` fit each other; `bad` is left out of them."""
+    """Images by number: `names`, `labels` (None for all, or an int each) and `class_names` fit each other; `bad` is
+    left out of them."""
 
     names: list[str]
     labels: list[int] | None

@@ -1,4 +1,5 @@
-"""LMDB, one key per image, as LSUN is published: values are image files (LSUN's are WebP or JPEG), or the bytes of square RGB images.
+"""LMDB, one key per image, as LSUN is published: values are image files (LSUN's are WebP or JPEG), or the bytes of
+square RGB images.
 
 The file is read without LMDB itself (see lmdb_pages.py).
 """

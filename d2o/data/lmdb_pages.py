@@ -1,7 +1,8 @@
-"""The keys and values of an LMDB file, found without LMDB: the library trusts what is in the file, and a damaged one ends the process (SIGBUS).
+"""The keys and values of an LMDB file, found without LMDB: the library trusts what is in the file, and a damaged one
+ends the process (SIGBUS).
 
-LMDB 0.9 on 64 bits, as LSUN is published (lmdb.h and mdb.c: MDB_meta, MDB_page, MDB_node), little-endian, one value for each key.
-Pages are numbered from 0; the first two are the heads, of which the one of the later transaction counts.
+LMDB 0.9 on 64 bits, as LSUN is published (lmdb.h and mdb.c: MDB_meta, MDB_page, MDB_node), little-endian, one value for
+each key. Pages are numbered from 0; the first two are the heads, of which the one of the later transaction counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A folder of an object store through fsspec, in the few operations that any of them has: list, read, put whole, remove."""
+"""A folder of an object store through fsspec, in the few operations that any of them has: list, read, put whole,
+remove."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def local_path(path: str | os.PathLike) -> str | None:
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """fsspec's file system for a URL, and the path in it. UserError: an unknown protocol, or its package is not installed."""
+    """fsspec's file system for a URL, and the path in it. UserError: an unknown protocol, or its package is not
+    installed."""
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
@@ -54,14 +56,16 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 class Objects:
-    """The folder `path` of `fs`; names are relative to it. Whatever goes wrong is a UserError that says which step, and what the backend said."""
+    """The folder `path` of `fs`; names are relative to it. Whatever goes wrong is a UserError that says which step, and
+    what the backend said."""
 
     def __init__(self, fs: AbstractFileSystem, path: str, url: str | None = None):
         self.fs, self.path = fs, path.rstrip("/")
         self.url = (url or fs.unstrip_protocol(path)).rstrip("/")
 
     def ls(self, folder: str = "") -> dict[str, dict[str, Any]]:
-        """What is in the folder or in one below it, as fsspec describes it, by name; nothing if there is no such folder."""
+        """What is in the folder or in one below it, as fsspec describes it, by name; nothing if there is no such
+        folder."""
         path = self._at(folder)
         with self._telling(f"read {self.url}/{folder}"):
             found = self._listing(path)
@@ -116,7 +120,8 @@ class Objects:
                 self.fs.rmdir(self._at(folder))
 
     def modified(self, name: str) -> float | None:
-        """When the object was written, in seconds by the store's clock; None when the store does not say, or the object is gone."""
+        """When the object was written, in seconds by the store's clock; None when the store does not say, or the object
+        is gone."""
         try:
             self.fs.invalidate_cache(self._at(name))
             when = self.fs.modified(self._at(name))

@@ -1,4 +1,5 @@
-"""The shards of a pair store: what is in one, how it is written, and how one is recognised that a killed worker left behind."""
+"""The shards of a pair store: what is in one, how it is written, and how one is recognised that a killed worker left
+behind."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from d2o.interop.safetensors_io import load_file
 
 @dataclass
 class Made:
-    """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype, class indices [n] or
-    prompts, and `image` uint8 [n, 3, H, W] if decoded."""
+    """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype,
+    class indices [n] or prompts, and `image` uint8 [n, 3, H, W] if decoded."""
 
     noise: Tensor
     target: Tensor
@@ -39,7 +40,8 @@ def store_folder(path: Any) -> Folder:
 
 
 def open_store(path: str | Path) -> tuple[Folder, dict[str, Any], PairSettings]:
-    """(folder, manifest, settings) of a store, finished or not. UserError: no store there, or its manifest is damaged."""
+    """(folder, manifest, settings) of a store, finished or not. UserError: no store there, or its manifest is
+    damaged."""
     folder = store_folder(path)
     manifest = folder.manifest()
     if manifest is None:
@@ -51,7 +53,8 @@ def open_store(path: str | Path) -> tuple[Folder, dict[str, Any], PairSettings]:
 
 
 def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
-    """The metadata of a shard: what its content depends on, nothing else (not the teacher's path, nor how many pairs follow)."""
+    """The metadata of a shard: what its content depends on, nothing else (not the teacher's path, nor how many pairs
+    follow)."""
     settings, compute = PairSettings.from_manifest(manifest), manifest["compute"]
     made: dict[str, Any] = {"solver": settings.ode.to_dict()}
     made |= {
@@ -81,7 +84,8 @@ def write_shard(folder: Folder, manifest: dict[str, Any], unit: Unit, made: Made
 
 
 def adopt_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[str, Any] | None:
-    """The entry of a shard whose file is there but not recorded (its worker was killed in between); None if missing or not trusted."""
+    """The entry of a shard whose file is there but not recorded (its worker was killed in between); None if missing or
+    not trusted."""
     if folder.size(unit.file) < 0:
         return None
     try:

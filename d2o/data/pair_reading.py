@@ -1,4 +1,5 @@
-"""Reading a shard of a pair store: its bytes are those of the manifest, its tensors those of the settings, its numbers finite."""
+"""Reading a shard of a pair store: its bytes are those of the manifest, its tensors those of the settings, its numbers
+finite."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from d2o.interop.seal import check_against
 ROWS_BYTES = 2**24
 """Bytes of a shard that are looked at at a time."""
 PATIENCE = 3
-"""Looks at a manifest that names another content than a shard has: it may be another worker's that has just been written."""
+"""Looks at a manifest that names another content than a shard has: it may be another worker's that has just been
+written."""
 
 _finite: set[tuple[str, str]] = set()
 
@@ -28,10 +30,12 @@ _finite: set[tuple[str, str]] = set()
 def read_shard(
     folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (mapped) and the record of a shard that the manifest lists as `entry`, with at least the unit's pairs.
+    """The tensors (mapped) and the record of a shard that the manifest lists as `entry`, with at least the unit's
+    pairs.
 
-    All its bytes are read when it is first touched in this process. UserError, with the file and the way to repair it: missing, not the bytes
-    that were written, other tensors than the store's settings say, a value that is not finite (with the first pair that holds one).
+    All its bytes are read when it is first touched in this process. UserError, with the file and the way to repair it:
+    missing, not the bytes that were written, other tensors than the store's settings say, a value that is not finite
+    (with the first pair that holds one).
     """
     path = folder.local(unit.file)
     if not path.exists():
@@ -108,7 +112,8 @@ def _ends_fit(ends: np.ndarray, size: int) -> bool:
 
 
 def first_not_finite(tensors: dict[str, Tensor]) -> int | None:
-    """The first row of targets or noises that holds a NaN or an infinite number. By numpy, since it runs in threads, see `data.stream`."""
+    """The first row of targets or noises that holds a NaN or an infinite number. By numpy, since it runs in threads,
+    see `data.stream`."""
     rows = []
     for name in ("target", "noise"):
         if name in tensors:

@@ -82,7 +82,8 @@ class Shard(Record):
 
 
 class Manifest(Record):
-    """The whole manifest. Nothing that is not named is allowed at its top: a key whose name has changed is missed, not overlooked."""
+    """The whole manifest. Nothing that is not named is allowed at its top: a key whose name has changed is missed, not
+    overlooked."""
 
     model_config = ConfigDict(extra="forbid")
 

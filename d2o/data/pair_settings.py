@@ -31,10 +31,11 @@ REWIRED = "rewired pairs are permuted over the whole store, so that one of anoth
 class PairSettings:
     """What a store holds: `n` pairs with seeds `seed` .. `seed + n - 1`.
 
-    `solver`, `steps`: the teacher's usual ones if None; the options behind them are those of `diffusion.solvers.Solver`. `cfg` 1 is no
-    guidance; `labels` as `draws.label_mode` takes it; `prompts` a file (txt, jsonl, parquet), of which pair i has line (i // per_prompt) mod
-    their number; `rewire` "permute" gives every noise the output of another one (Kang et al. 2024, appendix D: a student learns nothing from
-    it); `dtype` of the targets on disk: fp32, fp16 or bf16; `decode` keeps the images, as uint8, beside the latents.
+    `solver`, `steps`: the teacher's usual ones if None; the options behind them are those of
+    `diffusion.solvers.Solver`. `cfg` 1 is no guidance; `labels` as `draws.label_mode` takes it; `prompts` a file (txt,
+    jsonl, parquet), of which pair i has line (i // per_prompt) mod their number; `rewire` "permute" gives every noise
+    the output of another one (Kang et al. 2024, appendix D: a student learns nothing from it); `dtype` of the targets
+    on disk: fp32, fp16 or bf16; `decode` keeps the images, as uint8, beside the latents.
     """
 
     teacher: str
@@ -62,7 +63,8 @@ class PairSettings:
     def check(self) -> None:
         """UserError: a value out of range. (Whether labels, prompts and solver fit is known only with the teacher.)"""
         check_range(self.n, self.seed)
-        # Which options a solver takes is known once there is one; ddim takes them all but the sde's, which are harmless elsewhere.
+        # Which options a solver takes is known once there is one; ddim takes them all but the sde's, which are harmless
+        # elsewhere.
         (self.ode if self.solver is not None else replace(self.ode, name="ddim")).check()
         for name in ("shard_size", "per_prompt"):
             if getattr(self, name) < 1:
@@ -119,7 +121,8 @@ class PairSettings:
 
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> PairSettings:
-        """The settings that a store was made with; an older one's lack what was the default then and is now. KeyError: not settings."""
+        """The settings that a store was made with; an older one's lack what was the default then and is now. KeyError:
+        not settings."""
         recorded = manifest["settings"]
         return cls(
             **{
@@ -129,7 +132,8 @@ class PairSettings:
         )
 
     def differences(self, other: PairSettings) -> list[str]:
-        """Each setting in which `other` differs from these, as "steps: 18 -> 9". Teachers differ by weights, prompts by content: below."""
+        """Each setting in which `other` differs from these, as "steps: 18 -> 9". Teachers differ by weights, prompts by
+        content: below."""
         names = [field.name for field in fields(self) if field.name not in ("teacher", "prompts")]
         return [
             f"{name}: {getattr(self, name)} -> {getattr(other, name)}"
@@ -138,8 +142,8 @@ class PairSettings:
         ]
 
     def folder(self, precision: str = "fp32") -> Path:
-        """Where the store is unless another place is given: a name made of the (resolved) settings, under runs/pairs. `precision` of the
-        teacher's network."""
+        """Where the store is unless another place is given: a name made of the (resolved) settings, under runs/pairs.
+        `precision` of the teacher's network."""
         words = [short_name(self.teacher), f"{self.solver}{self.steps}"]
         words += [self.spacing] if self.spacing else []
         words += ["x0"] if self.final != "scheduler" else []
@@ -185,7 +189,8 @@ class PairSettings:
         return (np.arange(start, start + n) // self.per_prompt) % count
 
     def sources(self, start: int, n: int) -> np.ndarray:
-        """The pairs whose noise (and label, or prompt) the targets of pairs start .. start + n - 1 were made from: their own, unless rewired."""
+        """The pairs whose noise (and label, or prompt) the targets of pairs start .. start + n - 1 were made from:
+        their own, unless rewired."""
         if self.rewire == "none":
             return np.arange(start, start + n)
         return _permutation(self.n, self.seed)[start : start + n]
@@ -231,7 +236,8 @@ def new_manifest(
     compute: dict[str, Any],
     prompts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a store without any shards yet. `teacher`: name, sha256, licence; `prompts`: path, sha256, count."""
+    """The manifest of a store without any shards yet. `teacher`: name, sha256, licence; `prompts`: path, sha256,
+    count."""
     labels = "text" if spec["condition"] == "text" else label_mode(settings.labels, spec["classes"], teacher["name"])
     record = {
         "format": FORMAT,
@@ -253,7 +259,8 @@ def probe(seed: int, shape: Sequence[int]) -> list[float]:
 
 
 def check_probe(manifest: dict[str, Any], path: str | Path) -> None:
-    """UserError when this torch draws other random numbers than the one that made the store. Rounding (another processor) is no matter."""
+    """UserError when this torch draws other random numbers than the one that made the store. Rounding (another
+    processor) is no matter."""
     settings = PairSettings.from_manifest(manifest)
     now = probe(settings.seed, manifest["spec"]["shape"])
     if not settings.store_noise and not np.allclose(now, manifest["noise_probe"], rtol=0, atol=1e-4):

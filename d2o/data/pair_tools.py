@@ -21,7 +21,8 @@ Progress = Callable[[int, int, str], None]
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
-    """Read everything and compare it with the manifest's checksums. Returns one line per problem, beginning with the shard's name.
+    """Read everything and compare it with the manifest's checksums. Returns one line per problem, beginning with the
+    shard's name.
 
     UserError: no store there, or its manifest is damaged.
     """
@@ -62,9 +63,11 @@ def _problem(folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[s
 
 
 def stats(path: str | Path) -> dict[str, Any]:
-    """What a store, finished or not, holds and took: pairs, bytes, network evaluations, speed by worker, and how its conditions are covered.
+    """What a store, finished or not, holds and took: pairs, bytes, network evaluations, speed by worker, and how its
+    conditions are covered.
 
-    "seconds" and "pairs_per_s" count making and writing, all workers together; they come from `timing/`, which is not part of the store.
+    "seconds" and "pairs_per_s" count making and writing, all workers together; they come from `timing/`, which is not
+    part of the store.
     """
     folder, manifest, settings = open_store(path)
     recorded = folder.recorded()
@@ -118,9 +121,10 @@ def stats(path: str | Path) -> dict[str, Any]:
 def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | None = None) -> int:
     """Join stores into a new one; returns its number of pairs.
 
-    Either parts of one store, made with equal settings (each worker's own share on a machine of its own), or finished stores that differ in
-    their seeds alone and follow each other: seeds 0 .. 999 and 1000 .. 1999. The sources stay. UserError: anything else, told by name;
-    shards that are missing from all parts; shards that two parts hold with different content.
+    Either parts of one store, made with equal settings (each worker's own share on a machine of its own), or finished
+    stores that differ in their seeds alone and follow each other: seeds 0 .. 999 and 1000 .. 1999. The sources stay.
+    UserError: anything else, told by name; shards that are missing from all parts; shards that two parts hold with
+    different content.
     """
     if len(sources) < 2:
         raise UserError(

@@ -1,13 +1,15 @@
 """The pair store: (noise, condition, teacher's output), a folder of `manifest.json` + `shard-00000.safetensors`, ...
 
-A sample is a function of its seed and condition alone. A shard holds `target` [n, C, H, W] in the chosen dtype; `label` int64 [n] or the
-prompts (`prompt_bytes`, `prompt_ends`) where the teacher takes one; `image` uint8 if it was made with --decode; and `noise` [n, C, H, W]
-float32 only if asked for: otherwise readers derive the noise from the seeds again, and the manifest's checksums show whether they got the
-same. Nothing in a shard depends on when, where or in which order it was made.
+A sample is a function of its seed and condition alone. A shard holds `target` [n, C, H, W] in the chosen dtype; `label`
+int64 [n] or the prompts (`prompt_bytes`, `prompt_ends`) where the teacher takes one; `image` uint8 if it was made with
+--decode; and `noise` [n, C, H, W]
+float32 only if asked for: otherwise readers derive the noise from the seeds again, and the manifest's checksums show
+whether they got the same. Nothing in a shard depends on when, where or in which order it was made.
 
-`manifest.json`: "settings" (what was asked for), "teacher" (name, sha256 of the weights, licence), "spec", "prompts" (path, sha256, count),
-"compute" (what the last bits depend on), "noise_probe" (the first numbers of the first noise), "shards" (file, start, n, bytes, sha256,
-noise_sha256). `timing/` is for `d2o pairs --stats`. Making stores is the business of d2o/teachers/generate.py, which can call a teacher.
+`manifest.json`: "settings" (what was asked for), "teacher" (name, sha256 of the weights, licence), "spec", "prompts"
+(path, sha256, count), "compute" (what the last bits depend on), "noise_probe" (the first numbers of the first noise),
+"shards" (file, start, n, bytes, sha256, noise_sha256). `timing/` is for `d2o pairs --stats`. Making stores is the
+business of d2o/teachers/generate.py, which can call a teacher.
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ CACHE_BYTES = 2**30
 
 
 class PairStore:
-    """A finished pair store, for reading at random; `data.stream.PairStream` reads in order. `path`: a folder or any fsspec URL, whose shards
-    are copied into the cache ($D2O_HOME) when they are touched. Threads may share it.
+    """A finished pair store, for reading at random; `data.stream.PairStream` reads in order. `path`: a folder or any
+    fsspec URL, whose shards are copied into the cache ($D2O_HOME) when they are touched. Threads may share it.
 
-    len(store), store[i] -> (noise [C, H, W] float32, class index, prompt or None, target [C, H, W] float32), store.batch(indices) for many.
-    Stores up to `cache_bytes` (noises and targets as float32) are read into memory by the first `batch`; larger ones are memory-mapped.
-    `n`: only the first n pairs, which need be all that is finished. UserError: no store, damaged, unfinished, fewer than n pairs, or made by a
-    torch that draws other noise. A shard that is damaged, or holds a value that is not finite, is refused when it is first touched.
+    len(store), store[i] -> (noise [C, H, W] float32, class index, prompt or None, target [C, H, W] float32),
+    store.batch(indices) for many. Stores up to `cache_bytes` (noises and targets as float32) are read into memory by
+    the first `batch`; larger ones are memory-mapped.
+    `n`: only the first n pairs, which need be all that is finished. UserError: no store, damaged, unfinished, fewer
+    than n pairs, or made by a torch that draws other noise. A shard that is damaged, or holds a value that is not
+    finite, is refused when it is first touched.
     """
 
     def __init__(self, path: str | Path, cache_bytes: int = CACHE_BYTES, n: int | None = None):
@@ -73,7 +77,8 @@ class PairStore:
         return noise[0], condition, target[0]
 
     def batch(self, indices: Sequence[int] | Tensor | np.ndarray) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(noise [k, C, H, W] float32, class indices [k] int64 or None, target [k, C, H, W] float32), in the order of `indices`.
+        """(noise [k, C, H, W] float32, class indices [k] int64 or None, target [k, C, H, W] float32), in the order of
+        `indices`.
 
         Negative indices count from the end. IndexError: out of range.
         """
@@ -81,7 +86,8 @@ class PairStore:
         if not self._fits:
             return self._gather(index)
         if self._cache is None:
-            # As numpy arrays: batches are read by a thread beside the one that computes, where torch would start OpenMP threads of its own.
+            # As numpy arrays: batches are read by a thread beside the one that computes, where torch would start OpenMP
+            # threads of its own.
             self._cache = tuple(None if t is None else t.numpy() for t in self._gather(torch.arange(len(self))))
         noise, labels, target = (None if t is None else torch.from_numpy(t[index.numpy()]) for t in self._cache)
         assert noise is not None and target is not None

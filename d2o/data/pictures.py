@@ -25,7 +25,8 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """`order` of the images (indices), `columns`, and what stands beside rows ("" for none) or else below each image."""
+    """`order` of the images (indices), `columns`, and what stands beside rows ("" for none) or else below each
+    image."""
 
     order: list[int]
     columns: int
@@ -34,8 +35,9 @@ class Layout:
 
 
 def lay_out(n: int, labels: Sequence[int] | None = None, names: Mapping[int, str] | None = None) -> Layout:
-    """How n images are shown best: those of few classes in rows of their own, for which up to an eighth of the images is left out so that all
-    have equally many; else in the order of the classes, each with its name. `names` of the classes (prompts); else "class 3".
+    """How n images are shown best: those of few classes in rows of their own, for which up to an eighth of the images
+    is left out so that all have equally many; else in the order of the classes, each with its name. `names` of the
+    classes (prompts); else "class 3".
     """
     if labels is None:
         return Layout(list(range(n)), columns_for(n))
@@ -51,8 +53,8 @@ def lay_out(n: int, labels: Sequence[int] | None = None, names: Mapping[int, str
 
 
 def columns_for(n: int, whole: bool = False) -> int:
-    """A number of columns that leaves no cell of the last row empty, or as few as can be, and the sheet about as wide as high. `whole`: none
-    is empty, if need be in one column."""
+    """A number of columns that leaves no cell of the last row empty, or as few as can be, and the sheet about as wide
+    as high. `whole`: none is empty, if need be in one column."""
     if whole:
         return max(c for c in range(1, ROWS + 1) if n % c == 0)
     first = math.isqrt(max(n, 1) - 1) + 1
@@ -60,8 +62,8 @@ def columns_for(n: int, whole: bool = False) -> int:
 
 
 def draw_sheet(blocks: Sequence[tuple[str, Tensor]], layout: Layout, heads: Sequence[str] = ()) -> Image.Image:
-    """Blocks side by side, each a title ("" for none) and images uint8 [n, C, H, W] (C 1 or 3) in the layout's order; `heads` stand above the
-    columns. Grey (mode L) if all images are."""
+    """Blocks side by side, each a title ("" for none) and images uint8 [n, C, H, W] (C 1 or 3) in the layout's order;
+    `heads` stand above the columns. Grey (mode L) if all images are."""
     sheets = [np.stack([_enlarged(images[i]) for i in layout.order]) for _, images in blocks]
     if len({sheet.shape[-1] for sheet in sheets}) > 1:
         sheets = [np.broadcast_to(sheet, (*sheet.shape[:-1], 3)) for sheet in sheets]

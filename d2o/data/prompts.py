@@ -1,4 +1,5 @@
-"""Prompt files of any length: .txt (one prompt a line), .jsonl and .parquet, read where they lie. In memory are sixteen bytes a prompt."""
+"""Prompt files of any length: .txt (one prompt a line), .jsonl and .parquet, read where they lie. In memory are sixteen
+bytes a prompt."""
 
 from __future__ import annotations
 
@@ -38,9 +39,11 @@ MAX_GROUP_ROWS = 2**25
 
 
 class Prompts(ABC):
-    """len(prompts), prompts[i] (counted from the end when negative), prompts.many(indices). Threads may share it; it can be pickled.
+    """len(prompts), prompts[i] (counted from the end when negative), prompts.many(indices). Threads may share it; it
+    can be pickled.
 
-    `path` is the file, or None; `sha256` the checksum of its bytes (without a file, of what `pack` makes of the prompts).
+    `path` is the file, or None; `sha256` the checksum of its bytes (without a file, of what `pack` makes of the
+    prompts).
     """
 
     path: Path | None
@@ -74,11 +77,13 @@ class Prompts(ABC):
 
 
 def open_prompts(path: str | os.PathLike) -> Prompts:
-    """A prompt file, checked from beginning to end; an fsspec URL is copied into the cache first ($D2O_HOME), once for each of its versions.
+    """A prompt file, checked from beginning to end; an fsspec URL is copied into the cache first ($D2O_HOME), once for
+    each of its versions.
 
-    .txt is UTF-8 with one prompt a line; the lines of .jsonl and the rows of .parquet have it under "prompt", else "text", else "caption".
-    Nothing is trimmed or changed but a byte order mark and the carriage returns of Windows. UserError: missing, empty, another format, not
-    UTF-8, a blank line that is not the last, a line without a prompt (told by its number); .parquet without pyarrow.
+    .txt is UTF-8 with one prompt a line; the lines of .jsonl and the rows of .parquet have it under "prompt", else
+    "text", else "caption". Nothing is trimmed or changed but a byte order mark and the carriage returns of Windows.
+    UserError: missing, empty, another format, not UTF-8, a blank line that is not the last, a line without a prompt
+    (told by its number); .parquet without pyarrow.
     """
     if (local := local_path(path)) is None:
         local = str(_copied(whole_url(path)))
@@ -240,7 +245,8 @@ class _Table(Prompts):
             self._check(self._values(group), start, rows[group])
 
     def _declared(self) -> list[int]:
-        """The rows of each group. UserError: more than a group has, or texts that would unpack to more than they could."""
+        """The rows of each group. UserError: more than a group has, or texts that would unpack to more than they
+        could."""
         rows = []
         for i in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(i)
@@ -355,7 +361,8 @@ class _Listed(Prompts):
 
 
 def pack(prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as a shard holds them: `prompt_bytes` uint8, all their UTF-8 one after the other, and `prompt_ends` int64 [n], where each ends."""
+    """Prompts as a shard holds them: `prompt_bytes` uint8, all their UTF-8 one after the other, and `prompt_ends` int64
+    [n], where each ends."""
     texts = [_whole_text(prompt, f"prompt {i}").encode() for i, prompt in enumerate(prompts)]
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
     return {

@@ -1,11 +1,13 @@
 """A folder on an object store (s3://, gs://, anything fsspec knows) that any number of workers fill together.
 
-An object store has no locks and no renaming, but it puts an object whole or not at all, and the content of a file is a function of the folder's
+An object store has no locks and no renaming, but it puts an object whole or not at all, and the content of a file is a
+function of the folder's
 settings alone: a file that two workers make is the same file. So claims (d2o/data/claims.py) need only make that rare.
 
-A finished file is recorded by an object `entries/<file without suffix>.json`. `close` writes them all into `manifest.json`, reads it back, and
-only then removes them. Whoever reads looks at the entries first and at the manifest after: what has left the one is in the other. A finished
-folder holds the same bytes as a `WorkFolder` that one worker filled.
+A finished file is recorded by an object `entries/<file without suffix>.json`. `close` writes them all into
+`manifest.json`, reads it back, and only then removes them. Whoever reads looks at the entries first and at the manifest
+after: what has left the one is in the other. A finished folder holds the same bytes as a `WorkFolder` that one worker
+filled.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ IDENTITY = ("size", "ETag", "etag", "mtime", "created", "LastModified")
 
 
 def open_folder(path: str | os.PathLike, kind: str, entries: str) -> WorkFolder | RemoteFolder:
-    """The folder at a path or file:// (a WorkFolder), or at any other fsspec URL (a RemoteFolder). Nothing is read or written yet.
+    """The folder at a path or file:// (a WorkFolder), or at any other fsspec URL (a RemoteFolder). Nothing is read or
+    written yet.
 
     UserError: an unknown protocol, or one whose Python package is not installed.
     """
@@ -53,8 +56,8 @@ def open_folder(path: str | os.PathLike, kind: str, entries: str) -> WorkFolder 
 class RemoteFolder(Folder):
     """The folder `path` of `fs`, which must put files whole. Threads may share it.
 
-    `beat`, `expiry`, `settle`: seconds, of the claims; `poll`: seconds between two looks when all that is left is claimed; `cache`: where
-    `local` keeps what it fetched, by default `shards/` in d2o's home ($D2O_HOME).
+    `beat`, `expiry`, `settle`: seconds, of the claims; `poll`: seconds between two looks when all that is left is
+    claimed; `cache`: where `local` keeps what it fetched, by default `shards/` in d2o's home ($D2O_HOME).
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class RemoteFolder(Folder):
         return record
 
     def open(self, record: dict[str, Any]) -> dict[str, Any]:
-        # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any other file.
+        # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any other
+        # file.
         names = set(self.objects.ls())
         manifest = self.manifest()
         if manifest is None:
@@ -111,7 +115,8 @@ class RemoteFolder(Folder):
             self._recorded[entry["file"]] = entry
 
     def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        """Without a lock: of workers that change it at the same moment the last one's change stays, and the others see that it does."""
+        """Without a lock: of workers that change it at the same moment the last one's change stays, and the others see
+        that it does."""
         manifest = self.present()
         while (wanted := how(manifest)) != manifest:
             self.objects.put(MANIFEST, dump(wanted).encode())
@@ -135,7 +140,8 @@ class RemoteFolder(Folder):
         self.claims.clear()
 
     def _stored_manifest(self) -> dict[str, Any] | None:
-        """`manifest.json` alone. Read twice before it is called damaged, for file systems that do not put it all at once."""
+        """`manifest.json` alone. Read twice before it is called damaged, for file systems that do not put it all at
+        once."""
         if (data := self.objects.read(MANIFEST)) is None:
             return None
         with contextlib.suppress(UserError):
@@ -166,7 +172,8 @@ class RemoteFolder(Folder):
         return self.claims.claim(name)
 
     def order(self, units: list[Unit]) -> list[Unit]:
-        """From a place of this worker's own onward, so that many workers that start together do not fight for the first unit."""
+        """From a place of this worker's own onward, so that many workers that start together do not fight for the first
+        unit."""
         first = int(random.Random(self.claims.worker).random() * len(units))
         return units[first:] + units[:first]
 
@@ -179,7 +186,8 @@ class RemoteFolder(Folder):
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def local(self, file: str) -> Path:
-        """Fetched once: the copy is kept under the content's checksum. A file that is not recorded is fetched each time."""
+        """Fetched once: the copy is kept under the content's checksum. A file that is not recorded is fetched each
+        time."""
         if file not in self._recorded:
             self.manifest()
         entry = self._recorded.get(file, {})
@@ -226,7 +234,8 @@ class RemoteFolder(Folder):
 
 
 def _settings(record: dict[str, Any], entries: str) -> dict[str, Any]:
-    """The manifest without its list of files: what does not change while the folder is filled, but for the number of samples, which may grow."""
+    """The manifest without its list of files: what does not change while the folder is filled, but for the number of
+    samples, which may grow."""
     rest = {name: value for name, value in record.items() if name != entries}
     return {**rest, "settings": {**rest["settings"], "n": None}} if isinstance(rest.get("settings"), dict) else rest
 

@@ -1,14 +1,15 @@
 """Which layout a path has, and the list it stands for: images with their labels, whatever holds them.
 
-Accepted: a folder, a zip, a WebDataset tar or its shards, an LMDB, an npz, CIFAR-10 as its authors packed it, and scikit-learn's digits as
-`real:digits`. Labels, in this order:
-1. `dataset.json` as EDM writes it: {"labels": [["00000/img00000000.png", 6], ...]}, or {"labels": null} for an unlabelled set;
+Accepted: a folder, a zip, a WebDataset tar or its shards, an LMDB, an npz, CIFAR-10 as its authors packed it, and
+scikit-learn's digits as `real:digits`. Labels, in this order:
+1. `dataset.json` as EDM writes it: {"labels": [["00000/img00000000.png", 6], ...]}, or {"labels": null} for an
+   unlabelled set;
 2. in a tar, a `key.cls` (a number) or `key.json` (its "label") beside `key.png`;
 3. sub-folders: each is a class, numbered in plain order of the names.
 An archive of a folder is read like the folder: one directory that holds everything else is looked through.
 
-Images are in plain (not numeric: "10" < "9") order of their paths without suffix, so that the set does not depend on the container
-or the file system.
+Images are in plain (not numeric: "10" < "9") order of their paths without suffix, so that the set does not depend on
+the container or the file system.
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ class Files(Source):
     def _from_fields(
         self, images: list[Member], fields: dict[str, Member], used: set[str], problems: dict[int, str]
     ) -> list[Any] | None:
-        """Labels of a WebDataset: a sample's key is its path up to the first dot of the file's name (or the last one, if that fits)."""
+        """Labels of a WebDataset: a sample's key is its path up to the first dot of the file's name (or the last one,
+        if that fits)."""
         stems: set[str] = set()
         plain = {posixpath.splitext(member.name)[0] for member in images}
         found: list[Any] = []
@@ -248,7 +250,8 @@ class LatentFiles(Files):
 
 
 def open_source(path: str) -> Source:
-    """The images `path` stands for. Raises UserError for a path that is none of `LAYOUTS`; `MissingImages` if nothing is there."""
+    """The images `path` stands for. Raises UserError for a path that is none of `LAYOUTS`; `MissingImages` if nothing
+    is there."""
     if path.startswith("real:"):
         if path not in REAL:
             raise unknown("real image set", path, REAL)

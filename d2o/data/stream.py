@@ -1,9 +1,10 @@
 """Pairs in shuffled order for training, from stores of any size in bounded memory.
 
-The order of an epoch is a block shuffle: the shards are permuted and taken `buffer` at a time; the pairs of such a group are permuted among
-themselves. It is cut into global batches of world * batch pairs, of which each rank takes its slice: any division of the same global batch
-among ranks gives the same pairs. The order depends on (seed, epoch, buffer) and the store alone, by way of random bits that numpy keeps the same
-in all its versions, and any place in it is reached without reading what comes before.
+The order of an epoch is a block shuffle: the shards are permuted and taken `buffer` at a time; the pairs of such a
+group are permuted among themselves. It is cut into global batches of world * batch pairs, of which each rank takes its
+slice: any division of the same global batch among ranks gives the same pairs. The order depends on (seed, epoch,
+buffer) and the store alone, by way of random bits that numpy keeps the same in all its versions, and any place in it is
+reached without reading what comes before.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Batch(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """What to read of a group: its shards, whose first pair has `place` in the order of the epoch, without the first `skip` pairs."""
+    """What to read of a group: its shards, whose first pair has `place` in the order of the epoch, without the first
+    `skip` pairs."""
 
     epoch: int
     number: int
@@ -61,7 +63,8 @@ class _Wanted(NamedTuple):
 
 @dataclass
 class _Rows:
-    """This rank's pairs of one group, in their order: a column for each tensor of the shards, as it is on the disk; prompts packed."""
+    """This rank's pairs of one group, in their order: a column for each tensor of the shards, as it is on the disk;
+    prompts packed."""
 
     seeds: np.ndarray
     columns: dict[str, np.ndarray]
@@ -70,13 +73,17 @@ class _Rows:
 
 
 class PairStream:
-    """`for noise, labels, target, prompts in stream` gives the rest of the present epoch; the next such loop gives the next epoch.
+    """`for noise, labels, target, prompts in stream` gives the rest of the present epoch; the next such loop gives the
+    next epoch.
 
-    `batch`: pairs in a batch of this rank. `buffer`: shards in a group; this rank's part of one group, and of the next while it is fetched, is
-    in memory. `drop_last`: leave out the pairs of an epoch that fill no global batch; else they come in a smaller last one, cut evenly (ranks
-    may get none). `prefetch`: batches made in advance in a thread, beside another that fetches the next group; 0: no threads.
+    `batch`: pairs in a batch of this rank. `buffer`: shards in a group; this rank's part of one group, and of the next
+    while it is fetched, is
+    in memory. `drop_last`: leave out the pairs of an epoch that fill no global batch; else they come in a smaller last
+    one, cut evenly (ranks may get none). `prefetch`: batches made in advance in a thread, beside another that fetches
+    the next group; 0: no threads.
 
-    `position` is (epoch, index) of the next batch; `seek` goes there. `close()`, or leaving a `with` block, ends the threads.
+    `position` is (epoch, index) of the next batch; `seek` goes there. `close()`, or leaving a `with` block, ends the
+    threads.
     UserError: numbers out of range; a store smaller than one global batch.
     """
 
@@ -277,12 +284,14 @@ class PairStream:
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0 .. n - 1 that is a function of n and `key`. (numpy promises the raw bits, not what `permutation` makes of them.)"""
+    """A permutation of 0 .. n - 1 that is a function of n and `key`. (numpy promises the raw bits, not what
+    `permutation` makes of them.)"""
     return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable")
 
 
 def draw_noise(seeds: list[int], out: Tensor) -> None:
-    """`diffusion.noise.noise_for_seeds(seeds, out.shape[1:])` into `out`, at about 3 us a pair of 4x8x8 where that takes 5."""
+    """`diffusion.noise.noise_for_seeds(seeds, out.shape[1:])` into `out`, at about 3 us a pair of 4x8x8 where that
+    takes 5."""
     generator = torch.Generator()
     for seed, row in zip(seeds, out.unbind(0)):
         generator.manual_seed(seed % 2**32)

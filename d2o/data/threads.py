@@ -21,7 +21,8 @@ def _workers() -> int:
 
 
 def map_threads(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """[function(item) for item in items] on the threads all sets share, in pieces, because an item may take only microseconds."""
+    """[function(item) for item in items] on the threads all sets share, in pieces, because an item may take only
+    microseconds."""
     global _pool
     items = list(items)
     if len(items) < 4:

@@ -1,7 +1,9 @@
-"""A folder on a disk that any number of processes fill together without talking to each other: pair shards, parts of a sample archive.
+"""A folder on a disk that any number of processes fill together without talking to each other: pair shards, parts of a
+sample archive.
 
-`manifest.json` lists the finished files. A file is claimed by locking `.locks/<file>.lock`; the kernel frees the lock of a killed process,
-so its file is taken over. Every write of the manifest happens under `.locks/manifest.lock` and is atomic. When all is done, `.locks` goes.
+`manifest.json` lists the finished files. A file is claimed by locking `.locks/<file>.lock`; the kernel frees the lock
+of a killed process, so its file is taken over. Every write of the manifest happens under `.locks/manifest.lock` and is
+atomic. When all is done, `.locks` goes.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class WorkFolder(Folder):
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; expected a folder", "choose another --out")
         if self.path.is_dir():
-            # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any other file.
+            # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any
+            # other file.
             foreign = [
                 p.name for p in self.path.iterdir() if p.name not in (LOCKS, TIMING) and not _is_temporary(p, MANIFEST)
             ]
@@ -148,11 +151,13 @@ def fill(
     stop: StopFlag | None = None,
     adopt: Callable[[Unit], dict[str, Any] | None] = lambda unit: None,
 ) -> bool:
-    """Make every unit that nobody has made or is making: True when all are finished, False when `stop` was set (what was begun is written).
+    """Make every unit that nobody has made or is making: True when all are finished, False when `stop` was set (what
+    was begun is written).
 
-    `make(unit, done)` runs here and gives what to write, or None when it saw `stop`; `done` counts the samples that exist so far.
-    `write(unit, payload)` runs in a second thread, at most `BEHIND` units behind, and returns the manifest's entry.
-    `adopt(unit)` returns the entry of a unit whose file is complete but was not recorded (its worker was killed in between), or None.
+    `make(unit, done)` runs here and gives what to write, or None when it saw `stop`; `done` counts the samples that
+    exist so far. `write(unit, payload)` runs in a second thread, at most `BEHIND` units behind, and returns the
+    manifest's entry. `adopt(unit)` returns the entry of a unit whose file is complete but was not recorded (its worker
+    was killed in between), or None.
     """
     writing: deque[tuple[Unit, Future[None]]] = deque()
 
@@ -203,10 +208,12 @@ def fill(
 
 
 class Ahead(Iterator[B], Generic[A, B]):
-    """function(argument) for each in order; the next `depth` are computed in a thread while the caller uses the present one.
+    """function(argument) for each in order; the next `depth` are computed in a thread while the caller uses the present
+    one.
 
-    Depth 0 computes each one when it is asked for, without a thread. `close` waits for the thread's end. One that is only dropped does not wait: the
-    garbage collector may come by in the middle of anything, such as the start of another thread, and waiting there can be for ever.
+    Depth 0 computes each one when it is asked for, without a thread. `close` waits for the thread's end. One that is
+    only dropped does not wait: the garbage collector may come by in the middle of anything, such as the start of
+    another thread, and waiting there can be for ever.
     """
 
     def __init__(self, function: Callable[[A], B], arguments: Iterable[A], depth: int = 1):

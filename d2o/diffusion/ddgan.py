@@ -1,7 +1,8 @@
-"""The forward process of denoising diffusion GANs: a VP process cut into K large steps, and the Gaussian posterior of one step.
+"""The forward process of denoising diffusion GANs: a VP process cut into K large steps, and the Gaussian posterior of
+one step.
 
-Xiao, Kreis & Vahdat 2022 ("Tackling the generative learning trilemma with denoising diffusion GANs"), section 3 and appendix; the noise levels
-are those of the authors' code.
+Xiao, Kreis & Vahdat 2022 ("Tackling the generative learning trilemma with denoising diffusion GANs"), section 3 and
+appendix; the noise levels are those of the authors' code.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ LOG_VARIANCE_MIN = -46.051701859880914
 
 
 class DDGANProcess:
-    """x_t = A_t x_0 + S_t n for t = 0 .. K; t = 0 is the data but for 1e-4 of noise, t = K is noise but for 0.7 % of the data.
+    """x_t = A_t x_0 + S_t n for t = 0 .. K; t = 0 is the data but for 1e-4 of noise, t = K is noise but for 0.7 % of
+    the data.
 
-    On the grid s_i = 1e-3 + (1 - 1e-3) i / K, log mean coefficient -s^2 (20 - 0.1) / 4 - 0.1 s / 2. `A`, `S`, `a`, `b` are float64 tables
-    [K + 1]: a step i multiplies by a_i = sqrt(1 - b_i) and adds variance b_i; A_i is the product of a_0 .. a_i. Networks are told the step t of
-    0 .. K - 1, which leads from x_{t+1} to x_t. Methods take t [B] int64 and images [B, ...] and compute in the images' type.
+    On the grid s_i = 1e-3 + (1 - 1e-3) i / K, log mean coefficient -s^2 (20 - 0.1) / 4 - 0.1 s / 2. `A`, `S`, `a`, `b`
+    are float64 tables [K + 1]: a step i multiplies by a_i = sqrt(1 - b_i) and adds variance b_i; A_i is the product of
+    a_0 .. a_i. Networks are told the step t of 0 .. K - 1, which leads from x_{t+1} to x_t. Methods take t [B] int64
+    and images [B, ...] and compute in the images' type.
     """
 
     def __init__(self, steps: int):
@@ -35,7 +38,8 @@ class DDGANProcess:
         self.a = (1 - self.b).sqrt()
         self.A = self.a.cumprod(0)
         self.S = (1 - self.A**2).sqrt()
-        # Of the posterior q(x_t | x_{t+1}, x_0); the bars are products from the first step on, without a_0, so that step 0 ends at x_0 itself.
+        # Of the posterior q(x_t | x_{t+1}, x_0); the bars are products from the first step on, without a_0, so that
+        # step 0 ends at x_0 itself.
         bar = torch.exp(2 * (log_mean - log_mean[0]))
         rest = -torch.expm1(2 * (log_mean - log_mean[0]))
         beta = self.b[1:]
@@ -51,7 +55,8 @@ class DDGANProcess:
         return x_t, self.at("a", t + 1, x0) * x_t + self.at("root_b", t + 1, x0) * n2
 
     def posterior(self, x0: Tensor, x_next: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_{t+1}, x_0), reparameterised (differentiable in x_0); at t = 0 it is x_0, and the noise is not used."""
+        """x_t ~ q(x_t | x_{t+1}, x_0), reparameterised (differentiable in x_0); at t = 0 it is x_0, and the noise is
+        not used."""
         return (
             self.at("from_x0", t, x0) * x0 + self.at("from_next", t, x0) * x_next + self.at("deviation", t, x0) * noise
         )

@@ -1,4 +1,5 @@
-"""Per-sample noise: a sample is a function of its seed alone, never of the batch, shard, rank or device it is computed in."""
+"""Per-sample noise: a sample is a function of its seed alone, never of the batch, shard, rank or device it is computed
+in."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from torch import Tensor
 
 
 def noise_for_seeds(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [n, *shape], float32 on the CPU, one generator per seed (EDM's convention: seed mod 2^32)."""
+    """Standard normal noise [n, *shape], float32 on the CPU, one generator per seed (EDM's convention: seed mod
+    2^32)."""
     return noise_and_labels(seeds, shape, 0)[0]
 
 
 def noise_and_labels(seeds: Iterable[int], shape: Sequence[int], classes: int) -> tuple[Tensor, Tensor]:
-    """Noise [n, *shape] and, drawn after it from the same generator as EDM does, uniform class indices [n] int64 (zeros if classes is 0)."""
+    """Noise [n, *shape] and, drawn after it from the same generator as EDM does, uniform class indices [n] int64 (zeros
+    if classes is 0)."""
     seeds = list(seeds)
     noise = torch.empty(len(seeds), *shape)
     labels = torch.zeros(len(seeds), dtype=torch.int64)
@@ -28,8 +31,8 @@ def noise_and_labels(seeds: Iterable[int], shape: Sequence[int], classes: int) -
 
 
 class StepNoise:
-    """Fresh noise for the steps of a stochastic solver, float64 [n, *shape]: every sample's own generator goes on after the start noise (and,
-    with `classes`, after the label), as EDM's sampler does. Calling it draws the next."""
+    """Fresh noise for the steps of a stochastic solver, float64 [n, *shape]: every sample's own generator goes on after
+    the start noise (and, with `classes`, after the label), as EDM's sampler does. Calling it draws the next."""
 
     def __init__(self, seeds: Iterable[int], shape: Sequence[int], classes: int = 0):
         self.shape = tuple(shape)

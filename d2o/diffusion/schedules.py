@@ -1,4 +1,5 @@
-"""Noise levels: schedules t -> (alpha_t, sigma_t) with x_t = alpha_t x_0 + sigma_t eps, and the time steps that solvers take through them."""
+"""Noise levels: schedules t -> (alpha_t, sigma_t) with x_t = alpha_t x_0 + sigma_t eps, and the time steps that solvers
+take through them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ FINALS = ("scheduler", "x0")
 
 @dataclass(frozen=True)
 class Grid:
-    """The points a solver visits, float64 [N + 1] on the CPU: x goes from point 0 (noise) to point N, the network is called at t[:-1] only.
+    """The points a solver visits, float64 [N + 1] on the CPU: x goes from point 0 (noise) to point N, the network is
+    called at t[:-1] only.
 
     `start`: the solver begins with x = start * standard normal noise.
     """
@@ -41,7 +43,8 @@ class Schedule(Protocol):
 
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """sigma_0 = sigma_max > ... > sigma_{steps-1} = sigma_min > sigma_steps = 0, float64 [steps + 1] (Karras et al. 2022, eq. 5).
+    """sigma_0 = sigma_max > ... > sigma_{steps-1} = sigma_min > sigma_steps = 0, float64 [steps + 1] (Karras et al.
+    2022, eq. 5).
 
     With one step only sigma_max and 0 remain. ValueError: steps < 1 or not 0 < sigma_min < sigma_max.
     """
@@ -59,8 +62,8 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
 class EDMSchedule:
     """Variance exploding with t = sigma: alpha_t = 1, sigma_t = t (Karras et al. 2022, section 3).
 
-    Sampling runs over [max(0.002, sigma_min), min(80, sigma_max)] (their Algorithm 1 with Table 1); `round_sigma` takes a noise level to the
-    nearest that the network was trained on.
+    Sampling runs over [max(0.002, sigma_min), min(80, sigma_max)] (their Algorithm 1 with Table 1); `round_sigma` takes
+    a noise level to the nearest that the network was trained on.
     """
 
     sigma_min: float = 0.002
@@ -87,10 +90,12 @@ class EDMSchedule:
 
 @dataclass(frozen=True)
 class DiscreteSchedule:
-    """Variance preserving on integer time steps: alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) (Ho et al. 2020; Song et al. 2021, DDIM).
+    """Variance preserving on integer time steps: alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) (Ho et al. 2020;
+    Song et al. 2021, DDIM).
 
-    `alphas_cumprod` float64 [T] is abar. `spacing` of the solver's steps and `offset` as in the teacher's own scheduler; `final_alpha` is the
-    abar that the last step goes to (abar_0 for Stable Diffusion: a little noise stays; 1 gives the prediction of x_0 itself).
+    `alphas_cumprod` float64 [T] is abar. `spacing` of the solver's steps and `offset` as in the teacher's own
+    scheduler; `final_alpha` is the abar that the last step goes to (abar_0 for Stable Diffusion: a little noise stays;
+    1 gives the prediction of x_0 itself).
     """
 
     alphas_cumprod: Tensor
@@ -108,7 +113,8 @@ class DiscreteSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DiscreteSchedule:
-        """From the configuration of a diffusers scheduler. UserError: betas or a rescaling that this schedule does not have."""
+        """From the configuration of a diffusers scheduler. UserError: betas or a rescaling that this schedule does not
+        have."""
         steps, low, high = (
             config.get("num_train_timesteps", 1000),
             config.get("beta_start", 1e-4),
@@ -147,11 +153,12 @@ class DiscreteSchedule:
         return self.alphas_cumprod.to(t.device, non_blocking=True)[t.round().long()]  # nothing waits for the device
 
     def grid(self, steps: int, spacing: str | None = None, final: str = "scheduler") -> Grid:
-        """`spacing` "leading", "trailing" or "linspace" (default: the teacher's own); `final` "scheduler" or "x0": the last step goes to the
-        prediction of x_0 itself. UserError: unknown, or more steps than the training had.
+        """`spacing` "leading", "trailing" or "linspace" (default: the teacher's own); `final` "scheduler" or "x0": the
+        last step goes to the prediction of x_0 itself. UserError: unknown, or more steps than the training had.
 
-        Steps go from each time to the next. diffusers' DDIMScheduler goes T // steps down instead: the same for "leading", and for "trailing"
-        where steps divide T; elsewhere it lands beside the time that it calls the network at next.
+        Steps go from each time to the next. diffusers' DDIMScheduler goes T // steps down instead: the same for
+        "leading", and for "trailing" where steps divide T; elsewhere it lands beside the time that it calls the network
+        at next.
         """
         spacing = spacing or self.spacing
         total = len(self.alphas_cumprod)
@@ -178,7 +185,8 @@ class DiscreteSchedule:
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """Rectified flow: x_t = (1 - t) x_0 + t eps, t in [0, 1] (Liu et al. 2022; Esser et al. 2024, eq. 13 and 23 for the shift)."""
+    """Rectified flow: x_t = (1 - t) x_0 + t eps, t in [0, 1] (Liu et al. 2022; Esser et al. 2024, eq. 13 and 23 for the
+    shift)."""
 
     shift: float = 1.0
     train_steps: int = 1000
@@ -190,8 +198,8 @@ class FlowSchedule:
         return t
 
     def grid(self, steps: int, spacing: str | None = None, final: str = "scheduler") -> Grid:
-        """Times from 1 down to 0, shifted towards the noise. diffusers' scheduler applies the shift to a range whose low end is shifted
-        already; so do we, to give the same samples. UserError: a `spacing`, or steps < 1."""
+        """Times from 1 down to 0, shifted towards the noise. diffusers' scheduler applies the shift to a range whose
+        low end is shifted already; so do we, to give the same samples. UserError: a `spacing`, or steps < 1."""
         if spacing is not None:
             raise UserError(f"spacing {spacing!r}: a flow-matching teacher takes its own steps", "leave --spacing away")
         if steps < 1:

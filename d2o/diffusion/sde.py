@@ -1,6 +1,8 @@
-"""Forward processes in continuous time, t in [0, 1]: the VP, VE and sub-VP SDEs dx = f(t) x dt + g(t) dw with their marginals in closed form.
+"""Forward processes in continuous time, t in [0, 1]: the VP, VE and sub-VP SDEs dx = f(t) x dt + g(t) dw with their
+marginals in closed form.
 
-Song et al. 2021 ("Score-based generative modeling through SDEs"), section 3.4 and appendix B: x_t = alpha_t x_0 + sigma_t eps.
+Song et al. 2021 ("Score-based generative modeling through SDEs"), section 3.4 and appendix B: x_t = alpha_t x_0 +
+sigma_t eps.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from d2o.errors import unknown
 
 
 class ForwardSDE(Protocol):
-    """`alpha`, `sigma`: mean coefficient and standard deviation of x_t given x_0; `drift` f and `diffusion` g, all of t [B] (or any shape)."""
+    """`alpha`, `sigma`: mean coefficient and standard deviation of x_t given x_0; `drift` f and `diffusion` g, all of t
+    [B] (or any shape)."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
 
@@ -29,7 +32,8 @@ class ForwardSDE(Protocol):
 
 @dataclass(frozen=True)
 class VP:
-    """Variance preserving: beta(t) = beta_min + t (beta_max - beta_min), f = -beta / 2, g = sqrt(beta); alpha^2 + sigma^2 = 1 (eq. 11, 29)."""
+    """Variance preserving: beta(t) = beta_min + t (beta_max - beta_min), f = -beta / 2, g = sqrt(beta); alpha^2 +
+    sigma^2 = 1 (eq. 11, 29)."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -56,7 +60,8 @@ class VP:
 
 @dataclass(frozen=True)
 class SubVP(VP):
-    """sub-VP: the same mean as VP, with less noise: sigma = 1 - exp(-integral) and g = sqrt(beta (1 - exp(-2 integral))) (eq. 12, 29)."""
+    """sub-VP: the same mean as VP, with less noise: sigma = 1 - exp(-integral) and g = sqrt(beta (1 - exp(-2
+    integral))) (eq. 12, 29)."""
 
     def sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self.integral(t))
@@ -67,7 +72,8 @@ class SubVP(VP):
 
 @dataclass(frozen=True)
 class VE:
-    """Variance exploding: f = 0, g = s(t) sqrt(2 ln(sigma_max / sigma_min)) with s(t) = sigma_min (sigma_max / sigma_min)^t (eq. 9, 29, 30).
+    """Variance exploding: f = 0, g = s(t) sqrt(2 ln(sigma_max / sigma_min)) with s(t) = sigma_min (sigma_max /
+    sigma_min)^t (eq. 9, 29, 30).
 
     sigma_t = sqrt(s(t)^2 - sigma_min^2), so that x_0 is the data itself.
     """

@@ -1,7 +1,8 @@
 """Solvers of the probability-flow ODE, for any schedule x_t = alpha_t x_0 + sigma_t eps.
 
-With the denoiser D(x; t) = E[x_0 | x_t] and eps(x; t) = (x - alpha D) / sigma, the ODE reads dx = D dalpha + eps dsigma (Song et al. 2021,
-eq. 13; Karras et al. 2022, eq. 4; for alpha = 1 their eq. 1). One Euler step of it, x' = alpha' D + sigma' eps, is DDIM's step.
+With the denoiser D(x; t) = E[x_0 | x_t] and eps(x; t) = (x - alpha D) / sigma, the ODE reads dx = D dalpha + eps dsigma
+(Song et al. 2021, eq. 13; Karras et al. 2022, eq. 4; for alpha = 1 their eq. 1). One Euler step of it, x' = alpha' D +
+sigma' eps, is DDIM's step.
 
 The state is float64; the network is given float32. Time steps are plain numbers: nothing waits for the device.
 """
@@ -58,7 +59,8 @@ def euler(denoise: Denoise, x: Tensor, grid: Grid) -> Tensor:
 
 
 def heun(denoise: Denoise, x: Tensor, grid: Grid) -> Tensor:
-    """Second order (the trapezoidal rule for D dalpha + eps dsigma), Euler on the last step: Karras et al. 2022, Algorithm 1."""
+    """Second order (the trapezoidal rule for D dalpha + eps dsigma), Euler on the last step: Karras et al. 2022,
+    Algorithm 1."""
     x, points = x.to(torch.float64), _points(grid)
     for i, ((t, a, s), (t_next, a_next, s_next)) in enumerate(pairwise(points)):
         d = _call(denoise, x, t)
@@ -90,7 +92,8 @@ def ddim(denoise: Denoise, x: Tensor, grid: Grid, eta: float = 0.0, randn: Randn
 def dpmpp(denoise: Denoise, x: Tensor, grid: Grid) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: second order with one network call a step.
 
-    The first step is of first order; so is the last where it goes to sigma 0, or in fewer than 15 steps (diffusers' rule).
+    The first step is of first order; so is the last where it goes to sigma 0, or in fewer than 15 steps (diffusers'
+    rule).
     """
     x, points = x.to(torch.float64), _points(grid)
     before: tuple[Tensor, float] | None = None
@@ -123,7 +126,8 @@ def sde(
     s_max: float,
     s_noise: float,
 ) -> Tensor:
-    """EDM's stochastic sampler, Karras et al. 2022, Algorithm 2: before every Heun step the noise level is raised by fresh noise."""
+    """EDM's stochastic sampler, Karras et al. 2022, Algorithm 2: before every Heun step the noise level is raised by
+    fresh noise."""
     x, sigmas = x.to(torch.float64), grid.sigma.tolist()
     most = min(churn / grid.steps, math.sqrt(2) - 1)
     for i, (s, s_next) in enumerate(pairwise(sigmas)):
@@ -145,8 +149,9 @@ PLAIN = {"heun": heun, "euler": euler, "dpmpp": dpmpp}
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver and everything that its result depends on. `spacing` and `final` as the schedules take them; `eta` is ddim's; the last four
-    are the sde's (Karras et al. 2022, Table 5, ImageNet-64; their churn for CIFAR pairs is not published)."""
+    """A solver and everything that its result depends on. `spacing` and `final` as the schedules take them; `eta` is
+    ddim's; the last four are the sde's (Karras et al. 2022, Table 5, ImageNet-64; their churn for CIFAR pairs is not
+    published)."""
 
     name: str = "heun"
     steps: int = 18
@@ -159,7 +164,8 @@ class Solver:
     s_noise: float = 1.003
 
     def check(self) -> None:
-        """UserError: unknown name, spacing or final (with the known ones), a number out of range, `eta` for another solver than ddim."""
+        """UserError: unknown name, spacing or final (with the known ones), a number out of range, `eta` for another
+        solver than ddim."""
         if self.name not in SOLVERS:
             raise unknown("solver", self.name, SOLVERS)
         if self.steps < 1:
@@ -178,8 +184,9 @@ class Solver:
 
     @property
     def nfe(self) -> int:
-        """Denoiser evaluations per sample as the papers count them: 2 steps - 1 for Heun (also stochastic), else steps. A guided evaluation
-        counts once here (Kang et al. 2024, Table A1), though the network runs twice: see `forwards`."""
+        """Denoiser evaluations per sample as the papers count them: 2 steps - 1 for Heun (also stochastic), else steps.
+        A guided evaluation counts once here (Kang et al. 2024, Table A1), though the network runs twice: see
+        `forwards`."""
         return 2 * self.steps - 1 if self.name in ("heun", "sde") else self.steps
 
     def forwards(self, cfg: float = 1.0) -> int:
@@ -202,7 +209,8 @@ class Solver:
         return schedule.grid(self.steps, self.spacing, self.final)
 
     def run(self, denoise: Denoise, noise: Tensor, schedule: Schedule, randn: Randn | None = None) -> Tensor:
-        """Standard normal noise [B, ...] -> x at the schedule's end, float64. UserError: as `check`, or a schedule that it does not fit."""
+        """Standard normal noise [B, ...] -> x at the schedule's end, float64. UserError: as `check`, or a schedule that
+        it does not fit."""
         grid = self.grid(schedule)
         x = noise.to(torch.float64) * grid.start
         if self.stochastic and randn is None:

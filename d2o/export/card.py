@@ -1,4 +1,5 @@
-"""A model card in Hugging Face format beside an exported file. It says what the checkpoint's metadata says, and what that does not say."""
+"""A model card in Hugging Face format beside an exported file. It says what the checkpoint's metadata says, and what
+that does not say."""
 
 from __future__ import annotations
 

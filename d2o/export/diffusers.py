@@ -1,4 +1,5 @@
-"""A text-to-image teacher as a diffusers folder: what `StableDiffusionPipeline.from_pretrained` reads, with a model card."""
+"""A text-to-image teacher as a diffusers folder: what `StableDiffusionPipeline.from_pretrained` reads, with a model
+card."""
 
 from __future__ import annotations
 
@@ -32,11 +33,13 @@ PROMPTS = ("", "a photo of a dog")  # any text is a prompt; what the model makes
 def write_diffusers(
     checkpoint: str | Path, target: Path, dtype: str, check_n: int, tolerance: float, force: bool
 ) -> tuple[Parity, dict[str, Any], bool]:
-    """Write `checkpoint` (a run folder or .safetensors of method latent-diffusion) as the folder `target`, weights in `dtype`.
+    """Write `checkpoint` (a run folder or .safetensors of method latent-diffusion) as the folder `target`, weights in
+    `dtype`.
 
-    The folder is read back by diffusers and compared in float32; it appears whole or not at all. Returns the comparison, the checkpoint's
-    metadata, and whether the same folder was there already. UserError: another kind of checkpoint, values that `dtype` cannot hold, a
-    difference above `tolerance`, or something else of that name (`force` replaces a diffusers folder, never anything else).
+    The folder is read back by diffusers and compared in float32; it appears whole or not at all. Returns the
+    comparison, the checkpoint's metadata, and whether the same folder was there already. UserError: another kind of
+    checkpoint, values that `dtype` cannot hold, a difference above `tolerance`, or something else of that name (`force`
+    replaces a diffusers folder, never anything else).
     """
     path = resolve_checkpoint(checkpoint)
     model, meta = load_text_to_image(path)
@@ -108,7 +111,8 @@ def _save(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
 
 
 def open_pipeline(folder: Path) -> Any:
-    """The folder as diffusers' StableDiffusionPipeline, in float32, without a word about progress or missing accelerators."""
+    """The folder as diffusers' StableDiffusionPipeline, in float32, without a word about progress or missing
+    accelerators."""
     with quiet():
         import diffusers
 
@@ -117,7 +121,8 @@ def open_pipeline(folder: Path) -> Any:
 
 @torch.inference_mode()
 def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Parity:
-    """Noise predictions and decoded images of the folder against the checkpoint's, on the same inputs, prompts as text."""
+    """Noise predictions and decoded images of the folder against the checkpoint's, on the same inputs, prompts as
+    text."""
     pipeline = open_pipeline(folder)
     worst = largest = 0.0
     sizes = (1, n) if n > 1 else (1,)

@@ -30,7 +30,8 @@ FORMATS = (*SUFFIX, "diffusers")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states, else "not stated"."""
+    """What was written. `unchanged`: the same file was there already; `licence`, `teacher`: as the checkpoint states,
+    else "not stated"."""
 
     path: Path
     card: Path
@@ -59,15 +60,17 @@ def export_checkpoint(
     force: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> Exported:
-    """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program or safetensors; or a
-    text-to-image teacher as a diffusers folder.
+    """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program
+    or safetensors; or a text-to-image teacher as a diffusers folder.
 
-    `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For diffusers: the folder
-    itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16. `student_sigma`: the
-    checkpoint is a pickle of NVIDIA's kind that holds a one-step student, called at this noise level. The file is compared
-    with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute difference of outputs in -1 to 1) is 1e-4 by default,
-    0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with the input, a missing package, a difference above the tolerance, or another
-    file of that name (unless `force`); nothing is written then.
+    `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
+    diffusers: the folder
+    itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16.
+    `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds a one-step student, called at this noise
+    level. The file is compared with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute
+    difference of outputs in -1 to 1) is 1e-4 by default, 0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with
+    the input, a missing package, a difference above the tolerance, or another file of that name (unless `force`);
+    nothing is written then.
     """
     if file_format not in FORMATS:
         raise unknown("format", file_format, FORMATS)

@@ -35,7 +35,8 @@ def need(name: str) -> Any:
 
 
 def check_onnx(source: Source, opset: int) -> None:
-    """Everything that can be refused before the work starts: missing packages, an opset out of range, a network beyond 2 GB."""
+    """Everything that can be refused before the work starts: missing packages, an opset out of range, a network beyond
+    2 GB."""
     for name in PACKAGES:
         need(name)
     newest = need("onnx").defs.onnx_opset_version()
@@ -52,7 +53,8 @@ def check_onnx(source: Source, opset: int) -> None:
 def write_onnx(source: Source, path: Path, record: dict[str, Any], opset: int) -> None:
     """Write the checked model with `record` (JSON) and its main facts as metadata. Equal networks give equal bytes.
 
-    Always torch's exporter over torch.export graphs (`dynamo=True`, torch >= 2.6); the older TorchScript one is deprecated.
+    Always torch's exporter over torch.export graphs (`dynamo=True`, torch >= 2.6); the older TorchScript one is
+    deprecated.
     UserError: this torch cannot export the network, or not to that opset.
     """
     onnx = need("onnx")

@@ -17,7 +17,8 @@ Runner = Callable[[tuple[Tensor, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Parity:
-    """`difference`: largest absolute difference over all outputs; `largest`: largest absolute value of the network's own output."""
+    """`difference`: largest absolute difference over all outputs; `largest`: largest absolute value of the network's
+    own output."""
 
     difference: float
     largest: float
@@ -33,7 +34,8 @@ class Parity:
 
 @torch.inference_mode()
 def compare(source: Source, run: Runner, n: int, tolerance: float, runtime: str) -> Parity:
-    """Run both at batch sizes 1 and n. UserError: the largest difference is above `tolerance` (units of the output) or not a number."""
+    """Run both at batch sizes 1 and n. UserError: the largest difference is above `tolerance` (units of the output) or
+    not a number."""
     difference = largest = 0.0
     sizes = (1, n) if n > 1 else (1,)
     for size in sizes:

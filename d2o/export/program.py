@@ -22,7 +22,8 @@ RECORD = f"{META_KEY}.json"
 def trace(source: Source) -> torch.export.ExportedProgram:
     """The graph, batch size free (1 and up). UserError: this torch cannot export the network.
 
-    The range check of labels is data-dependent Python and not part of the graph: a label out of range acts as -1, "no class".
+    The range check of labels is data-dependent Python and not part of the graph: a label out of range acts as -1, "no
+    class".
     """
     batch = torch.export.Dim("batch", min=1, max=2**31 - 1)  # without a maximum torch 2.6 guards against one
     example = source.example(4)
@@ -48,7 +49,8 @@ def cannot(what: str, error: Exception) -> UserError:
 
 
 def write_program(source: Source, path: Path, record: dict[str, Any]) -> None:
-    """Write a .pt2 with `record` inside. Equal networks give equal contents, and the file names no folder of this machine."""
+    """Write a .pt2 with `record` inside. Equal networks give equal contents, and the file names no folder of this
+    machine."""
     program = trace(source)
     for node in program.graph.nodes:  # the rest (stack traces, object ids) differs from run to run and shows paths
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", "example_value")}

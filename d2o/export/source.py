@@ -20,7 +20,8 @@ from d2o.teachers.registry import BUILTIN, asset, load_teacher
 
 
 class StudentCall(nn.Module):
-    """forward(noise [N, C, H, W], label [N] int64 if conditional) -> image [N, C, H, W] float32: the student as it is, unclipped."""
+    """forward(noise [N, C, H, W], label [N] int64 if conditional) -> image [N, C, H, W] float32: the student as it is,
+    unclipped."""
 
     def __init__(self, student: Student):
         super().__init__()
@@ -31,7 +32,8 @@ class StudentCall(nn.Module):
 
 
 class DenoiserCall(nn.Module):
-    """forward(noisy [N, C, H, W], sigma [N] > 0, label [N] int64 if conditional) -> denoised [N, C, H, W] float32: D(x; sigma)."""
+    """forward(noisy [N, C, H, W], sigma [N] > 0, label [N] int64 if conditional) -> denoised [N, C, H, W] float32: D(x;
+    sigma)."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -48,7 +50,8 @@ def stated(value: Any) -> str | None:
 
 @dataclass
 class Source:
-    """A loaded checkpoint. `kind` "student" or "teacher"; `network` holds the file's weights; `call(*inputs)` is what is exported."""
+    """A loaded checkpoint. `kind` "student" or "teacher"; `network` holds the file's weights; `call(*inputs)` is what
+    is exported."""
 
     path: Path
     kind: str
@@ -98,14 +101,16 @@ class Source:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's file: the file itself, a run folder's best (else last) checkpoint, or a builtin teacher's. UserError: none there."""
+    """A checkpoint's file: the file itself, a run folder's best (else last) checkpoint, or a builtin teacher's.
+    UserError: none there."""
     if str(path) in BUILTIN and not Path(path).exists():
         return asset(BUILTIN[str(path)])
     return resolve_checkpoint(path)
 
 
 def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
-    """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step student, called at that noise
+    """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step
+    student, called at that noise
     level. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
     path = find_checkpoint(path)
     if student_sigma is not None:
@@ -138,7 +143,8 @@ def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
 
 
 def for_graph(source: Source) -> None:
-    """Make the student one that a graph can hold: without random numbers of its own. UserError: one that draws them between its calls."""
+    """Make the student one that a graph can hold: without random numbers of its own. UserError: one that draws them
+    between its calls."""
     student = getattr(source.call, "student", None)
     if student is None:
         return
@@ -157,7 +163,8 @@ def _nvidia_meta(path: Path) -> dict[str, Any]:
 
 
 def _pickled_student(path: Path, sigma: float) -> Source:
-    """What the authors of SiD, SiDA and GDD published: the files do not say that they are students, nor their noise level."""
+    """What the authors of SiD, SiDA and GDD published: the files do not say that they are students, nor their noise
+    level."""
     if path.suffix != ".pkl":
         raise UserError(
             f"--student-sigma is for pickles of NVIDIA's kind, which do not say what they are; {path} does",

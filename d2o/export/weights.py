@@ -20,7 +20,8 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 
 
 def write_weights(source: Source, path: Path, record: dict[str, Any], dtype: str) -> None:
-    """Write the parameters as `dtype` (fp32, fp16, bf16); buffers (filters, fixed frequencies) keep theirs. UserError: fp16 overflow."""
+    """Write the parameters as `dtype` (fp32, fp16, bf16); buffers (filters, fixed frequencies) keep theirs. UserError:
+    fp16 overflow."""
     parameters = {name for name, _ in source.network.named_parameters()}
     tensors = {}
     for name, tensor in source.network.state_dict().items():

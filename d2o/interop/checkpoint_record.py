@@ -107,7 +107,8 @@ MODELS: dict[str, type[Record]] = {
 
 
 def check_checkpoint(meta: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The metadata itself. UserError, naming file and key: it is not what a file of its kind says. Other kinds are left to who knows them."""
+    """The metadata itself. UserError, naming file and key: it is not what a file of its kind says. Other kinds are left
+    to who knows them."""
     if (model := MODELS.get(str(meta.get("kind")))) is not None:
         check_record(model, meta, f"{path}: its metadata", "expected a file made by `d2o`; copy or make it again")
     return meta

@@ -1,6 +1,8 @@
-"""Whether a download whose sha256 nobody published is what its name says: a login page or half a file must not be kept and pinned.
+"""Whether a download whose sha256 nobody published is what its name says: a login page or half a file must not be kept
+and pinned.
 
-`wrong_start` judges the first bytes, as soon as they come; `check_content` the structure of the whole file, without reading its values.
+`wrong_start` judges the first bytes, as soon as they come; `check_content` the structure of the whole file, without
+reading its values.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ TEXTS = (".txt", ".jsonl", ".json")
 
 
 def wrong_start(start: bytes, name: str) -> str | None:
-    """Why a file that begins with these bytes (the whole of it, or at least START) is not what `name` says; None: it may be."""
+    """Why a file that begins with these bytes (the whole of it, or at least START) is not what `name` says; None: it
+    may be."""
     if not start:
         return "it is empty"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -109,7 +112,8 @@ class _Anything(dict):
 
 
 def _pickle(file: BinaryIO) -> None:
-    """The first pickle in the file, as data: nothing is executed. (In torch's older format more follow, whose reader checks their lengths.)"""
+    """The first pickle in the file, as data: nothing is executed. (In torch's older format more follow, whose reader
+    checks their lengths.)"""
     data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
         InertPickle(data, _Anything(), MAX_OPCODES, persistent_ids=True, python2=True).load()

@@ -1,8 +1,10 @@
-"""Fetches a published file once, safely: it continues where it stopped, checks what came, and never leaves a broken file under a whole one's name.
+"""Fetches a published file once, safely: it continues where it stopped, checks what came, and never leaves a broken
+file under a whole one's name.
 
-Beside `NAME` stand, while it is on its way, `NAME.part` and `NAME.part.json` (of which file on the server it is a part), and afterwards
-`NAME.json`: {"url", "sha256", "bytes", "date", "checked"}. `checked`: the sha256 was known beforehand; else it was first seen on that
-date, and whatever is read or downloaded later must have the same.
+Beside `NAME` stand, while it is on its way, `NAME.part` and `NAME.part.json` (of which file on the server it is a
+part), and afterwards
+`NAME.json`: {"url", "sha256", "bytes", "date", "checked"}. `checked`: the sha256 was known beforehand; else it was
+first seen on that date, and whatever is read or downloaded later must have the same.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ def download(
 ) -> Path:
     """Fetch `url` to `path`, or find it there; any number of processes may ask for the same file at once.
 
-    http(s) is continued where it stopped; other protocols (s3://, file://, ...) go through fsspec. UserError: no network, refused, not
-    there, disk full, or not the expected file (`sha256`, `size` in bytes); it says where to put a file that was fetched by other means.
+    http(s) is continued where it stopped; other protocols (s3://, file://, ...) go through fsspec. UserError: no
+    network, refused, not there, disk full, or not the expected file (`sha256`, `size` in bytes); it says where to put a
+    file that was fetched by other means.
     """
     path = Path(path)
     if path.exists():
@@ -78,9 +81,11 @@ def download(
 
 
 def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None = None) -> Path:
-    """The path, if the file there is the one that was published, or (where that is not known) the one that was downloaded.
+    """The path, if the file there is the one that was published, or (where that is not known) the one that was
+    downloaded.
 
-    A file that a user put there is only held against `sha256` and `size`. UserError: missing, or another file. Reads the whole file.
+    A file that a user put there is only held against `sha256` and `size`. UserError: missing, or another file. Reads
+    the whole file.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,7 +117,8 @@ def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None 
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What was written down when `path` was downloaded, or None: it was not, or the record is no JSON. UserError: it has been changed."""
+    """What was written down when `path` was downloaded, or None: it was not, or the record is no JSON. UserError: it
+    has been changed."""
     beside = _beside(Path(path))
     record = read_json(beside)
     if record is not None:
@@ -130,8 +136,8 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _check(part: Part, url: str, path: Path, sha256: str | None) -> None:
-    """UserError, and the part is gone, unless it has the published sha256, or the one that the same URL gave before; where neither is known,
-    unless it is whole and of the kind that its name says."""
+    """UserError, and the part is gone, unless it has the published sha256, or the one that the same URL gave before;
+    where neither is known, unless it is whole and of the kind that its name says."""
     earlier = read_record(path) or {}
     seen = None if sha256 or earlier.get("url") != url else earlier.get("sha256")
     expected = (sha256 or seen or "").lower()

@@ -1,4 +1,5 @@
-"""Repositories of the Hugging Face hub: from the local cache where they are there, and never anything but safetensors and plain text."""
+"""Repositories of the Hugging Face hub: from the local cache where they are there, and never anything but safetensors
+and plain text."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureEx
 
 
 def weight_patterns(variant: str | None = None) -> tuple[str, ...]:
-    """The weights in diffusers' layout, whole or in shards; not the single-file checkpoints of several GB that often lie beside them.
+    """The weights in diffusers' layout, whole or in shards; not the single-file checkpoints of several GB that often
+    lie beside them.
 
     `variant` "fp16" picks the half-precision copies where the repository has them.
     """
@@ -50,10 +52,11 @@ def hub_snapshot(
     variant: str | None = None,
     place: Path | None = None,
 ) -> Path:
-    """The folder of a hub repository in diffusers' layout, from the cache (`$HF_HOME`) if it is all there, else from the hub.
+    """The folder of a hub repository in diffusers' layout, from the cache (`$HF_HOME`) if it is all there, else from
+    the hub.
 
-    `revision`: branch, tag or commit. `place`: a folder where the caller also looks, for the messages. UserError: no network, no such
-    repository, a login is needed, or the repository has no safetensors weights.
+    `revision`: branch, tag or commit. `place`: a folder where the caller also looks, for the messages. UserError: no
+    network, no such repository, a login is needed, or the repository has no safetensors weights.
     """
     revision = revision or "main"
     by_hand = f"`hf download {repo} --revision {revision}` on a machine with a network and copy its cache ($HF_HOME)"
@@ -113,7 +116,8 @@ def hub_snapshot(
 
 
 def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the hub's local cache, complete or not; None when it is not there. Never uses the network."""
+    """The folder of a repository in the hub's local cache, complete or not; None when it is not there. Never uses the
+    network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -128,7 +132,8 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 
 def missing_files(folder: str | Path, variant: str | None = None) -> list[str]:
-    """What a folder in diffusers' layout lacks of its components, by file name; a folder of a single model is its own component."""
+    """What a folder in diffusers' layout lacks of its components, by file name; a folder of a single model is its own
+    component."""
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     if index is None:
@@ -157,7 +162,8 @@ def _missing_weights(folder: Path, variant: str | None) -> list[str]:
 
 
 def check_blobs(folder: Path) -> None:
-    """Hold every weights file against its sha256, which is its name in the cache. UserError, and the damaged file is gone."""
+    """Hold every weights file against its sha256, which is its name in the cache. UserError, and the damaged file is
+    gone."""
     for path in sorted(folder.rglob("*.safetensors")):
         blob = path.resolve()
         if not re.fullmatch(r"[0-9a-f]{64}", blob.name):

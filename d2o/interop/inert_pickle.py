@@ -1,8 +1,9 @@
 """Reads a pickle as data: nothing in it is imported, called or constructed.
 
-Python's unpickler is an interpreter. Even with an allow-list it calls what it is allowed to find, and damaged or hostile input makes it
-reserve gigabytes (a memo index of 2^32) or hash for hours (nested tuples as a dictionary key). Here a global is a name that the caller must
-expect, and calling it makes a record. Opcodes: those that CPython's pickler and torch write in protocols 2 to 5.
+Python's unpickler is an interpreter. Even with an allow-list it calls what it is allowed to find, and damaged or
+hostile input makes it reserve gigabytes (a memo index of 2^32) or hash for hours (nested tuples as a dictionary key).
+Here a global is a name that the caller must expect, and calling it makes a record. Opcodes: those that CPython's
+pickler and torch write in protocols 2 to 5.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ class PersistentId:
 class InertPickle:
     """One or more pickles, one after another in `data`.
 
-    `expected`: global name -> what calling it makes here: `dict` (called with nothing), `set` (with nothing or a short list) or `Call`
-    (with anything). Any other global is refused by name. `max_opcodes` over all of `data` bounds time and memory. Text and numbers are
-    copied; byte strings are views of `data`. `python2`: its strings are admitted, of which those below 256 bytes are read as text. Keys and
-    set elements must be text or 32-bit integers: others can be made slow to hash.
+    `expected`: global name -> what calling it makes here: `dict` (called with nothing), `set` (with nothing or a short
+    list) or `Call` (with anything). Any other global is refused by name. `max_opcodes` over all of `data` bounds time
+    and memory. Text and numbers are copied; byte strings are views of `data`. `python2`: its strings are admitted, of
+    which those below 256 bytes are read as text. Keys and set elements must be text or 32-bit integers: others can be
+    made slow to hash.
     """
 
     def __init__(

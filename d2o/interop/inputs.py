@@ -1,6 +1,7 @@
 """What d2o reads, held against stated limits before anything is allocated: a file says how much it holds, and may lie.
 
-Every limit is several times what published files need. A size that a file declares is believed only as far as the file could hold it.
+Every limit is several times what published files need. A size that a file declares is believed only as far as the file
+could hold it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MAX_JSON_BYTES = 100_000_000
 MAX_LOG_BYTES = 2**30
 """Of a run's metrics.jsonl."""
 UNPACKED_FREELY, MAX_RATIO = 2**30, 100
-"""What is packed may unpack to 1 GiB; to more only up to so many times its packed size (images and features shrink at most to a few tenths)."""
+"""What is packed may unpack to 1 GiB; to more only up to so many times its packed size (images and features shrink at
+most to a few tenths)."""
 
 
 class TooLarge(ValueError):
@@ -45,7 +47,8 @@ def check_unpacked(what: str, size: int, packed: int) -> None:
 
 
 def check_input(path: str | os.PathLike[str], expected: str = "a file") -> int:
-    """The size in bytes of the regular file at `path`, before it is opened: opening a named pipe waits for ever, a device has no end.
+    """The size in bytes of the regular file at `path`, before it is opened: opening a named pipe waits for ever, a
+    device has no end.
 
     UserError: not there, a folder, or no regular file.
     """
@@ -86,7 +89,8 @@ def read_file(path: str | os.PathLike[str], limit: int, expected: str = "a file"
 
 
 def parse_json(data: bytes | str, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON text. ValueError, whatever is wrong with it: not UTF-8, not JSON, too long, nested too deeply."""
+    """The value of a JSON text. ValueError, whatever is wrong with it: not UTF-8, not JSON, too long, nested too
+    deeply."""
     if len(data) > limit:
         raise TooLarge(f"a JSON text of {len(data):,} bytes; the limit is {limit:,}")
     try:

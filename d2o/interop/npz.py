@@ -1,4 +1,5 @@
-"""Reads .npz and .npy as numpy writes them; no array is allocated before its declared shape is found to fit the bytes that are there."""
+"""Reads .npz and .npy as numpy writes them; no array is allocated before its declared shape is found to fit the bytes
+that are there."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def npz_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_npz(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """The arrays of those names that are `wanted`. Objects are not read. UserError: as `check_input`. ValueError: damaged, or declares more than
-    it holds or than the limits; the text names the array."""
+    """The arrays of those names that are `wanted`. Objects are not read. UserError: as `check_input`. ValueError:
+    damaged, or declares more than it holds or than the limits; the text names the array."""
     size = check_input(path, "an .npz file")
     arrays: dict[str, np.ndarray] = {}
     try:

@@ -1,8 +1,9 @@
-"""Numpy arrays in pickles, .npy object files and torch.save archives, read as data: nothing is imported, called or constructed.
+"""Numpy arrays in pickles, .npy object files and torch.save archives, read as data: nothing is imported, called or
+constructed.
 
-`inert_pickle` yields what numpy would have been called with; arrays are cut from their bytes here. Admitted: numbers and texts, dicts,
-lists and tuples of them, arrays and scalars of booleans, integers and floats, and object arrays of all these. As numpy 1 and 2 pickle them
-(`numpy.core` and `numpy._core`), in the protocols 2 (torch.save) to 5.
+`inert_pickle` yields what numpy would have been called with; arrays are cut from their bytes here. Admitted: numbers
+and texts, dicts, lists and tuples of them, arrays and scalars of booleans, integers and floats, and object arrays of
+all these. As numpy 1 and 2 pickle them (`numpy.core` and `numpy._core`), in the protocols 2 (torch.save) to 5.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ EXPECTED: dict[str, type] = {
     "dnnlib.util.EasyDict": dict,
 }
 
-# Limits: a file of statistics has fewer than 100 opcodes; one with the features of 50,000 images in batches has some 20,000.
+# Limits: a file of statistics has fewer than 100 opcodes; one with the features of 50,000 images in batches has some
+# 20,000.
 MAX_OPCODES, MAX_VALUES, MAX_DEPTH, MAX_DIMENSIONS = 200_000, 100_000, 8, 8
 
 HINT = (
@@ -44,10 +46,11 @@ HINT = (
 
 
 def read_pickled(path: str | Path) -> Any:
-    """The value in a file of pickled numpy arrays: a plain pickle, an .npy of objects, or what torch.save made of numpy arrays.
+    """The value in a file of pickled numpy arrays: a plain pickle, an .npy of objects, or what torch.save made of numpy
+    arrays.
 
-    Object arrays become lists (of no dimension: their one value); byte strings become `bytes`. UserError: missing, truncated or damaged, or
-    anything in it but plain data and numpy arrays (named).
+    Object arrays become lists (of no dimension: their one value); byte strings become `bytes`. UserError: missing,
+    truncated or damaged, or anything in it but plain data and numpy arrays (named).
     """
     path = Path(path)
     with _mapped(path) as data:
@@ -58,7 +61,8 @@ def read_pickled(path: str | Path) -> Any:
 
 
 def keys(path: str | Path) -> set[str]:
-    """The keys of the dict in such a file, without reading its arrays; none where it holds no dict or cannot be read."""
+    """The keys of the dict in such a file, without reading its arrays; none where it holds no dict or cannot be
+    read."""
     with contextlib.suppress(UserError, Malformed), _mapped(Path(path)) as data:
         root = InertPickle(_pickle_within(data), EXPECTED, MAX_OPCODES).load()
         if (
@@ -73,7 +77,8 @@ def keys(path: str | Path) -> set[str]:
 
 
 def loads(data: bytes | memoryview, python2: bool = False) -> Any:
-    """The value of one pickle, as `read_pickled` gives it; `python2`: one that Python 2 may have written. Raises Malformed."""
+    """The value of one pickle, as `read_pickled` gives it; `python2`: one that Python 2 may have written. Raises
+    Malformed."""
     data = memoryview(data)
     if bytes(data[:1]) != b"\x80":
         raise Malformed("is not a pickle of protocol 2 to 5")
@@ -92,7 +97,8 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 
 def _pickle_within(data: memoryview) -> memoryview:
-    """The pickle in a file: the whole of it, what follows the header of an .npy, or `data.pkl` of a torch archive. Raises Malformed."""
+    """The pickle in a file: the whole of it, what follows the header of an .npy, or `data.pkl` of a torch archive.
+    Raises Malformed."""
     if bytes(data[:6]) == b"\x93NUMPY":
         return data[_npy_header(data) :]
     if bytes(data[:4]) == b"PK\3\4":
@@ -154,7 +160,8 @@ class _View(io.RawIOBase):
 
 
 class _Values:
-    """Turns records into values. Each is worked out once, and no more values and bytes than the file can hold: references multiply nothing."""
+    """Turns records into values. Each is worked out once, and no more values and bytes than the file can hold:
+    references multiply nothing."""
 
     def __init__(self, size: int):
         self.bytes_left, self.values_left = size, MAX_VALUES

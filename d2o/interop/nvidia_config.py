@@ -1,7 +1,8 @@
-"""From the class and the arguments that NVIDIA's pickles name to the configuration that `d2o.networks.build.build_network` takes.
+"""From the class and the arguments that NVIDIA's pickles name to the configuration that
+`d2o.networks.build.build_network` takes.
 
-Families: EDM (Karras et al. 2022) with its four preconditionings, EDM2 (Karras et al. 2024), and the snapshots of SiD and SiDA (Zhou et al. 2024)
-and GDD (Zheng & Yang 2024), whose classes are those of EDM or EDM2 under other names.
+Families: EDM (Karras et al. 2022) with its four preconditionings, EDM2 (Karras et al. 2024), and the snapshots of SiD
+and SiDA (Zhou et al. 2024) and GDD (Zheng & Yang 2024), whose classes are those of EDM or EDM2 under other names.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ UNETS = {
     "DhariwalUNet_EncoderDecoder": "adm",
 }
 
-# NVIDIA's argument -> ours ("" if it has only one value that we run), and the values it may take: (type, lowest, highest), or the choices.
-# The bounds keep a damaged file from asking for a network that takes hours to build.
+# NVIDIA's argument -> ours ("" if it has only one value that we run), and the values it may take: (type, lowest,
+# highest), or the choices. The bounds keep a damaged file from asking for a network that takes hours to build.
 Options = dict[str, tuple[str, tuple]]
 COMMON: Options = {
     "img_resolution": ("img_resolution", (int, 1, 4096)),
@@ -91,7 +92,8 @@ IGNORED = {"model_type", "use_fp16", "label_dropout", "force_normalization", "us
 
 
 def network_config(class_name: str, kwargs: dict[str, Any], has_head: bool) -> dict[str, Any]:
-    """`class_name` and arguments of the outermost module; `has_head`: the file holds EDM2's uncertainty head. Raises Malformed."""
+    """`class_name` and arguments of the outermost module; `has_head`: the file holds EDM2's uncertainty head. Raises
+    Malformed."""
     if class_name in EDM2_CLASSES:
         config = {"arch": "edm2", **_translate("UNet of EDM2", kwargs, EDM2_OPTIONS, MAY_BE_NONE)}
         return config if has_head else {**config, "logvar_channels": 0}

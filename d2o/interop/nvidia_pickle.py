@@ -1,7 +1,9 @@
 """Reads NVIDIA's network pickles (EDM, EDM2, and what descends from them) without running anything in them.
 
-Such a file holds, for every network object, its Python source and its attributes; the official loader executes that source. We take the
-attributes only: `inert_pickle` yields plain data, and tensors are cut from their storages here, every bound checked first.
+Such a file holds, for every network object, its Python source and its attributes; the official loader executes that
+source. We take the
+attributes only: `inert_pickle` yields plain data, and tensors are cut from their storages here, every bound checked
+first.
 """
 
 from __future__ import annotations
@@ -87,8 +89,8 @@ DTYPES = {
 STORAGE_EXPECTED: dict[str, type] = {"collections.OrderedDict": dict, **{name: Call for name in DTYPES}}
 STORAGE_MAGIC, STORAGE_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
-# Limits: several times what the largest official file needs (553 tensors, about 70 thousand opcodes, 5 levels of modules).
-# References can name one thing many times, so what is walked is counted, not what is stored.
+# Limits: several times what the largest official file needs (553 tensors, about 70 thousand opcodes, 5 levels of
+# modules). References can name one thing many times, so what is walked is counted, not what is stored.
 MAX_OPCODES, MAX_STORAGE_OPCODES, MAX_ENTRIES, MAX_DEPTH, MAX_DIMENSIONS, MAX_NAME = 300_000, 500, 20_000, 16, 8, 128
 
 HINT = "d2o reads the network pickles of NVIDIA's EDM family; if this is one, download it again"
@@ -98,8 +100,9 @@ HINT = "d2o reads the network pickles of NVIDIA's EDM family; if this is one, do
 class NvidiaNetwork:
     """A network as its file describes it.
 
-    `class_name` of the outermost module, e.g. EDMPrecond; the `init_kwargs` that it was made with (plain values; others appear as text);
-    `state_dict` with the official names and order, on the CPU; `root_keys` of the file; `encoder`, the class of EDM2's image encoder.
+    `class_name` of the outermost module, e.g. EDMPrecond; the `init_kwargs` that it was made with (plain values; others
+    appear as text); `state_dict` with the official names and order, on the CPU; `root_keys` of the file; `encoder`, the
+    class of EDM2's image encoder.
     """
 
     path: Path
@@ -110,7 +113,8 @@ class NvidiaNetwork:
     encoder: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """What `d2o.networks.build.build_network` takes. UserError: a class, or an option of one, that d2o has no network for."""
+        """What `d2o.networks.build.build_network` takes. UserError: a class, or an option of one, that d2o has no
+        network for."""
         try:
             return network_config(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
         except Malformed as error:
@@ -122,7 +126,8 @@ class NvidiaNetwork:
 
     @property
     def space(self) -> str:
-        """What the network denoises: "latent" for the latents of Stable Diffusion's autoencoder (EDM2 on ImageNet-512), else "pixel"."""
+        """What the network denoises: "latent" for the latents of Stable Diffusion's autoencoder (EDM2 on ImageNet-512),
+        else "pixel"."""
         if self.encoder is None:  # SiDA's snapshots do not say
             return (
                 "latent" if self.class_name in EDM2_CLASSES and self.init_kwargs.get("img_channels") == 4 else "pixel"
@@ -138,11 +143,13 @@ class NvidiaNetwork:
 
 
 def read_nvidia_pickle(path: str | Path, key: str = "ema", dtype: torch.dtype | None = None) -> NvidiaNetwork:
-    """The network that the file holds under `key`: "ema", its published weights; some snapshots also have "net", the weights without averaging.
+    """The network that the file holds under `key`: "ema", its published weights; some snapshots also have "net", the
+    weights without averaging.
 
-    `dtype`: every floating-point tensor is converted as it is read (so that only one copy of the weights is ever in memory); None keeps the
-    stored precision. UserError: missing, truncated or damaged file, no such key (with those it has), or anything in it that such files do
-    not hold (named).
+    `dtype`: every floating-point tensor is converted as it is read (so that only one copy of the weights is ever in
+    memory); None keeps the
+    stored precision. UserError: missing, truncated or damaged file, no such key (with those it has), or anything in it
+    that such files do not hold (named).
     """
     path = Path(path)
     size = check_input(path, "a network pickle")
@@ -207,7 +214,8 @@ def check_persistent(call: Call) -> str:
 
 
 class StateDict:
-    """Collects parameters, then persistent buffers, then those of the submodules, in the file's order: as torch's state_dict does.
+    """Collects parameters, then persistent buffers, then those of the submodules, in the file's order: as torch's
+    state_dict does.
 
     A module is an object of NVIDIA's or one of torch's own classes. Raises Malformed.
     """
@@ -290,9 +298,11 @@ class StateDict:
 
 
 def read_storage(data: memoryview) -> tuple[memoryview, torch.dtype]:
-    """The raw values (a view of `data`) and type of a storage in torch's legacy format: five pickles, a count, little-endian values.
+    """The raw values (a view of `data`) and type of a storage in torch's legacy format: five pickles, a count,
+    little-endian values.
 
-    torch.load(weights_only=True) reads the same, but can be kept busy for ever (a nested tuple as a dictionary key). Raises Malformed.
+    torch.load(weights_only=True) reads the same, but can be kept busy for ever (a nested tuple as a dictionary key).
+    Raises Malformed.
     """
     reader = InertPickle(data, STORAGE_EXPECTED, MAX_STORAGE_OPCODES, persistent_ids=True)
     magic, version, system, value, _ = (reader.load() for _ in range(5))

@@ -15,10 +15,12 @@ from d2o.interop.temporary import sweep, temporary_file
 
 
 def check_output(path: str | os.PathLike[str], folder: bool | None = None) -> None:
-    """UserError unless a file (`folder`: a folder; None: either) can be written at `path`; what is missing above it will be made.
+    """UserError unless a file (`folder`: a folder; None: either) can be written at `path`; what is missing above it
+    will be made.
 
-    A file is written beside `path` as the atomic writers do, and removed again: permission bits do not tell of a name that is too long, or of
-    what root may not do either. What killed writers of it left goes. What may be overwritten is for the caller to say.
+    A file is written beside `path` as the atomic writers do, and removed again: permission bits do not tell of a name
+    that is too long, or of what root may not do either. What killed writers of it left goes. What may be overwritten is
+    for the caller to say.
     """
     path = Path(path)
     above = path.absolute().parent

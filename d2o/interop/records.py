@@ -1,7 +1,8 @@
-"""Records in files that d2o reads (checkpoints' metadata, manifests): typed like recipes, since what a file says is input too.
+"""Records in files that d2o reads (checkpoints' metadata, manifests): typed like recipes, since what a file says is
+input too.
 
-A record may hold more than its model names (what another d2o adds, notes of its maker); what the model names has the type and the limits that
-it states, or the file is refused with the key and what was expected.
+A record may hold more than its model names (what another d2o adds, notes of its maker); what the model names has the
+type and the limits that it states, or the file is refused with the key and what was expected.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def check_record(model: type[R], record: Any, where: str, hint: str = "") -> R:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a record (a JSON object)", hint)
     try:
-        # JSON mode: strict, but lists may stand for tuples. What cannot be JSON (an infinite number) is written as JSON's readers take it.
+        # JSON mode: strict, but lists may stand for tuples. What cannot be JSON (an infinite number) is written as
+        # JSON's readers take it.
         return model.model_validate_json(json.dumps(record))
     except ValidationError as error:
         problems = word(error, record, (), Shape(tree(model)))[:5]

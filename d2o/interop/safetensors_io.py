@@ -1,4 +1,5 @@
-"""Safetensors files with one JSON metadata record, written atomically. Every checkpoint, shard and training state goes through here."""
+"""Safetensors files with one JSON metadata record, written atomically. Every checkpoint, shard and training state goes
+through here."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, an
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s name, on failure it is removed.
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s name, on failure it is
+    removed.
 
     Raises UserError when the folder cannot be written or the disk is full.
     """
@@ -112,7 +114,8 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors and the JSON record, after a look at all of the file's bytes. Errors as `read_meta`, or: the bytes have changed."""
+    """All tensors and the JSON record, after a look at all of the file's bytes. Errors as `read_meta`, or: the bytes
+    have changed."""
     record = _record(path)
     seal.check_digest(path, record)
     with _open(path, device) as file:
@@ -162,7 +165,8 @@ def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint's own path, or of a run folder its `best` checkpoint, else its `last`. UserError: a folder that is no run."""
+    """A checkpoint's own path, or of a run folder its `best` checkpoint, else its `last`. UserError: a folder that is
+    no run."""
     path = Path(path)
     if not path.is_dir():
         return path

@@ -1,7 +1,8 @@
 """The seal of a safetensors file that d2o wrote: its metadata names the file's size and the sha256 of all its bytes.
 
-The record (see `safetensors_io`) holds `file_bytes` and `file_sha256`, written with a fixed number of characters. The digest is that of the
-whole file with 64 zeros in the digest's own place, so that no byte is left out: not the header's length, nor names, shapes or metadata.
+The record (see `safetensors_io`) holds `file_bytes` and `file_sha256`, written with a fixed number of characters. The
+digest is that of the whole file with 64 zeros in the digest's own place, so that no byte is left out: not the header's
+length, nor names, shapes or metadata.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def check_size(path: str | os.PathLike, record: dict[str, Any]) -> None:
 
 
 def check_digest(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """UserError: its bytes are not those that were written. A file from before there were seals passes; each is read once per process."""
+    """UserError: its bytes are not those that were written. A file from before there were seals passes; each is read
+    once per process."""
     if SHA256 not in record or trusting():
         return
     key = _identity(path)
@@ -63,7 +65,8 @@ def check_digest(path: str | os.PathLike, record: dict[str, Any]) -> None:
 
 
 def check_against(path: str | os.PathLike, sha256: str) -> bool:
-    """Whether the file's bytes are those of a digest that is kept elsewhere, read once per process; `check_digest` need not read it then."""
+    """Whether the file's bytes are those of a digest that is kept elsewhere, read once per process; `check_digest` need
+    not read it then."""
     key = _identity(path)
     if trusting() or _known.get(key) == sha256:
         return True

@@ -1,6 +1,8 @@
-"""Temporary files and folders that their writer keeps locked while it lives, so that anybody can tell, and remove, what a killed one left.
+"""Temporary files and folders that their writer keeps locked while it lives, so that anybody can tell, and remove, what
+a killed one left.
 
-They lie beside what they will become, as `.<name>.<random>.tmp`. The lock (flock) is the kernel's: it ends with the process, however it ends.
+They lie beside what they will become, as `.<name>.<random>.tmp`. The lock (flock) is the kernel's: it ends with the
+process, however it ends.
 """
 
 from __future__ import annotations
@@ -18,20 +20,23 @@ SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, locked until the block ends; removed then if it still has its name. OSError as the system gives it."""
+    """An empty file beside `path`, locked until the block ends; removed then if it still has its name. OSError as the
+    system gives it."""
     with _locked(path, folder=False) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, locked until the block ends; removed then, with its content, if it still has its name."""
+    """An empty folder beside `path`, locked until the block ends; removed then, with its content, if it still has its
+    name."""
     with _locked(path, folder=True) as temporary:
         yield temporary
 
 
 def sweep(folder: str | os.PathLike, name: str = "*") -> int:
-    """Remove what killed writers of `folder/<name>` (a glob pattern) left; a living writer's is left alone. Returns how many went."""
+    """Remove what killed writers of `folder/<name>` (a glob pattern) left; a living writer's is left alone. Returns how
+    many went."""
     gone = 0
     for path in Path(folder).glob(f".{name}.*{SUFFIX}"):
         with contextlib.suppress(OSError):

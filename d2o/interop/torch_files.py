@@ -1,7 +1,7 @@
 """Reads the tensors of a published weights file by name, whatever it is packed in, and never executes anything in it.
 
-Safetensors; torch.save's archives and its older format; TorchScript archives, whose code is not looked at; and pickles of whole modules as
-NVIDIA publishes them.
+Safetensors; torch.save's archives and its older format; TorchScript archives, whose code is not looked at; and pickles
+of whole modules as NVIDIA publishes them.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class _Families(dict):
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor in the file, on the CPU in its stored precision, under its name in the module or the nested dictionaries that hold it
-    ("layers.conv.weight", "state_dict.layers.conv.weight"). What is no tensor is left out.
+    """Every tensor in the file, on the CPU in its stored precision, under its name in the module or the nested
+    dictionaries that hold it ("layers.conv.weight", "state_dict.layers.conv.weight"). What is no tensor is left out.
 
     UserError: missing, truncated, damaged or foreign file; one that holds no tensor; one that would execute something.
     """
@@ -182,7 +182,8 @@ def _line(error: Exception) -> str:
 
 
 class _Script:
-    """Collects the tensors of a TorchScript archive: the attributes of its objects, and of theirs, under their names."""
+    """Collects the tensors of a TorchScript archive: the attributes of its objects, and of theirs, under their
+    names."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         self.archive, self.root = archive, root
@@ -256,7 +257,8 @@ def _sizes(values: Any) -> bool:
 
 
 def _module_pickle(path: Path) -> dict[str, Tensor]:
-    """A module whose classes came with the file, as NVIDIA's `persistence` writes them, or a dictionary of such: its state dict."""
+    """A module whose classes came with the file, as NVIDIA's `persistence` writes them, or a dictionary of such: its
+    state dict."""
     with open(path, "rb") as file:
         # A private mapping: tensors are copied straight out of it, so that the weights are in memory once.
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

@@ -1,8 +1,10 @@
-"""Makes a torchvision whose compiled part does not fit the installed torch importable. Call `ensure()` before anything imports torchvision.
+"""Makes a torchvision whose compiled part does not fit the installed torch importable. Call `ensure()` before anything
+imports torchvision.
 
-A CPU torch beside a CUDA torchvision (or any other mismatched pair) leaves torchvision without its operators, and `import torchvision`
-fails with "operator torchvision::nms does not exist": its Python part attaches shape functions to operators that its compiled part
-should have brought. d2o and what it uses (lpips, timm, transformers) need only the Python part, so we declare those operators ourselves.
+A CPU torch beside a CUDA torchvision (or any other mismatched pair) leaves torchvision without its operators, and
+`import torchvision` fails with "operator torchvision::nms does not exist": its Python part attaches shape functions to
+operators that its compiled part should have brought. d2o and what it uses (lpips, timm, transformers) need only the
+Python part, so we declare those operators ourselves.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ _library: Any = None  # a torch.library.Library takes its operators away again w
 
 
 def ensure() -> bool:
-    """Make `import torchvision` work where only its compiled part is unusable; True if that took declaring operators, now or before.
+    """Make `import torchvision` work where only its compiled part is unusable; True if that took declaring operators,
+    now or before.
 
-    Nothing changes where torchvision is absent, imports as it is, or fails for any other reason (its own import then says why).
-    Calling a declared operator raises RuntimeError. Safe to call repeatedly and from several threads; works with torch >= 2.6.
+    Nothing changes where torchvision is absent, imports as it is, or fails for any other reason (its own import then
+    says why). Calling a declared operator raises RuntimeError. Safe to call repeatedly and from several threads; works
+    with torch >= 2.6.
     """
     global _library
     with _lock:
@@ -42,7 +46,8 @@ def ensure() -> bool:
 
 
 def _lacks_operators() -> bool:
-    """Import torchvision and see. Nothing cheaper is certain, and whoever calls `ensure` is about to import it anyway."""
+    """Import torchvision and see. Nothing cheaper is certain, and whoever calls `ensure` is about to import it
+    anyway."""
     _forget()
     try:
         importlib.import_module("torchvision")
@@ -57,7 +62,8 @@ def _lacks_operators() -> bool:
 
 
 def _forget() -> None:
-    """Python drops only the modules whose import failed; the next import would trip over the submodules that are left behind."""
+    """Python drops only the modules whose import failed; the next import would trip over the submodules that are left
+    behind."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
 

@@ -44,8 +44,9 @@ class Interrupted(Exception):
 class Part:
     """`NAME.part`: the first `position` bytes of the file, with their running sha256.
 
-    `validator` is the server's strong ETag (else its Last-Modified), without which bytes of two requests are never joined. `known`: the
-    file's sha256 is, so that nobody needs to guess from its first bytes whether it is the right one.
+    `validator` is the server's strong ETag (else its Last-Modified), without which bytes of two requests are never
+    joined. `known`: the file's sha256 is, so that nobody needs to guess from its first bytes whether it is the right
+    one.
     """
 
     def __init__(self, path: Path, url: str, known: bool = False):
@@ -129,7 +130,8 @@ class Part:
 
 
 def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
-    """Bring `part` to the whole file; what came before is continued where the server still has the same file. UserError: it cannot be had."""
+    """Bring `part` to the whole file; what came before is continued where the server still has the same file.
+    UserError: it cannot be had."""
     import requests  # type: ignore[import-untyped]
 
     furthest, failures = part.position, 0

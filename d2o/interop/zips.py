@@ -1,5 +1,5 @@
-"""The directory of a zip, held against what its end says of it: zipfile believes each entry's own lengths, and one that is too long swallows those
-after it without a word."""
+"""The directory of a zip, held against what its end says of it: zipfile believes each entry's own lengths, and one that
+is too long swallows those after it without a word."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Targets, distances and schedules of consistency distillation (Song et al. 2023), progressive distillation (Salimans & Ho 2022) and consistency
-trajectory models (Kim et al. 2024), in the unified notation of Zheng & Yang 2024 (eq. 5 and Table 5).
+"""Targets, distances and schedules of consistency distillation (Song et al. 2023), progressive distillation (Salimans &
+Ho 2022) and consistency trajectory models (Kim et al. 2024), in the unified notation of Zheng & Yang 2024 (eq. 5 and
+Table 5).
 
-x_t = x + t z; T(i, N), i = 0 .. N, are noise levels from sigma_min up to sigma_max; F(x_t, t, s) is where a network takes x_t on the
-probability-flow ODE from t down to s. Times are tensors [B], samples [B, C, H, W], losses and distances [B].
+x_t = x + t z; T(i, N), i = 0 .. N, are noise levels from sigma_min up to sigma_max; F(x_t, t, s) is where a network
+takes x_t on the probability-flow ODE from t down to s. Times are tensors [B], samples [B, C, H, W], losses and
+distances [B].
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ WEIGHTS = ("uniform", "inverse_gap", "truncated_snr")
 LPIPS_SIZE = 224
 
 
-# ---- noise levels ------------------------------------------------------------------------------------------------------------------------
+# ---- noise levels ----------------------------------------------------------------------------------------------------
 
 
 def karras_time(
     i: Tensor, n: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
 ) -> Tensor:
-    """T(i, N) = (sigma_max^(1/rho) + (1 - i/N) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, any shape, float64 (Zheng & Yang 2024, eq. 5).
+    """T(i, N) = (sigma_max^(1/rho) + (1 - i/N) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, any shape, float64 (Zheng
+    & Yang 2024, eq. 5).
 
     i may lie between two integers. It is the grid of Karras et al. 2022, eq. 5, of N + 1 points in ascending order.
     """
@@ -39,19 +42,20 @@ def karras_time(
 
 
 def lognormal_index(uniform: Tensor, n: int, p_mean: float, p_std: float, sigma_max: float = SIGMA_MAX) -> Tensor:
-    """Indices i of {1, ..., N} [B] by uniform numbers [B]: P(i) is the share of ln t ~ N(p_mean, p_std^2) between T(i - 1) and T(i)
-    (Song & Dhariwal 2024, eq. 10)."""
+    """Indices i of {1, ..., N} [B] by uniform numbers [B]: P(i) is the share of ln t ~ N(p_mean, p_std^2) between T(i -
+    1) and T(i) (Song & Dhariwal 2024, eq. 10)."""
     grid = karras_time(torch.arange(n + 1, device=uniform.device), n, sigma_max=sigma_max)
     shares = torch.erf((grid.log() - p_mean) / (math.sqrt(2) * p_std)).diff()
     edges = (shares.cumsum(0) / shares.sum())[:-1]
     return 1 + (uniform.to(torch.float64)[:, None] >= edges).sum(1)
 
 
-# ---- from one noise level to another -----------------------------------------------------------------------------------------------------
+# ---- from one noise level to another ---------------------------------------------------------------------------------
 
 
 def jump(x: Tensor, f: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """F(x_t, t, s) = ((t - s) / t) (f - x_t) + x_t for an estimate f of the clean sample: eq. 5 of Zheng & Yang 2024, one Euler step of the ODE."""
+    """F(x_t, t, s) = ((t - s) / t) (f - x_t) + x_t for an estimate f of the clean sample: eq. 5 of Zheng & Yang 2024,
+    one Euler step of the ODE."""
     return torch.lerp(x, f, column((t - s) / t, x))
 
 
@@ -81,7 +85,7 @@ def column(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype)[:, None, None, None]
 
 
-# ---- distances and weights ---------------------------------------------------------------------------------------------------------------
+# ---- distances and weights -------------------------------------------------------------------------------------------
 
 
 def distance(
@@ -91,8 +95,8 @@ def distance(
     huber_reduce: str = "vector",
     network: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """d(x, y) [B]: "l2" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a network that takes two batches
-    [B, 3, 224, 224] in [-1, 1]."""
+    """d(x, y) [B]: "l2" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a network that takes
+    two batches [B, 3, 224, 224] in [-1, 1]."""
     if kind == "lpips":
         assert network is not None
         return lpips(x, y, network)
@@ -102,7 +106,8 @@ def distance(
 
 
 def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 (bilinear) as Song et al. 2023 do; grey is repeated. [B]."""
+    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 (bilinear) as Song et al. 2023 do; grey is
+    repeated. [B]."""
     a, b = (
         F.interpolate(image.expand(-1, 3, -1, -1), LPIPS_SIZE, mode="bilinear", align_corners=False) for image in (x, y)
     )
@@ -110,18 +115,19 @@ def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> 
 
 
 def weight(kind: str, t: Tensor, u: Tensor) -> Tensor:
-    """Weight [B] of a sample's loss: "uniform" 1; "inverse_gap" 1 / (t - u) (Song & Dhariwal 2024, section 3.3); "truncated_snr" max(1 / t^2, 1)
-    (Salimans & Ho 2022, section 4)."""
+    """Weight [B] of a sample's loss: "uniform" 1; "inverse_gap" 1 / (t - u) (Song & Dhariwal 2024, section 3.3);
+    "truncated_snr" max(1 / t^2, 1) (Salimans & Ho 2022, section 4)."""
     if kind == "inverse_gap":
         return 1 / (t - u)
     return (1 / t**2).clamp(min=1) if kind == "truncated_snr" else torch.ones_like(t)
 
 
-# ---- schedules over k = 0, 1, ... of K iterations ----------------------------------------------------------------------------------------
+# ---- schedules over k = 0, 1, ... of K iterations --------------------------------------------------------------------
 
 
 def doubling(k: int, total: int, s0: int, s1: int) -> int:
-    """N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)) (Song & Dhariwal 2024, eq. 9). N counts points."""
+    """N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)) (Song & Dhariwal 2024, eq.
+    9). N counts points."""
     each = max(math.floor(total / (math.log2(s1 // s0) + 1)), 1)
     return min(s0 * 2 ** min(k // each, s1.bit_length()), s1) + 1
 
@@ -139,8 +145,8 @@ def adaptive_mu(points: int, s0: int, mu0: float) -> float:
 def stage(k: int, start: int, end: int, each: int) -> tuple[int, int, int]:
     """Progressive distillation in iteration k: the student's steps n, and the stage's first iteration and length.
 
-    n halves from `start` to `end` (start / end is a power of 2), every `each` iterations; the stages of 2 steps and of 1 take twice as long
-    (Salimans & Ho 2022, appendix). The last stage does not end.
+    n halves from `start` to `end` (start / end is a power of 2), every `each` iterations; the stages of 2 steps and of
+    1 take twice as long (Salimans & Ho 2022, appendix). The last stage does not end.
     """
     n, begin = start, 0
     while True:

@@ -1,4 +1,5 @@
-"""LatentLPIPS: the perceptual distance between two latents of a diffusion model, without decoding them (Kang et al. 2024, section 3.2)."""
+"""LatentLPIPS: the perceptual distance between two latents of a diffusion model, without decoding them (Kang et al.
+2024, section 3.2)."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ SPACES = {
 
 
 class Head(nn.Module):
-    """The calibrated non-negative weight of each channel. `model.1`, because dropout stands before it while it is trained."""
+    """The calibrated non-negative weight of each channel. `model.1`, because dropout stands before it while it is
+    trained."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -50,8 +52,9 @@ class Head(nn.Module):
 class LatentLPIPS(nn.Module):
     """A frozen distance, always in eval mode; gradients flow to the latents.
 
-    d(a, b) = sum over the five maps of mean over positions of w . (unit f(a) - unit f(b))^2, plus `l1` times mean |a - b| (the authors' code
-    adds it with weight 1, their paper has none). State-dict names are those of the released files.
+    d(a, b) = sum over the five maps of mean over positions of w . (unit f(a) - unit f(b))^2, plus `l1` times mean |a -
+    b| (the authors' code adds it with weight 1, their paper has none). State-dict names are those of the released
+    files.
     """
 
     def __init__(self, space: LatentSpace, l1: float = 0.0):
@@ -64,7 +67,8 @@ class LatentLPIPS(nn.Module):
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor, raw: bool = False) -> Tensor:
-        """Latents a, b [n, C, h, w], as the diffusion model sees them (`raw`: as the encoder gave them) -> [n]; h and w >= 4."""
+        """Latents a, b [n, C, h, w], as the diffusion model sees them (`raw`: as the encoder gave them) -> [n]; h and w
+        >= 4."""
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != self.space.channels or min(a.shape[2:]) < 4:
             want = f"[n, {self.space.channels}, h, w] with h and w of at least 4"
             raise UserError(
@@ -79,7 +83,8 @@ class LatentLPIPS(nn.Module):
     def perceptual(self, a: Tensor, b: Tensor) -> Tensor:
         """The part that the network sees, without the L1 term, of latents as the diffusion model sees them -> [n].
 
-        Whoever augments the latents (E-LatentLPIPS, eq. 3) does so before this and adds the L1 term of the unchanged ones.
+        Whoever augments the latents (E-LatentLPIPS, eq. 3) does so before this and adds the L1 term of the unchanged
+        ones.
         """
         total = a.new_zeros(len(a), dtype=torch.float32)
         for k, (f, g) in enumerate(zip(self.net(a), self.net(b), strict=True)):

@@ -10,8 +10,9 @@ Maps = Callable[[Tensor], list[Tensor]]
 
 
 def perceptual(x: Tensor, y: Tensor, maps: Maps) -> Tensor:
-    """Sum over the extractor's maps of the squared distance between channel-normalised features, averaged over positions (LPIPS without
-    calibrated weights; Zhang et al. 2018, eq. 1 with w = 1). x, y [B, C, H, W] in [-1, 1] -> [B]; gradients flow to x.
+    """Sum over the extractor's maps of the squared distance between channel-normalised features, averaged over
+    positions (LPIPS without calibrated weights; Zhang et al. 2018, eq. 1 with w = 1). x, y [B, C, H, W] in [-1, 1] ->
+    [B]; gradients flow to x.
     """
     total = x.new_zeros(len(x))
     for f, g in zip(maps(x), maps(y), strict=True):

@@ -18,7 +18,8 @@ def l1(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pseudo_huber(x: Tensor, y: Tensor, reduce: str = "vector") -> Tensor:
-    """sqrt(|x - y|^2 + c^2) - c with c = 0.00054 sqrt(CHW) (Song & Dhariwal 2023, eq. 8): near L2 for small, L1 for large differences.
+    """sqrt(|x - y|^2 + c^2) - c with c = 0.00054 sqrt(CHW) (Song & Dhariwal 2023, eq. 8): near L2 for small, L1 for
+    large differences.
 
     `reduce` "vector": one norm over the whole difference; "element": the same per value, then the mean over C, H, W.
     """

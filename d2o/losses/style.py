@@ -21,26 +21,30 @@ def g_logistic(fake: Tensor) -> Tensor:
 
 
 def r1_penalty(critic_logits: Tensor, x: Tensor, gamma: float = 1.0) -> Tensor:
-    """gamma / 2 times the mean over the batch of |grad_x D(x)|^2 (Mescheder et al. 2018, eq. 9) -> scalar, differentiable.
+    """gamma / 2 times the mean over the batch of |grad_x D(x)|^2 (Mescheder et al. 2018, eq. 9) -> scalar,
+    differentiable.
 
-    `critic_logits` [B, ...]: of real images x [B, ...], which require gradients. With augmentation x is the image before it.
+    `critic_logits` [B, ...]: of real images x [B, ...], which require gradients. With augmentation x is the image
+    before it.
     """
     (gradient,) = torch.autograd.grad(critic_logits.sum(), x, create_graph=True)
     return gamma / 2 * gradient.square().flatten(1).sum(1).mean()
 
 
 def spread(images: Tensor) -> Tensor:
-    """How far the images [B, ...] of a batch are from each other: the mean over pixels of their standard deviation -> scalar, detached."""
+    """How far the images [B, ...] of a batch are from each other: the mean over pixels of their standard deviation ->
+    scalar, detached."""
     return images.detach().std(0).mean()
 
 
 def path_lengths(
     images: Tensor, ws: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
 ) -> Tensor:
-    """Lengths |J^T y| [B] of images [B, C, H, W] made from styles ws [B, num_ws, w_dim], differentiable (Karras et al. 2020, section 3.2, eq. 4).
+    """Lengths |J^T y| [B] of images [B, C, H, W] made from styles ws [B, num_ws, w_dim], differentiable (Karras et al.
+    2020, section 3.2, eq. 4).
 
-    y is standard normal over sqrt(H W), from `generator` or given as `noise` (before the division); the length is the root of the mean over the
-    num_ws inputs of the squared norms over w_dim.
+    y is standard normal over sqrt(H W), from `generator` or given as `noise` (before the division); the length is the
+    root of the mean over the num_ws inputs of the squared norms over w_dim.
     """
     if noise is None:
         source = images.device if generator is None else generator.device
@@ -53,9 +57,9 @@ def path_lengths(
 class PathLength(nn.Module):
     """Mean over the batch of (|J^T y| - a)^2, where a is the running mean of the lengths (Karras et al. 2020, eq. 4).
 
-    `mean` (a) is its only state, a buffer for checkpoints: 0 at first, moved by `decay` towards each batch's mean before it is used; the gradient
-    goes through that move too, as in the authors' code. The caller applies the weight and the interval, and makes the images from fresh noise
-    (StyleGAN2: weight 2, every 4 steps times 4, half a batch).
+    `mean` (a) is its only state, a buffer for checkpoints: 0 at first, moved by `decay` towards each batch's mean
+    before it is used; the gradient goes through that move too, as in the authors' code. The caller applies the weight
+    and the interval, and makes the images from fresh noise (StyleGAN2: weight 2, every 4 steps times 4, half a batch).
     """
 
     def __init__(self, decay: float = 0.01):
@@ -79,5 +83,6 @@ class PathLength(nn.Module):
             whole = share(own.detach())
             self.mean.lerp_(whole.to(self.mean.dtype), self.decay)
             pull = 2 * self.decay * (whole - self.mean)  # - d penalty / d whole, the part of it that a's move makes
-        # The last term is 0 and has that gradient: of this process's share, so that all of them together have the whole batch's.
+        # The last term is 0 and has that gradient: of this process's share, so that all of them together have the whole
+        # batch's.
         return (lengths - self.mean).square().mean() - pull * (own - own.detach())

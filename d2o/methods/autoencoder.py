@@ -1,4 +1,5 @@
-"""A variational autoencoder, whose latents a latent diffusion model is trained in (Rombach et al. 2022, section 3.1), without a discriminator."""
+"""A variational autoencoder, whose latents a latent diffusion model is trained in (Rombach et al. 2022, section 3.1),
+without a discriminator."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def get_method(name: str) -> type[Method]:
 
 @dataclass
 class Setup:
-    """What a method is built from. `network` and `student` are the recipe's sections of that name; `start` is the student that
-    `d2o finetune --from` starts from."""
+    """What a method is built from. `network` and `student` are the recipe's sections of that name; `start` is the
+    student that `d2o finetune --from` starts from."""
 
     options: Any
     teacher: Teacher | None = None
@@ -84,8 +84,9 @@ class Setup:
 
 @dataclass
 class Batch:
-    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1] (or stored latents), labels. Tensors [B, ...] on the device;
-    labels int64 or None. Methods that need no data get one with nothing in it: they draw what they need by the `Draws` that come with it.
+    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1] (or stored latents), labels. Tensors
+    [B, ...] on the device; labels int64 or None. Methods that need no data get one with nothing in it: they draw what
+    they need by the `Draws` that come with it.
     """
 
     labels: Tensor | None = None
@@ -100,8 +101,8 @@ class Batch:
 
 
 class Draws:
-    """Random numbers for one micro-batch: a slice of those of the whole global batch, so that neither the number of processes nor gradient
-    accumulation changes them. Calls must come in the same order in every micro-batch."""
+    """Random numbers for one micro-batch: a slice of those of the whole global batch, so that neither the number of
+    processes nor gradient accumulation changes them. Calls must come in the same order in every micro-batch."""
 
     def __init__(self, seed: int, start: int, count: int, total: int, device: torch.device):
         self.start, self.count, self.total, self.device = start, count, total, device
@@ -131,19 +132,19 @@ class Loop(Protocol):
     """What the training loop does for every method."""
 
     def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
-        """The process's share of the global batch, in parts that fit the memory, each with its random numbers: for methods that go through
-        the batch several times in an iteration, others in each `turn`."""
+        """The process's share of the global batch, in parts that fit the memory, each with its random numbers: for
+        methods that go through the batch several times in an iteration, others in each `turn`."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's mean loss; all micro-batches and processes together give that of the global mean. The processes
-        exchange gradients in `update`, where all have to have those of the same parameters: a loss that a process does without is multiplied
-        by 0, not left out."""
+        """Add the gradient of a micro-batch's mean loss; all micro-batches and processes together give that of the
+        global mean. The processes exchange gradients in `update`, where all have to have those of the same parameters:
+        a loss that a process does without is multiplied by 0, not left out."""
         ...
 
     def update(self, name: str) -> None:
-        """Sanitise, clip, optimiser step, zero the gradients of the network of that name. The average of the product follows once, after the
-        iteration, however many updates it had."""
+        """Sanitise, clip, optimiser step, zero the gradients of the network of that name. The average of the product
+        follows once, after the iteration, however many updates it had."""
         ...
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
@@ -177,12 +178,14 @@ class Method(ABC):
 
     @classmethod
     def needs(cls, options: Any) -> str:
-        """What a batch holds under these options: "pairs", "images", or "none": nothing but the teacher is needed, labels are drawn."""
+        """What a batch holds under these options: "pairs", "images", or "none": nothing but the teacher is needed,
+        labels are drawn."""
         return cls.data
 
     @classmethod
     def micro_multiple(cls, options: Any) -> int:
-        """Micro-batches are of a multiple of so many samples: those that a loss takes together (see `d2o.training.share.divide`)."""
+        """Micro-batches are of a multiple of so many samples: those that a loss takes together (see
+        `d2o.training.share.divide`)."""
         return 1
 
     @abstractmethod
@@ -228,7 +231,8 @@ class Method(ABC):
         return options
 
     def rate(self, iteration: int) -> float:
-        """Factor of the recipe's learning rates in this iteration, for methods in stages that each have a course of their own."""
+        """Factor of the recipe's learning rates in this iteration, for methods in stages that each have a course of
+        their own."""
         return 1.0
 
     def validate(self, product: nn.Module) -> dict[str, float]:
@@ -237,7 +241,8 @@ class Method(ABC):
 
 
 class GeneratorMethod(Method):
-    """A method that trains a student's network without a teacher: `generator`, of which `student` makes the student; `_spec` is what it makes."""
+    """A method that trains a student's network without a teacher: `generator`, of which `student` makes the student;
+    `_spec` is what it makes."""
 
     product = "generator"
     generator: Any  # each method knows its own class

@@ -1,4 +1,5 @@
-"""A small image classifier, trained with cross-entropy. Its penultimate features serve as an offline feature extractor."""
+"""A small image classifier, trained with cross-entropy. Its penultimate features serve as an offline feature
+extractor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Distillation by jumps along the teacher's ODE: consistency distillation (Song et al. 2023, Algorithm 2), progressive distillation (Salimans &
-Ho 2022, Algorithm 2), and the trajectory loss of consistency trajectory models (Kim et al. 2024), each as in Table 5 of Zheng & Yang 2024.
+"""Distillation by jumps along the teacher's ODE: consistency distillation (Song et al. 2023, Algorithm 2), progressive
+distillation (Salimans & Ho 2022, Algorithm 2), and the trajectory loss of consistency trajectory models (Kim et al.
+2024), each as in Table 5 of Zheng & Yang 2024.
 
-x_t = x + t z for real images x. One network call learns to go where small steps of the teacher's solver lead. CD-I of Zheng & Yang is CD with
-`student.freeze: conv`. What papers and code do differently are options; their defaults are those of the paper that is named above.
+x_t = x + t z for real images x. One network call learns to go where small steps of the teacher's solver lead. CD-I of
+Zheng & Yang is CD with
+`student.freeze: conv`. What papers and code do differently are options; their defaults are those of the paper that is
+named above.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ class Consistency(Method):
         self.lpips = load_lpips(self.device, self.options.lpips_pooling) if self.options.distance == "lpips" else None
 
     def first_student(self, setup: Setup, teacher: EDMPrecond) -> nn.Module:
-        """The teacher's network, or the one to start from, in the preconditioning of its kind: cd has f(x, sigma_min) = x built in."""
+        """The teacher's network, or the one to start from, in the preconditioning of its kind: cd has f(x, sigma_min) =
+        x built in."""
         kind, precond = self.options.kind, "consistency" if self.options.kind == "cd" else "edm"
         if setup.start is not None:
             old = setup.start
@@ -113,10 +117,11 @@ class Consistency(Method):
         )
         return {"loss": loop.mean(losses), **course}
 
-    # One kind each: losses [B] of images x -----------------------------------------------------------------------------------------------
+    # One kind each: losses [B] of images x ----------------------------------------------------------------------------
 
     def consistency(self, loop: Loop, x: Tensor, labels: Tensor | None, draw: Draws, n: int, _: bool) -> Tensor:
-        """d(f(x_t, t), sg f(x_u, u)) with u one step below t, x_u one solver step from x_t (Song et al. 2023, eq. 7)."""
+        """d(f(x_t, t), sg f(x_u, u)) with u one step below t, x_u one solver step from x_t (Song et al. 2023, eq.
+        7)."""
         i, z = self.index(draw, n), draw.randn(*x.shape[1:])
         t, u, end = self.T(i, n), self.T(i - 1, n), self.T(0 * i, n)
         x_t = x + c.column(t, x) * z
@@ -146,8 +151,8 @@ class Consistency(Method):
         return self.weighted(t, s) * self.distance(y, c.progressive_target(x_t, h, t, s))
 
     def trajectory(self, loop: Loop, x: Tensor, labels: Tensor | None, draw: Draws, n: int, _: bool) -> Tensor:
-        """d(F(x_t, t, s), H), both taken on to sigma_min by the target network; H goes by the solver to u, and from there by the target network
-        to s (Table 5, CTM)."""
+        """d(F(x_t, t, s), H), both taken on to sigma_min by the target network; H goes by the solver to u, and from
+        there by the target network to s (Table 5, CTM)."""
         i, z = self.index(draw, n), draw.randn(*x.shape[1:])
         longest = min(self.options.max_hops or n, n)
         most = (i - (min(self.options.lowest, n) - 1)).clamp(max=longest)  # with 1 <= j, where 2 <= i
@@ -170,10 +175,11 @@ class Consistency(Method):
             y = self.hop(target, x_s, s, end, labels)
         return self.weighted(t, u) * self.distance(y, goal)
 
-    # Parts -------------------------------------------------------------------------------------------------------------------------------
+    # Parts ------------------------------------------------------------------------------------------------------------
 
     def begin(self, iteration: int) -> tuple[int, bool]:
-        """The number of steps of this iteration's grid, and whether it is in the first stage. A new stage learns from the student as it is now."""
+        """The number of steps of this iteration's grid, and whether it is in the first stage. A new stage learns from
+        the student as it is now."""
         o = self.options
         if o.kind == "pd":
             n, begin, _ = self.stage_of(iteration)
@@ -243,7 +249,8 @@ class Consistency(Method):
         return _Kept(self.states_["previous"]) if self.options.stage_target == "previous" else loop.frozen("student")
 
     def replayed(self) -> Any:
-        """Random numbers drawn inside (dropout) are drawn again after: both forward passes leave out the same values."""
+        """Random numbers drawn inside (dropout) are drawn again after: both forward passes leave out the same
+        values."""
         return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
 
     @torch.no_grad()
@@ -273,7 +280,7 @@ class Consistency(Method):
             micro.labels if micro.labels is not None else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
         )
 
-    # The product -------------------------------------------------------------------------------------------------------------------------
+    # The product ------------------------------------------------------------------------------------------------------
 
     def made(self, network: nn.Module) -> ConsistencyStudent:
         return ConsistencyStudent(

@@ -1,7 +1,9 @@
-"""Denoising diffusion GANs: a conditional GAN for each of K large denoising steps (Xiao, Kreis & Vahdat 2022), the baseline of SPI-GAN.
+"""Denoising diffusion GANs: a conditional GAN for each of K large denoising steps (Xiao, Kreis & Vahdat 2022), the
+baseline of SPI-GAN.
 
-Their section 3.2. Every iteration first trains the critic, then the generator, on the same real images with fresh steps, noises and latents;
-what the paper leaves open (the loss's form, when R1 is taken and how it is weighted, the order) is as in the authors' training.
+Their section 3.2. Every iteration first trains the critic, then the generator, on the same real images with fresh
+steps, noises and latents; what the paper leaves open (the loss's form, when R1 is taken and how it is weighted, the
+order) is as in the authors' training.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class DDGANOptions(Options):
 
 
 class Randoms(NamedTuple):
-    """What one network's turn draws for its images: the step t [B], n1 and n2 of the real pair, latents z [B, nz], the posterior's noise."""
+    """What one network's turn draws for its images: the step t [B], n1 and n2 of the real pair, latents z [B, nz], the
+    posterior's noise."""
 
     t: Tensor
     n1: Tensor

@@ -1,8 +1,10 @@
-"""Distribution matching: DMD (Yin et al. 2024, algorithms 1 to 3) and Diff-Instruct (Luo et al. 2023, algorithm 1), with two sets of defaults.
+"""Distribution matching: DMD (Yin et al. 2024, algorithms 1 to 3) and Diff-Instruct (Luo et al. 2023, algorithm 1),
+with two sets of defaults.
 
-A score network, begun as a copy of the teacher, learns the denoiser of the student's own samples. Where it and the teacher disagree about a noisy
-sample, the student moves the sample towards the teacher's image: the gradient of the reverse KL divergence. DMD also keeps the student near
-the teacher's ODE solutions (`lambda_reg`), for which it needs pairs; without that term the method needs no data at all.
+A score network, begun as a copy of the teacher, learns the denoiser of the student's own samples. Where it and the
+teacher disagree about a noisy sample, the student moves the sample towards the teacher's image: the gradient of the
+reverse KL divergence. DMD also keeps the student near the teacher's ODE solutions (`lambda_reg`), for which it needs
+pairs; without that term the method needs no data at all.
 """
 
 from __future__ import annotations
@@ -174,7 +176,8 @@ class DMD(ScoreMethod):
         return {key: loop.mean(values) for key, values in log.items()}
 
     def generator_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> list[Made]:
-        """One step of the student: matching, and regression if it is asked for. Returns the samples that were matched."""
+        """One step of the student: matching, and regression if it is asked for. Returns the samples that were
+        matched."""
         made = []
         for micro, draw in loop.micro_batches(batch):
             z, labels = draw.randn(*self.spec().shape), self.labels(draw)
@@ -279,7 +282,8 @@ def check(options: DMDOptions) -> DMDOptions:
 
 
 def regression_distance(options: DMDOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of eq. 9 between images [B, C, H, W] in [-1, 1], per sample. UserError: an unknown extractor, weights that are not there."""
+    """The distance of eq. 9 between images [B, C, H, W] in [-1, 1], per sample. UserError: an unknown extractor,
+    weights that are not there."""
     if options.regression == "perceptual":
         maps = load_classifier(str(options.extractor), str(device)).maps
         return lambda x, y: perceptual(x, y, maps)

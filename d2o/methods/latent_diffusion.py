@@ -1,7 +1,8 @@
-"""Latent diffusion with text: the noise that was added to an autoencoder's latents is predicted from them and a caption.
+"""Latent diffusion with text: the noise that was added to an autoencoder's latents is predicted from them and a
+caption.
 
-Rombach et al. 2022, eq. 3, with the noise schedule of Stable Diffusion 1.5 and captions left away now and then for classifier-free guidance
-(Ho and Salimans 2022, Algorithm 1). It trains teachers. Captions are made from class labels.
+Rombach et al. 2022, eq. 3, with the noise schedule of Stable Diffusion 1.5 and captions left away now and then for
+classifier-free guidance (Ho and Salimans 2022, Algorithm 1). It trains teachers. Captions are made from class labels.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class LatentDiffusion(Method):
 
     @torch.inference_mode()
     def validate(self, product: nn.Module) -> dict[str, float]:
-        """How often the classifier sees the digit (or whatever the classes are) in a sample that its prompt asked for."""
+        """How often the classifier sees the digit (or whatever the classes are) in a sample that its prompt asked
+        for."""
         if self.options.extractor is None:
             return {}
         extractor = load_classifier(self.options.extractor, self.no_caption.device)
@@ -162,7 +164,8 @@ class LatentDiffusion(Method):
 
 
 def classify(extractor: ClassifierExtractor, images: Tensor) -> Tensor:
-    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to what it takes."""
+    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to what
+    it takes."""
     assert extractor.shape is not None
     channels, height, width = extractor.shape
     if channels == 1:
@@ -172,7 +175,8 @@ def classify(extractor: ClassifierExtractor, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def latent_scale(autoencoder: Autoencoder, images: ImageSet, device: torch.device) -> float:
-    """1 / (standard deviation of the latents over all their numbers), of at most 4096 images spread over the set: the `scaling_factor`."""
+    """1 / (standard deviation of the latents over all their numbers), of at most 4096 images spread over the set: the
+    `scaling_factor`."""
     count, total, square = 0, 0.0, 0.0
     picked = torch.linspace(0, len(images) - 1, min(len(images), SCALE_IMAGES)).round().long()
     for part in picked.split(256):

@@ -14,7 +14,8 @@ from d2o.metrics.perceptual import build_lpips
 def load_lpips(device: torch.device, pooling: str = "max") -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS over VGG-16 for two batches of images [B, 3, H, W] in [-1, 1], H and W >= 16; gradients flow to both.
 
-    `pooling` "max" as VGG was trained, or "avg" as Song et al. 2023 have it. On the meta device no weights are read. UserError: none to be had.
+    `pooling` "max" as VGG was trained, or "avg" as Song et al. 2023 have it. On the meta device no weights are read.
+    UserError: none to be had.
     """
     meta = device.type == "meta"
     network = build_lpips("vgg", None if meta else find_weights("lpips-vgg"))

@@ -1,4 +1,5 @@
-"""ODE distillation: the student, called once at the highest noise level, regresses to the teacher's ODE solution from the same noise.
+"""ODE distillation: the student, called once at the highest noise level, regresses to the teacher's ODE solution from
+the same noise.
 
 Luhman & Luhman 2021; the first stage of Diffusion2GAN (Kang et al. 2024, eq. 1) with a choice of distances.
 """

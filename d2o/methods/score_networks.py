@@ -1,4 +1,5 @@
-"""What methods with a score network share: how student and score network begin, how both scores are asked, what is checked of real images."""
+"""What methods with a score network share: how student and score network begin, how both scores are asked, what is
+checked of real images."""
 
 from __future__ import annotations
 
@@ -47,8 +48,9 @@ class ScoreMethod(Method):
 
 
 def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: bool = False) -> Student:
-    """A copy of `setup.start`, or what `setup.student` says, without EDM2's uncertainty head. UserError: it does not fit the teacher, or is not
-    called where the recipe says, or (unless `at_sigma_max`) at the teacher's highest noise level, the recipes' default, where it starts as a mean.
+    """A copy of `setup.start`, or what `setup.student` says, without EDM2's uncertainty head. UserError: it does not
+    fit the teacher, or is not called where the recipe says, or (unless `at_sigma_max`) at the teacher's highest noise
+    level, the recipes' default, where it starts as a mean.
     """
     sigma = float(setup.student.sigma)
     if setup.start is not None:
@@ -83,7 +85,8 @@ def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: boo
 
 
 def start_score(teacher: Teacher, dropout: float | None = None, uncertainty: bool = True) -> Any:
-    """The score network: a copy of the teacher's to be trained, with another dropout if given, without EDM2's uncertainty head if asked."""
+    """The score network: a copy of the teacher's to be trained, with another dropout if given, without EDM2's
+    uncertainty head if asked."""
     score = copy.deepcopy(teacher.network)
     if dropout is not None:
         set_dropout(score, dropout)
@@ -105,7 +108,8 @@ def look(
     part: str = "decoder",
     augment_labels: Tensor | None = None,
 ) -> Any:
-    """(denoised, map, uncertainty) from one pass of a score network at sigma [B, 1, 1, 1]; None for what `part` leaves out or the network has not."""
+    """(denoised, map, uncertainty) from one pass of a score network at sigma [B, 1, 1, 1]; None for what `part` leaves
+    out or the network has not."""
     asked: dict[str, Any] = {} if part == "decoder" else {"part": part}
     if augment_labels is not None:
         asked["augment_labels"] = augment_labels
@@ -121,8 +125,8 @@ def look(
 def true_score(
     teacher: Teacher, x_t: Tensor, sigma: Tensor, labels: Tensor | None, precision: str | None = None
 ) -> Tensor:
-    """The teacher's denoised images at sigma [B, 1, 1, 1], in "fp32", "bf16", "fp16", or as the surroundings are (None). Gradients flow to x_t; the
-    weights are frozen, and nothing is kept for theirs."""
+    """The teacher's denoised images at sigma [B, 1, 1, 1], in "fp32", "bf16", "fp16", or as the surroundings are
+    (None). Gradients flow to x_t; the weights are frozen, and nothing is kept for theirs."""
     half: AbstractContextManager = nullcontext()
     if precision is not None and x_t.device.type != "meta":
         half = torch.autocast(
@@ -133,7 +137,8 @@ def true_score(
 
 
 def labels_of_images(method: str, setup: Setup, spec: Spec) -> Tensor | None:
-    """The images' classes [n] on the device; None for an unconditional teacher. UserError: there are none, or others than the teacher's."""
+    """The images' classes [n] on the device; None for an unconditional teacher. UserError: there are none, or others
+    than the teacher's."""
     images = setup.images
     assert images is not None
     if not spec.classes or (images.labels is None and setup.device.type == "meta"):  # a plan may not have the images

@@ -1,8 +1,10 @@
-"""Score identity distillation: SiD (Zhou et al. 2024, arXiv 2404.04057), SiDA and SiD2A (Zhou et al. 2025, arXiv 2410.14919), Algorithm 1 of both.
+"""Score identity distillation: SiD (Zhou et al. 2024, arXiv 2404.04057), SiDA and SiD2A (Zhou et al. 2025, arXiv
+2410.14919), Algorithm 1 of both.
 
-A student makes images in one call at the noise level sigma_init (`student.sigma`, 2.5 in the papers). A score network, which starts as the teacher,
-learns the score of these images; the student learns to make the two scores agree at all noise levels. SiD needs no data. SiDA (`adversarial`) also
-has the score network's encoder tell real images from the student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`).
+A student makes images in one call at the noise level sigma_init (`student.sigma`, 2.5 in the papers). A score network,
+which starts as the teacher, learns the score of these images; the student learns to make the two scores agree at all
+noise levels. SiD needs no data. SiDA (`adversarial`) also has the score network's encoder tell real images from the
+student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`).
 """
 
 from __future__ import annotations
@@ -214,8 +216,8 @@ class SiD(ScoreMethod):
             )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        """Algorithm 1: the score network's step, then the student's, each with fresh noises. By the images seen before this iteration: at first the
-        student waits (SiDA), then its loss is SiD's, then both."""
+        """Algorithm 1: the score network's step, then the student's, each with fresh noises. By the images seen before
+        this iteration: at first the student waits (SiDA), then its loss is SiD's, then both."""
         o, seen = self.options, iteration * self.batch
         log: dict[str, list[Tensor]] = {}
         self.score_step(loop, batch, log)
@@ -243,7 +245,8 @@ class SiD(ScoreMethod):
         )
 
     def score_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
-        """The score network learns the score of the student's images (Algorithm 1, lines 4-7), and to tell them from real ones (SiDA)."""
+        """The score network learns the score of the student's images (Algorithm 1, lines 4-7), and to tell them from
+        real ones (SiDA)."""
         o, net = self.options, loop.net("score")
         self.student.eval()
         self.score.train()
@@ -284,7 +287,8 @@ class SiD(ScoreMethod):
         keep_normalised(self.score)
 
     def student_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]], adversarial: bool) -> None:
-        """The student makes both scores agree (Algorithm 1, lines 8-12); gradients flow through both networks, whose weights are held."""
+        """The student makes both scores agree (Algorithm 1, lines 8-12); gradients flow through both networks, whose
+        weights are held."""
         o, shape = self.options, self.student.spec.shape
         self.student.train(o.train_dropout)
         self.score.eval()
@@ -321,7 +325,7 @@ class SiD(ScoreMethod):
         if self.stepped:
             keep_normalised(self.student.network)
 
-    # What the steps are made of --------------------------------------------------------------------------------------------------------
+    # What the steps are made of ---------------------------------------------------------------------------------------
 
     def labels(self, draw: Draws) -> Tensor | None:
         """Classes of a micro-batch: as they occur in the data, or uniform."""
@@ -370,8 +374,8 @@ class SiD(ScoreMethod):
         return keep if self.options.nan == "drop" else None
 
     def refuse(self, bad: Tensor, iteration: int) -> None:
-        """nan: raise. On a GPU only every so many iterations, as reading the count waits for it; no checkpoint is written meanwhile, as the
-        gradients are not finite either (bad_gradients: raise)."""
+        """nan: raise. On a GPU only every so many iterations, as reading the count waits for it; no checkpoint is
+        written meanwhile, as the gradients are not finite either (bad_gradients: raise)."""
         self.bad = self.bad + bad
         if self.device.type == "cpu" or (self.device.type != "meta" and (iteration + 1) % CHECK_EVERY == 0):
             if (count := round(float(self.bad))) > 0:

@@ -1,7 +1,9 @@
-"""SPI-GAN: a GAN that follows straight paths from noise to images, without a score network (Choi et al. 2022, arXiv 2206.14464, Algorithm 1).
+"""SPI-GAN: a GAN that follows straight paths from noise to images, without a score network (Choi et al. 2022, arXiv
+2206.14464, Algorithm 1).
 
-Real: i(t) = t x_0 + (1 - t) x_T (eq. 6), x_T of the forward process in one go. Fake: the synthesis of h(t), the solution of a neural ODE from x_T
-(eq. 5). The critic sees both with their t. What the paper leaves open are options; their defaults are what it or its code base comes nearest to.
+Real: i(t) = t x_0 + (1 - t) x_T (eq. 6), x_T of the forward process in one go. Fake: the synthesis of h(t), the
+solution of a neural ODE from x_T (eq. 5). The critic sees both with their t. What the paper leaves open are options;
+their defaults are what it or its code base comes nearest to.
 """
 
 from __future__ import annotations
@@ -242,7 +244,8 @@ class SPIGAN(GeneratorMethod):
         return torch.cat(logits)
 
     def mix(self, draw: Draws) -> tuple[Tensor, Tensor] | None:
-        """Style mixing (appendix B.3), for each image by itself: another noise, and the style input from which it is used [B]."""
+        """Style mixing (appendix B.3), for each image by itself: another noise, and the style input from which it is
+        used [B]."""
         if self.options.mixing_prob == 0:
             return None
         second, (chance, where) = draw.randn(*self._spec.shape), draw.rand(2).unbind(1)

@@ -18,7 +18,8 @@ DISTILS = {
 
 
 def takes(method: str, kind: Kind) -> bool:
-    """Whether the method can learn from teachers of that kind; what is not known of it yet does not count against it."""
+    """Whether the method can learn from teachers of that kind; what is not known of it yet does not count against
+    it."""
     wanted = get_method(method).takes
     if kind.family != "edm" or not wanted:
         return False

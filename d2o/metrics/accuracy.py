@@ -1,4 +1,5 @@
-"""Whether images show the class that they were asked for, by an extractor that is itself a classifier of these classes."""
+"""Whether images show the class that they were asked for, by an extractor that is itself a classifier of these
+classes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from d2o.metrics.subjects import Generator, Pictures, Subject
 def accuracy(runs: Sequence[Measured], x: Subject, extractor: Extractor | None) -> dict[str, Any]:
     """{"accuracy": entry} over the runs, by class, or {} where the labels mean nothing to the extractor.
 
-    Labels (-1: none) count if x has as many classes as the extractor; a set of images whose classes are called by numbers may hold a few.
+    Labels (-1: none) count if x has as many classes as the extractor; a set of images whose classes are called by
+    numbers may hold a few.
     """
     classes = x.spec.classes if isinstance(x, Generator) else x.classes if isinstance(x, Pictures) else 0
     if (

@@ -25,9 +25,10 @@ class Spread(NamedTuple):
 def bootstrap_frechet(features: Tensor, mu: Any, sigma: Any, samples: int, seed: int) -> Spread:
     """Of the Fréchet distance of features [n, d] to a reference (mu [d], sigma [d, d]), which is held fixed.
 
-    A resample holds each image as often as n draws with replacement (numpy's RandomState(seed)) hit it. As it knows fewer different images,
-    its distance is larger, by about the bias that the distance of n images has anyhow; so the interval is that of the resamples about their
-    mean, moved to the distance itself. One resample costs about as much as gathering the statistics and one distance; the reference is
+    A resample holds each image as often as n draws with replacement (numpy's RandomState(seed)) hit it. As it knows
+    fewer different images, its distance is larger, by about the bias that the distance of n images has anyhow; so the
+    interval is that of the resamples about their mean, moved to the distance itself. One resample costs about as much
+    as gathering the statistics and one distance; the reference is
     decomposed once. UserError: fewer than 2 images or resamples, and as `frechet_distance`.
     """
     _check(features, 2, samples)
@@ -47,8 +48,8 @@ def bootstrap_frechet(features: Tensor, mu: Any, sigma: Any, samples: int, seed:
 
 
 def bootstrap_mean(values: Tensor, samples: int, seed: int) -> Spread:
-    """Of the mean of values [n], by n draws with replacement (numpy's RandomState(seed)). UserError: no values, fewer than 2 resamples, values
-    that are not finite."""
+    """Of the mean of values [n], by n draws with replacement (numpy's RandomState(seed)). UserError: no values, fewer
+    than 2 resamples, values that are not finite."""
     _check(values[:, None] if values.ndim == 1 else values, 1, samples)
     all_, draw = values.detach().cpu().double().numpy(), np.random.RandomState(seed)
     means = np.array([all_[draw.randint(len(all_), size=len(all_))].mean() for _ in range(samples)])

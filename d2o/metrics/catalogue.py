@@ -18,8 +18,10 @@ LOWER, HIGHER = "lower", "higher"
 
 @dataclass(frozen=True)
 class Metric:
-    """`extractor`: the one that it is defined over; None: the one chosen for X. `output`: what it needs of each image, and (`reference`) of
-    the reference: "statistics", "rows" (every image's), or "" for nothing. `compute` gives one Score for each of `keys`.
+    """`extractor`: the one that it is defined over; None: the one chosen for X. `output`: what it needs of each image,
+    and (`reference`) of
+    the reference: "statistics", "rows" (every image's), or "" for nothing. `compute` gives one Score for each of
+    `keys`.
     """
 
     name: str
@@ -213,7 +215,8 @@ def parse_metrics(names: Sequence[str]) -> list[Want]:
 def combine(
     want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Score]], settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """The entries of a result's "metrics": over several runs the mean with its deviation, or (report "min") the least."""
+    """The entries of a result's "metrics": over several runs the mean with its deviation, or (report "min") the
+    least."""
     entries = {}
     for key, better in want.metric.keys.items():
         found = [run[key] for run in runs]
@@ -258,8 +261,8 @@ FRECHET = {
 
 
 def label(key: str, extractor: Extractor | None, settings: Settings, n: int | None) -> str:
-    """The name under which a number is printed. "FID" is said of the 2015 Inception network's distance alone, and always with its n:
-    FID-50k takes 50,000 generated images."""
+    """The name under which a number is printed. "FID" is said of the 2015 Inception network's distance alone, and
+    always with its n: FID-50k takes 50,000 generated images."""
     if key.startswith(("fd", "fid", "clip-fid", "rel-f")) and key != "fd-class" and extractor is not None:
         name = FRECHET.get(extractor.name, f"FD({extractor.name})")
         return ("rel-" if key.startswith("rel") else "") + (name + size(n) if name in FRECHET.values() else name)

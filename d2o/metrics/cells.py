@@ -1,4 +1,5 @@
-"""How one number of a result is named and printed, wherever it appears: the same label, digits, marks and order everywhere."""
+"""How one number of a result is named and printed, wherever it appears: the same label, digits, marks and order
+everywhere."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ Metric = dict[str, Any]
 
 
 def metrics(record: Record) -> Iterator[tuple[str, Metric]]:
-    """(key, metric) of everything in a record that is one number; not speed and distance, which are several. Well-known ones first."""
+    """(key, metric) of everything in a record that is one number; not speed and distance, which are several. Well-known
+    ones first."""
     found = {}
     for key, metric in record["metrics"].items():
         if isinstance(metric, dict) and metric.get("value") is not None:
@@ -89,7 +91,8 @@ def error_of(metric: Metric) -> float | None:
 
 
 def value_text(metric: Metric, decimals: int = 0, mark: bool = True) -> str:
-    """1.42, or 1.420 ± 0.031 (two digits of the deviation), or 97.5 %; at least `decimals` decimals, to stand beside a printed number."""
+    """1.42, or 1.420 ± 0.031 (two digits of the deviation), or 97.5 %; at least `decimals` decimals, to stand beside a
+    printed number."""
     percent = bool(metric.get("percent"))
     value, std = ((100 if percent else 1) * v if v is not None else None for v in (metric["value"], error_of(metric)))
     assert value is not None

@@ -1,4 +1,5 @@
-"""Line and dot charts as inline SVG: no library, no script, coloured by the page's style sheet (classes s0, s1, ...)."""
+"""Line and dot charts as inline SVG: no library, no script, coloured by the page's style sheet (classes s0, s1,
+...)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y). `smooth` draws its local average over the faint raw line; `marks` puts a dot on each point."""
+    """A line through (x, y). `smooth` draws its local average over the faint raw line; `marks` puts a dot on each
+    point."""
 
     name: str
     x: Sequence[float]
@@ -28,8 +30,8 @@ class Series:
 def line_chart(
     series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False, colours: int = COLOURS
 ) -> str:
-    """One SVG element; `colours`: of the style sheet, taken in turn. Points that are not finite (or not positive on a log axis) are left out; an
-    empty string when none remain."""
+    """One SVG element; `colours`: of the style sheet, taken in turn. Points that are not finite (or not positive on a
+    log axis) are left out; an empty string when none remain."""
     lines = [_clean(s, log_y) for s in series]
     points = [p for _, p in lines if p]
     if not points:
@@ -91,7 +93,8 @@ def _clean(s: Series, log_y: bool) -> tuple[Series, list[tuple[float, float]]]:
 
 
 def _average(points: list[tuple[float, float]], log_y: bool) -> list[tuple[float, float]]:
-    """Gaussian average over about a twentieth of the line (of logarithms on a log axis), centred, so that it doesn't lag behind a fall."""
+    """Gaussian average over about a twentieth of the line (of logarithms on a log axis), centred, so that it doesn't
+    lag behind a fall."""
     width = max(len(points) / 50, 1.0)
     weights = [math.exp(-0.5 * (k / width) ** 2) for k in range(math.ceil(3 * width) + 1)]
     values = [math.log(y) if log_y else y for _, y in points]
@@ -145,7 +148,8 @@ def _digit(tick: float) -> int:
 
 @dataclass(frozen=True)
 class Dot:
-    """A row of a dot chart. `colour`: of the style sheet (0: s0, ...); `mark`: another value of the same row, as a paper printed it."""
+    """A row of a dot chart. `colour`: of the style sheet (0: s0, ...); `mark`: another value of the same row, as a
+    paper printed it."""
 
     name: str
     value: float
@@ -159,7 +163,8 @@ ROW, DOT_WIDTH = 40, 460  # a name above each line, so that the chart stays read
 
 
 def dot_chart(dots: Sequence[Dot], title: str, log_x: bool = False) -> str:
-    """One SVG element: values as dots on lines, with error bars and printed values. A dot needs no zero on its axis, as a bar does."""
+    """One SVG element: values as dots on lines, with error bars and printed values. A dot needs no zero on its axis, as
+    a bar does."""
     ends = [
         v for d in dots for v in (d.value - (d.error or 0), d.value, d.value + (d.error or 0), d.mark) if v is not None
     ]

@@ -15,8 +15,8 @@ from d2o.metrics.subjects import Generator, Numbers, Pictures, Subject, check_su
 
 
 def check(x: Subject, reference: Reference | None, plan: Plan, settings: Settings) -> None:
-    """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of another extractor,
-    a network that is not here. `reference` may be opened only."""
+    """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of
+    another extractor, a network that is not here. `reference` may be opened only."""
     if isinstance(x, Generator) and x.spec.condition != "text":
         label_mode(settings.labels, x.spec.classes, x.spec.name)
     for want in plan.wants:

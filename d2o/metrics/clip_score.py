@@ -1,4 +1,5 @@
-"""CLIP score: how well images follow their prompts, by the protocol of GigaGAN's evaluation, which DMD2 and Diffusion2GAN share."""
+"""CLIP score: how well images follow their prompts, by the protocol of GigaGAN's evaluation, which DMD2 and
+Diffusion2GAN share."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ TEMPLATES = ("gigagan", "none")
 class ClipScore:
     """Cosines of image and text embeddings: not times 100, not clipped at zero.
 
-    `name`: "clip-vit-g-14" (with LAION's weights laion2b_s12b_b42k, what Diffusion2GAN and DMD2 report) or "clip-vit-b-32" (OpenAI's,
-    GigaGAN's default). `template`: "gigagan" puts PREFIX before every prompt, "none" takes it as it is. Always in single precision.
+    `name`: "clip-vit-g-14" (with LAION's weights laion2b_s12b_b42k, what Diffusion2GAN and DMD2 report) or
+    "clip-vit-b-32" (OpenAI's, GigaGAN's default). `template`: "gigagan" puts PREFIX before every prompt, "none" takes
+    it as it is. Always in single precision.
     UserError: unknown name or template; no weights to be had, or another network's.
     """
 
@@ -63,7 +65,8 @@ class ClipScore:
         return self._unit(self.network.encode_text(part.to(self.device)) for part in self.tokens(prompts).split(CHUNK))
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [n, 3, H, W] and their n prompts -> cosines [n] float32. UserError: not as many of one as of the other."""
+        """uint8 images [n, 3, H, W] and their n prompts -> cosines [n] float32. UserError: not as many of one as of the
+        other."""
         if len(images) != len(prompts):
             raise UserError(
                 f"{len(images)} images, but {len(prompts)} prompts: the CLIP score takes a prompt for every image"
@@ -86,8 +89,8 @@ class ClipScore:
 
 
 def insert_tokens(tokens: Tensor, inserted: Tensor) -> Tensor:
-    """Token ids [n, L] with `inserted` [k] right after the start mark, cut to L again; where a text then fills the last place, the end mark
-    takes it (so a long prompt loses k tokens before its end)."""
+    """Token ids [n, L] with `inserted` [k] right after the start mark, cut to L again; where a text then fills the last
+    place, the end mark takes it (so a long prompt loses k tokens before its end)."""
     longer = torch.cat([tokens[:, :1], inserted.to(tokens).expand(len(tokens), -1), tokens[:, 1:]], 1)[
         :, : tokens.shape[1]
     ]
@@ -96,7 +99,8 @@ def insert_tokens(tokens: Tensor, inserted: Tensor) -> Tensor:
 
 
 def scale(images: Tensor) -> Tensor:
-    """uint8 images [n, 3, H, W] -> uint8 [n, 3, 256, 256]: central square, Pillow's Lanczos, and the rounding of GigaGAN's code."""
+    """uint8 images [n, 3, H, W] -> uint8 [n, 3, 256, 256]: central square, Pillow's Lanczos, and the rounding of
+    GigaGAN's code."""
     return round_trip().to(images.device)[each_image(images, scale_one).long()]
 
 
@@ -105,6 +109,7 @@ def scale_one(image: Image.Image) -> Image.Image:
 
 
 def round_trip() -> Tensor:
-    """uint8 [256]: where each level comes out when it goes to [-1, 1] and back in single precision and is truncated there."""
+    """uint8 [256]: where each level comes out when it goes to [-1, 1] and back in single precision and is truncated
+    there."""
     levels = torch.arange(256, dtype=torch.float32).div(255).sub(0.5).div(0.5)
     return ((levels + 1) * 127.5).clamp(0, 255).to(torch.uint8)

@@ -1,7 +1,9 @@
-"""One pass over images, generated or read: every probe looks at every batch, its answers become columns. Images stream through; none are kept.
+"""One pass over images, generated or read: every probe looks at every batch, its answers become columns. Images stream
+through; none are kept.
 
-On disk (`root`) a pass is a folder of finished chunks named after all that the answers depend on: any number of processes fill it together
-(torchrun, or the same command started twice), a killed one is continued, and the result is the same to the last bit.
+On disk (`root`) a pass is a folder of finished chunks named after all that the answers depend on: any number of
+processes fill it together (torchrun, or the same command started twice), a killed one is continued, and the result is
+the same to the last bit.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def silent(title: str, total: int) -> Iterator[Progress]:
 
 @dataclass
 class Batch:
-    """Images as they are scored: uint8 [k, C, H, W], with class indices [k] (-1: none) and prompts where they have them. `floats`: the same
-    in [-1, 1] before they became 8 bits; `latents` [k, ...] where the generator works in latents; `other`: the batch to compare with, row by
+    """Images as they are scored: uint8 [k, C, H, W], with class indices [k] (-1: none) and prompts where they have
+    them. `floats`: the same in [-1, 1] before they became 8 bits; `latents` [k, ...] where the generator works in
+    latents; `other`: the batch to compare with, row by
     row. `seconds`: what generating them took."""
 
     images: Tensor
@@ -99,7 +102,8 @@ def collect(
     stop: StopFlag | None = None,
     say: Say = lambda message: None,
 ) -> Columns:
-    """Make (or continue, or share) the pass. `root` None: in memory. Chunks found damaged are made again, and `say` is told.
+    """Make (or continue, or share) the pass. `root` None: in memory. Chunks found damaged are made again, and `say` is
+    told.
 
     UserError as its parts raise; Stopped: `stop` was set.
     """

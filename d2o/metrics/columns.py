@@ -1,7 +1,9 @@
-"""What was measured of n images, one row an image: columns in memory, or in a folder that processes fill together and a kill leaves usable.
+"""What was measured of n images, one row an image: columns in memory, or in a folder that processes fill together and a
+kill leaves usable.
 
-A column is named `extractor/output` ("inception/features"), or for what it holds ("labels"). Rows come in chunks of fixed images, always in
-the same order, so what is computed from them depends neither on the number of processes nor on interruptions.
+A column is named `extractor/output` ("inception/features"), or for what it holds ("labels"). Rows come in chunks of
+fixed images, always in the same order, so what is computed from them depends neither on the number of processes nor on
+interruptions.
 """
 
 from __future__ import annotations

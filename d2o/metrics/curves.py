@@ -12,8 +12,8 @@ from d2o.interop.inputs import MAX_LOG_BYTES, parse_json, read_file
 
 @dataclass
 class Curves:
-    """What a run logged over the images it has seen: name -> [(images, value)]. `signs` tell whether adversarial training goes well, and `watch`
-    is the last verdict on it."""
+    """What a run logged over the images it has seen: name -> [(images, value)]. `signs` tell whether adversarial
+    training goes well, and `watch` is the last verdict on it."""
 
     name: str
     losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -29,7 +29,8 @@ SIGNS = ("logit_", "diversity", "ada_p", "grad_")
 
 
 def read_curves(run: str | Path) -> Curves:
-    """Losses (keys that say so) and scores (the "eval" records). A line that a kill cut short is passed over. UserError: no such log."""
+    """Losses (keys that say so) and scores (the "eval" records). A line that a kill cut short is passed over.
+    UserError: no such log."""
     path = Path(run) / "metrics.jsonl"
     try:
         lines = read_file(path, MAX_LOG_BYTES).decode("utf-8", "replace").splitlines()

@@ -1,8 +1,9 @@
-"""Squared Euclidean distances between sets of features, block by block: fast in float32, and exact where the last digits decide.
+"""Squared Euclidean distances between sets of features, block by block: fast in float32, and exact where the last
+digits decide.
 
-|x - y|^2 = |x|^2 + |y|^2 - 2 x.y costs one matrix product, but cancels: in float32 it is off by up to `slack` times (|x| + |y|)^2, features
-being centred first. Whatever is closer than that to what it is compared with is computed again from the differences, in float64, so results
-are those of float64.
+|x - y|^2 = |x|^2 + |y|^2 - 2 x.y costs one matrix product, but cancels: in float32 it is off by up to `slack` times
+(|x| + |y|)^2, features being centred first. Whatever is closer than that to what it is compared with is computed again
+from the differences, in float64, so results are those of float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ PAIRS = 512  # features, or pairs of them, that are in float64 at one time
 
 
 class Points:
-    """Features [n, d], rounded to `dtype` and centred about `centre` [d] (float64) as blocks are taken out of them; never copied as a whole."""
+    """Features [n, d], rounded to `dtype` and centred about `centre` [d] (float64) as blocks are taken out of them;
+    never copied as a whole."""
 
     def __init__(self, features: Tensor, dtype: torch.dtype, centre: Tensor, what: str):
         self.raw, self.dtype, self.centre = features.detach(), dtype, centre
@@ -49,7 +51,8 @@ class Points:
 
 
 def centre_of(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """About the mean [d] of features rounded to `dtype`: float64, but of float32's values, so that float32 blocks are centred about the same."""
+    """About the mean [d] of features rounded to `dtype`: float64, but of float32's values, so that float32 blocks are
+    centred about the same."""
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for part in blocks(len(features), PAIRS):
         total += features.detach()[part].to(dtype).to(torch.float64).sum(0)
@@ -62,15 +65,16 @@ def blocks(n: int, size: int | None = None) -> Iterator[slice]:
 
 
 def work_type(*points: Points) -> torch.dtype:
-    """float32, unless the features need more: they are in float64, their squares leave float32's range, or its products have been made coarse."""
+    """float32, unless the features need more: they are in float64, their squares leave float32's range, or its products
+    have been made coarse."""
     largest = max(float(p.norms.max()) for p in points)
     fine = torch.get_float32_matmul_precision() == "highest" and (largest == 0 or 1e-12 < largest < 1e16)
     return torch.float32 if fine and all(p.dtype != torch.float64 for p in points) else torch.float64
 
 
 def slack(dim: int, work: torch.dtype) -> float:
-    """The error of `squared` is at most this times (|x| + |y|)^2: d/2 roundings of the product, in whatever order it sums; one of each centred
-    feature, and one of each norm and sum."""
+    """The error of `squared` is at most this times (|x| + |y|)^2: d/2 roundings of the product, in whatever order it
+    sums; one of each centred feature, and one of each norm and sum."""
     return (dim / 2 + 8) * torch.finfo(work).eps / 2
 
 
@@ -90,7 +94,8 @@ def exact_pairs(a: Points, i: Tensor, b: Points, j: Tensor) -> Tensor:
 
 
 class Nearest:
-    """The `keep` smallest squared distances of each row seen so far, and the columns that they belong to, in no order."""
+    """The `keep` smallest squared distances of each row seen so far, and the columns that they belong to, in no
+    order."""
 
     def __init__(self, n: int, keep: int, work: torch.dtype, device: torch.device):
         self.values = torch.full((n, keep), float("inf"), dtype=work, device=device)
@@ -107,8 +112,8 @@ class Nearest:
 
 
 def nearest_in(a: Points, b: Points, k: int, work: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The k nearest points of `b` to each of `a`: squared distances [n, k] float64, exact and ascending, and their indices [n, k]. Where `b`
-    is `a`, the point itself does not count."""
+    """The k nearest points of `b` to each of `a`: squared distances [n, k] float64, exact and ascending, and their
+    indices [n, k]. Where `b` is `a`, the point itself does not count."""
     same = b is a
     keep = min(k + SPARE, b.n - same)
     near = Nearest(a.n, keep, work, a.raw.device)
@@ -123,7 +128,8 @@ def nearest_in(a: Points, b: Points, k: int, work: torch.dtype) -> tuple[Tensor,
             if same and rows != columns:
                 near.add(columns, d.T.contiguous(), rows.start)
     distances, indices, sure = _settle(a, b, near, k, complete=keep == b.n - same)
-    # Where float32 leaves open which points are the nearest, look again in float64; with fully equal features there is nothing to look for.
+    # Where float32 leaves open which points are the nearest, look again in float64; with fully equal features there is
+    # nothing to look for.
     for rows in (~sure & (distances[:, -1] > 0)).nonzero().flatten().split(BLOCK):
         again = Nearest(len(rows), keep, torch.float64, a.raw.device)
         for columns in blocks(b.n):
@@ -139,8 +145,8 @@ def nearest_in(a: Points, b: Points, k: int, work: torch.dtype) -> tuple[Tensor,
 def _settle(
     a: Points, b: Points, near: Nearest, k: int, complete: bool, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k nearest of the candidates, by exact distance (and index, where that is equal), and whether no other point can be nearer. `rows`:
-    which points of `a` the candidates are of (all); `complete`: there are no other points."""
+    """The k nearest of the candidates, by exact distance (and index, where that is equal), and whether no other point
+    can be nearer. `rows`: which points of `a` the candidates are of (all); `complete`: there are no other points."""
     rows = torch.arange(a.n, device=a.raw.device) if rows is None else rows
     distances = torch.empty(len(rows), k, dtype=torch.float64, device=rows.device)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)

@@ -51,7 +51,8 @@ def evaluate_one(
     place: Workplace | None = None,
     meter: Meter = silent,
 ) -> Evaluation | None:
-    """Measure `x`; None for a worker that is not the first, which only helps. Global random state is neither used nor changed.
+    """Measure `x`; None for a worker that is not the first, which only helps. Global random state is neither used nor
+    changed.
 
     UserError: statistics of another extractor, images of another shape, too few, NaN or infinite values.
     """
@@ -205,8 +206,8 @@ def _pair_pass(
 
 
 def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[str, Any]:
-    """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values in [-1, 1]) and the
-    mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
+    """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values
+    in [-1, 1]) and the mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
     made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}
     speed = {"samples_per_s": len(columns.seconds) * columns.batch / sum(columns.seconds)} if columns.seconds else {}
     return {

@@ -11,15 +11,16 @@ from torch import Tensor
 from d2o.errors import UserError
 
 OUTPUTS = ("features", "spatial", "logits")
-"""What an extractor may give of an image: a feature vector, a vector of a layer that still knows places (sFID), class logits."""
+"""What an extractor may give of an image: a feature vector, a vector of a layer that still knows places (sFID), class
+logits."""
 
 
 class Extractor(ABC):
     """A frozen network with features. Always float32, without TF32, in eval mode; deterministic.
 
-    `name` for labels and results; `dim` of the features; `sha256` of the weights file; `shape` (C, H, W) of the images it takes, None: any
-    size and 1 or 3 channels (grey is repeated); `resize`: what it does to images before its network, as results state it; `classes` that it
-    tells apart (0: none); `outputs`: which of `OUTPUTS` it has.
+    `name` for labels and results; `dim` of the features; `sha256` of the weights file; `shape` (C, H, W) of the images
+    it takes, None: any size and 1 or 3 channels (grey is repeated); `resize`: what it does to images before its
+    network, as results state it; `classes` that it tells apart (0: none); `outputs`: which of `OUTPUTS` it has.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class Extractor(ABC):
 
     @abstractmethod
     def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """uint8 images [n, C, H, W] on the CPU or the device, of a fitting shape (C = 3 where `shape` is None) -> each wanted output
-        [n, d] float32 on the device. Called in inference mode."""
+        """uint8 images [n, C, H, W] on the CPU or the device, of a fitting shape (C = 3 where `shape` is None) -> each
+        wanted output [n, d] float32 on the device. Called in inference mode."""
 
     def outputs(self, images: Tensor, wanted: Collection[str] = ("features",)) -> dict[str, Tensor]:
         """uint8 images [n, C, H, W] -> {output: [n, d] float32 on the device}, in one pass of the network.

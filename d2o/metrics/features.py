@@ -1,4 +1,5 @@
-"""Feature extractors by name. Absent weights are an error that says what to fetch; nothing is ever substituted silently."""
+"""Feature extractors by name. Absent weights are an error that says what to fetch; nothing is ever substituted
+silently."""
 
 from __future__ import annotations
 
@@ -52,12 +53,14 @@ class ClassifierExtractor(Extractor):
         return {name: features if name == "features" else self.network.output(features) for name in wanted}
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Float images [B, C, H, W] in [-1, 1] on the extractor's device -> feature maps [B, c, h, w], fine first. Differentiable in x."""
+        """Float images [B, C, H, W] in [-1, 1] on the extractor's device -> feature maps [B, c, h, w], fine first.
+        Differentiable in x."""
         return self.network.maps(x)
 
 
 def read_extractor(name: str, path: Path, device: Device = "cpu") -> ClassifierExtractor:
-    """The classifier in a checkpoint of kind "extractor". UserError: missing, truncated or foreign file, or of another kind."""
+    """The classifier in a checkpoint of kind "extractor". UserError: missing, truncated or foreign file, or of another
+    kind."""
     tensors, meta = load_file(path)
     if meta.get("kind") != "extractor":
         raise UserError(
@@ -112,7 +115,8 @@ EXTRACTORS: dict[str, Callable[[str, Path | None, Device], Extractor]] = {
 DEFAULTS: dict[tuple[int, int, int], str] = {(1, 8, 8): "digits"}
 """Image shape -> extractor used when none is named."""
 NATURAL = "lite0"
-"""The same for all other images: its weights come with a package, so it works without a network. Not FID, and never called so."""
+"""The same for all other images: its weights come with a package, so it works without a network. Not FID, and never
+called so."""
 SMALLEST = 16
 
 
@@ -121,8 +125,8 @@ def extractor_names() -> list[str]:
 
 
 def load_extractor(name: str, device: Device = "cpu", weights: Path | None = None) -> Extractor:
-    """A named extractor, or the path of an own classifier (.safetensors of kind "extractor"). `weights`: its weights file, instead of the
-    one that is downloaded or ships.
+    """A named extractor, or the path of an own classifier (.safetensors of kind "extractor"). `weights`: its weights
+    file, instead of the one that is downloaded or ships.
 
     UserError: unknown name (with the list), absent weights (with what to fetch), a file of another kind.
     """
@@ -145,7 +149,8 @@ def load_extractor(name: str, device: Device = "cpu", weights: Path | None = Non
 
 
 def load_classifier(name: str, device: Device = "cpu") -> ClassifierExtractor:
-    """An extractor that is a classifier of d2o's own, whose maps can be differentiated. UserError: another one, and as `load_extractor`."""
+    """An extractor that is a classifier of d2o's own, whose maps can be differentiated. UserError: another one, and as
+    `load_extractor`."""
     extractor = load_extractor(name, device)
     if not isinstance(extractor, ClassifierExtractor):
         hint = "take digits, or what `d2o train recipes/classifier_digits.yaml` makes"

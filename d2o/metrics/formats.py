@@ -60,7 +60,8 @@ def check_table_target(path: str | Path) -> None:
 
 
 def to_markdown(records: Sequence[Record]) -> str:
-    """A GitHub table; its protocols are footnotes, referred to from the rows (from the header where all rows share one)."""
+    """A GitHub table; its protocols are footnotes, referred to from the rows (from the header where all rows share
+    one)."""
     table = results_table(records)
     shared = table.protocols == 1
     headers = [
@@ -91,8 +92,8 @@ def to_markdown(records: Sequence[Record]) -> str:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """One row for each record, every number in full. A metric has the columns KEY (its value), KEY.std, KEY.n, ...; fields that no record has
-    are left out."""
+    """One row for each record, every number in full. A metric has the columns KEY (its value), KEY.std, KEY.n, ...;
+    fields that no record has are left out."""
     rows = [_flat(r) for r in records]
     keys = dict.fromkeys(key for r in records for key, _ in metrics(r))
     keys |= dict.fromkeys(key for r in records for key in paper_of(r))

@@ -1,4 +1,5 @@
-"""Fréchet distance between two Gaussians, and the streaming mean and covariance that it compares. Everything in float64."""
+"""Fréchet distance between two Gaussians, and the streaming mean and covariance that it compares. Everything in
+float64."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any, factor2: np.ndarray | None = None) -> float:
-    """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), the squared 2-Wasserstein distance of N(mu1, S1) and N(mu2, S2) (what FID is).
+    """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), the squared 2-Wasserstein distance of N(mu1, S1) and N(mu2,
+    S2) (what FID is).
 
-    mu [d], sigma [d, d], numpy arrays or torch tensors of any float type, n - 1 covariances. `factor2`: `factor(sigma2)`, which many
-    distances to one reference may share. Symmetric, never negative, exact also where n <= d.
+    mu [d], sigma [d, d], numpy arrays or torch tensors of any float type, n - 1 covariances. `factor2`:
+    `factor(sigma2)`, which many distances to one reference may share. Symmetric, never negative, exact also where n <=
+    d.
     UserError: shapes that do not fit each other, values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (_array(x) for x in (mu1, sigma1, mu2, sigma2))
@@ -38,8 +41,8 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any, factor2: np.n
 
 
 def factor(sigma: Any) -> np.ndarray:
-    """L [d, rank] with sigma = L L^T, of a symmetric non-negative matrix [d, d]: Cholesky's where sigma clearly has full rank (many times
-    faster), else from the eigenvectors, without the directions that are zero up to rounding."""
+    """L [d, rank] with sigma = L L^T, of a symmetric non-negative matrix [d, d]: Cholesky's where sigma clearly has
+    full rank (many times faster), else from the eigenvectors, without the directions that are zero up to rounding."""
     sigma = _array(sigma)
     lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(np.array(sigma, order="C")))
     if not failed:
@@ -53,12 +56,13 @@ def factor(sigma: Any) -> np.ndarray:
 
 
 def _trace_sqrt_product(sigma1: np.ndarray, sigma2: np.ndarray, factor2: np.ndarray) -> float:
-    """tr (S1 S2)^(1/2) of two symmetric non-negative matrices. With S = L L^T it is the sum of square roots of the eigenvalues of
-    L2^T S1 L2 (or L1^T S2 L1), and equally the sum of the singular values of L1^T L2."""
+    """tr (S1 S2)^(1/2) of two symmetric non-negative matrices. With S = L L^T it is the sum of square roots of the
+    eigenvalues of L2^T S1 L2 (or L1^T S2 L1), and equally the sum of the singular values of L1^T L2."""
     trace = _sum_of_roots(factor2.T @ sigma1 @ factor2)
     if trace is not None:
         return trace
-    # Some eigenvalues are zero up to rounding, which a square root would magnify from 1e-16 to 1e-8. Leave the null space of S1 out, too.
+    # Some eigenvalues are zero up to rounding, which a square root would magnify from 1e-16 to 1e-8. Leave the null
+    # space of S1 out, too.
     factor1 = factor(sigma1)
     if factor1.shape[1] < factor2.shape[1]:
         trace = _sum_of_roots(factor1.T @ sigma2 @ factor1)
@@ -82,8 +86,8 @@ def _array(x: Any) -> np.ndarray:
 class FeatureStatistics:
     """Mean and covariance of features that come in batches of any size, in memory of two d x d matrices.
 
-    Kept as (n, mean, sum of outer products about the mean) and merged by Chan's formula: no cancellation, and the parts of several workers
-    give the statistics of the whole.
+    Kept as (n, mean, sum of outer products about the mean) and merged by Chan's formula: no cancellation, and the parts
+    of several workers give the statistics of the whole.
     """
 
     def __init__(self, dim: int):

@@ -18,7 +18,8 @@ MAX_SIDE = 1024  # pixels of a grid
 def sample_grid(
     x: Generator | Pictures, teacher: Generator | None, settings: Settings, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Up to 8 x 8 images, not chosen: those of the first seeds (of a set: evenly spaced ones), ordered by label, as base64 PNG.
+    """Up to 8 x 8 images, not chosen: those of the first seeds (of a set: evenly spaced ones), ordered by label, as
+    base64 PNG.
 
     `teacher_png` holds the teacher's images of the same noise and labels.
     """

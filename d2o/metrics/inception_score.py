@@ -16,7 +16,8 @@ ROWS = 4096  # logits that are in float64 at one time
 
 
 class InceptionScore(NamedTuple):
-    """Mean and standard deviation (population; None with mode "adm", which reports none) over `splits` parts of the images."""
+    """Mean and standard deviation (population; None with mode "adm", which reports none) over `splits` parts of the
+    images."""
 
     mean: float
     std: float | None
@@ -24,11 +25,13 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(logits: Tensor, splits: int = 10, mode: str = "torch_fidelity", seed: int = 2020) -> InceptionScore:
-    """exp(mean KL(p(y|x) || p(y))) of each split of the images (Salimans et al. 2016, section 4), over the logits [n, classes] of any float type.
+    """exp(mean KL(p(y|x) || p(y))) of each split of the images (Salimans et al. 2016, section 4), over the logits [n,
+    classes] of any float type.
 
-    `mode`: how images fall into splits. "torch_fidelity": `splits` parts of the images shuffled by numpy's RandomState(seed); "edm_order":
-    `splits` parts in the order of generation (StyleGAN2, EDM, SiD; biased if images come ordered by class); "adm": parts of 5000 in order,
-    the last may be smaller, mean only (`splits` is not used). Softmax in float64, as torch-fidelity.
+    `mode`: how images fall into splits. "torch_fidelity": `splits` parts of the images shuffled by numpy's
+    RandomState(seed); "edm_order": `splits` parts in the order of generation (StyleGAN2, EDM, SiD; biased if images
+    come ordered by class); "adm": parts of 5000 in order, the last may be smaller, mean only (`splits` is not used).
+    Softmax in float64, as torch-fidelity.
     UserError: fewer images than splits, values that are not finite, unknown mode.
     """
     if mode not in MODES:

@@ -1,4 +1,5 @@
-"""Kernel Inception Distance: the squared maximum mean discrepancy of two sets of features, under a polynomial kernel."""
+"""Kernel Inception Distance: the squared maximum mean discrepancy of two sets of features, under a polynomial
+kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ORDERS = ("torch_fidelity", "clean_fid")
 
 
 class Kid(NamedTuple):
-    """Mean and standard deviation (population) over `subsets` draws of `size` images from each set. Unbiased, so it may fall below 0."""
+    """Mean and standard deviation (population) over `subsets` draws of `size` images from each set. Unbiased, so it may
+    fall below 0."""
 
     mean: float
     std: float
@@ -32,10 +34,12 @@ def kid(
     *,
     cap: bool = False,
 ) -> Kid:
-    """Unbiased MMD^2 with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 4) of features x [n, d] and y [m, d], of any float type.
+    """Unbiased MMD^2 with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 4) of features x [n, d] and y [m,
+    d], of any float type.
 
-    Each subset is drawn without replacement by numpy's RandomState(seed), x before y with order "torch_fidelity", y before x with "clean_fid"
-    (which seeds nothing itself: equal after np.random.seed(seed)). `cap`: lower `size` to the smaller set, as clean-fid does.
+    Each subset is drawn without replacement by numpy's RandomState(seed), x before y with order "torch_fidelity", y
+    before x with "clean_fid" (which seeds nothing itself: equal after np.random.seed(seed)). `cap`: lower `size` to the
+    smaller set, as clean-fid does.
     UserError: subsets larger than a set, values that are not finite, different dimensions, unknown order.
     """
     if order not in ORDERS:
@@ -69,7 +73,8 @@ def kid(
 
 
 def _mmd2(x: np.ndarray, y: np.ndarray) -> float:
-    """Of x and y [m, d]: the mean kernel within each set, pairs of an image with itself left out, less twice the mean across."""
+    """Of x and y [m, d]: the mean kernel within each set, pairs of an image with itself left out, less twice the mean
+    across."""
     m = len(x)
     within = 0.0
     for z in (x, y):
@@ -86,7 +91,8 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _array(x: Tensor) -> np.ndarray:
-    """float64 stays, everything else becomes float32 (sums of the kernel are in float64: the result then differs by some 1e-9)."""
+    """float64 stays, everything else becomes float32 (sums of the kernel are in float64: the result then differs by
+    some 1e-9)."""
     array = x.detach().cpu().to(torch.float64 if x.dtype == torch.float64 else torch.float32).numpy()
     if not np.isfinite(array).all():
         raise UserError(

@@ -1,4 +1,5 @@
-"""Whether a student was trained on what it is now measured by. Such a number flatters (Kynkäänniemi et al. 2023; GDD, section 5)."""
+"""Whether a student was trained on what it is now measured by. Such a number flatters (Kynkäänniemi et al. 2023; GDD,
+section 5)."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ NETWORKS = (
 
 
 def leak_notes(source: str, recipe: dict[str, Any], extractors: list[str]) -> list[str]:
-    """A note for each extractor of the metrics that shares a backbone, or ImageNet's labels, with the training that `recipe` describes."""
+    """A note for each extractor of the metrics that shares a backbone, or ImageNet's labels, with the training that
+    `recipe` describes."""
     options = recipe.get(str(recipe.get("method")))
     if not isinstance(options, dict):
         return []

@@ -28,7 +28,8 @@ def nearest_images(
     settings: Settings,
     device: Device,
 ) -> dict[str, Any]:
-    """`record["neighbours"]`: the first samples of x beside the k images of the reference (a set of images) whose features are nearest."""
+    """`record["neighbours"]`: the first samples of x beside the k images of the reference (a set of images) whose
+    features are nearest."""
     images, side = reference.subject, reference.side
     assert isinstance(images, Pictures) and isinstance(side, Measured) and isinstance(run, Measured), (
         "refused by `check`"

@@ -1,4 +1,5 @@
-"""Published reference statistics by name: what papers of the field compare with, fetched when they are first asked for."""
+"""Published reference statistics by name: what papers of the field compare with, fetched when they are first asked
+for."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ IMAGENET = 1_281_167
 class NamedReference:
     """A published file of statistics.
 
-    `extractors` that made them, by d2o's names; `n` images stand behind them (None: the publisher doesn't say); `images`: how many it holds
-    itself, for metrics that need single images. Nobody published checksums: what is downloaded first is pinned.
+    `extractors` that made them, by d2o's names; `n` images stand behind them (None: the publisher doesn't say);
+    `images`: how many it holds itself, for metrics that need single images. Nobody published checksums: what is
+    downloaded first is pinned.
     """
 
     name: str
@@ -115,8 +117,9 @@ def is_named(text: str) -> bool:
 def lookup(name: str) -> NamedReference:
     """What is known of a published reference. UserError: an unknown name, or one that is not in clean-fid's scheme.
 
-    clean-fid's are "clean-fid:" and the name of its file, {name}_{mode}[_clip_vit_b_32]_{split}_{size}[_kid], where mode is clean,
-    legacy_pytorch or legacy_tensorflow, and size "na" in the split "custom". "_kid" names the features instead of their statistics.
+    clean-fid's are "clean-fid:" and the name of its file, {name}_{mode}[_clip_vit_b_32]_{split}_{size}[_kid], where
+    mode is clean, legacy_pytorch or legacy_tensorflow, and size "na" in the split "custom". "_kid" names the features
+    instead of their statistics.
     """
     if not name.startswith(CLEAN):
         if name not in REFERENCES:
@@ -154,8 +157,9 @@ def find_reference(name: str, progress: Progress | None = None) -> Path:
 
 
 def load_reference_statistics(name: str, feature: str | None = None, progress: Progress | None = None) -> Statistics:
-    """The statistics of a published reference for the extractor `feature`, with the number of images and the extractor that its file does
-    not state, so that those of another extractor are refused. UserError: as `find_reference` and `load_statistics`."""
+    """The statistics of a published reference for the extractor `feature`, with the number of images and the extractor
+    that its file does not state, so that those of another extractor are refused. UserError: as `find_reference` and
+    `load_statistics`."""
     entry = lookup(name)
     found = load_statistics(find_reference(name, progress), feature)
     n, made_by = found.n or entry.n, found.feature or entry.extractors[0]

@@ -1,9 +1,10 @@
 """The nearest training images of generated ones: does the generator repeat what it was trained on?
 
-A distance to the training set alone says little, because its scale is the extractor's. It is read beside the same distance between training
-images: a generator that learned the distribution makes images about as far from their nearest training image as training images are from
-each other (Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models", 2020, compare the same two
-distributions); one that copies makes nearer ones.
+A distance to the training set alone says little, because its scale is the extractor's. It is read beside the same
+distance between training
+images: a generator that learned the distribution makes images about as far from their nearest training image as
+training images are from each other (Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in
+Generative Models", 2020, compare the same two distributions); one that copies makes nearer ones.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ def neighbours_record(
 ) -> dict[str, Any]:
     """What `record["neighbours"]` holds, JSON-able.
 
-    `samples` uint8 [n, C, H, W], `sample_features` [n, d], `reference_features` [m, d]; `reference_images(indices)` -> uint8 [len, C, H, W].
-    `rows` of pictures are kept: half of evenly spaced samples, not chosen, half of the samples nearest to the reference, each row a sample and
-    its `k` nearest reference images. Distances are Euclidean. UserError: fewer than k + 1 reference images, features that are not finite.
+    `samples` uint8 [n, C, H, W], `sample_features` [n, d], `reference_features` [m, d]; `reference_images(indices)` ->
+    uint8 [len, C, H, W].
+    `rows` of pictures are kept: half of evenly spaced samples, not chosen, half of the samples nearest to the
+    reference, each row a sample and its `k` nearest reference images. Distances are Euclidean. UserError: fewer than k
+    + 1 reference images, features that are not finite.
 
     n, n_ref, k, extractor   what was searched
     columns                  of the pictures: k + 1
     spaced, closest          {"png": base64, "samples": [i], "neighbours": [[j]], "distances": [[...]]}, one entry a row
-    median, median_real      of the distance to the nearest training image: of samples, of training images (to another one)
-    near                     0.5
+    median, median_real      of the distance to the nearest training image: of samples, of training images (to another
+    one) near                     0.5
     closer, closer_real      share of each that is nearer than `near` times median_real
-    curve                    {"sample": [...], "real": [...]}: quantiles 0, 1/20, ..., 1 of these distances, in units of median_real
+    curve                    {"sample": [...], "real": [...]}: quantiles 0, 1/20, ..., 1 of these distances, in units of
+    median_real
     """
     if not len(samples) == len(sample_features) > 0:
         raise ValueError(f"{len(samples)} samples, {len(sample_features)} rows of features")

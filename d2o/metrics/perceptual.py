@@ -1,4 +1,5 @@
-"""Perceptual distances between two images, or two latents, of equal noise: LPIPS (Zhang et al. 2018), LatentLPIPS (Kang et al. 2024)."""
+"""Perceptual distances between two images, or two latents, of equal noise: LPIPS (Zhang et al. 2018), LatentLPIPS (Kang
+et al. 2024)."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ AT_ONCE = 16  # pairs in one pass of the network, which bounds its memory
 class PairDistance(ABC):
     """A frozen distance between the members of a pair. Always float32, without TF32, in eval mode; deterministic.
 
-    `name` for results, `label` for tables; `sha256` of the weights file; `space`: what it compares, "pixel" (uint8 images) or "latent"
-    (latents as the diffusion model sees them).
+    `name` for results, `label` for tables; `sha256` of the weights file; `space`: what it compares, "pixel" (uint8
+    images) or "latent" (latents as the diffusion model sees them).
     """
 
     better = "lower"
@@ -38,14 +39,16 @@ class PairDistance(ABC):
 
     @abstractmethod
     def run(self, a: Tensor, b: Tensor) -> Tensor:
-        """A few pairs on the device, float32: images [n, 3, H, W] in [-1, 1], or latents [n, C, h, w] -> [n]. Called in inference mode."""
+        """A few pairs on the device, float32: images [n, 3, H, W] in [-1, 1], or latents [n, C, h, w] -> [n]. Called in
+        inference mode."""
 
     def check(self, height: int, width: int) -> None:
         """UserError: images of this size are too small for the network."""
         return
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pairs on any device: uint8 images [n, C, H, W] with C 1 (grey is repeated) or 3, or latents [n, C, h, w] -> [n] float32 on the device.
+        """Pairs on any device: uint8 images [n, C, H, W] with C 1 (grey is repeated) or 3, or latents [n, C, h, w] ->
+        [n] float32 on the device.
 
         UserError: the members of the pairs differ in shape, or the network does not take their shape.
         """
@@ -77,7 +80,8 @@ class LPIPS(PairDistance):
     TITLES = {"alex": "AlexNet", "vgg": "VGG-16"}
 
     def __init__(self, trunk: Literal["alex", "vgg"], weights: Path | None = None, device: Device = "cpu"):
-        """`weights`: torchvision's file of the trunk; None: it is looked for. UserError: not there, or another network's."""
+        """`weights`: torchvision's file of the trunk; None: it is looked for. UserError: not there, or another
+        network's."""
         path = find_weights(f"lpips-{trunk}", weights)
         super().__init__(f"lpips-{trunk}", f"LPIPS ({self.TITLES[trunk]})", file_sha256(path), "pixel", device)
         self.trunk, self.network = trunk, build_lpips(trunk, path).to(self.device)
@@ -99,8 +103,8 @@ class LPIPS(PairDistance):
 
 
 def build_lpips(trunk: Literal["alex", "vgg"], path: Path | None) -> Any:
-    """`lpips.LPIPS` with its own linear heads and the trunk from torchvision's file `path` (None: left at random, for what it costs); frozen.
-    The network is never asked for anything.
+    """`lpips.LPIPS` with its own linear heads and the trunk from torchvision's file `path` (None: left at random, for
+    what it costs); frozen. The network is never asked for anything.
 
     UserError: lpips or torchvision is not installed, or the file is not this trunk's.
     """

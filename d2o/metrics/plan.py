@@ -14,8 +14,9 @@ from d2o.metrics.tools import Tools
 
 @dataclass
 class Plan:
-    """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to the teacher (None: X is
-    statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown sample among the reference's images.
+    """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to
+    the teacher (None: X is statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown
+    sample among the reference's images.
     """
 
     wants: Sequence[Want]
@@ -35,7 +36,8 @@ class Plan:
         return self.tools.extractor(want.extractor) if want.extractor else self.main
 
     def outputs(self, *references: str) -> Outputs:
-        """What metrics whose `reference` is one of these need of the images (all metrics of the main pass, if none is named)."""
+        """What metrics whose `reference` is one of these need of the images (all metrics of the main pass, if none is
+        named)."""
         found: Outputs = {}
         for want in self.wants:
             extractor = self.extractor(want)

@@ -1,5 +1,5 @@
-"""Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020): how much two sets of features overlap, judged by
-balls about each point that reach to its k-th nearest other point."""
+"""Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020): how much two sets of
+features overlap, judged by balls about each point that reach to its k-th nearest other point."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Manifold:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Balls of squared radius `radius` (float64) about the reals (else about the fakes); `inclusive`: their surface belongs to them."""
+    """Balls of squared radius `radius` (float64) about the reals (else about the fakes); `inclusive`: their surface
+    belongs to them."""
 
     radius: Tensor
     about_real: bool
@@ -42,13 +43,14 @@ def manifold(
     inclusive_pr: bool = True,
     inclusive_dc: bool = False,
 ) -> Manifold:
-    """All four at once, each distance computed once, for features real [n, d] and fake [m, d] on one device. `k_pr` or `k_dc` None: leave
-    out precision and recall, or density and coverage.
+    """All four at once, each distance computed once, for features real [n, d] and fake [m, d] on one device. `k_pr` or
+    `k_dc` None: leave out precision and recall, or density and coverage.
 
-    precision: share of fakes in a ball about a real (k-th nearest other real, k = k_pr); recall: the same, roles swapped. density: balls about
-    reals (k_dc) that each fake lies in, on average, over k_dc; coverage: share of reals whose ball (k_dc) holds a fake. `inclusive`: distance
-    <= radius (StyleGAN2, guided-diffusion, torch-fidelity), else < (prdc). `dtype`: what features are rounded to first; float16 is how SiD
-    and guided-diffusion keep them. The result is that of float64 arithmetic; memory holds blocks of 2048 x 2048 distances, no n x m matrix.
+    precision: share of fakes in a ball about a real (k-th nearest other real, k = k_pr); recall: the same, roles
+    swapped. density: balls about reals (k_dc) that each fake lies in, on average, over k_dc; coverage: share of reals
+    whose ball (k_dc) holds a fake. `inclusive`: distance <= radius (StyleGAN2, guided-diffusion, torch-fidelity), else
+    < (prdc). `dtype`: what features are rounded to first; float16 is how SiD and guided-diffusion keep them. The result
+    is that of float64 arithmetic; memory holds blocks of 2048 x 2048 distances, no n x m matrix.
     UserError: no more than k images in a set, features that are not finite, different dimensions, unknown dtype.
     """
     kind = _dtype(dtype)
@@ -100,8 +102,8 @@ def density_coverage(
 
 
 def nearest(queries: Tensor, base: Tensor, k: int = 1, dtype: str = "float32") -> tuple[Tensor, Tensor]:
-    """The k nearest features of `base` [n, d] to each of `queries` [m, d] (a generated image's nearest training images): Euclidean distances
-    [m, k] float64, ascending, and indices [m, k] into `base`. Exact, in blocks.
+    """The k nearest features of `base` [n, d] to each of `queries` [m, d] (a generated image's nearest training
+    images): Euclidean distances [m, k] float64, ascending, and indices [m, k] into `base`. Exact, in blocks.
 
     UserError: fewer than k features, features that are not finite, different dimensions, unknown dtype.
     """
@@ -118,7 +120,8 @@ def nearest(queries: Tensor, base: Tensor, k: int = 1, dtype: str = "float32") -
 def _inside(
     r: Points, rows: slice, f: Points, columns: slice, rules: dict[str, _Rule], work: torch.dtype
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Which pairs of a block are closer than each rule's radius: {rule: (indices into the reals, indices into the fakes)}."""
+    """Which pairs of a block are closer than each rule's radius: {rule: (indices into the reals, indices into the
+    fakes)}."""
     d = squared(r, rows, f, columns, work)
     error = slack(r.dim, work)
     x, y = r.norms[rows], f.norms[columns]

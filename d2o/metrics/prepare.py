@@ -25,9 +25,10 @@ LARGEST = 4096
 class Preparation:
     """One way to bring images to the size at which they are scored.
 
-    "none": as they are. "crop": the short side resized with Lanczos to the size that the extractor takes, then the centre cropped; that size
-    and the channels are filled in by `sized`. "256", "256:bicubic": the centre square cut out first, then resized to 256 pixels with PIL's
-    antialiased filter on 8 bits, which is how GigaGAN and DMD2 score COCO (code: Lanczos, the default; GigaGAN's text says bicubic).
+    "none": as they are. "crop": the short side resized with Lanczos to the size that the extractor takes, then the
+    centre cropped; that size and the channels are filled in by `sized`. "256", "256:bicubic": the centre square cut out
+    first, then resized to 256 pixels with PIL's antialiased filter on 8 bits, which is how GigaGAN and DMD2 score COCO
+    (code: Lanczos, the default; GigaGAN's text says bicubic).
     """
 
     text: str
@@ -48,7 +49,8 @@ class Preparation:
         return f"center_crop+{self.filter}{self.resolution}" if self.order == "crop_resize" else "lanczos+centre_crop"
 
     def sized(self, shape: tuple[int, int, int] | None) -> Preparation:
-        """The same with the size filled in that the extractor takes, (C, H, W). UserError: "crop" where it takes any size, or no square."""
+        """The same with the size filled in that the extractor takes, (C, H, W). UserError: "crop" where it takes any
+        size, or no square."""
         if self.text != "crop":
             return self
         if shape is None:
@@ -67,9 +69,11 @@ class Preparation:
         return {"resolution": self.resolution, "channels": self.channels, "resize": self.filter, "order": self.order}
 
     def apply(self, images: Tensor) -> Tensor:
-        """uint8 [n, C, H, W], C 1 or 3 -> uint8 [n, C', R, R] on the same device, on the threads that also decode files.
+        """uint8 [n, C, H, W], C 1 or 3 -> uint8 [n, C', R, R] on the same device, on the threads that also decode
+        files.
 
-        The pixels are those that `reading` gives for the same images as PNG files; images of the right size are left as they are.
+        The pixels are those that `reading` gives for the same images as PNG files; images of the right size are left as
+        they are.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"images are prepared as uint8, not {images.dtype}")
@@ -110,8 +114,8 @@ def parse_preparation(text: str) -> Preparation:
 def quantize(x: Tensor, mode: str = "edm_round") -> Tensor:
     """Floats [...] in [-1, 1] -> uint8 of the same shape; values beyond are clipped, NaN must be refused before.
 
-    "edm_round": x * 127.5 + 128, cut off, which rounds halves up (EDM, SiD). "dmd_trunc": (x + 1) * 127.5, cut off (GigaGAN, DMD2): half a
-    level darker on average, so the two must not be mixed.
+    "edm_round": x * 127.5 + 128, cut off, which rounds halves up (EDM, SiD). "dmd_trunc": (x + 1) * 127.5, cut off
+    (GigaGAN, DMD2): half a level darker on average, so the two must not be mixed.
     """
     if mode == "edm_round":
         return to_uint8(x)

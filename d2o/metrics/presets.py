@@ -1,7 +1,9 @@
-"""Protocols by name: how the tables of the papers were measured, so that a number of d2o can stand beside theirs, or is refused.
+"""Protocols by name: how the tables of the papers were measured, so that a number of d2o can stand beside theirs, or is
+refused.
 
-One preset for each row of a paper's evaluation: data, number of images, seeds, repetitions, quantisation, feature network, reference. Where a
-paper is silent, `notes` say so, and what was chosen. `d2o eval --protocol NAME` takes every ingredient from here.
+One preset for each row of a paper's evaluation: data, number of images, seeds, repetitions, quantisation, feature
+network, reference. Where a paper is silent, `notes` say so, and what was chosen. `d2o eval --protocol NAME` takes every
+ingredient from here.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from d2o.metrics.protocol import option
 class Preset:
     """One protocol.
 
-    `metrics`: as `--metrics` takes them. `settings`: what is fixed, by the name of the option (`pr_k`: --pr-k). `reference`: its name, as
-    `--against` takes it; None: the user brings it. `n_ref`: images behind it, where that is known. `extractor`: of every metric
-    that has a choice and names none. `tool`: whose numbers it gives. `needs`: options that only the user can give, and what is to be given.
+    `metrics`: as `--metrics` takes them. `settings`: what is fixed, by the name of the option (`pr_k`: --pr-k).
+    `reference`: its name, as `--against` takes it; None: the user brings it. `n_ref`: images behind it, where that is
+    known. `extractor`: of every metric that has a choice and names none. `tool`: whose numbers it gives. `needs`:
+    options that only the user can give, and what is to be given.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Preset:
         return [want.extractor or self.extractor for want in wants if want.metric.output == "features"]
 
 
-# ---- what the protocols share --------------------------------------------------------------------------------------------------------------
+# ---- what the protocols share ----------------------------------------------------------------------------------------
 
 _CIFAR, _FFHQ, _AFHQV2, _IMAGENET = 50_000, 70_000, 15_803, 1_281_167  # images of the training sets
 _50K = {"n": 50_000, "resize": "none", "quantize": "edm_round", "labels": "random"}
@@ -100,7 +103,7 @@ _CAPTIONS = (
 )
 _OPENCLIP = "CLIP model: OpenCLIP ViT-g-14 of laion2b_s12b_b42k"
 
-# ---- the protocols -------------------------------------------------------------------------------------------------------------------------
+# ---- the protocols ---------------------------------------------------------------------------------------------------
 
 _ALL = (
     # SiDA (arXiv 2410.14919)
@@ -434,13 +437,14 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-# ---- applying ------------------------------------------------------------------------------------------------------------------------------
+# ---- applying --------------------------------------------------------------------------------------------------------
 
 
 def differences(preset: Preset, given: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The options in `given` that contradict the protocol, each with what it has instead: ("--n 10000", "n 50000").
 
-    Some of the protocol's metrics, instead of all, contradict nothing. What it does not settle (batch, device, solver) may be anything.
+    Some of the protocol's metrics, instead of all, contradict nothing. What it does not settle (batch, device, solver)
+    may be anything.
     """
     found = []
     for name, value in given.items():
@@ -479,7 +483,7 @@ def _written(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-# ---- checking ------------------------------------------------------------------------------------------------------------------------------
+# ---- checking --------------------------------------------------------------------------------------------------------
 
 _WHERE = {"n": "n_gen", "seed": "seeds", "against": "ref"}
 """Setting -> its key in a record's protocol, where that has another name."""
@@ -489,8 +493,8 @@ _UNSTATED = (None, "own", "as stored", "not stated")
 
 
 def check_result(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
-    """What in a record's `protocol`, as far as it is known, is not the preset's; empty: comparable. Keys that are absent or None are passed
-    over, so that it can be asked before anything is generated as well as at the end."""
+    """What in a record's `protocol`, as far as it is known, is not the preset's; empty: comparable. Keys that are
+    absent or None are passed over, so that it can be asked before anything is generated as well as at the end."""
     found = []
     for name, wanted in {**preset.fixed, "n_ref": preset.n_ref}.items():
         value = protocol.get(_WHERE.get(name, name))
@@ -551,7 +555,8 @@ def _published(extractor: str) -> list[str]:
 
 
 def _prepared(wanted: str, value: str) -> bool:
-    """Whether a record's account of resizing ("center_crop+lanczos256+clean_pil299") begins with what the option `wanted` does, and no more."""
+    """Whether a record's account of resizing ("center_crop+lanczos256+clean_pil299") begins with what the option
+    `wanted` does, and no more."""
     before = parse_preparation(wanted).describe()
     if before == "none":
         return not value.startswith(("center_crop", "lanczos+"))

@@ -1,4 +1,5 @@
-"""What is asked of every image of a pass: features, labels, scores with its prompt, distances to the image beside it."""
+"""What is asked of every image of a pass: features, labels, scores with its prompt, distances to the image beside
+it."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class ClipProbe:
 
 
 class DistanceProbe:
-    """Squared difference per pixel (values in [-1, 1], before they become 8 bits), and the distance of features of the 8-bit images."""
+    """Squared difference per pixel (values in [-1, 1], before they become 8 bits), and the distance of features of the
+    8-bit images."""
 
     def __init__(self, extractor: Extractor):
         self.extractor = extractor

@@ -102,10 +102,12 @@ def noise_for(
     prompts: Prompts | None = None,
     per_prompt: int = 1,
 ) -> tuple[Tensor, Tensor | list[str] | None]:
-    """Noise [n, C, H, W] of the images of these seeds, and their class indices [n], prompts, or None for an unconditional `spec`.
+    """Noise [n, C, H, W] of the images of these seeds, and their class indices [n], prompts, or None for an
+    unconditional `spec`.
 
-    `first_seed` (default: the first of them) is image 0, from which balanced and listed labels count, and prompts: each for `per_prompt`
-    images, in turn. The noise of a seed is the same under every condition. UserError: labels that `spec` doesn't have.
+    `first_seed` (default: the first of them) is image 0, from which balanced and listed labels count, and prompts: each
+    for `per_prompt` images, in turn. The noise of a seed is the same under every condition. UserError: labels that
+    `spec` doesn't have.
     """
     first = seeds[0] if first_seed is None else first_seed
     start = seeds[0] - first

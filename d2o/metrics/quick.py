@@ -47,7 +47,8 @@ def cached(
 
 
 def training_images(data: Any) -> Pictures:
-    """The images of a recipe's `data:` section as training reads them, but not mirrored. UserError: stored latents, which no network here takes."""
+    """The images of a recipe's `data:` section as training reads them, but not mirrored. UserError: stored latents,
+    which no network here takes."""
     found = open_set(
         data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit
     )
@@ -69,10 +70,11 @@ def images_of(protocol: str | None) -> dict[str, Any]:
 
 
 class FrechetEvaluator:
-    """A score taken again and again against one reference, which is loaded once. Deterministic; global random state is left alone.
+    """A score taken again and again against one reference, which is loaded once. Deterministic; global random state is
+    left alone.
 
-    `protocol`: the preset that says how images are made and what network and reference have to be. `data`: a recipe's section, whose images are
-    the reference instead. UserError: absent or other than these.
+    `protocol`: the preset that says how images are made and what network and reference have to be. `data`: a recipe's
+    section, whose images are the reference instead. UserError: absent or other than these.
     """
 
     def __init__(
@@ -100,12 +102,13 @@ class FrechetEvaluator:
     ) -> dict[str, float]:
         """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
 
-        generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks in eval mode.
-        `place` is where several processes, each with the same call, share the work, and `key` names the weights: the first one gets the score,
-        the others {}. UserError: NaN or infinite values.
+        generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks
+        in eval mode. `place` is where several processes, each with the same call, share the work, and `key` names the
+        weights: the first one gets the score, the others {}. UserError: NaN or infinite values.
         """
         name = "the student"
-        x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})
         wanted = (
             {"features", "logits"}
             if "logits" in self.extractor.has and self.extractor.shape is not None
@@ -135,6 +138,6 @@ def quick_fd(
     batch: int = 250,
     device: Device = "cpu",
 ) -> dict[str, float]:
-    """The score of a student in training, as `FrechetEvaluator.score`; extractor and reference stay in memory between calls.
-    Reference images of another size are scaled and centre-cropped, as training data are."""
+    """The score of a student in training, as `FrechetEvaluator.score`; extractor and reference stay in memory between
+    calls. Reference images of another size are scaled and centre-cropped, as training data are."""
     return FrechetEvaluator(extractor, reference, device).score(generate, spec, n=n, seed=seed, batch=batch)

@@ -1,4 +1,5 @@
-"""What a result of `d2o eval` holds, as far as tables and reports look at it: a file is checked against this before anything is made of it."""
+"""What a result of `d2o eval` holds, as far as tables and reports look at it: a file is checked against this before
+anything is made of it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def as_json(records: Sequence[dict[str, Any]]) -> str:
 
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
-    """The results in a JSON file, or in the eval.json of a run folder. UserError: missing, damaged, or not such a file."""
+    """The results in a JSON file, or in the eval.json of a run folder. UserError: missing, damaged, or not such a
+    file."""
     path = Path(path)
     if path.is_dir():
         if not (path / "eval.json").exists():

@@ -1,4 +1,5 @@
-"""What X is compared with: statistics that are read, that ship with d2o, or that are computed from images or a generator."""
+"""What X is compared with: statistics that are read, that ship with d2o, or that are computed from images or a
+generator."""
 
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ from d2o.metrics.workplace import Workplace
 from d2o.teachers.registry import asset
 
 SHIPPED = {"real:digits": "reference_digits.npz"}
-"""Reference -> statistics in d2o/assets (made by `d2o eval real:digits --save-stats`), used where their extractor has the same weights."""
+"""Reference -> statistics in d2o/assets (made by `d2o eval real:digits --save-stats`), used where their extractor has
+the same weights."""
 OWN_IMAGES = {"digits": "real:digits"}
 """Teacher -> the images that it was trained on: what its distillates are compared with by default."""
 
 
 @dataclass
 class Reference:
-    """`subject`: what it was opened as; its images can be shown where it holds any. `measured` None: opened, and not measured yet."""
+    """`subject`: what it was opened as; its images can be shown where it holds any. `measured` None: opened, and not
+    measured yet."""
 
     name: str
     kind: str  # images, pairs, statistics, student or teacher
@@ -81,7 +84,8 @@ def load_reference(
     meter: Meter = silent,
     main: Extractor | None = None,
 ) -> Reference:
-    """REF, with the `outputs` that are needed of it; `rows`: of every image, else statistics are enough. A generator as REF makes settings.n
+    """REF, with the `outputs` that are needed of it; `rows`: of every image, else statistics are enough. A generator as
+    REF makes settings.n
     images from settings.seed on: from the same noise as X. `main`: the extractor for whose size --resize crop cuts.
 
     UserError: too few images, and what `open_subject` raises.
@@ -128,7 +132,8 @@ def open_reference(
 
 
 def generated_reference(text: str, subject: Generator | Pictures, outputs: Outputs, settings: Settings) -> Reference:
-    """The reference that these images are, not measured yet. UserError: too few, or of a shape that an extractor doesn't take."""
+    """The reference that these images are, not measured yet. UserError: too few, or of a shape that an extractor
+    doesn't take."""
     for extractor, _ in outputs.values():
         check_subject(subject, extractor)
     if isinstance(subject, Pictures):

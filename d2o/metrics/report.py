@@ -1,5 +1,5 @@
-"""report.html: results, samples from equal noise, nearest training images and training curves on one self-contained page. Nothing is fetched,
-nothing is run."""
+"""report.html: results, samples from equal noise, nearest training images and training curves on one self-contained
+page. Nothing is fetched, nothing is run."""
 
 from __future__ import annotations
 

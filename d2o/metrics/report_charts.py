@@ -38,7 +38,8 @@ SIGNS = (
 
 
 def comparison(records: Sequence[Record]) -> str:
-    """A chart for each metric that at least three rows have under one protocol; rows of other protocols are never on one axis."""
+    """A chart for each metric that at least three rows have under one protocol; rows of other protocols are never on
+    one axis."""
     charts: list[str] = []
     kinds: dict[str, None] = {}
     papers = False

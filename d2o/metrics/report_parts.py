@@ -1,4 +1,5 @@
-"""Pieces of report.html that its sections share, and the sections of pictures: samples from equal noise, nearest training images."""
+"""Pieces of report.html that its sections share, and the sections of pictures: samples from equal noise, nearest
+training images."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The ways in which the known tools bring an image to the size of their feature network. They differ, and so do the numbers: FID computed
-through one is not comparable with FID through another, above all on small images."""
+"""The ways in which the known tools bring an image to the size of their feature network. They differ, and so do the
+numbers: FID computed through one is not comparable with FID through another, above all on small images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 
 def tf_bilinear(x: Tensor, size: int) -> Tensor:
-    """Float images [n, C, h, w] -> [n, C, size, size]: TensorFlow 1's resize_bilinear, which torch-fidelity, EDM, StyleGAN and ADM's evaluator
-    use inside their network. The source of pixel i is i * in / out (no half-pixel shift); no antialiasing when it shrinks.
+    """Float images [n, C, h, w] -> [n, C, size, size]: TensorFlow 1's resize_bilinear, which torch-fidelity, EDM,
+    StyleGAN and ADM's evaluator use inside their network. The source of pixel i is i * in / out (no half-pixel shift);
+    no antialiasing when it shrinks.
     """
     return _lerp(_lerp(x, size, 3), size, 2)  # across first, then down, rounded as TensorFlow does
 
@@ -34,10 +35,11 @@ def _lerp(x: Tensor, size: int, dim: int) -> Tensor:
 
 
 def clean_pil(images: Tensor, size: int) -> Tensor:
-    """uint8 images [n, C, h, w] on any device -> float32 [n, C, size, size] in [0, 255] on the same: clean-fid's "clean" resize.
+    """uint8 images [n, C, h, w] on any device -> float32 [n, C, size, size] in [0, 255] on the same: clean-fid's
+    "clean" resize.
 
-    Each channel by Pillow in single precision, bicubic with antialiasing, also where it enlarges; clipped to [0, 255], not rounded
-    (Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", arXiv:2104.11222).
+    Each channel by Pillow in single precision, bicubic with antialiasing, also where it enlarges; clipped to [0, 255],
+    not rounded (Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", arXiv:2104.11222).
     """
     planes = images.flatten(0, 1).cpu().numpy().astype(np.float32)
     resized = np.empty((len(planes), size, size), np.float32)
@@ -53,16 +55,19 @@ def clean_pil(images: Tensor, size: int) -> Tensor:
 
 
 def clean_torch(images: Tensor, size: int) -> Tensor:
-    """uint8 images [n, C, h, w] -> float32 [n, C, size, size] in [0, 255]: `clean_pil` as torch computes it, on the images' device.
+    """uint8 images [n, C, h, w] -> float32 [n, C, size, size] in [0, 255]: `clean_pil` as torch computes it, on the
+    images' device.
 
-    No published tool does this. On random noise it differs from `clean_pil` by up to 0.004 of 255; it is faster on an accelerator.
+    No published tool does this. On random noise it differs from `clean_pil` by up to 0.004 of 255; it is faster on an
+    accelerator.
     """
     x = images.to(torch.float32)
     return F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp_(0, 255)
 
 
 def torch_bilinear(x: Tensor, size: int) -> Tensor:
-    """Float images [n, C, h, w] in [0, 1] -> [n, C, size, size]: pytorch-fid's resize, which clean-fid calls "legacy_pytorch".
+    """Float images [n, C, h, w] in [0, 1] -> [n, C, size, size]: pytorch-fid's resize, which clean-fid calls
+    "legacy_pytorch".
 
     The source of pixel i is (i + 1/2) * in / out - 1/2; no antialiasing when it shrinks.
     """

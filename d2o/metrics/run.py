@@ -1,4 +1,5 @@
-"""`d2o eval X [X ...] --against REF` without the command line: choose metrics, extractors, reference and teacher, then measure each X."""
+"""`d2o eval X [X ...] --against REF` without the command line: choose metrics, extractors, reference and teacher, then
+measure each X."""
 
 from __future__ import annotations
 
@@ -75,10 +76,11 @@ def evaluate_all(
     stop: StopFlag | None = None,
     place: Workplace | None = None,
 ) -> Iterator[Evaluation]:
-    """One evaluation for each X, in order, each as soon as it is done; all are checked before the first image is measured. `place`: where
-    passes are kept, by its owner.
+    """One evaluation for each X, in order, each as soon as it is done; all are checked before the first image is
+    measured. `place`: where passes are kept, by its owner.
 
-    UserError as `evaluate_one`, for a wrong number of names, and for --steps of a single X that takes none. Stopped: how far it was.
+    UserError as `evaluate_one`, for a wrong number of names, and for --steps of a single X that takes none. Stopped:
+    how far it was.
     """
     if request.names and len(request.names) != len(request.xs):
         raise UserError(
@@ -221,7 +223,8 @@ def _about(text: str, many: int) -> Iterator[None]:
 
 
 def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
-    """The extractor for metrics that name none; where all name theirs, the first of these. None for statistics that don't say their own."""
+    """The extractor for metrics that name none; where all name theirs, the first of these. None for statistics that
+    don't say their own."""
     named = [want.extractor for want in wants if want.metric.output]
     if named and all(named):
         return tools.extractor(str(named[0]))

@@ -16,8 +16,8 @@ from d2o.metrics.sides import Measured, Side
 
 @dataclass
 class Score:
-    """A number, `n` generated images behind it, and (`error` says of what: "subsets", "splits", "bootstrap") its deviation. `more`: what else a
-    result says of it."""
+    """A number, `n` generated images behind it, and (`error` says of what: "subsets", "splits", "bootstrap") its
+    deviation. `more`: what else a result says of it."""
 
     value: float
     n: int | None = None
@@ -28,7 +28,8 @@ class Score:
 
 @dataclass
 class Sides:
-    """What a metric is computed from: a run of X, the reference, the extractor whose `output` is compared. `key`: of the metric."""
+    """What a metric is computed from: a run of X, the reference, the extractor whose `output` is compared. `key`: of
+    the metric."""
 
     x: Side
     reference: Side | None
@@ -54,7 +55,8 @@ class Sides:
 
 
 def frechet(sides: Sides, settings: Settings) -> dict[str, Score]:
-    """Section 4 of docs/evaluation.md. With `bootstrap` the deviation over resampled images, where they are known one by one."""
+    """Section 4 of docs/evaluation.md. With `bootstrap` the deviation over resampled images, where they are known one
+    by one."""
     ours, theirs = (side.statistics(sides.network, sides.output) for side in (sides.x, sides.other))
     more = {"trace": TRACE_METHOD, "small_n": ours.rank_deficient or theirs.rank_deficient}
     score = Score(ours.distance(theirs), ours.n, more=more)
@@ -69,7 +71,8 @@ def frechet(sides: Sides, settings: Settings) -> dict[str, Score]:
 
 
 def frechet_by_class(sides: Sides, settings: Settings) -> dict[str, Score]:
-    """The Fréchet distance within each class that both sides have, where there are more images than features; the mean over these classes."""
+    """The Fréchet distance within each class that both sides have, where there are more images than features; the mean
+    over these classes."""
     from d2o.metrics.frechet import FeatureStatistics, frechet_distance
 
     x, other = sides.run, sides.other

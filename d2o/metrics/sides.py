@@ -1,4 +1,5 @@
-"""The two sides of a comparison: what is known of the features of a set of images, measured just now or read from a file."""
+"""The two sides of a comparison: what is known of the features of a set of images, measured just now or read from a
+file."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ HOW = {"features": "features", "spatial": "spatial features", "logits": "class l
 
 
 class Side(ABC):
-    """Features of one set of images. `n` is None where a file doesn't say. Answers are kept: several metrics ask for the same."""
+    """Features of one set of images. `n` is None where a file doesn't say. Answers are kept: several metrics ask for
+    the same."""
 
     n: int | None
 
@@ -107,7 +109,8 @@ class Given(Side):
 
 
 class Batchwise(Measured):
-    """One of ADM's evaluation batches: images whose file also says the statistics of a larger set, which are what FID and sFID compare with."""
+    """One of ADM's evaluation batches: images whose file also says the statistics of a larger set, which are what FID
+    and sFID compare with."""
 
     def __init__(self, columns: Columns, resize: str, given: Given):
         super().__init__(columns, resize)
@@ -122,6 +125,7 @@ class Batchwise(Measured):
 
 
 def prepared(resize: str, extractor: Extractor) -> str:
-    """How images came to the network's size, in one word for results: what was done before, then what the extractor does."""
+    """How images came to the network's size, in one word for results: what was done before, then what the extractor
+    does."""
     steps = [step for step in (resize, extractor.resize) if step != "none"]
     return "+".join(steps) or "none"

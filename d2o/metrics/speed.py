@@ -1,4 +1,5 @@
-"""What generating costs: images per second on the way, and (asked for) latency of one image, its parts, and peak memory."""
+"""What generating costs: images per second on the way, and (asked for) latency of one image, its parts, and peak
+memory."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ DEVICE = str | torch.device
 
 
 def throughput(seconds: Sequence[float], batch: int, device: DEVICE) -> dict[str, Any]:
-    """Images/s of generating alone: the median over full batches, without the first (warm-up) where there are several."""
+    """Images/s of generating alone: the median over full batches, without the first (warm-up) where there are
+    several."""
     timed = seconds[1:] or seconds
     return {
         "samples_per_s": batch / max(stats.median(timed), 1e-9),
@@ -33,9 +35,9 @@ def throughput(seconds: Sequence[float], batch: int, device: DEVICE) -> dict[str
 def latency(
     x: Generator, seed: int, labels: str | None, device: DEVICE, warm_up: int = WARM_UP, timed: int = TIMED
 ) -> dict[str, Any]:
-    """Milliseconds of one image at batch 1, median and 90th percentile of `timed` after `warm_up`; where it has them, of encoding the text, of
-    the network calls and of decoding alone; and the highest memory meanwhile, in bytes (of the GPU; else the process, where the system
-    tells)."""
+    """Milliseconds of one image at batch 1, median and 90th percentile of `timed` after `warm_up`; where it has them,
+    of encoding the text, of the network calls and of decoding alone; and the highest memory meanwhile, in bytes (of the
+    GPU; else the process, where the system tells)."""
     noise, condition = noise_for(x.spec, range(seed, seed + 1), labels, prompts=x.prompts)
     noise = noise.to(device)
     condition = condition.to(device) if isinstance(condition, torch.Tensor) else condition

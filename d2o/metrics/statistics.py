@@ -1,8 +1,11 @@
-"""Feature statistics as a value and as a file: own npz files that say what made them, and the files of all the tools that publish any.
+"""Feature statistics as a value and as a file: own npz files that say what made them, and the files of all the tools
+that publish any.
 
-Read are, by what is in them and not by their suffix: npz with mu and sigma (EDM, pytorch-fid, clean-fid; ADM's reference batches also have
-mu_s and sigma_s, for sFID) or with `feats`, the features themselves (clean-fid's KID); pickles of EDM2 ({num_images, fid: {mu, sigma},
-fd_dinov2: {mu, sigma}}) and of StyleGAN's cache; `.npy` of a dict (DD-GAN); torch-fidelity's cached `.pt`. Nothing in them is ever executed.
+Read are, by what is in them and not by their suffix: npz with mu and sigma (EDM, pytorch-fid, clean-fid; ADM's
+reference batches also have mu_s and sigma_s, for sFID) or with `feats`, the features themselves (clean-fid's KID);
+pickles of EDM2 ({num_images, fid: {mu, sigma},
+fd_dinov2: {mu, sigma}}) and of StyleGAN's cache; `.npy` of a dict (DD-GAN); torch-fidelity's cached `.pt`. Nothing in
+them is ever executed.
 """
 
 from __future__ import annotations
@@ -32,15 +35,18 @@ EDM2 = {"fid": "inception", "fd_dinov2": "dinov2_vitl14"}
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "feats", "features")
 TEXTS = ("feature", "resize", "extractor_resize", "weights_sha256", "tool_version")
 SYMMETRY = 1e-6
-"""Largest |sigma - sigma^T|, relative to the largest entry, that rounding in any tool explains (float32 sums give 1e-7)."""
+"""Largest |sigma - sigma^T|, relative to the largest entry, that rounding in any tool explains (float32 sums give
+1e-7)."""
 EXPECTED = "expected an .npz with arrays mu [d] and sigma [d, d], or what EDM2, StyleGAN, DD-GAN or torch-fidelity save"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [d] and covariance [d, d] (float64) of the features of `n` images. None or "" where a foreign file doesn't say.
+    """Mean [d] and covariance [d, d] (float64) of the features of `n` images. None or "" where a foreign file doesn't
+    say.
 
-    `resize`: what was done to the images in all, `extractor_resize`: by the extractor alone. `features` [n, d] float32: of every image, where
+    `resize`: what was done to the images in all, `extractor_resize`: by the extractor alone. `features` [n, d] float32:
+    of every image, where
     the file has them. `spatial`: the same of the extractor's spatial features (for sFID).
     """
 
@@ -96,9 +102,11 @@ class Statistics:
 
 
 def check_same_features(a: Statistics, b: Statistics) -> None:
-    """UserError for another dimension, other weights, another way of resizing or, where a file names no weights, an extractor of another name.
+    """UserError for another dimension, other weights, another way of resizing or, where a file names no weights, an
+    extractor of another name.
 
-    The two ways of feeding one network (inception and inception-clean) differ by whole points of FID, so equal weights are not enough.
+    The two ways of feeding one network (inception and inception-clean) differ by whole points of FID, so equal weights
+    are not enough.
     """
     names = [name for name in dict.fromkeys((a.feature, b.feature)) if name]
     hint = "make both with the same --extractor" + (f": {' or '.join(names)}" if names else "")
@@ -126,8 +134,9 @@ def check_same_features(a: Statistics, b: Statistics) -> None:
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
-    """Write d2o's npz {mu, sigma, n, feature, resize, extractor_resize, weights_sha256, tool_version}, with mu_s and sigma_s where there are
-    spatial statistics and `features` where there are those (atomically; equal content gives equal bytes)."""
+    """Write d2o's npz {mu, sigma, n, feature, resize, extractor_resize, weights_sha256, tool_version}, with mu_s and
+    sigma_s where there are spatial statistics and `features` where there are those (atomically; equal content gives
+    equal bytes)."""
     arrays = {"mu": statistics.mu.numpy(), "sigma": statistics.sigma.numpy(), "n": np.int64(statistics.n or 0)}
     arrays |= {key: np.str_(getattr(statistics, key)) for key in TEXTS}
     if statistics.spatial is not None:
@@ -140,8 +149,9 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
 
 
 def is_statistics(path: str | Path) -> bool:
-    """Whether a file holds statistics that `load_statistics` reads, and no images: the evaluation batches of guided-diffusion hold both and
-    are images here, though `load_statistics` takes their statistics. False for what cannot be read at all."""
+    """Whether a file holds statistics that `load_statistics` reads, and no images: the evaluation batches of
+    guided-diffusion hold both and are images here, though `load_statistics` takes their statistics. False for what
+    cannot be read at all."""
     path = Path(path)
     names = set(npz_names(path))
     if names:
@@ -151,17 +161,19 @@ def is_statistics(path: str | Path) -> bool:
 
 
 def holds_statistics(path: str | Path) -> bool:
-    """Whether it is one of ADM's evaluation batches: images, and the statistics (of a larger set) that FID compares with."""
+    """Whether it is one of ADM's evaluation batches: images, and the statistics (of a larger set) that FID compares
+    with."""
     path = Path(path)
     return {"arr_0", "mu", "sigma"} <= set(npz_names(path))
 
 
 def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
-    """Statistics of any of the files above. `feature`: the extractor that they are wanted for, which matters where a file has several (EDM2's;
+    """Statistics of any of the files above. `feature`: the extractor that they are wanted for, which matters where a
+    file has several (EDM2's;
     None: its first, Inception's); whether they are that extractor's is for `check_same_features` to say.
 
-    UserError: missing, damaged or truncated; a pickle of anything but numbers; no mu and sigma, or not of one shape; a covariance that is
-    not finite, not symmetric or has negative variances; no statistics of `feature` among several.
+    UserError: missing, damaged or truncated; a pickle of anything but numbers; no mu and sigma, or not of one shape; a
+    covariance that is not finite, not symmetric or has negative variances; no statistics of `feature` among several.
     """
     path = Path(path)
     check_input(path, "a file of statistics")
@@ -237,7 +249,8 @@ def _pick(path: Path, record: dict[str, Any], feature: str | None) -> dict[str, 
 
 
 def _of_sums(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """StyleGAN's cache: sums of the features and of their outer products. Its covariance is divided by n, and stays so."""
+    """StyleGAN's cache: sums of the features and of their outer products. Its covariance is divided by n, and stays
+    so."""
     try:
         n = int(record["num_items"])
         if n < 1:

@@ -35,8 +35,9 @@ Generate = Callable[[Tensor, Condition], Tensor]
 
 @dataclass
 class Generator:
-    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `encode` turns prompts into what
-    `sample` would make of them anyway (to be timed on its own). `record`: what a result says of it (nfe, forwards, parameters, ...).
+    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `encode`
+    turns prompts into what `sample` would make of them anyway (to be timed on its own). `record`: what a result says of
+    it (nfe, forwards, parameters, ...).
     `recipe`: of its training, where it is known."""
 
     name: str
@@ -127,9 +128,11 @@ def _absent(text: str) -> UserError:
 def open_subject(
     text: str, settings: Settings, device: Device = "cpu", extractor: Extractor | None = None, on_bad: str = "refuse"
 ) -> Subject:
-    """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu and sigma), images.
+    """Find what `text` means: builtin teacher, real:..., checkpoint, run folder, pair store, statistics (.npz with mu
+    and sigma), images.
 
-    `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or foreign file.
+    `extractor` is needed for --resize crop alone: it gives the size. UserError: nothing of that name, or a damaged or
+    foreign file.
     """
     check_there(text)
     path = Path(text)
@@ -155,7 +158,8 @@ def open_subject(
 def reference_teacher(
     subject: Subject, name: str | None, settings: Settings, device: Device = "cpu"
 ) -> tuple[Generator | None, list[str]]:
-    """The teacher that a generator is measured against from equal noise, sampled with its usual solver, and notes on why not or how.
+    """The teacher that a generator is measured against from equal noise, sampled with its usual solver, and notes on
+    why not or how.
 
     `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
     """
@@ -193,7 +197,8 @@ def _takes(spec: Spec) -> tuple[Any, ...]:
 
 
 def reference_settings(settings: Settings) -> Settings:
-    """The settings under which a teacher serves as the measure of others: its usual solver, whatever --solver and --steps say of X."""
+    """The settings under which a teacher serves as the measure of others: its usual solver, whatever --solver and
+    --steps say of X."""
     return replace(settings, solver=None, steps=None)
 
 
@@ -238,7 +243,8 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
 
 
 def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
-    """The prompts of a generator that takes text. UserError: none for it, or some for another (a reference by class may stand beside)."""
+    """The prompts of a generator that takes text. UserError: none for it, or some for another (a reference by class may
+    stand beside)."""
     if spec.condition != "text":
         return None
     if settings.prompts is None:
@@ -354,7 +360,8 @@ def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad
 def pictures(found: ImageSet, text: str, resize: str = "none") -> Pictures:
     """A set of images that is open; `text`: how it was named."""
     notes = [f"{text}: {note}" for note in [*found.notes, *(f"skipped {name}: {why}" for name, why in found.bad)]]
-    # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it says.
+    # Where classes are called 0, 3, 7 these are the labels, so that a set of some of the classes still means what it
+    # says.
     numbered = all(name.isdecimal() and str(int(name)) == name for name in found.class_names)
     labels = found.labels
     if labels is not None and numbered:

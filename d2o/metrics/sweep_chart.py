@@ -36,7 +36,8 @@ class Line:
 
 
 def sweep_chart(title: str, lines: Sequence[Line], y_label: str, lower_is_better: bool = True) -> str:
-    """The picture, or an empty string when there is no point to draw. The axis is logarithmic where values span more than a factor of 5."""
+    """The picture, or an empty string when there is no point to draw. The axis is logarithmic where values span more
+    than a factor of 5."""
     drawn = [line for line in lines if line.points]
     values = [y for line in drawn for _, y in line.points]
     if not values:

@@ -1,4 +1,5 @@
-"""Results side by side, as plain cells: the table of the terminal, of files and of the report, each row with the protocol behind it."""
+"""Results side by side, as plain cells: the table of the terminal, of files and of the report, each row with the
+protocol behind it."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ from d2o.metrics.protocol import protocol_line
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` of strings under `headers`; `footer` lines state protocols (the first `protocols` of them), marks and warnings.
+    """`rows` of strings under `headers`; `footer` lines state protocols (the first `protocols` of them), marks and
+    warnings.
 
-    `columns` say what each column is: name, n, metric, paper, ...; `best` are the cells (row, column) to be set in bold.
+    `columns` say what each column is: name, n, metric, paper, ...; `best` are the cells (row, column) to be set in
+    bold.
     """
 
     headers: list[str]
@@ -54,10 +57,12 @@ class Column:
 
 
 def results_table(records: Sequence[Record]) -> Table:
-    """One row for each record and one column for each metric that any of them has (one for each label, where results of one metric differ
-    in it); columns that say nothing are left out. Rows measured under different protocols carry different letters, explained in the footer.
+    """One row for each record and one column for each metric that any of them has (one for each label, where results of
+    one metric differ in it); columns that say nothing are left out. Rows measured under different protocols carry
+    different letters, explained in the footer.
 
-    In bold: the best of a column among students whose protocols are equal in every field, where there are at least two of them.
+    In bold: the best of a column among students whose protocols are equal in every field, where there are at least two
+    of them.
     """
     lines = list(dict.fromkeys(protocol_line(r["protocol"]) for r in records if has_protocol(r)))
     letters = {line: _letter(i) for i, line in enumerate(lines)}
@@ -103,7 +108,8 @@ def results_table(records: Sequence[Record]) -> Table:
 
 
 def fold(table: Table, width: int, gap: int = 3, names: int | None = None) -> list[Table]:
-    """The table in pieces that fit into `width` characters, each with the names; the footer under the last. A column that is too wide alone
+    """The table in pieces that fit into `width` characters, each with the names; the footer under the last. A column
+    that is too wide alone
     stands alone. `names`: the width of the first column, where its texts are wrapped."""
     sizes = [max(map(len, cells)) + gap for cells in zip(table.headers, *table.rows, strict=True)]
     sizes[0] = sizes[0] if names is None else names

@@ -1,4 +1,5 @@
-"""A paper's table as a file: which models its rows are, how they are measured, and what the paper prints (`d2o eval --table FILE`).
+"""A paper's table as a file: which models its rows are, how they are measured, and what the paper prints (`d2o eval
+--table FILE`).
 
 title: "SiDA, Table 1: CIFAR-10, unconditional"
 paper: "SiDA (arXiv 2410.14919), Table 1"
@@ -31,7 +32,8 @@ from d2o.metrics.protocol import Settings
 from d2o.teachers.registry import teacher_names
 
 PRINTED = ("nfe", "seconds", "accuracy")
-"""What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right classes."""
+"""What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right
+classes."""
 
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -62,9 +64,11 @@ Options = create_model(
 
 
 class Row(Section):
-    """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value, standard deviation].
+    """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
+    standard deviation].
 
-    `recipe` makes x; `start`: the run that it begins from (`d2o finetune RECIPE --from START`). `against`: another reference than the table's.
+    `recipe` makes x; `start`: the run that it begins from (`d2o finetune RECIPE --from START`). `against`: another
+    reference than the table's.
     """
 
     name: Text
@@ -90,7 +94,8 @@ class Row(Section):
 
 
 class PaperTable(Section):
-    """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol names one."""
+    """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
+    names one."""
 
     title: Text
     paper: Text
@@ -112,7 +117,8 @@ def _given(options: BaseModel) -> dict[str, Any]:
 
 
 def absent(row: Row) -> str | None:
-    """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published teacher, fetched)."""
+    """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published
+    teacher, fetched)."""
     x = row.x
     if x is None or x.startswith("real:") or x in teacher_names() or os.path.exists(x):
         return None
@@ -126,7 +132,7 @@ def absent(row: Row) -> str | None:
     )
 
 
-# ---- finding and reading -------------------------------------------------------------------------------------------------------------------
+# ---- finding and reading ---------------------------------------------------------------------------------------------
 
 
 def table_names() -> list[str]:
@@ -135,7 +141,8 @@ def table_names() -> list[str]:
 
 
 def find_table(name: str | os.PathLike[str]) -> Path:
-    """The file of a table: a path as it is given; else one that comes with d2o, with or without `recipes/tables/` and `.yaml`.
+    """The file of a table: a path as it is given; else one that comes with d2o, with or without `recipes/tables/` and
+    `.yaml`.
 
     UserError: no such table, with the nearest one and the list.
     """
@@ -156,7 +163,8 @@ def find_table(name: str | os.PathLike[str]) -> Path:
 
 
 def load_table(path_or_name: str | os.PathLike[str]) -> PaperTable:
-    """Read and check a table. UserError: a line for everything that is wrong, with file, line, key and what was expected."""
+    """Read and check a table. UserError: a line for everything that is wrong, with file, line, key and what was
+    expected."""
     path = find_table(path_or_name)
     root, where = read(path, "table"), shown(path)
     if not isinstance(root, yaml.MappingNode):
@@ -196,7 +204,8 @@ def _line(node: yaml.Node, path: KeyPath) -> int:
 
 
 def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong beyond the types: unknown names, numbers out of range, options against the protocol, rows that say nothing."""
+    """What is wrong beyond the types: unknown names, numbers out of range, options against the protocol, rows that say
+    nothing."""
     preset = PRESETS.get(table.protocol or "")
     if table.protocol is not None and preset is None:
         yield ("protocol",), _words(unknown("protocol", table.protocol, PRESETS))

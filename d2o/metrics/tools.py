@@ -1,4 +1,5 @@
-"""The networks of an evaluation, each loaded once: extractors, CLIP, perceptual distances, with the weights files that the user named."""
+"""The networks of an evaluation, each loaded once: extractors, CLIP, perceptual distances, with the weights files that
+the user named."""
 
 from __future__ import annotations
 

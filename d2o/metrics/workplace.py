@@ -1,8 +1,9 @@
 """Where the passes of an evaluation are kept until its results are written.
 
-In d2o's own folder a pass goes when nobody needs it any more. Every process that uses one holds a lock in it (freed by the kernel, however the
-process ends), and signs off when its results are written; the last to leave removes the folder, as one step. So no kill, and no full disk while
-results are written, costs the work, and what is left is always a pass that can be taken up again.
+In d2o's own folder a pass goes when nobody needs it any more. Every process that uses one holds a lock in it (freed by
+the kernel, however the process ends), and signs off when its results are written; the last to leave removes the folder,
+as one step. So no kill, and no full disk while results are written, costs the work, and what is left is always a pass
+that can be taken up again.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class _Manifest(BaseModel):
 
 
 class Workplace:
-    """`folder`: passes stay there and are found again by later evaluations; None: d2o's own folder, from which they go when the block ends
-    without an exception (the results are written by then). With `memory` nothing is written. `say` is told what was found damaged.
+    """`folder`: passes stay there and are found again by later evaluations; None: d2o's own folder, from which they go
+    when the block ends without an exception (the results are written by then). With `memory` nothing is written. `say`
+    is told what was found damaged.
 
     UserError: the folder cannot be written to.
     """
@@ -89,7 +91,8 @@ class Workplace:
         self.used = {}
 
     def collect(self, work: Pass, progress: Progress) -> Columns:
-        """The pass, made, continued or shared. Errors as `collect`; UserError: a damaged folder that is not d2o's own."""
+        """The pass, made, continued or shared. Errors as `collect`; UserError: a damaged folder that is not d2o's
+        own."""
         self.check_stop(work.title)
         if self.root is not None:
             self._join(self.root / work.fingerprint[:24], work)

@@ -1,4 +1,5 @@
-"""A byte-level BPE vocabulary in CLIP's form, made for given words: each of them is one token, any other text falls into smaller ones."""
+"""A byte-level BPE vocabulary in CLIP's form, made for given words: each of them is one token, any other text falls
+into smaller ones."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ WORD = re.compile(r"[^\W\d_]+")
 
 
 def byte_letters() -> dict[int, str]:
-    """A printable character for each of the 256 bytes, in CLIP's order: the printable ones stand for themselves, the others follow from U+0100 on."""
+    """A printable character for each of the 256 bytes, in CLIP's order: the printable ones stand for themselves, the
+    others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
@@ -79,9 +81,11 @@ class Tokens:
 
 
 def build_tokens(words: Iterable[str]) -> Tokens:
-    """The vocabulary: 256 byte letters, the same at a word's end, the merges that make each word one token, and the two marks.
+    """The vocabulary: 256 byte letters, the same at a word's end, the merges that make each word one token, and the two
+    marks.
 
-    The merges are those of BPE's own training on the words, the most frequent pair first, so that no merge spoils another word.
+    The merges are those of BPE's own training on the words, the most frequent pair first, so that no merge spoils
+    another word.
     UserError: a "word" that is none (only letters make one; a digit is a token anyway).
     """
     words = sorted(set(words))

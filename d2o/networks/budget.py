@@ -1,6 +1,8 @@
-"""Networks that a file or a recipe describes are built without memory first: what a description asks for may be anything.
+"""Networks that a file or a recipe describes are built without memory first: what a description asks for may be
+anything.
 
-Parameters are counted while the network is built on the meta device, where they take no memory; too many end it, however long it would go on.
+Parameters are counted while the network is built on the meta device, where they take no memory; too many end it,
+however long it would go on.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ SPARE = 2**22
 
 
 def build_within(make: Callable[[], N], holds: Mapping[str, Tensor] | None, where: str) -> N:
-    """`make()`, after it was tried without memory. `holds`: the tensors of the file that describes the network, which must be exactly its own.
+    """`make()`, after it was tried without memory. `holds`: the tensors of the file that describes the network, which
+    must be exactly its own.
 
-    UserError, naming `where`: more tensors or numbers than the file holds, others, more than anything may have, or more than this machine can
-    hold. Random numbers are drawn as by one `make()`.
+    UserError, naming `where`: more tensors or numbers than the file holds, others, more than anything may have, or more
+    than this machine can hold. Random numbers are drawn as by one `make()`.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), counted(holds, where) as values:
         module = make()
@@ -62,7 +65,8 @@ def physical_memory() -> int:
 
 @contextmanager
 def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int]]:
-    """Count the numbers in parameters and buffers of networks that this thread builds in the block. UserError: more than `holds`, or the limit."""
+    """Count the numbers in parameters and buffers of networks that this thread builds in the block. UserError: more
+    than `holds`, or the limit."""
     tensors, numbers = MAX_TENSORS, MAX_VALUES
     if holds is not None:
         # Twice: a weight that two modules share is counted for each.
@@ -105,7 +109,8 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
 
 
 def check_numbers(config: Any, where: str) -> None:
-    """UserError, naming the key: an integer in a description (or in a list or section of it) is beyond any that a network has."""
+    """UserError, naming the key: an integer in a description (or in a list or section of it) is beyond any that a
+    network has."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             check_numbers(value, f"{where}.{key}")

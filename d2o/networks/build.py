@@ -48,9 +48,10 @@ Network = (
 def build_network(config: dict[str, Any], holds: Mapping[str, Tensor] | None = None, where: str = "network") -> Network:
     """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
-    edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace. `holds`: the tensors of the
-    file that `config` is from (`where`), which must be the network's. UserError: unknown arch, preset or argument, bad value; a network that
-    does not fit `holds`, or this machine. Nothing is allocated before that is known.
+    edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace.
+    `holds`: the tensors of the file that `config` is from (`where`), which must be the network's. UserError: unknown
+    arch, preset or argument, bad value; a network that does not fit `holds`, or this machine. Nothing is allocated
+    before that is known.
     """
     if not isinstance(config, dict):
         raise UserError(f"{where}: expected a section with `arch`, got {show(config)}")
@@ -115,7 +116,8 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _check_types(arch: str, config: dict[str, Any]) -> None:
-    """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks themselves know.)"""
+    """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks
+    themselves know.)"""
     classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(
         arch, (PLAIN.get(arch),)
     )
@@ -151,7 +153,8 @@ def set_dropout(module: nn.Module, p: float) -> None:
 
 
 def set_checkpointing(module: nn.Module, on: bool) -> bool:
-    """Recompute activations in the backward pass instead of keeping them, in every part that has a switch `checkpointing`.
+    """Recompute activations in the backward pass instead of keeping them, in every part that has a switch
+    `checkpointing`.
 
     False: no part has one.
     """

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 class Classifier(nn.Module):
     """Convolutional classifier for small images. forward(x [B, C, R, R] in [-1, 1]) -> logits [B, classes].
 
-    `features(x)` -> penultimate activations [B, feature_dim]; `maps(x)` -> the activation after each stage, coarse last.
+    `features(x)` -> penultimate activations [B, feature_dim]; `maps(x)` -> the activation after each stage, coarse
+    last.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The discriminator of denoising diffusion GANs: is x_t a real step back from x_{t+1}?
 
-Xiao et al. 2022, section 4 and appendix C; the small network of CIFAR-10 and the large one of 256 px images are two cases of one rule.
+Xiao et al. 2022, section 4 and appendix C; the small network of CIFAR-10 and the large one of 256 px images are two
+cases of one rule.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def conv(inputs: int, outputs: int, kernel: int, gain: float = 1.0, bias: bool =
 def critic_widths(img_resolution: int, kind: str, width: int) -> list[tuple[int, bool]]:
     """(output channels, halves the image?) of every block.
 
-    "small": one block of 2 width channels at full size, then halvings to 4, 8, 8, ... times width down to 4 pixels; "large": halvings only.
-    32 px small: 2, 4, 8, 8; 256 px large: 4, 8, 8, 8, 8, 8.
+    "small": one block of 2 width channels at full size, then halvings to 4, 8, 8, ... times width down to 4 pixels;
+    "large": halvings only. 32 px small: 2, 4, 8, 8; 256 px large: 4, 8, 8, 8, 8, 8.
     """
     halvings = 0
     while img_resolution >> halvings > LAST and img_resolution % 2 ** (halvings + 1) == 0:
@@ -43,7 +44,8 @@ def critic_widths(img_resolution: int, kind: str, width: int) -> list[tuple[int,
 
 
 class CriticBlock(nn.Module):
-    """Leaky ReLU, conv, + time, leaky ReLU, (halving), conv; plus a 1x1 shortcut of x; over sqrt 2. x [B, in, H, W], temb [B, E]."""
+    """Leaky ReLU, conv, + time, leaky ReLU, (halving), conv; plus a 1x1 shortcut of x; over sqrt 2. x [B, in, H, W],
+    temb [B, E]."""
 
     def __init__(self, in_channels: int, out_channels: int, emb: int, down: bool):
         super().__init__()
@@ -64,9 +66,10 @@ class CriticBlock(nn.Module):
 class DDGANCritic(nn.Module):
     """forward(x_t [B, C, R, R], t [B] int64, x_{t+1} [B, C, R, R], labels [B] or None) -> logits [B].
 
-    `kind`: "small" (the paper's at 32 px), "large" (at 256 px), or "auto": large from 128 px. `width`: half of the first layer's channels (64);
-    `temb`: width of the time embedding. `classes` > 0 (ours) adds an embedding of the label to that of t. Group statistics make a logit depend
-    on the other images of the batch.
+    `kind`: "small" (the paper's at 32 px), "large" (at 256 px), or "auto": large from 128 px. `width`: half of the
+    first layer's channels (64);
+    `temb`: width of the time embedding. `classes` > 0 (ours) adds an embedding of the label to that of t. Group
+    statistics make a logit depend on the other images of the batch.
     """
 
     taps: Tensor

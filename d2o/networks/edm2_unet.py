@@ -1,8 +1,9 @@
 """EDM2's magnitude-preserving U-Net and its denoiser with the uncertainty head.
 
-Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", configuration G (section 2.3, appendix B). Every
-layer keeps the expected magnitude of its activations, so there are no norms with parameters and no biases. Parameter names are those of the
-published checkpoints, so their state dicts load with no renaming.
+Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", configuration G
+(section 2.3, appendix B). Every layer keeps the expected magnitude of its activations, so there are no norms with
+parameters and no biases. Parameter names are those of the published checkpoints, so their state dicts load with no
+renaming.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager:
-    """Embeddings stay in float32, as in the official half precision mode, and are cast where they enter the convolutions."""
+    """Embeddings stay in float32, as in the official half precision mode, and are cast where they enter the
+    convolutions."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
@@ -80,7 +82,8 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """A convolution, or with `kernel` 0 a linear layer, without bias, whose weight is normalised per output channel before use (eq. 47)."""
+    """A convolution, or with `kernel` 0 a linear layer, without bias, whose weight is normalised per output channel
+    before use (eq. 47)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
@@ -100,9 +103,11 @@ class MPConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Resampling by 2, two convolutions modulated by the embedding, self-attention. x [B, in, H, W], emb [B, E] -> [B, out, H', W'].
+    """Resampling by 2, two convolutions modulated by the embedding, self-attention. x [B, in, H, W], emb [B, E] -> [B,
+    out, H', W'].
 
-    Encoder blocks normalise each pixel of the main path; decoder blocks apply the 1x1 skip convolution at the end of it.
+    Encoder blocks normalise each pixel of the main path; decoder blocks apply the 1x1 skip convolution at the end of
+    it.
     """
 
     def __init__(
@@ -158,7 +163,8 @@ class Block(nn.Module):
 
     def attention(self, qkv: Tensor) -> Tensor:
         b, c, h, w = qkv.shape
-        # The 1x1 convolution's channels are ordered head, channel, (q, k, v); each is a unit-magnitude vector (cosine attention).
+        # The 1x1 convolution's channels are ordered head, channel, (q, k, v); each is a unit-magnitude vector (cosine
+        # attention).
         qkv = normalize(qkv.reshape(b, self.heads, c // 3 // self.heads, 3, h * w), dim=2)
         q, k, v = qkv.permute(3, 0, 1, 4, 2)
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c // 3, h, w)
@@ -167,9 +173,9 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None) -> [B, C, R, R].
 
-    `noise_mult`, `emb_mult`: widths of the noise embedding and of the final one over `model_channels`; by default those of the widths at the
-    finest level and of the widest level. Further arguments go to the blocks. With `part` "encoder" the features [B, c, h, w] that `disc_map`
-    names are returned, with "encoder_decoder" both.
+    `noise_mult`, `emb_mult`: widths of the noise embedding and of the final one over `model_channels`; by default those
+    of the widths at the finest level and of the widest level. Further arguments go to the blocks. With `part` "encoder"
+    the features [B, c, h, w] that `disc_map` names are returned, with "encoder_decoder" both.
     """
 
     disc_map = "enc_last_mean"
@@ -269,16 +275,18 @@ class UNet(nn.Module):
 
 
 class EDM2Precond(Denoiser):
-    """EDM's denoiser around EDM2's U-Net, with the uncertainty u(sigma) of Karras et al. 2024, eq. 21 (`logvar_channels` 0: without).
+    """EDM's denoiser around EDM2's U-Net, with the uncertainty u(sigma) of Karras et al. 2024, eq. 21
+    (`logvar_channels` 0: without).
 
-    forward(x [B, C, R, R], sigma [B] or scalar, label: class indices [B] int64 (-1: none), one-hot [B, label_dim], or None) -> denoised x float32;
-    with `return_logvar` u(sigma) [B, 1, 1, 1] is added at the end. `part` as in `Denoiser`; there is no input for `augment_labels`, which other
-    denoisers have: they are ignored. Run it under `torch.autocast` for bfloat16 or float16: weights stay float32 and are
-    normalised in float32, embeddings and the uncertainty are computed in float32.
+    forward(x [B, C, R, R], sigma [B] or scalar, label: class indices [B] int64 (-1: none), one-hot [B, label_dim], or
+    None) -> denoised x float32; with `return_logvar` u(sigma) [B, 1, 1, 1] is added at the end. `part` as in
+    `Denoiser`; there is no input for `augment_labels`, which other
+    denoisers have: they are ignored. Run it under `torch.autocast` for bfloat16 or float16: weights stay float32 and
+    are normalised in float32, embeddings and the uncertainty are computed in float32.
 
-    `force_wn`: forced weight normalisation in training (section 2.3). "post_step": whoever takes the optimiser's step calls
-    `normalize_weights()` after it; "pre_forward": every forward in training mode does so first; "off": never. The function that the
-    network computes does not depend on it, the effective learning rate does.
+    `force_wn`: forced weight normalisation in training (section 2.3). "post_step": whoever takes the optimiser's step
+    calls `normalize_weights()` after it; "pre_forward": every forward in training mode does so first; "off": never. The
+    function that the network computes does not depend on it, the effective learning rate does.
     """
 
     def __init__(
@@ -350,11 +358,12 @@ class EDM2Precond(Denoiser):
 
     @torch.no_grad()
     def normalize_weights(self) -> None:
-        """Give every weight unit root mean square per output channel, in place (eq. 66). The network computes the same as before, since
-        its layers normalise their weights anyway (up to the 1e-4 that guards the division)."""
+        """Give every weight unit root mean square per output channel, in place (eq. 66). The network computes the same
+        as before, since its layers normalise their weights anyway (up to the 1e-4 that guards the division)."""
         for module in self.modules():
             if isinstance(module, MPConv):
-                # Through `.data`: a second forward pass before the first one's backward must not invalidate what autograd has kept.
+                # Through `.data`: a second forward pass before the first one's backward must not invalidate what
+                # autograd has kept.
                 module.weight.data.copy_(module.normalized())
 
 
@@ -366,8 +375,9 @@ def remove_uncertainty(network: nn.Module) -> None:
 
 
 def keep_normalised(network: nn.Module) -> None:
-    """EDM2's forced weight normalisation after an optimiser's step (Karras et al. 2024, section 2.3); nothing for other networks. A network whose
-    `force_wn` is "pre_forward" does it itself before the next pass in training mode, and here in evaluation mode."""
+    """EDM2's forced weight normalisation after an optimiser's step (Karras et al. 2024, section 2.3); nothing for other
+    networks. A network whose `force_wn` is "pre_forward" does it itself before the next pass in training mode, and here
+    in evaluation mode."""
     if isinstance(network, EDM2Precond) and (
         network.force_wn == "post_step" or (network.force_wn == "pre_forward" and not network.training)
     ):

@@ -20,7 +20,8 @@ def _uniform_fan(shape: tuple[int, ...], fan_in: int, fan_out: int, mode: str, g
 
 
 def run_block(block: nn.Module, x: Tensor, emb: Tensor, checkpointing: bool) -> Tensor:
-    """block(x, emb). With `checkpointing`, what the block computed inside is not kept for the backward pass but computed again, with the same
+    """block(x, emb). With `checkpointing`, what the block computed inside is not kept for the backward pass but
+    computed again, with the same
     dropout: memory for a third more time (Chen et al. 2016)."""
     if not (checkpointing and torch.is_grad_enabled()):
         return block(x, emb)
@@ -53,8 +54,9 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """A convolution (kernel 1 or 3), or none (kernel 0), after an optional factor-2 FIR resampling.
 
-    Down: stride-2 depthwise filter f before the convolution; up: transposed stride-2 filter 4f. `fused` swaps the two for down-sampling
-    (convolution with the filter's padding first, then the unpadded filter), as NCSN++'s residual input pyramid does.
+    Down: stride-2 depthwise filter f before the convolution; up: transposed stride-2 filter 4f. `fused` swaps the two
+    for down-sampling (convolution with the filter's padding first, then the unpadded filter), as NCSN++'s residual
+    input pyramid does.
     """
 
     def __init__(
@@ -110,7 +112,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 class UNetBlock(nn.Module):
-    """GN-SiLU-conv, noise embedding, GN-SiLU-conv, skip, optional self-attention. x [B, in, H, W], emb [B, E] -> [B, out, H', W']."""
+    """GN-SiLU-conv, noise embedding, GN-SiLU-conv, skip, optional self-attention. x [B, in, H, W], emb [B, E] -> [B,
+    out, H', W']."""
 
     def __init__(
         self,

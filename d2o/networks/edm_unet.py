@@ -1,7 +1,7 @@
 """The U-Nets of EDM: SongUNet (DDPM++ and NCSN++), DhariwalUNet (ADM), and their denoiser.
 
-Sources: Song et al. 2021 (DDPM++, NCSN++), Dhariwal & Nichol 2021 (ADM), Karras et al. 2022, Table 1 and appendix F. Parameter names are
-those of the published EDM checkpoints, so their state dicts load with no renaming.
+Sources: Song et al. 2021 (DDPM++, NCSN++), Dhariwal & Nichol 2021 (ADM), Karras et al. 2022, Table 1 and appendix F.
+Parameter names are those of the published EDM checkpoints, so their state dicts load with no renaming.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ SQRT_HALF = math.sqrt(0.5)
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (`embedding="positional"`, `encoder="standard"`, fir (1, 1)) and NCSN++ (`"fourier"`, `"residual"`, fir (1, 3, 3, 1)).
+    """DDPM++ (`embedding="positional"`, `encoder="standard"`, fir (1, 1)) and NCSN++ (`"fourier"`, `"residual"`, fir
+    (1, 3, 3, 1)).
 
-    forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None, augment [B, augment_dim] or None) -> [B, out_channels, R, R];
-    with `part` "encoder" the features [B, c, h, w] that `disc_map` names, with "encoder_decoder" both.
+    forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None, augment [B, augment_dim] or None) -> [B,
+    out_channels, R, R]; with `part` "encoder" the features [B, c, h, w] that `disc_map` names, with "encoder_decoder"
+    both.
     """
 
     disc_map = "enc_last_mean"
@@ -168,7 +170,8 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """The ADM U-Net. forward as `SongUNet`; attention has 64 channels per head, embeddings scale and shift the second norm."""
+    """The ADM U-Net. forward as `SongUNet`; attention has 64 channels per head, embeddings scale and shift the second
+    norm."""
 
     disc_map = "enc_last_mean"
     checkpointing = False
@@ -280,10 +283,11 @@ NCSNPP = {"embedding": "fourier", "noise_mult": 2, "encoder": "residual", "fir":
 class EDMPrecond(Denoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, labels), the denoiser of Karras et al. 2022, eq. 7 and Table 1.
 
-    `arch` is "ddpmpp", "ncsnpp" or "adm"; `precond`, `sigma_min` and `sigma_max` as in `Denoiser`; further arguments go to the U-Net.
-    forward(x [B, C, R, R], sigma [B] or scalar, label: class indices [B] int64, one-hot [B, label_dim], or None) -> denoised x
-    [B, C, R, R], float32. `label_dim` 0: `label` must be None. Labels of -1 (or None) give the unconditional denoiser: an all-zero one-hot row.
-    iDDPM's U-Net has 2C output channels, of which the first C (the mean) are used.
+    `arch` is "ddpmpp", "ncsnpp" or "adm"; `precond`, `sigma_min` and `sigma_max` as in `Denoiser`; further arguments go
+    to the U-Net. forward(x [B, C, R, R], sigma [B] or scalar, label: class indices [B] int64, one-hot [B, label_dim],
+    or None) -> denoised x [B, C, R, R], float32. `label_dim` 0: `label` must be None. Labels of -1 (or None) give the
+    unconditional denoiser: an all-zero one-hot row. iDDPM's U-Net has 2C output channels, of which the first C (the
+    mean) are used.
 
     `augment_labels` [B, augment_dim]: how x was augmented; None, as all zeros, for not at all. `part` as in `Denoiser`.
     """

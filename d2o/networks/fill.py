@@ -13,7 +13,8 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def fill_network(network: N, tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> N:
-    """The network with these tensors as its state. `assign`: they become the weights, uncopied. UserError, naming `path`: they do not fit."""
+    """The network with these tensors as its state. `assign`: they become the weights, uncopied. UserError, naming
+    `path`: they do not fit."""
     try:
         network.load_state_dict(tensors, assign=assign)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -1,7 +1,8 @@
-"""Resampling of images with a separable FIR filter: zeros are inserted, the filter is applied, samples are dropped, all by plain convolutions.
+"""Resampling of images with a separable FIR filter: zeros are inserted, the filter is applied, samples are dropped, all
+by plain convolutions.
 
-The filters of StyleGAN2 ([1, 3, 3, 1], Karras et al. 2020, appendix B) and of ADA's geometric transforms (sym6). Everything here is linear in
-the image, so autograd differentiates it as often as it is asked to.
+The filters of StyleGAN2 ([1, 3, 3, 1], Karras et al. 2020, appendix B) and of ADA's geometric transforms (sym6).
+Everything here is linear in the image, so autograd differentiates it as often as it is asked to.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ TAPS = (1.0, 3.0, 3.0, 1.0)
 
 EDGES = ("zeros", "replicate", "reflect")
 
-# Up to this length one pass with the outer product is faster than two one-dimensional passes, in both directions: 64 channels at 128 px, batch 8,
-# one CPU thread, 4 taps, forward: filter 68 against 141 ms, down 27 against 35 ms, up 189 against 309 ms. n * n against 2 n products decides later.
+# Up to this length one pass with the outer product is faster than two one-dimensional passes, in both directions: 64
+# channels at 128 px, batch 8,
+# one CPU thread, 4 taps, forward: filter 68 against 141 ms, down 27 against 35 ms, up 189 against 309 ms. n * n against
+# 2 n products decides later.
 MAX_OUTER = 6
 
 
@@ -38,15 +41,18 @@ def resample(
     edge: str = "zeros",
     gain: float | None = None,
 ) -> Tensor:
-    """x [B, C, H, W] with up - 1 zeros after every sample, padded, convolved with taps (x) taps, every `down`-th sample kept.
+    """x [B, C, H, W] with up - 1 zeros after every sample, padded, convolved with taps (x) taps, every `down`-th sample
+    kept.
 
-    `taps` [n], or [C, n] with a filter for each channel. A true convolution: the filter is mirrored, which matters for asymmetric ones. `gain`
-    multiplies the result and is up^2 unless given, so that a constant image keeps its value with taps of sum 1 (for up = 2 those at even and at
-    odd places must have the same sum, as in [1, 3, 3, 1] and in every wavelet's low-pass filter).
-    `pad`: samples added after the insertion of zeros, (left, right, top, bottom) or (before, after) for both axes, negative ones crop; by default
-    those that centre the filter, so that H becomes H * up / down. The output has floor((H * up + before + after - n) / down) + 1 rows.
-    `edge`: what lies outside of the image. "zeros", as in StyleGAN2: a constant image stays constant only where the filter does not reach over
-    the border, and fades towards it. "replicate" and "reflect" keep it everywhere.
+    `taps` [n], or [C, n] with a filter for each channel. A true convolution: the filter is mirrored, which matters for
+    asymmetric ones. `gain` multiplies the result and is up^2 unless given, so that a constant image keeps its value
+    with taps of sum 1 (for up = 2 those at even and at odd places must have the same sum, as in [1, 3, 3, 1] and in
+    every wavelet's low-pass filter).
+    `pad`: samples added after the insertion of zeros, (left, right, top, bottom) or (before, after) for both axes,
+    negative ones crop; by default those that centre the filter, so that H becomes H * up / down. The output has
+    floor((H * up + before + after - n) / down) + 1 rows.
+    `edge`: what lies outside of the image. "zeros", as in StyleGAN2: a constant image stays constant only where the
+    filter does not reach over the border, and fades towards it. "replicate" and "reflect" keep it everywhere.
     UserError: unknown edge.
     """
     n = taps.shape[-1]
@@ -82,7 +88,8 @@ def down2(x: Tensor, taps: Tensor, edge: str = "zeros") -> Tensor:
 
 
 def smooth(x: Tensor, taps: Tensor, pad: int, gain: float = 1.0) -> Tensor:
-    """The filter alone, with `pad` zeros on every side: [B, C, H, W] -> [B, C, H + 2 pad - n + 1, W + 2 pad - n + 1]."""
+    """The filter alone, with `pad` zeros on every side: [B, C, H, W] -> [B, C, H + 2 pad - n + 1, W + 2 pad - n +
+    1]."""
     return resample(x, taps, pad=(pad, pad), gain=gain)
 
 
@@ -101,7 +108,8 @@ def _filter(
         else:
             x = F.pad(x, pad)
         return F.conv2d(x, kernel.flip(1, 2)[:, None], stride=down, padding=inside, groups=channels)
-    # A transposed convolution gives all positions that the filter reaches: h - 1 before the first sample, h - up after the last one's zeros.
+    # A transposed convolution gives all positions that the filter reaches: h - 1 before the first sample, h - up after
+    # the last one's zeros.
     x = F.conv_transpose2d(x, kernel[:, None], stride=up, groups=channels)
     x = F.pad(x, (left - w + 1, right - w + up[1], top - h + 1, bottom - h + up[0]))
     return x if down == (1, 1) else x[:, :, :: down[0], :: down[1]]

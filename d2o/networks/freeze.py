@@ -1,4 +1,5 @@
-"""Freezing by kind of layer: most of a teacher's convolutions already are what a one-step student needs (Zheng & Yang 2024, section 4.2, Table 2)."""
+"""Freezing by kind of layer: most of a teacher's convolutions already are what a one-step student needs (Zheng & Yang
+2024, section 4.2, Table 2)."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from d2o.networks.edm2_unet import Block
 from d2o.networks.edm_blocks import UNetBlock
 
 FREEZE = ("none", "conv", "conv_qkv", "conv_qkv_skip")
-"""What is frozen inside U-Net blocks: nothing; the convolutions and the attention's output projection (their GDD-I); also the attention's queries,
-keys and values; also the 1x1 shortcuts. Norms, embeddings, and all that is outside of blocks (input, output, NCSN++'s input pyramid) train on."""
+"""What is frozen inside U-Net blocks: nothing; the convolutions and the attention's output projection (their GDD-I);
+also the attention's queries, keys and values; also the 1x1 shortcuts. Norms, embeddings, and all that is outside of
+blocks (input, output, NCSN++'s input pyramid) train on."""
 
 LAYERS: dict[type[nn.Module], tuple[tuple[str, ...], ...]] = {
     UNetBlock: (("conv0", "conv1", "proj"), ("qkv",), ("skip",)),

@@ -1,9 +1,11 @@
 """The Inception network of 2015 whose features FID, Inception Score, KID and their kin are defined on.
 
-This is TensorFlow's `inception-2015-12-05` (Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", arXiv:1512.00567;
-its use for FID: Heusel et al., arXiv:1706.08500). It is not torchvision's inception_v3: it has 1008 outputs and no auxiliary head, its
-average pools leave the padding out of the mean, and its very last block pools by maximum. Parameters have the names of pytorch-fid and
-torch-fidelity; `from_tensorflow_names` translates those of NVIDIA's and OpenAI's files, which follow TensorFlow's graph.
+This is TensorFlow's `inception-2015-12-05` (Szegedy et al., "Rethinking the Inception Architecture for Computer
+Vision", arXiv:1512.00567;
+its use for FID: Heusel et al., arXiv:1706.08500). It is not torchvision's inception_v3: it has 1008 outputs and no
+auxiliary head, its average pools leave the padding out of the mean, and its very last block pools by maximum.
+Parameters have the names of pytorch-fid and torch-fidelity; `from_tensorflow_names` translates those of NVIDIA's and
+OpenAI's files, which follow TensorFlow's graph.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8 pixels -> 2048 channels. `maximum`: the last branch pools by maximum, as it does in the network's last block only."""
+    """8x8 pixels -> 2048 channels. `maximum`: the last branch pools by maximum, as it does in the network's last block
+    only."""
 
     def __init__(self, cin: int, maximum: bool):
         super().__init__()
@@ -138,7 +141,8 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images [n, 3, 299, 299] -> features, spatial features, logits. 23,850,960 parameters. Weights are random until loaded."""
+    """Images [n, 3, 299, 299] -> features, spatial features, logits. 23,850,960 parameters. Weights are random until
+    loaded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,13 +168,14 @@ class Inception(nn.Module):
         """Images [n, 3, 299, 299] in about [-1, 1] -> each of `wanted`, in one pass that goes no deeper than needed:
 
         - "features" [n, 2048]: the mean over the last block's 8x8 pixels, TensorFlow's `pool_3`;
-        - "spatial" [n, 2023], for sFID (Nash et al., arXiv:2103.03841): the first 7 channels of the first branch (1x1) of Mixed_6d, after
-          its batch normalisation and ReLU, on 17x17 pixels. ADM's evaluator takes them from `mixed_6/conv:0`: a node of that graph bears the
-          name of its convolution block and gives what the block gives, after the ReLU, and `mixed_4`...`mixed_7` are Mixed_6b...Mixed_6e;
-          OpenAI's PyTorch port takes the same, and found it equal to the graph's within 3e-5. Ordered as ADM's reference statistics are:
-          by row, column, channel (the channel runs fastest);
-        - "logits" [n, 1008]: without the bias of the last layer, as the Inception Score has always been computed (TensorFlow's code
-          multiplies `pool_3` with the last layer's weights only).
+        - "spatial" [n, 2023], for sFID (Nash et al., arXiv:2103.03841): the first 7 channels of the first branch (1x1)
+          of Mixed_6d, after its batch normalisation and ReLU, on 17x17 pixels. ADM's evaluator takes them from
+          `mixed_6/conv:0`: a node of that graph bears the name of its convolution block and gives what the block gives,
+          after the ReLU, and `mixed_4`...`mixed_7` are Mixed_6b...Mixed_6e; OpenAI's PyTorch port takes the same, and
+          found it equal to the graph's within 3e-5. Ordered as ADM's reference statistics are: by row, column, channel
+          (the channel runs fastest);
+        - "logits" [n, 1008]: without the bias of the last layer, as the Inception Score has always been computed
+          (TensorFlow's code multiplies `pool_3` with the last layer's weights only).
         """
         found: dict[str, Tensor] = {}
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -257,7 +262,8 @@ _NAME = re.compile(r"layers\.(conv(?:_\d)?|mixed(?:_\d+)?)\.(?:(.+)\.)?(weight|b
 
 
 def from_tensorflow_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NVIDIA's and OpenAI's names ("layers.mixed_6.tower_1.conv_2.beta", "output.weight") -> ours; names of other kinds stay as they are.
+    """NVIDIA's and OpenAI's names ("layers.mixed_6.tower_1.conv_2.beta", "output.weight") -> ours; names of other kinds
+    stay as they are.
 
     Those files have no scale in their batch normalisations (`beta`, `mean` and `var` only): ours becomes one.
     """

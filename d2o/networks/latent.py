@@ -1,6 +1,8 @@
-"""Latent diffusion models made of diffusers' and transformers' own modules, from plain configurations that checkpoints hold.
+"""Latent diffusion models made of diffusers' and transformers' own modules, from plain configurations that checkpoints
+hold.
 
-Stable Diffusion 1.5's parts at any size: an autoencoder, a text encoder with its tokenizer, and a U-Net that predicts the noise.
+Stable Diffusion 1.5's parts at any size: an autoencoder, a text encoder with its tokenizer, and a U-Net that predicts
+the noise.
 """
 
 from __future__ import annotations
@@ -51,9 +53,11 @@ BROKEN = (
 
 
 class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL. `config` holds its arguments; the kinds of blocks follow from `block_out_channels` where they are not given.
+    """diffusers' AutoencoderKL. `config` holds its arguments; the kinds of blocks follow from `block_out_channels`
+    where they are not given.
 
-    Images [B, C, H, W] in [-1, 1]; latents [B, c, H / f, W / f] as the encoder gives them, not yet times `scaling_factor`.
+    Images [B, C, H, W] in [-1, 1]; latents [B, c, H / f, W / f] as the encoder gives them, not yet times
+    `scaling_factor`.
     UserError: unknown arguments, or values that diffusers refuses.
     """
 
@@ -90,8 +94,9 @@ class Autoencoder(nn.Module):
 class TextToImage(nn.Module):
     """A whole Stable-Diffusion-type model: `vae` (frozen), `text_encoder`, `unet`, and `tokens`, the vocabulary.
 
-    `vae`, `unet`, `text_encoder`: arguments of AutoencoderKL, UNet2DConditionModel and CLIPTextConfig; `words`: those that are one token each.
-    Latents are in the diffusion space: the encoder's times `scaling_factor`. UserError as `Autoencoder`.
+    `vae`, `unet`, `text_encoder`: arguments of AutoencoderKL, UNet2DConditionModel and CLIPTextConfig; `words`: those
+    that are one token each. Latents are in the diffusion space: the encoder's times `scaling_factor`. UserError as
+    `Autoencoder`.
     """
 
     def __init__(self, vae: dict[str, Any], unet: dict[str, Any], text_encoder: dict[str, Any], words: Sequence[str]):
@@ -131,7 +136,8 @@ class TextToImage(nn.Module):
         return self.unet.config.in_channels, size, size
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids [B, 77] -> states [B, 77, D], the last hidden ones after the final layer norm, as SD 1.5 takes them."""
+        """Token ids [B, 77] -> states [B, 77, D], the last hidden ones after the final layer norm, as SD 1.5 takes
+        them."""
         return self.text_encoder(ids)[0]
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,21 +150,25 @@ class TextToImage(nn.Module):
         return self.vae.decode(latents / self.scale).sample
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """The predicted noise: x_t [B, c, h, w] in the diffusion space, t [B] time steps 0..999, ids [B, 77] token ids."""
+        """The predicted noise: x_t [B, c, h, w] in the diffusion space, t [B] time steps 0..999, ids [B, 77] token
+        ids."""
         return self.unet(x_t, t, self.encode_text(ids)).sample
 
 
 def _rename_text_encoder(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """transformers 5 dropped the `text_model.` from the names inside a CLIPTextModel: read the weights under either name."""
+    """transformers 5 dropped the `text_model.` from the names inside a CLIPTextModel: read the weights under either
+    name."""
     inner = prefix + "text_encoder."
-    long = any(name.startswith("text_model.") for name, _ in module.text_encoder.named_parameters())  # type: ignore[union-attr, operator]
+    # type: ignore[union-attr, operator]
+    long = any(name.startswith("text_model.") for name, _ in module.text_encoder.named_parameters())
     for name in [name for name in tensors if name.startswith(inner)]:
         rest = name.removeprefix(inner).removeprefix("text_model.")
         tensors[inner + ("text_model." if long else "") + rest] = tensors.pop(name)
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:
-    """From a checkpoint or run folder of method `autoencoder`, or from a diffusers folder (the model's own, or a pipeline's with `vae/`).
+    """From a checkpoint or run folder of method `autoencoder`, or from a diffusers folder (the model's own, or a
+    pipeline's with `vae/`).
 
     On the meta device only the configuration is read. UserError: missing, truncated or foreign file.
     """
@@ -178,7 +188,8 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
 
 def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
-    """The whole model, in eval mode on the CPU, and the metadata of a checkpoint of method `latent-diffusion`. UserError: any other file."""
+    """The whole model, in eval mode on the CPU, and the metadata of a checkpoint of method `latent-diffusion`.
+    UserError: any other file."""
     path = resolve_checkpoint(path)
     meta = check_checkpoint(read_meta(path), path)
     config = dict(meta.get("network") or {})

@@ -1,4 +1,5 @@
-"""VGG-16 with batch norm for the latents of a diffusion model: the trunk of LatentLPIPS (Kang et al. 2024, section 3.2 and appendix B.2)."""
+"""VGG-16 with batch norm for the latents of a diffusion model: the trunk of LatentLPIPS (Kang et al. 2024, section 3.2
+and appendix B.2)."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
 class LatentVGG(nn.Module):
-    """Five feature maps of latents. A latent has an eighth of its image's resolution, so the first three poolings are left out.
+    """Five feature maps of latents. A latent has an eighth of its image's resolution, so the first three poolings are
+    left out.
 
-    The maps are what each stage hands on: of 64x64 latents 64, 64, 64, 32 and 16 pixels wide; the last two are taken after their pooling, as
-    the released networks were trained. Modules are named as in the released files: `slice{1..5}.{index in torchvision's vgg16_bn}`.
+    The maps are what each stage hands on: of 64x64 latents 64, 64, 64, 32 and 16 pixels wide; the last two are taken
+    after their pooling, as the released networks were trained. Modules are named as in the released files:
+    `slice{1..5}.{index in torchvision's vgg16_bn}`.
     """
 
     def __init__(self, channels: int):

@@ -1,7 +1,9 @@
-"""The parts of the z-conditioned NCSN++: adaptive group norm, BigGAN residual block with FIR resampling, attention, the two embeddings.
+"""The parts of the z-conditioned NCSN++: adaptive group norm, BigGAN residual block with FIR resampling, attention, the
+two embeddings.
 
-Sources: Song et al. 2021 (NCSN++, "Score-based generative modeling through SDEs", appendix H), Xiao et al. 2022 (denoising diffusion GANs,
-appendix C). Convolutions, FIR filters [1, 3, 3, 1] and their initialisation are those of the EDM family's NCSN++.
+Sources: Song et al. 2021 (NCSN++, "Score-based generative modeling through SDEs", appendix H), Xiao et al. 2022
+(denoising diffusion GANs, appendix C). Convolutions, FIR filters [1, 3, 3, 1] and their initialisation are those of the
+EDM family's NCSN++.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm-SiLU-(resample)-conv, time embedding, norm-SiLU-conv, plus a 1x1 shortcut where shape or channels change; over sqrt 2.
+    """Norm-SiLU-(resample)-conv, time embedding, norm-SiLU-conv, plus a 1x1 shortcut where shape or channels change;
+    over sqrt 2.
 
     forward(x [B, in, H, W], temb [B, E] after its SiLU, z [B, zdim]) -> [B, out, H', W'].
     """

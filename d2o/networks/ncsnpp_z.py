@@ -1,7 +1,8 @@
-"""The generator of denoising diffusion GANs: an NCSN++ that takes a latent z through its group norms and predicts the clean image.
+"""The generator of denoising diffusion GANs: an NCSN++ that takes a latent z through its group norms and predicts the
+clean image.
 
-Xiao et al. 2022, section 4 and appendix C; sizes of the authors' commands: CIFAR-10 nf 128, channel_mult (1, 2, 2, 2), n_mlp 4; at 256 px nf 64,
-channel_mult (1, 1, 2, 2, 4, 4), n_mlp 3.
+Xiao et al. 2022, section 4 and appendix C; sizes of the authors' commands: CIFAR-10 nf 128, channel_mult (1, 2, 2, 2),
+n_mlp 4; at 256 px nf 64, channel_mult (1, 1, 2, 2, 4, 4), n_mlp 3.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ class LatentMapping(nn.Module):
 
 
 class DDGANGenerator(nn.Module):
-    """forward(x_{t+1} [B, C, R, R], t [B] int64 of 0 .. K - 1, z [B, nz] standard normal, labels [B] or None) -> x_0 [B, C, R, R] in [-1, 1].
+    """forward(x_{t+1} [B, C, R, R], t [B] int64 of 0 .. K - 1, z [B, nz] standard normal, labels [B] or None) -> x_0
+    [B, C, R, R] in [-1, 1].
 
-    `channel_mult` has one entry per resolution R, R / 2, ...; R must be divisible by 2^(entries - 1), nf by 4. `classes` > 0 (ours: the paper's
-    networks are unconditional) adds an embedding of the label to that of t.
+    `channel_mult` has one entry per resolution R, R / 2, ...; R must be divisible by 2^(entries - 1), nf by 4.
+    `classes` > 0 (ours: the paper's networks are unconditional) adds an embedding of the label to that of t.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""SPI-GAN's mapping network: from noise to a style along a time, by a neural ordinary differential equation (Choi et al. 2022, section 3.3).
+"""SPI-GAN's mapping network: from noise to a style along a time, by a neural ordinary differential equation (Choi et
+al. 2022, section 3.3).
 
-h(0) = o(x_T) and dh/dt = r(h, t), so h(t) = h(0) + integral of r from 0 to t (eq. 5). The paper does not say what o's and r's layers are made of;
-they are the mapping layers of StyleGAN2 here (equalised learning rate, leaky ReLU), as Tables 6 and 7 fit.
+h(0) = o(x_T) and dh/dt = r(h, t), so h(t) = h(0) + integral of r from 0 to t (eq. 5). The paper does not say what o's
+and r's layers are made of; they are the mapping layers of StyleGAN2 here (equalised learning rate, leaky ReLU), as
+Tables 6 and 7 fit.
 """
 
 from __future__ import annotations
@@ -46,15 +48,19 @@ class Layers(nn.Module):
 class NODEMapping(nn.Module):
     """Noise z [B, *shape] and a time t in [0, 1] -> h(t) [B, h_dim], the style of the image at t.
 
-    o: flatten, mean square 1, one fully connected layer with leaky ReLU. r: `r_layers` such layers of width h_dim (Table 8: 1 for CIFAR-10, 7 for
-    256 px), whose first also sees t with `ode_time_input` "concat" (eq. 5; Table 7 has it not: "none").
-    `method` "rk4": ceil((t_k - t_(k-1)) / step) equal steps in each segment, the same whatever the batch; "dopri5": adaptive steps to `rtol` and
-    `atol` over the whole batch. Gradients go through the steps. The kink of the leaky ReLUs costs both some order: solves of the same h(t) with
-    other steps differ by 5e-5 of its norm with r_layers 1 and 1.6e-4 with 7 (rk4, step 0.1; four times less with half the step), and dopri5
-    with tolerances of 1e-5 is off by up to 8e-4.
-    `mapping` "mlp_t" replaces the equation by a plain network, h(t) = mlp([o(z), t]) of `r_layers` layers: StyleGAN2's mapping with t appended.
+    o: flatten, mean square 1, one fully connected layer with leaky ReLU. r: `r_layers` such layers of width h_dim
+    (Table 8: 1 for CIFAR-10, 7 for 256 px), whose first also sees t with `ode_time_input` "concat" (eq. 5; Table 7 has
+    it not: "none").
+    `method` "rk4": ceil((t_k - t_(k-1)) / step) equal steps in each segment, the same whatever the batch; "dopri5":
+    adaptive steps to `rtol` and `atol` over the whole batch. Gradients go through the steps. The kink of the leaky
+    ReLUs costs both some order: solves of the same h(t) with other steps differ by 5e-5 of its norm with r_layers 1 and
+    1.6e-4 with 7 (rk4, step 0.1; four times less with half the step), and dopri5 with tolerances of 1e-5 is off by up
+    to 8e-4.
+    `mapping` "mlp_t" replaces the equation by a plain network, h(t) = mlp([o(z), t]) of `r_layers` layers: StyleGAN2's
+    mapping with t appended.
     `w_avg`: the running mean of the styles given to `track`.
-    Times are numbers or tensors on the CPU: the number of steps depends on them. UserError: unknown switch, times that are unsorted or negative.
+    Times are numbers or tensors on the CPU: the number of steps depends on them. UserError: unknown switch, times that
+    are unsorted or negative.
     """
 
     def __init__(
@@ -163,14 +169,16 @@ class NODEMapping(nn.Module):
 
     @torch.no_grad()
     def track(self, h: Tensor) -> None:
-        """One step of the running mean towards the batch mean of styles h [B, h_dim]; to be called with h(1) in training.
+        """One step of the running mean towards the batch mean of styles h [B, h_dim]; to be called with h(1) in
+        training.
 
         It sees what this process sees: with several, give it the gathered styles, or save one process's mean.
         """
         self.w_avg.lerp_(h.detach().mean(0).to(self.w_avg.dtype), 1 - self.w_avg_beta)
 
     def truncate(self, h: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
-        """w_avg + psi (h - w_avg), of styles [B, h_dim] or broadcast ones [B, num_ws, h_dim], of which `cutoff` truncates only the first ones.
+        """w_avg + psi (h - w_avg), of styles [B, h_dim] or broadcast ones [B, num_ws, h_dim], of which `cutoff`
+        truncates only the first ones.
 
         Karras et al. 2019, appendix B. UserError: `cutoff` for styles that are not broadcast.
         """
@@ -182,8 +190,8 @@ class NODEMapping(nn.Module):
 
 
 def rk4_step(r: nn.Module, t: float, dt: float, h: Tensor) -> Tensor:
-    """h(t + dt) by Kutta's 3/8 rule, fourth order. torchdiffeq's "rk4" is the same formula; in numbers instead of tensors of time it needs no
-    synchronisation with the device and can be exported.
+    """h(t + dt) by Kutta's 3/8 rule, fourth order. torchdiffeq's "rk4" is the same formula; in numbers instead of
+    tensors of time it needs no synchronisation with the device and can be exported.
     """
     k1 = r(h, t)
     k2 = r(h + dt * k1 / 3, t + dt / 3)

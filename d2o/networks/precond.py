@@ -1,6 +1,8 @@
-"""How a raw network F becomes a denoiser: D(x; sigma) = c_skip x + c_out F(c_in x, c_noise). Karras et al. 2022, Table 1 and section 5.
+"""How a raw network F becomes a denoiser: D(x; sigma) = c_skip x + c_out F(c_in x, c_noise). Karras et al. 2022, Table
+1 and section 5.
 
-`coefficients` of each kind take sigma [B, 1, 1, 1] and give c_skip, c_out, c_in (broadcastable to x) and c_noise (one number a sample).
+`coefficients` of each kind take sigma [B, 1, 1, 1] and give c_skip, c_out, c_in (broadcastable to x) and c_noise (one
+number a sample).
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def ve(sigma: Tensor, sigma_data: float) -> Coefficients:
 
 
 def consistency(sigma: Tensor, sigma_data: float) -> Coefficients:
-    """Song et al. 2023, appendix C: the identity at sigma 0.002 exactly. GDD's students have it (Zheng & Yang 2024, B.4)."""
+    """Song et al. 2023, appendix C: the identity at sigma 0.002 exactly. GDD's students have it (Zheng & Yang 2024,
+    B.4)."""
     above = sigma - CONSISTENCY_EPSILON
     c_skip = sigma_data**2 / (above**2 + sigma_data**2)
     c_out = above * sigma_data / (sigma**2 + sigma_data**2).sqrt()
@@ -93,13 +96,16 @@ DISC_MAPS = ("enc_last_mean", "mid_mean")
 
 
 class Denoiser(nn.Module):
-    """What all denoisers of the EDM family share: preconditioning, range of noise levels, labels, and the map of the encoder.
+    """What all denoisers of the EDM family share: preconditioning, range of noise levels, labels, and the map of the
+    encoder.
 
-    denoiser(x, sigma, label, augment_labels=None, part="decoder"), with `part` one of `PARTS`. The map [B, 1, h, w] float32 is the mean over channels
-    of the features that `set_disc_map` chose; "encoder_decoder" gives both of one pass. Zhou et al. 2025 (SiDA), section 4.2, discriminate by it.
+    denoiser(x, sigma, label, augment_labels=None, part="decoder"), with `part` one of `PARTS`. The map [B, 1, h, w]
+    float32 is the mean over channels of the features that `set_disc_map` chose; "encoder_decoder" gives both of one
+    pass. Zhou et al. 2025 (SiDA), section 4.2, discriminate by it.
 
-    `precond` "edm", "vp", "ve", "iddpm" or "consistency"; `sigma_min`, `sigma_max` replace that one's range (samplers stay inside it).
-    `sigma_data` (edm, consistency): the data's standard deviation. iDDPM holds its noise levels as buffer `u`.
+    `precond` "edm", "vp", "ve", "iddpm" or "consistency"; `sigma_min`, `sigma_max` replace that one's range (samplers
+    stay inside it). `sigma_data` (edm, consistency): the data's standard deviation. iDDPM holds its noise levels as
+    buffer `u`.
     """
 
     def __init__(
@@ -147,7 +153,8 @@ class Denoiser(nn.Module):
         return CLOSED_FORMS[self.precond](sigma, self.sigma_data)
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
-        """The nearest noise levels that the network knows, same shape and dtype: sigma itself, except for iDDPM's discrete ones."""
+        """The nearest noise levels that the network knows, same shape and dtype: sigma itself, except for iDDPM's
+        discrete ones."""
         sigma = torch.as_tensor(sigma)
         if self.precond != "iddpm":
             return sigma
@@ -157,7 +164,8 @@ class Denoiser(nn.Module):
         return (sigma.to(torch.float32)[..., None] - self.u.to(sigma.device)).abs().argmin(-1)
 
     def one_hot(self, label: Tensor | None, batch: int) -> Tensor | None:
-        """Class indices [B] (-1: no class) or one-hot rows -> one-hot rows [B, label_dim] float32; None for an unconditional network."""
+        """Class indices [B] (-1: no class) or one-hot rows -> one-hot rows [B, label_dim] float32; None for an
+        unconditional network."""
         if self.label_dim == 0:
             return None
         weight = next(self.parameters())

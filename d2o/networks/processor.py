@@ -1,4 +1,5 @@
-"""What the processor at hand is fast at: half precision, and the memory order of images. Rules, not timings, so that they choose the same again."""
+"""What the processor at hand is fast at: half precision, and the memory order of images. Rules, not timings, so that
+they choose the same again."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import nn
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO = "auto"
 WIDE = 10_000_000
-"""Parameters from which a CPU computes a network faster in channels-last order (DDPM++ of 55.7M: up to 1.36 times; `digits`, 0.7M: 0.9 times)."""
+"""Parameters from which a CPU computes a network faster in channels-last order (DDPM++ of 55.7M: up to 1.36 times;
+`digits`, 0.7M: 0.9 times)."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _UNITS = {"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16"}
@@ -54,7 +56,8 @@ def explain_precision(precision: str, device: torch.device) -> str:
 
 
 def prefers_channels_last(network: object, device: torch.device) -> bool:
-    """Whether a network is faster in channels-last order: convolutions on a CPU, and wide enough. (On a GPU it was not measured.)"""
+    """Whether a network is faster in channels-last order: convolutions on a CPU, and wide enough. (On a GPU it was not
+    measured.)"""
     if device.type != "cpu" or not isinstance(network, nn.Module):
         return False
     parameters = list(network.parameters())

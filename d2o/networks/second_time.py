@@ -1,6 +1,7 @@
 """A denoiser that is also told where to go: f(x_t, t, s), for consistency trajectory models (Kim et al. 2024).
 
-The U-Nets of EDM add a linear map of their augmentation labels to the noise embedding of t, ahead of two further layers. Those labels are put to
+The U-Nets of EDM add a linear map of their augmentation labels to the noise embedding of t, ahead of two further
+layers. Those labels are put to
 another use here: they are an embedding of s. With the new map at 0 the network starts as the one that it is made of.
 """
 
@@ -18,7 +19,8 @@ _embedding = PositionalEmbedding(CHANNELS, endpoint=True)
 
 
 def second_time(s: Tensor) -> Tensor:
-    """Noise levels s [B] > 0 -> [B, 128] float32: sines and cosines of ln(s) / 4, as DDPM++ is told t in EDM's preconditioning."""
+    """Noise levels s [B] > 0 -> [B, 128] float32: sines and cosines of ln(s) / 4, as DDPM++ is told t in EDM's
+    preconditioning."""
     return _embedding(s.log().float() / 4)
 
 
@@ -28,7 +30,8 @@ def second_time_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_second_time(network: nn.Module) -> nn.Module:
-    """A copy of a denoiser of EDM's families that takes `second_time(s)` as its fourth argument, and does not mind it yet."""
+    """A copy of a denoiser of EDM's families that takes `second_time(s)` as its fourth argument, and does not mind it
+    yet."""
     config = network_config(network)
     weights = {name: value for name, value in network.state_dict().items() if "map_augment" not in name}
     grown = build_network(second_time_config(config))

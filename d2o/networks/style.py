@@ -1,7 +1,9 @@
-"""StyleGAN2's synthesis network and critic (Karras et al. 2020, section 4.1 and appendix B; Karras et al. 2020b for the small sizes).
+"""StyleGAN2's synthesis network and critic (Karras et al. 2020, section 4.1 and appendix B; Karras et al. 2020b for the
+small sizes).
 
-The synthesis network has skip connections of RGB images. The critic is plain ("orig") or residual and can be told a time t, as the critics of
-denoising diffusion GANs are (Xiao et al. 2022) and that of SPI-GAN is (Choi et al. 2022, section 3.4).
+The synthesis network has skip connections of RGB images. The critic is plain ("orig") or residual and can be told a
+time t, as the critics of denoising diffusion GANs are (Xiao et al. 2022) and that of SPI-GAN is (Choi et al. 2022,
+section 3.4).
 """
 
 from __future__ import annotations
@@ -72,10 +74,11 @@ class ToImage(nn.Module):
 class StyleSynthesis(nn.Module):
     """ws [B, num_ws, w_dim] -> images [B, img_channels, R, R], to be trained towards [-1, 1] (no tanh).
 
-    A learned constant of 4x4, then per resolution two style layers (one at 4x4), the first of which doubles the size, and an image; the images
-    of all resolutions are enlarged and summed. Channels: `channel_table`. Published sizes: 32 px with base 32768 (512 everywhere, 8 style
-    inputs), 256 px with base 16384 (512 up to 32 px, then 256, 128, 64; 14 style inputs). A resolution's image takes the style input of the
-    next resolution's first layer. `modulation`: see `modulated_conv`.
+    A learned constant of 4x4, then per resolution two style layers (one at 4x4), the first of which doubles the size,
+    and an image; the images of all resolutions are enlarged and summed. Channels: `channel_table`. Published sizes: 32
+    px with base 32768 (512 everywhere, 8 style inputs), 256 px with base 16384 (512 up to 32 px, then 256, 128, 64; 14
+    style inputs). A resolution's image takes the style input of the next resolution's first layer. `modulation`: see
+    `modulated_conv`.
     UserError: a size, mode or shape that cannot be.
     """
 
@@ -114,7 +117,8 @@ class StyleSynthesis(nn.Module):
         self.register_buffer("taps", fir_taps(), persistent=False)
 
     def broadcast(self, w: Tensor) -> Tensor:
-        """One style for all inputs: [B, w_dim] -> [B, num_ws, w_dim], which is a copy that gradients can be taken of."""
+        """One style for all inputs: [B, w_dim] -> [B, num_ws, w_dim], which is a copy that gradients can be taken
+        of."""
         return w[:, None].repeat(1, self.num_ws, 1)
 
     @property
@@ -125,7 +129,8 @@ class StyleSynthesis(nn.Module):
     def draw_noise(
         self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> list[Tensor]:
-        """Standard normal noise for each style layer, drawn where the generator lives, so that its seed means the same on every device."""
+        """Standard normal noise for each style layer, drawn where the generator lives, so that its seed means the same
+        on every device."""
         device = device or self.const.device
         source = device if generator is None else generator.device
         return [
@@ -139,9 +144,11 @@ class StyleSynthesis(nn.Module):
         generator: torch.Generator | None = None,
         noises: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """`noise_mode`: "random" (from `generator` if given), "const" (one fixed image per layer, part of the checkpoint), or "none".
+        """`noise_mode`: "random" (from `generator` if given), "const" (one fixed image per layer, part of the
+        checkpoint), or "none".
 
-        `noises`: instead of drawing, the noise of each layer [B, 1, r, r] (`noise_shapes`), for samples that must not depend on their batch.
+        `noises`: instead of drawing, the noise of each layer [B, 1, r, r] (`noise_shapes`), for samples that must not
+        depend on their batch.
         """
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise UserError(
@@ -176,7 +183,8 @@ class StyleSynthesis(nn.Module):
 
 
 class CriticBlock(nn.Module):
-    """Two 3x3 convolutions, the second to half the size; "resnet" adds a 1x1 shortcut, both branches times sqrt(1/2)."""
+    """Two 3x3 convolutions, the second to half the size; "resnet" adds a 1x1 shortcut, both branches times
+    sqrt(1/2)."""
 
     def __init__(self, in_channels: int, out_channels: int, residual: bool, time_dim: int):
         super().__init__()
@@ -195,12 +203,14 @@ class CriticBlock(nn.Module):
 class StyleCritic(nn.Module):
     """(x [B, img_channels, R, R], t, labels) -> logits [B], high for real.
 
-    `blocks` "orig" (SPI-GAN's CIFAR-10) or "resnet" (256 px); channels as in the synthesis network. At 4x4: minibatch standard deviation over
-    groups of `mbstd_group` (None: the batch; 0: none), a 3x3 convolution, two fully connected layers.
-    `time`: how t in [0, 1] enters (SPI-GAN does not say). Its embedding is (cos, sin)(time_scale t 10000^(-i/(n-1))), `time_dim` values, then two
-    fully connected layers with a leaky ReLU between. "block_add": a linear layer per block adds it to the bias of the block's first convolution;
-    "cmap": the logit is the product of the last layer's outputs, `cmap_dim`, with it, over sqrt(cmap_dim). "none": t is ignored.
-    `label_dim` classes add an embedding of the label to that projection, in every mode.
+    `blocks` "orig" (SPI-GAN's CIFAR-10) or "resnet" (256 px); channels as in the synthesis network. At 4x4: minibatch
+    standard deviation over groups of `mbstd_group` (None: the batch; 0: none), a 3x3 convolution, two fully connected
+    layers.
+    `time`: how t in [0, 1] enters (SPI-GAN does not say). Its embedding is (cos, sin)(time_scale t 10000^(-i/(n-1))),
+    `time_dim` values, then two fully connected layers with a leaky ReLU between. "block_add": a linear layer per block
+    adds it to the bias of the block's first convolution;
+    "cmap": the logit is the product of the last layer's outputs, `cmap_dim`, with it, over sqrt(cmap_dim). "none": t is
+    ignored. `label_dim` classes add an embedding of the label to that projection, in every mode.
     UserError: an unknown mode, or t or labels missing.
     """
 

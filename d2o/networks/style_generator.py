@@ -1,4 +1,5 @@
-"""SPI-GAN's generator: the mapping from noise to a style along a time, then one synthesis network for all times (Choi et al. 2022, Figure 2)."""
+"""SPI-GAN's generator: the mapping from noise to a style along a time, then one synthesis network for all times (Choi
+et al. 2022, Figure 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from d2o.networks.style import StyleSynthesis
 class StyleGenerator(nn.Module):
     """Noise z [B, C, R, R] and t -> image of time t: synthesis(h(t)); at t = 1 a clean one.
 
-    `mapping`: options of `NODEMapping` beside shape and h_dim; `synthesis`: options of `StyleSynthesis` beside size, channels and w_dim.
+    `mapping`: options of `NODEMapping` beside shape and h_dim; `synthesis`: options of `StyleSynthesis` beside size,
+    channels and w_dim.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class StyleGenerator(nn.Module):
         mix: tuple[Tensor, Tensor] | None = None,
         start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(images, ws, h): of noise `z` at sorted `times` [T], one after the other [T B, ...], or of given `ws` [B, num_ws, h_dim].
+        """(images, ws, h): of noise `z` at sorted `times` [T], one after the other [T B, ...], or of given `ws` [B,
+        num_ws, h_dim].
 
-        `mix` (second noise, cutoffs [B]): an image's styles from input `cutoff` on come from it (style mixing; num_ws: none do). `start`:
-        h(times[0]) instead of solving to it from z.
+        `mix` (second noise, cutoffs [B]): an image's styles from input `cutoff` on come from it (style mixing; num_ws:
+        none do). `start`: h(times[0]) instead of solving to it from z.
         """
         if ws is None:
             assert z is not None

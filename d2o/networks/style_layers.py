@@ -1,8 +1,8 @@
 """The layers of StyleGAN2: equalised learning rate, modulated convolution, noise, minibatch standard deviation.
 
-Karras et al. 2018 (section 3 minibatch standard deviation, 4.1 equalised learning rate), 2019 (noise, styles), 2020 (section 2.2 modulation and
-demodulation, appendix B filters). All weights start as N(0, 1); the scale that an initialisation would give is applied in the forward pass, so
-that one learning rate suits every layer.
+Karras et al. 2018 (section 3 minibatch standard deviation, 4.1 equalised learning rate), 2019 (noise, styles), 2020
+(section 2.2 modulation and demodulation, appendix B filters). All weights start as N(0, 1); the scale that an
+initialisation would give is applied in the forward pass, so that one learning rate suits every layer.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from d2o.networks.fir import TAPS, fir_taps, resample
 
 MODULATIONS = ("auto", "grouped", "scale")
 
-# "auto" runs grouped convolutions where the activations, (in + out) H W, are at least this many times as large as the kernel, in out k^2: writing
-# a kernel per sample then costs less than two passes over the activations. Milliseconds grouped / scale, forward, one thread of an AMD EPYC
-# (Zen 4), torch 2.13:
+# "auto" runs grouped convolutions where the activations, (in + out) H W, are at least this many times as large as the
+# kernel, in out k^2: writing a kernel per sample then costs less than two passes over the activations. Milliseconds
+# grouped / scale, forward, one thread of an AMD EPYC (Zen 4), torch 2.13:
 #   channels, size             ratio    batch 1        batch 8         batch 64         with up: batch 1, 8, 64
 #   512 -> 512, 3x3, 4 px       0.01    5.3 / 3.8      146 / 8         1087 / 35        9.3 / 7.3, 211 / 9, 2049 / 31
 #   512 -> 512, 3x3, 32 px      0.4     47 / 46        507 / 376       3946 / 3067      34 / 20, 385 / 150, 2940 / 1302
 #   256 -> 256, 3x3, 64 px      3.6     50.4 / 50.5    421 / 435                        24 / 25, 255 / 196
 #   64 -> 64, 3x3, 256 px       228     60 / 82        591 / 739       4620 / 6882      26 / 28, 620 / 546, 7262 / 4571
 #   512 -> 3, 1x1, 32 px        343     0.15 / 0.17    1.9 / 2.9       13 / 159
-# With backward: 256 px, batch 1, 157 / 176; 32 px, batch 8, 1656 / 1144. Transposed convolutions have slow groups, and always scale. The batch
-# is not asked, so that a sample does not depend on it more than it must. On CUDA nothing has been measured yet: always scale.
+# With backward: 256 px, batch 1, 157 / 176; 32 px, batch 8, 1656 / 1144. Transposed convolutions have slow groups, and
+# always scale. The batch is not asked, so that a sample does not depend on it more than it must. On CUDA nothing has
+# been measured yet: always scale.
 GROUPED_FROM = {"cpu": 3.0, "cuda": math.inf}
 
 
@@ -38,8 +39,9 @@ def lrelu(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """x [B, in] -> [B, out]. The weight is N(0, 1) / lr_mult at first and used times lr_mult / sqrt(in), the bias times lr_mult: Adam, whose
-    steps do not depend on the scale of gradients, then trains this layer as with learning rate times lr_mult. `bias_init`: the bias in effect.
+    """x [B, in] -> [B, out]. The weight is N(0, 1) / lr_mult at first and used times lr_mult / sqrt(in), the bias times
+    lr_mult: Adam, whose steps do not depend on the scale of gradients, then trains this layer as with learning rate
+    times lr_mult. `bias_init`: the bias in effect.
     `activate`: leaky ReLU with gain.
     """
 
@@ -65,10 +67,12 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """x [B, in, H, W] -> [B, out, H, W], or half of H and W with `down`; kernel 1 or 3, weight used times 1 / sqrt(in * kernel^2).
+    """x [B, in, H, W] -> [B, out, H, W], or half of H and W with `down`; kernel 1 or 3, weight used times 1 / sqrt(in *
+    kernel^2).
 
-    Down: FIR filter, then the convolution with stride 2; a 1x1 convolution instead follows the filter's decimation, which is the same and cheaper.
-    forward(x, shift [B, out] or None, gain): `shift` is added to the bias, before the leaky ReLU (`activate`); `gain` multiplies the result.
+    Down: FIR filter, then the convolution with stride 2; a 1x1 convolution instead follows the filter's decimation,
+    which is the same and cheaper. forward(x, shift [B, out] or None, gain): `shift` is added to the bias, before the
+    leaky ReLU (`activate`); `gain` multiplies the result.
     """
 
     def __init__(
@@ -111,12 +115,15 @@ class Conv2d(nn.Module):
 def modulated_conv(
     x: Tensor, weight: Tensor, styles: Tensor, *, demodulate: bool = True, up: bool = False, how: str = "auto"
 ) -> Tensor:
-    """Convolution of x [B, in, H, W] with a kernel of its own for each sample (Karras et al. 2020, eq. 1 and 3), weight [out, in, k, k], k odd.
+    """Convolution of x [B, in, H, W] with a kernel of its own for each sample (Karras et al. 2020, eq. 1 and 3), weight
+    [out, in, k, k], k odd.
 
-    w'_oik = styles_i w_oik, styles [B, in]; demodulated, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + 1e-8). -> [B, out, H, W], zeros outside;
-    with `up` the transposed convolution of stride 2, cut to [B, out, 2H + k - 2, 2W + k - 2] (a FIR filter is to follow).
-    `how`: "grouped" builds the B kernels and runs one convolution of B groups; "scale" scales the input channels, convolves all samples with
-    the same kernel, scales the output channels. Same maths; "auto" takes the cheaper. UserError: unknown `how`.
+    w'_oik = styles_i w_oik, styles [B, in]; demodulated, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + 1e-8). -> [B, out,
+    H, W], zeros outside; with `up` the transposed convolution of stride 2, cut to [B, out, 2H + k - 2, 2W + k - 2] (a
+    FIR filter is to follow).
+    `how`: "grouped" builds the B kernels and runs one convolution of B groups; "scale" scales the input channels,
+    convolves all samples with the same kernel, scales the output channels. Same maths; "auto" takes the cheaper.
+    UserError: unknown `how`.
     """
     if how not in MODULATIONS:
         raise unknown("modulation", how, MODULATIONS)
@@ -145,10 +152,11 @@ def modulated_conv(
 
 
 class ModulatedConv(nn.Module):
-    """(x [B, in, H, W], w [B, w_dim]) -> [B, out, H, W], or 2H, 2W with `up` (transposed convolution, then FIR filter with gain 4).
+    """(x [B, in, H, W], w [B, w_dim]) -> [B, out, H, W], or 2H, 2W with `up` (transposed convolution, then FIR filter
+    with gain 4).
 
-    The styles are an affine function of w with bias 1 at first. Demodulated weights need no equalised gain, it would cancel; without
-    demodulation (the layer that gives colours) the styles carry it, 1 / sqrt(in * kernel^2).
+    The styles are an affine function of w with bias 1 at first. Demodulated weights need no equalised gain, it would
+    cancel; without demodulation (the layer that gives colours) the styles carry it, 1 / sqrt(in * kernel^2).
     """
 
     def __init__(
@@ -185,11 +193,12 @@ class ModulatedConv(nn.Module):
 
 
 def minibatch_std(x: Tensor, group: int | None = None, channels: int = 1) -> Tensor:
-    """x [B, C, H, W] -> [B, C + channels, H, W]: how much the samples of a group differ, so that a critic sees a lack of variety.
+    """x [B, C, H, W] -> [B, C + channels, H, W]: how much the samples of a group differ, so that a critic sees a lack
+    of variety.
 
-    Standard deviation over the group of every value (sqrt(variance + 1e-8), biased), averaged over H, W and each of `channels` equal parts of
-    C. Sample i is in group i mod (B / G). G is `group` (None: B), or if that does not divide B the largest divisor of B below it: a group of 1
-    differs by 1e-4 from itself, as identical samples do.
+    Standard deviation over the group of every value (sqrt(variance + 1e-8), biased), averaged over H, W and each of
+    `channels` equal parts of C. Sample i is in group i mod (B / G). G is `group` (None: B), or if that does not divide
+    B the largest divisor of B below it: a group of 1 differs by 1e-4 from itself, as identical samples do.
     """
     batch, c, h, w = x.shape
     size = min(group or batch, batch)

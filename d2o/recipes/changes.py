@@ -12,9 +12,9 @@ FREE = ("eval", "preview", "checkpoint", "log_every", "tracker")
 
 
 def forbidden(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> list[str]:
-    """Why a run with the resolved recipe `before`, `done` images of which are trained, cannot go on as `now`: a line for
-    each setting; empty when it can. More (or fewer) images are allowed where the learning rate does not depend on their
-    number."""
+    """Why a run with the resolved recipe `before`, `done` images of which are trained, cannot go on as `now`: a line
+    for each setting; empty when it can. More (or fewer) images are allowed where the learning rate does not depend on
+    their number."""
     rest = [{key: value for key, value in recipe.items() if key not in (*FREE, "images")} for recipe in (before, now)]
     lines = diff_recipes(*rest)
     if before["images"] == now["images"]:

@@ -1,4 +1,5 @@
-"""A method's step on the meta device, which computes nothing: its network calls are counted, and what autograd keeps of them."""
+"""A method's step on the meta device, which computes nothing: its network calls are counted, and what autograd keeps of
+them."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class _MetaDraws(Draws):
 
 
 class CountingLoop:
-    """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the backward pass."""
+    """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the
+    backward pass."""
 
     def __init__(self, method: Method, micro: int):
         self.networks, self.micro, self.calls, self.bytes, self.peak = method.networks(), micro, 0, 0, 0

@@ -1,7 +1,10 @@
-"""From a recipe's name or file, with overrides, to a `Recipe`. Precedence: extended file < file < `mini:` (with --mini) < --set.
+"""From a recipe's name or file, with overrides, to a `Recipe`. Precedence: extended file < file < `mini:` (with --mini)
+< --set.
 
-Sections are merged key by key; lists and values are replaced. In a layer that changes another (a file with `extends`, `mini:`, --set) null
-takes a key back: to none where none is allowed, else to its default; in a free section (`network:`, `reproduces:`) it removes the key.
+Sections are merged key by key; lists and values are replaced. In a layer that changes another (a file with `extends`,
+`mini:`, --set) null
+takes a key back: to none where none is allowed, else to its default; in a free section (`network:`, `reproduces:`) it
+removes the key.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from d2o.interop.yaml_text import Mark, Node, Problems, build, compose, read
 from d2o.recipes.schema import LOADER_KEYS, Recipe, check, shape_of
 from d2o.recipes.stores import fill_from_store
 
-# ---- finding -----------------------------------------------------------------------------------------------------------------------------
+# ---- finding ---------------------------------------------------------------------------------------------------------
 
 
 def recipe_names() -> list[str]:
@@ -31,7 +34,8 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str | os.PathLike[str]) -> Path:
-    """The file of a recipe: a path as it is given; else one that comes with d2o, with or without `recipes/` and `.yaml`.
+    """The file of a recipe: a path as it is given; else one that comes with d2o, with or without `recipes/` and
+    `.yaml`.
 
     UserError: a folder; no such recipe, with the nearest one and the list.
     """
@@ -56,7 +60,7 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     raise UserError(f"no such recipe file: {given!r}{advice}", f"known recipes: {', '.join(recipe_names())}")
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path, problems: Problems) -> Node:
@@ -127,11 +131,12 @@ def _override(text: str, problems: Problems, flag: str = "--set") -> Node | None
     return result
 
 
-# ---- merging -----------------------------------------------------------------------------------------------------------------------------
+# ---- merging ---------------------------------------------------------------------------------------------------------
 
 
 def merge(low: Node, high: Node) -> Node:
-    """`high` over `low`: sections key by key, everything else replaced. Neither is changed. A section stays marked where it was begun."""
+    """`high` over `low`: sections key by key, everything else replaced. Neither is changed. A section stays marked
+    where it was begun."""
     if not isinstance(low.value, dict) or not isinstance(high.value, dict):
         return high
     merged = dict(low.value)
@@ -147,7 +152,8 @@ def _names_images(layer: Node, key: str = "path") -> Any:
 
 
 def _relicensed(low: Node, layers: Sequence[Node]) -> Node:
-    """`low` without its `data.licence` where layers that will be merged over it name other images: those have a licence of their own."""
+    """`low` without its `data.licence` where layers that will be merged over it name other images: those have a licence
+    of their own."""
     paths = [path for layer in layers if (path := _names_images(layer)) is not None]
     if not paths or paths[-1] == _names_images(low) or _names_images(low, "licence") is None:
         return low
@@ -183,7 +189,8 @@ class _Placed(NamedTuple):
     text: str
 
     def line(self) -> str:
-        """With the key as it was written: in `mini:` with that in front; none where the mark says it, as `--set a.b` does."""
+        """With the key as it was written: in `mini:` with that in front; none where the mark says it, as `--set a.b`
+        does."""
         depth = len(self.mark.path) - (self.mark.path[:1] == ("mini",))
         key = dotted((*self.mark.path, *self.path[depth:]))
         return self.text if not key or self.mark.file in (f"--set {key}", f"--sweep {key}") else f"{key}: {self.text}"
@@ -213,11 +220,12 @@ def load_recipe(
     sweep: Sequence[str] = (),
     begun: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section; `sweep`: `key=value` of
-    --sweep, over all others. What `pairs:` leaves open is as the store at `pairs.path` says, or as in `begun`, the resolved recipe of a run
-    that is continued.
+    """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section;
+    `sweep`: `key=value` of --sweep, over all others. What `pairs:` leaves open is as the store at `pairs.path` says, or
+    as in `begun`, the resolved recipe of a run that is continued.
 
-    The `mini:` section is checked in any case. UserError: a line for everything that is wrong, with file, line, key and what was expected.
+    The `mini:` section is checked in any case. UserError: a line for everything that is wrong, with file, line, key and
+    what was expected.
     """
     path, problems = find_recipe(path_or_name), Problems()
     root = _extended(_read(path, problems), path, problems)
@@ -264,11 +272,12 @@ def _layer(small: Node) -> Node:
     )
 
 
-# ---- comparing ---------------------------------------------------------------------------------------------------------------------------
+# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 def diff_recipes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """How two resolved recipes differ, a line per key in a's order: `optim.lr: 0.001 -> 0.002`. A key that one lacks is `absent` there."""
+    """How two resolved recipes differ, a line per key in a's order: `optim.lr: 0.001 -> 0.002`. A key that one lacks is
+    `absent` there."""
     return _diff(a, b, ())
 
 

@@ -1,4 +1,5 @@
-"""What a recipe will build and cost, found out without training: the method's own step runs once on the meta device, which computes nothing."""
+"""What a recipe will build and cost, found out without training: the method's own step runs once on the meta device,
+which computes nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
 
 @dataclass
 class Plan:
-    """Parameters by network, bytes of memory and disk by part, network calls by phase. `first`: what training makes or fetches before it begins.
+    """Parameters by network, bytes of memory and disk by part, network calls by phase. `first`: what training makes or
+    fetches before it begins.
     Why it would not start: `missing`, what is not there, and `refused`, what does not fit."""
 
     networks: dict[str, int] = field(default_factory=dict)
@@ -73,8 +75,8 @@ class Plan:
 
 
 def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teacher] | None = None) -> Plan:
-    """All that is wrong is listed, nothing is raised, made or fetched. `start`: the student of `d2o finetune --from`; `teachers`: loaded for
-    another plan."""
+    """All that is wrong is listed, nothing is raised, made or fetched. `start`: the student of `d2o finetune --from`;
+    `teachers`: loaded for another plan."""
     plan = Plan(iterations=-(-recipe.images // recipe.batch))
     method_class = get_method(recipe.method)
     needs = method_class.needs(recipe.options)
@@ -182,7 +184,8 @@ def _without_network() -> Iterator[None]:
 
 
 def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
-    """The extractor of the recipe's `eval:` if it is here. What is not there, and what is not the protocol's, is listed."""
+    """The extractor of the recipe's `eval:` if it is here. What is not there, and what is not the protocol's, is
+    listed."""
     e, extractor, fetch = recipe.eval, None, ""
     try:
         with _without_network():
@@ -210,7 +213,8 @@ def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
 
 
 def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> None:
-    """UserError: the recipe's `eval:` asks for what the method's product does not give, or has a network that does not take its images."""
+    """UserError: the recipe's `eval:` asks for what the method's product does not give, or has a network that does not
+    take its images."""
     spec = method.spec()
     if spec is None and recipe.eval and recipe.eval.metric == "fd":
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")

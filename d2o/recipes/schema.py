@@ -1,6 +1,7 @@
 """What a recipe may say: one typed, strict, frozen model per section.
 
-Every field has a description with its unit and default (`describe` lists them). Nothing here reads files: that is `load.py`.
+Every field has a description with its unit and default (`describe` lists them). Nothing here reads files: that is
+`load.py`.
 """
 
 from __future__ import annotations
@@ -122,14 +123,16 @@ class Recipe(Section):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """From what `resolved` gives, e.g. in a checkpoint's metadata. UserError: one line per problem, `where` in front."""
+        """From what `resolved` gives, e.g. in a checkpoint's metadata. UserError: one line per problem, `where` in
+        front."""
         recipe, problems = check(data)
         if recipe is None:
             raise UserError("\n".join(f"{where}: {dotted(p.path)}: {p.text}" for p in problems))
         return recipe
 
     def resolved(self) -> dict[str, Any]:
-        """All settings, defaults included, as plain data in a fixed order: a recipe without `extends` and `mini` that gives this one."""
+        """All settings, defaults included, as plain data in a fixed order: a recipe without `extends` and `mini` that
+        gives this one."""
         data = self.model_dump()
         if self._options is not None:
             data[section_key(self.method)] = self._options.model_dump()

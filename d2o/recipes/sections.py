@@ -55,7 +55,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """The rules of every section: no unknown keys, no silent conversions (an integer may stand for a float), no changes afterwards."""
+    """The rules of every section: no unknown keys, no silent conversions (an integer may stand for a float), no changes
+    afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -112,7 +113,8 @@ class Student(Section):
 
 
 class Pairs(Section):
-    """The store of (noise, condition, teacher output); made first if it is missing. Keys that are left away are as the store at `path` says."""
+    """The store of (noise, condition, teacher output); made first if it is missing. Keys that are left away are as the
+    store at `path` says."""
 
     path: Text | None = field(None, "folder of the store (default none: derived from the settings)")
     n: Count = field(

@@ -9,10 +9,11 @@ from d2o.recipes.sections import Pairs
 
 
 def fill_from_store(data: dict[str, Any], begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's plain data, with what its `pairs:` do not say taken from the store at `pairs.path`, if there is one; the teacher too.
+    """A recipe's plain data, with what its `pairs:` do not say taken from the store at `pairs.path`, if there is one;
+    the teacher too.
 
-    `begun`: the resolved recipe of the run that is continued, which is believed instead: the store may have grown since. UserError: the store's
-    manifest is damaged.
+    `begun`: the resolved recipe of the run that is continued, which is believed instead: the store may have grown
+    since. UserError: the store's manifest is damaged.
     """
     pairs = data.get("pairs")
     if not isinstance(pairs, dict) or not isinstance(path := pairs.get("path"), str) or not path:

@@ -1,4 +1,5 @@
-"""A recipe trained several times with other values of some keys: `d2o train RECIPE --sweep alpha=0,0.5,1 --sweep optim.lr=1e-4,2e-4`."""
+"""A recipe trained several times with other values of some keys: `d2o train RECIPE --sweep alpha=0,0.5,1 --sweep
+optim.lr=1e-4,2e-4`."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Sweep:
 
 
 def plan_sweep(name: str, overrides: Sequence[str], sweeps: Sequence[str], mini: bool = False) -> Sweep:
-    """Every combination of the values, each a checked recipe. UserError: all that is wrong with keys and values, a line each."""
+    """Every combination of the values, each a checked recipe. UserError: all that is wrong with keys and values, a line
+    each."""
     base = load_recipe(name, overrides, mini)
     axes = tuple(_axis(text, base.method) for text in sweeps)
     if twice := next((axis.key for i, axis in enumerate(axes) if axis.key in [other.key for other in axes[:i]]), None):

@@ -1,4 +1,5 @@
-"""The student contract: student(noise, condition) -> x in one network call (or a few), and its self-describing checkpoint."""
+"""The student contract: student(noise, condition) -> x in one network call (or a few), and its self-describing
+checkpoint."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ STUDENTS = {
 class Student(nn.Module):
     """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
 
-    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config` rebuilds it. Other kinds
-    of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its noise and condition alone in all of them.
+    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config`
+    rebuilds it. Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its
+    noise and condition alone in all of them.
     """
 
     nfe = 1  # network calls of one sample
@@ -91,7 +93,8 @@ def build_student(config: dict[str, Any], spec: Spec) -> Student:
 
 
 def make_student(network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
-    """The student of the kind that `record`, the `student` entry of a checkpoint, states. UserError: an unknown kind."""
+    """The student of the kind that `record`, the `student` entry of a checkpoint, states. UserError: an unknown
+    kind."""
     kind = record["kind"]
     if kind not in STUDENTS:
         raise unknown("kind of student", str(kind), STUDENTS)
@@ -113,7 +116,8 @@ def save_student(path: str | Path, student: Student, **more: Any) -> None:
 
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
-    """A student from its checkpoint or run folder, in eval mode. UserError: missing, truncated or foreign file, or not a student."""
+    """A student from its checkpoint or run folder, in eval mode. UserError: missing, truncated or foreign file, or not
+    a student."""
     path = resolve_checkpoint(path)
     tensors, meta = load_file(path)
     if meta.get("kind") != "student":

@@ -1,5 +1,6 @@
-"""Students that jump along the teacher's probability-flow ODE: consistency models (Song et al. 2023), progressively distilled ones (Salimans &
-Ho 2022), consistency trajectory models (Kim et al. 2024). One network call makes an image; the first and the last can also take two.
+"""Students that jump along the teacher's probability-flow ODE: consistency models (Song et al. 2023), progressively
+distilled ones (Salimans & Ho 2022), consistency trajectory models (Kim et al. 2024). One network call makes an image;
+the first and the last can also take two.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from d2o.teachers.base import Spec, check_labels
 
 FORMS = ("cd", "pd", "ctm")
 MIDDLE = 17 / 39
-"""Place of the second call's noise level on Karras' scale, from sigma_min (0) to sigma_max (1): point 22 of 40 counted from the top, as Song et
-al. 2023 sample ImageNet 64x64 in two steps; 1.38 of 80."""
+"""Place of the second call's noise level on Karras' scale, from sigma_min (0) to sigma_max (1): point 22 of 40 counted
+from the top, as Song et al. 2023 sample ImageNet 64x64 in two steps; 1.38 of 80."""
 
 
 def estimate(network: nn.Module, form: str, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
@@ -29,12 +30,15 @@ def estimate(network: nn.Module, form: str, x: Tensor, t: Tensor, s: Tensor, lab
 
 
 class ConsistencyStudent(Student):
-    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32.
+    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W]
+    float32.
 
-    "cd": f(sigma z, sigma); a second step adds noise up to the level `middle` (unit Karras scale; between sigma_min and sigma) and calls f again.
-    "ctm": F(x, sigma, s) to sigma_min, or to `middle` and from there to sigma_min. "pd": `steps` jumps over Karras' grid, as it was trained.
-    Fresh noise comes from the samples' own generators (`OwnNoise`) unless `randn` gives it. `clamp`: estimates of the clean image are brought
-    into the range of images at every call (never those of latents, nor "ctm"'s on the way to a noisy one), as the sampler of Song et al. does.
+    "cd": f(sigma z, sigma); a second step adds noise up to the level `middle` (unit Karras scale; between sigma_min and
+    sigma) and calls f again.
+    "ctm": F(x, sigma, s) to sigma_min, or to `middle` and from there to sigma_min. "pd": `steps` jumps over Karras'
+    grid, as it was trained. Fresh noise comes from the samples' own generators (`OwnNoise`) unless `randn` gives it.
+    `clamp`: estimates of the clean image are brought into the range of images at every call (never those of latents,
+    nor "ctm"'s on the way to a noisy one), as the sampler of Song et al. does.
     """
 
     def __init__(
@@ -65,7 +69,8 @@ class ConsistencyStudent(Student):
 
     @classmethod
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> ConsistencyStudent:
-        """A record without `clamp` is from before there was one: that student goes on making the images that it made."""
+        """A record without `clamp` is from before there was one: that student goes on making the images that it
+        made."""
         return cls(
             network,
             spec,
@@ -96,7 +101,8 @@ class ConsistencyStudent(Student):
         return other.train(self.training)
 
     def grid(self) -> list[float]:
-        """The noise levels that are visited, from sigma down to sigma_min; the network is called at all but the last."""
+        """The noise levels that are visited, from sigma down to sigma_min; the network is called at all but the
+        last."""
         if self.form == "pd":
             places = [i / self.nfe for i in reversed(range(self.nfe + 1))]
         else:

@@ -1,7 +1,9 @@
-"""Sampling to a file: images of a student, or of a teacher from the same noise. Image i depends on seed + i (and its label) alone.
+"""Sampling to a file: images of a student, or of a teacher from the same noise. Image i depends on seed + i (and its
+label) alone.
 
-The work is cut into chunks that any number of workers make in any order (see data/work.py). They are kept as finished parts in `OUT.parts`
-and joined at the end, so that OUT is there as a whole or not at all (a folder is filled in place, and finished when it has samples.json).
+The work is cut into chunks that any number of workers make in any order (see data/work.py). They are kept as finished
+parts in `OUT.parts` and joined at the end, so that OUT is there as a whole or not at all (a folder is filled in place,
+and finished when it has samples.json).
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what it is. `prompts`: those
-    whose numbers the labels are. `tune` has `network` run as an output records it."""
+    """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what
+    it is. `prompts`: those whose numbers the labels are. `tune` has `network` run as an output records it."""
 
     call: Callable[[Tensor, Tensor | None], Tensor]
     spec: Spec
@@ -93,9 +95,11 @@ def student_sampler(student: Student) -> Sampler:
 def teacher_sampler(
     teacher: Teacher, solver: Solver | None = None, cfg: float = 1.0, prompts: Prompts | None = None
 ) -> Sampler:
-    """The teacher's whole solver (its usual one if None). With `prompts` their numbers are the classes: image i has prompt i mod their number.
+    """The teacher's whole solver (its usual one if None). With `prompts` their numbers are the classes: image i has
+    prompt i mod their number.
 
-    UserError: a solver that does not fit, guidance of an unconditional teacher, no prompts for a teacher that takes text, or the reverse.
+    UserError: a solver that does not fit, guidance of an unconditional teacher, no prompts for a teacher that takes
+    text, or the reverse.
     """
     solver, spec = solver or teacher.solver(), teacher.spec
     solver.grid(teacher.schedule)
@@ -153,14 +157,17 @@ def make_samples(
     progress: Progress = lambda done, total, note: None,
     stop: StopFlag | None = None,
 ) -> dict[str, Any]:
-    """Make, continue or add to `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns its record (samples.json).
+    """Make, continue or add to `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns
+    its record (samples.json).
 
-    A finished output of fewer images grows: it stays as it is until the larger one takes its place, with the bytes of one made at once. Workers
-    that are asked for different numbers all go on to the largest. One that holds as many already is left alone.
+    A finished output of fewer images grows: it stays as it is until the larger one takes its place, with the bytes of
+    one made at once. Workers that are asked for different numbers all go on to the largest. One that holds as many
+    already is left alone.
 
-    `batch` images per call (256), `threads` of torch, `chunk` images per part (1024, rounded up to whole batches), `precision` and
-    `channels_last` (as `Compute` has them) hold for a new output; one that was begun keeps its own. Raises UserError: bad settings, something
-    else at `out`, unwritable, an image that is not finite (named by its seed); Stopped: `stop` was set; finished parts are kept.
+    `batch` images per call (256), `threads` of torch, `chunk` images per part (1024, rounded up to whole batches),
+    `precision` and `channels_last` (as `Compute` has them) hold for a new output; one that was begun keeps its own.
+    Raises UserError: bad settings, something else at `out`, unwritable, an image that is not finite (named by its
+    seed); Stopped: `stop` was set; finished parts are kept.
     """
     check_range(settings.n, settings.seed)
     out, archive = Path(out), archive_for(out)
@@ -287,7 +294,8 @@ def _work(
 
 
 def _taken(sampler: Sampler, old: Finished, record: dict[str, Any], unit: Unit) -> tuple[int, Future[Part]] | None:
-    """How many of the unit's images the finished output holds, and these; None for none, or if they are damaged there."""
+    """How many of the unit's images the finished output holds, and these; None for none, or if they are damaged
+    there."""
     settings, count = record["settings"], min(unit.n, old.n - unit.start)
     if count < 1:
         return None

@@ -1,4 +1,5 @@
-"""Students of a few network calls: from x_K ~ N(0, I) step by step to x_0, each step with a latent and posterior noise of its own.
+"""Students of a few network calls: from x_K ~ N(0, I) step by step to x_0, each step with a latent and posterior noise
+of its own.
 
 Xiao et al. 2022 (denoising diffusion GANs), section 3.2: x_0' = G(x_{t+1}, t, z), then x_t ~ q(x_t | x_{t+1}, x_0').
 """
@@ -21,8 +22,9 @@ Randn = Callable[..., Tensor]
 
 
 class OwnNoise:
-    """What a sample draws after its start noise. Its generator is seeded by a hash of that noise [B, C, H, W] (float32), so that an image is a
-    function of its start noise alone, whatever batch or device it is made in, as it is with students of one call."""
+    """What a sample draws after its start noise. Its generator is seeded by a hash of that noise [B, C, H, W]
+    (float32), so that an image is a function of its start noise alone, whatever batch or device it is made in, as it is
+    with students of one call."""
 
     def __init__(self, noise: Tensor):
         self.device = noise.device
@@ -38,10 +40,12 @@ class OwnNoise:
 
 
 class MultistepStudent(Student):
-    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32 in [-1, 1].
+    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32
+    in [-1, 1].
 
-    `network` is called as network(x_{t+1}, t [B], z [B, nz], labels) -> x_0 in [-1, 1], `steps` times. `randn` gives each step's latent [B, nz]
-    and then, but for the last step, its posterior noise [B, C, H, W]; by default both come from the samples' own generators (`OwnNoise`).
+    `network` is called as network(x_{t+1}, t [B], z [B, nz], labels) -> x_0 in [-1, 1], `steps` times. `randn` gives
+    each step's latent [B, nz] and then, but for the last step, its posterior noise [B, C, H, W]; by default both come
+    from the samples' own generators (`OwnNoise`).
     """
 
     def __init__(self, network: nn.Module, spec: Spec, steps: int):

@@ -39,7 +39,8 @@ def join(archive: Archive, parts: WorkFolder, units: list[Unit], record: dict[st
 def finished(archive: Archive, parts: WorkFolder) -> dict[str, Any] | None:
     """The record of the finished output; None if there is none. UserError: something else is in its place."""
     if archive.in_place and archive.out.is_dir() and any(archive.out.iterdir()):
-        # In this order: the first worker writes the parts' manifest before the first image, and the record before the parts go.
+        # In this order: the first worker writes the parts' manifest before the first image, and the record before the
+        # parts go.
         if parts.manifest() is not None and not (archive.out / RECORD).exists():
             return None
     record = check_free(archive)
@@ -63,8 +64,8 @@ def refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str)
 
 
 def discard(parts: WorkFolder, n: int) -> None:
-    """Remove the parts of a finished output of n images, but not those of a larger one that is being made. Renamed first, so that no worker meets
-    half of them."""
+    """Remove the parts of a finished output of n images, but not those of a larger one that is being made. Renamed
+    first, so that no worker meets half of them."""
     manifest = parts.manifest()
     if manifest is not None and check_parts(manifest.get("record"), str(parts.path))["settings"]["n"] > n:
         return

@@ -1,4 +1,5 @@
-"""Walks through a style student's latents, as pictures: SPI-GAN's latent path, and interpolations (Choi et al. 2022, Figs. 9 to 11)."""
+"""Walks through a style student's latents, as pictures: SPI-GAN's latent path, and interpolations (Choi et al. 2022,
+Figs. 9 to 11)."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ FRAME_MS = 120
 
 @torch.inference_mode()
 def path_images(student: StyleStudent, path: str, n: int, steps: int, seed: int = 0, mode: str = "lerp") -> Tensor:
-    """uint8 [n, steps, C, R, R]. Walk i starts at the noise of seed + i and, for "z" and "w", ends at that of seed + n + i; `mode` as for
-    `interpolate`. The noise inputs are constant, so that only the style changes. UserError: unknown path or mode, fewer than 2 steps.
+    """uint8 [n, steps, C, R, R]. Walk i starts at the noise of seed + i and, for "z" and "w", ends at that of seed + n
+    + i; `mode` as for `interpolate`. The noise inputs are constant, so that only the style changes. UserError: unknown
+    path or mode, fewer than 2 steps.
     """
     if path not in PATHS:
         raise unknown("path", path, PATHS)
@@ -50,7 +52,8 @@ def path_images(student: StyleStudent, path: str, n: int, steps: int, seed: int 
 
 
 def save_path(images: Tensor, out: str | Path, names: Sequence[str] | None = None) -> None:
-    """Walks [n, steps, C, R, R] as a picture (.png: a row for each walk, with its name) or an animation (.gif: there and back).
+    """Walks [n, steps, C, R, R] as a picture (.png: a row for each walk, with its name) or an animation (.gif: there
+    and back).
 
     UserError: another suffix.
     """

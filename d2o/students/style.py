@@ -1,6 +1,8 @@
-"""SPI-GAN's students: one pass of the synthesis network, whose style comes from the noise by an ODE of a tiny network (not counted in NFE).
+"""SPI-GAN's students: one pass of the synthesis network, whose style comes from the noise by an ODE of a tiny network
+(not counted in NFE).
 
-Besides sampling they can be walked: along the latent path h(0) -> h(1), between two noises, between two styles (Choi et al. 2022, Figs. 9 to 11).
+Besides sampling they can be walked: along the latent path h(0) -> h(1), between two noises, between two styles (Choi et
+al. 2022, Figs. 9 to 11).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from d2o.students.multistep import OwnNoise
 from d2o.teachers.base import Spec, check_labels
 
 NOISES = ("own", "const", "none")
-"""Noise inputs of the synthesis network: each sample's own (from its start noise), the ones kept in the checkpoint, or none."""
+"""Noise inputs of the synthesis network: each sample's own (from its start noise), the ones kept in the checkpoint, or
+none."""
 
 
 class StyleStudent(Student):
@@ -53,7 +56,8 @@ class StyleStudent(Student):
         return self.network.mapping.path(z.to(torch.float32), times)  # type: ignore[union-attr,operator]
 
     def decode_style(self, h: Tensor, noises: Sequence[Tensor] | None = None) -> Tensor:
-        """Styles h [B, h_dim] -> x [B, C, R, R]. `noises` None: the constant noise of the checkpoint, so that only the style differs."""
+        """Styles h [B, h_dim] -> x [B, C, R, R]. `noises` None: the constant noise of the checkpoint, so that only the
+        style differs."""
         synthesis: Any = self.network.synthesis
         if self.truncation != 1:
             h = self.network.mapping.truncate(h, self.truncation)  # type: ignore[union-attr,operator]
@@ -69,8 +73,8 @@ class StyleStudent(Student):
 
 
 def interpolate(a: Tensor, b: Tensor, steps: int, mode: str = "lerp") -> Tensor:
-    """`steps` points from a to b [B, ...] -> [steps, B, ...]. "lerp": straight (the paper's); "slerp": on the great circle, which keeps the
-    norm that standard normal noise has. UserError: unknown mode, fewer than 2 steps."""
+    """`steps` points from a to b [B, ...] -> [steps, B, ...]. "lerp": straight (the paper's); "slerp": on the great
+    circle, which keeps the norm that standard normal noise has. UserError: unknown mode, fewer than 2 steps."""
     if steps < 2:
         raise UserError(f"a path needs at least 2 steps, not {steps}")
     if mode not in ("lerp", "slerp"):

@@ -23,10 +23,11 @@ UNSTATED = "not stated"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space` "pixel" or "latent"; `condition` "none", "label", "text";
-    `classes` 0 unless labels; values in `value_range` (pixel space); `latents`: whose latents, so that students can decode them without their teacher
-    ("edm2": `d2o.teachers.edm2_latents`; "": only the teacher knows); `solver` and `steps` as the teacher is usually sampled; `guidable` False
-    for one by class that was trained without ever dropping the class."""
+    """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space` "pixel" or "latent"; `condition`
+    "none", "label", "text"; `classes` 0 unless labels; values in `value_range` (pixel space); `latents`: whose latents,
+    so that students can decode them without their teacher ("edm2": `d2o.teachers.edm2_latents`; "": only the teacher
+    knows); `solver` and `steps` as the teacher is usually sampled; `guidable` False for one by class that was trained
+    without ever dropping the class."""
 
     name: str
     shape: tuple[int, int, int]
@@ -54,8 +55,8 @@ class Spec:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Spec:
-        """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are missing, wrong, beyond what a
-        sample can be, or that this d2o does not know."""
+        """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are
+        missing, wrong, beyond what a sample can be, or that this d2o does not know."""
         check_record(SpecRecord, record, "the file describes its generator wrongly")
         if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
             raise UserError(
@@ -74,7 +75,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: `states` [B, L, D] of the text encoder, and `pooled` [B, P] for networks that take one vector per prompt as well."""
+    """Encoded prompts: `states` [B, L, D] of the text encoder, and `pooled` [B, P] for networks that take one vector
+    per prompt as well."""
 
     states: Tensor
     pooled: Tensor | None = None
@@ -96,9 +98,10 @@ Condition = Tensor | Text | Sequence[str] | None
 class Teacher:
     """A frozen denoiser with its schedule and solvers.
 
-    `denoise(x_t, t, condition)`: x_t [B, C, H, W], t the schedule's time (EDM family: sigma; SD: 0 .. 999; flow: 0 .. 1) scalar or [B] -> x_0
-    prediction [B, C, H, W] float32. `network` is what students start from; this class calls it as `network(x_t, sigma, labels)`, a denoiser
-    of the EDM family; other families override `predict`, `unconditional`, `check_condition` and `decode`.
+    `denoise(x_t, t, condition)`: x_t [B, C, H, W], t the schedule's time (EDM family: sigma; SD: 0 .. 999; flow: 0 ..
+    1) scalar or [B] -> x_0 prediction [B, C, H, W] float32. `network` is what students start from; this class calls it
+    as `network(x_t, sigma, labels)`, a denoiser of the EDM family; other families override `predict`, `unconditional`,
+    `check_condition` and `decode`.
     """
 
     def __init__(
@@ -120,7 +123,8 @@ class Teacher:
             return self.predict(x_t, t, checked)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """`denoise` after its arguments were checked and spread: t [B] float32; under autocast where the teacher runs in half precision."""
+        """`denoise` after its arguments were checked and spread: t [B] float32; under autocast where the teacher runs
+        in half precision."""
         return self.call(x_t, t, condition)
 
     def unconditional(self, condition: Any) -> Any:
@@ -128,7 +132,8 @@ class Teacher:
         return torch.full_like(condition, -1)
 
     def guided(self, x_t: Tensor, t: Tensor | float, condition: Condition = None, cfg: float = 1.0) -> Tensor:
-        """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the plain conditional call.
+        """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the
+        plain conditional call.
 
         For one x_t this is the same as guiding the noise prediction. UserError: nothing to guide by.
         """
@@ -155,7 +160,8 @@ class Teacher:
     ) -> Tensor:
         """Standard normal noise [B, C, H, W] -> samples [B, C, H, W] float32 in the diffusion space.
 
-        `solver` and `steps`: the teacher's usual ones if left away. `randn` gives the fresh noise of a stochastic solver (`StepNoise`).
+        `solver` and `steps`: the teacher's usual ones if left away. `randn` gives the fresh noise of a stochastic
+        solver (`StepNoise`).
         UserError: unknown solver, a condition that does not fit, guidance without a condition.
         """
         run = solver if isinstance(solver, Solver) else self.solver(solver)
@@ -189,7 +195,8 @@ class Teacher:
         return x.clamp(*self.spec.value_range)
 
     def check_condition(self, condition: Any, batch: int) -> Any:
-        """The condition if it fits. UserError: labels for an unconditional teacher, none for a conditional one, out of range."""
+        """The condition if it fits. UserError: labels for an unconditional teacher, none for a conditional one, out of
+        range."""
         return check_labels(self.spec, condition, batch)
 
     def check_cfg(self, cfg: float) -> None:

@@ -24,11 +24,13 @@ EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 class Published:
     """A network that somebody else published.
 
-    `kind`: "nvidia" (`source` is the URL of a pickle that `interop.nvidia_pickle` reads) or "diffusers" (`source` is a repository of the
-    hub, at `revision`). `solver`, `steps`, `cfg`: deterministic sampling as published. `parameters` of the denoiser; `resolution` of the
-    images in pixels. `vae`: name of the autoencoder in `AUTOENCODERS` whose latents it makes, where the teacher does not bring its own.
-    `network` is what `build_network` makes the denoiser of, for plans without the file; None where only the file says it.
-    `sha256` and `bytes` of the file (of the hub: of its one weights file) are None where no trustworthy source states them.
+    `kind`: "nvidia" (`source` is the URL of a pickle that `interop.nvidia_pickle` reads) or "diffusers" (`source` is a
+    repository of the hub, at `revision`). `solver`, `steps`, `cfg`: deterministic sampling as published. `parameters`
+    of the denoiser; `resolution` of the
+    images in pixels. `vae`: name of the autoencoder in `AUTOENCODERS` whose latents it makes, where the teacher does
+    not bring its own. `network` is what `build_network` makes the denoiser of, for plans without the file; None where
+    only the file says it. `sha256` and `bytes` of the file (of the hub: of its one weights file) are None where no
+    trustworthy source states them.
     """
 
     name: str
@@ -101,7 +103,8 @@ def _edm2(size: str, snapshot: str, parameters: int) -> Published:
 TEACHERS = {
     entry.name: entry
     for entry in (
-        # EDM (Karras et al. 2022). Parameter counts are those of the released files, with the augmentation input of the first six.
+        # EDM (Karras et al. 2022). Parameter counts are those of the released files, with the augmentation input of the
+        # first six.
         _edm(
             "edm-cifar10-uncond-vp",
             "edm-cifar10-32x32-uncond-vp.pkl",
@@ -216,7 +219,8 @@ def find(name: str) -> Published | None:
 
 
 def local_path(published: Published) -> Path | None:
-    """Its file or folder if it is on this machine (put there by hand, downloaded, or in the hub's cache) and all there, else None."""
+    """Its file or folder if it is on this machine (put there by hand, downloaded, or in the hub's cache) and all there,
+    else None."""
     place = published.place
     if published.kind == "nvidia":
         return place if place.is_file() else None
@@ -252,7 +256,8 @@ def fetch(published: Published, progress: Progress | None = None, say: Callable[
 def fetch_autoencoder(
     published: Published, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Path | None:
-    """The folder of the autoencoder whose latents the teacher makes; None where the teacher brings its own, or makes pixels. As `fetch`."""
+    """The folder of the autoencoder whose latents the teacher makes; None where the teacher brings its own, or makes
+    pixels. As `fetch`."""
     return fetch(AUTOENCODERS[published.vae], progress, say) if published.vae else None
 
 

@@ -1,4 +1,5 @@
-"""How a network is run (batch, threads, precision, compilation): what changes the last bits of its output, and nothing else."""
+"""How a network is run (batch, threads, precision, compilation): what changes the last bits of its output, and nothing
+else."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ COMPILES = {"none": None, "default": "default", "graphs": "reduce-overhead"}
 
 @dataclass(frozen=True)
 class Compute:
-    """How the network is run, which changes the last bits of its output and nothing else. `batch`: samples per teacher call (256); `threads`
-    of torch (the process's own number); `precision` fp32, bf16 or fp16 (autocast), or auto: bf16 where the processor computes in it;
-    `channels_last` order (None: where that is faster); `compile` none, default, or graphs (CUDA graphs)."""
+    """How the network is run, which changes the last bits of its output and nothing else. `batch`: samples per teacher
+    call (256); `threads` of torch (the process's own number); `precision` fp32, bf16 or fp16 (autocast), or auto: bf16
+    where the processor computes in it; `channels_last` order (None: where that is faster); `compile` none, default, or
+    graphs (CUDA graphs)."""
 
     batch: int | None = None
     threads: int | None = None
@@ -46,7 +48,8 @@ class Compute:
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
     def describe(self, most: int, device: torch.device, network: object = None) -> dict[str, Any]:
-        """As it is recorded, with what is chosen for that network and with what else the last bits depend on. There are no batches larger
+        """As it is recorded, with what is chosen for that network and with what else the last bits depend on. There are
+        no batches larger
         than `most`. UserError: as `check`."""
         self.check()
         processor = (
@@ -70,14 +73,16 @@ class Compute:
 
 
 def tune(teacher: Teacher, recorded: dict[str, Any]) -> None:
-    """Have the teacher run as recorded: precision, memory format, compilation. Changes its network; take its fingerprint before."""
+    """Have the teacher run as recorded: precision, memory format, compilation. Changes its network; take its
+    fingerprint before."""
     teacher.dtype = tune_network(teacher.network, recorded) or teacher.dtype
     if (mode := COMPILES[recorded.get("compile", "none")]) is not None and teacher.call is teacher.network:
         teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
 
 
 def tune_network(network: nn.Module, recorded: dict[str, Any]) -> torch.dtype | None:
-    """Weights in the recorded precision and memory format; the type to call the network under (autocast), None for fp32."""
+    """Weights in the recorded precision and memory format; the type to call the network under (autocast), None for
+    fp32."""
     dtype = PRECISIONS[recorded.get("precision", "fp32")]
     if dtype is not None:
         # Autocast would convert these weights anew in every call; norms and embeddings stay float32, as under autocast.
@@ -92,7 +97,8 @@ def tune_network(network: nn.Module, recorded: dict[str, Any]) -> torch.dtype | 
 def join_compute(
     recorded: dict[str, Any], mine: dict[str, Any], out: str, say: Callable[[str], None], asked: Sequence[str]
 ) -> dict[str, Any]:
-    """The recorded way to compute, which everyone who works on `out` takes; says so where `asked` names something that is otherwise here.
+    """The recorded way to compute, which everyone who works on `out` takes; says so where `asked` names something that
+    is otherwise here.
 
     UserError: begun on another kind of device.
     """

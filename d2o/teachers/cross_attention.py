@@ -1,8 +1,9 @@
-"""Many calls of a text-conditioned UNet without the work that is the same in every call, or in both halves of a guided batch.
+"""Many calls of a text-conditioned UNet without the work that is the same in every call, or in both halves of a guided
+batch.
 
-The text's keys and values do not depend on x_t or t, and ahead of the first attention to text the conditional and the unconditional half of a
-batch are alike. Nothing here changes the UNet: processors are exchanged and hooks set for the time of a call, which makes it a matter of one
-thread at a time.
+The text's keys and values do not depend on x_t or t, and ahead of the first attention to text the conditional and the
+unconditional half of a batch are alike. Nothing here changes the UNet: processors are exchanged and hooks set for the
+time of a call, which makes it a matter of one thread at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ BLOCKS = (
 
 
 class Prepared:
-    """Encoded prompts for many calls, with every layer's keys and values from the first call on. With `empty`, the empty prompt (of length 1),
+    """Encoded prompts for many calls, with every layer's keys and values from the first call on. With `empty`, the
+    empty prompt (of length 1),
     it is for guided batches: B images with `text` and the same number with `empty`."""
 
     def __init__(self, text: Text, empty: Text | None = None):
@@ -66,8 +68,9 @@ class Prepared:
 
 
 class GivenText:
-    """An attention processor that attends to `key` and `value`, whatever text it is given. Without parameters, and gone after the call. Plain
-    attributes of a lasting object are inputs of a compiled network: other texts need no other compilation."""
+    """An attention processor that attends to `key` and `value`, whatever text it is given. Without parameters, and gone
+    after the call. Plain attributes of a lasting object are inputs of a compiled network: other texts need no other
+    compilation."""
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
@@ -75,7 +78,8 @@ class GivenText:
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         query = _split(attn.to_q(hidden_states), attn.heads)
-        out = F.scaled_dot_product_attention(query, self.key, self.value).transpose(1, 2).flatten(2)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        out = F.scaled_dot_product_attention(query, self.key, self.value).transpose(1, 2).flatten(2)
         return attn.to_out[0](out) / attn.rescale_output_factor
 
 
@@ -85,7 +89,8 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 def text_attentions(unet: Any) -> list[Any] | None:
-    """The layers of a UNet2DConditionModel that attend to text; None where it has other than the plain kind of Stable Diffusion 1, 2 and XL."""
+    """The layers of a UNet2DConditionModel that attend to text; None where it has other than the plain kind of Stable
+    Diffusion 1, 2 and XL."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     config = unet.config
@@ -118,8 +123,8 @@ def given_text(layers: list[Any], processors: list[GivenText], prepared: Prepare
 
 
 def shared_layers(unet: Any) -> list[nn.Module]:
-    """The layers ahead of the first attention to text, alike in both halves of a guided batch. In XL the text reaches even the time embedding,
-    so that only the first convolution is."""
+    """The layers ahead of the first attention to text, alike in both halves of a guided batch. In XL the text reaches
+    even the time embedding, so that only the first convolution is."""
     first = unet.down_blocks[0]
     if unet.config.addition_embed_type is not None or not getattr(first, "has_cross_attention", False):
         return [unet.conv_in]

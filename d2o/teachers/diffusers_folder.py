@@ -1,4 +1,5 @@
-"""Teachers from a folder in diffusers' format: model_index.json and one folder per component. No code from the folder is run."""
+"""Teachers from a folder in diffusers' format: model_index.json and one folder per component. No code from the folder
+is run."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ BETA_SCHEDULERS = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers that state the betas of a discrete schedule. Which of them a folder has matters for nothing else: d2o has its own solvers."""
+"""Schedulers that state the betas of a discrete schedule. Which of them a folder has matters for nothing else: d2o has
+its own solvers."""
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 NOT_TEACHERS = {
     "Inpaint": "it fills in images",
@@ -61,11 +63,13 @@ def load_diffusers(
     licence: str = UNSTATED,
     sdxl_uncond: str | None = None,
 ) -> Teacher:
-    """The teacher in a diffusers folder (or hub snapshot): Stable Diffusion 1, 2, XL and 3, or DDPM's UNets in pixel space.
+    """The teacher in a diffusers folder (or hub snapshot): Stable Diffusion 1, 2, XL and 3, or DDPM's UNets in pixel
+    space.
 
-    Weights come from safetensors files only and are held in float32; `dtype` bfloat16 or float16 computes under autocast. `sdxl_uncond`
-    as for `StableDiffusionTeacher` (by default as the folder says). UserError: another kind of pipeline, a class
-    that d2o does not know, a component that is missing, damaged or has no safetensors file, a scheduler that d2o does not have.
+    Weights come from safetensors files only and are held in float32; `dtype` bfloat16 or float16 computes under
+    autocast. `sdxl_uncond` as for `StableDiffusionTeacher` (by default as the folder says). UserError: another kind of
+    pipeline, a class that d2o does not know, a component that is missing, damaged or has no safetensors file, a
+    scheduler that d2o does not have.
     """
     path = Path(path)
     index = read_json(path / INDEX)
@@ -261,7 +265,8 @@ def _shape(folder: Folder, network: Any) -> tuple[int, int, int]:
 def discrete_schedule(folder: Folder) -> tuple[DiscreteSchedule, str, float | None]:
     """(schedule, prediction type, clipping range or None) of the folder's scheduler, whichever of the known ones it is.
 
-    They are those of DDIMScheduler.from_config(that scheduler's config), but for one thing: only DDIM and DDPM clip where the config is silent.
+    They are those of DDIMScheduler.from_config(that scheduler's config), but for one thing: only DDIM and DDPM clip
+    where the config is silent.
     UserError: another scheduler, or an option that changes the noise levels or the prediction in another way.
     """
     config = folder.scheduler

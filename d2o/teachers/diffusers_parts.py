@@ -1,4 +1,5 @@
-"""The parts of a folder in diffusers' format: JSON files that may be damaged, and components, of which only known classes are made."""
+"""The parts of a folder in diffusers' format: JSON files that may be damaged, and components, of which only known
+classes are made."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
 class Folder:
-    """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are made."""
+    """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are
+    made."""
 
     def __init__(self, path: Path, index: dict[str, Any]):
         self.path, self.index = path, index
@@ -126,7 +128,8 @@ class Folder:
         return model.float()
 
     def text(self, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
-        """Text encoders and their tokenizers. UserError as `model`, and a tokenizer with words that its encoder does not know."""
+        """Text encoders and their tokenizers. UserError as `model`, and a tokenizer with words that its encoder does
+        not know."""
         encoders, tokenizers = (
             [self.model(f"text_encoder{s}") for s in suffixes],
             [self.tokenizer(f"tokenizer{s}") for s in suffixes],
@@ -169,7 +172,8 @@ class Folder:
 
 
 def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: str | None) -> None:
-    """UserError: config.json describes no such network, or one that is larger than the weights beside it. Nothing is allocated."""
+    """UserError: config.json describes no such network, or one that is larger than the weights beside it. Nothing is
+    allocated."""
     import torch
 
     ending = ".safetensors" if variant is None else f".{variant}.safetensors"
@@ -197,7 +201,8 @@ def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: 
 
 
 def variant(folder: Path, stem: str) -> str | None:
-    """None for weights in full precision, "fp16" where a folder has only those. UserError: only pickles, or no weights at all."""
+    """None for weights in full precision, "fp16" where a folder has only those. UserError: only pickles, or no weights
+    at all."""
     for choice, files in (
         (None, (f"{stem}.safetensors", f"{stem}.safetensors.index.json")),
         (

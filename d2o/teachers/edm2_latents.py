@@ -1,6 +1,8 @@
-"""The latent space of EDM2's 512x512 networks: sd-vae-ft-mse on pixels in [0, 1], standardised per channel. (EDM2, Karras et al. 2024.)
+"""The latent space of EDM2's 512x512 networks: sd-vae-ft-mse on pixels in [0, 1], standardised per channel. (EDM2,
+Karras et al. 2024.)
 
-The autoencoder's own scaling factor (0.18215) is not used, and the pixels are not in [-1, 1] as elsewhere with this autoencoder.
+The autoencoder's own scaling factor (0.18215) is not used, and the pixels are not in [-1, 1] as elsewhere with this
+autoencoder.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ STD = (4.17, 4.62, 3.71, 3.28)
 LATENTS = "edm2"
 """What `Spec.latents` says of them."""
 AT_ONCE = 4
-"""Images decoded or encoded at a time, in float32 whatever is asked for around it: at 512 px they take about 10 GB meanwhile."""
+"""Images decoded or encoded at a time, in float32 whatever is asked for around it: at 512 px they take about 10 GB
+meanwhile."""
 SIGMA_DATA = 0.5
 """Standard deviation of the latents that the diffusion model sees."""
 
@@ -55,7 +58,8 @@ def decode(vae: Any, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W] in [-1, 1] -> (mean, std) of their raw latents, both [B, 4, H/8, W/8] float32: what EDM2's data sets store."""
+    """Images [B, 3, H, W] in [-1, 1] -> (mean, std) of their raw latents, both [B, 4, H/8, W/8] float32: what EDM2's
+    data sets store."""
     pixels = ((images + 1) / 2).to(vae.dtype)
     with torch.autocast(images.device.type, enabled=False):
         found = [vae.encode(part).latent_dist for part in pixels.split(AT_ONCE)]
@@ -65,7 +69,8 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """One diffusion latent of each image: to_diffusion(mean + std * noise), `noise` standard normal of the same shape."""
+    """One diffusion latent of each image: to_diffusion(mean + std * noise), `noise` standard normal of the same
+    shape."""
     return to_diffusion(mean + std * noise)
 
 
@@ -89,8 +94,8 @@ class EDM2LatentTeacher(Teacher):
         return decode(autoencoder(x.device), x)
 
     def latents(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], or stored means and standard deviations [B, 8, H/8, W/8] of their raw latents -> diffusion latents
-        [B, 4, H/8, W/8] drawn by standard normal `noise` of that shape."""
+        """Images [B, 3, H, W] in [-1, 1], or stored means and standard deviations [B, 8, H/8, W/8] of their raw latents
+        -> diffusion latents [B, 4, H/8, W/8] drawn by standard normal `noise` of that shape."""
         if noise.device.type == "meta":  # a plan, which needs no autoencoder
             return torch.empty_like(noise)
         if images.shape[1] == 2 * len(MEAN):
@@ -103,7 +108,8 @@ class EDM2LatentTeacher(Teacher):
 
 @functools.cache
 def autoencoder(device: torch.device) -> Any:
-    """sd-vae-ft-mse, fetched where it is not here; the same one for all who decode on a device. UserError: no network, damaged."""
+    """sd-vae-ft-mse, fetched where it is not here; the same one for all who decode on a device. UserError: no network,
+    damaged."""
     return load_autoencoder(catalogue.fetch(catalogue.AUTOENCODERS["sd-vae-ft-mse"])).to(device)
 
 

@@ -1,4 +1,5 @@
-"""Stable Diffusion 3: a transformer trained by flow matching (Esser et al. 2024), x_t = (1 - t) x_0 + t eps, on an autoencoder's latents."""
+"""Stable Diffusion 3: a transformer trained by flow matching (Esser et al. 2024), x_t = (1 - t) x_0 + t eps, on an
+autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ T5_LENGTH = 256
 
 
 class StableDiffusion3Teacher(TextTeacher):
-    """`transformer` a diffusers SD3Transformer2DModel, which predicts the velocity eps - x_0; `vae` an AutoencoderKL; `text_encoders` and
-    `tokenizers` two CLIPs and a T5, or None in its place (its states are zeros then).
+    """`transformer` a diffusers SD3Transformer2DModel, which predicts the velocity eps - x_0; `vae` an AutoencoderKL;
+    `text_encoders` and `tokenizers` two CLIPs and a T5, or None in its place (its states are zeros then).
 
     The time t is 0 .. 1. UserError: another number of text encoders.
     """

@@ -1,4 +1,5 @@
-"""Making pair stores: a teacher, many seeds, any number of workers. Nothing depends on who makes which shard, or when."""
+"""Making pair stores: a teacher, many seeds, any number of workers. Nothing depends on who makes which shard, or
+when."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Share:
-    """Worker `index` of `count` begins with every count-th shard from its own number on; then, unless `only`, it helps with the others'."""
+    """Worker `index` of `count` begins with every count-th shard from its own number on; then, unless `only`, it helps
+    with the others'."""
 
     index: int = 0
     count: int = 1
@@ -42,7 +44,8 @@ class Share:
 
     @classmethod
     def parse(cls, text: str | None, only: bool = False) -> Share:
-        """From "2/8"; without text from torchrun's environment, else a worker alone. UserError: not of that form, or out of range."""
+        """From "2/8"; without text from torchrun's environment, else a worker alone. UserError: not of that form, or
+        out of range."""
         if text is None:
             return cls(*worker(), only)
         index, slash, count = text.partition("/")
@@ -72,15 +75,18 @@ def make_pairs(
     teacher: Teacher | None = None,
     prompts: Prompts | None = None,
 ) -> PairStore | None:
-    """Make or continue the store `out`; returns when it has settings.n pairs, whether made by this process or by others that work on it (None
-    if only this worker's own share is made). What is returned are the first settings.n pairs of those that are there.
+    """Make or continue the store `out`; returns when it has settings.n pairs, whether made by this process or by others
+    that work on it (None if only this worker's own share is made). What is returned are the first settings.n pairs of
+    those that are there.
 
-    A store grows when it is asked for more pairs than it has: pair i depends on its seed and condition alone. Its manifest then says so at
-    once; every worker makes what its own n needs, in shards as large as the store now has them. Asked for fewer pairs it is left as it is.
+    A store grows when it is asked for more pairs than it has: pair i depends on its seed and condition alone. Its
+    manifest then says so at once; every worker makes what its own n needs, in shards as large as the store now has
+    them. Asked for fewer pairs it is left as it is.
 
-    `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` and `prompts` save
-    loading settings.teacher and settings.prompts. Raises UserError: bad settings, another store or foreign files at `out`, unwritable, a
-    target that is not finite (named by its seed), another size for a rewired store; Stopped: `stop` was set; work is saved.
+    `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` and
+    `prompts` save loading settings.teacher and settings.prompts. Raises UserError: bad settings, another store or
+    foreign files at `out`, unwritable, a target that is not finite (named by its seed), another size for a rewired
+    store; Stopped: `stop` was set; work is saved.
     """
     settings.check()
     compute.check()
@@ -193,7 +199,8 @@ def _complete(folder: Folder) -> Callable[[dict[str, Any]], bool]:
 
 
 def _begun_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[str, Tensor]:
-    """The tensors of the unit's shard from when the store was smaller; none if there is no such shard, or it is not as it was written."""
+    """The tensors of the unit's shard from when the store was smaller; none if there is no such shard, or it is not as
+    it was written."""
     entry = folder.recorded().get(unit.file)
     if entry is None or entry["n"] >= unit.n:
         return {}

@@ -23,9 +23,9 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """`family` "edm" (denoisers of EDM and EDM2, and what `d2o train` makes of their kind), "text" (text-to-image models of `d2o train`) or
-    "diffusers"; `arch` and `precond` of the EDM family as `build_network` takes them, None where only the weights' file says it; `text`: it
-    makes images of prompts."""
+    """`family` "edm" (denoisers of EDM and EDM2, and what `d2o train` makes of their kind), "text" (text-to-image
+    models of `d2o train`) or "diffusers"; `arch` and `precond` of the EDM family as `build_network` takes them, None
+    where only the weights' file says it; `text`: it makes images of prompts."""
 
     name: str
     family: str
@@ -55,7 +55,8 @@ def kind_of(teacher: Teacher) -> Kind:
 
 
 def look(name: str) -> Kind | None:
-    """The kind of teacher that `load_teacher(name)` would give. None where that cannot be known without it: nothing is there, or no teacher."""
+    """The kind of teacher that `load_teacher(name)` would give. None where that cannot be known without it: nothing is
+    there, or no teacher."""
     if name not in BUILTIN:
         published = catalogue.find(name)
         if published is not None and not Path(name).exists():

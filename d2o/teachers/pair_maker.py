@@ -54,10 +54,12 @@ class Maker:
         target = torch.empty(unit.n, *shape, dtype=DTYPES[settings.dtype])
         noises, labels, texts, images = [], [], [], []
         cuts = [(first, min(self.batch, unit.n - first)) for first in range(0, unit.n, self.batch)]
-        # A compiled network is given batches of one size only: it would be compiled anew for another, with other last bits.
+        # A compiled network is given batches of one size only: it would be compiled anew for another, with other last
+        # bits.
         size = self.batch if self.teacher.call is not self.teacher.network else 1
         old = self.begun(unit)
-        # Of a shard that was shorter, whole batches are taken over: pairs of the last one were made beside fewer others, with other last bits.
+        # Of a shard that was shorter, whole batches are taken over: pairs of the last one were made beside fewer
+        # others, with other last bits.
         kept = len(old["target"]) // self.batch * self.batch if old else 0
         for (first, count), drawn in zip(
             cuts, Ahead(lambda cut: self.draw(unit.start + cut[0], max(cut[1], size)), cuts)
@@ -115,7 +117,8 @@ class Maker:
 
 @dataclass
 class Drawn:
-    """`noise` is what the pairs say they began with, `start` what the teacher begins with: another where pairs are rewired."""
+    """`noise` is what the pairs say they began with, `start` what the teacher begins with: another where pairs are
+    rewired."""
 
     noise: Tensor
     start: Tensor

@@ -18,8 +18,8 @@ def check_prediction(prediction: str) -> str:
 
 
 def to_data(prediction: str, out: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """The network's output at x_t [B, C, H, W], t [B] -> x_0, float32: x_t = alpha x_0 + sigma eps, v = alpha eps - sigma x_0
-    (Salimans and Ho 2022, appendix D; v for alpha^2 + sigma^2 = 1)."""
+    """The network's output at x_t [B, C, H, W], t [B] -> x_0, float32: x_t = alpha x_0 + sigma eps, v = alpha eps -
+    sigma x_0 (Salimans and Ho 2022, appendix D; v for alpha^2 + sigma^2 = 1)."""
     out, x_t = out.float(), x_t.float()
     if prediction == "sample":
         return out

@@ -61,11 +61,13 @@ def load_teacher(
     say: Say | None = None,
     progress: Progress | None = None,
 ) -> Teacher:
-    """A teacher by name (`digits`, `tiny-sd`, `sd15`, `edm-cifar10-cond-vp`, ...: `teacher_names()`), or from where it lies: a checkpoint or
-    run folder of `d2o train`, a network as NVIDIA published it (`.pkl`), a folder in diffusers' layout, a repository of the hub (owner/name).
+    """A teacher by name (`digits`, `tiny-sd`, `sd15`, `edm-cifar10-cond-vp`, ...: `teacher_names()`), or from where it
+    lies: a checkpoint or run folder of `d2o train`, a network as NVIDIA published it (`.pkl`), a folder in diffusers'
+    layout, a repository of the hub (owner/name).
 
-    `dtype` bfloat16 runs the network under autocast. `say` is told of licences, `progress(bytes done, total)` of downloads. UserError: unknown
-    name (with the nearest), missing, truncated or foreign file, no network to download with (which says what to put where).
+    `dtype` bfloat16 runs the network under autocast. `say` is told of licences, `progress(bytes done, total)` of
+    downloads. UserError: unknown name (with the nearest), missing, truncated or foreign file, no network to download
+    with (which says what to put where).
     """
     name = str(name_or_path)
     if name in BUILTIN:
@@ -164,7 +166,8 @@ def _nvidia(
 
 
 def planned_teacher(published: Published) -> Teacher:
-    """A published teacher without its weights, on the meta device: what a plan needs of it. Its `network` must be known."""
+    """A published teacher without its weights, on the meta device: what a plan needs of it. Its `network` must be
+    known."""
     assert published.network is not None
     with torch.device("meta"):
         network = build_network(published.network)
@@ -207,7 +210,8 @@ def _edm_family(
 def load_weights(
     network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False
 ) -> torch.nn.Module:
-    """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit: nothing is allocated then.
+    """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit: nothing is
+    allocated then.
 
     `assign`: the tensors become the weights, uncopied.
     """

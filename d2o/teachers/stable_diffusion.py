@@ -1,4 +1,5 @@
-"""Stable Diffusion 1, 2 and XL: a UNet with cross-attention to text, on an autoencoder's latents (Rombach et al. 2022; Podell et al. 2023)."""
+"""Stable Diffusion 1, 2 and XL: a UNet with cross-attention to text, on an autoencoder's latents (Rombach et al. 2022;
+Podell et al. 2023)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ SDXL_UNCOND = ("zeros", "encode_empty")
 
 
 class TextTeacher(Teacher):
-    """What teachers with prompts share: `encode`, the checks of a condition, the empty prompt, `decode` through the autoencoder."""
+    """What teachers with prompts share: `encode`, the checks of a condition, the empty prompt, `decode` through the
+    autoencoder."""
 
     def __init__(
         self,
@@ -73,7 +75,8 @@ class TextTeacher(Teacher):
         return Text(empty.states.expand(rows, -1, -1), None if empty.pooled is None else empty.pooled.expand(rows, -1))
 
     def check_condition(self, condition: Any, batch: int) -> Any:
-        """Prompts are encoded. UserError: class labels, no condition, another number than the batch, states of another network."""
+        """Prompts are encoded. UserError: class labels, no condition, another number than the batch, states of another
+        network."""
         name = self.spec.name
         if condition is None:
             raise UserError(f"{name!r} is conditioned on text; give a list of prompts, '' for none")
@@ -97,7 +100,8 @@ class TextTeacher(Teacher):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all that samples depend on: the weights of the network and the text encoders, the schedule, the kind of prediction."""
+        """sha256 over all that samples depend on: the weights of the network and the text encoders, the schedule, the
+        kind of prediction."""
         if not hasattr(self, "_fingerprint"):
             parts = {f"network.{key}": value for key, value in self.network.state_dict().items()}
             for i, encoder in enumerate(self.text_encoders):
@@ -110,11 +114,14 @@ class TextTeacher(Teacher):
 
 
 class StableDiffusionTeacher(TextTeacher):
-    """`unet` a diffusers UNet2DConditionModel, `vae` an AutoencoderKL, `text_encoders` and `tokenizers` one each (1.x, 2.x) or two (XL).
+    """`unet` a diffusers UNet2DConditionModel, `vae` an AutoencoderKL, `text_encoders` and `tokenizers` one each (1.x,
+    2.x) or two (XL).
 
-    The time t is 0 .. 999. `prediction` is what the UNet gives: "epsilon", "v_prediction" or "sample". `sdxl_uncond`: what XL's guidance takes
-    for "no prompt": "zeros", all-zero states (diffusers' force_zeros_for_empty_prompt), or "encode_empty", the encoded empty prompt.
-    `sample` spares work that is the same in every step, see `cross_attention`. UserError: unknown prediction, components that do not fit.
+    The time t is 0 .. 999. `prediction` is what the UNet gives: "epsilon", "v_prediction" or "sample". `sdxl_uncond`:
+    what XL's guidance takes
+    for "no prompt": "zeros", all-zero states (diffusers' force_zeros_for_empty_prompt), or "encode_empty", the encoded
+    empty prompt. `sample` spares work that is the same in every step, see `cross_attention`. UserError: unknown
+    prediction, components that do not fit.
     """
 
     schedule: DiscreteSchedule
@@ -175,7 +182,8 @@ class StableDiffusionTeacher(TextTeacher):
         self._shared = [] if self._attentions is None else shared_layers(unet)
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         height, width = spec.shape[1] * scale, spec.shape[2] * scale
-        # XL is told the size of the image that it was cut from, where it was cut, and its own size: a full image at the usual resolution.
+        # XL is told the size of the image that it was cut from, where it was cut, and its own size: a full image at the
+        # usual resolution.
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Text | Prepared) -> Tensor:

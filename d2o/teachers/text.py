@@ -21,9 +21,9 @@ EncodeOne = Callable[[str], Text]
 class PromptCache:
     """Prompts -> Text, by way of a store of the prompts seen last, at most `limit` bytes of it (and always one).
 
-    Prompts go through the text encoder one at a time: in a batch, the last bits of an embedding depend on how many others there are and on its
-    place among them, and two workers who meet a prompt in different company must get the same bytes. Against the network calls of a sample
-    this costs little.
+    Prompts go through the text encoder one at a time: in a batch, the last bits of an embedding depend on how many
+    others there are and on its place among them, and two workers who meet a prompt in different company must get the
+    same bytes. Against the network calls of a sample this costs little.
     """
 
     def __init__(self, encode_one: EncodeOne, limit: int = CACHE_BYTES):
@@ -69,7 +69,8 @@ class PromptCache:
 
     def _encode(self, prompt: str) -> Text:
         self.encoded += 1
-        # Sampling runs in inference mode, whose tensors are of no use to a student in training; what is kept must serve both.
+        # Sampling runs in inference mode, whose tensors are of no use to a student in training; what is kept must serve
+        # both.
         with torch.inference_mode(False), torch.no_grad():
             return self.encode_one(prompt)
 
@@ -109,7 +110,8 @@ def penultimate(encoder: Any, tokenizer: Any, prompt: str, device: torch.device)
 
 
 def joined_states(encoders: Sequence[nn.Module], tokenizers: Sequence[Any], device: torch.device) -> EncodeOne:
-    """SDXL: the penultimate states of both encoders side by side, [1, 77, D_1 + D_2], and the second one's projected vector."""
+    """SDXL: the penultimate states of both encoders side by side, [1, 77, D_1 + D_2], and the second one's projected
+    vector."""
 
     def encode(prompt: str) -> Text:
         found = [
@@ -129,8 +131,9 @@ def joined_states_and_t5(
     length: int,
     device: torch.device,
 ) -> EncodeOne:
-    """SD3: both CLIPs' penultimate states side by side, filled up with zeros to `width`, followed by `length` states of T5 (zeros without one):
-    [1, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix B.3 and figure 2)."""
+    """SD3: both CLIPs' penultimate states side by side, filled up with zeros to `width`, followed by `length` states of
+    T5 (zeros without one): [1, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix
+    B.3 and figure 2)."""
 
     def encode(prompt: str) -> Text:
         clip = [

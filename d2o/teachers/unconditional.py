@@ -1,4 +1,5 @@
-"""Pixel-space UNets of diffusers (UNet2DModel: DDPM and its descendants), unconditional or by class (Ho et al. 2020; Nichol and Dhariwal 2021)."""
+"""Pixel-space UNets of diffusers (UNet2DModel: DDPM and its descendants), unconditional or by class (Ho et al. 2020;
+Nichol and Dhariwal 2021)."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ from d2o.teachers.prediction import check_prediction, to_data
 
 
 class UNet2DTeacher(Teacher):
-    """`unet` a diffusers UNet2DModel; the time t is 0 .. 999; `prediction` is what it gives: "epsilon", "v_prediction" or "sample".
+    """`unet` a diffusers UNet2DModel; the time t is 0 .. 999; `prediction` is what it gives: "epsilon", "v_prediction"
+    or "sample".
 
-    `clip`: its prediction of x_0 is clipped to [-clip, clip] (diffusers' clip_sample), and the noise that a step takes follows from the
-    clipped one (diffusers' use_clipped_model_output; DDPM's own steps too). A network that predicts a variance as well has 2 C output
-    channels, the second half of which is not used. UserError: an unknown prediction, channels that do not fit.
+    `clip`: its prediction of x_0 is clipped to [-clip, clip] (diffusers' clip_sample), and the noise that a step takes
+    follows from the clipped one (diffusers' use_clipped_model_output; DDPM's own steps too). A network that predicts a
+    variance as well has 2 C output channels, the second half of which is not used. UserError: an unknown prediction,
+    channels that do not fit.
     """
 
     schedule: DiscreteSchedule
@@ -52,7 +55,8 @@ class UNet2DTeacher(Teacher):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def check_condition(self, condition: Any, batch: int) -> Any:
-        """As for any teacher by class, but these networks have no class for "none": UserError where one is asked for."""
+        """As for any teacher by class, but these networks have no class for "none": UserError where one is asked
+        for."""
         labels = super().check_condition(condition, batch)
         if labels is not None and labels.device.type == "cpu" and labels.numel() and int(labels.min()) < 0:
             raise UserError(

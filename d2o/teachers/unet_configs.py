@@ -1,4 +1,5 @@
-"""The published UNets of Stable Diffusion as diffusers configures them; what is not named here is diffusers' default."""
+"""The published UNets of Stable Diffusion as diffusers configures them; what is not named here is diffusers'
+default."""
 
 from __future__ import annotations
 

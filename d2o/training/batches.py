@@ -53,8 +53,9 @@ class Batches:
         """This process's share of the batch of that iteration, on the device."""
         if self.source is None:
             return Batch()
-        # The first batch is read here, not in the thread: what a source prepares once may run in parallel, and a second set of OpenMP threads,
-        # once started, slows every parallel operation of this process down to the end (measured: by a third).
+        # The first batch is read here, not in the thread: what a source prepares once may run in parallel, and a second
+        # set of OpenMP threads, once started, slows every parallel operation of this process down to the end (measured:
+        # by a third).
         batch = (
             self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
         )
@@ -92,7 +93,8 @@ class Batches:
         )
 
     def finish(self, iteration: int, images: Tensor) -> Tensor:
-        """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`. Stored latents stay as they are."""
+        """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`. Stored latents stay as
+        they are."""
         x = to_float(images) if images.dtype == torch.uint8 else images
         if self.xflip:
             generator = torch.Generator().manual_seed(mix(self.seed, "xflip", iteration))

@@ -21,8 +21,8 @@ def state_file(run: Path) -> Path:
 
 
 def read_state(run: Path) -> dict[str, Any] | None:
-    """The record of a run's state, after a look at all of its bytes; None: nothing was saved yet. UserError: it is damaged
-    (and what is left to do), or there are checkpoints without one."""
+    """The record of a run's state, after a look at all of its bytes; None: nothing was saved yet. UserError: it is
+    damaged (and what is left to do), or there are checkpoints without one."""
     path = state_file(run)
     if not path.exists():
         if found := sorted(path.parent.glob("*.safetensors")):
@@ -56,7 +56,8 @@ def _from(checkpoint: Path) -> str:
 
 
 def settle(run: Path, record: dict[str, Any], products: Products) -> list[str]:
-    """Bring the checkpoints in the folder to what the state's record says. Returns the names of those that are missing."""
+    """Bring the checkpoints in the folder to what the state's record says. Returns the names of those that are
+    missing."""
     if "products" not in record:
         return products.adopt(record["images"])
     products.digests = dict(record["products"])

@@ -1,4 +1,5 @@
-"""What `auto` in a recipe stands for here. Chosen once: the run's recipe.yaml holds the choice, and every resume takes that."""
+"""What `auto` in a recipe stands for here. Chosen once: the run's recipe.yaml holds the choice, and every resume takes
+that."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ CHOSEN = ("precision", "channels_last", "threads")
 
 
 def as_begun(recipe: Any, before: Any) -> Any:
-    """The recipe with what the run that was begun with `before` has chosen, in place of `auto`. Both are recipes; `before` may be None."""
+    """The recipe with what the run that was begun with `before` has chosen, in place of `auto`. Both are recipes;
+    `before` may be None."""
     if before is None:
         return recipe
     return recipe.model_copy(update={key: getattr(before, key) for key in CHOSEN if getattr(recipe, key) == AUTO})
 
 
 def choose(recipe: Any, product: nn.Module, device: torch.device, say: Callable[[str], None]) -> Any:
-    """The recipe with precision and memory order for that network on that device in place of `auto`; says so. (`threads`: threads.py.)"""
+    """The recipe with precision and memory order for that network on that device in place of `auto`; says so.
+    (`threads`: threads.py.)"""
     changes: dict[str, Any] = {}
     if recipe.precision == AUTO:
         changes["precision"] = chosen_precision(AUTO, device)

@@ -1,4 +1,5 @@
-"""Several processes: torchrun starts them, torch.distributed connects them. One process is the same code with world size 1."""
+"""Several processes: torchrun starts them, torch.distributed connects them. One process is the same code with world
+size 1."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def devices() -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """`name` (cpu, cuda, cuda:1, ...), or CUDA where there is one, else the CPU; under torchrun each process takes its own GPU.
+    """`name` (cpu, cuda, cuda:1, ...), or CUDA where there is one, else the CPU; under torchrun each process takes its
+    own GPU.
 
     UserError, in one line: no name of a device, or one that cannot be used here.
     """
@@ -76,8 +78,9 @@ BUCKET = 2**23
 def average(gradients: list[Tensor], world: int) -> None:
     """Replace each by its mean over the processes, which have to bring the same ones.
 
-    Here and not in DistributedDataParallel: that counts on one backward pass a step with a gradient for every parameter, and methods with a
-    critic have passes of a few parameters (R1), several of one network in an iteration, and updates of one network between two of another.
+    Here and not in DistributedDataParallel: that counts on one backward pass a step with a gradient for every
+    parameter, and methods with a critic have passes of a few parameters (R1), several of one network in an iteration,
+    and updates of one network between two of another.
     """
     if world == 1:
         return

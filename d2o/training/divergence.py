@@ -14,7 +14,8 @@ PATIENCE = 50
 """So many more bad iterations than good ones, from where they began, stop the run. Outliers never add up to it."""
 
 DOUBT = 10
-"""From so many on, checkpoints that are due wait until the run has recovered: what it has of better days is not replaced."""
+"""From so many on, checkpoints that are due wait until the run has recovered: what it has of better days is not
+replaced."""
 
 BAD = "bad_step"
 """Scalar of an iteration: 1 where the gradients of one of its updates were not finite."""
@@ -48,8 +49,8 @@ class Divergence:
         return self.state["excess"] >= DOUBT
 
     def check(self, iterations: int, last: bool, policy: str, saved: int | None) -> None:
-        """UserError: too many bad iterations, or, after the `last` one, more than half of all. `saved`: iteration of the
-        newest state."""
+        """UserError: too many bad iterations, or, after the `last` one, more than half of all. `saved`: iteration of
+        the newest state."""
         bad, since = self.state["bad"], self.state["since"]
         if self.state["excess"] >= PATIENCE:
             what = f"since iteration {since:,} most steps have had a loss or gradients that are not finite"

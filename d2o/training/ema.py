@@ -9,8 +9,9 @@ from torch import nn
 
 
 class EMA:
-    """beta per update, of which the loop makes one an iteration: `decay` as it is, or 0.5^(batch / h) with h = min(half_life, ramp * images
-    seen) (Karras et al. 2022, appendix F.2); with neither, the copy follows the weights at once. Buffers are copied."""
+    """beta per update, of which the loop makes one an iteration: `decay` as it is, or 0.5^(batch / h) with h =
+    min(half_life, ramp * images seen) (Karras et al. 2022, appendix F.2); with neither, the copy follows the weights at
+    once. Buffers are copied."""
 
     def __init__(
         self, network: nn.Module, half_life: float | None = None, decay: float | None = None, ramp: float | None = 0.05

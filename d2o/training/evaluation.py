@@ -1,4 +1,5 @@
-"""The score on the way: Fréchet distance of the EMA product by the recipe's protocol. Several processes share the images."""
+"""The score on the way: Fréchet distance of the EMA product by the recipe's protocol. Several processes share the
+images."""
 
 from __future__ import annotations
 
@@ -24,9 +25,11 @@ OWN_IMAGES = "data"
 
 
 def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
-    """What the recipe's `eval:` measures with; None where it measures no distance. Networks and statistics stay in memory for later calls.
+    """What the recipe's `eval:` measures with; None where it measures no distance. Networks and statistics stay in
+    memory for later calls.
 
-    UserError, as `d2o eval` words it: weights or statistics that are absent (what to fetch, where to put it), or not those of the protocol.
+    UserError, as `d2o eval` words it: weights or statistics that are absent (what to fetch, where to put it), or not
+    those of the protocol.
     """
     e = recipe.eval
     if e is None or e.extractor is None:
@@ -54,7 +57,8 @@ def cost(recipe: Any, nfe: int) -> str:
 
 
 def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
-    """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured now."""
+    """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured
+    now."""
     if now is None:
         return True
     rest = {"every", "batch"}
@@ -80,7 +84,8 @@ class Evaluation:
         self.say, self.told, self.spec = say, False, method.spec()
 
     def check(self) -> None:
-        """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method does not give."""
+        """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method
+        does not give."""
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
         if e is None:
             return
@@ -105,7 +110,8 @@ class Evaluation:
         )
 
     def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
-        """Numbers about the product; all processes call this, the first one gets them. UserError: not the metric that the recipe asks for."""
+        """Numbers about the product; all processes call this, the first one gets them. UserError: not the metric that
+        the recipe asks for."""
         e, started = self.recipe.eval, time.perf_counter()
         found = self.distance(generate, iteration) if self.spec is not None and e.extractor is not None else {}
         if self.rank != 0:

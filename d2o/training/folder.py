@@ -57,7 +57,8 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a run's folder: temporary files, shares of an evaluation. The caller holds it."""
+    """Remove what killed processes left in a run's folder: temporary files, shares of an evaluation. The caller holds
+    it."""
     for place, names in (
         (folder, "recipe.yaml"),
         (folder, "metrics.jsonl"),

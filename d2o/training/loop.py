@@ -40,8 +40,8 @@ Progress = Callable[[int, str], None]
 class Trainer:
     """Runs a recipe in a run folder. Implements `d2o.methods.base.Loop` for the method.
 
-    Everything random is a function of (seed, iteration), everything else is in `checkpoints/state.safetensors`; so a resumed run ends with the
-    same bytes as one that was never interrupted.
+    Everything random is a function of (seed, iteration), everything else is in `checkpoints/state.safetensors`; so a
+    resumed run ends with the same bytes as one that was never interrupted.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Trainer:
         self.products = Products(folder / "checkpoints")
         self.saved: int | None = None  # iteration of the newest state
 
-    # What methods use ------------------------------------------------------------------------------------------------------------------
+    # What methods use -------------------------------------------------------------------------------------------------
 
     def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
         start, stop = self.local
@@ -153,15 +153,15 @@ class Trainer:
     def everywhere(self, value: Tensor) -> Tensor:
         return distributed.mean_over_processes(value.detach().clone(), self.world)
 
-    # The run ---------------------------------------------------------------------------------------------------------------------------
+    # The run ----------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Continue from the run folder's state, if it has one, see `saving`."""
         saving.resume(self)
 
     def run(self, progress: Progress, stop: StopFlag) -> None:
-        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under `bad_gradients: raise`, or a run
-        that has diverged."""
+        """Train to the end. Stopped: a signal came, and the state is saved. UserError: gradients not finite under
+        `bad_gradients: raise`, or a run that has diverged."""
         if self.iteration >= self.iterations:
             return
         recipe = self.recipe
@@ -279,7 +279,8 @@ class Trainer:
         return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
 
     def evaluate(self, log: RunLog | None, images: int) -> None:
-        """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved that knows of it."""
+        """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
+        that knows of it."""
         check_finite({"the average": self.ema.network}, self.iteration, self.saved)
         scores, metric = (
             self.evaluation.scores(self.ema.network, self.generate, self.iteration),

@@ -26,7 +26,8 @@ def build_optimizer(parameters: list[nn.Parameter], options: Any) -> torch.optim
 
 
 def learning_rate(options: Any, iteration: int, total: int) -> float:
-    """The rate of 0-based `iteration`: linear warm-up over `warmup` iterations, then constant, cosine or linear decay to `final_lr` at `total`."""
+    """The rate of 0-based `iteration`: linear warm-up over `warmup` iterations, then constant, cosine or linear decay
+    to `final_lr` at `total`."""
     if iteration < options.warmup:
         return options.lr * (iteration + 1) / options.warmup
     done = (iteration - options.warmup) / max(total - options.warmup, 1)
@@ -45,8 +46,9 @@ def norm(gradients: list[Tensor]) -> Tensor:
 class GradientGuard:
     """The policy for gradients that are not finite.
 
-    "zero": NaN becomes 0 and infinities +-1e5, the step is done. "skip": the step is left out. "raise": training stops with an error that
-    names the first bad iteration. Bad steps are counted. "zero" and "raise" read the device only when `check` is called; "skip" has to at every step.
+    "zero": NaN becomes 0 and infinities +-1e5, the step is done. "skip": the step is left out. "raise": training stops
+    with an error that names the first bad iteration. Bad steps are counted. "zero" and "raise" read the device only
+    when `check` is called; "skip" has to at every step.
     """
 
     def __init__(self, policy: str, device: torch.device):

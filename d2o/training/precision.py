@@ -22,10 +22,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, "Mixed precision training", section 3.2), for fp16 alone.
 
-    Losses are multiplied by `scale`, gradients divided by it before anything looks at them, so that small ones survive fp16's range. An update
-    whose gradients are not finite is left out, and the scale halved at the iteration's end; after GROWTH iterations without one it is doubled.
-    One scale for all players: a loss may reach several of them. Not torch.amp.GradScaler: that changes its scale between two players of one
-    iteration. At the lowest scale overflow is no longer the reason, and the recipe's `bad_gradients` decides.
+    Losses are multiplied by `scale`, gradients divided by it before anything looks at them, so that small ones survive
+    fp16's range. An update whose gradients are not finite is left out, and the scale halved at the iteration's end;
+    after GROWTH iterations without one it is doubled.
+    One scale for all players: a loss may reach several of them. Not torch.amp.GradScaler: that changes its scale
+    between two players of one iteration. At the lowest scale overflow is no longer the reason, and the recipe's
+    `bad_gradients` decides.
     """
 
     def __init__(self, precision: str):
@@ -36,7 +38,8 @@ class LossScale:
         return loss * self.scale if self.on else loss
 
     def unscale(self, gradients: list[Tensor]) -> bool:
-        """Divide the gradients of one update by the scale; False: they overflowed, leave the update out. Waits for the device."""
+        """Divide the gradients of one update by the scale; False: they overflowed, leave the update out. Waits for the
+        device."""
         if not self.on or not gradients:
             return True
         torch._foreach_mul_(gradients, 1 / self.scale)  # a power of two: exact

@@ -18,7 +18,8 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 
 
 class Preview:
-    """Left: the teacher's samples from these noises (or real images where there is no teacher); right: the product's."""
+    """Left: the teacher's samples from these noises (or real images where there is no teacher); right: the
+    product's."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""What of a Trainer goes to disk and comes back: its state, and the product's checkpoints that belong to it (`products`)."""
+"""What of a Trainer goes to disk and comes back: its state, and the product's checkpoints that belong to it
+(`products`)."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ def resume(t: Trainer) -> None:
 
 
 def save(t: Trainer, images: int, numbered: bool) -> None:
-    """Write the product as `last` (and `numbered`), and the state, in the order that `products` explains. UserError: weights
-    that are not finite; nothing is written then."""
+    """Write the product as `last` (and `numbered`), and the state, in the order that `products` explains. UserError:
+    weights that are not finite; nothing is written then."""
     rows = t.scalars.rows()  # on all processes, as whatever may be refused
     bad = {name: guard.check(name) for name, guard in t.guards.items()}
     check_finite({**t.networks, "the average": t.ema.network}, t.iteration, t.saved)

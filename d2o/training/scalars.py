@@ -14,7 +14,8 @@ Row = dict[str, float]
 
 
 class Scalars:
-    """One row of scalars an iteration. They stay on the device until `rows` is called: what is logged waits for nothing."""
+    """One row of scalars an iteration. They stay on the device until `rows` is called: what is logged waits for
+    nothing."""
 
     def __init__(self, device: torch.device, world: int):
         self.device, self.world = device, world

@@ -45,7 +45,8 @@ def pair_settings(recipe: Any) -> PairSettings:
 
 
 def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
-    """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is at the path; UserError as
+    """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is
+    at the path; UserError as
     `open_set`, or: the method takes no stored latents."""
     try:
         found = open_set(
@@ -78,8 +79,8 @@ def prepare(
     progress: Callable[[int, int, str], None],
     stop: StopFlag,
 ) -> Setup:
-    """Load, check and where needed make what the recipe names. UserError for whatever is missing or does not fit: first what is found out from
-    names and local files, then what may have to be fetched."""
+    """Load, check and where needed make what the recipe names. UserError for whatever is missing or does not fit: first
+    what is found out from names and local files, then what may have to be fetched."""
     method = get_method(recipe.method)
     setup = Setup(
         recipe.options,
@@ -144,7 +145,8 @@ def try_out(recipe: Any, setup: Setup) -> None:
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:
-    """The history of the student that training starts from, with that student's own fingerprint last; empty without one."""
+    """The history of the student that training starts from, with that student's own fingerprint last; empty without
+    one."""
     if setup.start is None:
         return []
     before = {"started_from": setup.start.fingerprint, "recipe": (setup.start.meta.get("recipe") or {}).get("name")}

@@ -1,4 +1,5 @@
-"""How an iteration fits the memory: the batch divided among processes and into micro-batches, activations recomputed."""
+"""How an iteration fits the memory: the batch divided among processes and into micro-batches, activations
+recomputed."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from d2o.teachers.base import Teacher
 def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int], int]:
     """(start, stop) of this process's part of the global batch, and the size of its micro-batches.
 
-    Micro-batches are contiguous and begin at multiples of their size, so that what a loss takes together (`Method.micro_multiple` samples in a
-    row) is the same on any machine. UserError: a batch that does not divide like this.
+    Micro-batches are contiguous and begin at multiples of their size, so that what a loss takes together
+    (`Method.micro_multiple` samples in a row) is the same on any machine. UserError: a batch that does not divide like
+    this.
     """
     batch = recipe.batch
     if batch % world:
@@ -39,7 +41,8 @@ def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int],
 
 
 def checkpointed(recipe: Any, networks: Mapping[str, nn.Module], teacher: Teacher | None = None) -> None:
-    """Let those of the networks that can do it recompute their activations; the teacher too, as some methods take gradients through it.
+    """Let those of the networks that can do it recompute their activations; the teacher too, as some methods take
+    gradients through it.
     UserError: none of the networks can."""
     if not any([set_checkpointing(network, True) for network in networks.values()]):
         raise UserError(

@@ -22,7 +22,8 @@ ITERATIONS, SECONDS = 6, 20.0
 
 
 def settle_threads(trainer: Trainer) -> None:
-    """Take the number of threads that the recipe names, or measure where it says `auto`; the trainer's recipe then holds the number.
+    """Take the number of threads that the recipe names, or measure where it says `auto`; the trainer's recipe then
+    holds the number.
 
     Beside other processes of the same run nothing is measured: they would measure each other. They share the cores.
     """
@@ -47,8 +48,8 @@ def settle_threads(trainer: Trainer) -> None:
 
 
 def measure(trainer: Trainer, candidates: tuple[int, ...]) -> dict[int, float]:
-    """Mean seconds of a few first iterations with each number of threads (the mean: where a host takes cores away, threads that wait for each
-    other are slow on average, not at their best); the trainer is as it was before."""
+    """Mean seconds of a few first iterations with each number of threads (the mean: where a host takes cores away,
+    threads that wait for each other are slow on average, not at their best); the trainer is as it was before."""
     before = _state(trainer)
     spent: dict[int, list[float]] = {threads: [] for threads in candidates}
     try:

@@ -1,5 +1,5 @@
-"""The log of a run at a tracker (wandb, MLflow), beside metrics.jsonl and TensorBoard. `tracker.json` in the run folder names the run there, so
-that a resumed run goes on with it."""
+"""The log of a run at a tracker (wandb, MLflow), beside metrics.jsonl and TensorBoard. `tracker.json` in the run folder
+names the run there, so that a resumed run goes on with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def check_tracker(recipe: Any) -> None:
 
 
 def tracked(log: Any, recipe: Any, folder: Path, say: Callable[[str], None]) -> Any:
-    """The log, which also goes to the recipe's tracker if it names one. UserError: not installed, or it cannot be reached."""
+    """The log, which also goes to the recipe's tracker if it names one. UserError: not installed, or it cannot be
+    reached."""
     if recipe.tracker is None:
         return log
     name, path = recipe.tracker.name, folder / FILE

@@ -1,4 +1,5 @@
-"""Whether adversarial training goes well: one line from the scalars of the log, with the first iteration at which it did not."""
+"""Whether adversarial training goes well: one line from the scalars of the log, with the first iteration at which it
+did not."""
 
 from __future__ import annotations
 
@@ -12,33 +13,43 @@ NEEDS = {"loss_d", "logit_real"}
 """Scalars that tell a method with a critic."""
 
 WINDOW = 5
-"""Lines of the log whose median is judged, and before the first verdict: three of five have to be bad, so that an outlier is not news."""
+"""Lines of the log whose median is judged, and before the first verdict: three of five have to be bad, so that an
+outlier is not news."""
 
 SATURATED = 0.05
-"""loss_d: 1.39 where the critic guesses (hinge: 2); at 0.05 it is right with 97.5 % certainty on average, and little is left to learn from it."""
+"""loss_d: 1.39 where the critic guesses (hinge: 2); at 0.05 it is right with 97.5 % certainty on average, and little is
+left to learn from it."""
 MISTAKEN = 3.0
-"""loss_d: more than twice that of guessing. A critic that does worse than guessing diverges, or lags far behind the generator."""
+"""loss_d: more than twice that of guessing. A critic that does worse than guessing diverges, or lags far behind the
+generator."""
 LOST = 8.0
-"""loss_g: to the critic, a fake is real with a probability of 0.03 % (e^-8) on average. Healthy runs on digits stay below 2."""
+"""loss_g: to the critic, a fake is real with a probability of 0.03 % (e^-8) on average. Healthy runs on digits stay
+below 2."""
 COLLAPSED = 0.25
-"""diversity: the spread of fakes against that of real images. A healthy batch comes near to 1; a quarter means copies of one image, or almost."""
+"""diversity: the spread of fakes against that of real images. A healthy batch comes near to 1; a quarter means copies
+of one image, or almost."""
 BURST = 5.0
-"""diversity: a fresh generator's fakes may spread three times as far as real images, a trained one's as far. Beyond this they leave their range."""
+"""diversity: a fresh generator's fakes may spread three times as far as real images, a trained one's as far. Beyond
+this they leave their range."""
 EXPLODED = 30.0
-"""Gradient norm against its median so far. On digits it drifts by a factor of three over a healthy run; a learning rate that breaks the run gives
-100 and more for a while."""
+"""Gradient norm against its median so far. On digits it drifts by a factor of three over a healthy run; a learning rate
+that breaks the run gives 100 and more for a while."""
 LEAKING = 0.8
-"""ADA p: up to here augmentations do not leak into the samples in practice (Karras et al. 2020, arXiv 2006.06676, section 2.2)."""
+"""ADA p: up to here augmentations do not leak into the samples in practice (Karras et al. 2020, arXiv 2006.06676,
+section 2.2)."""
 
 SETTLED = 20
-"""Lines before gradients are compared with their past: the first ones are far from what is usual later (warm-up, layers that start at zero)."""
+"""Lines before gradients are compared with their past: the first ones are far from what is usual later (warm-up, layers
+that start at zero)."""
 HISTORY = 64
-"""Norms kept of a network's past; when there are as many, every second one goes and every second one is taken from then on."""
+"""Norms kept of a network's past; when there are as many, every second one goes and every second one is taken from then
+on."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Bad when the median of `key` passes `limit`, gone when it is back beyond `clear`: the gap keeps the verdict from flickering."""
+    """Bad when the median of `key` passes `limit`, gone when it is back beyond `clear`: the gap keeps the verdict from
+    flickering."""
 
     name: str
     key: str
@@ -144,7 +155,8 @@ class Watch:
         return max(before, value) if fault.limit > fault.clear else min(before, value)
 
     def _against_past(self, key: str, value: float) -> float | None:
-        """The norm against the median of its past, which takes in usual values only: an explosion never becomes what is usual."""
+        """The norm against the median of its past, which takes in usual values only: an explosion never becomes what is
+        usual."""
         past = self.state["norms"].setdefault(key, {"values": [], "every": 1, "lines": 0})
         usual = median(past["values"]) if past["values"] and past["lines"] >= SETTLED else None
         if usual is None or value <= EXPLODED * usual:
@@ -157,7 +169,8 @@ class Watch:
 
     @property
     def verdict(self) -> str | None:
-        """None: no critic, or too few lines yet. "stable", with what was wrong before; else what is wrong, the first fault first."""
+        """None: no critic, or too few lines yet. "stable", with what was wrong before; else what is wrong, the first
+        fault first."""
         if self.state["lines"] < WINDOW:
             return None
         if self.state["bad"]:

@@ -20,8 +20,8 @@ def test_wavelets_are_orthonormal_with_as_many_vanishing_moments_as_their_names_
 
 
 def test_sym6_is_the_least_asymmetric():
-    """All filters with these relations come from the roots of one polynomial (Daubechies 1988, section 4), one of each pair (z, 1/z) being
-    taken; sym6 is the one of them whose phase is nearest to a straight line."""
+    """All filters with these relations come from the roots of one polynomial (Daubechies 1988, section 4), one of each
+    pair (z, 1/z) being taken; sym6 is the one of them whose phase is nearest to a straight line."""
     roots = np.roots(
         [math.comb(5 + k, k) for k in range(6)][::-1]
     )  # in (2 - z - 1/z) / 4: three real ones or conjugate pairs

@@ -14,7 +14,8 @@ IMPORTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.s
 
 @pytest.mark.parametrize("module", ["typer", "torch"])
 def test_an_interruption_of_the_imports_ends_without_a_traceback(tmp_path: Path, module: str) -> None:
-    """`typer` is imported by the command line, `torch` by the command: here a module of that name interrupts its own import."""
+    """`typer` is imported by the command line, `torch` by the command: here a module of that name interrupts its own
+    import."""
     (tmp_path / f"{module}.py").write_text(IMPORTED)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     command = [

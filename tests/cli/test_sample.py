@@ -13,7 +13,8 @@ from tests.helpers import tiny_student, tiny_teacher
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run("s.safetensors", "--n", 8, ...) -> (exit code, stdout, stderr) of `d2o sample`, beside a student and a teacher."""
+    """run("s.safetensors", "--n", 8, ...) -> (exit code, stdout, stderr) of `d2o sample`, beside a student and a
+    teacher."""
     monkeypatch.chdir(tmp_path)
     tiny_teacher(tmp_path / "t.safetensors")
     tiny_student(tmp_path / "s.safetensors")

@@ -1,4 +1,5 @@
-"""`d2o train --sweep`: a set of runs that is checked first, continues where it was stopped, and ends with one table and one picture."""
+"""`d2o train --sweep`: a set of runs that is checked first, continues where it was stopped, and ends with one table and
+one picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every format reads back as what was written, by d2o and by the format's own reader, and holds nothing of the clock."""
+"""Every format reads back as what was written, by d2o and by the format's own reader, and holds nothing of the
+clock."""
 
 import io
 import itertools

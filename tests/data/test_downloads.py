@@ -67,7 +67,8 @@ def test_lmdb_that_is_bad(tmp_path):
 
 
 def test_lmdb_of_many_pages(tmp_path):
-    """Branches, values on the leaves and on pages of their own; what was overwritten and removed is gone. As LMDB itself reads it."""
+    """Branches, values on the leaves and on pages of their own; what was overwritten and removed is gone. As LMDB
+    itself reads it."""
     folder = church(tmp_path, {b"%05d" % i: bytes(i % 5000) for i in range(300)})
     with lmdb.open(str(folder), map_size=1 << 20) as environment, environment.begin(write=True) as transaction:
         for i in range(0, 300, 7):

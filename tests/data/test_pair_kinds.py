@@ -1,4 +1,5 @@
-"""Pair stores of every kind: prompts, stochastic solvers, rewired pairs, shares of a store, other places, joined and counted stores."""
+"""Pair stores of every kind: prompts, stochastic solvers, rewired pairs, shares of a store, other places, joined and
+counted stores."""
 
 import json
 from dataclasses import replace
@@ -49,7 +50,7 @@ def build(teacher, tmp_path):
     return run
 
 
-# Prompts ---------------------------------------------------------------------------------------------------------------------------------
+# Prompts --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_belongs_to_its_pair(build, prompts):
@@ -100,7 +101,7 @@ def test_shards_hold_their_prompts_and_other_prompts_are_refused(build, prompts,
         build("labels").prompts([0])
 
 
-# Solvers ---------------------------------------------------------------------------------------------------------------------------------
+# Solvers --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_teachers_usual_solver_is_the_default(build):
@@ -187,7 +188,7 @@ def test_a_compiled_network_gives_the_same_pairs(build, monkeypatch):
     assert torch.allclose(plain.batch(range(20))[2], fast.batch(range(20))[2], atol=1e-5)
 
 
-# Workers and places ------------------------------------------------------------------------------------------------------------------------
+# Workers and places ---------------------------------------------------------------------------------------------------
 
 
 def test_shares_cover_everything_in_another_order():
@@ -246,7 +247,7 @@ def test_a_store_on_another_file_system_has_the_same_bytes(build, teacher, monke
     memory.rm("/bucket", recursive=True)
 
 
-# Counting and joining -------------------------------------------------------------------------------------------------------------------------
+# Counting and joining -------------------------------------------------------------------------------------------------
 
 
 def test_stats_count_what_is_there(build, tmp_path):

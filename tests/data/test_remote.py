@@ -1,4 +1,5 @@
-"""Folders on object stores: whoever fills them, however often they are killed, the end is what one worker makes on a disk."""
+"""Folders on object stores: whoever fills them, however often they are killed, the end is what one worker makes on a
+disk."""
 
 import datetime
 import json

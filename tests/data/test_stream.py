@@ -178,7 +178,8 @@ def test_memory_does_not_depend_on_the_size_of_the_store():
     store = Store(1000, 5)
     stream = PairStream(store, 10, buffer=4, prefetch=2)
     for k, _ in enumerate(stream):
-        # read so far: the batches that were given or wait, at most two groups of 4 shards that are in hand, and the next
+        # read so far: the batches that were given or wait, at most two groups of 4 shards that are in hand, and the
+        # next
         assert len(store.read) <= 4 * (-(-(k + 4) * 10 // 20) + 2)
         if k == 50:
             break

@@ -1,7 +1,8 @@
 """A data distribution whose denoiser is known exactly: a mixture of isotropic Gaussians, as a teacher for any schedule.
 
-With x_t = alpha x_0 + sigma eps, component k of x_t is N(alpha mu_k, v_k) with v_k = alpha^2 s_k^2 + sigma^2. So both E[x_0 | x_t] and
-E[eps | x_t] are weighted means over the components, without dividing by sigma or alpha: they hold at pure noise and without noise, too.
+With x_t = alpha x_0 + sigma eps, component k of x_t is N(alpha mu_k, v_k) with v_k = alpha^2 s_k^2 + sigma^2. So both
+E[x_0 | x_t] and E[eps | x_t] are weighted means over the components, without dividing by sigma or alpha: they hold at
+pure noise and without noise, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from d2o.teachers.base import Spec, Teacher
 class Mixture(nn.Module):
     """sum_k weights_k N(means_k, stds_k^2 I): means [K][D], stds [K], weights [K]. Everything is float64.
 
-    The parameters are frozen, but they are parameters: a copy of the network can be trained, as the fake score of a distillation method is.
+    The parameters are frozen, but they are parameters: a copy of the network can be trained, as the fake score of a
+    distillation method is.
     """
 
     def __init__(self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float] | None = None):
@@ -85,8 +87,8 @@ class Mixture(nn.Module):
     ) -> Tensor:
         """The probability-flow ODE from (alpha, sigma) `start` to `end`, to about 1e-11, in float64.
 
-        dx = D dalpha + eps dsigma depends on the path through (alpha, sigma) only by its ends, and rescaling both rescales x. So it is integrated
-        along the unit circle alpha = cos p, sigma = sin p, where nothing is singular.
+        dx = D dalpha + eps dsigma depends on the path through (alpha, sigma) only by its ends, and rescaling both
+        rescales x. So it is integrated along the unit circle alpha = cos p, sigma = sin p, where nothing is singular.
         """
         angles = torch.tensor([math.atan2(sigma, alpha) for alpha, sigma in (start, end)], dtype=torch.float64)
 
@@ -109,7 +111,8 @@ class Mixture(nn.Module):
     def _components(
         self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t float64, its distances to the components' means [B, K, D], their variances [B, K, 1] and the data's deviations [K, 1]."""
+        """x_t float64, its distances to the components' means [B, K, D], their variances [B, K, 1] and the data's
+        deviations [K, 1]."""
         x, stds = x_t.to(torch.float64), self.log_stds.exp()[:, None]
         alpha, sigma = (torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1, 1) for value in (alpha, sigma))
         return x, x.flatten(1)[:, None] - alpha * self.means, alpha**2 * stds**2 + sigma**2, stds
@@ -122,7 +125,8 @@ class Mixture(nn.Module):
 def gaussian_solution(
     x: Tensor, mean: float, std: float, start: tuple[float, float], end: tuple[float, float]
 ) -> Tensor:
-    """The same for one Gaussian, in closed form: what is left after the mean shrinks as the marginal's deviation does."""
+    """The same for one Gaussian, in closed form: what is left after the mean shrinks as the marginal's deviation
+    does."""
     (a0, s0), (a1, s1) = start, end
     return a1 * mean + (x - a0 * mean) * math.sqrt((a1**2 * std**2 + s1**2) / (a0**2 * std**2 + s0**2))
 
@@ -133,7 +137,8 @@ PLANE = Mixture([[-1.0, -0.5], [1.0, -0.6], [0.2, 1.1]], [0.25, 0.15, 0.35], [0.
 
 
 class MixtureNetwork(nn.Module):
-    """network(x_t [B, D, 1, 1], t [B], labels [B] or None) -> E[x_0 | x_t] float32: the mixture's denoiser with the interface of a network."""
+    """network(x_t [B, D, 1, 1], t [B], labels [B] or None) -> E[x_0 | x_t] float32: the mixture's denoiser with the
+    interface of a network."""
 
     def __init__(self, mixture: Mixture, schedule: Schedule):
         super().__init__()
@@ -144,8 +149,8 @@ class MixtureNetwork(nn.Module):
 
 
 class MixtureTeacher(Teacher):
-    """A perfect teacher of `mixture`: shape (D, 1, 1), its components as classes (or none), with any schedule. `calls` lists the batch sizes
-    of the network calls."""
+    """A perfect teacher of `mixture`: shape (D, 1, 1), its components as classes (or none), with any schedule. `calls`
+    lists the batch sizes of the network calls."""
 
     def __init__(self, mixture: Mixture = PLANE, schedule: Schedule | None = None, labelled: bool = True):
         schedule = schedule or EDMSchedule()
@@ -164,7 +169,8 @@ class MixtureTeacher(Teacher):
 
 
 def energy_p_value(x: Tensor, y: Tensor, permutations: int = 99, seed: int = 0) -> float:
-    """The permutation test of equal distributions by energy distance: the share of random relabellings that look at least as different."""
+    """The permutation test of equal distributions by energy distance: the share of random relabellings that look at
+    least as different."""
     both, n = torch.cat([x, y]).flatten(1).to(torch.float32), len(x)
     distances = torch.cdist(both, both)
     generator = torch.Generator().manual_seed(seed)

@@ -34,7 +34,8 @@ def test_the_reference_is_the_closed_form_for_a_gaussian(schedule):
 
 
 def test_the_reference_keeps_every_quantile_in_one_dimension():
-    """On a line the flow cannot change the order of points: it takes each quantile of one marginal to the same of the other."""
+    """On a line the flow cannot change the order of points: it takes each quantile of one marginal to the same of the
+    other."""
 
     def cdf(x, alpha, sigma):
         deviation = (alpha**2 * LINE.log_stds.exp() ** 2 + sigma**2).sqrt()

@@ -60,7 +60,8 @@ def test_no_seeds_no_noise():
 
 @pytest.mark.parametrize("classes", [0, 10])
 def test_steps_noise_goes_on_where_the_start_noise_ended(classes):
-    """EDM's order in every sample's generator: float32 noise, the label if there are classes, then float64 noise for each step."""
+    """EDM's order in every sample's generator: float32 noise, the label if there are classes, then float64 noise for
+    each step."""
     seeds, shape = [7, 0, 2**32 + 5], (1, 3, 5)
     steps = StepNoise(seeds, shape, classes)
     draws = [steps() for _ in range(3)]

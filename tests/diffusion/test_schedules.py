@@ -155,9 +155,10 @@ def test_time_steps_are_those_of_diffusers(spacing):
 def on_our_table(scheduler, schedule):
     """One of diffusers' schedulers with our table of abar.
 
-    Theirs is a float32 product of 1,000 factors, so each entry may be off by 1,000 x 2^-24, and how much it is depends on the processor. At the
-    last steps 1 - abar is 8.5e-4, and that error grows a thousandfold. On one table both compute in float64; what is left is that the network's
-    input, rounded to float32, may fall on the other side: 2^-24 x 4 (|x| < 4) a step, times a response below 1. Hence 1e-6.
+    Theirs is a float32 product of 1,000 factors, so each entry may be off by 1,000 x 2^-24, and how much it is depends
+    on the processor. At the last steps 1 - abar is 8.5e-4, and that error grows a thousandfold. On one table both
+    compute in float64; what is left is that the network's input, rounded to float32, may fall on the other side: 2^-24
+    x 4 (|x| < 4) a step, times a response below 1. Hence 1e-6.
     """
     assert torch.allclose(scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=1000 * 2**-24, atol=0)
     scheduler.alphas_cumprod = schedule.alphas_cumprod
@@ -167,7 +168,8 @@ def on_our_table(scheduler, schedule):
 
 
 def predicted_noise(denoise, schedule, x, t):
-    """What a network that predicts noise says at the whole time step t: eps = (x_t - alpha_t x_0) / sigma_t, in float64."""
+    """What a network that predicts noise says at the whole time step t: eps = (x_t - alpha_t x_0) / sigma_t, in
+    float64."""
     bar = schedule.alphas_cumprod[int(t)]
     return (x - bar.sqrt() * denoise(x.float(), torch.full((len(x),), float(t)))) / (1 - bar).sqrt()
 
@@ -217,7 +219,8 @@ def test_stochastic_ddim_is_that_of_diffusers(eta):
 @pytest.mark.parametrize("steps", [10, 20])  # below 15 steps the last one is of first order
 @pytest.mark.parametrize(("theirs", "ours"), [("sigma_min", "scheduler"), ("zero", "x0")])
 def test_dpmpp_samples_are_those_of_diffusers(steps, theirs, ours):
-    """Theirs keeps sigmas in float32, and takes logarithms and differences of them: a relative 2^-24 of each, up to 3e-6 in h here."""
+    """Theirs keeps sigmas in float32, and takes logarithms and differences of them: a relative 2^-24 of each, up to
+    3e-6 in h here."""
     z, schedule = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)), DiscreteSchedule.from_config(SD)
     scheduler = on_our_table(DPMSolverMultistepScheduler(**BETAS, solver_order=2, final_sigmas_type=theirs), schedule)
     scheduler.set_timesteps(

@@ -87,7 +87,8 @@ def test_nvidias_pickle_becomes_a_checkpoint(tmp_path, name):
 
 
 def test_a_published_student_in_a_pickle_becomes_a_student(tmp_path, capsys):
-    """The authors of SiD publish EDM's networks in EDM's pickles; only their readme says that they are called once, at 2.5."""
+    """The authors of SiD publish EDM's networks in EDM's pickles; only their readme says that they are called once, at
+    2.5."""
     pickle = Path(__file__).parents[1] / "golden" / "edm" / "edm-ddpmpp.pkl"
     before = d2o.load_teacher(pickle)
     with pytest.raises(SystemExit) as done:

@@ -1,4 +1,5 @@
-"""Writes files as NVIDIA's code does: Python's own pickler, stand-ins for the official classes. Needs the fixture `nvidia_modules`."""
+"""Writes files as NVIDIA's code does: Python's own pickler, stand-ins for the official classes. Needs the fixture
+`nvidia_modules`."""
 
 import pickle
 import warnings
@@ -86,7 +87,8 @@ def damage(content, rng):
 
 
 def outcome(path, content):
-    """Read `content` and build its network, without memory for the weights; anything but success or UserError escapes."""
+    """Read `content` and build its network, without memory for the weights; anything but success or UserError
+    escapes."""
     path.write_bytes(content)
     try:
         found = read_nvidia_pickle(path)

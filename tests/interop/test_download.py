@@ -69,7 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    """`drops` and `statuses` are by the number of the request; `lie` is added to the stated length; `deaf` to If-Range."""
+    """`drops` and `statuses` are by the number of the request; `lie` is added to the stated length; `deaf` to
+    If-Range."""
     behaviour = SimpleNamespace(
         content=CONTENT,
         etag='"v1"',

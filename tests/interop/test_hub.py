@@ -178,7 +178,8 @@ def test_a_repository_of_pickles_is_refused(cache, monkeypatch):
 
 
 def refusal(kind: str) -> Exception:
-    """The hub client's own exceptions want an HTTP response of whichever library it uses; their handlers only look at the class."""
+    """The hub client's own exceptions want an HTTP response of whichever library it uses; their handlers only look at
+    the class."""
     cls = getattr(huggingface_hub.errors, kind)
     return cls.__new__(cls)
 

@@ -32,7 +32,8 @@ from d2o.recipes.load import load_recipe
 
 @pytest.fixture(autouse=True)
 def limited_memory() -> object:
-    """Whoever believes the largest of the declared sizes meets MemoryError here. (Threads reserve some address space each.)"""
+    """Whoever believes the largest of the declared sizes meets MemoryError here. (Threads reserve some address space
+    each.)"""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**34, before[1]))

@@ -1,4 +1,5 @@
-"""Pickled numpy arrays are read as data: what numpy and torch write comes back bit for bit, and nothing else gets in."""
+"""Pickled numpy arrays are read as data: what numpy and torch write comes back bit for bit, and nothing else gets
+in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which networks the reader configures: EDM under all its preconditionings, EDM2, and the snapshots of SiD, SiDA and GDD."""
+"""Which networks the reader configures: EDM under all its preconditionings, EDM2, and the snapshots of SiD, SiDA and
+GDD."""
 
 import random
 from pathlib import Path
@@ -23,7 +24,8 @@ EDM2 = {"arch": "edm2", "img_resolution": 8, "img_channels": 4, "label_dim": 3, 
 
 
 def snapshot(path, ours, class_name, kwargs, **root):
-    """Our network of configuration `ours`, with random weights everywhere, in a file that calls it `class_name` made with `kwargs`."""
+    """Our network of configuration `ours`, with random weights everywhere, in a file that calls it `class_name` made
+    with `kwargs`."""
     torch.manual_seed(0)
     network = build_network(ours).eval()
     with torch.no_grad():
@@ -127,7 +129,8 @@ def test_the_golden_edm2_file():
 
 
 def edm2_file(**root):
-    """An EDM2 file as it is published: half precision throughout, EasyDict, the autoencoder with its numpy statistics, bound hooks."""
+    """An EDM2 file as it is published: half precision throughout, EasyDict, the autoencoder with its numpy statistics,
+    bound hooks."""
     kwargs = {
         **COMMON,
         "img_channels": 4,

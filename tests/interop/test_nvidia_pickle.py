@@ -1,6 +1,7 @@
 """The reader of NVIDIA's pickles: what it reads, and that nothing in a file can run, hang or eat memory.
 
-Files are written by Python's own pickler from stand-ins for the official classes, so their structure is that of the official ones.
+Files are written by Python's own pickler from stand-ins for the official classes, so their structure is that of the
+official ones.
 """
 
 import copyreg
@@ -67,7 +68,8 @@ def network(kwargs):
 
 
 def small(state=None, root=None, **kwargs):
-    """A file of 4 KB with all kinds of things in it: parameters, buffers, a container, a nested module, numpy values, attributes."""
+    """A file of 4 KB with all kinds of things in it: parameters, buffers, a container, a nested module, numpy values,
+    attributes."""
 
     def attributes(parameters=None, buffers=None, modules=None, **more):
         return {

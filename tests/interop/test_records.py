@@ -1,4 +1,5 @@
-"""What files say of themselves is input: wrong types, missing keys and sizes beyond what they hold are refused before anything is allocated."""
+"""What files say of themselves is input: wrong types, missing keys and sizes beyond what they hold are refused before
+anything is allocated."""
 
 import copy
 import json
@@ -202,7 +203,7 @@ def test_trying_a_network_out_draws_no_random_numbers():
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
-# Manifests -------------------------------------------------------------------------------------------------------------------------------
+# Manifests ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

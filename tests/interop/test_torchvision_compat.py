@@ -37,7 +37,8 @@ def fake_torchvision(folder: Path, init: str, **submodules: str) -> Path:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """Fails as the real one does: a submodule is imported, then another asks for an operator that nobody has registered."""
+    """Fails as the real one does: a submodule is imported, then another asks for an operator that nobody has
+    registered."""
     register = """
         import torch
         import torchvision.extension

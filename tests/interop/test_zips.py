@@ -1,4 +1,5 @@
-"""A zip's directory is held against its end: an entry whose lengths are wrong swallows those after it, and zipfile says nothing."""
+"""A zip's directory is held against its end: an entry whose lengths are wrong swallows those after it, and zipfile says
+nothing."""
 
 import zipfile
 

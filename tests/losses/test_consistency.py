@@ -1,4 +1,5 @@
-"""Karras' grid, jumps, solver steps, schedules and distances against formulas written out again, and against a Gaussian whose ODE is known."""
+"""Karras' grid, jumps, solver steps, schedules and distances against formulas written out again, and against a Gaussian
+whose ODE is known."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ def images(seed: int, n: int = 5) -> torch.Tensor:
 
 
 def test_the_gradient_of_dmd_is_the_difference_of_the_scores_with_its_weight():
-    """Yin et al. 2024, eq. 7 and 8: w_t (s_fake - s_real), w_t = sigma^2 CHW / |x - D_real|_1, with s = (D - x_t) / sigma^2."""
+    """Yin et al. 2024, eq. 7 and 8: w_t (s_fake - s_real), w_t = sigma^2 CHW / |x - D_real|_1, with s = (D - x_t) /
+    sigma^2."""
     x, real, fake, eps = (images(i) for i in range(4))
     sigma = torch.linspace(0.3, 3, 5, dtype=torch.float64)[:, None, None, None]
     x_t = x + sigma * eps

@@ -67,8 +67,10 @@ def test_distance_and_its_gradient_are_the_official_ones(distance, golden):
     found.sum().backward()
     assert found.shape == golden["distance"].shape
     assert relative(found.detach(), golden["distance"]) < 1e-4
-    # A unit of a ReLU or a maximum that float32's rounding puts on the other side changes the gradient by all of its share, and which units these
-    # are depends on the kernels: 6e-4 were seen between two of one processor. All other entries agree as the distance does.
+    # A unit of a ReLU or a maximum that float32's rounding puts on the other side changes the gradient by all of its
+    # share, and which units these
+    # are depends on the kernels: 6e-4 were seen between two of one processor. All other entries agree as the distance
+    # does.
     assert relative(a.grad, golden["grad_a"]) < 2e-3
     assert ((a.grad - golden["grad_a"]).abs() / golden["grad_a"].abs().mean()).median() < 3e-5
     with torch.no_grad():

@@ -24,7 +24,8 @@ def near(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def golden():
-    """The true score, the score network that the numbers were made with (all of the former times 1.01), and the numbers."""
+    """The true score, the score network that the numbers were made with (all of the former times 1.01), and the
+    numbers."""
     true = load_teacher(GOLDEN / "edm" / "edm-ddpmpp.pkl").network
     fake = copy.deepcopy(true)
     for name, value in fake.state_dict().items():

@@ -85,7 +85,8 @@ def test_path_lengths_of_a_linear_generator():
 
 
 def test_the_gradient_goes_through_the_running_mean():
-    """As in the authors' code: of (l - a)^2 with a = 0.9 a_0 + 0.1 mean l, whatever share of the batch a process has."""
+    """As in the authors' code: of (l - a)^2 with a = 0.9 a_0 + 0.1 mean l, whatever share of the batch a process
+    has."""
     y, ws = torch.ones(4, 1, 2, 2), torch.ones(4, 1, 1)
     start, decay = 3.0, 0.1
 

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 
 class Loop:
-    """One process with micro-batches of `size` of the method's batch; keeps losses and gradients. `lr` 0: networks stay as they are."""
+    """One process with micro-batches of `size` of the method's batch; keeps losses and gradients. `lr` 0: networks stay
+    as they are."""
 
     def __init__(self, method: Any, size: int | None = None, lr: float = 0.0, total: int | None = None):
         self.total = total or method.batch

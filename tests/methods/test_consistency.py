@@ -253,7 +253,8 @@ def gaussian_batch():
 
 @pytest.mark.parametrize("kind", ["cd", "ctm"])
 def test_the_exact_function_of_a_known_ode_is_a_fixed_point(kind):
-    """Its loss is what the solver errs; that falls with the fourth power of N (Heun: one step errs as the third, the whole way as the second)."""
+    """Its loss is what the solver errs; that falls with the fourth power of N (Heun: one step errs as the third, the
+    whole way as the second)."""
     losses = {}
     for n in (24, 48, 96):
         losses[n] = step(gaussian(kind, N=n + 1), gaussian_batch())[0]["loss"].item()

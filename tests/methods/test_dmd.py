@@ -49,7 +49,8 @@ def moved(network: nn.Module, seed: int = 9) -> None:
 
 
 def test_an_iteration_of_dmd_is_its_algorithm():
-    """Yin et al. 2024, algorithms 1 to 3: the student's step with both losses, then the score network's on the same samples."""
+    """Yin et al. 2024, algorithms 1 to 3: the student's step with both losses, then the score network's on the same
+    samples."""
     method = dmd(lambda_reg=0.25, regression="l1")
     moved(method.score)
     loop, data = Loop(method, total=6), pairs()
@@ -85,7 +86,8 @@ def test_an_iteration_of_dmd_is_its_algorithm():
 
 
 def test_an_iteration_of_diff_instruct_is_its_algorithm():
-    """Luo et al. 2023, algorithm 1: the score network learns first, from samples of its own; then the student's step, sums over the pixels."""
+    """Luo et al. 2023, algorithm 1: the score network learns first, from samples of its own; then the student's step,
+    sums over the pixels."""
     method = dmd(kind="diff_instruct", student=SimpleNamespace(sigma=1.0, init="teacher", dropout=0.3))
     moved(method.score)
     loop = Loop(method, total=6)

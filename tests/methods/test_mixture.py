@@ -1,4 +1,5 @@
-"""SiD and DMD where the right answer is known: the denoiser of a mixture of Gaussians, taught to an MLP by the real methods and training loop."""
+"""SiD and DMD where the right answer is known: the denoiser of a mixture of Gaussians, taught to an MLP by the real
+methods and training loop."""
 
 from __future__ import annotations
 

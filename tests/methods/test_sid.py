@@ -1,4 +1,5 @@
-"""SiD and SiDA: an iteration against Algorithm 1, phases, data or none, what makes no difference, what is refused, and through the loop."""
+"""SiD and SiDA: an iteration against Algorithm 1, phases, data or none, what makes no difference, what is refused, and
+through the loop."""
 
 from __future__ import annotations
 
@@ -468,7 +469,7 @@ def test_a_student_can_start_from_scratch():
     assert not torch.equal(next(method.student.parameters()), next(method.score.parameters()))
 
 
-# Through the loop ----------------------------------------------------------------------------------------------------------------------
+# Through the loop -----------------------------------------------------------------------------------------------------
 
 SMALL_RUN = ["batch=8", "images=48", "log_every=1", "eval=null", "preview=null", "ema.half_life=50"]
 EARLY = ["sid.start_g_nimg=8", "sid.start_adv_nimg=24", "sid.batch_pool=4"]

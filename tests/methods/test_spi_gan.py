@@ -183,7 +183,8 @@ def tiny(*changes: str):
 
 
 def test_the_average_moves_once_an_iteration_whatever_its_updates(tmp_path) -> None:
-    """Table 8's decay is of an iteration: four updates of the generator (two times, path lengths at each) are one step of the average."""
+    """Table 8's decay is of an iteration: four updates of the generator (two times, path lengths at each) are one step
+    of the average."""
     recipe = tiny(
         "ema={decay: 0.75, half_life: null}",
         "spi_gan.K=2",

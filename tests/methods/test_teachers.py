@@ -1,4 +1,5 @@
-"""Which teachers a method takes is known from a name, a folder or a file alone, and said before anything is fetched or made."""
+"""Which teachers a method takes is known from a name, a folder or a file alone, and said before anything is fetched or
+made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The network of TensorFlow's graph file, layer by layer, as NVIDIA's and OpenAI's files name its weights; written from the graph, not from ours."""
+"""The network of TensorFlow's graph file, layer by layer, as NVIDIA's and OpenAI's files name its weights; written from
+the graph, not from ours."""
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,8 @@ class Graph:
 
     @torch.inference_mode()
     def __call__(self, x):
-        """Normalised images [n, 3, 299, 299] -> `pool_3` [n, 2048], `mixed_6/conv` [n, 17, 17, 192], logits without bias [n, 1008]."""
+        """Normalised images [n, 3, 299, 299] -> `pool_3` [n, 2048], `mixed_6/conv` [n, 17, 17, 192], logits without
+        bias [n, 1008]."""
         x = self.conv("conv", x, 32, (3, 3), 2)
         x = self.conv("conv_2", self.conv("conv_1", x, 32, (3, 3)), 64, (3, 3), 1, 1)
         x = self.conv("conv_4", self.conv("conv_3", F.max_pool2d(x, 3, 2), 80, (1, 1)), 192, (3, 3))

@@ -1,4 +1,5 @@
-"""Images that would spoil a metric silently: each is refused in words, or converted as stated. On real files of every such kind."""
+"""Images that would spoil a metric silently: each is refused in words, or converted as stated. On real files of every
+such kind."""
 
 from __future__ import annotations
 
@@ -108,7 +109,8 @@ def test_deep_pixels_that_have_no_fixed_meaning_are_refused(tmp_path: Path) -> N
 
 
 def test_cmyk(tmp_path: Path) -> None:
-    """A photograph for print: inks that are stored inverted, as Adobe's and PIL's JPEGs have them, come out in the right colours."""
+    """A photograph for print: inks that are stored inverted, as Adobe's and PIL's JPEGs have them, come out in the
+    right colours."""
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     found = opened(tmp_path, a_jpg=encoded(red, "JPEG", quality=95))
     assert np.array_equal(pixels_of(found), np.broadcast_to([255, 0, 0], (16, 16, 3)))

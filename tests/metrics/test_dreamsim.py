@@ -25,7 +25,8 @@ KINDS = ("dino_vitb16", "clip_vitb16", "open_clip_vitb16")
 
 
 def small_transformer(kind):
-    """The package's network for `kind`, 12 blocks of width 64 instead of 768, with random weights; and its projection."""
+    """The package's network for `kind`, 12 blocks of width 64 instead of 768, with random weights; and its
+    projection."""
     network = VisionTransformer(embed_dim=64, depth=12, num_heads=1, qkv_bias=True, norm_layer=torch.nn.LayerNorm)
     if kind != "dino_vitb16":
         network.pos_drop = torch.nn.LayerNorm(64)
@@ -43,7 +44,8 @@ def small_transformer(kind):
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The package's own model of three small transformers with adapters, and a folder with its weights as they are released."""
+    """The package's own model of three small transformers with adapters, and a folder with its weights as they are
+    released."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("release")
     with pytest.MonkeyPatch.context() as patch:

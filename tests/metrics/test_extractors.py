@@ -1,4 +1,5 @@
-"""The extractors of natural images compute what the published tools compute, take only the right weights, and say where to get them."""
+"""The extractors of natural images compute what the published tools compute, take only the right weights, and say where
+to get them."""
 
 import sys
 from types import ModuleType
@@ -105,7 +106,8 @@ def lite():
 
 
 def test_lite0_sees_what_is_in_a_photograph(lite):
-    """A Chinese palace is ImageNet's 698, a flower of the daisies' family its 985: weights, names, padding and normalisation are right."""
+    """A Chinese palace is ImageNet's 698, a flower of the daisies' family its 985: weights, names, padding and
+    normalisation are right."""
     for photograph, label in zip(load_sample_images().images, (698, 985)):
         x = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None]
         assert lite.logits(x[:, :, :, 106:533])[0].argmax() == label
@@ -223,7 +225,8 @@ def test_dinov2_takes_the_published_number_of_positions(tiny_dino, tiny_dino_fil
 
 
 def test_positions_are_resized_by_metas_rule():
-    """Output i of 16 looks at (i + 1/2) * 37 / 16.1 - 1/2 of 37, through the cubic kernel with a = -0.75 and repeated edges."""
+    """Output i of 16 looks at (i + 1/2) * 37 / 16.1 - 1/2 of 37, through the cubic kernel with a = -0.75 and repeated
+    edges."""
     grid = torch.randn(37, 37, 3, generator=torch.Generator().manual_seed(0)).double()
     at = (np.arange(16) + 0.5) * 37 / 16.1 - 0.5
     low = np.floor(at).astype(int)

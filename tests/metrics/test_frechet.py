@@ -62,7 +62,8 @@ def test_the_factor_of_the_reference_may_be_kept(n: int, m: int) -> None:
 
 @pytest.mark.parametrize("smallest", [1e-8, 1e-11, 1e-13, 1e-16])
 def test_exact_for_widely_spread_variances(smallest: float) -> None:
-    """Diagonal covariances in a rotated basis, whose distance is known; the smallest variances reach down to the rounding of the largest."""
+    """Diagonal covariances in a rotated basis, whose distance is known; the smallest variances reach down to the
+    rounding of the largest."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(60, 60)))[0]
     a, b = np.geomspace(1, smallest, 60), np.geomspace(2, smallest, 60)

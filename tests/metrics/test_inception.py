@@ -1,4 +1,5 @@
-"""The Inception extractors against torch-fidelity, pytorch-fid and clean-fid with the same random weights, and the files that they come in."""
+"""The Inception extractors against torch-fidelity, pytorch-fid and clean-fid with the same random weights, and the
+files that they come in."""
 
 import copy
 
@@ -81,7 +82,8 @@ def test_legacy_pytorch_equals_pytorch_fid(extractor, file, monkeypatch):
 
 
 def test_clean_equals_clean_fid(extractor, fidelity):
-    """clean-fid resizes outside, then feeds TensorFlow's network with (x - 128) / 128; its own TorchScript file is not to be had offline."""
+    """clean-fid resizes outside, then feeds TensorFlow's network with (x - 128) / 128; its own TorchScript file is not
+    to be had offline."""
     ours = InceptionExtractor("inception-clean", extractor.network, extractor.sha256)
     fast = InceptionExtractor("inception-clean_torch", extractor.network, extractor.sha256)
     resize = build_resizer("clean")

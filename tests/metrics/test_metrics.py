@@ -1,5 +1,5 @@
-"""Every metric through `evaluate_all`, with small stand-ins where the real networks weigh gigabytes: values against the functions behind them,
-options that change them, and what is refused before any image is made."""
+"""Every metric through `evaluate_all`, with small stand-ins where the real networks weigh gigabytes: values against the
+functions behind them, options that change them, and what is refused before any image is made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def evaluate(*xs: str | Path, settings: Settings = SMALL, **request) -> list[dic
 
 
 class Mean(Extractor):
-    """Takes any image; its features are means over a 2x2 grid of each channel, brighter for no reason but to be told apart by its name."""
+    """Takes any image; its features are means over a 2x2 grid of each channel, brighter for no reason but to be told
+    apart by its name."""
 
     def __init__(self, name: str, weights: Path | None, device, classes: int = 0):
         outputs = ("features", "spatial", "logits") if classes else ("features", "spatial")

@@ -1,4 +1,5 @@
-"""Nearest training images: copies are found, fresh images are not taken for copies, and what is shown is what was searched."""
+"""Nearest training images: copies are found, fresh images are not taken for copies, and what is shown is what was
+searched."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def test_equals_torch_fidelity(k: int) -> None:
 @pytest.mark.parametrize("inclusive", [True, False])
 @pytest.mark.parametrize("shift", [0.0, 3e3])
 def test_ties_and_near_ties_come_out_as_in_exact_arithmetic(shift: float, inclusive: bool) -> None:
-    """Features on a grid have many equal distances, far from zero squares cancel in float32; a third of the fakes repeat reals."""
+    """Features on a grid have many equal distances, far from zero squares cancel in float32; a third of the fakes
+    repeat reals."""
     grid = torch.randint(-2, 3, (330, 6), generator=torch.Generator().manual_seed(5)).float() + shift
     real, fake = grid[:200], torch.cat([grid[200:], grid[:60]])
     found = manifold(real, fake, 3, 3, inclusive_pr=inclusive, inclusive_dc=inclusive)

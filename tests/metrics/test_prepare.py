@@ -1,4 +1,5 @@
-"""Images are brought to size as the papers' code does it, whether they come as files or as tensors, and results say how."""
+"""Images are brought to size as the papers' code does it, whether they come as files or as tensors, and results say
+how."""
 
 from __future__ import annotations
 

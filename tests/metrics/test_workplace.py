@@ -1,4 +1,5 @@
-"""Where an evaluation keeps its work: nothing is lost before the results are there, nothing stays after, and nothing can block the next one."""
+"""Where an evaluation keeps its work: nothing is lost before the results are there, nothing stays after, and nothing
+can block the next one."""
 
 from __future__ import annotations
 

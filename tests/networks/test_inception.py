@@ -1,4 +1,5 @@
-"""Our Inception against pytorch-fid's and torch-fidelity's with the same random weights, and against TensorFlow's graph."""
+"""Our Inception against pytorch-fid's and torch-fidelity's with the same random weights, and against TensorFlow's
+graph."""
 
 import pytest
 import torch

@@ -41,7 +41,8 @@ def stubbed(precond, **more):
 
 
 def table(precond, s, d=0.5):
-    """c_skip, c_out, c_in, c_noise of Karras et al. 2022, Table 1 (consistency: Song et al. 2023) for one noise level, in plain numbers."""
+    """c_skip, c_out, c_in, c_noise of Karras et al. 2022, Table 1 (consistency: Song et al. 2023) for one noise level,
+    in plain numbers."""
     match precond:
         case "edm":
             return d**2 / (s**2 + d**2), s * d / math.hypot(s, d), 1 / math.hypot(s, d), math.log(s) / 4

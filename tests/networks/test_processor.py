@@ -13,7 +13,8 @@ FLAGS = "processor\t: 0\nflags\t\t: fpu sse {}\nbugs\t: none\n"
 
 @pytest.fixture
 def cpu(monkeypatch, tmp_path):
-    """cpu(amx=..., avx512=...): a processor as torch's probes find it; cpu(flags="..."): as Linux lists it, under a torch without probes."""
+    """cpu(amx=..., avx512=...): a processor as torch's probes find it; cpu(flags="..."): as Linux lists it, under a
+    torch without probes."""
 
     def make(amx=False, avx512=False, flags=None):
         for name, found in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx512)):

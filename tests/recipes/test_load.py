@@ -84,7 +84,7 @@ def failure(name: str) -> UserError:
     return caught.value
 
 
-# ---- what a recipe holds -----------------------------------------------------------------------------------------------------------------
+# ---- what a recipe holds ---------------------------------------------------------------------------------------------
 
 
 def test_defaults():
@@ -204,7 +204,7 @@ def test_scalars(written, value):
         assert got == value and type(got) is type(value)
 
 
-# ---- resolved ----------------------------------------------------------------------------------------------------------------------------
+# ---- resolved --------------------------------------------------------------------------------------------------------
 
 
 def test_resolved_reads_back_to_an_equal_recipe():
@@ -253,7 +253,7 @@ def test_dump_escapes_what_yaml_cannot_hold():
     assert yaml.safe_load(dump(data)) == data
 
 
-# ---- wrong values ------------------------------------------------------------------------------------------------------------------------
+# ---- wrong values ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_all_problems_are_listed_in_the_order_of_the_file():
     ]
 
 
-# ---- merging -----------------------------------------------------------------------------------------------------------------------------
+# ---- merging ---------------------------------------------------------------------------------------------------------
 
 
 def test_precedence_base_file_mini_set():
@@ -502,7 +502,7 @@ def test_bad_extends(text, message):
     assert failure(write(text + "\n")).message.startswith(message)
 
 
-# ---- mini --------------------------------------------------------------------------------------------------------------------------------
+# ---- mini ------------------------------------------------------------------------------------------------------------
 
 
 def test_mini_is_merged_only_when_asked_for():
@@ -549,7 +549,7 @@ def test_set_may_mend_a_file_but_not_break_its_mini():
     assert load_recipe(write(text), ["teacher=x", "method=two-player", "two_player.rate=1"]).options.rate == 1.0
 
 
-# ---- --set -------------------------------------------------------------------------------------------------------------------------------
+# ---- --set -----------------------------------------------------------------------------------------------------------
 
 
 def test_set_values_are_yaml():
@@ -607,7 +607,7 @@ def test_bad_set(override, line):
     assert found == line or (found.startswith(line) and line.endswith((" ", "here", "recipes")))
 
 
-# ---- not a recipe ------------------------------------------------------------------------------------------------------------------------
+# ---- not a recipe ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -686,7 +686,7 @@ def test_compose_alone():
     assert compose("", "x") is None and compose("a: 1", "x") is not None
 
 
-# ---- finding -----------------------------------------------------------------------------------------------------------------------------
+# ---- finding ---------------------------------------------------------------------------------------------------------
 
 
 def test_find_by_path_and_name(monkeypatch):
@@ -740,7 +740,7 @@ def test_folders_of_a_checkout_and_of_an_installed_package(monkeypatch):
     assert load.recipe_folders() == [Path("checkout/recipes").resolve()]
 
 
-# ---- comparing and describing ------------------------------------------------------------------------------------------------------------
+# ---- comparing and describing ----------------------------------------------------------------------------------------
 
 
 def test_diff():
@@ -808,7 +808,7 @@ def test_every_key_is_described_with_its_default():
     assert "fake.loss" not in {row.key for row in describe()}
 
 
-# ---- anything at all ---------------------------------------------------------------------------------------------------------------------
+# ---- anything at all -------------------------------------------------------------------------------------------------
 
 PLAIN = st.recursive(
     st.none()

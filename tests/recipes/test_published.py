@@ -14,8 +14,8 @@ FIRST = {32: 3 * 32 * 32 * 512 + 512, 256: 3 * 256 * 256 * 512 + 512}  # Table 6
 R = 512 * 512 + 512  # Table 7, one layer
 
 
-# What the synthesis network and the critic without time have is counted by hand in tests/networks/test_style.py; the critic's time is two layers
-# and one for each of its blocks, at 256 px of 64, 128, 256 and three times 512 channels.
+# What the synthesis network and the critic without time have is counted by hand in tests/networks/test_style.py; the
+# critic's time is two layers and one for each of its blocks, at 256 px of 64, 128, 256 and three times 512 channels.
 TIMED = 2 * R + 513 * (64 + 128 + 256 + 3 * 512)
 
 
@@ -123,10 +123,11 @@ def test_cd_i_and_its_twin_differ_in_freeze_alone():
     )
 
 
-# ---- SiDA (arXiv 2410.14919) -------------------------------------------------------------------------------------------------------------
+# ---- SiDA (arXiv 2410.14919) -----------------------------------------------------------------------------------------
 
 SETS = ("cifar10_uncond", "cifar10_cond", "imagenet64", "ffhq64", "afhqv2")
-SIDA_TABLE_8 = {  # batch, of one GPU, learning rate, eps, half-life of the average, precision (fp16 there), dropout, augmentation
+# batch, of one GPU, learning rate, eps, half-life of the average, precision (fp16 there), dropout, augmentation
+SIDA_TABLE_8 = {
     "cifar10": (256, 32, 1e-5, 1e-8, 500_000, "fp32", 0.13, 0.12),
     "imagenet64": (8192, 32, 4e-6, 1e-6, 2_000_000, "bf16", 0.10, 0.0),
     "ffhq64": (512, 64, 1e-5, 1e-6, 500_000, "bf16", 0.05, 0.15),

@@ -1,4 +1,5 @@
-"""The recipes and assets that ship: every one loads, plans and runs; the builtin teacher and classifier can be trained again."""
+"""The recipes and assets that ship: every one loads, plans and runs; the builtin teacher and classifier can be trained
+again."""
 
 from __future__ import annotations
 

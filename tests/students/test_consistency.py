@@ -1,4 +1,5 @@
-"""Students of consistency models: the published two-step sampling, on the command line too; an image is a function of its seed."""
+"""Students of consistency models: the published two-step sampling, on the command line too; an image is a function of
+its seed."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def test_a_progressively_distilled_student_walks_its_grid():
 
 @pytest.mark.parametrize(("form", "steps"), [("cd", 1), ("cd", 2), ("pd", 4), ("ctm", 2)])
 def test_estimates_are_clamped_at_every_call(form, steps):
-    """As Song et al.'s sampler: not only the last one, which decoding clamps anyway; never latents, which have no such range."""
+    """As Song et al.'s sampler: not only the last one, which decoding clamps anyway; never latents, which have no such
+    range."""
     noise, asked = torch.randn(4, 1, 8, 8), []
 
     def loud(network):  # estimates far outside of [-1, 1]

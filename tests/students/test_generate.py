@@ -33,7 +33,8 @@ def student(tmp_path_factory):
 
 @pytest.fixture
 def build(student, tmp_path):
-    """build("x.zip", n=..., seed=..., labels=..., how={...}) -> path: 20 images of the tiny student in parts of 8, one thread."""
+    """build("x.zip", n=..., seed=..., labels=..., how={...}) -> path: 20 images of the tiny student in parts of 8, one
+    thread."""
 
     def run(name="x.zip", how=None, sampler=None, **settings):
         sampler = sampler or student_sampler(load_student(student))

@@ -1,4 +1,5 @@
-"""Students of several calls: image i is a function of its own start noise, in any batch; checkpoints say what they are."""
+"""Students of several calls: image i is a function of its own start noise, in any batch; checkpoints say what they
+are."""
 
 import pytest
 import torch

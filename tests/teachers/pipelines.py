@@ -38,7 +38,8 @@ def clip_tokenizer(folder):
 
 
 def enlarge(network, part, factor):
-    """Random weights as they come leave the text next to no influence on the image, and a test of it would see nothing."""
+    """Random weights as they come leave the text next to no influence on the image, and a test of it would see
+    nothing."""
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if part in name and weight.ndim == 2:

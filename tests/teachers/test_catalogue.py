@@ -60,7 +60,8 @@ def test_the_files_of_nvidia():
 
 
 def test_sampling_as_published():
-    """EDM: 35 evaluations on CIFAR-10, 79 at 64x64 (Heun: 2 steps - 1); EDM2: 63; Diffusion2GAN's teachers: DDIM in 50 steps, cfg 3 and 7."""
+    """EDM: 35 evaluations on CIFAR-10, 79 at 64x64 (Heun: 2 steps - 1); EDM2: 63; Diffusion2GAN's teachers: DDIM in 50
+    steps, cfg 3 and 7."""
     heun = {name: 2 * find(name).steps - 1 for name in names() if find(name).solver == "heun"}
     assert {heun[n] for n in EDM if "cifar10" in n} == {35}
     assert {heun[n] for n in EDM if "cifar10" not in n} == {79} == {heun["edm-imagenet64-adm"]}

@@ -21,7 +21,8 @@ def vae():
 
 
 def test_the_published_numbers():
-    """raw * scale + bias with scale = 0.5 / [4.17, 4.62, 3.71, 3.28], bias = -[5.81, 3.25, 0.12, -2.15] * scale (EDM2)."""
+    """raw * scale + bias with scale = 0.5 / [4.17, 4.62, 3.71, 3.28], bias = -[5.81, 3.25, 0.12, -2.15] * scale
+    (EDM2)."""
     raw = torch.ones(1, 4, 1, 1, dtype=torch.float64)
     expected = [0.5 * (1 - 5.81) / 4.17, 0.5 * (1 - 3.25) / 4.62, 0.5 * (1 - 0.12) / 3.71, 0.5 * (1 + 2.15) / 3.28]
     torch.testing.assert_close(to_diffusion(raw).flatten(), torch.tensor(expected, dtype=torch.float64))

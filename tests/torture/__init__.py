@@ -1,1 +1,2 @@
-"""Kills every command at random moments and at its file-system events, fills the disk, damages every kind of file, and counts what broke."""
+"""Kills every command at random moments and at its file-system events, fills the disk, damages every kind of file, and
+counts what broke."""

@@ -45,7 +45,8 @@ def _set(*tables: dict[str, object]) -> list[str]:
 
 @dataclass(frozen=True)
 class Command:
-    """`marker`: the end of the path of what is renamed once for each checkpoint or part; the events after the last but one are all tried.
+    """`marker`: the end of the path of what is renamed once for each checkpoint or part; the events after the last but
+    one are all tried.
     `again`: what is added to the command to continue it. `inputs`: what it reads, of the prepared folder."""
 
     name: str

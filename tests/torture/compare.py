@@ -1,7 +1,8 @@
 """What a command left, as a table that must be the same however often it was killed.
 
-Not compared, because they are times: `timing/` of a pair store, images_per_s in metrics.jsonl and TensorBoard, `timings` and samples_per_s
-of results and of the tables made from them. TensorBoard files carry host, process and wall clock: their scalars are compared.
+Not compared, because they are times: `timing/` of a pair store, images_per_s in metrics.jsonl and TensorBoard,
+`timings` and samples_per_s of results and of the tables made from them. TensorBoard files carry host, process and wall
+clock: their scalars are compared.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def differences(reference: dict[str, str], found: dict[str, str]) -> list[str]:
 
 
 def scalars(board: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> (step, value), as TensorBoard shows them: what a resumed run has purged is gone. A point that stands there twice is one point."""
+    """Tag -> (step, value), as TensorBoard shows them: what a resumed run has purged is gone. A point that stands there
+    twice is one point."""
     import logging
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)

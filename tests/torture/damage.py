@@ -1,4 +1,5 @@
-"""Damaged files, read: exit 2 with a message that names the file, or the result of the intact file; nothing else is accepted.
+"""Damaged files, read: exit 2 with a message that names the file, or the result of the intact file; nothing else is
+accepted.
 
 Where no digest can tell (a picture of other pixels, a user's own YAML), another result is accepted, too.
 """
@@ -48,7 +49,8 @@ class Intact:
     def read(
         self, folder: Path, log: Path, data: bytes | None = None, trust: bool = False
     ) -> tuple[forks.Outcome, dict[str, str]]:
-        """Read it in a copy of its folder, with `data` in its place; the file itself is no product. `trust`: without looking at digests."""
+        """Read it in a copy of its folder, with `data` in its place; the file itself is no product. `trust`: without
+        looking at digests."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.folder, folder)
         if data is not None:

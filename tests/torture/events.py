@@ -1,7 +1,9 @@
-"""Every file-system event of a command, by number: to list them, to die at one of them, or to find the disk full from one of them on.
+"""Every file-system event of a command, by number: to list them, to die at one of them, or to find the disk full from
+one of them on.
 
-Events are what changes files: opening to write, each write(2) of Python's own files, fsync, rename, removal, folders. Audit hooks see most of
-them, from whatever library; writes and fsync are seen by taking the place of `open` and `os.fsync`. Dying at a write leaves half of it.
+Events are what changes files: opening to write, each write(2) of Python's own files, fsync, rename, removal, folders.
+Audit hooks see most of them, from whatever library; writes and fsync are seen by taking the place of `open` and
+`os.fsync`. Dying at a write leaves half of it.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ class Events:
             self.event(name, relative)
 
     def _ours(self, path: Any) -> str | None:
-        """The path within the trial's folder, or None. Names relative to an open folder count as ours: only trees of ours are removed."""
+        """The path within the trial's folder, or None. Names relative to an open folder count as ours: only trees of
+        ours are removed."""
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None
         text = os.path.join(self.root, os.fsdecode(path))

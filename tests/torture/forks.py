@@ -1,6 +1,7 @@
 """Commands in forked children: torch and d2o are imported once, a trial then costs milliseconds instead of seconds.
 
-The parent must never compute with torch: a pool of OpenMP threads does not survive a fork. Whatever computes, does it in a child.
+The parent must never compute with torch: a pool of OpenMP threads does not survive a fork. Whatever computes, does it
+in a child.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CRASHED = 70  # an exception that d2o's own `main` let through
 
 @dataclass
 class Outcome:
-    """How a child ended: its exit code, or the signal that ended it (a time-out is a SIGKILL of ours). `peak`: MB of memory."""
+    """How a child ended: its exit code, or the signal that ended it (a time-out is a SIGKILL of ours). `peak`: MB of
+    memory."""
 
     code: int | None
     signal: int
@@ -43,7 +45,8 @@ class Outcome:
 
 
 def warm(long: bool = False) -> None:
-    """Import everything that the commands import, with one thread, before the first fork. `long`: also what takes seconds to import."""
+    """Import everything that the commands import, with one thread, before the first fork. `long`: also what takes
+    seconds to import."""
     import torch
 
     torch.set_num_threads(1)
@@ -94,8 +97,8 @@ def run(
     polite: bool = False,
     memory: int | None = None,
 ) -> Outcome:
-    """Call `function` in a child and wait. `kill_after`: SIGKILL (`polite`: SIGTERM) after that many seconds; `memory`: bytes that it may take
-    beyond what is in use now."""
+    """Call `function` in a child and wait. `kill_after`: SIGKILL (`polite`: SIGTERM) after that many seconds; `memory`:
+    bytes that it may take beyond what is in use now."""
     started = time.perf_counter()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,7 +141,8 @@ def _child(function: Callable[[], Any], cwd: Path, log: Path, memory: int | None
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (out, 1), (out, 2)):
             os.dup2(source, target)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        # noqa: SIM115
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         os.chdir(cwd)
         os.environ.update(D2O_HOME=str(cwd / "home"), PWD=str(cwd))
         if memory is not None:
@@ -166,7 +170,8 @@ def _in_use() -> int:
 
 
 def share(jobs: int, count: int, work: Callable[[int], dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """work(0) ... work(count - 1), each in one of `jobs` forked workers, which take the next number when they are free; results in any order."""
+    """work(0) ... work(count - 1), each in one of `jobs` forked workers, which take the next number when they are free;
+    results in any order."""
     folder.mkdir(parents=True, exist_ok=True)
     following = multiprocessing.get_context("fork").Value("i", 0)
     pids, files = [], [folder / f"results-{job}.jsonl" for job in range(jobs)]

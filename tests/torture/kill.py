@@ -1,4 +1,5 @@
-"""Kills, stops and full disks: every trial must end, when the command is run again, with the bytes of a run that nothing happened to."""
+"""Kills, stops and full disks: every trial must end, when the command is run again, with the bytes of a run that
+nothing happened to."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ LIMIT = 120.0  # seconds of one command: many times what it takes
 
 @dataclass(frozen=True)
 class Trial:
-    """`kind`: moment (SIGKILL after a part of the reference's time), stop (SIGTERM likewise), event (SIGKILL at event number `at`), full (no
-    space from event `at` on). `twice`: the continued command is killed, too, at an event of its own."""
+    """`kind`: moment (SIGKILL after a part of the reference's time), stop (SIGTERM likewise), event (SIGKILL at event
+    number `at`), full (no space from event `at` on). `twice`: the continued command is killed, too, at an event of its
+    own."""
 
     command: str
     kind: str
@@ -71,7 +73,8 @@ class Reference:
 
 
 def plan(reference: Reference, moments: int, events: int | None, full: int, seed: int) -> list[Trial]:
-    """`moments` random ones (one in five a polite stop); `events` of the last checkpoint's (None: all, and a sixth of the others); `full` disks."""
+    """`moments` random ones (one in five a polite stop); `events` of the last checkpoint's (None: all, and a sixth of
+    the others); `full` disks."""
     name = reference.command.name
     rng = random.Random(f"{seed}/{name}")
     trials = [

@@ -1,7 +1,8 @@
-"""Damage: what disks, networks and careless or hostile people do to files. Every mutation is a function of (bytes, random generator).
+"""Damage: what disks, networks and careless or hostile people do to files. Every mutation is a function of (bytes,
+random generator).
 
-`RAW` fits any file. `FORMATS` know what is inside: they change declared sizes, JSON values, names of members, and keep checksums right, so that
-readers get past the first check. None: nothing of that kind is in this file.
+`RAW` fits any file. `FORMATS` know what is inside: they change declared sizes, JSON values, names of members, and keep
+checksums right, so that readers get past the first check. None: nothing of that kind is in this file.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def size_field(data: bytes, rng: random.Random) -> bytes:
 RAW: dict[str, Mutation] = {f.__name__: f for f in (flip, run_of, truncate, extend, swap, cut_or_repeat, size_field)}
 
 
-# Which formats know which mutations. The flag: whether d2o could tell that the file was changed, where the bytes have a digest.
+# Which formats know which mutations. The flag: whether d2o could tell that the file was changed, where the bytes have a
+# digest.
 
 FORMATS: dict[str, dict[str, tuple[Mutation, bool]]] = {
     "sealed": {

@@ -1,4 +1,5 @@
-"""Mutations of pictures and of what holds them: PNG, zip, npz, tar. Checksums are made to fit, so that readers get past the first check."""
+"""Mutations of pictures and of what holds them: PNG, zip, npz, tar. Checksums are made to fit, so that readers get past
+the first check."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def zip_fields(data: bytes, rng: random.Random) -> bytes | None:
 
 
 def zip_member(data: bytes, rng: random.Random) -> bytes | None:
-    """One member is renamed, doubled, left out, emptied, blown up, or is itself mutated, in an archive whose checksums fit."""
+    """One member is renamed, doubled, left out, emptied, blown up, or is itself mutated, in an archive whose checksums
+    fit."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         members = [(info.filename, file.read(info)) for info in file.infolist()]
     i = rng.randrange(len(members))

@@ -1,4 +1,5 @@
-"""Mutations of safetensors files: of their header, and of the JSON record that d2o keeps in it, with and without a digest that fits."""
+"""Mutations of safetensors files: of their header, and of the JSON record that d2o keeps in it, with and without a
+digest that fits."""
 
 from __future__ import annotations
 

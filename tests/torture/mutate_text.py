@@ -39,7 +39,8 @@ VALUES: list[Any] = [
     DEEP,
     BIG,
 ]
-"""What a JSON value may become. The last two are written as text: a thousand-fold nesting, and a number of 5,000 digits."""
+"""What a JSON value may become. The last two are written as text: a thousand-fold nesting, and a number of 5,000
+digits."""
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:

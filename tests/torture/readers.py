@@ -1,4 +1,5 @@
-"""Readers of specimens that no quick command reads: each writes what it read to result.txt, or says what is wrong as the command line does."""
+"""Readers of specimens that no quick command reads: each writes what it read to result.txt, or says what is wrong as
+the command line does."""
 
 from __future__ import annotations
 

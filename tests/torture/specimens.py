@@ -12,10 +12,12 @@ from tests.torture.events import Events
 
 @dataclass(frozen=True)
 class Specimen:
-    """`make` fills a folder, in a child; `file` (a pattern) in it is mutated; `read` is the command, or a function, that reads it there.
+    """`make` fills a folder, in a child; `file` (a pattern) in it is mutated; `read` is the command, or a function,
+    that reads it there.
 
-    `format`: the mutations that know its inside. `own`: bytes that are not those that were written can be told (a digest of d2o's, a zip's
-    CRC): a result other than the intact file's is a failure. `named`: any of these in the message says which file is meant.
+    `format`: the mutations that know its inside. `own`: bytes that are not those that were written can be told (a
+    digest of d2o's, a zip's CRC): a result other than the intact file's is a failure. `named`: any of these in the
+    message says which file is meant.
     """
 
     name: str

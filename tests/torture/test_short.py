@@ -1,5 +1,5 @@
-"""The short form of the torture: some kills at events of the last checkpoint, some full disks, some damaged files. The long one is
-`make torture`. A failure prints the command that repeats it alone."""
+"""The short form of the torture: some kills at events of the last checkpoint, some full disks, some damaged files. The
+long one is `make torture`. A failure prints the command that repeats it alone."""
 
 from __future__ import annotations
 

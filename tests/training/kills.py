@@ -68,8 +68,8 @@ def _train(path: str, folder: str, listed: str, die_at: int) -> None:
 
 
 def train(recipe: Path, folder: Path, die_at: int = 0) -> tuple[int, list[tuple[str, str]]]:
-    """Train, or go on, in the folder, and kill -9 it in the `die_at`-th change of a file there (0: never). The exit code, and
-    the changes of a process that lived: what and which file."""
+    """Train, or go on, in the folder, and kill -9 it in the `die_at`-th change of a file there (0: never). The exit
+    code, and the changes of a process that lived: what and which file."""
     listed = folder.with_suffix(".events")
     process = workers.CONTEXT.Process(target=_train, args=(str(recipe), str(folder), str(listed), die_at))
     process.start()

@@ -1,4 +1,5 @@
-"""Trains the tiny recipes of test_processes.py, alone or as one of several processes: python -m tests.training.processes OUT RECIPE..."""
+"""Trains the tiny recipes of test_processes.py, alone or as one of several processes: python -m
+tests.training.processes OUT RECIPE..."""
 
 from __future__ import annotations
 

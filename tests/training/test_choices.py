@@ -1,4 +1,5 @@
-"""`auto` in a recipe: chosen once, said, recorded in the run's recipe.yaml, and nothing else is changed by the choosing."""
+"""`auto` in a recipe: chosen once, said, recorded in the run's recipe.yaml, and nothing else is changed by the
+choosing."""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ eval: {every: 8, extractor: digits, n: 8, reference: real:digits}
 
 
 def test_the_reference_can_be_the_images_that_are_trained_on():
-    """As training reads them: all digits are what `real:digits` stands for; of a part of them the distance is another."""
+    """As training reads them: all digits are what `real:digits` stands for; of a part of them the distance is
+    another."""
     spec, score = Spec("s", (1, 8, 8)), {"n": 60, "seed": 0}
     data = [load_recipe("spi_gan_digits", changes).data for changes in ([], ["data.limit=300"])]
     whole, part = (

@@ -1,4 +1,5 @@
-"""A run that is killed at any change of its folder, and continued, leaves every byte that a whole one leaves, log included."""
+"""A run that is killed at any change of its folder, and continued, leaves every byte that a whole one leaves, log
+included."""
 
 from __future__ import annotations
 

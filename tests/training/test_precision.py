@@ -1,4 +1,5 @@
-"""fp16 with loss scaling: overflow costs an update and nothing else, small gradients survive, and a resumed run has the same scale."""
+"""fp16 with loss scaling: overflow costs an update and nothing else, small gradients survive, and a resumed run has the
+same scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Methods with two networks, several updates an iteration and passes of a few parameters: two processes do what one does."""
+"""Methods with two networks, several updates an iteration and passes of a few parameters: two processes do what one
+does."""
 
 from __future__ import annotations
 

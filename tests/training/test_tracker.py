@@ -1,4 +1,5 @@
-"""The log at a tracker, with stand-ins for the packages: they keep what they are given, and know runs by their id as the real ones do."""
+"""The log at a tracker, with stand-ins for the packages: they keep what they are given, and know runs by their id as
+the real ones do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What methods with several networks and optimisers need of the loop: a small adversarial method, registered here only."""
+"""What methods with several networks and optimisers need of the loop: a small adversarial method, registered here
+only."""
 
 from __future__ import annotations
 
@@ -149,7 +150,8 @@ def test_norms_and_a_verdict_are_logged_for_networks_against_each_other(recipe, 
 
 
 class Told(TinyGAN):
-    """TinyGAN with the scalars that the watch looks for; the critic's loss sinks to almost nothing, and now and then there is one more."""
+    """TinyGAN with the scalars that the watch looks for; the critic's loss sinks to almost nothing, and now and then
+    there is one more."""
 
     def step(self, loop, batch, iteration):
         loss = super().step(loop, batch, iteration)["loss"]
@@ -182,7 +184,8 @@ def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, mon
 
 
 def test_in_bf16_what_comes_after_an_update_sees_the_new_weights(recipe, tmp_path):
-    """Autocast keeps the halved weights of its first call: the generator's turn would have the critic from before its step."""
+    """Autocast keeps the halved weights of its first call: the generator's turn would have the critic from before its
+    step."""
     z, seen = torch.ones(1, 1), []
 
     class Watched(TinyGAN):

@@ -1,4 +1,5 @@
-"""The watch of adversarial training: what it calls bad and since when, what it passes over, and that a resumed run goes on with it."""
+"""The watch of adversarial training: what it calls bad and since when, what it passes over, and that a resumed run goes
+on with it."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def test_between_the_limits_the_verdict_does_not_flicker() -> None:
 
 
 def test_the_state_is_small_json_and_a_resumed_watch_goes_on_with_it() -> None:
-    broken = lambda line: {"diversity": 0.1} if line >= 400 else {"loss_g": 30.0} if 100 < line < 130 else {}  # noqa: E731
+    # noqa: E731
+    broken = lambda line: {"diversity": 0.1} if line >= 400 else {"loss_g": 30.0} if 100 < line < 130 else {}
     whole = watch(500, broken)
     parts = watch(403, broken)
     text = json.dumps(parts.state, sort_keys=True, allow_nan=False)

@@ -8,10 +8,11 @@ SPLIT_SEED = 0
 
 
 def digits(half: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8 [n, 8, 8], labels int64 [n]) of all digits, or of the half "a" (899) or "b" (898), in scikit-learn's order.
+    """(images uint8 [n, 8, 8], labels int64 [n]) of all digits, or of the half "a" (899) or "b" (898), in
+    scikit-learn's order.
 
-    Pixels 0..16 become round(v * 255 / 16). The halves are disjoint, cover the set and hold each class equally (to within one
-    image): within a class a fixed permutation is dealt in turn to the two halves.
+    Pixels 0..16 become round(v * 255 / 16). The halves are disjoint, cover the set and hold each class equally (to
+    within one image): within a class a fixed permutation is dealt in turn to the two halves.
     """
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 

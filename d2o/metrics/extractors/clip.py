@@ -1,4 +1,5 @@
-"""CLIP: its image embeddings for CLIP-FID (Kynkäänniemi et al. 2023, as clean-fid computes it), and the network for the CLIP score."""
+"""CLIP: its image embeddings for CLIP-FID (Kynkäänniemi et al. 2023, as clean-fid computes it), and the network for the
+CLIP score."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from d2o.metrics.extractor import Extractor
 from d2o.metrics.extractors.common import each_image, fit, in_chunks, normalise, package, pil_bicubic_crop
 
 MODELS = {"clip-vit-b-32": "ViT-B-32-quickgelu", "clip-vit-g-14": "ViT-g-14"}
-"""open_clip's name of the network behind each of ours. OpenAI's weights need the "quick" GELU that they were trained with."""
+"""open_clip's name of the network behind each of ours. OpenAI's weights need the "quick" GELU that they were trained
+with."""
 NAMES = (*MODELS, "clip")
 """"clip" is "clip-vit-b-32", in short."""
 SIZE = 224
@@ -36,7 +38,8 @@ NO_WEIGHTS = (
 
 
 class ClipFeatures(Extractor):
-    """Features: the image embedding after the projection, not normalised, as clean-fid has it. It computes in half precision on a GPU; this
+    """Features: the image embedding after the projection, not normalised, as clean-fid has it. It computes in half
+    precision on a GPU; this
     does not. Images: short side to 224 by Pillow's bicubic, rounded to 8 bits, central square."""
 
     def __init__(self, name: str, network: Any, sha256: str, device: str | torch.device = "cpu"):
@@ -69,7 +72,8 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
 
 
 def load_clip(name: str, weights: Path | None = None) -> tuple[Any, str]:
-    """open_clip's network of both towers on the CPU, frozen, in single precision, and the sha256 of its file. Errors as `load`."""
+    """open_clip's network of both towers on the CPU, frozen, in single precision, and the sha256 of its file. Errors as
+    `load`."""
     name = full_name(name)
     package("open_clip")  # before a file of gigabytes is fetched
     path = find_weights(name, weights)
@@ -84,7 +88,8 @@ def full_name(name: str) -> str:
 
 
 def read_clip(name: str, path: Path) -> Any:
-    """The network with the weights of OpenAI's TorchScript file or of open_clip's .bin or .safetensors. UserError: as `load`."""
+    """The network with the weights of OpenAI's TorchScript file or of open_clip's .bin or .safetensors. UserError: as
+    `load`."""
     name = full_name(name)
     tensors = {plain_name(key): tensor for key, tensor in read_tensors(path).items()}
     tensors = {

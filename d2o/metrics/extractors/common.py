@@ -1,4 +1,5 @@
-"""What the extractors share: images to the size and range of a network, in the ways that published numbers use, and weights into it."""
+"""What the extractors share: images to the size and range of a network, in the ways that published numbers use, and
+weights into it."""
 
 from __future__ import annotations
 
@@ -28,13 +29,14 @@ CHUNK = 64
 
 
 def at_once(device: torch.device) -> int:
-    """Images in a network at a time. On a CPU few, so that activations stay in the cache: EfficientNet-lite0 on 2 cores makes 33 images/s by
-    48, 75 by 4."""
+    """Images in a network at a time. On a CPU few, so that activations stay in the cache: EfficientNet-lite0 on 2 cores
+    makes 33 images/s by 48, 75 by 4."""
     return CHUNK if device.type != "cpu" else max(4, min(CHUNK, 2 * torch.get_num_threads()))
 
 
 def ready(network: N, device: torch.device) -> N:
-    """The network on the device, its weights in the memory order in which convolutions are faster there (CPU: 1.5 times for Inception)."""
+    """The network on the device, its weights in the memory order in which convolutions are faster there (CPU: 1.5 times
+    for Inception)."""
     network.to(device)
     if device.type == "cpu":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -60,7 +62,8 @@ def in_chunks(run: Callable[[Tensor], Tensor], images: Tensor, device: torch.dev
 
 
 def bicubic(images: Tensor, size: int) -> Tensor:
-    """uint8 images [n, C, h, w] -> float32 [n, C, size, size] about [0, 255]: torch's bicubic with antialiasing, neither clipped nor rounded.
+    """uint8 images [n, C, h, w] -> float32 [n, C, size, size] about [0, 255]: torch's bicubic with antialiasing,
+    neither clipped nor rounded.
 
     EDM2's FD-DINOv2 is computed so.
     """
@@ -74,13 +77,15 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
 
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
-    """The central `size` x `size` pixels; where the margin is odd, the side that torchvision's CenterCrop leaves out."""
+    """The central `size` x `size` pixels; where the margin is odd, the side that torchvision's CenterCrop leaves
+    out."""
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 
 def pil_bicubic_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` by Pillow's bicubic (rounded to 8 bits), then the central square: OpenAI's preparation for CLIP."""
+    """Short side to `size` by Pillow's bicubic (rounded to 8 bits), then the central square: OpenAI's preparation for
+    CLIP."""
     short = min(image.size)
     scaled = [size if side == short else int(size * side / short) for side in image.size]
     return crop_square(image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC), size)
@@ -100,7 +105,8 @@ def each_image(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> 
 
 
 def fit(network: N, tensors: dict[str, Tensor], path: str | Path, what: str, hint: str) -> N:
-    """The network with these tensors, frozen, in eval mode and single precision. UserError: they are not exactly its own."""
+    """The network with these tensors, frozen, in eval mode and single precision. UserError: they are not exactly its
+    own."""
     needed = network.state_dict()
     missing = [name for name in needed if name not in tensors]
     foreign = [name for name in tensors if name not in needed]

@@ -26,11 +26,13 @@ ARCHITECTURES = {  # width, blocks, heads
 NAMES = tuple(ARCHITECTURES)
 PATCH, SIZE = 14, 224
 OFFSET = 0.1
-"""Meta's code adds this to the number of patches before it divides by the stored number, and so scales by 16.1 / 37, not 16 / 37."""
+"""Meta's code adds this to the number of patches before it divides by the stored number, and so scales by 16.1 / 37,
+not 16 / 37."""
 
 
 class DinoV2(Extractor):
-    """Features: the class token after the last norm. `network` is one of `vision_transformer`, for images of SIZE pixels."""
+    """Features: the class token after the last norm. `network` is one of `vision_transformer`, for images of SIZE
+    pixels."""
 
     def __init__(self, name: str, network: Any, sha256: str, device: str | torch.device = "cpu"):
         super().__init__(name, network.embed_dim, sha256, device, resize=f"bicubic{SIZE}")
@@ -84,8 +86,8 @@ def vision_transformer(width: int, blocks: int, heads: int, size: int = SIZE) ->
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings [1, 1 + s * s, d] of a class token and s x s patches -> [1, 1 + side * side, d], by Meta's rule: bicubic, not
-    antialiased, with OFFSET in the scale."""
+    """Position embeddings [1, 1 + s * s, d] of a class token and s x s patches -> [1, 1 + side * side, d], by Meta's
+    rule: bicubic, not antialiased, with OFFSET in the scale."""
     token, patches = positions[:, :1].float(), positions[:, 1:].float()
     stored = round(patches.shape[1] ** 0.5)
     if stored == side:

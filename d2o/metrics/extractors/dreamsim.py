@@ -1,6 +1,8 @@
-"""DreamSim's ensemble (Fu et al. 2023): three vision transformers with low-rank adapters, whose joint embedding is close where people see likeness.
+"""DreamSim's ensemble (Fu et al. 2023): three vision transformers with low-rank adapters, whose joint embedding is
+close where people see likeness.
 
-The transformers are the classes of the package `dreamsim`; the weights are read from the released files, never fetched by the package.
+The transformers are the classes of the package `dreamsim`; the weights are read from the released files, never fetched
+by the package.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 
 
 class Ensemble(nn.Module):
-    """DINO's class token after the last block, CLIP's and OpenCLIP's image embeddings, one after another; not normalised."""
+    """DINO's class token after the last block, CLIP's and OpenCLIP's image embeddings, one after another; not
+    normalised."""
 
     def __init__(self, dino: Any, clip: Any, open_clip: Any, *, projections: list[Tensor]):
         """The three transformers, and the projections [width, embedding] of the last two."""
@@ -67,7 +70,8 @@ def standardise(x: Tensor, mean_and_std: tuple[tuple[float, ...], tuple[float, .
 
 
 class DreamSim(Extractor):
-    """Features: the ensemble's embedding less its own mean over the dimensions, of length one; 1 - cosine is the DreamSim distance."""
+    """Features: the ensemble's embedding less its own mean over the dimensions, of length one; 1 - cosine is the
+    DreamSim distance."""
 
     def __init__(self, ensemble: Ensemble, sha256: str, device: str | torch.device = "cpu"):
         super().__init__("dreamsim", ensemble.dim, sha256, device, resize=f"bicubic{SIZE}")
@@ -83,8 +87,9 @@ class DreamSim(Extractor):
 def resize(images: Tensor) -> Tensor:
     """uint8 images [n, C, H, W] -> float32 [n, C, 224, 224] of whole numbers 0..255; the sides' ratio is not kept.
 
-    Pillow's bicubic filter on 8-bit images, which the package's preprocessing uses: antialiased; across, then down, rounded after each. Few
-    pixels differ from Pillow's, by a level. (Images narrower but higher than 224 pixels Pillow resizes in the other order.)
+    Pillow's bicubic filter on 8-bit images, which the package's preprocessing uses: antialiased; across, then down,
+    rounded after each. Few pixels differ from Pillow's, by a level. (Images narrower but higher than 224 pixels Pillow
+    resizes in the other order.)
     """
     x = images.float()
     for size in ((x.shape[2], SIZE), (SIZE, SIZE)):
@@ -94,8 +99,8 @@ def resize(images: Tensor) -> Tensor:
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Embeddings [n, D] less the mean of each, then of length one, as the package's later releases have it. (Its first one had the two
-    steps the other way round; the cosine of a pair is the same.)"""
+    """Embeddings [n, D] less the mean of each, then of length one, as the package's later releases have it. (Its first
+    one had the two steps the other way round; the cosine of a pair is the same.)"""
     x = x - x.mean(1, keepdim=True)
     return x / x.norm(dim=1, keepdim=True)
 
@@ -103,9 +108,9 @@ def normalise(x: Tensor) -> Tensor:
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Extractor:
     """The extractor "dreamsim" from the release's archive or the folder it was unpacked to (the package's `cache_dir`).
 
-    DINO's own weights are not in the archive: they are looked for beside it, in the folder, and where `find_weights` looks. `sha256` is that
-    of all tensors, so it does not tell the archive from the folder. UserError: a file is missing, damaged or another network's; the package
-    `dreamsim` is not installed.
+    DINO's own weights are not in the archive: they are looked for beside it, in the folder, and where `find_weights`
+    looks. `sha256` is that of all tensors, so it does not tell the archive from the folder. UserError: a file is
+    missing, damaged or another network's; the package `dreamsim` is not installed.
     """
     path = weights if weights is not None and weights.is_dir() else find_weights("dreamsim", weights)
     dino = _find_dino(path)
@@ -117,7 +122,8 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
 
 
 def _find_dino(path: Path) -> Path:
-    """In the folder or beside the archive; in its `checkpoints`, where torch.hub puts it for the package; else as any other weights."""
+    """In the folder or beside the archive; in its `checkpoints`, where torch.hub puts it for the package; else as any
+    other weights."""
     folder = path if path.is_dir() else path.parent
     for place in (folder / DINO, folder / "checkpoints" / DINO):
         if place.is_file():
@@ -175,7 +181,8 @@ def _state(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def build_trunk(kind: str, tensors: dict[str, Tensor], path: Path) -> Any:
-    """The package's `VisionTransformer` of the sizes that `tensors` have, with heads of 64. `kind`: "dino", "clip" or "open_clip".
+    """The package's `VisionTransformer` of the sizes that `tensors` have, with heads of 64. `kind`: "dino", "clip" or
+    "open_clip".
 
     UserError: the package is missing, or `tensors` are not those of such a network.
     """
@@ -202,7 +209,8 @@ def build_trunk(kind: str, tensors: dict[str, Tensor], path: Path) -> Any:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """The low-rank matrices by name ("extractor_list.0.model.blocks.0.attn.qkv.lora_A.weight"), and the factor of their products.
+    """The low-rank matrices by name ("extractor_list.0.model.blocks.0.attn.qkv.lora_A.weight"), and the factor of their
+    products.
 
     UserError: missing or damaged, or an adapter of another kind than a plain LoRA.
     """
@@ -231,7 +239,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
 
 
 def merge(network: Any, adapter: dict[str, Tensor], prefix: str, scale: float) -> None:
-    """Add scale * B A to the query-key-value weights of every block, taking the matrices out of `adapter`. UserError: one is missing or misshapen."""
+    """Add scale * B A to the query-key-value weights of every block, taking the matrices out of `adapter`. UserError:
+    one is missing or misshapen."""
     for i, block in enumerate(network.blocks):
         name = f"{prefix}blocks.{i}.attn.qkv."
         try:

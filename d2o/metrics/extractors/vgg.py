@@ -1,4 +1,5 @@
-"""VGG-16 of ImageNet, whose second fully connected layer is the feature space of the improved precision and recall (Kynkäänniemi et al. 2019)."""
+"""VGG-16 of ImageNet, whose second fully connected layer is the feature space of the improved precision and recall
+(Kynkäänniemi et al. 2019)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ HINT = (
 
 
 class Vgg16(nn.Module):
-    """torchvision's layout and names, up to the second fully connected layer and its ReLU. [n, 3, 224, 224] -> [n, 4096]."""
+    """torchvision's layout and names, up to the second fully connected layer and its ReLU. [n, 3, 224, 224] -> [n,
+    4096]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +53,8 @@ class Vgg16(nn.Module):
 
 
 class VggFeatures(Extractor):
-    """Features: the activations of the second fully connected layer, after its ReLU. Prepared as torch-fidelity's "vgg16" does: TensorFlow's
-    bilinear to 224 x 224, ImageNet's mean and standard deviation."""
+    """Features: the activations of the second fully connected layer, after its ReLU. Prepared as torch-fidelity's
+    "vgg16" does: TensorFlow's bilinear to 224 x 224, ImageNet's mean and standard deviation."""
 
     def __init__(self, network: Vgg16, sha256: str, device: str | torch.device = "cpu"):
         super().__init__("vgg16-fc2", FEATURES, sha256, device, resize=f"tf_bilinear{SIZE}")
@@ -67,7 +69,8 @@ class VggFeatures(Extractor):
 
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> VggFeatures:
-    """The extractor with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or not this network's."""
+    """The extractor with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or
+    not this network's."""
     if name not in NAMES:
         raise unknown("extractor", name, NAMES)
     path = find_weights(name, weights)
@@ -79,7 +82,8 @@ def read_vgg(path: Path) -> Vgg16:
     tensors = {torchvision_name(name): tensor for name, tensor in read_tensors(path).items()}
     with torch.device("meta"):
         network = Vgg16()
-    # The class logits, and in NVIDIA's file the heads of its LPIPS and the constants of its input, have no part in the features.
+    # The class logits, and in NVIDIA's file the heads of its LPIPS and the constants of its input, have no part in the
+    # features.
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
