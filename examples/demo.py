@@ -11,14 +11,14 @@ from pathlib import Path
 
 RUNS = Path("runs/demo")
 MEASURE = "--n 1500 --metrics fd,prdc --bootstrap 100 --distance-n 128"
-# The recipes themselves train on 80,000 and 20,000 images; the scores hardly move after 40,000.
+# The recipes themselves train on 80,000 and 20,000 images; the scores hardly move after 30,000.
 QUICK = f"--set pairs.path={RUNS}/pairs --set threads=auto"
 ROWS = ("real", "teacher", "once", "student", "finetuned")
 
 COMMANDS = f"""
-d2o pairs --teacher digits --n 4096 --solver heun --steps 18 --out {RUNS}/pairs
-d2o train recipes/quickstart.yaml {QUICK} --set images=40000 --out {RUNS}/student --resume
-d2o finetune recipes/finetune_digits.yaml --from {RUNS}/student {QUICK} --set images=10000 --out {RUNS}/finetuned --resume
+d2o pairs --teacher digits --n 3072 --solver heun --steps 18 --out {RUNS}/pairs
+d2o train recipes/quickstart.yaml {QUICK} --set images=30000 --out {RUNS}/student --resume
+d2o finetune recipes/finetune_digits.yaml --from {RUNS}/student {QUICK} --set images=8000 --out {RUNS}/finetuned --resume
 d2o sample {RUNS}/student --n 1000 --out {RUNS}/samples.zip --grid {RUNS}/samples.png
 d2o eval real:digits/a --against real:digits/b {MEASURE} --name 'real halves' --json {RUNS}/real.json
 d2o eval digits --against real:digits {MEASURE} --name 'teacher, 35 NFE' --json {RUNS}/teacher.json

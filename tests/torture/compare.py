@@ -24,7 +24,6 @@ def snapshot(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
     """Relative name -> what must be equal. `leave_out`: first parts of names, and what is below them."""
     found: dict[str, str] = {}
     boards: set[Path] = set()
-    speeds = _speeds(folder)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         parts = path.relative_to(folder).parts
@@ -36,7 +35,7 @@ def snapshot(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
         elif ".tfevents." in path.name:
             boards.add(path.parent)
         else:
-            found[name] = _content(path, speeds)
+            found[name] = _content(path)
     for board in boards:
         found[str(board.relative_to(folder)) + "/ (scalars)"] = json.dumps(scalars(board), sort_keys=True)
     return found
@@ -78,7 +77,7 @@ def without_times(value: Any) -> Any:
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _content(path: Path, speeds: set[str]) -> str:
+def _content(path: Path) -> str:
     data = path.read_bytes()
     if path.suffix in (".json", ".jsonl", ".csv", ".md", ".html"):
         text = data.decode("utf-8", "backslashreplace")
@@ -107,26 +106,21 @@ def _csv(text: str) -> str:
     return "\n".join(",".join(row[i] for i in keep if i < len(row)) for row in rows)
 
 
-def _speeds(folder: Path) -> set[str]:
-    """How the speeds in the folder's results are printed in tables."""
-    found: set[str] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if key == "samples_per_s" and isinstance(inner, (int, float)):
-                    found.update({f"{inner:,.0f}", f"{inner:,.1f}", f"{inner:,.2f}", f"{inner:.3g}"})
-                look(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                look(inner)
-
-    for path in folder.glob("*.json"):
-        try:
-            look(json.loads(path.read_text()))
-        except (ValueError, OSError):
-            continue
-    return found
+def _without_speeds(text: str) -> str:
+    """Without what stands under samples/s in tables, and in the tile of the sampling speed."""
+    text = re.sub(r'(data-label="samples/s">)[\d,.]+', r"\1#", text)
+    text = re.sub(r'(Sampling speed</div><div class="value">)[^<]*(</div><div class="beside">)[^<]*', r"\1#\2#", text)
+    column, lines = None, []
+    for line in text.split("\n"):
+        cells = line.split("|") if line.startswith("|") else []
+        if "samples/s" in (names := [cell.strip() for cell in cells]):
+            column = names.index("samples/s")
+        elif not cells:
+            column = None
+        elif column is not None and column < len(cells):
+            cells[column] = "#"
+        lines.append("|".join(cells) if cells else line)
+    return "\n".join(lines)
 
 
 def _where(one: str, other: str) -> str:
