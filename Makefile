@@ -33,6 +33,7 @@ torture: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy d2o
 	$(BIN)/lint-imports --no-logo
 

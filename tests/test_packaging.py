@@ -122,9 +122,11 @@ def test_an_installed_d2o_finds_its_recipes_and_assets(installed: Path, tmp_path
         from importlib.resources import files
         import d2o
         def below(folder):
-            return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+            files = [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+            return sorted(p.relative_to(folder).as_posix() for p in files)
         root = files("d2o")
-        print(json.dumps({"file": d2o.__file__, "recipes": below(root / "recipes" / "builtin"), "assets": below(root / "assets")}))
+        recipes = below(root / "recipes" / "builtin")
+        print(json.dumps({"file": d2o.__file__, "recipes": recipes, "assets": below(root / "assets")}))
     """
     found = json.loads(run(installed / "bin" / "python", "-c", code, cwd=tmp_path))
     assert Path(found["file"]).is_relative_to(installed)

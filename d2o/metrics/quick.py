@@ -107,8 +107,7 @@ class FrechetEvaluator:
         weights: the first one gets the score, the others {}. UserError: NaN or infinite values.
         """
         name = "the student"
-        # type: ignore[arg-type]
-        x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})
+        x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})  # type: ignore[arg-type]
         wanted = (
             {"features", "logits"}
             if "logits" in self.extractor.has and self.extractor.shape is not None

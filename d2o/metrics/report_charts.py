@@ -85,8 +85,8 @@ def _dots(metric: Metric, dots: Sequence[Dot]) -> str:
     title = f"{metric['label']} of {len(dots)} rows"
     says = ", ".join(filter(None, what))
     return (
-        '<div class="card'
-        f' chart"><h3>{escape(heading(metric))}</h3><p>{says[:1].upper() + says[1:]}</p>{dot_chart(dots, title, log)}</div>'
+        f'<div class="card chart"><h3>{escape(heading(metric))}</h3><p>{says[:1].upper() + says[1:]}</p>'
+        f"{dot_chart(dots, title, log)}</div>"
     )
 
 

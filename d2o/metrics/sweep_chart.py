@@ -19,9 +19,9 @@ RAMP = (
 )
 """Neighbours in a sweep have neighbouring colours."""
 STYLE = (
-    "text{font:15px"
-    " system-ui,sans-serif;fill:#5f646d}.title{font-size:18px;font-weight:600;fill:#1d1f23}.bold{font-weight:700;fill:#1d1f23}"
-    ".tick{stroke:#e2e0da}.axis{stroke:#5f646d}polyline{fill:none;stroke-width:2;stroke-linejoin:round}.faint{opacity:.35;stroke-width:1}"
+    "text{font:15px system-ui,sans-serif;fill:#5f646d}.title{font-size:18px;font-weight:600;fill:#1d1f23}"
+    ".bold{font-weight:700;fill:#1d1f23}.tick{stroke:#e2e0da}.axis{stroke:#5f646d}"
+    "polyline{fill:none;stroke-width:2;stroke-linejoin:round}.faint{opacity:.35;stroke-width:1}"
 )
 LEFT, TOP, ROW, LEGEND, LETTERS = 16, 62, 24, 290, 26
 

@@ -78,8 +78,7 @@ class GivenText:
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         query = _split(attn.to_q(hidden_states), attn.heads)
-        # type: ignore[arg-type]
-        out = F.scaled_dot_product_attention(query, self.key, self.value).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(query, self.key, self.value).transpose(1, 2).flatten(2)  # type: ignore[arg-type]
         return attn.to_out[0](out) / attn.rescale_output_factor
 
 

@@ -143,7 +143,8 @@ def test_a_healthy_torchvision_is_left_alone(tmp_path: Path) -> None:
         from d2o.interop.torchvision_compat import ensure
         assert not ensure() and not ensure()
         import torch, torchvision
-        print(torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5).item(), hasattr(torch.ops.torchvision, "qnms"))
+        nms = torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+        print(nms.item(), hasattr(torch.ops.torchvision, "qnms"))
         """,
         fake_torchvision(tmp_path, healthy),
     )

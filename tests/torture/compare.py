@@ -92,9 +92,7 @@ def _content(path: Path) -> str:
         text = re.sub(r'samples_per_s"*: [\d.e+-]+', "samples_per_s", text)
         text = re.sub(r"[\d,.]+ (images|samples)/s", "# images/s", text)
         text = re.sub(r"[\d.]+ s, of these [\d.]+ s generating", "# s", text)
-        return re.sub(
-            r"(?<=>)[\d,.]+(?=<)|(?<=\| )[\d,.]+(?= \|)", lambda match: "#" if match[0] in speeds else match[0], text
-        )
+        return _without_speeds(text)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -141,8 +141,8 @@ def _child(function: Callable[[], Any], cwd: Path, log: Path, memory: int | None
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (out, 1), (out, 2)):
             os.dup2(source, target)
-        # noqa: SIM115
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        stream = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stdout = sys.stderr = stream
         os.chdir(cwd)
         os.environ.update(D2O_HOME=str(cwd / "home"), PWD=str(cwd))
         if memory is not None:

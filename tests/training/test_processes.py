@@ -54,7 +54,8 @@ method: sid
 teacher: {teacher}
 student: {{sigma: 2.5}}
 sid: {{adversarial: true, batch_pool: 4, start_g_nimg: 8, start_adv_nimg: 8}}
-optim: {{name: sgd, lr: 1.0e-6, betas: [0.0, 0.9]}}   # Adam would make steps of the rounding errors of gradients that are 0
+# Adam would make steps of the rounding errors of gradients that are 0.
+optim: {{name: sgd, lr: 1.0e-6, betas: [0.0, 0.9]}}
 """
 
 

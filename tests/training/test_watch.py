@@ -135,8 +135,9 @@ def test_between_the_limits_the_verdict_does_not_flicker() -> None:
 
 
 def test_the_state_is_small_json_and_a_resumed_watch_goes_on_with_it() -> None:
-    # noqa: E731
-    broken = lambda line: {"diversity": 0.1} if line >= 400 else {"loss_g": 30.0} if 100 < line < 130 else {}
+    def broken(line):
+        return {"diversity": 0.1} if line >= 400 else {"loss_g": 30.0} if 100 < line < 130 else {}
+
     whole = watch(500, broken)
     parts = watch(403, broken)
     text = json.dumps(parts.state, sort_keys=True, allow_nan=False)
