@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from d2o.evaluation.protocol import hardware
 from d2o.methods.base import Setup
-from d2o.metrics.protocol import hardware
 from d2o.networks.precond import Denoiser
 from d2o.recipes.schema import Recipe
 from d2o.runtime import StopFlag

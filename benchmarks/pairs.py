@@ -23,7 +23,7 @@ import torch
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.data.stream import PairStream
-from d2o.metrics.protocol import hardware
+from d2o.evaluation.protocol import hardware
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from d2o.metrics.protocol import hardware
+from d2o.evaluation.protocol import hardware
 
 RUN = """
 import resource, sys

@@ -26,12 +26,13 @@ import torch
 
 from d2o.data.pair_settings import PairSettings
 from d2o.diffusion.noise import noise_for_seeds
+from d2o.evaluation.protocol import hardware
 from d2o.interop import torchvision_compat
-from d2o.metrics.protocol import hardware
+from d2o.interop.assets import asset
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute, tune
 from d2o.teachers.generate import make_pairs
-from d2o.teachers.registry import BUILTIN, asset, load_teacher
+from d2o.teachers.registry import BUILTIN, load_teacher
 
 STEPS, CFG = 50, 3.0
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

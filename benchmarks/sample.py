@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from d2o.metrics.protocol import hardware
+from d2o.evaluation.protocol import hardware
 from d2o.students.base import Student, load_student
 from d2o.students.generate import SampleSettings, make_samples, student_sampler
 from d2o.teachers.registry import load_teacher

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from sid_bare import IMAGES, Bare
 
+from d2o.evaluation.protocol import hardware
 from d2o.interop.safetensors_io import save_file
-from d2o.metrics.protocol import hardware
 from d2o.networks.build import build_network
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag

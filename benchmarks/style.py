@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from d2o.augment.ada import AdaPipeline, numbers
-from d2o.losses.style import d_logistic, g_logistic, r1_penalty
-from d2o.metrics.protocol import hardware
+from d2o.evaluation.protocol import hardware
+from d2o.losses.adversarial import d_logistic, g_logistic, r1_penalty
 from d2o.networks.build import build_network
 from d2o.students.base import Student
 from d2o.students.multistep import MultistepStudent

@@ -23,7 +23,7 @@ import torch
 
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
-from d2o.metrics.protocol import hardware
+from d2o.evaluation.protocol import hardware
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
 from d2o.students.base import Student

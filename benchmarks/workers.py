@@ -136,7 +136,7 @@ def main() -> None:
         for worker in pair:
             worker.end()
 
-    from d2o.metrics.protocol import hardware
+    from d2o.evaluation.protocol import hardware
 
     ratios = sorted(b / a for a, b in zip(one, two))
     result = {

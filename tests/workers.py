@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from d2o.cli import app, eval, export, pairs, sample, train  # noqa: F401  (so that the server has them)
-from d2o.data.remote import RemoteFolder
-from d2o.data.work import WorkFolder, fill
 from d2o.export import source  # noqa: F401
 from d2o.students import generate  # noqa: F401
 from d2o.students.base import Student
 from d2o.teachers.base import Teacher
+from d2o.work.folder import WorkFolder, fill
+from d2o.work.remote import RemoteFolder
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.workers", "tests.training.kills"])

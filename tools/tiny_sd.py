@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from d2o.diffusion.noise import noise_for_seeds
+from d2o.evaluation.protocol import hardware
+from d2o.features.load import load_classifier
 from d2o.methods.latent_diffusion import classify
-from d2o.metrics.features import load_classifier
-from d2o.metrics.protocol import hardware
 from d2o.teachers.registry import load_teacher
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -1,1 +1,1 @@
-"""Floor 1: augmentations of images inside the training graph."""
+"""Augmentations of images inside the training graph."""

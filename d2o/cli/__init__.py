@@ -1,2 +1,2 @@
-"""Floor 6: the command line, one file per subcommand. Torch is imported inside the commands, never at the top of a
+"""The command line, one file per subcommand. Torch is imported inside the commands, never at the top of a
 module."""

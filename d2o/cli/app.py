@@ -8,7 +8,6 @@ import sys
 
 import typer
 
-from d2o import __version__
 from d2o.cli import console, hints
 from d2o.cli.env import env
 from d2o.cli.eval import evaluate
@@ -20,6 +19,7 @@ from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
 from d2o.errors import UserError
 from d2o.runtime import TRUST, Stopped, share_cores, worker
+from d2o.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from d2o.cli.words import load
-from d2o.interop.shipped import recipe_folders, table_folders
+from d2o.shipped import recipe_folders, table_folders
 
 CHECKPOINTS = (".safetensors", ".pkl")
 Offer = list[tuple[str, str]]

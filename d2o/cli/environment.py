@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from d2o import __version__
+from d2o.version import __version__
 
 PACKAGES = (
     "torch",

@@ -267,7 +267,7 @@ def evaluate(
 
 def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
     """The results as a table, with the protocol below."""
-    from d2o.metrics.table import fold, results_table
+    from d2o.reports.table import fold, results_table
 
     width = to.width if to.is_terminal else max(to.width, 160)  # in a file or pipe there is room
     target = to if to.is_terminal else Console(file=to.file, width=width, highlight=False)

@@ -14,8 +14,8 @@ from d2o.errors import UserError
 from d2o.runtime import Stopped, worker
 
 if TYPE_CHECKING:
-    from d2o.metrics.protocol import Settings
-    from d2o.metrics.run import Request
+    from d2o.evaluation.protocol import Settings
+    from d2o.evaluation.run import Request
 
 Record = dict[str, Any]
 STDOUT = Path("-")
@@ -57,11 +57,11 @@ class Outputs:
             raise UserError("--run shows training curves in a report", "add --report FILE.html")
         if not (self.json or self.csv or self.markdown or self.report or save_stats):
             return
+        from d2o.evaluation.records import check_json_target
+        from d2o.evaluation.statistics import is_statistics
         from d2o.interop.outputs import check_output
-        from d2o.metrics.formats import check_table_target
-        from d2o.metrics.records import check_json_target
-        from d2o.metrics.report import check_report_target
-        from d2o.metrics.statistics import is_statistics
+        from d2o.reports.formats import check_table_target
+        from d2o.reports.report import check_report_target
 
         if self.json and not self.piped:
             check_json_target(self.json)
@@ -90,13 +90,13 @@ class Outputs:
 
     def read(self, paths: Sequence[str]) -> list[Record]:
         """The results in these files and run folders."""
-        from d2o.metrics.records import load_records
+        from d2o.evaluation.records import load_records
 
         return [record for path in paths for record in load_records(path)]
 
     def write(self, records: list[Record]) -> None:
         if self.json:
-            from d2o.metrics.records import as_json, save_records
+            from d2o.evaluation.records import as_json, save_records
 
             if self.piped:
                 console.out.file.write(as_json(records))
@@ -105,11 +105,11 @@ class Outputs:
                 save_records(self.json, records)
         for path in (self.csv, self.markdown):
             if path is not None:
-                from d2o.metrics.formats import write_table
+                from d2o.reports.formats import write_table
 
                 write_table(path, records)
         if self.report:
-            from d2o.metrics.report import write_report
+            from d2o.reports.report import write_report
 
             write_report(self.report, records, self.runs, self.title)
         for path in (self.json, self.csv, self.markdown, self.report):
@@ -121,7 +121,7 @@ class Outputs:
 def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Record]]:
     """The records of what these option values ask for; `given` are the options that the user typed. What was kept of
     the work goes when the block, which writes them, has ended well."""
-    from d2o.metrics.workplace import Workplace
+    from d2o.evaluation.workplace import Workplace
     from d2o.runtime import stop_flag
 
     with stop_flag() as stop:
@@ -136,9 +136,9 @@ def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Record]]:
 
 def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:
     """The request and settings that these option values mean. UserError: not those of the protocol."""
-    from d2o.metrics.presets import apply_preset, find_preset
-    from d2o.metrics.protocol import Settings
-    from d2o.metrics.run import Request
+    from d2o.evaluation.presets import apply_preset, find_preset
+    from d2o.evaluation.protocol import Settings
+    from d2o.evaluation.run import Request
 
     preset = find_preset(values["protocol"]) if values["protocol"] else None
     values = values | {
@@ -172,8 +172,8 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
 
 
 def _one_after_another(request: Request, settings: Settings, save_stats: Path | None, place: Any) -> list[Record]:
-    from d2o.metrics.run import evaluate_all
-    from d2o.metrics.statistics import save_statistics
+    from d2o.evaluation.run import evaluate_all
+    from d2o.evaluation.statistics import save_statistics
 
     records = []
     for result in evaluate_all(request, settings, _meter, place=place):
@@ -212,9 +212,9 @@ class _Progress:
 def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
     """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
     beats the table."""
-    from d2o.metrics.cells import quoted
-    from d2o.metrics.evaluate import FORMAT
-    from d2o.metrics.tables import absent, load_table
+    from d2o.evaluation.evaluate import FORMAT
+    from d2o.reports.cells import quoted
+    from d2o.reports.paper_tables import absent, load_table
 
     table = load_table(values["table"])
     records, measured = [], 0

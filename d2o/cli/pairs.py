@@ -322,8 +322,8 @@ def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: f
 
 def _check_folder(out: str) -> None:
     """UserError: a store cannot be made there. (Of a URL it shows later.)"""
-    from d2o.data.objects import local_path
     from d2o.interop.outputs import check_output
+    from d2o.work.objects import local_path
 
     if (folder := local_path(out)) is not None:
         check_output(folder, folder=True)

@@ -41,8 +41,9 @@ def teachers(
 
 
 def _one(name: str) -> None:
+    from d2o.interop.assets import asset
     from d2o.teachers import catalogue
-    from d2o.teachers.registry import BUILTIN, asset, teacher_names
+    from d2o.teachers.registry import BUILTIN, teacher_names
 
     if name in BUILTIN:
         console.out.print(f"{name} ships with d2o: {asset(BUILTIN[name])}", markup=False)

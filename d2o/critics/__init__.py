@@ -1,1 +1,1 @@
-"""Floor 2: networks that judge samples."""
+"""Networks that judge samples."""

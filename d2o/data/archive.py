@@ -30,7 +30,7 @@ import torch
 
 from d2o.data.images import save_png_bytes
 from d2o.errors import UserError, unknown
-from d2o.interop.inputs import check_size, parse_json, read_json
+from d2o.inputs import check_size, parse_json, read_json
 from d2o.interop.npz import read_npz
 
 Part = dict[str, torch.Tensor]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from d2o.errors import UserError
-from d2o.interop.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, kind_of
+from d2o.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, kind_of
 from d2o.interop.zips import listed
 
 _PREAD = hasattr(os, "pread")  # not on Windows

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from d2o.interop.inputs import MAX_PIXELS, check_size
+from d2o.inputs import MAX_PIXELS, check_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Only these decoders are tried: some of PIL's others start outside programs.

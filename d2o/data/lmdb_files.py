@@ -13,7 +13,7 @@ import os
 from d2o.data.containers import Container, Member, SharedFile, printable
 from d2o.data.lmdb_pages import Damaged, entries
 from d2o.errors import UserError
-from d2o.interop.inputs import check_input
+from d2o.inputs import check_input
 
 # First bytes of a file, and the suffix that it would have.
 _STARTS = {b"RIFF": ".webp", b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp"}

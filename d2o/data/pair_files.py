@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.data.folder import Folder
 from d2o.data.pair_reading import first_not_finite, misfit
 from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import FORMAT, PairSettings
 from d2o.data.prompts import pack, unpack
-from d2o.data.remote import open_folder
-from d2o.data.work import MANIFEST, Unit
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
+from d2o.work.base import Folder
+from d2o.work.folder import MANIFEST, Unit
+from d2o.work.remote import open_folder
 
 
 @dataclass

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2o.data.folder import MANIFEST, Folder
 from d2o.data.pair_settings import DTYPES, PairSettings
-from d2o.data.work import Unit
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
 from d2o.interop.seal import check_against
+from d2o.work.base import MANIFEST, Folder
+from d2o.work.folder import Unit
 
 ROWS_BYTES = 2**24
 """Bytes of a shard that are looked at at a time."""

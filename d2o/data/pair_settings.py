@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2o import __version__
 from d2o.data.draws import check_range, label_mode
 from d2o.data.pair_record import MAX_SHARDS
-from d2o.data.work import Unit, cut
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError, unknown
+from d2o.version import __version__
+from d2o.work.folder import Unit, cut
 
 FORMAT = "d2o-pairs"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

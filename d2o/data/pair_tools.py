@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from d2o.data.folder import Folder
 from d2o.data.pair_files import noise_sha256, open_store, shard_record, store_folder, unit_noise
 from d2o.data.pair_reading import first_not_finite, misfit, read_shard
 from d2o.data.pair_settings import PairSettings, differences
-from d2o.data.work import Unit
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
+from d2o.work.base import Folder
+from d2o.work.folder import Unit
 
 Progress = Callable[[int, int, str], None]
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from d2o.data.containers import printable
-from d2o.data.objects import filesystem, local_path, whole_url
 from d2o.errors import UserError
+from d2o.inputs import check_input, check_size, check_unpacked, parse_json
 from d2o.interop.download import download, home
-from d2o.interop.inputs import check_input, check_size, check_unpacked, parse_json
 from d2o.interop.safetensors_io import file_sha256
+from d2o.work.objects import filesystem, local_path, whole_url
 
 COLUMNS = ("prompt", "text", "caption")
 """Where .jsonl and .parquet files have their prompts: the first of these that the first line, or the table, has."""

@@ -33,7 +33,7 @@ from d2o.data.layouts import LAYOUTS, MAX_CLASSES, Reason, Source, wrong_label
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
-from d2o.interop.inputs import check_input, parse_json
+from d2o.inputs import check_input, parse_json
 
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
 SIDE_SUFFIXES = {

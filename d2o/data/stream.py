@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from d2o.data.prompts import unpack
-from d2o.data.work import Ahead, Unit
 from d2o.errors import UserError
+from d2o.work.folder import Ahead, Unit
 
 
 class Source(Protocol):

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from d2o import __version__
 from d2o.export import snippets
 from d2o.export.parity import Parity
 from d2o.export.source import Source, stated
 from d2o.teachers.base import UNSTATED
+from d2o.version import __version__
 
 # Licence identifiers that the Hugging Face Hub knows, of those that models and image data come with.
 HUB_LICENCES = {

@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from d2o import __version__
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
 from d2o.export.parity import Parity
@@ -24,6 +23,7 @@ from d2o.interop.temporary import sweep, temporary_folder
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
 from d2o.teachers.base import UNSTATED
 from d2o.teachers.diffusers_parts import quiet
+from d2o.version import __version__
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DIGITS = "1,797 images of the UCI digits by E. Alpaydin and C. Kaynak, 1998, as scikit-learn ships them, CC-BY-4.0"

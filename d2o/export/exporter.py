@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from d2o import __version__
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
@@ -23,6 +22,7 @@ from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
 from d2o.teachers.base import UNSTATED
+from d2o.version import __version__
 
 SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}
 FORMATS = (*SUFFIX, "diffusers")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from d2o import __version__
 from d2o.errors import UserError
 from d2o.export.parity import Runner
 from d2o.export.program import cannot, trace
 from d2o.export.source import Source
 from d2o.interop.safetensors_io import META_KEY
+from d2o.version import __version__
 
 OPSET = 18  # the lowest that torch's exporter has native graphs for, so the one that most runtimes read
 MAX_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB

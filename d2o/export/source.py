@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
+from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import network_config
 from d2o.students.base import Student, checkpoint_meta, load_student
 from d2o.students.style import StyleStudent
 from d2o.teachers.base import UNSTATED, Spec
-from d2o.teachers.registry import BUILTIN, asset, load_teacher
+from d2o.teachers.registry import BUILTIN, load_teacher
 
 
 class StudentCall(nn.Module):

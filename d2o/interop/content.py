@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
+from d2o.inputs import parse_json
 from d2o.interop.inert_pickle import Call, InertPickle, Malformed
-from d2o.interop.inputs import parse_json
 
 START = 512
 """Bytes that are enough to know a kind of file by."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from d2o.errors import UserError
-from d2o.interop.inputs import MAX_ARRAY_BYTES, check_input, check_size, check_unpacked
+from d2o.inputs import MAX_ARRAY_BYTES, check_input, check_size, check_unpacked
 from d2o.interop.zips import listed
 
 DAMAGED = (

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from d2o.errors import UserError
+from d2o.inputs import check_input
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed
-from d2o.interop.inputs import check_input
 
 _RECONSTRUCT = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 _SCALAR = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import check_input
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
-from d2o.interop.inputs import check_input
 from d2o.interop.nvidia_config import EDM2_CLASSES, network_config
 
 RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"

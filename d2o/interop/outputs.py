@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from d2o.errors import UserError
-from d2o.interop.inputs import kind_of
+from d2o.inputs import kind_of
 from d2o.interop.safetensors_io import write_error
 from d2o.interop.temporary import sweep, temporary_file
 

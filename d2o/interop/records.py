@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2o.errors import UserError
-from d2o.interop.wording import Shape, dotted, tree, word
+from d2o.settings.wording import Shape, dotted, tree, word
 
 MAX_VALUES = 2**26
 """Numbers in one sample at most: 3 x 4096 x 4096 and a third more."""

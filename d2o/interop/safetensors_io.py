@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as _serialise
 
 from d2o.errors import UserError
+from d2o.inputs import check_input, parse_json
 from d2o.interop import seal
-from d2o.interop.inputs import check_input, parse_json
 from d2o.interop.temporary import temporary_file
 
 META_KEY = "d2o"  # a single key: the format keeps several in no fixed order, and equal content must give equal bytes

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import check_input
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
-from d2o.interop.inputs import check_input
 from d2o.interop.nvidia_pickle import (
     EXPECTED,
     RECONSTRUCT,

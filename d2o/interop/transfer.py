@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from d2o.errors import UserError
+from d2o.inputs import MAX_JSON_BYTES, parse_json
 from d2o.interop.content import START, wrong_start
-from d2o.interop.inputs import MAX_JSON_BYTES, parse_json
 from d2o.interop.safetensors_io import atomic_write, write_error
 
 Progress = Callable[[int, "int | None"], None]
@@ -155,7 +155,7 @@ def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Pro
 
 def _request(session: Any, part: Part, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
     """Ask once for what is missing and append it. Interrupted or requests' own errors: ask again."""
-    from d2o import __version__
+    from d2o.version import __version__
 
     headers = {"Accept-Encoding": "identity", "User-Agent": f"d2o/{__version__}"}
     if part.position and part.validator is None:

@@ -1,1 +1,1 @@
-"""Floor 1: pure functions of tensors, each with its equation."""
+"""Pure functions of tensors, each with its equation."""

@@ -1,1 +1,1 @@
-"""Floor 3: one file per method, readable beside its paper; no files, YAML, printing or saving in here."""
+"""One file per method, readable beside its paper; no files, YAML, printing or saving in here."""

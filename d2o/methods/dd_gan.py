@@ -15,9 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from d2o.critics.build import build_critic
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.errors import UserError
-from d2o.losses.style import d_logistic, g_logistic, r1_penalty, spread
+from d2o.losses.adversarial import d_logistic, g_logistic, r1_penalty, spread
 from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.ncsnpp_z import DDGANGenerator
@@ -82,7 +83,7 @@ class DDGAN(GeneratorMethod):
         generator = build_network(config) if setup.start is None else self.continued(setup.start, shape, classes)
         assert isinstance(generator, DDGANGenerator)
         self.generator = generator
-        self.critic = build_network(
+        self.critic = build_critic(
             {
                 "arch": "ddgan_critic",
                 "img_resolution": resolution,

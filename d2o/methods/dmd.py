@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from d2o.augment import edm
 from d2o.errors import UserError
+from d2o.features.load import load_classifier
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES
@@ -28,7 +29,6 @@ from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.lpips import load_lpips
 from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
 from d2o.methods.teachers import check_teacher
-from d2o.metrics.features import load_classifier
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
 

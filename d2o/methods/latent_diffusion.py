@@ -22,13 +22,13 @@ from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
+from d2o.features.load import ClassifierExtractor, load_classifier
+from d2o.interop.assets import asset
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
-from d2o.metrics.features import ClassifierExtractor, load_classifier
 from d2o.networks.bpe import WORD
 from d2o.networks.latent import Autoencoder, TextToImage, load_autoencoder
 from d2o.teachers.base import Spec
 from d2o.teachers.latent import text_to_image_teacher
-from d2o.teachers.registry import asset
 
 SCALE_IMAGES = 4096  # enough for a standard deviation to three digits
 CHECK_SEED = 2_000_000  # away from the seeds of pairs (from 0) and of previews

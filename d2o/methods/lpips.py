@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from d2o.features.perceptual import build_lpips
 from d2o.interop.weights import find_weights
-from d2o.metrics.perceptual import build_lpips
 
 
 def load_lpips(device: torch.device, pooling: str = "max") -> Callable[[Tensor, Tensor], Tensor]:

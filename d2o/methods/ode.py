@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.errors import UserError
+from d2o.features.load import load_classifier
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES, pseudo_huber
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.methods.teachers import check_teacher
-from d2o.metrics.features import load_classifier
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.students.base import Student
 from d2o.teachers.base import Spec

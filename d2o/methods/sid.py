@@ -18,7 +18,7 @@ from torch import Tensor
 from d2o.augment import edm
 from d2o.errors import UserError
 from d2o.losses import score as losses
-from d2o.losses.style import d_logistic
+from d2o.losses.adversarial import d_logistic
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.score_networks import (
     ScoreMethod,

@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.augment.ada import PIPES, AdaController, AdaPipeline
+from d2o.critics.build import build_critic
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
-from d2o.losses.style import PathLength, d_logistic, g_logistic, r1_penalty, spread
+from d2o.losses.adversarial import PathLength, d_logistic, g_logistic, r1_penalty, spread
 from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.style_generator import StyleGenerator
@@ -101,7 +102,7 @@ class SPIGAN(GeneratorMethod):
         generator = build_network(config) if setup.start is None else self.continued(setup.start)
         assert isinstance(generator, StyleGenerator)
         self.generator = generator
-        self.critic = build_network(
+        self.critic = build_critic(
             {"arch": "style_critic", "img_resolution": resolution, "img_channels": channels, **o.critic}
         )
         self.process = get_process(o.process)

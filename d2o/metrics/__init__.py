@@ -1,1 +1,1 @@
-"""Floor 3: feature extractors, distances and the protocols under which they are measured."""
+"""The maths of measuring: tensors in, numbers out."""

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from d2o.errors import UserError, unknown
-from d2o.metrics.extractors.clip import full_name, load_clip, prepare
-from d2o.metrics.extractors.common import CHUNK, at_once, crop_square, each_image, package
+from d2o.features.clip import full_name, load_clip, prepare
+from d2o.features.common import CHUNK, at_once, crop_square, each_image, package
 
 LENGTH = 77
 """Tokens of a text, with the two marks and the padding."""

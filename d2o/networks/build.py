@@ -10,62 +10,55 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest, unknown
-from d2o.interop.wording import show
 from d2o.networks.budget import build_within, check_numbers
 from d2o.networks.classifier import Classifier
-from d2o.networks.ddgan_critic import DDGANCritic
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.latent import Autoencoder, TextToImage
 from d2o.networks.ncsnpp_z import DDGANGenerator
-from d2o.networks.style import StyleCritic
 from d2o.networks.style_generator import StyleGenerator
+from d2o.settings.wording import show
 
 PLAIN: dict[str, Any] = {
     "classifier": Classifier,
     "ddgan": DDGANGenerator,
-    "ddgan_critic": DDGANCritic,
     "style_generator": StyleGenerator,
-    "style_critic": StyleCritic,
 }
 """arch -> the one class that takes the other keys."""
-NETWORKS = (*ARCHITECTURES, "edm2", *PLAIN, "autoencoder_kl", "text_to_image")
+FAMILIES = (*ARCHITECTURES, "edm2", "autoencoder_kl", "text_to_image")
+NETWORKS = (*FAMILIES, *PLAIN)
 
 
-Network = (
-    EDMPrecond
-    | EDM2Precond
-    | Classifier
-    | DDGANGenerator
-    | DDGANCritic
-    | StyleGenerator
-    | StyleCritic
-    | Autoencoder
-    | TextToImage
-)
+Network = EDMPrecond | EDM2Precond | Classifier | DDGANGenerator | StyleGenerator | Autoencoder | TextToImage
 
 
-def build_network(config: dict[str, Any], holds: Mapping[str, Tensor] | None = None, where: str = "network") -> Network:
+def build_network(
+    config: dict[str, Any],
+    holds: Mapping[str, Tensor] | None = None,
+    where: str = "network",
+    plain: Mapping[str, Any] = PLAIN,
+) -> Network:
     """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
     edm2 also takes `preset`, one of the published sizes xxs to xxl, whose width and dropout other keys may replace.
-    `holds`: the tensors of the file that `config` is from (`where`), which must be the network's. UserError: unknown
+    `plain`: the classes that take the other keys as they are; critics have others (`d2o.critics.build`). `holds`: the
+    tensors of the file that `config` is from (`where`), which must be the network's. UserError: unknown
     arch, preset or argument, bad value; a network that does not fit `holds`, or this machine. Nothing is allocated
     before that is known.
     """
     if not isinstance(config, dict):
         raise UserError(f"{where}: expected a section with `arch`, got {show(config)}")
     check_numbers(config, where)
-    return build_within(lambda: _build(config), holds, where)
+    return build_within(lambda: _build(config, plain), holds, where)
 
 
-def _build(config: dict[str, Any]) -> Network:
-    config = dict(config)
+def _build(config: dict[str, Any], plain: Mapping[str, Any]) -> Network:
+    config, known_archs = dict(config), (*FAMILIES, *plain)
     arch = config.pop("arch", None)
     if arch is None:
-        raise UserError("network: no `arch` given", f"known: {', '.join(NETWORKS)}")
-    if not isinstance(arch, str) or arch not in NETWORKS:
-        raise unknown("network architecture", arch, NETWORKS)
+        raise UserError("network: no `arch` given", f"known: {', '.join(known_archs)}")
+    if not isinstance(arch, str) or arch not in known_archs:
+        raise unknown("network architecture", arch, known_archs)
     if arch in ARCHITECTURES:
         known = _arguments(EDMPrecond, ARCHITECTURES[arch]) - {"arch", "in_channels", "out_channels"}
     elif arch == "edm2":
@@ -75,13 +68,13 @@ def _build(config: dict[str, Any]) -> Network:
     elif arch == "autoencoder_kl":
         known = set(config)  # it checks its arguments itself: they are those of diffusers
     else:
-        known = _arguments(PLAIN[arch])
+        known = _arguments(plain[arch])
     for key in config:
         if key not in known:
             near = nearest(key, known)
             advice = f"; did you mean {near!r}?" if near else ""
             raise UserError(f"network.{key}: unknown key for {arch}{advice}", f"known: {', '.join(sorted(known))}")
-    _check_types(arch, config)
+    _check_types(arch, config, plain)
     if arch == "edm2" and (preset := config.pop("preset", None)) is not None:
         if not isinstance(preset, str) or preset not in EDM2_SIZES:
             raise unknown("network.preset", preset, EDM2_SIZES)
@@ -93,7 +86,7 @@ def _build(config: dict[str, Any]) -> Network:
             return TextToImage(**config)
         if arch == "autoencoder_kl":
             return Autoencoder(**config)
-        return EDM2Precond(**config) if arch == "edm2" else PLAIN[arch](**config)
+        return EDM2Precond(**config) if arch == "edm2" else plain[arch](**config)
     except (
         TypeError,
         ValueError,
@@ -115,11 +108,11 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_types(arch: str, config: dict[str, Any]) -> None:
+def _check_types(arch: str, config: dict[str, Any], plain: Mapping[str, Any]) -> None:
     """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks
     themselves know.)"""
     classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(
-        arch, (PLAIN.get(arch),)
+        arch, (plain.get(arch),)
     )
     stated = {
         name: parameter.annotation

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest
+from d2o.inputs import read_json
 from d2o.interop import torchvision_compat
 from d2o.interop.checkpoint_record import check_checkpoint
-from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.bpe import BOS, EOS, Tokens, build_tokens
 from d2o.networks.budget import build_within, check_numbers

@@ -1,1 +1,1 @@
-"""Floor 5: what a run is: the typed schema of a recipe, loading, planning."""
+"""What a run is: the typed schema of a recipe, loading, planning."""

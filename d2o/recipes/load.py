@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from yaml.nodes import MappingNode, SequenceNode
 
 from d2o.errors import UserError, nearest, unknown
-from d2o.interop.shipped import recipe_folders, shown
-from d2o.interop.wording import KeyPath, Schema, child, dotted, is_free, is_section, may_be_null, members, show
-from d2o.interop.yaml_text import Mark, Node, Problems, build, compose, read
 from d2o.recipes.schema import LOADER_KEYS, Recipe, check, shape_of
 from d2o.recipes.stores import fill_from_store
+from d2o.settings.wording import KeyPath, Schema, child, dotted, is_free, is_section, may_be_null, members, show
+from d2o.settings.yaml_text import Mark, Node, Problems, build, compose, read
+from d2o.shipped import recipe_folders, shown
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
 

@@ -19,16 +19,17 @@ from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.evaluation.named_references import is_named, lookup
+from d2o.evaluation.reference import SHIPPED
+from d2o.evaluation.subjects import check_there
+from d2o.features.extractor import Extractor, check_shape
+from d2o.features.load import load_extractor
+from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
-from d2o.metrics.extractor import Extractor, check_shape
-from d2o.metrics.features import load_extractor
-from d2o.metrics.named_references import is_named, lookup
-from d2o.metrics.reference import SHIPPED
-from d2o.metrics.subjects import check_there
 from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
@@ -37,7 +38,7 @@ from d2o.students.base import Student, make_student
 from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
-from d2o.teachers.registry import BUILTIN, asset, load_teacher, planned_teacher
+from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
 from d2o.training.evaluation import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide

@@ -15,8 +15,6 @@ from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
-from d2o.interop.wording import Problem, Schema, Shape, dotted, phrase, tree, word
-from d2o.interop.yaml_text import dump
 from d2o.recipes.sections import (
     Batch,
     Checkpoint,
@@ -35,6 +33,8 @@ from d2o.recipes.sections import (
     TrackerSection,
     field,
 )
+from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, word
+from d2o.settings.yaml_text import dump
 
 LOADER_KEYS = {
     "extends": "another recipe, by path (relative to this file) or name, that this one changes; one level only",

@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from d2o.data.known import GET
 from d2o.errors import UserError
-from d2o.interop.wording import show
+from d2o.settings.wording import show
 
 if TYPE_CHECKING:
-    from d2o.metrics.presets import Preset
+    from d2o.evaluation.presets import Preset
 
 MAX_SEED = 2**32 - 1  # noise takes seeds modulo 2**32; a larger one would silently repeat another's samples
 
@@ -272,7 +272,7 @@ class Eval(Section):
 
 
 def _preset(name: str) -> Preset:
-    from d2o.metrics.presets import find_preset
+    from d2o.evaluation.presets import find_preset
 
     try:
         return find_preset(name)

@@ -12,9 +12,9 @@ from typing import Any
 
 from d2o.errors import UserError, nearest
 from d2o.interop.outputs import check_output
-from d2o.interop.wording import dotted, is_section
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe, section_key, shape_of
+from d2o.settings.wording import dotted, is_section
 
 
 @dataclass(frozen=True)

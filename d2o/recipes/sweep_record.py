@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.inputs import read_json
 from d2o.interop.checkpoint_record import check_checkpoint
-from d2o.interop.inputs import read_json
 from d2o.interop.safetensors_io import atomic_write, read_meta
-from d2o.metrics.curves import HIGHER_IS_BETTER, read_curves
-from d2o.metrics.sweep_chart import Line, sweep_chart
 from d2o.recipes.changes import forbidden
 from d2o.recipes.sweep import Sweep
+from d2o.reports.curves import HIGHER_IS_BETTER, read_curves
+from d2o.reports.sweep_chart import Line, sweep_chart
 
 FORMAT = {"format": "d2o-sweep", "version": 1}
 Record = dict[str, Any]

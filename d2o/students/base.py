@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2o import __version__
 from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.networks.load import load_weights
 from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec, check_labels
-from d2o.teachers.registry import load_weights
+from d2o.version import __version__
 
 STUDENTS = {
     "denoiser": "d2o.students.base",

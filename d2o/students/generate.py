@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2o import __version__
 from d2o.data.archive import Archive, Part, archive_for, join_pieces
 from d2o.data.draws import check_range, draw, label_mode
 from d2o.data.finished import Finished, take_over
 from d2o.data.images import to_uint8
 from d2o.data.prompts import Prompts
-from d2o.data.work import Ahead, Unit, Vanished, WorkFolder, cut, fill
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file, write_error
@@ -38,6 +36,8 @@ from d2o.teachers.base import Condition, Spec, Teacher
 from d2o.teachers.compute import BATCH, Compute, join_compute, torch_threads, tune, tune_network
 from d2o.teachers.generate import Progress, Say
 from d2o.teachers.pair_maker import check_finite
+from d2o.version import __version__
+from d2o.work.folder import Ahead, Unit, Vanished, WorkFolder, cut, fill
 
 CHUNK = 1024
 ENCODE_BYTES = 2**20

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from d2o.data.archive import RECORD, Archive, Part, check_free
-from d2o.data.work import Unit, WorkFolder
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, write_error
 from d2o.students.sample_record import check_parts, check_samples
+from d2o.work.folder import Unit, WorkFolder
 
 
 def parts_of(out: Path) -> WorkFolder:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.inputs import MAX_JSON_BYTES, parse_json, read_file
 from d2o.interop import torchvision_compat
-from d2o.interop.inputs import MAX_JSON_BYTES, parse_json, read_file
 from d2o.networks.budget import check_numbers, counted, file_holdings
 
 INDEX = "model_index.json"

@@ -21,7 +21,6 @@ from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import REWIRED, PairSettings, check_probe, differences, new_manifest, with_n
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts, open_prompts
-from d2o.data.work import MANIFEST, Folder, Unit, fill
 from d2o.errors import UserError
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped, worker
@@ -29,6 +28,7 @@ from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute, join_compute, torch_threads, tune
 from d2o.teachers.pair_maker import Maker, Progress
 from d2o.teachers.registry import load_teacher
+from d2o.work.folder import MANIFEST, Folder, Unit, fill
 
 Say = Callable[[str], None]
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2o.errors import UserError, nearest
+from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import verify
 from d2o.interop.hub import hub_snapshot
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
-from d2o.interop.safetensors_io import file_sha256, load_file, resolve_checkpoint
-from d2o.interop.seal import damaged
+from d2o.interop.safetensors_io import load_file, resolve_checkpoint
 from d2o.networks.build import build_network
-from d2o.networks.fill import fill_network
 from d2o.networks.latent import TextToImage
+from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
-from d2o.runtime import trusting
 from d2o.teachers import catalogue
 from d2o.teachers.base import UNSTATED, Spec, Teacher
 from d2o.teachers.catalogue import NVIDIA_LICENCE, Published
@@ -40,17 +35,6 @@ Progress = Callable[[int, int | None], None]
 
 def teacher_names() -> list[str]:
     return sorted([*BUILTIN, *catalogue.names()])
-
-
-@lru_cache
-def asset(name: str) -> Path:
-    """Path of a file or folder that ships with the package. UserError: its bytes are not those that were shipped."""
-    folder = Path(str(resources.files("d2o") / "assets"))
-    for line in (folder / "sha256sums.txt").read_text().splitlines():
-        digest, file = line.split(maxsplit=1)
-        if (file == name or file.startswith(f"{name}/")) and not trusting() and file_sha256(folder / file) != digest:
-            raise damaged(folder / file, "it is not as it came with d2o (install d2o again)")
-    return folder / name
 
 
 def load_teacher(
@@ -205,19 +189,3 @@ def _edm_family(
     )
     teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
     return teacher
-
-
-def load_weights(
-    network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False
-) -> torch.nn.Module:
-    """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit: nothing is
-    allocated then.
-
-    `assign`: the tensors become the weights, uncopied.
-    """
-    try:
-        with torch.device("meta") if assign else nullcontext():
-            module = build_network(network, tensors, f"{path}: network")
-    except UserError as error:
-        raise error if str(path) in error.message else UserError(f"{path}: {error.message}", error.hint) from error
-    return fill_network(module, tensors, path, assign)

@@ -1,1 +1,1 @@
-"""Floor 4: the one loop that trains every method, its EMA, checkpoints, precision and logs."""
+"""The one loop that trains every method, its EMA, checkpoints, precision and logs."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2o import __version__
 from d2o.errors import UserError
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import check_file, load_file, read_meta, save_file
 from d2o.training.products import Products
+from d2o.version import __version__
 
 
 def state_file(run: Path) -> Path:

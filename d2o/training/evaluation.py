@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.workplace import Workplace
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
 from d2o.methods.base import Generate, Method
-from d2o.metrics.quick import FrechetEvaluator
-from d2o.metrics.workplace import Workplace
 from d2o.training import distributed
 
 Say = Callable[[str], None]

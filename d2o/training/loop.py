@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from d2o.data.latents import LatentSet
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
-from d2o.metrics.curves import HIGHER_IS_BETTER
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
+from d2o.reports.curves import HIGHER_IS_BETTER
 from d2o.runtime import StopFlag, Stopped
 from d2o.training import distributed, saving
 from d2o.training.batches import Batches, mix

@@ -21,7 +21,7 @@ from d2o.data import images as module
 from d2o.data.images import open_images, save_png_bytes, to_float, to_uint8
 from d2o.data.synthetic.digits import digits
 from d2o.errors import UserError
-from d2o.interop.inputs import MAX_IMAGE_BYTES
+from d2o.inputs import MAX_IMAGE_BYTES
 
 CLASSES = ("ant", "bee", "cow")
 

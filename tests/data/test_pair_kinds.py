@@ -11,7 +11,6 @@ import torch
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pair_tools import merge, stats, verify
 from d2o.data.pairs import PairStore
-from d2o.data.work import cut
 from d2o.diffusion.noise import StepNoise, noise_and_labels, noise_for_seeds
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
@@ -20,6 +19,7 @@ from d2o.networks import processor
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import Share, make_pairs
+from d2o.work.folder import cut
 from tests.helpers import TinyText, tiny_teacher
 from tests.workers import files
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from d2o.data import pair_reading
-from d2o.data.folder import dump
 from d2o.data.pair_files import store_folder
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pair_tools import verify
@@ -23,6 +22,7 @@ from d2o.runtime import StopFlag, Stopped
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
+from d2o.work.base import dump
 from tests.helpers import tiny_teacher
 from tests.workers import files, finish, start, wait_for
 

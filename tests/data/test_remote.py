@@ -14,12 +14,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from d2o.data import claims
-from d2o.data.folder import dump
-from d2o.data.remote import RemoteFolder, open_folder
-from d2o.data.work import Unit, Vanished, WorkFolder, cut
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
+from d2o.work import claims
+from d2o.work.base import dump
+from d2o.work.folder import Unit, Vanished, WorkFolder, cut
+from d2o.work.remote import RemoteFolder, open_folder
 from tests.workers import REMOTE_MANIFEST, TIMES, files, fill_folder, finish, start_remote, wait_for
 
 UNITS = cut(50, 5, "u{:05d}.safetensors")

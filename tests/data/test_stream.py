@@ -10,10 +10,10 @@ import torch
 from d2o.data.pair_settings import PairSettings
 from d2o.data.prompts import pack
 from d2o.data.stream import PairStream, draw_noise, shuffled
-from d2o.data.work import cut
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
 from d2o.teachers.generate import make_pairs
+from d2o.work.folder import cut
 from tests.helpers import tiny_teacher
 
 SHAPE = (2, 3)

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from d2o.data.work import BEHIND, Ahead, Unit, Vanished, WorkFolder, cut, fill
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import file_sha256, load_file, save_file
+from d2o.work.folder import BEHIND, Ahead, Unit, Vanished, WorkFolder, cut, fill
 
 MANIFEST = {"format": "test", "version": 1, "files": []}
 

@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2o import inputs
 from d2o.cli.app import main
 from d2o.data.images import open_images
 from d2o.data.prompts import MAX_LINE_BYTES, MAX_PROMPT_BYTES, Prompts, open_prompts
 from d2o.errors import UserError
-from d2o.interop import inputs
-from d2o.interop.inputs import parse_json, read_json
+from d2o.evaluation.records import load_records
+from d2o.evaluation.statistics import load_statistics
+from d2o.inputs import parse_json, read_json
 from d2o.interop.npz import read_npy, read_npz
 from d2o.interop.numpy_pickle import read_pickled
 from d2o.interop.torch_files import read_tensors
-from d2o.metrics.records import load_records
-from d2o.metrics.statistics import load_statistics
 from d2o.recipes.load import load_recipe
 
 

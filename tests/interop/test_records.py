@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import d2o
-from d2o.data.folder import content_sha256, dump
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError
+from d2o.features.load import load_extractor
+from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file, save_file
-from d2o.metrics.features import load_extractor
 from d2o.networks import budget
 from d2o.networks.build import build_network
 from d2o.networks.latent import load_autoencoder
 from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
-from d2o.teachers.registry import asset
+from d2o.work.base import content_sha256, dump
 from tests.helpers import tiny_student, tiny_teacher
 
 HUGE = 2**40

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d2o.losses.style import PathLength, d_logistic, g_logistic, path_lengths, r1_penalty
-from d2o.networks.style import StyleCritic, StyleSynthesis
+from d2o.critics.style import StyleCritic
+from d2o.losses.adversarial import PathLength, d_logistic, g_logistic, path_lengths, r1_penalty
+from d2o.networks.style import StyleSynthesis
 
 
 def test_logistic_losses():

@@ -12,16 +12,16 @@ from d2o.data.images import open_images
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
+from d2o.features.load import load_extractor
+from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.methods.autoencoder import AutoencoderOptions
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.latent_diffusion import LatentDiffusionOptions, classify, latent_scale
-from d2o.metrics.features import load_extractor
 from d2o.networks.latent import load_autoencoder, load_text_to_image
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag, Stopped
 from d2o.teachers.latent import text_to_image_teacher
-from d2o.teachers.registry import asset
 from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
 from tests.latent import TEXT, UNET, VAE, tiny_autoencoder, tiny_text_to_image

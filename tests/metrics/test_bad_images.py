@@ -17,7 +17,7 @@ from PIL import Image
 from d2o.data import images as reader
 from d2o.data.images import open_images
 from d2o.errors import UserError
-from d2o.metrics.prepare import parse_preparation
+from d2o.evaluation.prepare import parse_preparation
 
 RNG = np.random.default_rng(0)
 DEEP = {channels: RNG.integers(0, 65536, (6, 5, channels), dtype=np.uint16) for channels in (1, 3, 4)}

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from d2o.errors import UserError
+from d2o.features import clip
 from d2o.interop import torchvision_compat
 from d2o.metrics import clip_score
 from d2o.metrics.clip_score import ClipScore, insert_tokens
-from d2o.metrics.extractors import clip
 
 torchvision_compat.ensure()
 

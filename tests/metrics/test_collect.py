@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.metrics.collect import Batch, Pass, check_finite, collect
+from d2o.evaluation.collect import Batch, Pass, check_finite, collect
 from d2o.runtime import StopFlag, Stopped
 from tests.helpers import tiny_student
 from tests.metrics.samples import make_extractor

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from d2o.errors import UserError
+from d2o.features import clip, common, dinov2, lite0, vgg
+from d2o.features.load import EXTRACTORS
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import save_file
-from d2o.metrics.extractors import clip, common, dinov2, lite0, vgg
-from d2o.metrics.features import EXTRACTORS
 
 torchvision_compat.ensure()  # before anything here imports torchvision
 

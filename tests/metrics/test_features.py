@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from d2o.errors import UserError
+from d2o.features import load as features
+from d2o.features.load import default_extractor, extractor_names, load_extractor
 from d2o.interop.safetensors_io import file_sha256
-from d2o.metrics import features
-from d2o.metrics.features import default_extractor, extractor_names, load_extractor
 from tests.helpers import tiny_student
 
 

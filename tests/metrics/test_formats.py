@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from d2o.errors import UserError
-from d2o.metrics.cells import quoted
-from d2o.metrics.formats import check_table_target, to_csv, to_markdown, to_tex, write_table
+from d2o.reports.cells import quoted
+from d2o.reports.formats import check_table_target, to_csv, to_markdown, to_tex, write_table
 from tests.metrics.samples import record
 
 EVIL = r"a|b_c *x* [y](z) <i> & 50% $1 {#} \n~^"

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.features import inception
+from d2o.features.inception import InceptionExtractor, load, read_inception
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torchvision_compat import ensure
-from d2o.metrics.extractors import inception
-from d2o.metrics.extractors.inception import InceptionExtractor, load, read_inception
 from d2o.networks.inception import Inception, from_tensorflow_names
 from tests.interop.conftest import nvidia_modules  # noqa: F401 (a fixture)
 from tests.interop.nvidia_writer import Persistent, dumps

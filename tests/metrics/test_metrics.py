@@ -13,21 +13,22 @@ import torch
 from d2o.data.draws import draw
 from d2o.data.images import open_images
 from d2o.errors import UserError
-from d2o.metrics import features, presets, subjects, tools
-from d2o.metrics.catalogue import METRICS, parse_metrics
-from d2o.metrics.extractor import Extractor
-from d2o.metrics.features import load_extractor
+from d2o.evaluation import presets, subjects, tools
+from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.leaks import leak_notes
+from d2o.evaluation.prepare import parse_preparation, quantize
+from d2o.evaluation.presets import Preset
+from d2o.evaluation.protocol import Settings
+from d2o.evaluation.run import Request, evaluate_all
+from d2o.evaluation.statistics import Statistics, save_statistics
+from d2o.evaluation.tools import Tools
+from d2o.features import load as features
+from d2o.features.extractor import Extractor
+from d2o.features.load import load_extractor
 from d2o.metrics.frechet import FeatureStatistics, frechet_distance
 from d2o.metrics.inception_score import inception_score
 from d2o.metrics.kid import kid
-from d2o.metrics.leaks import leak_notes
 from d2o.metrics.prdc import manifold
-from d2o.metrics.prepare import parse_preparation, quantize
-from d2o.metrics.presets import Preset
-from d2o.metrics.protocol import Settings
-from d2o.metrics.run import Request, evaluate_all
-from d2o.metrics.statistics import Statistics, save_statistics
-from d2o.metrics.tools import Tools
 from d2o.students.base import load_student, save_student
 from tests.helpers import SPEC, TinyText, tiny_student, tiny_teacher
 
@@ -328,7 +329,7 @@ def test_nearest_images_of_the_reference(digits: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_before_any_image_is_made(
     stand_ins: None, digits: Path, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2o.metrics.passes.generate", lambda *a, **k: pytest.fail("an image was made"))
+    monkeypatch.setattr("d2o.evaluation.passes.generate", lambda *a, **k: pytest.fail("an image was made"))
     with pytest.raises(UserError, match="metric kid: a subset has 1000 images, the smaller set 60"):
         evaluate(student, against="real:digits", metrics=["kid"], settings=replace(SMALL, kid_size=1000))
     with pytest.raises(UserError, match="metric pr: 60 neighbours need more than 60 images"):
@@ -394,7 +395,7 @@ def test_a_protocol_is_kept_or_refused(
     (record,) = evaluate(student, against="real:digits", metrics=preset.metrics, extractor="inception", preset=preset)
     assert record["preset"]["paper"] == "A paper, Table 9" and "labels are not stated" in record["notes"]
     assert "--protocol mini" in record["command"]
-    monkeypatch.setattr("d2o.metrics.passes.generate", lambda *a, **k: pytest.fail("an image was made"))
+    monkeypatch.setattr("d2o.evaluation.passes.generate", lambda *a, **k: pytest.fail("an image was made"))
     with pytest.raises(UserError, match=r"not the protocol mini(.|\n)*899"):
         evaluate(student, against="real:digits/a", metrics=preset.metrics, extractor="inception", preset=preset)
     monkeypatch.setattr(presets, "_published", lambda extractor: ["f" * 64])

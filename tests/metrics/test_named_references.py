@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from d2o.errors import UserError
-from d2o.metrics.features import EXTRACTORS
-from d2o.metrics.named_references import (
+from d2o.evaluation.named_references import (
     REFERENCES,
     find_reference,
     is_named,
@@ -18,6 +17,7 @@ from d2o.metrics.named_references import (
     lookup,
     reference_names,
 )
+from d2o.features.load import EXTRACTORS
 
 
 @pytest.fixture

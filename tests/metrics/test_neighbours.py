@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.metrics.neighbours import neighbours_record
+from d2o.evaluation.neighbours import neighbours_record
 
 
 def images(n: int, seed: int, side: int = 6, channels: int = 1) -> Tensor:

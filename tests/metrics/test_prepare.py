@@ -13,8 +13,8 @@ from PIL import Image
 from d2o.data import images as reader
 from d2o.data.images import open_images
 from d2o.errors import UserError
+from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.interop.torchvision_compat import ensure
-from d2o.metrics.prepare import parse_preparation, quantize
 
 SIZES = [(40, 27), (27, 41), (64, 64), (33, 36), (19, 50), (70, 73), (16, 16), (17, 20)]
 

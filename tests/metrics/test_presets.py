@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
+from d2o.evaluation.catalogue import parse_metrics
+from d2o.evaluation.named_references import REFERENCES
+from d2o.evaluation.presets import PRESETS, apply_preset, check_result, find_preset, preset_names, protocol_table
+from d2o.evaluation.protocol import Settings
+from d2o.features.load import EXTRACTORS
 from d2o.interop.weights import WEIGHTS
-from d2o.metrics.catalogue import parse_metrics
-from d2o.metrics.features import EXTRACTORS
-from d2o.metrics.named_references import REFERENCES
-from d2o.metrics.presets import PRESETS, apply_preset, check_result, find_preset, preset_names, protocol_table
-from d2o.metrics.protocol import Settings
 
 SIDA = find_preset("sida_cifar10")
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"

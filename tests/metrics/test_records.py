@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
+from d2o.evaluation.records import check_json_target, load_records, save_records
 from d2o.interop.temporary import temporary_file
-from d2o.metrics.records import check_json_target, load_records, save_records
 from tests.metrics.samples import record
 
 

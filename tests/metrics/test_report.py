@@ -14,11 +14,11 @@ import torch
 
 from d2o.data.pictures import to_png
 from d2o.errors import UserError
-from d2o.metrics.cells import quoted
-from d2o.metrics.charts import Dot, Series, dot_chart, line_chart, short
-from d2o.metrics.curves import read_curves
-from d2o.metrics.neighbours import neighbours_record
-from d2o.metrics.report import render, write_report
+from d2o.evaluation.neighbours import neighbours_record
+from d2o.reports.cells import quoted
+from d2o.reports.charts import Dot, Series, dot_chart, line_chart, short
+from d2o.reports.curves import read_curves
+from d2o.reports.report import render, write_report
 from tests.metrics.samples import DOT, record
 
 VOID = {"meta", "img", "br", "link", "wbr"}

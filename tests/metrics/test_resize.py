@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from d2o.features.resize import clean_pil, clean_torch, tf_bilinear, torch_bilinear
 from d2o.interop.torchvision_compat import ensure
-from d2o.metrics.resize import clean_pil, clean_torch, tf_bilinear, torch_bilinear
 
 ensure()
 from cleanfid.resize import make_resizer  # noqa: E402

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from d2o.data.images import open_images
-from d2o.metrics.features import load_extractor
+from d2o.evaluation.protocol import Settings
+from d2o.evaluation.reference import SHIPPED, load_reference
+from d2o.evaluation.statistics import load_statistics
+from d2o.features.load import load_extractor
+from d2o.interop.assets import asset
 from d2o.metrics.frechet import FeatureStatistics
-from d2o.metrics.protocol import Settings
-from d2o.metrics.reference import SHIPPED, load_reference
-from d2o.metrics.statistics import load_statistics
-from d2o.teachers.registry import asset
 
 FILES = [asset("classifier_digits.safetensors"), asset(SHIPPED["real:digits"])]
 

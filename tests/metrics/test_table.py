@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from d2o.metrics.cells import magnitude, milliseconds, number, paper_of, quoted, value_text
-from d2o.metrics.table import Table, fold, results_table
+from d2o.reports.cells import magnitude, milliseconds, number, paper_of, quoted, value_text
+from d2o.reports.table import Table, fold, results_table
 from tests.metrics.samples import record
 
 RESULTS = Path(__file__).parents[2] / "results"

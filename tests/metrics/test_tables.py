@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
-from d2o.interop.shipped import table_folders
-from d2o.metrics.catalogue import parse_metrics
-from d2o.metrics.presets import PRESETS, apply_preset
-from d2o.metrics.protocol import Settings
-from d2o.metrics.tables import absent, find_table, load_table, table_names
+from d2o.evaluation.catalogue import parse_metrics
+from d2o.evaluation.presets import PRESETS, apply_preset
+from d2o.evaluation.protocol import Settings
 from d2o.recipes.load import recipe_names
+from d2o.reports.paper_tables import absent, find_table, load_table, table_names
+from d2o.shipped import table_folders
 from d2o.teachers.registry import teacher_names
 
 HEAD = "title: t\npaper: p\n"

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
-from d2o.metrics import workplace as module
-from d2o.metrics.columns import Columns
-from d2o.metrics.workplace import Workplace
+from d2o.evaluation import workplace as module
+from d2o.evaluation.columns import Columns
+from d2o.evaluation.workplace import Workplace
 from d2o.runtime import StopFlag, Stopped
 from tests.metrics.test_collect import numbered
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from d2o.critics.build import build_critic
+from d2o.critics.dd_gan import DDGANCritic, critic_widths
 from d2o.errors import UserError
 from d2o.networks.build import build_network, count_parameters
-from d2o.networks.ddgan_critic import DDGANCritic, critic_widths
 from d2o.networks.ncsnpp_blocks import AdaptiveGroupNorm, TimeEmbedding
 from d2o.networks.ncsnpp_z import DDGANGenerator
 
@@ -169,4 +170,4 @@ def test_mistakes_are_named(change, message):
     with pytest.raises(UserError, match=message):
         build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL, **change})
     with pytest.raises(UserError, match="kind must be"):
-        build_network({"arch": "ddgan_critic", "img_resolution": 8, "img_channels": 1, "kind": "huge"})
+        build_critic({"arch": "ddgan_critic", "img_resolution": 8, "img_channels": 1, "kind": "huge"})

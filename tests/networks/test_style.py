@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from d2o.critics.style import StyleCritic
 from d2o.errors import UserError
 from d2o.networks.build import count_parameters
 from d2o.networks.fir import up2
 from d2o.networks.node import NODEMapping
-from d2o.networks.style import StyleCritic, StyleSynthesis, channel_table
+from d2o.networks.style import StyleSynthesis, channel_table
 from d2o.networks.style_layers import Conv2d, Linear, ModulatedConv, minibatch_std, modulated_conv
 
 TINY = {"base": 64, "max_channels": 6}

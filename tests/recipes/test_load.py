@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2o.errors import UserError
-from d2o.interop.yaml_text import compose, dump
 from d2o.recipes import load
 from d2o.recipes.load import diff_recipes, find_recipe, load_recipe, recipe_names
 from d2o.recipes.schema import LOADER_KEYS, Recipe, describe
+from d2o.settings.yaml_text import compose, dump
 
 SMALL = """\
 name: small

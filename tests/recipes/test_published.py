@@ -6,9 +6,9 @@ import pytest
 
 from d2o.methods.sid import SiD
 from d2o.methods.spi_gan import SPIGAN
-from d2o.metrics.tables import load_table, table_names
 from d2o.recipes.load import find_recipe, load_recipe, recipe_names
 from d2o.recipes.plan import make_plan
+from d2o.reports.paper_tables import load_table, table_names
 
 FIRST = {32: 3 * 32 * 32 * 512 + 512, 256: 3 * 256 * 256 * 512 + 512}  # Table 6
 R = 512 * 512 + 512  # Table 7, one layer

@@ -10,11 +10,12 @@ import torch
 
 import d2o
 from d2o.cli.app import main
+from d2o.features.load import load_extractor
+from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import read_meta
-from d2o.metrics.features import load_extractor
 from d2o.recipes.load import find_recipe, load_recipe, recipe_names
 from d2o.recipes.plan import make_plan
-from d2o.teachers.registry import BUILTIN, asset
+from d2o.teachers.registry import BUILTIN
 
 
 def run(*arguments: object) -> int:

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from d2o.cli.app import main
-from d2o.data.folder import dump
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError
@@ -17,6 +16,7 @@ from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
+from d2o.work.base import dump
 from tests.helpers import tiny_recipe
 
 RECIPE = """

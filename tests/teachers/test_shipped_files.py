@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
+from d2o.interop.assets import asset
 from d2o.teachers import registry
-from d2o.teachers.registry import BUILTIN, asset
+from d2o.teachers.registry import BUILTIN
 
 ASSETS = Path(str(resources.files("d2o") / "assets"))
 

@@ -240,14 +240,14 @@ def downloaded(folder: Path) -> None:
 
 
 def diffusers_folder(folder: Path) -> None:
-    from d2o.teachers.registry import asset
+    from d2o.interop.assets import asset
 
     shutil.copytree(asset("tiny-sd"), folder / "sd")
 
 
 def classifier_and_images(folder: Path) -> None:
+    from d2o.interop.assets import asset
     from d2o.interop.safetensors_io import load_file, save_file
-    from d2o.teachers.registry import asset
 
     image_folder("png")(folder)
     save_file(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import d2o.networks.ddgan_critic as ddgan_critic
+import d2o.critics.dd_gan as ddgan_critic
 from d2o.interop.safetensors_io import atomic_write
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from d2o.cli.app import main
+from d2o.evaluation import presets
+from d2o.evaluation.presets import Preset
+from d2o.evaluation.quick import FrechetEvaluator
 from d2o.interop.safetensors_io import read_meta
-from d2o.metrics import presets
-from d2o.metrics.presets import Preset
-from d2o.metrics.quick import FrechetEvaluator
 from d2o.recipes.load import load_recipe
 from d2o.teachers.base import Spec
 from tests.helpers import tiny_recipe

@@ -68,11 +68,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     for name, text in (("dd", DDGAN), ("spi", SPIGAN), ("sida", SIDA.format(teacher=folder / "teacher.safetensors"))):
         (folder / f"{name}.yaml").write_text(text + COMMON)
         recipes.append(str(folder / f"{name}.yaml"))
-    group = sys.modules["d2o.networks.ddgan_critic"].GROUP  # type: ignore[attr-defined]
+    group = sys.modules["d2o.critics.dd_gan"].GROUP  # type: ignore[attr-defined]
     try:
         main(folder / "one", recipes)
     finally:
-        sys.modules["d2o.networks.ddgan_critic"].GROUP = group  # type: ignore[attr-defined]
+        sys.modules["d2o.critics.dd_gan"].GROUP = group  # type: ignore[attr-defined]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

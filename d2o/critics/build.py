@@ -1,0 +1,19 @@
+"""From a plain configuration to a critic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from d2o.critics.dd_gan import DDGANCritic
+from d2o.critics.style import StyleCritic
+from d2o.networks.build import build_network
+
+CRITICS: dict[str, Any] = {"ddgan_critic": DDGANCritic, "style_critic": StyleCritic}
+"""arch -> class."""
+
+
+def build_critic(config: dict[str, Any]) -> nn.Module:
+    """`config` holds `arch` (one of `CRITICS`) and that critic's arguments. UserError: an unknown one, a bad value."""
+    return build_network(config, plain=CRITICS)

@@ -1,0 +1,287 @@
+"""The metrics by name: what each needs to know of the images, and how the numbers of a run become one."""
+
+from __future__ import annotations
+
+import statistics as stats
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2o.errors import UserError, unknown
+from d2o.evaluation import scores
+from d2o.evaluation.protocol import Settings
+from d2o.evaluation.scores import Score, Sides
+from d2o.features.extractor import Extractor
+
+LOWER, HIGHER = "lower", "higher"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`extractor`: the one that it is defined over; None: the one chosen for X. `output`: what it needs of each image,
+    and (`reference`) of
+    the reference: "statistics", "rows" (every image's), or "" for nothing. `compute` gives one Score for each of
+    `keys`.
+    """
+
+    name: str
+    about: str
+    compute: Callable[[Sides, Settings], dict[str, Score]]
+    keys: dict[str, str]  # key -> "lower" or "higher", whichever is better
+    output: str = "features"
+    extractor: str | None = None
+    reference: str = "statistics"
+    labels: str = ""  # how its keys are called, where not by their names
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("fd", "Fréchet distance over the extractor's features", scores.frechet, {"fd": LOWER}),
+        Metric(
+            "fid",
+            "the same over the 2015 Inception network, TF-style bilinear resize (EDM, torch-fidelity)",
+            scores.frechet,
+            {"fid": LOWER},
+            extractor="inception",
+        ),
+        Metric(
+            "fid-clean",
+            "clean-fid's: bicubic antialiased resize",
+            scores.frechet,
+            {"fid-clean": LOWER},
+            extractor="inception-clean",
+        ),
+        Metric(
+            "fid-pytorch",
+            "pytorch-fid's: half-pixel bilinear resize",
+            scores.frechet,
+            {"fid-pytorch": LOWER},
+            extractor="inception-legacy_pytorch",
+        ),
+        Metric(
+            "sfid",
+            "over spatial features of Inception (guided-diffusion)",
+            scores.frechet,
+            {"sfid": LOWER},
+            "spatial",
+            "inception",
+        ),
+        Metric(
+            "fd-dinov2",
+            "over DINOv2 ViT-L/14 (EDM2, dgm-eval)",
+            scores.frechet,
+            {"fd-dinov2": LOWER},
+            extractor="dinov2_vitl14",
+        ),
+        Metric(
+            "clip-fid", "over OpenAI's CLIP ViT-B/32 (clean-fid)", scores.frechet, {"clip-fid": LOWER}, extractor="clip"
+        ),
+        Metric(
+            "fd-class",
+            "mean over the classes of the Fréchet distance within each",
+            scores.frechet_by_class,
+            {"fd-class": LOWER},
+            reference="rows",
+        ),
+        Metric("kid", "kernel distance, polynomial kernel, unbiased", scores.kernel, {"kid": LOWER}, reference="rows"),
+        Metric(
+            "is",
+            "Inception Score: of the extractor's classes",
+            scores.inception,
+            {"is": HIGHER},
+            "logits",
+            "inception",
+            reference="",
+        ),
+        Metric(
+            "pr",
+            "improved precision and recall",
+            scores.precision_recall,
+            {"precision": HIGHER, "recall": HIGHER},
+            reference="rows",
+        ),
+        Metric(
+            "dc",
+            "density and coverage",
+            scores.density_coverage,
+            {"density": HIGHER, "coverage": HIGHER},
+            reference="rows",
+        ),
+        Metric(
+            "prdc",
+            "all four in one pass over the distances",
+            scores.prdc,
+            {"precision": HIGHER, "recall": HIGHER, "density": HIGHER, "coverage": HIGHER},
+            reference="rows",
+        ),
+        Metric(
+            "rel-fd",
+            "Fréchet distance to the teacher's images of the same seeds",
+            scores.frechet,
+            {"rel-fd": LOWER},
+            reference="teacher",
+        ),
+        Metric(
+            "rel-fid",
+            "the same over Inception (GDD)",
+            scores.frechet,
+            {"rel-fid": LOWER},
+            extractor="inception",
+            reference="teacher",
+        ),
+        Metric(
+            "clip-score",
+            "mean cosine of image and prompt (GigaGAN's protocol)",
+            scores.clip_score,
+            {"clip-score": HIGHER},
+            "",
+            reference="",
+        ),
+        Metric(
+            "dreamdiv",
+            "DreamDiv: mean DreamSim distance among images of one prompt",
+            scores.dream_diversity,
+            {"dreamdiv": HIGHER},
+            extractor="dreamsim",
+            reference="diversity",
+        ),
+        Metric(
+            "dreamsim",
+            "mean DreamSim distance to the teacher's image of equal noise",
+            scores.paired,
+            {"dreamsim": LOWER},
+            "",
+            reference="pair",
+        ),
+        Metric(
+            "lpips",
+            "mean LPIPS (AlexNet) to the teacher's image of equal noise",
+            scores.paired,
+            {"lpips": LOWER},
+            "",
+            reference="pair",
+        ),
+        Metric("lpips-vgg", "mean LPIPS (VGG-16)", scores.paired, {"lpips-vgg": LOWER}, "", reference="pair"),
+        *(
+            Metric(
+                f"latent-lpips-{space}",
+                f"mean LatentLPIPS of {space} latents",
+                scores.paired,
+                {f"latent-lpips-{space}": LOWER},
+                "",
+                reference="pair",
+            )
+            for space in ("sd15", "sd21", "sdxl", "sd3", "flux")
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Want:
+    """A metric over an extractor. `named`: the user chose the extractor with `metric@extractor`."""
+
+    metric: Metric
+    extractor: str | None
+    named: bool = False
+
+    def key(self, key: str) -> str:
+        return f"{key}@{self.extractor}" if self.named else key
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.metric.reference in ("teacher", "pair")
+
+
+def parse_metrics(names: Sequence[str]) -> list[Want]:
+    """`fid`, `kid@lite0`, ... UserError: unknown metric (with the nearest), an extractor where none can be chosen."""
+    wants = []
+    for text in dict.fromkeys(names):
+        name, at, extractor = text.partition("@")
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+        metric = METRICS[name]
+        fixed = metric.extractor not in (None, extractor) and name != "is"
+        if at and (fixed or not metric.output):
+            raise UserError(
+                f"metric {text!r}: {name} has no choice of extractor",
+                "fd@..., kid@..., is@..., pr@..., dc@... and rel-fd@... have",
+            )
+        wants.append(Want(metric, extractor or metric.extractor, bool(at)))
+    return wants
+
+
+def combine(
+    want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Score]], settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """The entries of a result's "metrics": over several runs the mean with its deviation, or (report "min") the
+    least."""
+    entries = {}
+    for key, better in want.metric.keys.items():
+        found = [run[key] for run in runs]
+        values = [score.value for score in found]
+        spread = stats.stdev(values) if len(values) > 1 else found[0].std
+        best = min(values) if better == LOWER else max(values)
+        least = settings.report_as == "min" and len(values) > 1
+        extreme = f", {'min' if better == LOWER else 'max'} of {len(values)}" if least else ""
+        entries[want.key(key)] = {
+            "label": label(key, extractor, settings, found[0].n) + extreme,
+            "value": best if least else stats.fmean(values),
+            "runs": values,
+            "std": spread,
+            "error": ("runs" if len(values) > 1 else found[0].error) if spread is not None else None,
+            "better": better,
+            "report": settings.report_as if len(values) > 1 else "single",
+            **found[0].more,
+        }
+        if len(values) > 1:
+            entries[want.key(key)] |= {"mean": stats.fmean(values), "best": best}
+    return entries
+
+
+WORDS = {
+    "is": "IS",
+    "kid": "KID",
+    "fd-class": "FD by class",
+    "clip-score": "CLIP score",
+    "lpips": "LPIPS(alex)",
+    "lpips-vgg": "LPIPS(vgg)",
+    "dreamsim": "DreamSim",
+    "dreamdiv": "DreamDiv",
+}
+FRECHET = {
+    "inception": "FID",
+    "inception-clean": "clean-FID",
+    "inception-clean_torch": "clean-FID(torch)",
+    "inception-legacy_pytorch": "pytorch-FID",
+    "dinov2_vitl14": "FD-DINOv2",
+    "clip": "CLIP-FID",
+}
+
+
+def label(key: str, extractor: Extractor | None, settings: Settings, n: int | None) -> str:
+    """The name under which a number is printed. "FID" is said of the 2015 Inception network's distance alone, and
+    always with its n: FID-50k takes 50,000 generated images."""
+    if key.startswith(("fd", "fid", "clip-fid", "rel-f")) and key != "fd-class" and extractor is not None:
+        name = FRECHET.get(extractor.name, f"FD({extractor.name})")
+        return ("rel-" if key.startswith("rel") else "") + (name + size(n) if name in FRECHET.values() else name)
+    if key == "sfid":
+        return "sFID" + size(n)
+    if key == "clip-score":
+        return f"CLIP score{size(n)} ({settings.clip_model.removeprefix('clip-')})"
+    name = WORDS.get(key, key)
+    if key.startswith("latent-lpips-"):
+        return f"LatentLPIPS({key.removeprefix('latent-lpips-')})"
+    if key in ("dreamsim", "dreamdiv"):
+        return name + size(n)
+    if extractor is None or (extractor.name == "inception" and key == "is"):
+        return name + (size(n) if key == "is" else "")
+    return f"{name}({extractor.name})"
+
+
+def size(n: int | None) -> str:
+    """The n behind a number, as the papers write it: -50k, -5k; spelt out where it is not of whole thousands."""
+    if n is None:
+        return " (n not stated)"
+    return f"-{n // 1000}k" if n >= 1000 and n % 1000 == 0 else f" (n = {n:,})"

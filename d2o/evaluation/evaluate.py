@@ -1,0 +1,307 @@
+"""Every metric that was asked for of one subject, with its protocol, as a JSON-able record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from d2o.data.draws import label_mode
+from d2o.evaluation.accuracy import accuracy
+from d2o.evaluation.catalogue import Want, combine
+from d2o.evaluation.checks import check, told
+from d2o.evaluation.collect import Meter, silent
+from d2o.evaluation.columns import Columns
+from d2o.evaluation.grids import sample_grid
+from d2o.evaluation.leaks import leak_notes
+from d2o.evaluation.passes import feature_probes, generator_pass, pair_pass, pictures_pass
+from d2o.evaluation.plan import Plan
+from d2o.evaluation.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
+from d2o.evaluation.protocol import Settings, hardware
+from d2o.evaluation.reference import Reference, generated_reference, measure_reference
+from d2o.evaluation.scores import Score, Sides
+from d2o.evaluation.sides import Given, Measured, Side
+from d2o.evaluation.speed import latency, throughput
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
+from d2o.evaluation.workplace import Workplace
+from d2o.features.extractor import Extractor
+from d2o.runtime import worker
+from d2o.version import __version__
+
+FORMAT = {"format": "d2o-eval", "version": 1}
+
+
+@dataclass
+class Evaluation:
+    """`record` is the JSON result; `statistics` those of X's first run over the main extractor, where it has any."""
+
+    record: dict[str, Any]
+    statistics: Statistics | None
+
+
+def evaluate_one(
+    x: Subject,
+    reference: Reference | None,
+    plan: Plan,
+    settings: Settings,
+    *,
+    name: str | None = None,
+    device: Device = "cpu",
+    place: Workplace | None = None,
+    meter: Meter = silent,
+) -> Evaluation | None:
+    """Measure `x`; None for a worker that is not the first, which only helps. Global random state is neither used nor
+    changed.
+
+    UserError: statistics of another extractor, images of another shape, too few, NaN or infinite values.
+    """
+    started = time.perf_counter()
+    place = place or Workplace(memory=True)
+    check(x, reference, plan, settings)
+    runs = _main_passes(x, plan, settings, device, place, meter)
+    teacher_reference = _teacher_reference(x, plan, settings, device, place, meter)
+    diversity = _diversity_pass(x, plan, settings, device, place, meter)
+    pairs = _pair_pass(x, plan, settings, device, place, meter)
+    if worker()[0] != 0:
+        return None
+    sources = {"teacher": teacher_reference, "statistics": reference, "rows": reference}
+    metrics: dict[str, Any] = {}
+    for want in plan.wants:
+        place.check_stop(f"{want.metric.name} of {x.name}")
+        extractor, kind = plan.extractor(want), want.metric.reference
+        other = sources[kind].side if kind in sources else None  # type: ignore[union-attr]
+        sides = [diversity] if kind == "diversity" else [pairs] if kind == "pair" else runs
+        found = [
+            _score(want, Sides(side, other, extractor, want.metric.output, next(iter(want.metric.keys))), settings)
+            for side in sides
+            if side
+        ]
+        metrics |= combine(want, extractor, found, settings)
+    metrics |= accuracy([run for run in runs if isinstance(run, Measured)], x, plan.main)
+    seconds = [s for run in runs if isinstance(run, Measured) for s in run.columns.seconds]
+    if isinstance(x, Generator):
+        if seconds:
+            metrics["speed"] = throughput(seconds, min(settings.batch, settings.n), device)
+        if plan.latency:
+            metrics["speed"] = metrics.get("speed", {}) | latency(x, settings.seed, settings.labels, device)
+        if pairs is not None and plan.distance and plan.teacher is not None:
+            metrics["distance"] = _distance(pairs.columns, plan.teacher, settings)
+    statistics = (
+        runs[0].statistics(plan.main)
+        if plan.main is not None and (isinstance(x, Numbers) or _has(runs[0], plan.main))
+        else None
+    )
+    notes = [*x.notes, *plan.notes, *(reference.notes if reference else []), *_warnings(x, runs[0], reference, plan)]
+    if isinstance(x, Pictures) and (copies := x.duplicates()):
+        notes.append(f"{x.source}: {copies:,} of {x.n:,} images are pixel for pixel copies of another")
+    if isinstance(x, Generator):
+        names = [e.name for want in plan.wants if (e := plan.extractor(want))] + [
+            w.metric.name for w in plan.wants if not w.metric.output
+        ]
+        notes += leak_notes(x.source, x.recipe, names)
+    record = {
+        **FORMAT,
+        "d2o": __version__,
+        "name": name or x.name,
+        "x": {"kind": x.kind, "source": x.source, **x.record},
+        "metrics": metrics,
+        "protocol": _protocol(x, runs[0], reference, plan, settings),
+        "env": hardware(device),
+        "timings": {"seconds": round(time.perf_counter() - started, 3), "generating": round(sum(seconds), 3)},
+        "notes": list(dict.fromkeys(notes)),
+    }
+    place.check_stop(f"the pictures of {x.name}")
+    if plan.grid and not isinstance(x, Numbers):
+        record["grid"] = sample_grid(x, plan.teacher, settings, device)
+    if plan.neighbours and not isinstance(x, Numbers) and reference is not None and plan.main is not None:
+        place.check_stop(f"the nearest images of {x.name}")
+        from d2o.evaluation.memorisation import nearest_images
+
+        record["neighbours"] = nearest_images(x, runs[0], reference, plan.main, plan.neighbours, settings, device)
+    return Evaluation(record, statistics)
+
+
+def _score(want: Want, sides: Sides, settings: Settings) -> dict[str, Score]:
+    with told(want.metric.name):
+        return want.metric.compute(sides, settings)
+
+
+def _main_passes(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> list[Side]:
+    """X's own images, once for each run."""
+    if isinstance(x, Numbers):
+        return [Given(x.source, x.read)]
+    outputs = plan.outputs()
+    if plan.main is not None:
+        wanted = outputs.setdefault(plan.main.name, (plan.main, set()))[1]
+        wanted.add("features")
+        if "logits" in plan.main.has and plan.main.shape is not None:
+            wanted.add("logits")  # own classifiers also tell whether an image shows what it should
+    for extractor, _ in outputs.values():
+        check_subject(x, extractor)
+    probes = feature_probes(outputs)
+    if any(want.metric.name == "clip-score" for want in plan.wants):
+        probes.append(ClipProbe(plan.tools.clip(settings.clip_model)))
+    if isinstance(x, Pictures):
+        works, resize = [pictures_pass(x, settings, probes)], x.resize
+    else:
+        works, resize = (
+            [generator_pass(x, settings, run, probes, device) for run in range(settings.repeats)],
+            settings.preparation.describe(),
+        )
+    sides: list[Side] = []
+    with meter(x.name, sum(work.n for work in works)) as progress:
+        for work in works:
+            sides.append(Measured(place.collect(work, progress), resize))
+    return sides
+
+
+def _teacher_reference(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Reference | None:
+    """The teacher's images of the same seeds, for rel-FID (GDD)."""
+    outputs = plan.outputs("teacher")
+    if not outputs:
+        return None
+    assert plan.teacher is not None
+    reference = generated_reference(plan.teacher.name, plan.teacher, outputs, settings)
+    return measure_reference(reference, outputs, settings, device, place, meter)
+
+
+def _diversity_pass(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Measured | None:
+    outputs = plan.outputs("diversity")
+    if not outputs:
+        return None
+    assert isinstance(x, Generator) and x.prompts is not None
+    prompts = min(len(x.prompts), settings.n)
+    work = generator_pass(
+        x, settings, 0, feature_probes(outputs), device, settings.per_prompt, prompts * settings.per_prompt
+    )
+    with meter(f"{x.name}, {settings.per_prompt} images a prompt", work.n) as progress:
+        return Measured(place.collect(work, progress))
+
+
+def _pair_pass(
+    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+) -> Measured | None:
+    wanted = [want.metric.name for want in plan.wants if want.metric.reference == "pair"]
+    if not isinstance(x, Generator) or plan.teacher is None:
+        return None
+    if not wanted and (not plan.distance or plan.main is None):
+        return None
+    probes: list[Any] = []
+    if plan.distance and plan.main is not None:
+        probes.append(DistanceProbe(plan.main))
+    for key in wanted:
+        if key == "dreamsim":
+            probes.append(DreamSimProbe(plan.tools.extractor("dreamsim")))
+            continue
+        probes.append(PairProbe(key, plan.tools.pair_distance(key)))
+    with meter(f"{x.name} beside {plan.teacher.name}", settings.distance_n) as progress:
+        return Measured(place.collect(pair_pass(x, plan.teacher, settings, probes, device), progress))
+
+
+def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[str, Any]:
+    """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values
+    in [-1, 1]) and the mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
+    made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}
+    speed = {"samples_per_s": len(columns.seconds) * columns.batch / sum(columns.seconds)} if columns.seconds else {}
+    return {
+        "rmse": columns.mean("pair/square") ** 0.5,
+        "feature": columns.mean("pair/feature"),
+        "n": columns.n,
+        "seeds": [settings.seed, settings.seed + columns.n - 1],
+        "teacher": {"source": teacher.source, **speed, **made},
+    }
+
+
+def _has(side: Side, extractor: Extractor) -> bool:
+    return isinstance(side, Measured) and f"{extractor.name}/features" in side.columns.names()
+
+
+def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Plan) -> list[str]:
+    """What makes a Fréchet distance of these two sides worth less than it looks."""
+    notes: list[str] = []
+    wants = [
+        want
+        for want in plan.wants
+        if want.metric.compute.__name__ == "frechet" and want.metric.reference == "statistics"
+    ]
+    if reference is None or not wants:
+        return notes
+    for want in wants:
+        extractor = plan.extractor(want)
+        if extractor is None:
+            continue
+        ours, theirs = (
+            run.statistics(extractor, want.metric.output),
+            reference.side.statistics(extractor, want.metric.output),
+        )
+        for who, s in ((x.source, ours), (f"the reference {reference.name}", theirs)):
+            if s.rank_deficient:
+                notes.append(
+                    f"{who} has {s.n:,} images for {s.dim} features: too few, the distance comes out far too large"
+                )
+        if ours.resize and theirs.resize and ours.resize != theirs.resize and reference.kind != "statistics":
+            notes.append(f"{x.source}: resize {ours.resize}; the reference {reference.name}: resize {theirs.resize}")
+        if not isinstance(x, Numbers) and not theirs.weights_sha256:
+            notes.append(f"{reference.name} doesn't say which weights made it; taken to be of the same extractor")
+    if x.source.startswith("real:") and x.source.startswith(reference.name):
+        notes.append(f"{x.source} is part of its own reference")
+    return notes
+
+
+def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Plan, settings: Settings) -> dict[str, Any]:
+    """Everything that a number depends on, besides x's weights."""
+    extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
+    main = next(iter(extractors.values()), plan.main)
+    features = ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or (
+        f"{main.name}/{main.dim}" if main else "not stated"
+    )
+    resize = (
+        run.statistics(main).resize
+        if main is not None and (isinstance(x, Numbers) or _has(run, main))
+        else settings.preparation.describe()
+    )
+    protocol: dict[str, Any] = {
+        "n_gen": run.n,
+        "seeds": None,
+        "repeats": 1,
+        "labels": None,
+        "features": features,
+        "weights_sha256": main.sha256 if main else None,
+        "resize": resize or None,
+        "quantize": None,
+        "ref": None,
+        "n_ref": None,
+    }
+    if len(extractors) > 1:
+        protocol["weights"] = {name: e.sha256 for name, e in extractors.items()}
+        protocol["resizes"] = {name: e.resize for name, e in extractors.items()}
+    if isinstance(x, Generator):
+        labels = label_mode(settings.labels, x.spec.classes, x.spec.name) if x.spec.classes else None
+        protocol["seeds"] = [settings.seed, settings.seed + settings.n * settings.repeats - 1]
+        protocol |= {"repeats": settings.repeats, "labels": labels, "quantize": settings.quantize}
+        if x.prompts is not None:
+            protocol |= {"prompts": len(x.prompts), "prompts_sha256": x.prompts.sha256}
+    elif isinstance(x, Pictures):
+        protocol |= {
+            "labels": "own" if x.labelled else None,
+            "quantize": settings.quantize if x.kind == "pairs" else "as stored",
+        }
+    if reference is not None:
+        ref_resize = (
+            reference.side.statistics(main).resize if main is not None and plan.outputs("statistics", "rows") else None
+        )
+        protocol |= {
+            "ref": reference.name,
+            "ref_kind": reference.kind,
+            "n_ref": reference.n,
+            "ref_seeds": reference.seeds,
+            "ref_resize": ref_resize or None,
+        }
+    return protocol

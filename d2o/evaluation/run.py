@@ -1,0 +1,270 @@
+"""`d2o eval X [X ...] --against REF` without the command line: choose metrics, extractors, reference and teacher, then
+measure each X."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2o.errors import UserError
+from d2o.evaluation.catalogue import Want, parse_metrics
+from d2o.evaluation.checks import check
+from d2o.evaluation.collect import Meter, silent
+from d2o.evaluation.evaluate import Evaluation, evaluate_one
+from d2o.evaluation.plan import Plan, reference_outputs
+from d2o.evaluation.presets import Preset, check_result, hold_to, refuse
+from d2o.evaluation.protocol import Settings, option
+from d2o.evaluation.reference import Reference, check_enough, default_reference, measure_reference, open_reference
+from d2o.evaluation.subjects import (
+    Device,
+    Generator,
+    Numbers,
+    Pictures,
+    Subject,
+    check_there,
+    open_subject,
+    reference_teacher,
+)
+from d2o.evaluation.tools import Tools
+from d2o.evaluation.workplace import Workplace
+from d2o.features.extractor import Extractor
+from d2o.features.load import EXTRACTORS, default_extractor
+from d2o.runtime import StopFlag, Stopped
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. None: the default that fits X."""
+
+    xs: Sequence[str]
+    against: str | None = None
+    metrics: Sequence[str] = ()
+    extractor: str | None = None
+    weights: Sequence[str] = ()
+    teacher: str | None = None
+    teacher_distance: bool = True
+    names: Sequence[str] = ()
+    reference_needed: bool = True
+    on_bad: str = "refuse"
+    grid: bool = True
+    latency: bool = False
+    neighbours: int = 0
+    device: Device = "cpu"
+    preset: Preset | None = None
+    work: Path | None = None
+    paper: Sequence[dict[str, float]] = field(default_factory=tuple)  # for each X: what a paper printed
+    steps_typed: bool = False  # by the user, for this X: where it means nothing it is refused
+
+
+@dataclass
+class _Ready:
+    """One X with all that it is measured with, checked. `reference`: its name among the opened ones."""
+
+    x: Subject
+    plan: Plan
+    reference: str | None
+
+
+def evaluate_all(
+    request: Request,
+    settings: Settings,
+    meter: Meter = silent,
+    stop: StopFlag | None = None,
+    place: Workplace | None = None,
+) -> Iterator[Evaluation]:
+    """One evaluation for each X, in order, each as soon as it is done; all are checked before the first image is
+    measured. `place`: where passes are kept, by its owner.
+
+    UserError as `evaluate_one`, for a wrong number of names, and for --steps of a single X that takes none. Stopped:
+    how far it was.
+    """
+    if request.names and len(request.names) != len(request.xs):
+        raise UserError(
+            f"{len(request.names)} --name for {len(request.xs)} X",
+            "give one --name for each X, in their order, or none",
+        )
+    many, references = len(request.xs), dict[str, Reference]()
+    ready = _Preparing(request, settings, references)
+    kept = []
+    for text in request.xs:
+        with _about(text, many):
+            found = ready(text)
+        kept.append(
+            found if many == 1 or not isinstance(found.x, Generator) else None
+        )  # networks of several X one after another
+    with nullcontext(place) if place is not None else Workplace(request.work, stop=stop) as place:
+        for i, text in enumerate(request.xs):
+            found = kept[i] or ready(text)
+            try:
+                result = _evaluate(i, found, request, settings, references, place, meter)
+            except Stopped as stopped:
+                if many == 1:
+                    raise
+                raise Stopped(f"{i} of {many} X measured; {stopped.message}", stopped.exit_code - 128) from stopped
+            if result is not None:
+                yield result
+
+
+def _evaluate(
+    i: int,
+    ready: _Ready,
+    request: Request,
+    settings: Settings,
+    references: dict[str, Reference],
+    place: Workplace,
+    meter: Meter,
+) -> Evaluation | None:
+    reference = None
+    if ready.reference is not None:
+        outputs, _ = reference_outputs(ready.plan)
+        reference = references[ready.reference] = measure_reference(
+            references[ready.reference], outputs, settings, request.device, place, meter
+        )
+    name = request.names[i] if request.names else None
+    result = evaluate_one(
+        ready.x, reference, ready.plan, settings, name=name, device=request.device, place=place, meter=meter
+    )
+    if result is None:
+        return None
+    if request.preset is not None:
+        refuse(request.preset, check_result(request.preset, result.record["protocol"]))
+        result.record["preset"] = {
+            "name": request.preset.name,
+            "paper": request.preset.paper,
+            "tool": request.preset.tool,
+        }
+        result.record["notes"] += [note for note in request.preset.notes if note not in result.record["notes"]]
+    if request.paper and request.paper[i]:
+        result.record["paper"] = dict(request.paper[i])
+    result.record["command"] = command(request, settings, request.xs[i], reference)
+    return result
+
+
+class _Preparing:
+    """Opens one X after another and refuses what cannot be measured. References are opened once, into `references`."""
+
+    def __init__(self, request: Request, settings: Settings, references: dict[str, Reference]):
+        self.request, self.settings, self.references = request, settings, references
+        for text in request.xs:
+            check_there(text)
+        self.asked = self.wants = parse_metrics(request.metrics or ["fd"])
+        self.tools = Tools(request.weights, request.device)
+        self.main = self.tools.extractor(request.extractor) if request.extractor else None
+        if settings.resize == "crop" and self.main is None:
+            raise UserError("--resize crop needs --extractor: it gives the size")
+        if not request.reference_needed and request.against is None:
+            self.wants = [want for want in self.wants if want.metric.reference not in ("statistics", "rows")]
+
+    def __call__(self, text: str) -> _Ready:
+        request, settings = self.request, self.settings
+        x = open_subject(text, settings, request.device, self.main, request.on_bad)
+        if isinstance(x, Pictures):
+            check_enough(x)
+        self.main = self.main or _main(x, self.asked, self.tools)
+        teacher: Generator | None = None
+        notes: list[str] = []
+        if request.teacher_distance or any(want.needs_teacher for want in self.wants):
+            teacher, notes = reference_teacher(x, request.teacher, settings, request.device)
+        if (
+            settings.steps is not None
+            and request.preset is None
+            and not (isinstance(x, Generator) and "steps" in x.record)
+        ):
+            if request.steps_typed and len(request.xs) == 1:
+                raise UserError(
+                    f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away"
+                )
+            notes.append(f"--steps is not for {text}")
+        plan = Plan(
+            self.wants,
+            self.main,
+            self.tools,
+            teacher,
+            request.teacher_distance,
+            request.latency,
+            request.neighbours,
+            request.grid,
+            notes,
+        )
+        name = self._reference(x, plan)
+        reference = self.references[name] if name is not None else None
+        if request.preset is not None:
+            _hold_to(request.preset, reference, plan)
+        check(x, reference, plan, settings)
+        return _Ready(x, plan, name)
+
+    def _reference(self, x: Subject, plan: Plan) -> str | None:
+        """The name of what x is compared with, opened."""
+        outputs, rows = reference_outputs(plan)
+        if not plan.neighbours and not any(want.metric.reference in ("statistics", "rows") for want in plan.wants):
+            return None
+        request = self.request
+        name = request.against or (request.preset.reference if request.preset else None) or default_reference(x)
+        if name not in self.references:
+            self.references[name] = open_reference(
+                name, outputs, rows, self.settings, request.device, request.on_bad, plan.main
+            )
+        return name
+
+
+@contextmanager
+def _about(text: str, many: int) -> Iterator[None]:
+    """Say which of several X a mistake is about."""
+    try:
+        yield
+    except UserError as error:
+        if many == 1 or text in error.message:
+            raise
+        raise UserError(f"{text}: {error.message}", error.hint) from error
+
+
+def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
+    """The extractor for metrics that name none; where all name theirs, the first of these. None for statistics that
+    don't say their own."""
+    named = [want.extractor for want in wants if want.metric.output]
+    if named and all(named):
+        return tools.extractor(str(named[0]))
+    if isinstance(x, Numbers):
+        feature = x.statistics.feature
+        return tools.extractor(feature) if feature in EXTRACTORS else None
+    if isinstance(x, Generator) and x.spec.space != "pixel":
+        if not any(want.metric.output and want.extractor is None for want in wants):
+            return None
+        raise UserError(
+            f"no default feature extractor for {x.source}, which works in latents; name one with --extractor"
+        )
+    return tools.extractor(default_extractor(tuple(x.shape)))
+
+
+def _hold_to(preset: Preset, reference: Reference | None, plan: Plan) -> None:
+    """Refuse before hours of work what is known not to be the protocol."""
+    extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
+    hold_to(
+        preset, list(extractors.values()), reference.name if reference else None, reference.n if reference else None
+    )
+
+
+def command(request: Request, settings: Settings, x: str, reference: Reference | None) -> str:
+    """The command line that measures `x` again."""
+    words = ["d2o", "eval", x]
+    against = request.against or (reference.name if reference and not request.preset else None)
+    given: dict[str, Any] = {
+        "protocol": request.preset.name if request.preset else None,
+        "against": against,
+        "extractor": request.extractor,
+        "teacher": request.teacher,
+        "metrics": None if request.preset else ",".join(request.metrics),
+    }
+    words += [word for key, value in given.items() if value for word in (f"--{key}", value)]
+    words += [word for text in request.weights for word in ("--weights", text)]
+    words += ["--no-teacher-distance"] * (not request.teacher_distance) + ["--latency"] * request.latency
+    words += ["--neighbours", str(request.neighbours)] if request.neighbours else []
+    defaults, fixed = asdict(Settings()), request.preset.settings if request.preset else {}
+    for key, value in asdict(settings).items():
+        if value != defaults[key] and key not in fixed:
+            words += [option(key), str(value)]
+    return shlex.join(words)

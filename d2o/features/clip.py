@@ -1,0 +1,120 @@
+"""CLIP: its image embeddings for CLIP-FID (Kynkäänniemi et al. 2023, as clean-fid computes it), and the network for the
+CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2o.errors import unknown
+from d2o.features.common import each_image, fit, in_chunks, normalise, package, pil_bicubic_crop
+from d2o.features.extractor import Extractor
+from d2o.interop.safetensors_io import file_sha256
+from d2o.interop.torch_files import read_tensors
+from d2o.interop.weights import find_weights
+
+MODELS = {"clip-vit-b-32": "ViT-B-32-quickgelu", "clip-vit-g-14": "ViT-g-14"}
+"""open_clip's name of the network behind each of ours. OpenAI's weights need the "quick" GELU that they were trained
+with."""
+NAMES = (*MODELS, "clip")
+""""clip" is "clip-vit-b-32", in short."""
+SIZE = 224
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PUBLISHED = {
+    "clip-vit-b-32": "OpenAI's ViT-B-32.pt",
+    "clip-vit-g-14": "LAION's CLIP-ViT-g-14-laion2B-s12B-b42K (.bin or .safetensors)",
+}
+NO_WEIGHTS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+)  # constants that TorchScript stores beside them
+
+
+class ClipFeatures(Extractor):
+    """Features: the image embedding after the projection, not normalised, as clean-fid has it. It computes in half
+    precision on a GPU; this
+    does not. Images: short side to 224 by Pillow's bicubic, rounded to 8 bits, central square."""
+
+    def __init__(self, name: str, network: Any, sha256: str, device: str | torch.device = "cpu"):
+        super().__init__(name, network.visual.output_dim, sha256, device, resize=f"pil_bicubic{SIZE}+center_crop")
+        self.network = network.to(self.device)
+
+    def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        return {name: in_chunks(self.embed, images, self.device) for name in wanted}
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.network.encode_image(prepare(images).to(self.device))
+
+
+def prepare(images: Tensor) -> Tensor:
+    """uint8 images [n, 3, h, w] -> what every CLIP here takes, float32 [n, 3, 224, 224], by OpenAI's preparation."""
+
+    def square(image: Image.Image) -> Image.Image:
+        return pil_bicubic_crop(image, SIZE)
+
+    return normalise(each_image(images, square), MEAN, STD)
+
+
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> ClipFeatures:
+    """The extractor `name` with the weights in `weights`, else those that `find_weights` has.
+
+    UserError: unknown name; no weights to be had; a file of another network; open_clip is not installed.
+    """
+    network, sha256 = load_clip(name, weights)
+    return ClipFeatures(full_name(name), network, sha256, device)
+
+
+def load_clip(name: str, weights: Path | None = None) -> tuple[Any, str]:
+    """open_clip's network of both towers on the CPU, frozen, in single precision, and the sha256 of its file. Errors as
+    `load`."""
+    name = full_name(name)
+    package("open_clip")  # before a file of gigabytes is fetched
+    path = find_weights(name, weights)
+    return read_clip(name, path), file_sha256(path)
+
+
+def full_name(name: str) -> str:
+    """The name in MODELS. UserError: not one of NAMES."""
+    if name not in NAMES:
+        raise unknown("CLIP network", name, NAMES)
+    return "clip-vit-b-32" if name == "clip" else name
+
+
+def read_clip(name: str, path: Path) -> Any:
+    """The network with the weights of OpenAI's TorchScript file or of open_clip's .bin or .safetensors. UserError: as
+    `load`."""
+    name = full_name(name)
+    tensors = {plain_name(key): tensor for key, tensor in read_tensors(path).items()}
+    tensors = {
+        key: tensor for key, tensor in tensors.items() if key not in NO_WEIGHTS and not key.endswith(".attn_mask")
+    }
+    hint = f"expected {PUBLISHED[name]}; without --weights {name}=PATH, d2o finds or fetches it"
+    with torch.device("meta"):
+        network = build(configuration(name))
+    network = fit(network, tensors, path, f"the CLIP network {name}", hint)
+    # The one thing in the network that is in no file: each word of a text sees those before it.
+    length = network.context_length
+    network.attn_mask = torch.full((length, length), -torch.inf).triu_(1)
+    return network
+
+
+def plain_name(name: str) -> str:
+    """Without what open_clip's training puts before the names."""
+    return name.removeprefix("state_dict.").removeprefix("module.")
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """open_clip's description of the network."""
+    return package("open_clip").get_model_config(MODELS[name])
+
+
+def build(config: dict[str, Any]) -> Any:
+    """open_clip's network of a configuration, untrained."""
+    return package("open_clip").CLIP(**config)

@@ -1,0 +1,98 @@
+"""DINOv2, whose Fréchet distance EDM2 reports beside FID (Karras et al. 2024; Stein et al. 2023 on why)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2o.errors import UserError, unknown
+from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, bicubic, fit, in_chunks, normalise, package
+from d2o.features.extractor import Extractor
+from d2o.interop.safetensors_io import file_sha256
+from d2o.interop.torch_files import read_tensors
+from d2o.interop.weights import find_weights
+
+ARCHITECTURES = {  # width, blocks, heads
+    "dinov2_vits14": (384, 12, 6),
+    "dinov2_vitb14": (768, 12, 12),
+    "dinov2_vitl14": (1024, 24, 16),
+}
+NAMES = tuple(ARCHITECTURES)
+PATCH, SIZE = 14, 224
+OFFSET = 0.1
+"""Meta's code adds this to the number of patches before it divides by the stored number, and so scales by 16.1 / 37,
+not 16 / 37."""
+
+
+class DinoV2(Extractor):
+    """Features: the class token after the last norm. `network` is one of `vision_transformer`, for images of SIZE
+    pixels."""
+
+    def __init__(self, name: str, network: Any, sha256: str, device: str | torch.device = "cpu"):
+        super().__init__(name, network.embed_dim, sha256, device, resize=f"bicubic{SIZE}")
+        self.network = network.to(self.device)
+
+    def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        return {name: in_chunks(self.class_token, images, self.device) for name in wanted}
+
+    def class_token(self, images: Tensor) -> Tensor:
+        x = normalise(bicubic(images.to(self.device), SIZE), IMAGENET_MEAN, IMAGENET_STD)
+        return self.network.forward_features(x)[:, 0]
+
+
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> DinoV2:
+    """The extractor `name` with the weights in `weights`, else those that `find_weights` has.
+
+    UserError: unknown name; no weights to be had; a file of another network, such as the one with registers.
+    """
+    if name not in NAMES:
+        raise unknown("extractor", name, NAMES)
+    path = find_weights(name, weights)
+    return DinoV2(name, read_dinov2(name, path), file_sha256(path), device)
+
+
+def read_dinov2(name: str, path: Path) -> Any:
+    """The network with the weights of Meta's file, for images of SIZE pixels. UserError: as `load`."""
+    tensors = read_tensors(path)
+    tensors.pop("mask_token", None)  # for training only
+    if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3:
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], SIZE // PATCH)
+    hint = f"expected {name}_pretrain.pth as Meta published it; without --weights {name}=PATH, d2o finds or fetches it"
+    if "cls_token" not in tensors:  # making the large network takes seconds
+        raise UserError(f"{path} is not {name}: it has no 'cls_token'", hint)
+    return fit(vision_transformer(*ARCHITECTURES[name]), tensors, path, name, hint)
+
+
+def vision_transformer(width: int, blocks: int, heads: int, size: int = SIZE) -> Any:
+    """timm's vision transformer with DINOv2's shape and names, for images of `size` pixels, untrained."""
+    return package("timm.models.vision_transformer").VisionTransformer(
+        size,
+        PATCH,
+        embed_dim=width,
+        depth=blocks,
+        num_heads=heads,
+        init_values=1e-5,
+        num_classes=0,
+        global_pool="token",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        weight_init="skip",
+    )
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings [1, 1 + s * s, d] of a class token and s x s patches -> [1, 1 + side * side, d], by Meta's
+    rule: bicubic, not antialiased, with OFFSET in the scale."""
+    token, patches = positions[:, :1].float(), positions[:, 1:].float()
+    stored = round(patches.shape[1] ** 0.5)
+    if stored == side:
+        return positions
+    scale = (side + OFFSET) / stored
+    grid = patches.reshape(1, stored, stored, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    return torch.cat([token, grid.flatten(2).transpose(1, 2)], 1)

@@ -1,0 +1,248 @@
+"""A paper's table as a file: which models its rows are, how they are measured, and what the paper prints (`d2o eval
+--table FILE`).
+
+title: "SiDA, Table 1: CIFAR-10, unconditional"
+paper: "SiDA (arXiv 2410.14919), Table 1"
+protocol: sida_cifar10              # or `options:` alone; both: the options must not contradict the protocol
+rows:
+  - {name: "EDM, 35 NFE", x: edm-cifar10-uncond-vp, options: {solver: heun, steps: 18}, paper: {nfe: 35, fid: 1.97}}
+  - {name: SiDA, x: runs/sida_cifar10_uncond, recipe: sida_cifar10_uncond, paper: {nfe: 1, fid: [1.516, 0.010]}}
+  - {name: DDPM, paper: {nfe: 1000, fid: 3.17}}       # without x: quoted, never measured
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from d2o.errors import UserError, nearest, unknown
+from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.presets import PRESETS, differences
+from d2o.evaluation.protocol import Settings
+from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
+from d2o.settings.yaml_text import Mark, Problems, build, plain, read
+from d2o.shipped import recipe_folders, shown, table_folders
+from d2o.teachers.registry import teacher_names
+
+PRINTED = ("nfe", "seconds", "accuracy")
+"""What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right
+classes."""
+
+Text = Annotated[str, Field(min_length=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class Section(BaseModel):
+    """No unknown keys, no silent conversions, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _optional(cls: type) -> dict[str, Any]:
+    """Every field of a dataclass as one that may be left away."""
+    hints = get_type_hints(cls)
+    return {field.name: (hints[field.name], field.default) for field in fields(cls)}
+
+
+Options = create_model(
+    "Options",
+    __base__=Section,
+    metrics=(list[Text], None),
+    extractor=(Text, None),
+    teacher=(Text, None),
+    **_optional(Settings),
+)
+"""Options of `d2o eval` as a table gives them: the names of the command line with `_` for `-`."""
+
+
+class Row(Section):
+    """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
+    standard deviation].
+
+    `recipe` makes x; `start`: the run that it begins from (`d2o finetune RECIPE --from START`). `against`: another
+    reference than the table's.
+    """
+
+    name: Text
+    x: Text | None = None
+    options: Options = Options()  # type: ignore[valid-type]
+    paper: dict[str, Printed] = Field(default_factory=dict)
+    against: Text | None = None
+    recipe: Text | None = None
+    start: Text | None = None
+
+    def printed(self, key: str) -> tuple[float, float | None] | None:
+        """(value, standard deviation or None) as the paper prints it, or None."""
+        value = self.paper.get(key)
+        return None if value is None else (value[0], value[1]) if isinstance(value, list) else (value, None)
+
+    @property
+    def command(self) -> str | None:
+        """The command that makes x."""
+        if self.recipe is None:
+            return None
+        file = f"recipes/{self.recipe}.yaml"
+        return f"d2o finetune {file} --from {self.start}" if self.start else f"d2o train {file}"
+
+
+class PaperTable(Section):
+    """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
+    names one."""
+
+    title: Text
+    paper: Text
+    protocol: Text | None = None
+    options: Options = Options()  # type: ignore[valid-type]
+    against: Text | None = None
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+    def options_of(self, row: Row) -> dict[str, Any]:
+        """The row's options over the table's, only those that are written there."""
+        return {**_given(self.options), **_given(row.options)}
+
+    def against_of(self, row: Row) -> str | None:
+        return row.against or self.against
+
+
+def _given(options: BaseModel) -> dict[str, Any]:
+    return options.model_dump(exclude_unset=True)
+
+
+def absent(row: Row) -> str | None:
+    """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published
+    teacher, fetched)."""
+    x = row.x
+    if x is None or x.startswith("real:") or x in teacher_names() or os.path.exists(x):
+        return None
+    if row.command is None:
+        return f"{x} is not here"
+    known = any((folder / f"{row.recipe}.yaml").is_file() for folder in recipe_folders())
+    return (
+        f"{x} is not here; {row.command} makes it"
+        if known
+        else f"{x} is not here, and this d2o has no recipe {row.recipe} that makes it"
+    )
+
+
+# ---- finding and reading ---------------------------------------------------------------------------------------------
+
+
+def table_names() -> list[str]:
+    """Names of the tables that come with d2o, sorted."""
+    return sorted({path.stem for folder in table_folders() for path in folder.glob("*.yaml")})
+
+
+def find_table(name: str | os.PathLike[str]) -> Path:
+    """The file of a table: a path as it is given; else one that comes with d2o, with or without `recipes/tables/` and
+    `.yaml`.
+
+    UserError: no such table, with the nearest one and the list.
+    """
+    given = os.fspath(name)
+    if os.path.isfile(given):
+        return Path(given)
+    stem = given.removeprefix("recipes/").removeprefix("tables/").removesuffix(".yaml")
+    for folder in table_folders() if stem and "/" not in stem else []:
+        if (folder / f"{stem}.yaml").is_file():
+            return folder / f"{stem}.yaml"
+    if stem and "/" not in stem:
+        raise unknown("table", stem, table_names())
+    near = nearest(Path(stem).name, table_names())
+    raise UserError(
+        f"no such table file: {given!r}" + (f"; did you mean {near!r}?" if near else ""),
+        f"known tables: {', '.join(table_names())}",
+    )
+
+
+def load_table(path_or_name: str | os.PathLike[str]) -> PaperTable:
+    """Read and check a table. UserError: a line for everything that is wrong, with file, line, key and what was
+    expected."""
+    path = find_table(path_or_name)
+    root, where = read(path, "table"), shown(path)
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{where} is not a table: expected lines of `key: value` with title, paper and rows")
+    problems = Problems(what="table")
+    data = plain(build(root, Mark(where, line=1), problems))
+    table: PaperTable | None = None
+    try:  # JSON mode: strict, but an integer may stand for a float
+        table = PaperTable.model_validate_json(json.dumps(data))
+        wrong = list(_wrong(table))
+    except ValidationError as error:
+        wrong = [(problem.path, problem.text) for problem in word(error, data, (), Shape(tree(PaperTable)))]
+    for keys, text in wrong:
+        problems.add(Mark(where, _line(root, keys)), f"{dotted(keys)}: {text}")
+    if problems or table is None:
+        raise problems.error()
+    return table
+
+
+def _line(node: yaml.Node, path: KeyPath) -> int:
+    """The line (from 1) of a key, or of what lacks it."""
+    line = node.start_mark.line
+    for part in path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line
+            continue
+        found = (
+            [(key, value) for key, value in node.value if key.value == part]
+            if isinstance(node, yaml.MappingNode)
+            else []
+        )
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line, found[0][1]
+    return line + 1
+
+
+def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
+    """What is wrong beyond the types: unknown names, numbers out of range, options against the protocol, rows that say
+    nothing."""
+    preset = PRESETS.get(table.protocol or "")
+    if table.protocol is not None and preset is None:
+        yield ("protocol",), _words(unknown("protocol", table.protocol, PRESETS))
+    known = {key for metric in METRICS.values() for key in metric.keys} | set(PRINTED)
+    names: set[str] = set()
+    for options, key in (
+        (table.options, ("options",)),
+        *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows)),
+    ):
+        yield from ((key, text) for text in _wrong_options(_given(options)))  # type: ignore[misc]
+    for i, row in enumerate(table.rows):
+        if row.name in names:
+            yield ("rows", i, "name"), f"another row is called {row.name!r}, too"
+        names.add(row.name)
+        if row.x is None and not row.paper:
+            yield ("rows", i), "neither x nor paper: there is nothing to measure and nothing to quote"
+        for name in row.paper:
+            base = name.partition("@")[0]
+            if base not in known:
+                yield ("rows", i, "paper", name), _words(unknown("number", base, known))
+        if preset is not None:
+            for flag, wanted in differences(preset, table.options_of(row)):
+                yield (
+                    ("rows", i, "options") if _given(row.options) else ("options",),
+                    f"{flag} is not the protocol {preset.name} ({wanted})",
+                )
+
+
+def _wrong_options(given: dict[str, Any]) -> Iterator[str]:
+    try:
+        parse_metrics(given.pop("metrics", None) or ())
+        for other in ("extractor", "teacher"):
+            given.pop(other, None)
+        Settings(**given)
+    except UserError as error:
+        yield _words(error)
+
+
+def _words(error: UserError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message

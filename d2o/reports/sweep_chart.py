@@ -1,0 +1,96 @@
+"""The curves of several runs in one picture: an SVG file that stands on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from d2o.reports.charts import HEIGHT, WIDTH, Series, line_chart, short
+
+RAMP = (
+    (0x42, 0x20, 0x86),
+    (0x3A, 0x5B, 0xD9),
+    (0x1F, 0x9A, 0xA8),
+    (0x2E, 0x9D, 0x58),
+    (0xC2, 0x9A, 0x0B),
+    (0xD9, 0x6A, 0x2A),
+    (0xB5, 0x2A, 0x5E),
+)
+"""Neighbours in a sweep have neighbouring colours."""
+STYLE = (
+    "text{font:15px system-ui,sans-serif;fill:#5f646d}.title{font-size:18px;font-weight:600;fill:#1d1f23}"
+    ".bold{font-weight:700;fill:#1d1f23}.tick{stroke:#e2e0da}.axis{stroke:#5f646d}"
+    "polyline{fill:none;stroke-width:2;stroke-linejoin:round}.faint{opacity:.35;stroke-width:1}"
+)
+LEFT, TOP, ROW, LEGEND, LETTERS = 16, 62, 24, 290, 26
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run's curve over the images it has seen. `best`: the best run of all."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    best: bool = False
+
+
+def sweep_chart(title: str, lines: Sequence[Line], y_label: str, lower_is_better: bool = True) -> str:
+    """The picture, or an empty string when there is no point to draw. The axis is logarithmic where values span more
+    than a factor of 5."""
+    drawn = [line for line in lines if line.points]
+    values = [y for line in drawn for _, y in line.points]
+    if not values:
+        return ""
+    log = min(values) > 0 and max(values) > 5 * min(values)
+    series = [
+        Series(
+            line.name,
+            [x for x, _ in line.points],
+            [y for _, y in line.points],
+            smooth=True,
+            marks=len(line.points) < 60,
+        )
+        for line in drawn
+    ]
+    chart = line_chart(series, "images seen", y_label, log_y=log, colours=len(drawn))
+    if not chart:
+        return ""
+    chart = chart.replace("<svg ", f'<svg x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" ', 1)
+    x = LEFT + WIDTH + 16
+    legend = []
+    for i, line in enumerate(drawn):
+        y, (_, last) = TOP + 20 + ROW * i, line.points[-1]
+        bold = ' class="bold"' if line.best else ""
+        best = (min if lower_is_better else max)(value for _, value in line.points)
+        legend.append(f'<line class="s{i}" x1="{x}" x2="{x + 20}" y1="{y - 5}" y2="{y - 5}" stroke-width="3"/>')
+        told = f"{escape(line.name)}, last {short(last)}"
+        legend.append(f'<text{bold} x="{x + 28}" y="{y}">{escape(_shortened(line.name))}<title>{told}</title></text>')
+        legend.append(f'<text{bold} x="{x + LEGEND - 10}" y="{y}" text-anchor="end">{short(best)}</text>')
+    colours = "".join(f".s{i}{{stroke:{c}}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(_colours(len(drawn))))
+    width, height = x + LEGEND, max(TOP + HEIGHT, TOP + ROW * (len(drawn) + 1)) + 8
+    about = (
+        f"{y_label}{', logarithmic' if log else ''}; beside each run its {'lowest' if lower_is_better else 'highest'}"
+        " value"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        f'<style>{STYLE}{colours}</style><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text class="title" x="{LEFT}" y="28">{escape(title)}</text><text x="{LEFT}" y="50">{escape(about)}</text>'
+        f"{chart}{''.join(legend)}</svg>\n"
+    )
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
+
+
+def _colours(n: int) -> list[str]:
+    """n colours along the ramp."""
+    found = []
+    for i in range(n):
+        at = i / max(n - 1, 1) * (len(RAMP) - 1)
+        low = min(int(at), len(RAMP) - 2)
+        mixed = (round(a + (at - low) * (b - a)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
+        found.append("#" + "".join(f"{value:02x}" for value in mixed))
+    return found

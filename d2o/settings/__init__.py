@@ -1,0 +1,1 @@
+"""What every section of a file of settings is; recipes, tables, protocols and methods build on it."""
