@@ -12,7 +12,6 @@ from d2o.networks.edm_blocks import PositionalEmbedding
 from d2o.networks.style import channel_table
 from d2o.networks.style_layers import Conv2d, Linear, minibatch_std
 
-NOISE_MODES = ("random", "const", "none")
 CRITIC_BLOCKS = ("orig", "resnet")
 CRITIC_TIMES = ("none", "block_add", "cmap")
 

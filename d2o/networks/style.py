@@ -18,8 +18,6 @@ from d2o.networks.fir import fir_taps, up2
 from d2o.networks.style_layers import MODULATIONS, ModulatedConv, lrelu
 
 NOISE_MODES = ("random", "const", "none")
-CRITIC_BLOCKS = ("orig", "resnet")
-CRITIC_TIMES = ("none", "block_add", "cmap")
 
 
 def channel_table(img_resolution: int, base: int = 32768, max_channels: int = 512) -> dict[int, int]:

@@ -151,8 +151,8 @@ def test_classes_are_ours_and_can_be_left_out():
 
 def test_networks_are_rebuilt_from_their_configuration():
     x, t, z = torch.randn(4, 1, 8, 8), torch.arange(4), torch.randn(4, 8)
-    for network, inputs in ((generator(), (x, t, z)), (critic(), (x, t, x))):
-        again = build_network(network.config)
+    for network, inputs, build in ((generator(), (x, t, z), build_network), (critic(), (x, t, x), build_critic)):
+        again = build(network.config)
         again.load_state_dict(network.state_dict())
         assert torch.equal(again(*inputs), network(*inputs))
 
