@@ -114,7 +114,7 @@ def _verdict(specimen: Specimen, intact: Intact, outcome: forks.Outcome, product
         return ["hang: " + outcome.brief]
     if outcome.signal:
         return [f"signal {outcome.signal}", *said[-2:]]
-    if outcome.code == 2:
+    if outcome.code == 2 or (outcome.code == 1 and said and said[-1].startswith("would not start:")):  # so `--plan` refuses
         text = outcome.text
         if "Traceback" in text:
             return ["traceback with exit 2", *said[-2:]]
