@@ -130,7 +130,7 @@ def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | Non
     if meta.get("kind") != "teacher":
         raise UserError(f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher", "students are loaded with d2o.load_student")
     check_checkpoint(meta, path)
-    spec = Spec.from_dict(meta["spec"])
+    spec = Spec.from_dict(meta["spec"], path)
     if name is not None:
         spec = replace(spec, name=name)
     network = load_weights(meta["network"], tensors, path)
