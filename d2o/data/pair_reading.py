@@ -76,7 +76,7 @@ def misfit(manifest: dict[str, Any], tensors: dict[str, Tensor], n: int) -> str 
     """What of a shard of n pairs is not as the store's settings say; None if nothing is."""
     settings, spec = manifest["settings"], manifest["spec"]
     shape = (n, *spec["shape"])
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"target": (shape, DTYPES[settings["dtype"]])}
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"target": (shape, DTYPES[settings.get("dtype", "fp32")])}
     if settings.get("store_noise"):
         wanted["noise"] = (shape, torch.float32)
     if settings.get("labels", "random") not in ("none", "text"):

@@ -254,7 +254,7 @@ def _teacher(plan: Plan, name: str) -> Teacher:
     with META:
         return Teacher(
             build_network(meta["network"], file_holdings([path]), f"{path}: network"),
-            Spec.from_dict(meta["spec"]),
+            Spec.from_dict(meta["spec"], path),
             META,
         )
 
@@ -265,11 +265,8 @@ def _student(path: Path) -> Student:
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
     with META:
-        return make_student(
-            build_network(meta["network"], file_holdings([path]), f"{path}: network"),
-            Spec.from_dict(meta["spec"]),
-            meta["student"],
-        )
+        network = build_network(meta["network"], file_holdings([path]), f"{path}: network")
+        return make_student(network, Spec.from_dict(meta["spec"], path), meta["student"])
 
 
 def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:

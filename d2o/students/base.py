@@ -128,7 +128,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
         raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)
-    student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
+    student = make_student(
+        load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"], path), meta["student"]
+    )
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)
 

@@ -124,7 +124,7 @@ def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | Non
             "students are loaded with d2o.load_student",
         )
     check_checkpoint(meta, path)
-    spec = Spec.from_dict(meta["spec"])
+    spec = Spec.from_dict(meta["spec"], path)
     if name is not None:
         spec = replace(spec, name=name)
     network = load_weights(meta["network"], tensors, path)
