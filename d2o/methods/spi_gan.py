@@ -20,7 +20,7 @@ from d2o.augment.ada import PIPES, AdaController, AdaPipeline
 from d2o.critics.build import build_critic
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
-from d2o.losses.adversarial import PathLength, critic_loss, generator_loss, r1_penalty, spread
+from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, r1_penalty, spread
 from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.style_generator import StyleGenerator
@@ -183,7 +183,7 @@ class SPIGAN(GeneratorMethod):
                     )
                 real = self.straight_path(micro, starts[i], group, draw)
                 logits = [self.judge(loop.net("critic"), x, group, draw) for x in (real, fake)]
-                loss = critic_loss(*logits).mean()
+                loss = critic_loss(logits[0], logits[1]).mean()
                 loop.backward(loss)
                 signs.append(logits[0].detach().sign().mean())
                 for key, value in (
@@ -198,8 +198,7 @@ class SPIGAN(GeneratorMethod):
             if o.r1_gamma and iteration % o.r1_every == 0:
                 for i, (micro, draw) in enumerate(loop.micro_batches(batch, next(turn))):
                     real = self.straight_path(micro, starts[i], group, draw)
-                    critic, seen = loop.net("critic"), (group, draw)
-                    squares = r1_penalty(lambda x, _, of=critic, seen=seen: self.judge(of, x, *seen), real)
+                    squares = r1_penalty(self.judging(loop.net("critic"), group, draw), real)
                     loss = o.r1_gamma / 2 * squares.mean()
                     loop.backward(loss * o.r1_every)
                     log.setdefault("r1", []).append(loss)
@@ -245,6 +244,10 @@ class SPIGAN(GeneratorMethod):
             )
             logits.append(critic(seen, t))
         return torch.cat(logits)
+
+    def judging(self, critic: nn.Module, times: list[float], draw: Draws) -> Critic:
+        """`judge` as a function of the images alone."""
+        return lambda images, _: self.judge(critic, images, times, draw)
 
     def mix(self, draw: Draws) -> tuple[Tensor, Tensor] | None:
         """Style mixing (appendix B.3), for each image by itself: another noise, and the style input from which it is
