@@ -19,7 +19,7 @@ from d2o.augment import edm
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.losses import score as losses
-from d2o.losses.adversarial import d_logistic
+from d2o.losses.adversarial import critic_loss
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.score_networks import (
     ScoreMethod,
@@ -281,7 +281,7 @@ class SiD(ScoreMethod):
                 loss = loss + o.lambda_d * losses.discriminator_loss(
                     real, fake, self.pool(draw), *weights, self.dropping(keep)
                 )
-                self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=d_logistic(real, fake))
+                self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=critic_loss(real, fake).mean())
             loop.backward(loss.mean())
             self.note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
         loop.update("score")
