@@ -14,6 +14,7 @@ from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.networks.edm_view import called_at
 from d2o.networks.load import load_weights
 from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec, check_labels
@@ -29,7 +30,8 @@ STUDENTS = {
 
 
 class Student(nn.Module):
-    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
+    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
+    the nearest of its levels.
 
     forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config`
     rebuilds it. Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its
@@ -40,7 +42,7 @@ class Student(nn.Module):
 
     def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
         super().__init__()
-        self.network, self.spec, self.sigma = network, spec, float(sigma)
+        self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
         self.meta: dict[str, Any] = {}
 
     @property

@@ -172,6 +172,11 @@ class Teacher:
         condition = self.prepare(self.check_condition(condition, len(noise)))
         return run.run(lambda x, t: self.guided(x, t, condition, cfg), noise, self.schedule, randn).to(torch.float32)
 
+    def edm_view(self) -> nn.Module:
+        """D(x; sigma, condition) -> x_0 of x = x_0 + sigma n, with the teacher's own weights: what students and score
+        networks are copies of. Here the network itself."""
+        return self.network
+
     def prepare(self, condition: Any) -> Any:
         """Called once before many calls with one condition: the place for what does not change between them."""
         return condition
