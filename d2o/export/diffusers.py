@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
+from d2o.export.loaded import stated
 from d2o.export.parity import Parity
-from d2o.export.source import stated
 from d2o.interop.safetensors_io import atomic_write, file_sha256, resolve_checkpoint, write_error
 from d2o.interop.temporary import sweep, temporary_folder
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image

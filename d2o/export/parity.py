@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.export.source import Source
+from d2o.export.loaded import Loaded
 
 Runner = Callable[[tuple[Tensor, ...]], Tensor]
 """An exported file, loaded back: inputs in the order of Source.inputs -> output."""
@@ -33,7 +33,7 @@ class Parity:
 
 
 @torch.inference_mode()
-def compare(source: Source, run: Runner, n: int, tolerance: float, runtime: str) -> Parity:
+def compare(source: Loaded, run: Runner, n: int, tolerance: float, runtime: str) -> Parity:
     """Run both at batch sizes 1 and n. UserError: the largest difference is above `tolerance` (units of the output) or
     not a number."""
     difference = largest = 0.0

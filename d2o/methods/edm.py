@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2o.augment import edm as augment
 from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
@@ -90,17 +91,15 @@ class EDM(Method):
             asked: dict[str, Any] = {}
             if self.options.augment:
                 y, asked["augment_labels"] = augment.augment(y, self.options.augment, draw.randn, draw.rand)
-            sigma = (self.options.p_mean + self.options.p_std * draw.randn(1, 1, 1)).exp()
+            sigma = lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
             noise = sigma * draw.randn(*y.shape[1:])
             if labels is not None and self.options.label_dropout:
                 labels = torch.where(draw.rand() < self.options.label_dropout, -1, labels)
-            weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2  # lambda(sigma)
-            if self.uncertain:  # Karras et al. 2024, eq. 21: the network states its own uncertainty u(sigma)
-                denoised, u = loop.net("denoiser")(y + noise, sigma.flatten(), labels, return_logvar=True)
-                loss = (weight / u.exp() * (denoised - y) ** 2 + u).mean()
-            else:
-                denoised = loop.net("denoiser")(y + noise, sigma.flatten(), labels, **asked)
-                loss = (weight * (denoised - y) ** 2).mean()  # eq. 2 with the weights of Table 1
+            if self.uncertain:  # EDM2's networks state their own uncertainty u(sigma)
+                asked["return_logvar"] = True
+            found = loop.net("denoiser")(y + noise, sigma.flatten(), labels, **asked)
+            denoised, u = found if self.uncertain else (found, None)
+            loss = denoising_loss(denoised, y, sigma, self.sigma_data, u).mean()
             loop.backward(loss)
             losses.append(loss)
         loop.update("denoiser")

@@ -15,6 +15,7 @@ from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.networks.edm_view import called_at
 from d2o.networks.load import load_weights
 from d2o.teachers import edm2_latents
 from d2o.teachers.base import Spec, check_labels, embed_labels
@@ -30,7 +31,8 @@ STUDENTS = {
 
 
 class Student(nn.Module):
-    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
+    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
+    the nearest of its levels.
 
     forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`, or
     what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
@@ -41,7 +43,7 @@ class Student(nn.Module):
 
     def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
         super().__init__()
-        self.network, self.spec, self.sigma = network, spec, float(sigma)
+        self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
         self.meta: dict[str, Any] = {}
 
     @property
@@ -138,7 +140,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
         raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)
-    student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
+    student = make_student(
+        load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"], path), meta["student"]
+    )
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)
 

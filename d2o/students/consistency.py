@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError, unknown
 from d2o.losses.consistency import RHO, SIGMA_MIN, jump
 from d2o.networks.second_time import second_time
@@ -108,10 +109,7 @@ class ConsistencyStudent(Student):
             places = [i / self.nfe for i in reversed(range(self.nfe + 1))]
         else:
             places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
-        high, low = self.sigma ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-        return [
-            (high + (1 - place) * (low - high)) ** RHO for place in places
-        ]  # `karras_time`, in numbers that a traced graph can hold
+        return [karras_sigma(1 - place, SIGMA_MIN, self.sigma, RHO) for place in places]
 
     def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: Randn | None = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))

@@ -24,6 +24,7 @@ from d2o.data.archive import Archive, Part, archive_for, join_pieces
 from d2o.data.draws import check_range, draw, label_mode
 from d2o.data.finished import Finished, take_over
 from d2o.data.images import to_uint8
+from d2o.data.pair_tools import ShardProgress
 from d2o.data.prompts import Prompts
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
@@ -35,7 +36,7 @@ from d2o.students.outputs import discard, finished, join, parts_of, public, refu
 from d2o.students.sample_record import check_parts
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import BATCH, Compute, join_compute, torch_threads, tune, tune_network
-from d2o.teachers.generate import Progress, Say
+from d2o.teachers.generate import Say
 from d2o.teachers.pair_maker import check_finite
 from d2o.version import __version__
 from d2o.work.folder import Ahead, Unit, Vanished, WorkFolder, cut, fill
@@ -162,7 +163,7 @@ def make_samples(
     precision: str = "fp32",
     channels_last: bool | None = None,
     say: Say = lambda message: None,
-    progress: Progress = lambda done, total, note: None,
+    progress: ShardProgress = lambda done, total, note: None,
     stop: StopFlag | None = None,
 ) -> dict[str, Any]:
     """Make, continue or add to `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns
@@ -213,7 +214,7 @@ def _work(
     how: Compute,
     asked: list[str],
     say: Say,
-    progress: Progress,
+    progress: ShardProgress,
     stop: StopFlag | None,
 ) -> dict[str, Any]:
     """Make the parts that are missing, and join them. `done`: the record of the smaller output that is there."""

@@ -54,13 +54,13 @@ class Spec:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Spec:
+    def from_dict(cls, record: dict[str, Any], where: Any = "the file") -> Spec:
         """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are
-        missing, wrong, beyond what a sample can be, or that this d2o does not know."""
-        check_record(SpecRecord, record, "the file describes its generator wrongly")
+        missing, wrong, beyond what a sample can be, or that this d2o does not know; `where` is in front."""
+        check_record(SpecRecord, record, f"{where} describes its generator wrongly")
         if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
             raise UserError(
-                f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know",
+                f"{where} describes its generator by {', '.join(foreign)}, which this d2o does not know",
                 "use the d2o that made it",
             )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
@@ -157,6 +157,11 @@ class Teacher:
         embedded = embedded.to(self.device) if isinstance(embedded, (Tensor, Text)) else embedded
         prepared = self.prepare(self.check_condition(embedded, len(noise)))
         return run.run(lambda x, t: self.guided(x, t, prepared, cfg), noise, self.schedule, randn).to(torch.float32)
+
+    def edm_view(self) -> nn.Module:
+        """D(x; sigma, condition) -> x_0 of x = x_0 + sigma n, with the teacher's own weights: what students and score
+        networks are copies of. Here the network itself."""
+        return self.network
 
     def prepare(self, embedded: Any) -> Any:
         """Called once before many calls with one condition: the place for what does not change between them."""

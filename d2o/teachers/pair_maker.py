@@ -13,15 +13,13 @@ from d2o.data.draws import draw_some
 from d2o.data.images import to_uint8
 from d2o.data.pair_files import Made
 from d2o.data.pair_settings import DTYPES, PairSettings
+from d2o.data.pair_tools import ShardProgress
 from d2o.data.prompts import Prompts
 from d2o.diffusion.noise import StepNoise
 from d2o.errors import UserError
 from d2o.runtime import StopFlag
 from d2o.teachers.base import Teacher
 from d2o.work.folder import Ahead, Unit
-
-Progress = Callable[[int, int, str], None]
-"""progress(done, total, note)"""
 
 
 class Maker:
@@ -33,7 +31,7 @@ class Maker:
         teacher: Teacher,
         batch: int,
         prompts: Prompts | None,
-        progress: Progress,
+        progress: ShardProgress,
         stop: StopFlag | None,
         begun: Callable[[Unit], dict[str, Tensor]] = lambda unit: {},
     ):

@@ -14,6 +14,7 @@ from d2o.condition import Condition, Embedded, Text
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
+from d2o.networks.edm_view import EDMView
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.cross_attention import (
     GivenText,
@@ -27,6 +28,8 @@ from d2o.teachers.prediction import check_prediction, to_data
 from d2o.teachers.text import CACHE_BYTES, PromptCache, embed_prompts, joined_states, last_states
 from d2o.teachers.vae import decode
 
+SIGMA_DATA = 1.0
+"""Standard deviation of latents, which their scaling factor is there for (Rombach et al. 2022, appendix G)."""
 SDXL_UNCOND = ("zeros", "encode_empty")
 
 
@@ -212,6 +215,10 @@ class StableDiffusionTeacher(TextTeacher):
         both = cast("Embedded", condition.guided(self.empty))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return torch.lerp(d_u, d_c, cfg)
+
+    def edm_view(self) -> EDMView:
+        ids = self.time_ids[0].tolist() if self.xl else None
+        return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA, time_ids=ids)
 
     def check_condition(self, text: Any, batch: int) -> Any:
         return text if isinstance(text, Prepared) else super().check_condition(text, batch)
