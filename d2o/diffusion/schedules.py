@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,16 @@ class Schedule(Protocol):
     def grid(self, steps: int, spacing: str | None = None, final: str = "scheduler") -> Grid: ...
 
 
+Place = TypeVar("Place", Tensor, float)
+
+
+def karras_sigma(down: Place, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Place:
+    """The noise level at `down` of [0, 1], any shape: sigma_max at 0, sigma_min at 1 (Karras et al. 2022, eq. 5, where
+    it is i / (N - 1)). Whoever counts upwards gives 1 - t."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + down * (low - high)) ** rho
+
+
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """sigma_0 = sigma_max > ... > sigma_{steps-1} = sigma_min > sigma_steps = 0, float64 [steps + 1] (Karras et al.
     2022, eq. 5).
@@ -53,8 +63,7 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, not {sigma_min}, {sigma_max}")
     ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = (high + ramp * (low - high)) ** rho
+    sigmas = karras_sigma(ramp, sigma_min, sigma_max, rho)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 

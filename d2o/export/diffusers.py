@@ -14,8 +14,8 @@ from torch import nn
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
 from d2o.export.folder import beside, check_target, keep, open_pipeline, save_part
+from d2o.export.loaded import stated
 from d2o.export.parity import Parity
-from d2o.export.source import stated
 from d2o.interop.safetensors_io import atomic_write, resolve_checkpoint
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
 from d2o.teachers.base import UNSTATED

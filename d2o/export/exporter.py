@@ -14,10 +14,10 @@ import torch
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
+from d2o.export.loaded import Loaded, find_checkpoint, for_graph, open_source, stated
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
-from d2o.export.source import Source, find_checkpoint, for_graph, open_source, stated
 from d2o.export.student_folder import write_student
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.outputs import check_output
@@ -148,7 +148,7 @@ def _diffusers(
 
 
 def _write(
-    source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
+    source: Loaded, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
 ) -> tuple[Runner, str]:
     """Write the file and open it again: (the file as a function, what runs it)."""
     torch_version = f"torch {torch.__version__} on the CPU"
@@ -165,14 +165,14 @@ def _write(
     )
 
 
-def _record(source: Source, file_format: str, detail: str) -> dict[str, Any]:
+def _record(source: Loaded, file_format: str, detail: str) -> dict[str, Any]:
     """The checkpoint's metadata, with this export as the last step of its provenance."""
     step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
     before = source.meta.get("provenance")
     return {**source.meta, "provenance": [*(before if isinstance(before, list) else []), step]}
 
 
-def _target(source: Source, checkpoint: str | Path, file_format: str, dtype: str, out: str | Path | None) -> Path:
+def _target(source: Loaded, checkpoint: str | Path, file_format: str, dtype: str, out: str | Path | None) -> Path:
     """Where to write. UserError: another ending than the format's, or the checkpoint itself."""
     suffix = SUFFIX[file_format]
     stem = source.path.stem + (f"-{dtype}" if file_format == "safetensors" else "")

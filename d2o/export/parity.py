@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.export.source import Source
+from d2o.export.loaded import Loaded
 
 Runner = Callable[[tuple[Tensor, ...]], Tensor]
 """An exported file, loaded back: inputs in the order of Source.inputs -> output."""
@@ -34,7 +34,7 @@ class Parity:
 
 @torch.inference_mode()
 def compare(
-    source: Source,
+    source: Loaded,
     run: Runner,
     n: int,
     tolerance: float,

@@ -6,12 +6,12 @@ import json
 
 import torch
 
-from d2o.export.source import Source
+from d2o.export.loaded import Loaded
 
 BATCH = 4
 
 
-def usage(source: Source, file_name: str, file_format: str) -> str:
+def usage(source: Loaded, file_name: str, file_format: str) -> str:
     """Text and one code block for this file."""
     lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors, "diffusers": _diffusers}[file_format](
         source, file_name
@@ -28,7 +28,7 @@ def usage(source: Source, file_name: str, file_format: str) -> str:
     return f"{needs} {_about(source, file_format)}\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
-def _about(source: Source, file_format: str) -> str:
+def _about(source: Loaded, file_format: str) -> str:
     if file_format == "diffusers":
         return (
             "The call below is the whole of it: EulerDiscreteScheduler, as the folder has it, makes the student's one"
@@ -44,7 +44,7 @@ def _about(source: Source, file_format: str) -> str:
     return f"{given}{label}; result: {shape}."
 
 
-def _onnx(source: Source, file_name: str) -> list[str]:
+def _onnx(source: Loaded, file_name: str) -> list[str]:
     feeds = ", ".join(f'"{name}": {name}' for name in source.inputs)
     lines = [
         "import numpy as np",
@@ -66,7 +66,7 @@ def _onnx(source: Source, file_name: str) -> list[str]:
     return lines
 
 
-def _program(source: Source, file_name: str) -> list[str]:
+def _program(source: Loaded, file_name: str) -> list[str]:
     lines = [
         "import torch",
         "",
@@ -85,7 +85,7 @@ def _program(source: Source, file_name: str) -> list[str]:
     ]
 
 
-def _safetensors(source: Source, file_name: str) -> list[str]:
+def _safetensors(source: Loaded, file_name: str) -> list[str]:
     label = ", label" if source.spec.condition == "label" else ""
     lines = ["import torch", "", "import d2o", ""]
     if source.kind == "student":
@@ -103,7 +103,7 @@ def _safetensors(source: Source, file_name: str) -> list[str]:
     return [*lines, *_torch_pixels(source, "image")]
 
 
-def _diffusers(source: Source, file_name: str) -> list[str]:
+def _diffusers(source: Loaded, file_name: str) -> list[str]:
     labels = f", class_labels={_labels(source)}" if source.spec.condition == "label" else ""
     return [
         "from diffusers import DiffusionPipeline",
@@ -113,22 +113,22 @@ def _diffusers(source: Source, file_name: str) -> list[str]:
     ]
 
 
-def _torch_inputs(source: Source) -> list[str]:
+def _torch_inputs(source: Loaded) -> list[str]:
     lines = [f"noise = torch.randn({_shape(source)}, generator=torch.Generator().manual_seed(0))"]
     return [*lines, f"label = torch.tensor({_labels(source)})"] if source.spec.condition == "label" else lines
 
 
-def _torch_pixels(source: Source, name: str) -> list[str]:
+def _torch_pixels(source: Loaded, name: str) -> list[str]:
     return [f"pixels = ({name} * 127.5 + 128).clamp(0, 255).to(torch.uint8)"] if _pixels(source) else []
 
 
-def _pixels(source: Source) -> bool:
+def _pixels(source: Loaded) -> bool:
     return source.spec.space == "pixel" and tuple(source.spec.value_range) == (-1.0, 1.0)
 
 
-def _shape(source: Source) -> str:
+def _shape(source: Loaded) -> str:
     return str((BATCH, *source.spec.shape))
 
 
-def _labels(source: Source) -> str:
+def _labels(source: Loaded) -> str:
     return str([i % source.spec.classes for i in range(BATCH)])

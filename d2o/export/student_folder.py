@@ -10,9 +10,9 @@ import torch
 
 from d2o.export.card import card
 from d2o.export.folder import beside, check_target, keep, open_pipeline, save_part
+from d2o.export.loaded import Loaded
 from d2o.export.one_call import OneCall, one_call, unclamped
 from d2o.export.parity import Parity, compare
-from d2o.export.source import Source
 from d2o.interop.safetensors_io import atomic_write
 from d2o.students.base import Student
 
@@ -22,7 +22,7 @@ labels, and makes one step by default; it is written for another scheduler, but 
 
 
 def write_student(
-    source: Source, target: Path, dtype: str, check_n: int, tolerance: float, force: bool
+    source: Loaded, target: Path, dtype: str, check_n: int, tolerance: float, force: bool
 ) -> tuple[Parity, bool]:
     """Write the student as the folder `target`, weights in `dtype`; it is read back by diffusers and compared. Returns
     the comparison, and whether the same folder was there already. UserError: as `one_call` and `write_diffusers`."""
@@ -53,7 +53,7 @@ def _write(call: OneCall, folder: Path, dtype: str) -> None:
     save_part(call.network.state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors", dtype)
 
 
-def _compare(source: Source, folder: Path, n: int, tolerance: float) -> Parity:
+def _compare(source: Loaded, folder: Path, n: int, tolerance: float) -> Parity:
     """Images of the pipeline against the student's, in [-1, 1]."""
     import diffusers
 

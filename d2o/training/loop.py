@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.latents import LatentSet
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.networks.freeze import freeze
@@ -23,13 +24,13 @@ from d2o.training.batches import Batches, mix
 from d2o.training.choices import choose
 from d2o.training.divergence import BAD, Divergence, check_finite
 from d2o.training.ema import EMA
-from d2o.training.evaluation import Evaluation, Say
 from d2o.training.logging import RunLog
 from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate, norm
 from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.scalars import Scalars, means
+from d2o.training.scoring import Say, Scoring
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import tracked
 from d2o.training.watch import Watch
@@ -100,7 +101,7 @@ class Trainer:
         self.scalars = Scalars(self.device, world)  # since the last line of the log
         self.watch, self.divergence = Watch(), Divergence()
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
-        self.evaluation = Evaluation(recipe, self.method, folder, self.device, rank, world, say)
+        self.evaluation = Scoring(recipe, self.method, folder, self.device, rank, world, say)
         self.say = say
         self.products = Products(folder / "checkpoints")
         self.saved: int | None = None  # iteration of the newest state
@@ -266,9 +267,9 @@ class Trainer:
                 values["bad_gradients" if len(self.guards) == 1 else f"bad_gradients_{name}"] = count
         return values
 
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         with torch.inference_mode():
-            return self.method.generate(self.ema.network, noise, labels)
+            return self.method.generate(self.ema.network, noise, condition)
 
     def make_preview(self) -> Preview | None:
         recipe, spec = self.recipe, self.method.spec()

@@ -24,7 +24,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
-from d2o.training.evaluation import Evaluation, open_evaluator
+from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
 
 Report = Callable[[str], None]
@@ -142,7 +142,7 @@ def try_out(recipe: Any, setup: Setup) -> None:
     freeze(method.networks()[method.product], recipe.student.freeze)
     if recipe.checkpointing:
         checkpointed(recipe, method.networks(), setup.teacher)
-    Evaluation(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
+    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:

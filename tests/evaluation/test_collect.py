@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import Batch, Pass, check_finite, collect
+from d2o.evaluation.collect import ImageBatch, Pass, check_finite, collect
 from d2o.runtime import StopFlag, Stopped
 from tests.helpers import tiny_student
-from tests.metrics.samples import make_extractor
+from tests.samples import make_extractor
 
 
 class Brightness:
     identity = {"probe": "brightness"}
 
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, torch.Tensor]:
         return {"brightness": batch.images.float().mean((1, 2, 3)), "number": batch.labels}
 
 
@@ -35,13 +35,13 @@ def numbered(
 ) -> Pass:
     """Image i is grey of value i mod 256."""
 
-    def make(numbers: range) -> Batch:
+    def make(numbers: range) -> ImageBatch:
         if calls is not None:
             calls.append(numbers)
             if len(calls) >= stop_after and stop is not None:
                 stop.received = signal.SIGINT
         index = torch.tensor(numbers)
-        return Batch((index % 256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2), index, seconds=0.5)
+        return ImageBatch((index % 256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2), index, seconds=0.5)
 
     return Pass("numbers", n, batch, make, [Brightness()], {"what": "numbers"})
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from d2o.data.pictures import from_png
-from d2o.reports.cells import Record, number
+from d2o.reports.cells import Result, number
 from d2o.reports.charts import Series, line_chart
 
 
@@ -30,9 +30,9 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def samples(records: Sequence[Record]) -> Iterable[str]:
+def samples(records: Sequence[Result]) -> Iterable[str]:
     """One section for each set of noises, its generators side by side; one for sets of images."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[Result]] = {}
     for r in records:
         if "grid" in r:
             key = (
@@ -58,7 +58,7 @@ def samples(records: Sequence[Record]) -> Iterable[str]:
             yield section("Images", "From the sets of images in the table.", f'<div class="grids">{figures}</div>')
 
 
-def _columns(group: Sequence[Record]) -> Iterable[str]:
+def _columns(group: Sequence[Result]) -> Iterable[str]:
     """Teachers first. The teacher that came with a student's grid stands in where the table has no row for it."""
     teachers = [r for r in group if r["x"]["kind"] == "teacher"]
     shown = {r["grid"]["png"] for r in teachers}
@@ -107,7 +107,7 @@ NEIGHBOURS = (
 )
 
 
-def neighbours(records: Sequence[Record]) -> str:
+def neighbours(records: Sequence[Result]) -> str:
     """Memorisation: d2o.evaluation.neighbours says what is shown."""
     found = [r for r in records if "neighbours" in r]
     if not found:
@@ -115,7 +115,7 @@ def neighbours(records: Sequence[Record]) -> str:
     return section("Nearest training images", NEIGHBOURS, "".join(_neighbours(r) for r in found))
 
 
-def _neighbours(record: Record) -> str:
+def _neighbours(record: Result) -> str:
     near = record["neighbours"]
     closer = (
         f"{_share(near['closer'])} of {near['n']:,} samples are nearer to a training image than {near['near']:g} times"

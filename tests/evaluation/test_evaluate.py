@@ -21,7 +21,7 @@ from d2o.evaluation.quick import FrechetEvaluator, quick_fd
 from d2o.evaluation.run import Request, evaluate_all
 from d2o.evaluation.statistics import Statistics, load_statistics, save_statistics
 from d2o.features.load import load_extractor
-from d2o.metrics.frechet import FeatureStatistics, frechet_distance
+from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.students.base import Student, load_student, save_student
 from d2o.teachers.generate import make_pairs
@@ -42,9 +42,9 @@ def folder_of(images: torch.Tensor, path: Path, labels: list[int] | None = None)
     return path
 
 
-def features_by_hand(images: torch.Tensor) -> FeatureStatistics:
+def features_by_hand(images: torch.Tensor) -> Moments:
     extractor = load_extractor("digits")
-    stream = FeatureStatistics(extractor.dim)
+    stream = Moments(extractor.dim)
     stream.update(extractor.features(images))
     return stream
 

@@ -50,7 +50,7 @@ def stated(value: Any) -> str | None:
 
 
 @dataclass
-class Source:
+class Loaded:
     """A loaded checkpoint. `kind` "student" or "teacher"; `network` holds the file's weights; `call(*inputs)` is what
     is exported."""
 
@@ -116,7 +116,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return resolve_checkpoint(path)
 
 
-def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
+def open_source(path: str | Path, student_sigma: float | None = None) -> Loaded:
     """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step
     student, called at that noise
     level. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
@@ -147,10 +147,10 @@ def open_source(path: str | Path, student_sigma: float | None = None) -> Source:
             " format"
         )
         raise UserError(what, "--format diffusers writes a text-to-image teacher")
-    return Source(path, kind, spec, meta, network, fingerprint, call.eval())
+    return Loaded(path, kind, spec, meta, network, fingerprint, call.eval())
 
 
-def for_graph(source: Source) -> None:
+def for_graph(source: Loaded) -> None:
     """Make the student one that a graph can hold: without random numbers of its own. UserError: one that draws them
     between its calls."""
     student = getattr(source.call, "student", None)
@@ -170,7 +170,7 @@ def _nvidia_meta(path: Path) -> dict[str, Any]:
     return checkpoint_meta("teacher", network_config(teacher.network), teacher.spec, converted_from=source)
 
 
-def _pickled_student(path: Path, sigma: float) -> Source:
+def _pickled_student(path: Path, sigma: float) -> Loaded:
     """What the authors of SiD, SiDA and GDD published: the files do not say that they are students, nor their noise
     level."""
     if path.suffix != ".pkl":
@@ -196,7 +196,7 @@ def _pickled_student(path: Path, sigma: float) -> Source:
         teacher={"name": UNSTATED, "licence": teacher.spec.licence},
         converted_from={"file": path.name, "sha256": file_sha256(path)},
     )
-    return Source(
+    return Loaded(
         path, "student", student.spec, meta, student.network, student.fingerprint, StudentCall(student).eval()
     )
 

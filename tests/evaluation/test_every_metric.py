@@ -25,7 +25,7 @@ from d2o.evaluation.tools import Tools
 from d2o.features import load as features
 from d2o.features.extractor import Extractor
 from d2o.features.load import load_extractor
-from d2o.metrics.frechet import FeatureStatistics, frechet_distance
+from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.metrics.inception_score import inception_score
 from d2o.metrics.kid import kid
 from d2o.metrics.prdc import manifold
@@ -142,7 +142,7 @@ def test_frechet_by_class(digits: Path, student: Path) -> None:
     real, extractor = open_images("real:digits"), load_extractor("digits")
     sides = []
     for pictures, classes in ((quantize(images(*labels)), labels[1]), (real.images(slice(None)), real.labels)):
-        stream = FeatureStatistics(16)
+        stream = Moments(16)
         stream.update(extractor.features(pictures[classes == 3]))
         sides.append(stream)
     by_hand = frechet_distance(sides[0].mean, sides[0].cov, sides[1].mean, sides[1].cov)
@@ -246,7 +246,7 @@ def test_quantisation_and_size_are_part_of_the_number(stand_ins: None, digits: P
     assert larger["protocol"]["resize"] == "center_crop+lanczos16+mean2" == larger["protocol"]["ref_resize"]
     images = quantize(load_student(student)(*draw(7, 0, 60, SPEC.shape, 10, "random")))
     scored = load_extractor("lite0").features(parse_preparation("16").apply(images))
-    stream = FeatureStatistics(12)
+    stream = Moments(12)
     stream.update(scored)
     save = Statistics.of(stream, load_extractor("lite0"))
     (made,) = list(

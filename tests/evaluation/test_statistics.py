@@ -14,7 +14,7 @@ from d2o.errors import UserError
 from d2o.evaluation.statistics import Statistics, check_same_features, is_statistics, load_statistics, save_statistics
 from d2o.features.load import load_extractor
 from d2o.interop.torchvision_compat import ensure
-from d2o.metrics.frechet import FeatureStatistics
+from d2o.metrics.frechet import Moments
 from tests.interop.nvidia_writer import Run
 
 
@@ -257,7 +257,7 @@ def test_spatial_statistics_and_features_round_trip(tmp_path: Path) -> None:
 
 def test_statistics_of_a_stream_name_their_extractor(extractor_file: Path) -> None:
     extractor = load_extractor(str(extractor_file))
-    features, spatial = FeatureStatistics(16), FeatureStatistics(3)
+    features, spatial = Moments(16), Moments(3)
     features.update(torch.randn(20, 16))
     spatial.update(torch.randn(20, 3))
     found = Statistics.of(features, extractor, "lanczos+centre_crop", spatial)

@@ -19,7 +19,7 @@ from d2o.reports.cells import quoted
 from d2o.reports.charts import Dot, Series, dot_chart, line_chart, short
 from d2o.reports.curves import read_curves
 from d2o.reports.report import render, write_report
-from tests.metrics.samples import DOT, record
+from tests.samples import DOT, record
 
 VOID = {"meta", "img", "br", "link", "wbr"}
 

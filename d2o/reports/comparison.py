@@ -11,8 +11,8 @@ from d2o.evaluation.protocol import protocol_line
 from d2o.reports.cells import (
     DEFAULTS,
     NONE,
-    Metric,
-    Record,
+    Entry,
+    Result,
     comparable,
     has_protocol,
     heading,
@@ -30,7 +30,7 @@ from d2o.reports.legend import legend
 
 
 @dataclass(frozen=True)
-class Table:
+class Comparison:
     """`rows` of strings under `headers`; `footer` lines state protocols (the first `protocols` of them), marks and
     warnings.
 
@@ -56,7 +56,7 @@ class Column:
     best: frozenset[int] = frozenset()
 
 
-def results_table(records: Sequence[Record]) -> Table:
+def results_table(records: Sequence[Result]) -> Comparison:
     """One row for each record and one column for each metric that any of them has (one for each label, where results of
     one metric differ in it); columns that say nothing are left out. Rows measured under different protocols carry
     different letters, explained in the footer.
@@ -97,7 +97,7 @@ def results_table(records: Sequence[Record]) -> Table:
     footer = (
         [f"{letters[line]}: {line}" for line in lines] if len(lines) > 1 else [f"protocol: {line}" for line in lines]
     )
-    return Table(
+    return Comparison(
         [c.header for c in told],
         [list(cells) for cells in zip(*(c.cells for c in told), strict=True)],
         [*footer, *legend(records, bold=bool(best))],
@@ -107,7 +107,7 @@ def results_table(records: Sequence[Record]) -> Table:
     )
 
 
-def fold(table: Table, width: int, gap: int = 3, names: int | None = None) -> list[Table]:
+def fold(table: Comparison, width: int, gap: int = 3, names: int | None = None) -> list[Comparison]:
     """The table in pieces that fit into `width` characters, each with the names; the footer under the last. A column
     that is too wide alone
     stands alone. `names`: the width of the first column, where its texts are wrapped."""
@@ -127,7 +127,7 @@ def fold(table: Table, width: int, gap: int = 3, names: int | None = None) -> li
         best = frozenset((row, kept.index(i)) for row, i in table.best if i in kept)
         last = piece is pieces[-1]
         tables.append(
-            Table(
+            Comparison(
                 [table.headers[i] for i in kept],
                 [[row[i] for i in kept] for row in table.rows],
                 table.footer if last else [],
@@ -145,20 +145,20 @@ def _tells(column: Column) -> bool:
     return len(different) > 1 if column.kind in ("preset", "protocol") else different != {NONE}
 
 
-def _column(records: Sequence[Record], kind: str, header: str, cell: Callable[[Record], str]) -> Column:
+def _column(records: Sequence[Result], kind: str, header: str, cell: Callable[[Result], str]) -> Column:
     return Column(kind, header, [cell(r) for r in records])
 
 
-def metric_columns(records: Sequence[Record]) -> dict[tuple[str, str], dict[int, Metric]]:
+def metric_columns(records: Sequence[Result]) -> dict[tuple[str, str], dict[int, Entry]]:
     """(key, label) -> {row: metric}, in the order in which they are shown."""
-    found: dict[tuple[str, str], dict[int, Metric]] = {}
+    found: dict[tuple[str, str], dict[int, Entry]] = {}
     for row, r in enumerate(records):
         for key, metric in metrics(r):
             found.setdefault((key, metric["label"]), {})[row] = metric
     return dict(sorted(found.items(), key=lambda item: rank(item[0][0])))
 
 
-def best_rows(records: Sequence[Record], key: str, column: dict[int, Metric]) -> frozenset[int]:
+def best_rows(records: Sequence[Result], key: str, column: dict[int, Entry]) -> frozenset[int]:
     """The rows of a metric's column that are best among students they may be compared with."""
     groups: dict[str, list[int]] = {}
     for row, metric in column.items():
@@ -173,7 +173,7 @@ def best_rows(records: Sequence[Record], key: str, column: dict[int, Metric]) ->
     return frozenset(best)
 
 
-def _metric_columns(records: Sequence[Record]) -> list[Column]:
+def _metric_columns(records: Sequence[Result]) -> list[Column]:
     papers, rows = [paper_of(r) for r in records], range(len(records))
     columns: list[Column] = []
     shown: set[tuple[int, str]] = set()
@@ -198,7 +198,7 @@ def _metric_columns(records: Sequence[Record]) -> list[Column]:
     return columns
 
 
-def _printed(record: Record, key: str) -> str:
+def _printed(record: Result, key: str) -> str:
     found = paper_of(record).get(key)
     return NONE if found is None else printed(*found, percent=bool(DEFAULTS.get(key, {}).get("percent")))
 
@@ -207,12 +207,12 @@ def _letter(i: int) -> str:
     return chr(ord("a") + i) if i < 26 else str(i)
 
 
-def _n(record: Record) -> str:
+def _n(record: Result) -> str:
     n = record["protocol"]["n_gen"] if has_protocol(record) else None
     return NONE if n is None else f"{n:,}"
 
 
-def _nfe(record: Record) -> str:
+def _nfe(record: Result) -> str:
     x = record["x"]
     if x.get("nfe") is None:
         return NONE
@@ -220,20 +220,20 @@ def _nfe(record: Record) -> str:
     return f"{x['nfe']}" + (f" ({forwards} forwards)" if forwards != x["nfe"] else "")
 
 
-def _parameters(record: Record) -> str:
+def _parameters(record: Result) -> str:
     return magnitude(record["x"]["parameters"]) if record["x"].get("parameters") else NONE
 
 
-def _speed(record: Record) -> str:
+def _speed(record: Result) -> str:
     speed = record["metrics"].get("speed") or {}
     return number(speed["samples_per_s"]) if speed.get("samples_per_s") is not None else NONE
 
 
-def _latency(record: Record) -> str:
+def _latency(record: Result) -> str:
     speed = record["metrics"].get("speed") or {}
     return milliseconds(speed["latency_ms"]) if speed.get("latency_ms") is not None else NONE
 
 
-def _distance(record: Record) -> str:
+def _distance(record: Result) -> str:
     distance = record["metrics"].get("distance")
     return NONE if distance is None else number(distance["rmse"])

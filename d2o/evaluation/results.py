@@ -9,7 +9,7 @@ from typing import Any
 
 from d2o.errors import UserError
 from d2o.evaluation.evaluate import FORMAT
-from d2o.evaluation.record_model import mistake
+from d2o.evaluation.result_model import mistake
 from d2o.inputs import MAX_JSON_BYTES, parse_json, read_file
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write

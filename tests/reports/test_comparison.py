@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from d2o.reports.cells import magnitude, milliseconds, number, paper_of, quoted, value_text
-from d2o.reports.table import Table, fold, results_table
-from tests.metrics.samples import record
+from d2o.reports.comparison import Comparison, fold, results_table
+from tests.samples import record
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -31,12 +31,12 @@ def with_protocol(r: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return r
 
 
-def column(table: Table, header: str, nth: int = 0) -> list[str]:
+def column(table: Comparison, header: str, nth: int = 0) -> list[str]:
     places = [i for i, h in enumerate(table.headers) if h == header]
     return [row[places[nth]] for row in table.rows]
 
 
-def bold(table: Table, header: str) -> list[int]:
+def bold(table: Comparison, header: str) -> list[int]:
     return sorted(row for row, i in table.best if table.headers[i] == header)
 
 

@@ -67,7 +67,7 @@ def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
     )
 
 
-class Evaluation:
+class Scoring:
     """Scores of a run, measured again and again."""
 
     def __init__(

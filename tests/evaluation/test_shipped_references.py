@@ -10,7 +10,7 @@ from d2o.evaluation.reference import SHIPPED, load_reference
 from d2o.evaluation.statistics import load_statistics
 from d2o.features.load import load_extractor
 from d2o.interop.assets import asset
-from d2o.metrics.frechet import FeatureStatistics
+from d2o.metrics.frechet import Moments
 
 FILES = [asset("classifier_digits.safetensors"), asset(SHIPPED["real:digits"])]
 
@@ -23,7 +23,7 @@ def test_reference_is_of_the_shipped_classifier_and_all_digits() -> None:
         "none",
         extractor.sha256,
     )
-    stream = FeatureStatistics(extractor.dim)
+    stream = Moments(extractor.dim)
     stream.update(extractor.features(open_images("real:digits").images(slice(None))))
     torch.testing.assert_close(shipped.mu, stream.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shipped.sigma, stream.cov, rtol=1e-3, atol=1e-3)

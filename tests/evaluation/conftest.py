@@ -1,4 +1,4 @@
-"""What the tests of metrics share: a tiny untrained extractor, and stand-ins where a shipped file would be."""
+"""What the tests of evaluation share: a tiny untrained extractor, and stand-ins where a shipped file would be."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ import pytest
 from d2o.evaluation.quick import cached
 from d2o.features import load as features
 from tests.helpers import tiny_student, tiny_teacher
-from tests.metrics.samples import make_extractor
-
-
-@pytest.fixture
-def extractor_file(tmp_path: Path) -> Path:
-    return make_extractor(tmp_path / "tiny.safetensors")
+from tests.samples import make_extractor
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from d2o.errors import UserError
 from d2o.reports.cells import quoted
 from d2o.reports.formats import check_table_target, to_csv, to_markdown, to_tex, write_table
-from tests.metrics.samples import record
+from tests.samples import record
 
 EVIL = r"a|b_c *x* [y](z) <i> & 50% $1 {#} \n~^"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
-from d2o.evaluation.records import check_json_target, load_records, save_records
+from d2o.evaluation.results import check_json_target, load_records, save_records
 from d2o.interop.temporary import temporary_file
-from tests.metrics.samples import record
+from tests.samples import record
 
 
 def test_one_record_is_an_object_and_several_a_list(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from d2o.evaluation import workplace as module
 from d2o.evaluation.columns import Columns
 from d2o.evaluation.workplace import Workplace
 from d2o.runtime import StopFlag, Stopped
-from tests.metrics.test_collect import numbered
+from tests.evaluation.test_collect import numbered
 
 
 @pytest.fixture

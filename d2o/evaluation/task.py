@@ -13,7 +13,7 @@ from d2o.features.extractor import Extractor
 
 
 @dataclass
-class Plan:
+class Task:
     """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to
     the teacher (None: X is statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown
     sample among the reference's images.
@@ -51,7 +51,7 @@ class Plan:
         return found
 
 
-def reference_outputs(plan: Plan) -> tuple[Outputs, bool]:
+def reference_outputs(plan: Task) -> tuple[Outputs, bool]:
     """What is needed of the reference, and whether of every image (else statistics are enough)."""
     outputs = plan.outputs("statistics", "rows")
     if plan.neighbours and plan.main is not None:

@@ -5,30 +5,69 @@ import torch
 from torch.nn import functional as F
 
 from d2o.critics.style import StyleCritic
-from d2o.losses.adversarial import PathLength, d_logistic, g_logistic, path_lengths, r1_penalty
+from d2o.errors import UserError
+from d2o.losses.adversarial import (
+    PathLength,
+    critic_loss,
+    fake_loss,
+    generator_loss,
+    path_lengths,
+    r1_penalty,
+    real_loss,
+    squared_gradient,
+)
 from d2o.networks.style import StyleSynthesis
 
 
 def test_logistic_losses():
     real, fake = torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 3.0])
-    assert d_logistic(real, fake).item() == pytest.approx(
-        -(F.logsigmoid(real).mean() + torch.log(1 - fake.sigmoid()).mean()).item(), abs=1e-6
-    )
-    assert g_logistic(fake).item() == pytest.approx(-fake.sigmoid().log().mean().item(), abs=1e-6)
-    assert d_logistic(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(2 * math.log(2))
+    assert torch.allclose(critic_loss(real, fake), -F.logsigmoid(real) - torch.log(1 - fake.sigmoid()), atol=1e-6)
+    assert torch.allclose(generator_loss(fake), -fake.sigmoid().log(), atol=1e-6)
+    assert torch.allclose(generator_loss(fake, "saturating"), torch.log(1 - fake.sigmoid()), atol=1e-5)
+    assert torch.allclose(generator_loss(fake, "linear_fakeness"), 1 - fake.sigmoid())
+    assert torch.allclose(critic_loss(torch.zeros(5), torch.zeros(5)), torch.full((5,), 2 * math.log(2)))
     # Non-saturating: a generator that is found out still has a gradient.
     lost = torch.tensor([-40.0], requires_grad=True)
-    assert torch.autograd.grad(g_logistic(lost), lost)[0].item() == pytest.approx(-1)
+    assert torch.autograd.grad(generator_loss(lost).sum(), lost)[0].item() == pytest.approx(-1)
 
 
-def test_r1_of_a_linear_critic():
-    x, w = torch.randn(6, 3, 4, 4, requires_grad=True), torch.randn(3, 4, 4)
-    assert r1_penalty((x * w).sum((1, 2, 3)), x, gamma=10.0).item() == pytest.approx(
-        5 * w.square().sum().item(), rel=1e-5
-    )
-    assert r1_penalty(x.square().sum((1, 2, 3)) / 2, x).item() == pytest.approx(
-        x.square().sum((1, 2, 3)).mean().item() / 2, rel=1e-5
-    )
+def test_hinge_losses():
+    real, fake = torch.tensor([0.25, 2.0]), torch.tensor([-1.5, 3.0])
+    assert critic_loss(real, fake, "hinge").tolist() == [0.75, 4.0]
+    assert generator_loss(fake, "hinge").tolist() == [1.5, -3.0]
+
+
+@pytest.mark.parametrize("kind", ["nonsaturating", "hinge"])
+def test_several_logits_of_an_image_are_averaged(kind):
+    torch.manual_seed(0)
+    real, fake = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    by_hand = [critic_loss(r.flatten(), f.flatten(), kind).mean() for r, f in zip(real, fake)]
+    assert torch.allclose(critic_loss(real, fake, kind), torch.stack(by_hand), rtol=1e-5)
+    assert torch.allclose(real_loss(real, kind) + fake_loss(fake, kind), critic_loss(real, fake, kind))
+    assert torch.allclose(generator_loss(fake, kind)[1], generator_loss(fake[1].flatten(), kind).mean(), rtol=1e-5)
+
+
+def test_unknown_forms_are_named():
+    x = torch.zeros(2)
+    with pytest.raises(UserError, match="did you mean 'hinge'"):
+        critic_loss(x, x, "hing")
+    with pytest.raises(UserError, match="'wasserstein'"):
+        generator_loss(x, "wasserstein")
+    with pytest.raises(UserError, match="form of the critic's loss"):
+        real_loss(x, "saturating")  # the generator's alone
+
+
+def test_r1_of_each_image():
+    x, w, labels = torch.randn(6, 3, 4, 4), torch.randn(3, 4, 4), torch.arange(6)
+    linear = r1_penalty(lambda x, _: (x * w).sum((1, 2, 3)), x)
+    assert torch.allclose(linear, w.square().sum().expand(6), rtol=1e-5)
+    square = r1_penalty(lambda x, _: x.square().flatten(1) / 2, x)  # the sum over all logits of an image
+    assert torch.allclose(square, x.square().sum((1, 2, 3)), rtol=1e-5)
+    told = r1_penalty(lambda x, labels: labels * x.sum((1, 2, 3)), x, labels)
+    assert torch.allclose(told, 48.0 * labels.square())
+    assert not x.requires_grad
+    asked = x.clone().requires_grad_()
+    assert torch.equal(squared_gradient(asked.square().flatten(1) / 2, asked), square)
 
 
 def along(module, loss, seed=1, eps=1e-6):
@@ -54,8 +93,8 @@ def test_r1_trains_the_critic_in_the_right_direction(blocks, time):
     critic = StyleCritic(
         8, 1, blocks, base=64, max_channels=6, mbstd_group=2, time=time, time_dim=8, cmap_dim=6
     ).double()
-    x = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    exact, measured = along(critic, lambda: r1_penalty(critic(x, 0.6), x))
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    exact, measured = along(critic, lambda: r1_penalty(lambda x, _: critic(x, 0.6), x).mean())
     assert exact == pytest.approx(measured, rel=1e-5) and abs(exact) > 1e-6
 
 
