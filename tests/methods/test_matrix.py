@@ -19,6 +19,7 @@ from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import kind_of
 from d2o.training.loop import Trainer
 from tests.teachers.families import TEACHERS, tiny
+from tools.matrix import PAGE, page
 
 ROWS = {
     "ode": ("ode", {"loss": "mse"}),
@@ -114,3 +115,7 @@ def test_a_cell(row, name, teachers, images, pairs, tmp_path):
     before = dict(teacher.edm_view().named_parameters())
     moved = [key for key, p in student.network.named_parameters() if key in before and not torch.equal(p, before[key])]
     assert len(moved) > 0.5 * len(before)
+
+
+def test_the_page_of_the_matrix_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tools/matrix.py writes it"
