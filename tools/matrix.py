@@ -30,7 +30,7 @@ TAIL = """
 - `student.sigma`: SD 1.5's schedule reaches from sigma 0.029 to 14.6, DDPM's linear one from 0.01 to 157, SD 3's flow
   has t = sigma / (1 + sigma). `ode` calls its student at the top: `student.sigma: 14.6`; above it is refused. With a
   discrete schedule the nearest of its levels is taken.
-- `sid.sigma_min`, `sid.sigma_max` and `sid.p_mean`, `p_std`: noise levels at which the scores are compared; latents have
+- `sid.sigma_min`, `sid.sigma_max`, `sid.p_mean`, `sid.p_std`: noise levels at which scores are compared; latents have
   a standard deviation of 1, not 0.5, so that the published numbers are for twice as small values.
 - Networks of diffusers have no input for EDM's augmentations (`augment: 0`), and `student.freeze` knows EDM's blocks.
 """
