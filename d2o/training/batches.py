@@ -13,6 +13,7 @@ from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_float
 from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
+from d2o.data.prompts import Prompts
 from d2o.methods.base import Batch
 
 
@@ -36,6 +37,7 @@ class Batches:
         device: torch.device,
         indices: Tensor | None = None,
         xflip: bool = False,
+        prompts: Prompts | None = None,
     ):
         self.source, self.batch, self.seed, self.share, self.device, self.xflip = (
             source,
@@ -45,6 +47,7 @@ class Batches:
             device,
             xflip,
         )
+        self.prompts = prompts  # of the images, one each
         self.indices = torch.arange(len(source)) if indices is None and source is not None else indices
         self.epochs: dict[int, np.ndarray] = {}
         self.ahead: tuple[int, Future[Batch]] | None = None
@@ -90,6 +93,9 @@ class Batches:
             noise, condition, target = self.source.batch(index)
             return Batch(condition, noise, target)
         assert self.source is not None
+        if self.prompts is not None:
+            asked = Condition.of_prompts(self.prompts.many(index.tolist()))
+            return Batch(asked, images=self.source.images(index))
         labels = None if self.source.labels is None else self.source.labels[index]
         return Batch(Condition(len(index), labels), images=self.source.images(index))
 

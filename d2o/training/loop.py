@@ -92,7 +92,14 @@ class Trainer:
         source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.needs(setup.options)]
         flip = bool(recipe.data and recipe.data.xflip)
         self.batches = Batches(
-            source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip
+            source,
+            recipe.batch,
+            recipe.seed,
+            self.local,
+            self.device,
+            self.method.train_indices,
+            flip,
+            setup.prompts if source is setup.images else None,
         )
         self.iterations = -(-recipe.images // recipe.batch)
         self.iteration = 0  # done so far
