@@ -8,12 +8,13 @@ from typing import Any
 
 from d2o.errors import UserError
 from d2o.inputs import read_json
+from d2o.interop import catalogue
 from d2o.interop.assets import asset
+from d2o.interop.hub import is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.networks.precond import Denoiser
-from d2o.teachers import catalogue
 from d2o.teachers.base import Teacher
-from d2o.teachers.registry import BUILTIN, is_repository
+from d2o.teachers.registry import BUILTIN
 
 WORDS = {
     "edm": "is a denoiser of the EDM family",
