@@ -65,7 +65,7 @@ def generate(
     check_finite(floats, seeds, x.name)
     images = settings.preparation.apply(quantize(floats, settings.quantize))
     prompts = None if condition.prompts is None else list(condition.prompts)
-    latents = made if x.spec.space == "latent" else None
+    latents = made if x.spec.latent else None
     return ImageBatch(images, condition.labels, prompts, floats, latents, seconds=seconds)
 
 

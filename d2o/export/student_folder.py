@@ -47,7 +47,7 @@ def _write(call: OneCall, student: Student, folder: Path, dtype: str) -> None:
     call.scheduler.save_pretrained(folder / "scheduler")
     if student.spec.condition == "text":
         encoders, tokenizers = (
-            numbered("text_encoder", student.text.parts),
+            numbered("text_encoder", student.text.encoders),
             numbered("tokenizer", student.text.tokenizers),
         )
         pipeline = "StableDiffusionXLPipeline" if network == "unet" and len(encoders) == 2 else pipeline
