@@ -111,10 +111,12 @@ def _diffusers(source: Loaded, file_name: str) -> list[str]:
     asked = f"batch_size={BATCH}{labels}, num_inference_steps=1"
     if source.spec.condition == "text":
         asked = '"a photo of a dog", num_inference_steps=1, guidance_scale=0.0'
+    flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
+    without = ", text_encoder_3=None, tokenizer_3=None" if flow and len(source.student.text.encoders) == 2 else ""
     return [
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)})",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)}{without})",
         f"images = pipeline({asked}).images  # PIL",
     ]
 

@@ -18,7 +18,7 @@ DDPM = DiscreteSchedule.from_config({})
 SHAPE, LATENTS = (3, 8, 8), (4, 8, 8)
 
 
-def tiny(name: str, tmp_path: Path) -> Teacher:
+def tiny(name: str, tmp_path: Path, t5_length: int = 4) -> Teacher:
     from tests.teachers import pipelines
 
     if name.startswith("edm"):
@@ -40,7 +40,9 @@ def tiny(name: str, tmp_path: Path) -> Teacher:
         pipe = pipelines.stable_diffusion_3(tmp_path)
         encoders = [pipe.text_encoder, pipe.text_encoder_2, None]
         tokenizers = [pipe.tokenizer, pipe.tokenizer_2, None]
-        text = clip_and_t5_text(name, encoders, tokenizers, pipe.transformer.config.joint_attention_dim, t5_length=4)
+        text = clip_and_t5_text(
+            name, encoders, tokenizers, pipe.transformer.config.joint_attention_dim, t5_length=t5_length
+        )
         return StableDiffusion3Teacher(pipe.transformer, LatentSpace.of(name, pipe.vae), text, FlowSchedule(3.0), spec)
     from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 
