@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses import consistency as c
 from d2o.methods.base import Batch, Draws, Loop, Method, Setup
@@ -277,7 +278,9 @@ class Consistency(Method):
         if not self._spec.classes:
             return None
         return (
-            micro.labels if micro.labels is not None else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
+            micro.condition.labels
+            if micro.condition.labels is not None
+            else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
         )
 
     # The product ------------------------------------------------------------------------------------------------------
@@ -307,9 +310,9 @@ class Consistency(Method):
     def nfe(self) -> int:
         return self.options.final_steps if self.device.type == "meta" else int(self.stage.steps)
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student: Student = self.made(product)
-        return student.decode(student(noise, labels))
+        return student.decode(student(noise, condition))
 
 
 class Stage(nn.Module):

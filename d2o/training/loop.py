@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.latents import LatentSet
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.networks.freeze import freeze
@@ -266,9 +267,9 @@ class Trainer:
                 values["bad_gradients" if len(self.guards) == 1 else f"bad_gradients_{name}"] = count
         return values
 
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         with torch.inference_mode():
-            return self.method.generate(self.ema.network, noise, labels)
+            return self.method.generate(self.ema.network, noise, condition)
 
     def make_preview(self) -> Preview | None:
         recipe, spec = self.recipe, self.method.spec()
