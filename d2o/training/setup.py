@@ -118,7 +118,8 @@ def prepare(
         way = "this is for the recipe's `eval:`; --set eval=null trains without it"
         raise UserError(error.message, f"{error.hint}\n{way}" if error.hint else way) from error
     if recipe.teacher is not None:
-        setup.teacher = check_teacher(recipe.method, load_teacher(recipe.teacher, device, say=say))
+        setup.teacher = load_teacher(recipe.teacher, device, say=say)
+        check_teacher(recipe.method, setup.teacher)
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
