@@ -30,6 +30,7 @@ from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.scalars import Scalars, means
+from d2o.training.setup import learned_solver
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import tracked
 from d2o.training.watch import Watch
@@ -274,9 +275,10 @@ class Trainer:
         recipe, spec = self.recipe, self.method.spec()
         if recipe.preview is None or spec is None:
             return None
-        steps = recipe.pairs.steps if recipe.pairs else 18
         images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
-        return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
+        teacher = self.setup.teacher
+        solver = learned_solver(recipe, teacher)
+        return Preview(self.folder / "previews", spec, recipe.preview.n, teacher, images, solver, self.device)
 
     def evaluate(self, log: RunLog | None, images: int) -> None:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
