@@ -86,7 +86,7 @@ class FrechetEvaluator:
 
     def check(self, spec: Spec) -> None:
         """UserError unless the extractor takes the images of that spec."""
-        if spec.space == "pixel":  # decoded latents have another size; the extractor checks them
+        if not spec.latent:  # decoded latents have another size; the extractor checks them
             check_shape(spec.shape, self.extractor, of="the student's images")
 
     def score(

@@ -231,7 +231,7 @@ def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
     if isinstance(x, Numbers):
         feature = x.statistics.feature
         return tools.extractor(feature) if feature in EXTRACTORS else None
-    if isinstance(x, Generator) and x.spec.space != "pixel":
+    if isinstance(x, Generator) and x.spec.latent:
         if not any(want.metric.output and want.extractor is None for want in wants):
             return None
         raise UserError(
