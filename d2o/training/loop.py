@@ -274,7 +274,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
         that knows of it."""
-        check_finite({"the average": self.ema.network}, self.iteration, self.saved)
+        check_finite({"the average": self.ema.network}, self.iteration, self.saved, self.strategy.agreed)
         network, metric = self.product.averaged(), self.recipe.eval.metric
         scores = self.evaluation.scores(network, self.generator(network), self.iteration)
         if self.rank == 0:
