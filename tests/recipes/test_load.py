@@ -789,7 +789,7 @@ def test_every_key_is_described_with_its_default():
         and {"optim.lr", "fake.loss", "fake.inner.weight", "extends", "mini"} <= rows.keys()
     )
     assert all(row.description for row in rows.values())
-    sections = {"student", "optim", "checkpoint", "extends", "mini"}
+    sections = {"student", "optim", "checkpoint", "extends", "variants", "mini"}
     required = {
         "name",
         "method",
