@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from d2o.evaluation.collect import Batch
+from d2o.evaluation.pair_distances import PairDistance
 from d2o.features.extractor import Extractor
-from d2o.features.perceptual import PairDistance
 from d2o.metrics.clip_score import ClipScore
 
 
