@@ -15,6 +15,7 @@ from d2o.evaluation.catalogue import Want, parse_metrics
 from d2o.evaluation.checks import check
 from d2o.evaluation.collect import Meter, silent
 from d2o.evaluation.evaluate import Evaluation, evaluate_one
+from d2o.evaluation.extractors import EXTRACTORS, default_extractor
 from d2o.evaluation.presets import Preset, check_result, hold_to, refuse
 from d2o.evaluation.protocol import Settings, option
 from d2o.evaluation.reference import Reference, check_enough, default_reference, measure_reference, open_reference
@@ -32,7 +33,6 @@ from d2o.evaluation.task import Task, reference_outputs
 from d2o.evaluation.tools import Tools
 from d2o.evaluation.workplace import Workplace
 from d2o.features.extractor import Extractor
-from d2o.features.load import EXTRACTORS, default_extractor
 from d2o.runtime import StopFlag, Stopped
 
 

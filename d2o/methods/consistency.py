@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses import consistency as c
+from d2o.losses.perceptual import load_lpips
 from d2o.methods.base import Batch, Draws, Loop, Method, Setup
 from d2o.methods.consistency_options import ConsistencyOptions, check
-from d2o.methods.lpips import load_lpips
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.copying import follow
@@ -66,7 +66,9 @@ class Consistency(Method):
             self.states_["stage"] = self.stage
             if self.options.stage_target == "previous":
                 self.states_["previous"] = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.lpips = load_lpips(self.device, self.options.lpips_pooling) if self.options.distance == "lpips" else None
+        self.lpips = (
+            load_lpips(self.device, pooling=self.options.lpips_pooling) if self.options.distance == "lpips" else None
+        )
 
     def first_student(self, setup: Setup, teacher: EDMPrecond) -> nn.Module:
         """The teacher's network, or the one to start from, in the preconditioning of its kind: cd has f(x, sigma_min) =
