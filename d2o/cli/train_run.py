@@ -187,8 +187,8 @@ def finish_run(trainer: Trainer, stop: Any) -> None:
         trainer.run(bar.update, stop)
     for key, value in trainer.scores.items():
         console.say(f"{key} {value:.4g}")
-    if trainer.watch.verdict:
-        console.say(f"watch: {trainer.watch.verdict}")
+    if trainer.journal.watch.verdict:
+        console.say(f"watch: {trainer.journal.watch.verdict}")
     console.say(f"wrote {folder / 'checkpoints' / 'last.safetensors'}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.pair_reading import first_not_finite, misfit
 from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import FORMAT, PairSettings
@@ -26,12 +27,11 @@ from d2o.work.remote import open_folder
 @dataclass
 class Made:
     """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype,
-    class indices [n] or prompts, and `image` uint8 [n, 3, H, W] if decoded."""
+    what they were asked to be, and `image` uint8 [n, 3, H, W] if decoded."""
 
     noise: Tensor
     target: Tensor
-    labels: Tensor | None = None
-    prompts: list[str] | None = None
+    condition: Condition
     image: Tensor | None = None
 
 
@@ -72,10 +72,10 @@ def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
 def write_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, made: Made) -> dict[str, Any]:
     """Write the shard; returns its entry for the manifest."""
     tensors = {"target": made.target}
-    if made.labels is not None:
-        tensors["label"] = made.labels
-    if made.prompts is not None:
-        tensors |= pack(made.prompts)
+    if made.condition.labels is not None:
+        tensors["label"] = made.condition.labels
+    if made.condition.prompts is not None:
+        tensors |= pack(made.condition.prompts)
     if made.image is not None:
         tensors["image"] = made.image
     if manifest["settings"]["store_noise"]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.prompts import unpack
 from d2o.errors import UserError
 from d2o.work.folder import Ahead, Unit
@@ -42,12 +43,11 @@ class Shards(Protocol):
 
 
 class Pairs(NamedTuple):
-    """`noise` [B, ...] and `target` [B, ...] float32; class indices int64 [B] or None; prompts or None."""
+    """Some of a store's pairs: `noise` [B, ...] and `target` [B, ...] float32, and what they were asked to be."""
 
     noise: Tensor
-    labels: Tensor | None
+    condition: Condition
     target: Tensor
-    prompts: list[str] | None
 
 
 class _Wanted(NamedTuple):
@@ -73,7 +73,7 @@ class _Rows:
 
 
 class PairStream:
-    """`for noise, labels, target, prompts in stream` gives the rest of the present epoch; the next such loop gives the
+    """`for noise, condition, target in stream` gives the rest of the present epoch; the next such loop gives the
     next epoch.
 
     `batch`: pairs in a batch of this rank. `buffer`: shards in a group; this rank's part of one group, and of the next
@@ -275,12 +275,12 @@ class PairStream:
             if rows.texts:
                 prompts += _texts(rows, first, last)
             at = part.stop
-        return Pairs(
-            noise,
+        condition = Condition(
+            n,
             torch.from_numpy(labels) if has_labels else None,
-            torch.from_numpy(target),
-            prompts if has_prompts else None,
+            tuple(prompts) if has_prompts else None,
         )
+        return Pairs(noise, condition, torch.from_numpy(target))
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_finite, clock
 from d2o.evaluation.prepare import quantize
 from d2o.evaluation.probes import FeatureProbe, LabelProbe
 from d2o.evaluation.protocol import Settings, noise_for
-from d2o.evaluation.subjects import Condition, Device, Generator, Pictures
+from d2o.evaluation.subjects import Device, Generator, Pictures
 from d2o.features.extractor import Extractor
 
 Outputs = dict[str, tuple[Extractor, set[str]]]
@@ -57,17 +56,18 @@ def generate(
 ) -> ImageBatch:
     """The images of these seeds as they are scored. UserError: NaN or infinite values."""
     noise, condition = noise_for(x.spec, seeds, settings.labels, first_seed, x.prompts, per_prompt)
-    noise, given = noise.to(device), to_device(condition, device)
+    noise = noise.to(device)
     start = clock(device)
     with torch.inference_mode():
-        made = x.sample(noise, given)
+        made = x.sample(noise, condition)
         floats = x.decode(made)
     seconds = clock(device) - start
     check_finite(floats, seeds, x.name)
     images = settings.preparation.apply(quantize(floats, settings.quantize))
-    labels = condition if isinstance(condition, Tensor) else None
-    prompts = condition if isinstance(condition, list) else None
-    return ImageBatch(images, labels, prompts, floats, made if x.spec.space == "latent" else None, seconds=seconds)
+    prompts = None if condition.prompts is None else list(condition.prompts)
+    return ImageBatch(
+        images, condition.labels, prompts, floats, made if x.spec.space == "latent" else None, seconds=seconds
+    )
 
 
 def pair_pass(x: Generator, teacher: Generator, settings: Settings, probes: Sequence[Probe], device: Device) -> Pass:
@@ -113,7 +113,3 @@ def generator_identity(x: Generator, settings: Settings, first: int, per_prompt:
         "resize": settings.resize,
         "device": torch.device(device).type,
     }
-
-
-def to_device(condition: Condition, device: Device) -> Condition:
-    return condition.to(device) if isinstance(condition, Tensor) else condition

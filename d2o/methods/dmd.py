@@ -229,7 +229,7 @@ class DMD(ScoreMethod):
         if self.distance is None:
             return student(z, labels), None
         assert micro.noise is not None
-        both = None if labels is None or micro.labels is None else torch.cat([labels, micro.labels])
+        both = None if labels is None or micro.condition.labels is None else torch.cat([labels, micro.condition.labels])
         x, reference = student(torch.cat([z, micro.noise]), both).split([len(z), len(micro.noise)])
         return x, reference
 

@@ -252,7 +252,11 @@ class SiD(ScoreMethod):
         self.student.eval()
         self.score.train()
         for micro, draw in loop.micro_batches(batch):
-            labels = self.labels(draw) if not o.adversarial or micro.labels is None else self.fitting(micro.labels)
+            labels = (
+                self.labels(draw)
+                if not o.adversarial or micro.condition.labels is None
+                else self.fitting(micro.condition.labels)
+            )
             with torch.no_grad():
                 x = loop.net("student")(draw.randn(*self.student.spec.shape), labels)
             keep = finite(x)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded
 from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
@@ -17,7 +18,7 @@ from d2o.networks.build import build_network, network_config
 from d2o.networks.edm_view import called_at
 from d2o.networks.load import load_weights
 from d2o.teachers import edm2_latents
-from d2o.teachers.base import Spec, check_labels
+from d2o.teachers.base import Spec, check_labels, embed_labels
 from d2o.version import __version__
 
 STUDENTS = {
@@ -33,9 +34,9 @@ class Student(nn.Module):
     """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
     the nearest of its levels.
 
-    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config`
-    rebuilds it. Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its
-    noise and condition alone in all of them.
+    forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`, or
+    what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
+    and `from_record`; image i depends on its noise and condition alone in all of them.
     """
 
     nfe = 1  # network calls of one sample
@@ -68,10 +69,19 @@ class Student(nn.Module):
         rest = dict(self.record)
         return {"student": rest.pop("kind"), **rest, "network": network_config(self.network)}
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        condition = check_labels(self.spec, condition, len(noise))
+    def embed(self, condition: Condition | Embedded) -> Embedded:
+        """What the network takes, on its device; what is embedded already comes back as it is. UserError: of
+        a kind that this student does not take."""
+        return embed_labels(self.spec, condition, next(self.network.parameters()).device)
+
+    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
+        """The embedded condition if it fits. UserError: none, another number than the batch, classes out of range."""
+        return check_labels(self.spec, embedded, batch)
+
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
+        embedded = self.check_condition(self.embed(condition), len(noise))
         return self.network(
-            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition
+            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), embedded
         )
 
     def decode(self, x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError, unknown
 from d2o.networks.budget import check_numbers
-from d2o.teachers.base import UNSTATED, Condition, Spec, Teacher
+from d2o.teachers.base import UNSTATED, Spec, Teacher
 from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_json, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
@@ -107,9 +108,9 @@ def _try_out(teacher: Teacher, path: Path) -> None:
     config: Any = teacher.network.config
     channels, height, width = teacher.spec.shape
     side = 2 ** len(config.block_out_channels) if "block_out_channels" in config else 2 * config.patch_size
-    condition: Condition = (
-        [""] if teacher.spec.condition == "text" else torch.tensor([0]) if teacher.spec.classes else None
-    )
+    condition = Condition.of_labels([0]) if teacher.spec.classes else Condition.none(1)
+    if teacher.spec.condition == "text":
+        condition = Condition.of_prompts([""])
     try:
         x = teacher.sample(torch.zeros(1, channels, min(side, height), min(side, width)), condition, steps=1)
     except UserError:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Text
 from d2o.diffusion.schedules import FlowSchedule
 from d2o.errors import UserError
 from d2o.networks.edm_view import EDMView
-from d2o.teachers.base import Spec, Text
+from d2o.teachers.base import Spec
 from d2o.teachers.stable_diffusion import SIGMA_DATA, TextTeacher
 from d2o.teachers.text import CACHE_BYTES, PromptCache, joined_states_and_t5
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import EDMSchedule
 from d2o.networks.edm_view import EDMView
-from d2o.teachers.base import Teacher, Text
+from d2o.teachers.base import Teacher
 
 
 class ViewTeacher(Teacher):
@@ -28,14 +28,14 @@ class ViewTeacher(Teacher):
         self.teacher, self.meta = teacher, teacher.meta
         self.schedule = EDMSchedule(view.sigma_min, view.sigma_max)
 
-    def unconditional(self, condition: Any) -> Any:
-        return self.teacher.unconditional(condition)
+    def unconditional(self, embedded: Any) -> Any:
+        return self.teacher.unconditional(embedded)
 
-    def check_condition(self, condition: Any, batch: int) -> Any:
-        return self.teacher.check_condition(condition, batch)
+    def check_condition(self, embedded: Any, batch: int) -> Any:
+        return self.teacher.check_condition(embedded, batch)
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        return self.teacher.encode(prompts)
+    def embed(self, condition: Condition | Embedded) -> Embedded:
+        return self.teacher.embed(condition)
 
     def expect_prompts(self, repeated: bool) -> None:
         self.teacher.expect_prompts(repeated)

@@ -4,12 +4,14 @@ import shutil
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
 from d2o.teachers.diffusers_parts import Components, read_json
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", ""]
+ASKED = Condition.of_prompts(PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
     theirs = pipe(
         PROMPTS, latents=z, output_type="latent", guidance_scale=4.0, num_inference_steps=3, height=16, width=16
     ).images
-    ours = teacher.sample(z, PROMPTS, steps=3, cfg=4.0)
+    ours = teacher.sample(z, ASKED, steps=3, cfg=4.0)
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
     assert teacher.decode(ours).shape == (2, 3, 16, 16)
     assert teacher.fingerprint == load_diffusers(folders / name, "again").fingerprint

@@ -14,7 +14,10 @@ from tests.helpers import SPEC, tiny_teacher
 def test_a_preview_shows_as_many_of_each_class_and_repeats(tmp_path: Path) -> None:
     teacher = tiny_teacher()
     preview = Preview(tmp_path, SPEC, 64, teacher, None, 2, torch.device("cpu"))
-    assert preview.labels.tolist() == [c for c in range(10) for _ in range(6)] and preview.layout.rows[0] == "class 0"
+    assert (
+        preview.condition.labels.tolist() == [c for c in range(10) for _ in range(6)]
+        and preview.layout.rows[0] == "class 0"
+    )
     assert preview.left[0] == "teacher, 2 steps of heun" and preview.left[1].shape == (60, 1, 8, 8)
 
     def generate(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
