@@ -32,6 +32,7 @@ from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.schedule import Due, Schedule
 from d2o.training.scoring import Say, Scoring
+from d2o.training.setup import learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -259,9 +260,10 @@ class Trainer:
         recipe, spec = self.recipe, self.method.spec()
         if recipe.preview is None or spec is None:
             return None
-        steps = recipe.pairs.steps if recipe.pairs else 18
         images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
-        return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
+        teacher = self.setup.teacher
+        solver = learned_solver(recipe, teacher)
+        return Preview(self.folder / "previews", spec, recipe.preview.n, teacher, images, solver, self.device)
 
     def show(self, preview: Preview | None) -> None:
         """A grid, by the first process. All processes call this."""
