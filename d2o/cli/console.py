@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from d2o.cli.hints import fit
 from d2o.runtime import worker
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -43,6 +46,16 @@ def _cut(text: str) -> str:
     )
 
 
+def size(n: int) -> str:
+    """Bytes, readable."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
 class Meter:
     """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. The time that is left is
     shown from the second update on, as the mean rate since the first has it. Silent on all workers but the first, and
@@ -53,8 +66,10 @@ class Meter:
         self.start, self.first, self.printed = time.perf_counter(), done, time.perf_counter()
         self.quiet = quiet or worker()[0] != 0
         self.told = False
-        self.progress = None
+        self.progress: Progress | None = None
         if not self.quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -104,3 +119,20 @@ def meter(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback progress(done, total, note) whose bar appears with the first call."""
+    bars: list[Meter] = []
+
+    def progress(done: int, total: int, note: str) -> None:
+        if not bars:
+            bars.append(Meter(title, total, unit, done))
+        bars[0].update(done, note)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars:
+            bar.close()

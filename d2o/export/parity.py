@@ -12,7 +12,7 @@ from d2o.errors import UserError
 from d2o.export.loaded import Loaded
 
 Runner = Callable[[tuple[Tensor, ...]], Tensor]
-"""An exported file, loaded back: inputs in the order of Source.inputs -> output."""
+"""An exported file, loaded back: inputs in the order of Loaded.inputs -> output."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses import consistency as c
+from d2o.losses.perceptual import load_lpips
 from d2o.methods.base import Batch, Draws, Loop, Method, Setup
 from d2o.methods.consistency_options import ConsistencyOptions, check
-from d2o.methods.lpips import load_lpips
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.copying import follow
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.networks.second_time import second_time_config, with_second_time
 from d2o.students.base import Student
@@ -65,7 +66,9 @@ class Consistency(Method):
             self.states_["stage"] = self.stage
             if self.options.stage_target == "previous":
                 self.states_["previous"] = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.lpips = load_lpips(self.device, self.options.lpips_pooling) if self.options.distance == "lpips" else None
+        self.lpips = (
+            load_lpips(self.device, pooling=self.options.lpips_pooling) if self.options.distance == "lpips" else None
+        )
 
     def first_student(self, setup: Setup, teacher: EDMPrecond) -> nn.Module:
         """The teacher's network, or the one to start from, in the preconditioning of its kind: cd has f(x, sigma_min) =
@@ -262,8 +265,7 @@ class Consistency(Method):
         mu = self.options.mu
         if self.options.n_schedule == "adaptive":
             mu = c.adaptive_mu(self.points(iteration), self.options.N, mu) if mu else 0.0
-        mine, theirs = ([p.detach() for p in net.parameters()] for net in (self.states_["target"], self.student))
-        torch._foreach_lerp_(mine, theirs, 1 - mu)
+        follow(self.states_["target"].parameters(), self.student.parameters(), 1 - mu)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         return c.distance(self.options.distance, x, y, self.options.huber_reduce, self.lpips)

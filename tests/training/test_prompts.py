@@ -11,7 +11,7 @@ from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.methods.base import Setup
 from d2o.recipes.load import load_recipe
-from d2o.training.batches import Batches
+from d2o.training.batches import ImageBatches
 from d2o.training.setup import check_captions, prompts_of
 
 RECIPE = "{name: t, method: sid, teacher: tiny-sd, optim: {lr: 0.1}, batch: 4, images: 8, student: {sigma: 2.5}}"
@@ -42,7 +42,7 @@ def test_prompts_come_from_the_recipe_or_its_pairs(recipe):
 def test_images_have_one_each(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((4, 6, 6, 1), np.uint8))
     images, texts = open_images(tmp_path / "x.npz"), Prompts.from_list(["a", "b", "c", "d"])
-    batches = Batches(images, 4, 0, (0, 4), torch.device("cpu"), prompts=texts)
+    batches = ImageBatches(images, 4, 0, (0, 4), torch.device("cpu"), prompts=texts)
     index = batches.positions(0)
     assert batches.get(0).condition.prompts == tuple("abcd"[i] for i in index)
     batches.close()
