@@ -32,7 +32,7 @@ from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.schedule import Due, Schedule
 from d2o.training.scoring import Say, Scoring
-from d2o.training.setup import learned_solver
+from d2o.training.setup import first_prompts, learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -270,7 +270,17 @@ class Trainer:
         images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
         teacher = self.setup.teacher
         solver = learned_solver(recipe, teacher)
-        return Preview(self.folder / "previews", spec, recipe.preview.n, teacher, images, solver, self.device)
+        return Preview(
+            self.folder / "previews",
+            spec,
+            recipe.preview.n,
+            teacher,
+            images,
+            solver,
+            self.device,
+            first_prompts(self.setup, recipe.preview.n),
+            recipe.pairs.cfg if recipe.pairs else 1.0,
+        )
 
     def show(self, preview: Preview | None) -> None:
         """A grid, by the first process. All processes call this."""

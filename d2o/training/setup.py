@@ -99,6 +99,14 @@ def prompts_of(recipe: Any, text: bool) -> Prompts | None:
     return None if path is None else open_prompts(path)
 
 
+def first_prompts(setup: Setup, n: int) -> list[str]:
+    """The first n prompts that the student is asked for in training; none where it takes none."""
+    if setup.prompts is not None:
+        return setup.prompts.many(range(min(n, len(setup.prompts))))
+    pairs = setup.pairs
+    return pairs.prompts(range(min(n, len(pairs)))) if pairs is not None and pairs.has_prompts else []
+
+
 def check_captions(setup: Setup) -> None:
     """UserError: prompts that go with images, and are more or fewer."""
     if setup.prompts is not None and setup.images is not None and len(setup.prompts) != len(setup.images):
