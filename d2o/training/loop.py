@@ -63,7 +63,7 @@ class Trainer:
         self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
-        self.networks = {name: net.to(self.device).train() for name, net in self.method.networks().items()}
+        self.networks = {name: net.to(self.device).train() for name, net in self.method.players().items()}
         self.recipe = recipe = choose(recipe, self.networks[self.method.product], self.device, say)
         freeze(self.networks[self.method.product], recipe.student.freeze)
         if recipe.checkpointing:
