@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from d2o.diffusion.schedules import karras_sigma
-from d2o.losses.perceptual import enlarged
-from d2o.losses.regression import l1, mse, pseudo_huber
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, H, W], t [B]) -> x_0 [B, C, H, W]."""
@@ -84,24 +82,7 @@ def column(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype)[:, None, None, None]
 
 
-# ---- distances and weights -------------------------------------------------------------------------------------------
-
-
-def distance(
-    kind: str,
-    x: Tensor,
-    y: Tensor,
-    huber_reduce: str = "vector",
-    network: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """d(x, y) [B]: "l2" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a network that takes
-    two batches [B, 3, 224, 224] in [-1, 1], to which images of any size are resized as Song et al. 2023 do."""
-    if kind == "lpips":
-        assert network is not None
-        return network(enlarged(x), enlarged(y))
-    if kind == "pseudo_huber":
-        return pseudo_huber(x, y, huber_reduce)
-    return {"l2": mse, "l1": l1}[kind](x, y)
+# ---- weights -------------------------------------------------------------------------------------------------------
 
 
 def weight(kind: str, t: Tensor, u: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ from d2o.errors import UserError
 from d2o.features.base import check_shape
 from d2o.features.load import load_features
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
-from d2o.losses.perceptual import enlarged, load_lpips, perceptual
-from d2o.losses.regression import LOSSES
+from d2o.losses.perceptual import load_lpips, perceptual
+from d2o.losses.regression import LOSSES, lpips
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
+from d2o.methods.score_networks import ScoreMethod, has_uncertainty
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
@@ -142,20 +142,22 @@ class Made(NamedTuple):
     labels: Tensor | None
 
 
-class DMD(ScoreMethod):
+class DMD(ScoreMethod[DMDOptions]):
+    name = "dmd"
     Options = DMDOptions
     data = "none"
-    product = "student"
+    at_sigma_max = True
 
     @classmethod
-    def needs(cls, options: Any) -> str:
+    def needs(cls, options: DMDOptions) -> str:
         return "pairs" if options.lambda_reg > 0 else "none"
 
-    def __init__(self, setup: Setup):
-        self.options: DMDOptions = check(setup.options.filled())
+    def __init__(self, setup: Setup[DMDOptions]):
+        self.options = check(setup.options.filled())
         self.teacher = check_teacher("dmd", setup.teacher)
-        self.student = start_student("dmd", setup, self.teacher, at_sigma_max=True)
-        self.score = start_score(self.teacher, self.options.score_dropout)
+        self.student = self.begin_student(setup, self.teacher.spec)
+        self._spec = self.student.spec
+        self.score = self.begin_score(self.options.score_dropout)
         self.uncertain = has_uncertainty(self.score)
         if self.options.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
             raise UserError(
@@ -183,7 +185,7 @@ class DMD(ScoreMethod):
         matched."""
         made = []
         for micro, draw in loop.micro_batches(batch):
-            z, labels = draw.randn(*self.spec().shape), self.labels(draw)
+            z, labels = draw.randn(*self._spec.shape), self.draw_condition(draw)
             x, reference = self.call_student(loop, z, labels, micro)
             sigma = self.sigma(draw, self.options.t_dist, self.options.t_index, self.options.t_range)
             x_t = x.detach() + sigma * draw.randn(*x.shape[1:])
@@ -236,16 +238,13 @@ class DMD(ScoreMethod):
         return x, reference
 
     def new_samples(self, draw: Draws) -> Made:
-        z, labels = draw.randn(*self.spec().shape), self.labels(draw)
+        z, labels = draw.randn(*self._spec.shape), self.draw_condition(draw)
         with evaluating(self.student), torch.no_grad():
             return Made(self.student(z, labels), labels)
 
-    def labels(self, draw: Draws) -> Tensor | None:
-        return draw.randint(0, self.spec().classes) if self.spec().classes else None
-
     def sigma(self, draw: Draws, levels: str | None, index: tuple[int, int], part: tuple[float, float]) -> Tensor:
         """A noise level for each sample, [B, 1, 1, 1]."""
-        low, high = self.spec().sigma_min, self.spec().sigma_max
+        low, high = self._spec.sigma_min, self._spec.sigma_max
         if levels == "lognormal":
             return lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
         if levels == "karras_uniform":
@@ -293,7 +292,7 @@ def regression_distance(options: DMDOptions, spec: Spec, device: torch.device) -
         return lambda x, y: perceptual(x, y, features.maps)
     if options.regression == "lpips":
         network = load_lpips(device)
-        return lambda x, y: network(enlarged(x), enlarged(y))
+        return lambda x, y: lpips(x, y, network)
     return LOSSES[options.regression]
 
 

@@ -61,14 +61,15 @@ class LatentDiffusionOptions(Options):
     check_n: int = Field(500, ge=1, description="generated samples of that metric")
 
 
-class LatentDiffusion(Method):
+class LatentDiffusion(Method[LatentDiffusionOptions]):
+    name = "latent-diffusion"
     Options = LatentDiffusionOptions
     data = "images"
     product = "model"
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[LatentDiffusionOptions]):
         assert setup.images is not None and not isinstance(setup.images, LatentSet)
-        self.options: LatentDiffusionOptions = setup.options
+        self.options = setup.options
         if not setup.images.classes or setup.images.labels is None:
             raise UserError(
                 f"{setup.images.name} has no labels; captions are made from them",
@@ -106,7 +107,7 @@ class LatentDiffusion(Method):
             setup.name, self.model.latent_shape, UNNAMED, "text", licence=licence, solver="ddim", steps=50
         )
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

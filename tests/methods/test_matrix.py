@@ -27,9 +27,9 @@ ROWS = {
     "dmd": ("dmd", {}),
     "dmd with pairs": ("dmd", {"lambda_reg": 0.25, "regression": "mse"}),
     "diff-instruct": ("dmd", {"kind": "diff_instruct"}),
-    "cd": ("consistency", {"kind": "cd"}),
-    "pd": ("consistency", {"kind": "pd", "N": 4, "stage_images": 8}),
-    "ctm": ("consistency", {"kind": "ctm"}),
+    "cd": ("cd", {}),
+    "pd": ("pd", {"N": 4, "stage_images": 8}),
+    "ctm": ("ctm", {}),
 }
 
 
