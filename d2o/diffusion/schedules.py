@@ -3,7 +3,7 @@ take through them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -111,14 +111,18 @@ class DiscreteSchedule:
     spacing: str = "leading"
     offset: int = 1
     final_alpha: float | None = None
+    betas: Mapping[str, Any] | None = (
+        None  # a diffusers scheduler's keys that say abar; None: only the numbers are known
+    )
 
     @classmethod
     def scaled_linear(
         cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, **more: Any
     ) -> DiscreteSchedule:
         """beta_t = (sqrt(beta_start) ... sqrt(beta_end) in equal steps)^2: Stable Diffusion 1.5 and XL."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
-        return cls(torch.cumprod(1 - betas, 0), **more)
+        keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        made = cls.from_config(dict(zip(keys, ("scaled_linear", beta_start, beta_end, steps), strict=True)))
+        return cls(made.alphas_cumprod, **more, betas=made.betas)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DiscreteSchedule:
@@ -148,9 +152,21 @@ class DiscreteSchedule:
             raise UserError("the scheduler has no time steps", "num_train_timesteps (or trained_betas) says how many")
         bar = torch.cumprod(1 - betas, 0)
         to_one = config.get("set_alpha_to_one", True)  # the defaults are those of diffusers' DDIMScheduler
-        return cls(
-            bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None
+        said = (
+            {"trained_betas": list(config["trained_betas"])}
+            if config.get("trained_betas") is not None
+            else {"beta_schedule": kind, "beta_start": low, "beta_end": high, "num_train_timesteps": steps}
         )
+        return cls(
+            bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None, said
+        )
+
+    def record(self) -> dict[str, Any]:
+        """A diffusers scheduler's keys for these betas, from which `from_config` has the same alphas_cumprod."""
+        if self.betas is not None:
+            return dict(self.betas)
+        before = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
+        return {"trained_betas": (1 - self.alphas_cumprod / before).tolist()}
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._bar(t).sqrt().to(torch.float32)

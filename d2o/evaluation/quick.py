@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
@@ -90,7 +91,7 @@ class FrechetEvaluator:
 
     def score(
         self,
-        generate: Callable[[Tensor, Tensor | None], Tensor],
+        generate: Callable[[Tensor, Condition], Tensor],
         spec: Spec,
         *,
         n: int,
@@ -102,7 +103,7 @@ class FrechetEvaluator:
     ) -> dict[str, float]:
         """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
 
-        generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks
+        generate(noise [b, C, H, W], condition of b) -> decoded images [b, C, H, W] in [-1, 1], its networks
         in eval mode. `place` is where several processes, each with the same call, share the work, and `key` names the
         weights: the first one gets the score, the others {}. UserError: NaN or infinite values.
         """
@@ -128,7 +129,7 @@ class FrechetEvaluator:
 
 
 def quick_fd(
-    generate: Callable[[Tensor, Tensor | None], Tensor],
+    generate: Callable[[Tensor, Condition], Tensor],
     spec: Spec,
     extractor: str,
     reference: str,

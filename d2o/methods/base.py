@@ -13,9 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.images import ImageSet
 from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
 from d2o.teachers.base import UNSTATED, Spec, Teacher
@@ -93,6 +95,7 @@ class Setup(Generic[O]):
     network: dict[str, Any] | None = None
     student: Beginning = AsTeacher()
     images: ImageSet | LatentSet | None = None
+    prompts: Prompts | None = None  # that a method draws from
     pairs: PairStore | None = None
     start: Student | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -115,20 +118,22 @@ class Setup(Generic[O]):
 
 @dataclass
 class Batch:
-    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1] (or stored latents), labels. Tensors
-    [B, ...] on the device; labels int64 or None. Methods that need no data get one with nothing in it: they draw what
-    they need by the `Draws` that come with it.
+    """A part of a batch. Pairs: noise, condition, target. Images: images in [-1, 1] (or stored latents), condition.
+    Tensors [B, ...] on the device. Methods that need no data get one with nothing in it: they draw what they need by
+    the `Draws` that come with it.
     """
 
-    labels: Tensor | None = None
+    condition: Condition = field(default_factory=lambda: Condition.none(0))
     noise: Tensor | None = None
     target: Tensor | None = None
     images: Tensor | None = None
 
+    def __len__(self) -> int:
+        return next((len(t) for t in (self.images, self.noise) if t is not None), len(self.condition))
+
     def part(self, start: int, stop: int) -> Batch:
-        return Batch(
-            *(None if t is None else t[start:stop] for t in (self.labels, self.noise, self.target, self.images))
-        )
+        tensors = (None if t is None else t[start:stop] for t in (self.noise, self.target, self.images))
+        return Batch(self.condition[start:stop], *tensors)
 
 
 class Draws:
@@ -137,6 +142,7 @@ class Draws:
 
     def __init__(self, seed: int, start: int, count: int, total: int, device: torch.device):
         self.start, self.count, self.total, self.device = start, count, total, device
+        self.host = torch.Generator().manual_seed(seed ^ 1)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def randn(self, *shape: int) -> Tensor:
@@ -150,6 +156,11 @@ class Draws:
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """Uniform integers of {low, ..., high - 1} [count, *shape]."""
         return self._mine(torch.randint(low, high, (self.total, *shape), generator=self.generator, device=self.device))
+
+    def picks(self, high: int) -> list[int]:
+        """Uniform integers of {0, ..., high - 1}, `count` of them, drawn by the processor: nothing waits for the
+        device."""
+        return self._mine(torch.randint(0, high, (self.total,), generator=self.host)).tolist()
 
     def shared(self, *shape: int) -> Tensor:
         """Uniform on [0, 1) [*shape]: numbers that all samples, micro-batches and processes share."""
@@ -254,7 +265,7 @@ class Method(ABC, Generic[O]):
         """Shape and condition of what the product generates; None if it generates nothing."""
         return None
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         """Images in [-1, 1] from noise [B, C, H, W] by the product (or its EMA copy)."""
         raise UserError("this method's product generates no images")
 
@@ -276,4 +287,4 @@ class Method(ABC, Generic[O]):
         return {}
 
 
-Generate = Callable[[Tensor, Tensor | None], Tensor]
+Generate = Callable[[Tensor, Condition], Tensor]

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.augment import edm as augment
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
@@ -86,7 +87,7 @@ class EDM(Method[EDMOptions]):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         losses = []
         for micro, draw in loop.micro_batches(batch):
-            y, labels = micro.images, micro.labels
+            y, labels = micro.images, micro.condition.labels
             assert y is not None
             asked: dict[str, Any] = {}
             if self.options.augment:
@@ -114,10 +115,10 @@ class EDM(Method[EDMOptions]):
     def spec(self) -> Spec:
         return self._spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         training = product.training
         teacher = Teacher(product, self._spec, noise.device)
-        images = teacher.decode(teacher.sample(noise, labels, "heun", self.options.steps))
+        images = teacher.decode(teacher.sample(noise, condition, "heun", self.options.steps))
         product.train(training)
         return images
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from d2o.condition import Condition
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
@@ -33,7 +34,8 @@ def dd_gan(images=None, start=None, network=None, **options) -> DDGAN:
 
 def batch(n: int = 8) -> Batch:
     return Batch(
-        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1,
+        condition=Condition.of_labels(torch.arange(n) % 10),
     )
 
 
@@ -172,9 +174,9 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(
 def test_generating_is_the_student_s_way_and_takes_k_calls():
     method, noise, calls = dd_gan(steps=3), torch.randn(4, 1, 8, 8), []
     method.generator.register_forward_hook(lambda *_: calls.append(1))
-    images = method.generate(method.generator, noise, None)
+    images = method.generate(method.generator, noise, Condition.none(len(noise)))
     assert len(calls) == method.nfe() == 3 and images.abs().max() <= 1
-    assert torch.equal(images, method.student(method.generator)(noise))
+    assert torch.equal(images, method.made(method.generator)(noise))
 
 
 def test_classes_reach_both_networks_only_when_asked_for():
@@ -188,18 +190,18 @@ def test_classes_reach_both_networks_only_when_asked_for():
 
 def test_training_can_start_from_a_student_of_the_same_kind():
     first = dd_gan(steps=2)
-    again = dd_gan(steps=2, start=first.student(first.generator))
+    again = dd_gan(steps=2, start=first.made(first.generator))
     assert again.generator is not first.generator
     assert all(
         torch.equal(a, b) and b.requires_grad
         for a, b in zip(first.generator.parameters(), again.generator.parameters(), strict=True)
     )
     with pytest.raises(UserError, match="with 4 steps, and this is another"):
-        dd_gan(start=first.student(first.generator))
+        dd_gan(start=first.made(first.generator))
     with pytest.raises(UserError, match="and this is another"):
         dd_gan(start=tiny_student())
     with pytest.raises(UserError, match="the data are others"):
-        dd_gan(steps=2, conditional=True, start=first.student(first.generator))
+        dd_gan(steps=2, conditional=True, start=first.made(first.generator))
 
 
 def test_mistakes_are_named():

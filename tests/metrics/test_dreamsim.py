@@ -11,7 +11,7 @@ from PIL import Image
 from d2o.errors import UserError
 from d2o.features.dreamsim import DINO, load, resize
 from d2o.interop import torchvision_compat
-from d2o.metrics.dreamsim import dream_diversity, dreamsim_distance
+from d2o.metrics.diversity import dream_diversity, dreamsim_distance
 
 torchvision_compat.ensure()
 
