@@ -196,7 +196,7 @@ def test_training_can_start_from_a_student_of_the_same_kind():
         torch.equal(a, b) and b.requires_grad
         for a, b in zip(first.generator.parameters(), again.generator.parameters(), strict=True)
     )
-    with pytest.raises(UserError, match="with 4 steps, and this is another"):
+    with pytest.raises(UserError, match="dd_gan.steps is 4, but the student to start from makes an image in 2"):
         dd_gan(start=first.made(first.generator))
     with pytest.raises(UserError, match="and this is another"):
         dd_gan(start=tiny_student())
