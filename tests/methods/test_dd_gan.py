@@ -198,9 +198,9 @@ def test_training_can_start_from_a_student_of_the_same_kind():
     )
     with pytest.raises(UserError, match="dd_gan.steps is 4, but the student to start from makes an image in 2"):
         dd_gan(start=first.made(first.generator))
-    with pytest.raises(UserError, match="and this is another"):
+    with pytest.raises(UserError, match="goes on with students of kind multistep"):
         dd_gan(start=tiny_student())
-    with pytest.raises(UserError, match="the data are others"):
+    with pytest.raises(UserError, match="the data has other images"):
         dd_gan(steps=2, conditional=True, start=first.made(first.generator))
 
 
