@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.nn import functional as F
+
+from d2o.losses.perceptual import enlarged
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -33,7 +34,6 @@ def pseudo_huber(x: Tensor, y: Tensor, reduce: str = "vector") -> Tensor:
 
 
 LOSSES = {"mse": mse, "l1": l1, "pseudo_huber": pseudo_huber}
-LPIPS_SIZE = 224
 
 
 def distance(
@@ -54,9 +54,5 @@ def distance(
 
 
 def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 (bilinear) as Song et al. 2023 do; grey is
-    repeated. [B]."""
-    a, b = (
-        F.interpolate(image.expand(-1, 3, -1, -1), LPIPS_SIZE, mode="bilinear", align_corners=False) for image in (x, y)
-    )
-    return network(a, b).flatten()
+    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 as Song et al. 2023 do. [B]."""
+    return network(enlarged(x), enlarged(y))

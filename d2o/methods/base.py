@@ -95,8 +95,8 @@ class Setup(Generic[O]):
     network: dict[str, Any] | None = None
     student: Beginning = AsTeacher()
     images: ImageSet | LatentSet | None = None
-    prompts: Prompts | None = None  # that a method draws from
     pairs: PairStore | None = None
+    prompts: Prompts | None = None  # to draw from, for teachers that take text
     start: Student | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     name: str = "model"

@@ -21,17 +21,18 @@ from d2o.augment import edm
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
-from d2o.features.load import load_classifier
+from d2o.features.base import check_shape
+from d2o.features.load import load_features
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
-from d2o.losses.perceptual import perceptual
+from d2o.losses.perceptual import load_lpips, perceptual
 from d2o.losses.regression import LOSSES, lpips
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.lpips import load_lpips
 from d2o.methods.score_networks import ScoreMethod, has_uncertainty
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
+from d2o.teachers.base import Spec
 
 Levels = Literal["karras_index", "karras_uniform", "lognormal"]
 
@@ -165,7 +166,9 @@ class DMD(ScoreMethod[DMDOptions]):
                 " the augmentations would come out of the student",
                 "set dmd.augment: 0",
             )
-        self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None
+        self.distance = (
+            regression_distance(self.options, self.teacher.spec, setup.device) if self.options.lambda_reg else None
+        )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
@@ -282,12 +285,13 @@ def check(options: DMDOptions) -> DMDOptions:
     return options
 
 
-def regression_distance(options: DMDOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of eq. 9 between images [B, C, H, W] in [-1, 1], per sample. UserError: an unknown extractor,
-    weights that are not there."""
+def regression_distance(options: DMDOptions, spec: Spec, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of eq. 9 between samples [B, C, H, W] of a spec, per sample. UserError: an unknown extractor, one
+    that does not take such samples, weights that are not there."""
     if options.regression == "perceptual":
-        maps = load_classifier(str(options.extractor), str(device)).maps
-        return lambda x, y: perceptual(x, y, maps)
+        features = load_features(str(options.extractor), device)
+        check_shape(spec.shape, features, of="the teacher's samples")
+        return lambda x, y: perceptual(x, y, features.maps)
     if options.regression == "lpips":
         network = load_lpips(device)
         return lambda x, y: lpips(x, y, network)

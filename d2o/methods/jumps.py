@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from d2o.condition import Embedded
 from d2o.errors import UserError
 from d2o.losses import consistency as c
+from d2o.losses.perceptual import load_lpips
 from d2o.losses.regression import distance
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.lpips import load_lpips
 from d2o.methods.student import StudentMethod
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
@@ -74,7 +74,7 @@ class JumpMethod(StudentMethod[J]):
         self.check_images(setup, self._spec)
         self.student = self.begin(setup, self._spec)
         pooling = self.options.lpips_pooling
-        self.lpips = load_lpips(self.device, pooling) if self.options.distance == "lpips" else None
+        self.lpips = load_lpips(self.device, pooling=pooling) if self.options.distance == "lpips" else None
 
     def check_images(self, setup: Setup[J], spec: Spec) -> None:
         """UserError: they are not what the teacher makes."""

@@ -23,11 +23,13 @@ from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
-from d2o.features.load import ClassifierExtractor, load_classifier
+from d2o.features.base import Features
+from d2o.features.load import load_features
 from d2o.interop.assets import asset
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.bpe import WORD
 from d2o.networks.latent import Autoencoder, TextToImage, load_autoencoder
+from d2o.spaces.base import UNNAMED
 from d2o.teachers.base import Spec
 from d2o.teachers.latent import text_to_image_teacher
 
@@ -102,7 +104,7 @@ class LatentDiffusion(Method[LatentDiffusionOptions]):
         self.no_caption = self.model.tokens.encode([""]).to(setup.device)
         licence = setup.licence
         self._spec = Spec(
-            setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50
+            setup.name, self.model.latent_shape, UNNAMED, "text", licence=licence, solver="ddim", steps=50
         )
 
     def players(self) -> dict[str, nn.Module]:
@@ -153,7 +155,7 @@ class LatentDiffusion(Method[LatentDiffusionOptions]):
         for."""
         if self.options.extractor is None:
             return {}
-        extractor = load_classifier(self.options.extractor, self.no_caption.device)
+        extractor = load_features(self.options.extractor, self.no_caption.device)
         n, classes = self.options.check_n, len(self.captions.table)
         if extractor.classes != classes:
             raise UserError(
@@ -168,14 +170,15 @@ class LatentDiffusion(Method[LatentDiffusionOptions]):
         return {"accuracy": right / n}
 
 
-def classify(extractor: ClassifierExtractor, images: Tensor) -> Tensor:
-    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to what
-    it takes."""
-    assert extractor.shape is not None
-    channels, height, width = extractor.shape
-    if channels == 1:
-        images = images.mean(1, keepdim=True)
-    return extractor.logits(to_uint8(F.interpolate(images, (height, width), mode="area"))).argmax(1)
+def classify(extractor: Features, images: Tensor) -> Tensor:
+    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to the
+    shape that it takes, if it takes one alone, and rounded to 8 bits."""
+    if extractor.shape is not None:
+        channels, height, width = extractor.shape
+        if channels == 1:
+            images = images.mean(1, keepdim=True)
+        images = F.interpolate(images, (height, width), mode="area")
+    return extractor.logits(to_float(to_uint8(images))).argmax(1)
 
 
 @torch.inference_mode()

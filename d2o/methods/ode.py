@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.errors import UserError
-from d2o.features.load import load_classifier
+from d2o.features.base import check_shape
+from d2o.features.load import load_features
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import distance, mse
 from d2o.methods.base import Batch, Loop, Options, Setup
@@ -51,7 +52,8 @@ class ODE(StudentMethod[ODEOptions]):
                     "ode.extractor: the perceptual loss needs a feature extractor",
                     "for example `ode.extractor: digits`",
                 )
-            self.extractor = load_classifier(self.options.extractor, str(setup.device))
+            self.extractor = load_features(self.options.extractor, setup.device)
+            check_shape(self.teacher.spec.shape, self.extractor, of="the teacher's samples")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """d(G(z, c), x) of eq. 1, per sample."""

@@ -40,7 +40,7 @@ class StudentMethod(Method[O]):
         """The student's network as training begins, all of it to be trained: a copy of that of `setup.start`, of the
         teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
         `own` (default: the teacher's) the recipe's `network:` changes. UserError: `setup.start` does not fit."""
-        self.device = setup.device
+        self.device, self.prompts = setup.device, setup.prompts
         teacher = None if self.teacher is None else self.teacher.network
         if setup.start is not None:
             self.check_start(setup, setup.start, spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.features import common, lpips
 from d2o.losses import consistency as c
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.cd import CDOptions
@@ -359,26 +361,28 @@ def test_every_switch_trains_the_student(options):
 
 
 def test_lpips_pools_as_song_et_al_and_needs_no_weights_for_a_plan(monkeypatch):
-    from d2o.methods import lpips
-
-    class Trunk(nn.Module):  # as the package's: layers in slices
+    class Small(nn.Module):  # as the package's: a scaling, a trunk that gives maps, linear heads
         def __init__(self):
             super().__init__()
-            self.slice = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 2)).requires_grad_(False)
-
-        def forward(self, a, b):
-            return (self.slice(a) - self.slice(b)).square().mean(dim=(1, 2, 3), keepdim=True)
+            self.chns, self.scaling_layer = [4], nn.Identity()
+            self.net = nn.ModuleDict({"slice": nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 2))})
+            self.net.forward = lambda x: [self.net["slice"](x)]
+            head = nn.Module()
+            head.model = nn.Sequential(nn.Dropout(), nn.Conv2d(4, 1, 1, bias=False))
+            head.model[1].weight.data.fill_(1)
+            self.lins = nn.ModuleList([head])
 
     read = []
-    monkeypatch.setattr(lpips, "find_weights", read.append)
-    monkeypatch.setattr(lpips, "build_lpips", lambda trunk, path: Trunk())
+    monkeypatch.setattr(common, "find_weights", lambda name, given: Path(name))
+    monkeypatch.setattr(common, "file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(lpips, "read_lpips", lambda trunk, path: read.append(path) or Small())
     for pooling, kind in (("avg", nn.AvgPool2d), ("max", nn.MaxPool2d)):
         m = method(distance="lpips", lpips_pooling=pooling)
-        assert type(m.lpips.slice[1]) is kind
+        assert type(m.lpips.features.network.net["slice"][1]) is kind
         assert step(m, batch(2))[0]["loss"] > 0 and any(
             float(p.grad.abs().max()) > 0 for p in m.student.parameters() if p.grad is not None
         )
-    assert read == ["lpips-vgg"] * 2
+    assert read == [Path("lpips-vgg")] * 2
     assert not make_plan(load_recipe("cd_digits", ["cd.distance=lpips"])).missing and len(read) == 2
 
 
