@@ -41,6 +41,9 @@ class _MetaDraws(Draws):
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.empty(self.count, *shape, dtype=torch.int64, device=META)
 
+    def picks(self, high: int) -> list[int]:
+        return [0] * self.count
+
     def shared(self, *shape: int) -> Tensor:
         return torch.full(shape, 0.5)
 
