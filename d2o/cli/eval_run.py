@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2o.cli import console
-from d2o.cli.pairs import open_device
+from d2o.cli.opening import open_device
 from d2o.errors import UserError
 from d2o.runtime import Stopped, worker
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.pairs import open_device, open_teacher, progress_bar
+from d2o.cli.opening import open_device, open_teacher
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def sample(
     )
     if default:
         console.say(default)
-    with stop_flag() as stop, progress_bar("sample", "images") as progress:
+    with stop_flag() as stop, console.progress_bar("sample", "images") as progress:
         record = make_samples(
             sampler,
             out,

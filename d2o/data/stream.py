@@ -42,7 +42,7 @@ class Shards(Protocol):
     def forget(self, number: int) -> None: ...
 
 
-class PairBatch(NamedTuple):
+class Pairs(NamedTuple):
     """Some of a store's pairs: `noise` [B, ...] and `target` [B, ...] float32, and what they were asked to be."""
 
     noise: Tensor
@@ -118,7 +118,7 @@ class PairStream:
                 what + (f" ({batch} on each of {world} ranks)" if world > 1 else ""), "choose a smaller batch"
             )
         self._position = (0, 0)
-        self._running: Ahead[Any, PairBatch] | None = None  # the batches that come next
+        self._running: Ahead[Any, Pairs] | None = None  # the batches that come next
         self._loading: Ahead[Any, Any] | None = None  # the groups that they are made from
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class PairStream:
         self.close()
         self._position = (epoch, index)
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[Pairs]:
         epoch = self._position[0]
         while self._position[0] == epoch:
             yield self._next()
@@ -158,7 +158,7 @@ class PairStream:
     ) -> None:
         self.close()
 
-    def _next(self) -> PairBatch:
+    def _next(self) -> Pairs:
         if self._running is None:
             self._running = Ahead(self._make, self._pieces(*self._position), self.prefetch)
         try:
@@ -254,7 +254,7 @@ class PairStream:
             self.store.forget(shard)
         return found
 
-    def _make(self, pieces: list[tuple[_Rows, int, int]]) -> PairBatch:
+    def _make(self, pieces: list[tuple[_Rows, int, int]]) -> Pairs:
         n = sum(last - first for _, first, last in pieces)
         noise, target = torch.empty(n, *self.store.shape), np.empty((n, *self.store.shape), np.float32)
         labels, prompts = np.empty(n, np.int64), list[str]()
@@ -280,7 +280,7 @@ class PairStream:
             torch.from_numpy(labels) if has_labels else None,
             tuple(prompts) if has_prompts else None,
         )
-        return PairBatch(noise, condition, torch.from_numpy(target))
+        return Pairs(noise, condition, torch.from_numpy(target))
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

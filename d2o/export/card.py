@@ -34,7 +34,12 @@ HUB_LICENCES = {
     "openrail++",
     "creativeml-openrail-m",
 }
-FORMATS = {"onnx": "ONNX", "program": "torch.export program", "safetensors": "d2o checkpoint (safetensors)"}
+FORMATS = {
+    "onnx": "ONNX",
+    "program": "torch.export program",
+    "safetensors": "d2o checkpoint (safetensors)",
+    "diffusers": "diffusers folder",
+}
 
 
 def card(source: Loaded, file_name: str, file_format: str, detail: str, parity: Parity, source_name: str) -> str:
@@ -69,7 +74,7 @@ def _front_matter(source: Loaded, file_format: str) -> str:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:
         front = {"license": "other", "license_name": _slug(licence)}
-    front["library_name"] = "d2o"
+    front["library_name"] = "diffusers" if file_format == "diffusers" else "d2o"
     if source.spec.condition == "none" and source.kind == "student":
         front["pipeline_tag"] = "unconditional-image-generation"
     one_step = ["one-step", "distillation"] if source.kind == "student" else ["teacher"]
@@ -211,7 +216,9 @@ def _limitations(source: Loaded, file_format: str) -> str:
             "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image"
             " its own."
         )
-    if not spec.latent:
+    if file_format == "diffusers":
+        points.append("The scheduler in the folder has the one step that the student was trained for; no other fits.")
+    elif not spec.latent:
         points.append(
             f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."
         )

@@ -18,9 +18,10 @@ from d2o.export.loaded import Loaded, find_checkpoint, for_graph, open_source, s
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
+from d2o.export.student_folder import write_student
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.outputs import check_output
-from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
+from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, read_meta
 from d2o.teachers.base import UNSTATED
 from d2o.version import __version__
 
@@ -61,7 +62,7 @@ def export_checkpoint(
     say: Callable[[str], None] = lambda message: None,
 ) -> Exported:
     """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program
-    or safetensors; or a text-to-image teacher as a diffusers folder.
+    or safetensors; or a text-to-image teacher, or a student of a teacher in diffusers' format, as a diffusers folder.
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
     diffusers: the folder
@@ -89,7 +90,7 @@ def export_checkpoint(
     if file_format == "diffusers":
         if student_sigma is not None:
             raise UserError(
-                "--student-sigma is for --format onnx, program and safetensors; diffusers takes text-to-image teachers"
+                "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
             )
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
     source = open_source(checkpoint, student_sigma)
@@ -130,6 +131,10 @@ def _diffusers(
     target = Path(out) if out is not None else beside / f"{given.stem}-diffusers"
     check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
+    if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
+        source = open_source(given)
+        parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
+        return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
     spec = meta.get("spec") or {}
     return Exported(

@@ -63,6 +63,13 @@ class Loaded:
     call: nn.Module
 
     @property
+    def student(self) -> Student:
+        """The student itself. UserError: it is a teacher."""
+        if not isinstance(self.call, StudentCall):
+            raise UserError(f"{self.path} is a teacher", "students are expected here")
+        return self.call.student
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         first = ("noise",) if self.kind == "student" else ("noisy", "sigma")
         return first if self.spec.condition == "none" else (*first, "label")

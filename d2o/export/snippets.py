@@ -13,7 +13,9 @@ BATCH = 4
 
 def usage(source: Loaded, file_name: str, file_format: str) -> str:
     """Text and one code block for this file."""
-    lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors}[file_format](source, file_name)
+    lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors, "diffusers": _diffusers}[file_format](
+        source, file_name
+    )
     needs = {
         "onnx": "`pip install onnxruntime numpy`; d2o and torch are not needed.",
         "program": (
@@ -21,11 +23,17 @@ def usage(source: Loaded, file_name: str, file_format: str) -> str:
             " needed."
         ),
         "safetensors": "`pip install d2o`.",
+        "diffusers": "`pip install diffusers transformers`; d2o is not needed.",
     }[file_format]
     return f"{needs} {_about(source, file_format)}\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def _about(source: Loaded, file_format: str) -> str:
+    if file_format == "diffusers":
+        return (
+            "The call below is the whole of it: EulerDiscreteScheduler, as the folder has it, makes the student's one"
+            " step. (diffusers may warn that the pipeline expects another scheduler; this one has what it asks for.)"
+        )
     shape = f"[N, {', '.join(map(str, source.spec.shape))}] float32"
     label = "; `label`: class indices [N] int64" if source.spec.condition == "label" else ""
     given = f"`noise`: {shape}, standard normal"
@@ -93,6 +101,16 @@ def _safetensors(source: Loaded, file_name: str) -> list[str]:
             f"image = teacher.sample(noise{label}, steps=18)  # {_shape(source)}",
         ]
     return [*lines, *_torch_pixels(source, "image")]
+
+
+def _diffusers(source: Loaded, file_name: str) -> list[str]:
+    labels = f", class_labels={_labels(source)}" if source.spec.condition == "label" else ""
+    return [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)})",
+        f"images = pipeline(batch_size={BATCH}{labels}, num_inference_steps=1).images  # PIL",
+    ]
 
 
 def _torch_inputs(source: Loaded) -> list[str]:

@@ -24,6 +24,7 @@ from d2o.methods.consistency_options import ConsistencyOptions, check
 from d2o.methods.lpips import load_lpips
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.copying import follow
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.networks.second_time import second_time_config, with_second_time
 from d2o.students.base import Student
@@ -262,8 +263,7 @@ class Consistency(Method):
         mu = self.options.mu
         if self.options.n_schedule == "adaptive":
             mu = c.adaptive_mu(self.points(iteration), self.options.N, mu) if mu else 0.0
-        mine, theirs = ([p.detach() for p in net.parameters()] for net in (self.states_["target"], self.student))
-        torch._foreach_lerp_(mine, theirs, 1 - mu)
+        follow(self.states_["target"].parameters(), self.student.parameters(), 1 - mu)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         return c.distance(self.options.distance, x, y, self.options.huber_reduce, self.lpips)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2o.diffusion.levels import Levels, levels_of
 from d2o.errors import UserError, unknown
 from d2o.networks.latent import build_diffusers
-from d2o.networks.precond import channel_mean, check_part
+from d2o.networks.precond import CONSISTENCY_EPSILON, channel_mean, check_part
 
 KINDS = ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "velocity")
@@ -225,6 +225,12 @@ def called_at(network: nn.Module, sigma: float) -> float:
     return (
         float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64))) if isinstance(network, EDMView) else sigma
     )
+
+
+def lowest_level(network: nn.Module) -> float:
+    """The noise level at which jumps along the ODE end: EDM's (Karras et al. 2022, Table 1), or the lowest that the
+    network knows."""
+    return network.sigma_min if isinstance(network, EDMView) else CONSISTENCY_EPSILON
 
 
 class _Enough(Exception):

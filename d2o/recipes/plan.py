@@ -98,7 +98,8 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
             plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher))
         )
         if setup.teacher is not None:
-            setup.teacher = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
+            fits = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
+            setup.teacher = None if fits is None else setup.teacher
     elif needs == "none" and recipe.teacher is None:
         plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
     if start is not None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError, unknown
-from d2o.losses.consistency import RHO, SIGMA_MIN, jump
+from d2o.losses.consistency import RHO, jump
+from d2o.networks.edm_view import lowest_level
 from d2o.networks.second_time import second_time
 from d2o.students.base import Student
 from d2o.students.multistep import OwnNoise, Randn
@@ -109,7 +110,7 @@ class ConsistencyStudent(Student):
             places = [i / self.nfe for i in reversed(range(self.nfe + 1))]
         else:
             places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
-        return [karras_sigma(1 - place, SIGMA_MIN, self.sigma, RHO) for place in places]
+        return [karras_sigma(1 - place, lowest_level(self.network), self.sigma, RHO) for place in places]
 
     def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: Randn | None = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
@@ -118,7 +119,7 @@ class ConsistencyStudent(Student):
         for i, (t, s) in enumerate(pairwise(grid)):
             if i and self.form == "cd":
                 randn = randn or OwnNoise(noise)
-                x = x + (t**2 - SIGMA_MIN**2) ** 0.5 * randn(*x.shape[1:])
+                x = x + (t**2 - lowest_level(self.network) ** 2) ** 0.5 * randn(*x.shape[1:])
             at, to = (torch.full((len(x),), level, dtype=torch.float64, device=x.device) for level in (t, s))
             f = estimate(self.network, self.form, x, at, to, embedded)
             if self.clamp and not self.spec.latent and (self.form != "ctm" or s == grid[-1]):

@@ -46,7 +46,7 @@ NOT_TEACHERS = {
     "ControlNet": "it needs control images",
     "Upscale": "it enlarges images",
     "Pix2Pix": "it edits images",
-    "LatentConsistency": "it is distilled already",
+    "Consistency": "it is distilled already",
     "Onnx": "its network is ONNX",
     "LDMPipeline": "latents of a VQ autoencoder are not supported",
     "ScoreSdeVe": "its network has continuous time",

@@ -3,6 +3,7 @@ when."""
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import time
@@ -26,7 +27,7 @@ from d2o.errors import UserError
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped, worker
 from d2o.teachers.base import Teacher
-from d2o.teachers.compute import Compute, join_compute, torch_threads, tune
+from d2o.teachers.compute import Compute, changes, join_compute, torch_threads, tune
 from d2o.teachers.pair_maker import Maker
 from d2o.teachers.registry import load_teacher
 from d2o.work.folder import MANIFEST, SharedFolder, Unit, fill
@@ -74,6 +75,7 @@ def make_pairs(
     progress: ShardProgress = lambda done, total, note: None,
     stop: StopFlag | None = None,
     teacher: Teacher | None = None,
+    lent: bool = False,
     prompts: Prompts | None = None,
 ) -> PairStore | None:
     """Make or continue the store `out`; returns when it has settings.n pairs, whether made by this process or by others
@@ -85,9 +87,11 @@ def make_pairs(
     them. Asked for fewer pairs it is left as it is.
 
     `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` and
-    `prompts` save loading settings.teacher and settings.prompts. Raises UserError: bad settings, another store or
-    foreign files at `out`, unwritable, a target that is not finite (named by its seed), another size for a rewired
-    store; Stopped: `stop` was set; work is saved.
+    `prompts` save loading settings.teacher and settings.prompts. A teacher that is `lent` stays as it is: where running
+    as `compute` says would change it, a copy is run.
+
+    Raises UserError: bad settings, another store or foreign files at `out`, unwritable, a target that is not finite
+    (named by its seed), another size for a rewired store; Stopped: `stop` was set; work is saved.
     """
     settings.check()
     compute.check()
@@ -135,6 +139,8 @@ def make_pairs(
     recorded = join_compute(manifest["compute"], new["compute"], str(out), say, compute.asked)
     if compute.precision == AUTO:
         say(explain_precision(recorded.get("precision", "fp32"), teacher.device))
+    if lent and changes(recorded):
+        teacher = copy.deepcopy(teacher)
     tune(teacher, recorded)
     listed = folder.recorded()
     if lost := [unit.file for unit in folder.left(units) if unit.file in listed and listed[unit.file]["n"] == unit.n]:

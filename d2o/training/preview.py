@@ -11,6 +11,7 @@ from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_uint8
 from d2o.data.pictures import draw_sheet, lay_out
 from d2o.diffusion.noise import noise_and_labels
+from d2o.diffusion.solvers import Solver
 from d2o.interop.safetensors_io import atomic_path
 from d2o.methods.base import Generate
 from d2o.teachers.base import Spec, Teacher
@@ -19,7 +20,7 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 
 
 class Preview:
-    """Left: the teacher's samples from these noises (or real images where there is no teacher); right: the
+    """Left: the teacher's samples from these noises by `solver` (or real images where there is no teacher); right: the
     product's."""
 
     def __init__(
@@ -29,7 +30,7 @@ class Preview:
         count: int,
         teacher: Teacher | None,
         images: ImageSet | None,
-        steps: int,
+        solver: Solver | None,
         device: torch.device,
     ):
         self.folder = folder
@@ -45,10 +46,10 @@ class Preview:
         self.layout = lay_out(count, labels.tolist() if spec.classes else None)
         self.left: tuple[str, Tensor] | None = None
         self.who = "network" if teacher is None else "student"
-        if teacher is not None:
+        if teacher is not None and solver is not None:
             self.left = (
-                f"teacher, {steps} steps of heun",
-                to_uint8(teacher.decode(teacher.sample(self.noise, self.condition, "heun", steps))).cpu(),
+                f"teacher, {solver.steps} steps of {solver.name}",
+                to_uint8(teacher.decode(teacher.sample(self.noise, self.condition, solver))).cpu(),
             )
         elif images is not None:
             self.left = "real images", images.images(_matching(images, condition.labels, count)).cpu()

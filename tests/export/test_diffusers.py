@@ -11,8 +11,8 @@ import yaml
 from d2o.condition import Condition
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
-from d2o.export.diffusers import open_pipeline
 from d2o.export.exporter import export_checkpoint
+from d2o.export.folder import open_pipeline
 from d2o.interop.safetensors_io import read_meta
 from d2o.networks.latent import load_autoencoder, load_text_to_image
 from d2o.teachers.base import Spec

@@ -426,7 +426,7 @@ def test_what_does_not_fit_the_teacher():
     with pytest.raises(UserError, match="has 10 classes, and the images have none"):
         method(images=unlabelled)
     vp = Teacher(tiny_network(precond="vp"), SPEC)
-    with pytest.raises(UserError, match="in EDM's own preconditioning"):
+    with pytest.raises(UserError, match="is in preconditioning vp"):
         method(teacher=vp)
     with pytest.raises(UserError, match="needs a `teacher:`"):
         get_method("consistency")(Setup(ConsistencyOptions(), images=Images()))

@@ -197,7 +197,7 @@ def test_the_average_moves_once_an_iteration_whatever_its_updates(tmp_path) -> N
     )
     setup = prepare(recipe, CPU, None, lambda text: None, lambda *_: None, StopFlag())
     trainer = Trainer(recipe, setup, tmp_path)
-    assert trainer.optimizers["generator"].param_groups[0]["betas"][1] == pytest.approx(0.99 ** (4 / 5))
+    assert trainer.players["generator"].optimizer.param_groups[0]["betas"][1] == pytest.approx(0.99 ** (4 / 5))
     before = [p.detach().clone() for p in trainer.networks["generator"].parameters()]
     trainer.run(lambda images, text: None, StopFlag())  # one iteration
     for mine, old, new in zip(
