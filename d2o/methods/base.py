@@ -17,6 +17,7 @@ from d2o.condition import Condition
 from d2o.data.images import ImageSet
 from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
 from d2o.teachers.base import UNSTATED, Spec, Teacher
@@ -64,6 +65,7 @@ class Setup:
     student: Any = None
     images: ImageSet | LatentSet | None = None
     pairs: PairStore | None = None
+    prompts: Prompts | None = None  # to draw from, for teachers that take text
     start: Student | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     name: str = "model"

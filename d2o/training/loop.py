@@ -105,7 +105,7 @@ class Trainer:
         self.scores: dict[str, float] = {}
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.journal = Journal(recipe, folder, self.device, rank, world, say)
-        self.evaluation = Scoring(recipe, self.method, folder, self.device, rank, world, say)
+        self.evaluation = Scoring(recipe, self.method, folder, self.device, rank, world, say, setup.prompts)
         self.products = Products(folder / "checkpoints")
         self.saved: int | None = None  # iteration of the newest state
         self.parts: Parts | None = None  # where its tensors are, if they are sharded
@@ -262,7 +262,8 @@ class Trainer:
         images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
         teacher = self.setup.teacher
         solver = learned_solver(recipe, teacher)
-        return Preview(self.folder / "previews", spec, recipe.preview.n, teacher, images, solver, self.device)
+        prompts, folder = self.setup.prompts, self.folder / "previews"
+        return Preview(folder, spec, recipe.preview.n, teacher, images, solver, self.device, prompts)
 
     def show(self, preview: Preview | None) -> None:
         """A grid, by the first process. All processes call this."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_uint8
 from d2o.data.pictures import draw_sheet, lay_out
+from d2o.data.prompts import Prompts
 from d2o.diffusion.noise import noise_and_labels
 from d2o.diffusion.solvers import Solver
 from d2o.interop.safetensors_io import atomic_path
@@ -21,7 +22,7 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 
 class Preview:
     """Left: the teacher's samples from these noises by `solver` (or real images where there is no teacher); right: the
-    product's."""
+    product's. Of what takes text, `prompts` in turn."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Preview:
         images: ImageSet | None,
         solver: Solver | None,
         device: torch.device,
+        prompts: Prompts | None = None,
     ):
         self.folder = folder
         if spec.classes:
@@ -42,6 +44,8 @@ class Preview:
         if spec.classes:
             labels = (torch.arange(count) * spec.classes) // max(count, 1)  # class by class, so that the rows read well
         condition = Condition.of_labels(labels) if spec.classes else Condition.none(count)
+        if spec.condition == "text" and prompts is not None:
+            condition = Condition.of_prompts(prompts.many(i % len(prompts) for i in range(count)))
         self.noise, self.condition = noise.to(device), condition.to(device)
         self.layout = lay_out(count, labels.tolist() if spec.classes else None)
         self.left: tuple[str, Tensor] | None = None

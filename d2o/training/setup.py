@@ -13,6 +13,7 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
+from d2o.data.prompts import open_prompts
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
@@ -135,6 +136,8 @@ def prepare(
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
+        if setup.teacher is not None and setup.teacher.spec.condition == "text" and p.prompts is not None:
+            setup.prompts = open_prompts(p.prompts)
         try_out(recipe, setup)
         compute = Compute(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
@@ -147,6 +150,7 @@ def prepare(
             progress=progress,
             stop=stop,
             teacher=setup.teacher,
+            prompts=setup.prompts,
             lent=True,
         )
     return setup
@@ -160,7 +164,7 @@ def try_out(recipe: Any, setup: Setup) -> None:
     freeze(method.networks()[method.product], recipe.student.freeze)
     if recipe.checkpointing:
         checkpointed(recipe, method.networks(), setup.teacher)
-    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
+    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None, setup.prompts).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:
