@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
 from d2o.interop.torch_files import read_tensors
-from d2o.losses.perceptual import unit
+from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import l1 as mean_absolute
 from d2o.networks.fill import fill_network
 from d2o.networks.latent_vgg import STAGES, LatentVGG
@@ -30,8 +30,10 @@ class Head(nn.Module):
         super().__init__()
         self.model = nn.Sequential(OrderedDict([("1", nn.Conv2d(channels, 1, 1, bias=False))]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+    @property
+    def weights(self) -> Tensor:
+        """[channels]"""
+        return self.model.get_parameter("1.weight").flatten()
 
 
 class LatentLPIPS(nn.Module):
@@ -71,11 +73,7 @@ class LatentLPIPS(nn.Module):
         Whoever augments the latents (E-LatentLPIPS, eq. 3) does so before this and adds the L1 term of the unchanged
         ones.
         """
-        total = a.new_zeros(len(a), dtype=torch.float32)
-        for k, (f, g) in enumerate(zip(self.net(a), self.net(b), strict=True)):
-            difference = (unit(f.float()) - unit(g.float())).square()
-            total = total + getattr(self, f"lin{k}")(difference).flatten(1).mean(1)
-        return total
+        return perceptual(a, b, self.net, [getattr(self, f"lin{k}").weights for k in range(len(STAGES))])
 
     def train(self, mode: bool = True) -> LatentLPIPS:
         """Stays in eval mode: its batch norms keep the statistics that they were released with."""

@@ -93,7 +93,7 @@ class ConsistencyStudent(Student):
                 f"this student was distilled to {self.nfe} {'step' if self.nfe == 1 else 'steps'} and can take no other"
                 " number"
             )
-            raise UserError(f"--steps {steps}: {what}", "train one with consistency.final_steps, or leave --steps away")
+            raise UserError(f"--steps {steps}: {what}", "train one with pd.final_steps, or leave --steps away")
         if steps not in (1, 2):
             raise UserError(
                 f"--steps {steps}: a consistency student makes an image in 1 or 2 network calls",

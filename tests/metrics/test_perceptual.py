@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.pair_distances import PAIR_DISTANCES, load_pair_distance
-from d2o.features.perceptual import AT_ONCE
+from d2o.evaluation.pair_distances import AT_ONCE, PAIR_DISTANCES, load_pair_distance
 from d2o.interop import torchvision_compat
 from d2o.losses.latent_lpips import RELEASED, LatentLPIPS
 from d2o.spaces.load import SPACES
