@@ -252,8 +252,11 @@ def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
     if spec.condition != "text":
         return None
     if settings.prompts is None:
-        raise UserError(f"{spec.name!r} is conditioned on text", "give --prompts FILE (.txt, .jsonl or .parquet)")
-    return open_prompts(settings.prompts)
+        hint = 'give --prompt "...", or --prompts FILE (.txt, .jsonl or .parquet)'
+        raise UserError(f"{spec.name!r} is conditioned on text", hint)
+    if isinstance(settings.prompts, str):
+        return open_prompts(settings.prompts)
+    return Prompts.from_list(settings.prompts)
 
 
 def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Generator:
@@ -298,6 +301,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         made_from.get("name"),
         record,
         prompts=_prompts(settings, model.spec),
+        embed=model.embed if model.spec.condition == "text" else None,
         recipe=model.meta.get("recipe") or {},
     )
 

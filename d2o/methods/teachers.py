@@ -27,7 +27,7 @@ def why_not(method: str, kind: Kind) -> str:
     wanted = get_method(method).takes
     if not wanted:
         return "it learns without a teacher"
-    if kind.text:
+    if kind.text and get_method(method).data != "pairs":
         return PROMPTS
     return REFUSES[wanted].get(kind.family, "")
 

@@ -173,6 +173,8 @@ def prepare(
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
+        if setup.teacher is not None and setup.teacher.spec.condition == "text" and p.prompts is not None:
+            setup.prompts = open_prompts(p.prompts)
         try_out(recipe, setup)
         compute = Compute(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
@@ -185,6 +187,7 @@ def prepare(
             progress=progress,
             stop=stop,
             teacher=setup.teacher,
+            prompts=setup.prompts,
             lent=True,
         )
     return setup
@@ -198,7 +201,7 @@ def try_out(recipe: Any, setup: Setup) -> None:
     freeze(method.players()[method.product], recipe.student.freeze)
     if recipe.checkpointing:
         checkpointed(recipe, method.players(), setup.teacher)
-    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
+    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None, setup.prompts).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:
