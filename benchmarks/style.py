@@ -21,7 +21,7 @@ import torch
 
 from d2o.augment.ada import AdaPipeline, numbers
 from d2o.evaluation.protocol import hardware
-from d2o.losses.adversarial import d_logistic, g_logistic, r1_penalty
+from d2o.losses.adversarial import critic_loss, generator_loss, r1_penalty
 from d2o.networks.build import build_network
 from d2o.students.base import Student
 from d2o.students.multistep import MultistepStudent
@@ -96,16 +96,16 @@ def training(batch: int, rounds: int, device: str) -> dict[str, Any]:
         return generator(z=x)[0]
 
     def generator_step() -> None:
-        g_logistic(critic(pipeline(generate(), p, *source), 1.0)).backward()
+        generator_loss(critic(pipeline(generate(), p, *source), 1.0)).mean().backward()
 
     def critic_step() -> None:
         with torch.no_grad():
             fake = generate()
-        d_logistic(critic(pipeline(x, p, *source), 1.0), critic(pipeline(fake, p, *source), 1.0)).backward()
+        real, false = (critic(pipeline(images, p, *source), 1.0) for images in (x, fake))
+        critic_loss(real, false).mean().backward()
 
     def r1() -> None:
-        real = x.clone().requires_grad_(True)
-        r1_penalty(critic(pipeline(real, p, *source), 1.0), real).backward()
+        r1_penalty(lambda x, _: critic(pipeline(x, p, *source), 1.0), x).mean().backward()
 
     parts: dict[str, Callable[[], Any]] = {
         "generator step": generator_step,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2o.cli import console
-from d2o.cli.pairs import progress_bar
 from d2o.errors import MissingImages, UserError
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def begin_run(
 
     recipe = as_begun(recipe, begun_recipe(folder))
     check_tracker(recipe)
-    with progress_bar("pairs", "pairs") as progress:
+    with console.progress_bar("pairs", "pairs") as progress:
         try:
             setup = prepare(recipe, device, start, console.say, progress, stop)
         except MissingImages as error:
@@ -154,7 +153,8 @@ def begin_run(
 def write_recipe(folder: Path, recipe: Any, images: int) -> None:
     """recipe.yaml, with a line at its head for each setting that was changed on the way, and after how many images."""
     from d2o.interop.safetensors_io import atomic_write
-    from d2o.recipes.load import diff_recipes, load_recipe
+    from d2o.recipes.differences import diff_recipes
+    from d2o.recipes.load import load_recipe
 
     path, head = folder / "recipe.yaml", []
     if path.exists():

@@ -11,33 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
-from d2o.evaluation.statistics import Statistics, is_statistics, load_statistics
-from d2o.features.load import Extractor, check_shape
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.statistics_files import is_statistics, load_statistics
+from d2o.features.extractor import Extractor, check_shape
 from d2o.inputs import check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import count_parameters
 from d2o.networks.processor import arrange
+from d2o.spaces.base import UNNAMED
+from d2o.spaces.load import load_space
 from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, load_teacher, teacher_names
 
 Device = str | torch.device
-Condition = Tensor | list[str] | None
 Generate = Callable[[Tensor, Condition], Tensor]
-"""(noise [b, C, H, W], class indices [b], prompts or None) -> [b, C, H, W] float32."""
+"""(noise [b, C, H, W], condition of b) -> [b, C, H, W] float32."""
 
 
 @dataclass
 class Generator:
-    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `encode`
-    turns prompts into what `sample` would make of them anyway (to be timed on its own). `record`: what a result says of
+    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `embed`
+    makes of prompts what `sample` would make of them anyway (to be timed on its own). `record`: what a result says of
     it (nfe, forwards, parameters, ...).
     `recipe`: of its training, where it is known."""
 
@@ -51,7 +54,7 @@ class Generator:
     record: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     prompts: Prompts | None = None
-    encode: Callable[[list[str]], Any] | None = None
+    embed: Callable[[Condition], Any] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -239,7 +242,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         text if text in BUILTIN else model.spec.name,
         record,
         prompts=prompts,
-        encode=model.encode if prompts else None,
+        embed=model.embed if prompts else None,
     )
 
 
@@ -270,7 +273,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
-        return model(noise.to(device), condition.to(device) if isinstance(condition, Tensor) else condition)
+        return model(noise.to(device), condition)
 
     made_from = model.meta.get("teacher") or {}
     record = {
@@ -312,11 +315,11 @@ def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
 
     store, preparation = PairStore(text), settings.preparation
     teacher: str = store.manifest["teacher"]["name"]
-    decode = _decoder(teacher, store.spec, device)
+    decode = _decoder(teacher, Spec.from_dict(store.spec, text), device)
 
     def batch(indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        _, labels, target = store.batch(indices)
-        return preparation.apply(quantize(decode(target), settings.quantize)), labels
+        _, condition, target = store.batch(indices)
+        return preparation.apply(quantize(decode(target), settings.quantize)), condition.labels
 
     images, labels = batch([0])
     return Pictures(
@@ -335,13 +338,13 @@ def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
     )
 
 
-def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Tensor], Tensor]:
-    """How a pair store's targets become images. Pixels need no teacher; latents do."""
-    if spec["space"] == "pixel":
-        low, high = spec["value_range"]
-        return lambda x: x.clamp(low, high)
-    model = load_teacher(teacher, device)
-    return lambda x: model.decode(x.to(model.device))
+def _decoder(teacher: str, spec: Spec, device: Device) -> Callable[[Tensor], Tensor]:
+    """How a pair store's targets become images. Only stores of older versions need their teacher for it."""
+    if not spec.latent:
+        return lambda x: x.clamp(*spec.value_range)
+    if spec.space == UNNAMED:
+        return load_teacher(teacher, device).decode
+    return load_space(spec.space, device).decode
 
 
 def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad: str) -> Pictures:
@@ -394,7 +397,7 @@ def shape_of(subject: Subject) -> tuple[int, ...] | None:
 
 def check_subject(subject: Subject, extractor: Extractor) -> None:
     """UserError unless the extractor can take the subject's images."""
-    if isinstance(subject, Generator) and subject.spec.space == "latent":
+    if isinstance(subject, Generator) and subject.spec.latent:
         return  # decoded images have another size; the extractor checks them
     shape = shape_of(subject)
     if shape is not None:

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from d2o.interop.records import Finite, Record, SpecRecord, check_record
+from d2o.interop.records import Finite, Record, Sha256, SpecRecord, check_record
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=0, le=2**53)]
 Calls = Annotated[int, Field(ge=1, le=1000)]
 
 
-class Maker(Record):
+class MakerRecord(Record):
     """The teacher that something was made from."""
 
     name: str | None = None
@@ -22,43 +22,43 @@ class Maker(Record):
     licence: str | None = None
 
 
-class Product(Record):
+class ProductRecord(Record):
     """What every checkpoint says: its network, and where it comes from."""
 
     format: Literal["d2o"] = "d2o"
     version: Literal[1] = 1
     kind: str
     network: dict[str, Any]
-    teacher: Maker | None = None
+    teacher: MakerRecord | None = None
     recipe: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None
     provenance: list[dict[str, Any]] | None = None
     images: Whole | None = None
 
 
-class Generator(Product):
+class TeacherRecord(ProductRecord):
     """A teacher."""
 
     spec: SpecRecord
 
 
-class Denoiser(Record):
+class DenoiserRecord(Record):
     kind: Literal["denoiser"]
     sigma: Positive
 
 
-class Multistep(Record):
+class MultistepRecord(Record):
     kind: Literal["multistep"]
     steps: Calls
 
 
-class Style(Record):
+class StyleRecord(Record):
     kind: Literal["style"]
     noise: str
     truncation: Finite
 
 
-class Consistency(Record):
+class ConsistencyRecord(Record):
     kind: Literal["consistency"]
     form: str
     sigma: Positive
@@ -67,18 +67,33 @@ class Consistency(Record):
     clamp: bool = False
 
 
-class Student(Generator):
-    """`student`: its kind, and that kind's settings."""
+class NeedRecord(Record):
+    """A part of another model: its name, and what it has to be."""
 
-    student: Annotated[Denoiser | Multistep | Style | Consistency, Field(discriminator="kind")]
+    name: str
+    revision: str | None = None
+    sha256: Sha256 | None = None
 
 
-class LossScale(Record):
+class NeedsRecord(Record):
+    text: NeedRecord | None = None
+    space: NeedRecord | None = None
+
+
+class StudentRecord(TeacherRecord):
+    """`student`: its kind, and that kind's settings; `needs`: the text encoders and the latent space that it takes from
+    elsewhere."""
+
+    needs: NeedsRecord | None = None
+    student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
+
+
+class LossScaleRecord(Record):
     scale: Positive
     clean: Whole
 
 
-class State(Record):
+class StateRecord(Record):
     """What a training continues from."""
 
     version: Literal[1] = 1
@@ -91,17 +106,17 @@ class State(Record):
     since: list[list[tuple[str, float]]] = []  # in the order of the log
     watch: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
-    loss_scale: LossScale | None = None
+    loss_scale: LossScaleRecord | None = None
     start: str | None = None
     recipe: dict[str, Any] = {}
 
 
 MODELS: dict[str, type[Record]] = {
-    "teacher": Generator,
-    "student": Student,
-    "extractor": Product,
-    "autoencoder": Product,
-    "state": State,
+    "teacher": TeacherRecord,
+    "student": StudentRecord,
+    "extractor": ProductRecord,
+    "autoencoder": ProductRecord,
+    "state": StateRecord,
 }
 """Kind of file -> what its metadata must be."""
 

@@ -1,4 +1,8 @@
-"""The adversarial losses of StyleGAN2: non-saturating logistic, R1, path length."""
+"""The adversarial losses of every GAN here: StyleGAN2's, DD-GAN's, SiDA's and GDD's; R1 and path length.
+
+Logits are high for what a critic takes for real, D is their sigmoid. They come in any shape [B, ...]: several of one
+image are averaged. Losses are of each image, [B].
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,74 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.errors import unknown
 
-def d_logistic(real: Tensor, fake: Tensor) -> Tensor:
-    """Critic: mean softplus(-D(x)) + mean softplus(D(G(z))), logits of any shape -> scalar (Goodfellow et al. 2014)."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
+Critic = Callable[[Tensor, Tensor | None], Tensor]
+"""(x [B, ...], labels [B] or None) -> logits [B, ...]."""
+
+KINDS = ("nonsaturating", "hinge")
+"""Forms of the critic's loss, and of the generator's against it."""
+GENERATOR_KINDS = (*KINDS, "linear_fakeness", "saturating")
 
 
-def g_logistic(fake: Tensor) -> Tensor:
-    """Generator, non-saturating: mean softplus(-D(G(z))), logits of any shape -> scalar."""
-    return F.softplus(-fake).mean()
+def generator_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
+    """What the generator pays for its images by their logits [B, ...] -> [B].
 
-
-def r1_penalty(critic_logits: Tensor, x: Tensor, gamma: float = 1.0) -> Tensor:
-    """gamma / 2 times the mean over the batch of |grad_x D(x)|^2 (Mescheder et al. 2018, eq. 9) -> scalar,
-    differentiable.
-
-    `critic_logits` [B, ...]: of real images x [B, ...], which require gradients. With augmentation x is the image
-    before it.
+    "nonsaturating": -log D (Goodfellow et al. 2014, section 3); "hinge": -logit (Lim & Ye 2017); "saturating":
+    log(1 - D) (Goodfellow et al., eq. 1); "linear_fakeness": 1 - D (SiDA, Zhou et al. 2025, eq. 7).
+    UserError: another kind.
     """
-    (gradient,) = torch.autograd.grad(critic_logits.sum(), x, create_graph=True)
-    return gamma / 2 * gradient.square().flatten(1).sum(1).mean()
+    if kind == "nonsaturating":
+        paid = F.softplus(-logits)
+    elif kind == "hinge":
+        paid = -logits
+    elif kind == "saturating":
+        paid = -F.softplus(logits)
+    elif kind == "linear_fakeness":
+        paid = torch.sigmoid(-logits)
+    else:
+        raise unknown("form of the generator's adversarial loss", kind, GENERATOR_KINDS)
+    return each_image(paid)
+
+
+def critic_loss(real: Tensor, fake: Tensor, kind: str = "nonsaturating") -> Tensor:
+    """What the critic pays for the logits [B, ...] of real and of fake images -> [B]: `real_loss` + `fake_loss`."""
+    return real_loss(real, kind) + fake_loss(fake, kind)
+
+
+def real_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
+    """The critic's share for real images, logits [B, ...] -> [B]: -log D, or max(0, 1 - logit) for "hinge"."""
+    return each_image(F.softplus(-logits) if check(kind) == "nonsaturating" else F.relu(1 - logits))
+
+
+def fake_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
+    """The critic's share for fake images, logits [B, ...] -> [B]: -log(1 - D), or max(0, 1 + logit) for "hinge"."""
+    return each_image(F.softplus(logits) if check(kind) == "nonsaturating" else F.relu(1 + logits))
+
+
+def check(kind: str) -> str:
+    """The kind. UserError: not one of KINDS."""
+    if kind not in KINDS:
+        raise unknown("form of the critic's loss", kind, KINDS)
+    return kind
+
+
+def each_image(values: Tensor) -> Tensor:
+    """Values [B, ...] -> [B], the mean of each image's."""
+    return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
+def r1_penalty(critic: Critic, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    """|grad_x D(x)|^2 of each real image x [B, ...] -> [B], differentiable (Mescheder et al. 2018, eq. 9, without gamma
+    / 2). D(x) is the sum of all logits of an image; with augmentation x is the image before it."""
+    x = x.detach().requires_grad_(True)
+    return squared_gradient(critic(x, labels), x)
+
+
+def squared_gradient(logits: Tensor, x: Tensor) -> Tensor:
+    """The same [B] of logits that a critic has already given for x [B, ...], which requires gradients."""
+    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return gradient.square().flatten(1).sum(1)
 
 
 def spread(images: Tensor) -> Tensor:

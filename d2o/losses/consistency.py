@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from d2o.diffusion.schedules import karras_sigma
+from d2o.losses.perceptual import enlarged
 from d2o.losses.regression import l1, mse, pseudo_huber
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -23,7 +24,6 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 WEIGHTS = ("uniform", "inverse_gap", "truncated_snr")
-LPIPS_SIZE = 224
 
 
 # ---- noise levels ----------------------------------------------------------------------------------------------------
@@ -37,8 +37,7 @@ def karras_time(
 
     i may lie between two integers. It is the grid of Karras et al. 2022, eq. 5, of N + 1 points in ascending order.
     """
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + (1 - i.to(torch.float64) / n) * (low - high)) ** rho
+    return karras_sigma(1 - i.to(torch.float64) / n, sigma_min, sigma_max, rho)
 
 
 def lognormal_index(uniform: Tensor, n: int, p_mean: float, p_std: float, sigma_max: float = SIGMA_MAX) -> Tensor:
@@ -96,22 +95,13 @@ def distance(
     network: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """d(x, y) [B]: "l2" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a network that takes
-    two batches [B, 3, 224, 224] in [-1, 1]."""
+    two batches [B, 3, 224, 224] in [-1, 1], to which images of any size are resized as Song et al. 2023 do."""
     if kind == "lpips":
         assert network is not None
-        return lpips(x, y, network)
+        return network(enlarged(x), enlarged(y))
     if kind == "pseudo_huber":
         return pseudo_huber(x, y, huber_reduce)
     return {"l2": mse, "l1": l1}[kind](x, y)
-
-
-def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 (bilinear) as Song et al. 2023 do; grey is
-    repeated. [B]."""
-    a, b = (
-        F.interpolate(image.expand(-1, 3, -1, -1), LPIPS_SIZE, mode="bilinear", align_corners=False) for image in (x, y)
-    )
-    return network(a, b).flatten()
 
 
 def weight(kind: str, t: Tensor, u: Tensor) -> Tensor:

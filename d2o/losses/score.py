@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from d2o.errors import unknown
+from d2o.losses.adversarial import fake_loss, generator_loss, real_loss
 
-GEN_ADV = ("nonsat_bce", "linear_fakeness", "saturating")
+GEN_ADV = {"nonsat_bce": "nonsaturating", "linear_fakeness": "linear_fakeness", "saturating": "saturating"}
+"""The forms of the student's adversarial loss by the names that recipes give them -> those of `generator_loss`."""
 SMALLEST_ERROR = 1e-5
-
-
-def karras_sigma(t: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The noise level at t in [0, 1], any shape: sigma_min at 0, sigma_max at 1 (Karras et al. 2022, eq. 5, read
-    continuously)."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + (1 - t) * (low - high)) ** rho
 
 
 def lognormal_sigma(normal: Tensor, p_mean: float = -1.2, p_std: float = 1.2) -> Tensor:
@@ -88,15 +82,9 @@ def generator_adversarial(
     """
     if clamp is not None:
         logits = logits.clamp(-clamp, clamp)
-    if kind == "nonsat_bce":
-        paid = F.softplus(-logits)
-    elif kind == "linear_fakeness":
-        paid = torch.sigmoid(-logits)
-    elif kind == "saturating":
-        paid = -F.softplus(logits)
-    else:
+    if kind not in GEN_ADV:
         raise unknown("form of the student's adversarial loss", kind, GEN_ADV)
-    return batch_pool(paid.flatten(1).mean(1), size, keep)
+    return batch_pool(generator_loss(logits, GEN_ADV[kind]), size, keep)
 
 
 def discriminator_loss(
@@ -108,6 +96,6 @@ def discriminator_loss(
     `real`, `fake`: maps [B, 1, h, w], each logarithm averaged over a group of `size` images; `real_weight`,
     `fake_weight` [B, 1, 1, 1]: the `edm_weight` of each. `keep` [B]: fakes that count.
     """
-    of_real = real_weight.flatten() * batch_pool(F.softplus(-real).flatten(1).mean(1), size)
-    of_fake = fake_weight.flatten() * batch_pool(F.softplus(fake).flatten(1).mean(1), size, keep)
+    of_real = real_weight.flatten() * batch_pool(real_loss(real), size)
+    of_fake = fake_weight.flatten() * batch_pool(fake_loss(fake), size, keep)
     return 0.5 * (of_real + of_fake)

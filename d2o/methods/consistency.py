@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses import consistency as c
+from d2o.losses.perceptual import load_lpips
 from d2o.methods.base import Batch, Draws, Loop, Method, Setup
 from d2o.methods.consistency_options import ConsistencyOptions, check
-from d2o.methods.lpips import load_lpips
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.copying import follow
@@ -65,7 +66,9 @@ class Consistency(Method):
             self.states_["stage"] = self.stage
             if self.options.stage_target == "previous":
                 self.states_["previous"] = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.lpips = load_lpips(self.device, self.options.lpips_pooling) if self.options.distance == "lpips" else None
+        self.lpips = (
+            load_lpips(self.device, pooling=self.options.lpips_pooling) if self.options.distance == "lpips" else None
+        )
 
     def first_student(self, setup: Setup, teacher: EDMPrecond) -> nn.Module:
         """The teacher's network, or the one to start from, in the preconditioning of its kind: cd has f(x, sigma_min) =
@@ -277,7 +280,9 @@ class Consistency(Method):
         if not self._spec.classes:
             return None
         return (
-            micro.labels if micro.labels is not None else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
+            micro.condition.labels
+            if micro.condition.labels is not None
+            else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
         )
 
     # The product ------------------------------------------------------------------------------------------------------
@@ -307,9 +312,9 @@ class Consistency(Method):
     def nfe(self) -> int:
         return self.options.final_steps if self.device.type == "meta" else int(self.stage.steps)
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student: Student = self.made(product)
-        return student.decode(student(noise, labels))
+        return student.decode(student(noise, condition))
 
 
 class Stage(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2o.critics.build import build_critic
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.errors import UserError
-from d2o.losses.adversarial import d_logistic, g_logistic, r1_penalty, spread
+from d2o.losses.adversarial import critic_loss, generator_loss, spread, squared_gradient
 from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.ncsnpp_z import DDGANGenerator
@@ -132,14 +132,14 @@ class DDGAN(GeneratorMethod):
             x_t.requires_grad_(regularise)
             real = loop.net("critic")(x_t, r.t, x_next, labels)
             fake = loop.net("critic")(x_fake, r.t, x_next, labels)
-            loss = d_logistic(real, fake)
+            loss = critic_loss(real, fake).mean()
             log["loss_d"].append(loss)
             log["logit_real"].append(real.mean())
             log["logit_fake"].append(fake.mean())
             if len(x0) > 1:  # of x_0: in x_t the noise would hide a collapse
                 log.setdefault("diversity", []).append(spread(clean) / spread(x0))
             if regularise:
-                r1 = r1_penalty(real, x_t, self.options.r1_gamma)
+                r1 = self.options.r1_gamma / 2 * squared_gradient(real, x_t).mean()
                 log.setdefault("r1", []).append(r1)
                 loss = loss + r1
             loop.backward(loss)
@@ -150,7 +150,7 @@ class DDGAN(GeneratorMethod):
             _, x_next = self.process.pair(x0, r.t, r.n1, r.n2)
             x_fake = self.process.posterior(loop.net("generator")(x_next, r.t, r.z, labels), x_next, r.t, r.noise)
             with loop.frozen("critic") as critic:
-                loss = g_logistic(critic(x_fake, r.t, x_next, labels))
+                loss = generator_loss(critic(x_fake, r.t, x_next, labels)).mean()
                 loop.backward(loss)
             log["loss_g"].append(loss)
         loop.update("generator")
@@ -163,7 +163,7 @@ class DDGAN(GeneratorMethod):
 
     def images(self, micro: Batch) -> tuple[Tensor, Tensor | None]:
         assert micro.images is not None
-        return micro.images, micro.labels if self.options.conditional else None
+        return micro.images, micro.condition.labels if self.options.conditional else None
 
     def student(self, generator: nn.Module) -> MultistepStudent:
         return MultistepStudent(generator, self._spec, self.options.steps)

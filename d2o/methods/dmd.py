@@ -16,21 +16,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2o.augment import edm
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
-from d2o.features.load import load_classifier
+from d2o.features.base import check_shape
+from d2o.features.load import load_features
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
-from d2o.losses.perceptual import perceptual
+from d2o.losses.perceptual import enlarged, load_lpips, perceptual
 from d2o.losses.regression import LOSSES
-from d2o.losses.score import denoising_loss, karras_sigma, lognormal_sigma
+from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.lpips import load_lpips
 from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
+from d2o.teachers.base import Spec
 
 Levels = Literal["karras_index", "karras_uniform", "lognormal"]
 
@@ -162,7 +163,9 @@ class DMD(ScoreMethod):
                 " the augmentations would come out of the student",
                 "set dmd.augment: 0",
             )
-        self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None
+        self.distance = (
+            regression_distance(self.options, self.teacher.spec, setup.device) if self.options.lambda_reg else None
+        )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
@@ -228,7 +231,7 @@ class DMD(ScoreMethod):
         if self.distance is None:
             return student(z, labels), None
         assert micro.noise is not None
-        both = None if labels is None or micro.labels is None else torch.cat([labels, micro.labels])
+        both = None if labels is None or micro.condition.labels is None else torch.cat([labels, micro.condition.labels])
         x, reference = student(torch.cat([z, micro.noise]), both).split([len(z), len(micro.noise)])
         return x, reference
 
@@ -246,7 +249,7 @@ class DMD(ScoreMethod):
         if levels == "lognormal":
             return lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
         if levels == "karras_uniform":
-            return karras_sigma(part[0] + (part[1] - part[0]) * draw.rand(1, 1, 1), low, high)
+            return karras_sigma(1 - (part[0] + (part[1] - part[0]) * draw.rand(1, 1, 1)), low, high)
         return index_sigma(draw.randint(index[0], index[1] + 1, 1, 1, 1), low, high)
 
     def both(self, score: nn.Module, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -281,21 +284,17 @@ def check(options: DMDOptions) -> DMDOptions:
     return options
 
 
-def regression_distance(options: DMDOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of eq. 9 between images [B, C, H, W] in [-1, 1], per sample. UserError: an unknown extractor,
-    weights that are not there."""
+def regression_distance(options: DMDOptions, spec: Spec, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of eq. 9 between samples [B, C, H, W] of a spec, per sample. UserError: an unknown extractor, one
+    that does not take such samples, weights that are not there."""
     if options.regression == "perceptual":
-        maps = load_classifier(str(options.extractor), str(device)).maps
-        return lambda x, y: perceptual(x, y, maps)
+        features = load_features(str(options.extractor), device)
+        check_shape(spec.shape, features, of="the teacher's samples")
+        return lambda x, y: perceptual(x, y, features.maps)
     if options.regression == "lpips":
         network = load_lpips(device)
-        return lambda x, y: network(large(x), large(y)).flatten()
+        return lambda x, y: network(enlarged(x), enlarged(y))
     return LOSSES[options.regression]
-
-
-def large(x: Tensor) -> Tensor:
-    """Images in colour and of 224 px, VGG's size."""
-    return F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear", align_corners=False)
 
 
 @contextmanager

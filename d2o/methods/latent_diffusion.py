@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.condition import Condition
 from d2o.data.captions import Captions, class_names
 from d2o.data.images import ImageSet, to_float, to_uint8
 from d2o.data.latents import LatentSet
@@ -22,11 +23,13 @@ from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
-from d2o.features.load import ClassifierExtractor, load_classifier
+from d2o.features.base import Features
+from d2o.features.load import load_features
 from d2o.interop.assets import asset
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.bpe import WORD
 from d2o.networks.latent import Autoencoder, TextToImage, load_autoencoder
+from d2o.spaces.base import UNNAMED
 from d2o.teachers.base import Spec
 from d2o.teachers.latent import text_to_image_teacher
 
@@ -100,7 +103,7 @@ class LatentDiffusion(Method):
         self.no_caption = self.model.tokens.encode([""]).to(setup.device)
         licence = setup.licence
         self._spec = Spec(
-            setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50
+            setup.name, self.model.latent_shape, UNNAMED, "text", licence=licence, solver="ddim", steps=50
         )
 
     def networks(self) -> dict[str, nn.Module]:
@@ -109,14 +112,14 @@ class LatentDiffusion(Method):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         losses = []
         for micro, draw in loop.micro_batches(batch):
-            assert micro.images is not None and micro.labels is not None
+            assert micro.images is not None and micro.condition.labels is not None
             with torch.no_grad():
                 mean, std = self.model.encode_images(micro.images)
             shape = self.model.latent_shape
             x = mean + std * draw.randn(*shape)
             t, noise = draw.randint(0, len(self.schedule.alphas_cumprod)), draw.randn(*shape)
             x_t = self.schedule.alpha(t)[:, None, None, None] * x + self.schedule.sigma(t)[:, None, None, None] * noise
-            ids = self.ids[micro.labels, self.captions.choose(draw.rand(), self.options.main)]
+            ids = self.ids[micro.condition.labels, self.captions.choose(draw.rand(), self.options.main)]
             ids = torch.where((draw.rand() < self.options.caption_dropout)[:, None], self.no_caption, ids)
             loss = F.mse_loss(loop.net("model")(x_t, t, ids), noise)
             loop.backward(loss)
@@ -130,14 +133,17 @@ class LatentDiffusion(Method):
     def spec(self) -> Spec:
         return self._spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """Without labels the prompts are the classes' main captions, class by class in equal parts."""
-        if labels is None:
-            labels = torch.arange(len(noise)) * len(self.captions.table) // max(len(noise), 1)
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
+        """Without prompts these are the classes' main captions, class by class in equal parts."""
+        if condition.prompts is None:
+            condition = self.asked(torch.arange(len(noise)) * len(self.captions.table) // max(len(noise), 1))
         assert isinstance(product, TextToImage)
         teacher = text_to_image_teacher(product, self._spec, noise.device)
-        prompts = [self.captions.main(label) for label in labels.tolist()]
-        return teacher.decode(teacher.sample(noise, prompts, "ddim", self.options.steps, self.options.cfg))
+        return teacher.decode(teacher.sample(noise, condition, "ddim", self.options.steps, self.options.cfg))
+
+    def asked(self, labels: Tensor) -> Condition:
+        """The main captions of these classes."""
+        return Condition.of_prompts([self.captions.main(label) for label in labels.tolist()])
 
     def nfe(self) -> int:
         return Solver("ddim", self.options.steps).forwards(self.options.cfg)
@@ -148,7 +154,7 @@ class LatentDiffusion(Method):
         for."""
         if self.options.extractor is None:
             return {}
-        extractor = load_classifier(self.options.extractor, self.no_caption.device)
+        extractor = load_features(self.options.extractor, self.no_caption.device)
         n, classes = self.options.check_n, len(self.captions.table)
         if extractor.classes != classes:
             raise UserError(
@@ -158,19 +164,20 @@ class LatentDiffusion(Method):
         right = 0
         for part in torch.arange(n).split(250):
             noise = noise_for_seeds((CHECK_SEED + part).tolist(), self._spec.shape).to(self.no_caption.device)
-            images = self.generate(product, noise, part % classes)
+            images = self.generate(product, noise, self.asked(part % classes))
             right += int((classify(extractor, images).cpu() == part % classes).sum())
         return {"accuracy": right / n}
 
 
-def classify(extractor: ClassifierExtractor, images: Tensor) -> Tensor:
-    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to what
-    it takes."""
-    assert extractor.shape is not None
-    channels, height, width = extractor.shape
-    if channels == 1:
-        images = images.mean(1, keepdim=True)
-    return extractor.logits(to_uint8(F.interpolate(images, (height, width), mode="area"))).argmax(1)
+def classify(extractor: Features, images: Tensor) -> Tensor:
+    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to the
+    shape that it takes, if it takes one alone, and rounded to 8 bits."""
+    if extractor.shape is not None:
+        channels, height, width = extractor.shape
+        if channels == 1:
+            images = images.mean(1, keepdim=True)
+        images = F.interpolate(images, (height, width), mode="area")
+    return extractor.logits(to_float(to_uint8(images))).argmax(1)
 
 
 @torch.inference_mode()

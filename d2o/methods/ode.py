@@ -12,8 +12,10 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
-from d2o.features.load import load_classifier
+from d2o.features.base import check_shape
+from d2o.features.load import load_features
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import LOSSES, pseudo_huber
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
@@ -63,7 +65,8 @@ class ODE(Method):
                     "ode.extractor: the perceptual loss needs a feature extractor",
                     "for example `ode.extractor: digits`",
                 )
-            self.extractor = load_classifier(self.options.extractor, str(setup.device))
+            self.extractor = load_features(self.options.extractor, setup.device)
+            check_shape(teacher.spec.shape, self.extractor, of="the teacher's samples")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """d(G(z, c), x) of eq. 1, per sample."""
@@ -80,7 +83,7 @@ class ODE(Method):
         losses = []
         for micro, _ in loop.micro_batches(batch):
             assert micro.noise is not None and micro.target is not None
-            x = loop.net("student")(micro.noise, micro.labels)
+            x = loop.net("student")(micro.noise, micro.condition)
             loss = self.distance(x, micro.target).mean()
             loop.backward(loss)
             losses.append(loss)
@@ -98,8 +101,8 @@ class ODE(Method):
     def spec(self) -> Spec:
         return self.student.spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self.student.decode(product(noise, labels))
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
+        return self.student.decode(product(noise, condition))
 
 
 METHOD = ODE

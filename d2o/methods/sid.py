@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from d2o.augment import edm
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.losses import score as losses
-from d2o.losses.adversarial import d_logistic
+from d2o.losses.adversarial import critic_loss
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.score_networks import (
     ScoreMethod,
@@ -251,7 +252,11 @@ class SiD(ScoreMethod):
         self.student.eval()
         self.score.train()
         for micro, draw in loop.micro_batches(batch):
-            labels = self.labels(draw) if not o.adversarial or micro.labels is None else self.fitting(micro.labels)
+            labels = (
+                self.labels(draw)
+                if not o.adversarial or micro.condition.labels is None
+                else self.fitting(micro.condition.labels)
+            )
             with torch.no_grad():
                 x = loop.net("student")(draw.randn(*self.student.spec.shape), labels)
             keep = finite(x)
@@ -280,7 +285,7 @@ class SiD(ScoreMethod):
                 loss = loss + o.lambda_d * losses.discriminator_loss(
                     real, fake, self.pool(draw), *weights, self.dropping(keep)
                 )
-                self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=d_logistic(real, fake))
+                self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=critic_loss(real, fake).mean())
             loop.backward(loss.mean())
             self.note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
         loop.update("score")
@@ -296,7 +301,8 @@ class SiD(ScoreMethod):
             with loop.frozen("score") as net:
                 labels = self.labels(draw)
                 x = loop.net("student")(draw.randn(*shape), labels)
-                sigma = losses.karras_sigma(draw.rand(1, 1, 1) * (o.tmax / 1000), o.sigma_min, o.sigma_max, o.rho)
+                t = draw.rand(1, 1, 1) * (o.tmax / 1000)
+                sigma = karras_sigma(1 - t, o.sigma_min, o.sigma_max, o.rho)
                 x_t = x + sigma * draw.randn(*shape)
                 true = true_score(self.teacher, x_t, sigma, labels, o.teacher_precision)
                 fake, logits, u = look(net, x_t, sigma, labels, "encoder_decoder" if adversarial else "decoder")
@@ -342,9 +348,9 @@ class SiD(ScoreMethod):
     def reals(self, micro: Batch, draw: Draws) -> Tensor:
         """The real images, in the teacher's space."""
         assert micro.images is not None
-        if self.student.spec.space == "pixel":
+        if not self.student.spec.latent:
             return micro.images
-        return self.teacher.latents(micro.images, draw.randn(*self.student.spec.shape))  # type: ignore[attr-defined]
+        return self.teacher.space.encode(micro.images, draw.randn(*self.student.spec.shape))
 
     def augment(self, x: Tensor, draw: Draws) -> tuple[Tensor, Tensor | None]:
         return edm.augment(x, self.options.augment, draw.randn, draw.rand) if self.options.augment else (x, None)

@@ -20,7 +20,7 @@ from d2o.augment.ada import PIPES, AdaController, AdaPipeline
 from d2o.critics.build import build_critic
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
-from d2o.losses.adversarial import PathLength, d_logistic, g_logistic, r1_penalty, spread
+from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, r1_penalty, spread
 from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.style_generator import StyleGenerator
@@ -152,7 +152,7 @@ class SPIGAN(GeneratorMethod):
                     noises=self.noises(draw, len(group)), z=z, times=group, mix=mix, start=start
                 )
                 with loop.frozen("critic") as critic:
-                    loss = g_logistic(self.judge(critic, fake, group, draw))
+                    loss = generator_loss(self.judge(critic, fake, group, draw)).mean()
                     loop.backward(loss)
                 log.setdefault("loss_g", []).append(loss)
                 kept[i] = h[-1].detach()
@@ -183,7 +183,7 @@ class SPIGAN(GeneratorMethod):
                     )
                 real = self.straight_path(micro, starts[i], group, draw)
                 logits = [self.judge(loop.net("critic"), x, group, draw) for x in (real, fake)]
-                loss = d_logistic(*logits)
+                loss = critic_loss(logits[0], logits[1]).mean()
                 loop.backward(loss)
                 signs.append(logits[0].detach().sign().mean())
                 for key, value in (
@@ -197,8 +197,9 @@ class SPIGAN(GeneratorMethod):
             loop.update("critic")
             if o.r1_gamma and iteration % o.r1_every == 0:
                 for i, (micro, draw) in enumerate(loop.micro_batches(batch, next(turn))):
-                    real = self.straight_path(micro, starts[i], group, draw).requires_grad_(True)
-                    loss = r1_penalty(self.judge(loop.net("critic"), real, group, draw), real, o.r1_gamma)
+                    real = self.straight_path(micro, starts[i], group, draw)
+                    squares = r1_penalty(self.judging(loop.net("critic"), group, draw), real)
+                    loss = o.r1_gamma / 2 * squares.mean()
                     loop.backward(loss * o.r1_every)
                     log.setdefault("r1", []).append(loss)
                 loop.update("critic")
@@ -243,6 +244,10 @@ class SPIGAN(GeneratorMethod):
             )
             logits.append(critic(seen, t))
         return torch.cat(logits)
+
+    def judging(self, critic: nn.Module, times: list[float], draw: Draws) -> Critic:
+        """`judge` as a function of the images alone."""
+        return lambda images, _: self.judge(critic, images, times, draw)
 
     def mix(self, draw: Draws) -> tuple[Tensor, Tensor] | None:
         """Style mixing (appendix B.3), for each image by itself: another noise, and the style input from which it is

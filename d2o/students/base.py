@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded
 from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.networks.edm_view import called_at
 from d2o.networks.load import load_weights
-from d2o.teachers import edm2_latents
-from d2o.teachers.base import Spec, check_labels
+from d2o.spaces.base import UNNAMED, LatentSpace
+from d2o.spaces.load import load_space
+from d2o.teachers.base import Spec, check_labels, embed_labels
+from d2o.teachers.text import TextEncoders, check_text, embed_prompts, kept_text
+from d2o.teachers.text_encoders import load_text
 from d2o.version import __version__
 
 STUDENTS = {
@@ -29,19 +34,22 @@ STUDENTS = {
 
 
 class Student(nn.Module):
-    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
+    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
+    the nearest of its levels.
 
-    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config`
-    rebuilds it. Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its
-    noise and condition alone in all of them.
+    forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`, or
+    what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
+    and `from_record`; image i depends on its noise and condition alone in all of them.
     """
 
     nfe = 1  # network calls of one sample
 
     def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
         super().__init__()
-        self.network, self.spec, self.sigma = network, spec, float(sigma)
+        self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
         self.meta: dict[str, Any] = {}
+        self._text: TextEncoders | None = None
+        self._space: LatentSpace | None = None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -66,21 +74,58 @@ class Student(nn.Module):
         rest = dict(self.record)
         return {"student": rest.pop("kind"), **rest, "network": network_config(self.network)}
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        condition = check_labels(self.spec, condition, len(noise))
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def text(self) -> TextEncoders:
+        """The text encoders of prompts, which the checkpoint names. UserError: they are not here, or are others than
+        those that it was trained with."""
+        if self._text is None or self._text.device.type != self.device.type:
+            text = load_text(self.spec.text, self.device)
+            text.check(self._needs("text"), f"the student of {self.spec.name}")
+            self._text = text
+        return self._text
+
+    @property
+    def space(self) -> LatentSpace:
+        """The space of its samples, which the checkpoint names. UserError as `text`."""
+        if self._space is None or self._space.device.type != self.device.type:
+            if self.spec.space == UNNAMED:
+                raise UserError(
+                    f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become"
+                    " images"
+                )
+            space = load_space(self.spec.space, self.device)
+            space.check(self._needs("space"), f"the student of {self.spec.name}")
+            self._space = space
+        return self._space
+
+    def _needs(self, what: str) -> dict[str, Any]:
+        return (self.meta.get("needs") or {}).get(what) or {}
+
+    def embed(self, condition: Condition | Embedded) -> Embedded:
+        """What the network takes, on its device; what is embedded already comes back as it is. UserError: of a kind
+        that this student does not take."""
+        if self.spec.condition != "text":
+            return embed_labels(self.spec, condition, self.device)
+        return embed_prompts(self.spec, condition, lambda prompts: self.text(prompts))
+
+    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
+        """The embedded condition if it fits. UserError: none, another number than the batch, classes out of range."""
+        check = check_text if self.spec.condition == "text" else check_labels
+        return check(self.spec, embedded, batch)
+
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
+        embedded = self.check_condition(self.embed(condition), len(noise))
         return self.network(
-            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition
+            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), embedded
         )
 
     def decode(self, x: Tensor) -> Tensor:
         """Diffusion space -> images in [-1, 1]. UserError: latents that only the teacher can decode."""
-        if self.spec.latents == edm2_latents.LATENTS:
-            return edm2_latents.decode(edm2_latents.autoencoder(x.device), x)
-        if self.spec.space == "latent":
-            raise UserError(
-                f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become images"
-            )
-        return x.clamp(*self.spec.value_range)
+        return self.space.decode(x) if self.spec.latent else x.clamp(*self.spec.value_range)
 
     @property
     def fingerprint(self) -> str:
@@ -106,7 +151,20 @@ def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **mor
     record = {"format": "d2o", "version": 1, "kind": kind, "network": network, "d2o": __version__, **more}
     if spec is not None:
         record["spec"] = spec.to_dict()
+        if kind == "student" and (needs := needs_of(spec)):
+            record["needs"] = needs
     return record
+
+
+def needs_of(spec: Spec) -> dict[str, Any]:
+    """What a student of that spec takes from elsewhere: text encoders and latent space, by name, revision and hash (of
+    published ones, which come from one place, by name and revision). Empty if it needs nothing."""
+    needs: dict[str, Any] = {}
+    if spec.text:
+        needs["text"] = (kept_text(spec.text) or load_text(spec.text)).record
+    if spec.latent and spec.space != UNNAMED:
+        needs["space"] = load_space(spec.space, "cpu").record
+    return needs
 
 
 def save_student(path: str | Path, student: Student, **more: Any) -> None:
@@ -128,7 +186,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
         raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)
-    student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
+    student = make_student(
+        load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"], path), meta["student"]
+    )
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)
 

@@ -47,7 +47,7 @@ CLASSES = {
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-class Folder:
+class Components:
     """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are
     made."""
 
@@ -142,17 +142,6 @@ class Folder:
                     "check the download",
                 )
         return encoders, tokenizers
-
-    def vae(self) -> Any:
-        vae = self.model("vae")
-        if (
-            getattr(vae.config, "latents_mean", None) is not None
-            or getattr(vae.config, "latents_std", None) is not None
-        ):
-            raise UserError(
-                f"{self.path}: its autoencoder scales latents per channel (latents_mean), which d2o does not support"
-            )
-        return vae
 
     def tokenizer(self, component: str) -> Any:
         import transformers

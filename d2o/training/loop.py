@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.latents import LatentSet
+from d2o.data.order import mix
 from d2o.methods.base import Batch, Draws, Generate, Method, Setup, get_method
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
 from d2o.reports.curves import HIGHER_IS_BETTER
 from d2o.runtime import StopFlag, Stopped
 from d2o.training import distributed, saving
-from d2o.training.batches import Batches, mix
+from d2o.training.batches import open_batches
 from d2o.training.choices import choose
 from d2o.training.divergence import BAD, check_finite
 from d2o.training.ema import EMA
-from d2o.training.evaluation import Evaluation, Say
 from d2o.training.journal import Journal, Progress
 from d2o.training.parts import Parts
 from d2o.training.player import Player, players_of
@@ -30,6 +31,8 @@ from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.schedule import Due, Schedule
+from d2o.training.scoring import Say, Scoring
+from d2o.training.setup import learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -93,7 +96,7 @@ class Trainer:
                 net.compile()
         source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.needs(setup.options)]
         flip = bool(recipe.data and recipe.data.xflip)
-        self.batches = Batches(
+        self.batches = open_batches(
             source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip
         )
         self.schedule = Schedule(recipe)
@@ -103,7 +106,7 @@ class Trainer:
         self.scores: dict[str, float] = {}
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.journal = Journal(recipe, folder, self.device, rank, world, say)
-        self.evaluation = Evaluation(recipe, self.method, folder, self.device, rank, world, say)
+        self.evaluation = Scoring(recipe, self.method, folder, self.device, rank, world, say)
         self.products = Products(folder / "checkpoints")
         self.saved: int | None = None  # iteration of the newest state
         self.parts: Parts | None = None  # where its tensors are, if they are sharded
@@ -242,14 +245,14 @@ class Trainer:
             if count
         }
 
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """Images in [-1, 1] by the average. All processes call this."""
-        return self.generator(self.product.averaged())(noise, labels)
+        return self.generator(self.product.averaged())(noise, condition)
 
     def generator(self, network: nn.Module) -> Generate:
-        def generate(noise: Tensor, labels: Tensor | None) -> Tensor:
+        def generate(noise: Tensor, condition: Condition) -> Tensor:
             with torch.inference_mode():
-                return self.method.generate(network, noise, labels)
+                return self.method.generate(network, noise, condition)
 
         return generate
 
@@ -257,9 +260,10 @@ class Trainer:
         recipe, spec = self.recipe, self.method.spec()
         if recipe.preview is None or spec is None:
             return None
-        steps = recipe.pairs.steps if recipe.pairs else 18
         images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
-        return Preview(self.folder / "previews", spec, recipe.preview.n, self.setup.teacher, images, steps, self.device)
+        teacher = self.setup.teacher
+        solver = learned_solver(recipe, teacher)
+        return Preview(self.folder / "previews", spec, recipe.preview.n, teacher, images, solver, self.device)
 
     def show(self, preview: Preview | None) -> None:
         """A grid, by the first process. All processes call this."""

@@ -9,9 +9,9 @@ from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed, parts
 from d2o.training.checkpoint import load_state, save_state, settle, state_file, tensors_of
 from d2o.training.divergence import check_finite
-from d2o.training.evaluation import same_measure
 from d2o.training.folder import drop_previews, tidy
 from d2o.training.products import snapshot
+from d2o.training.scoring import same_measure
 from d2o.training.strategy import whole
 
 if TYPE_CHECKING:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.features import common, lpips
 from d2o.losses import consistency as c
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.consistency import Consistency
@@ -45,7 +48,8 @@ def method(teacher=None, student=None, start=None, images=None, batch=8, **optio
 
 def batch(n: int = 8) -> Batch:
     return Batch(
-        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1,
+        condition=Condition.of_labels(torch.arange(n) % 10),
     )
 
 
@@ -86,14 +90,14 @@ def test_cd_is_algorithm_2():
     i, z = draw.randint(1, N + 1), draw.randn(1, 8, 8)
     t, u = T(i), T(i - 1)
     x_t = data.images + col(t) * z
-    slope = (x_t - teacher.denoise(x_t, t, data.labels)) / col(t)
+    slope = (x_t - teacher.denoise(x_t, t, data.condition.labels)) / col(t)
     x_u = x_t + col(u - t) * slope
-    x_u = x_t + col(u - t) * 0.5 * (slope + (x_u - teacher.denoise(x_u, u, data.labels)) / col(u))
+    x_u = x_t + col(u - t) * 0.5 * (slope + (x_u - teacher.denoise(x_u, u, data.condition.labels)) / col(u))
     f = method().student
-    expected = (f(x_t, t, data.labels) - f(x_u, u, data.labels)).square().mean()
+    expected = (f(x_t, t, data.condition.labels) - f(x_u, u, data.condition.labels)).square().mean()
     assert scalars["loss"].item() == pytest.approx(expected.item(), rel=1e-4) and loop.updated == ["student"]
-    goal = f(x_u, u, data.labels).detach()  # the target has no gradient
-    (f(x_t, t, data.labels) - goal).square().mean().backward()
+    goal = f(x_u, u, data.condition.labels).detach()  # the target has no gradient
+    (f(x_t, t, data.condition.labels) - goal).square().mean().backward()
     for (name, mine), theirs in zip(f.named_parameters(), m.student.parameters()):
         assert torch.allclose(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6), name
 
@@ -105,12 +109,12 @@ def test_cd_in_the_form_of_table_5():
     i, z = draw.randint(2, N + 1), draw.randn(1, 8, 8)
     t, u, s = T(i), T(i - 1), T(0 * i)
     x_t = data.images + col(t) * z
-    x_u = c.euler_step(lambda x, at: teacher.denoise(x, at, data.labels), x_t, t, u)
-    H = c.jump(x_u, f(x_u, u, data.labels), u, s)
-    by_solver = c.euler_step(lambda x, at: teacher.denoise(x, at, data.labels), x_u, u, s)
+    x_u = c.euler_step(lambda x, at: teacher.denoise(x, at, data.condition.labels), x_t, t, u)
+    H = c.jump(x_u, f(x_u, u, data.condition.labels), u, s)
+    by_solver = c.euler_step(lambda x, at: teacher.denoise(x, at, data.condition.labels), x_u, u, s)
     assert (i == 2).any() and (i > 2).any()
     H = torch.where((i == 2)[:, None, None, None], by_solver, H)
-    d = (c.jump(x_t, f(x_t, t, data.labels), t, s) - H).abs().flatten(1).mean(1)
+    d = (c.jump(x_t, f(x_t, t, data.condition.labels), t, s) - H).abs().flatten(1).mean(1)
     assert scalars["loss"].item() == pytest.approx((d / (t - u)).mean().item(), rel=1e-4)
 
 
@@ -119,7 +123,7 @@ def test_consistency_training_needs_no_teacher_s_score():
     scalars, _ = step(m, data)
     draw, f = Draws(3, 0, 8, 8, CPU), method().student
     i, z = draw.randint(1, N + 1), draw.randn(1, 8, 8)
-    y, goal = (f(data.images + col(T(j)) * z, T(j), data.labels) for j in (i, i - 1))
+    y, goal = (f(data.images + col(T(j)) * z, T(j), data.condition.labels) for j in (i, i - 1))
     assert scalars["loss"].item() == pytest.approx((y - goal).square().mean().item(), rel=1e-4)
 
 
@@ -133,10 +137,14 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
         x_t = data.images + col(t) * z
         h = take(take(x_t, t, u), u, s)
         target = x_t - col(t) * (h - x_t) / col(s - t)
-        return ((f(x_t, t, data.labels) - target).square().flatten(1).mean(1) * (1 / t**2).clamp(min=1)).mean().item()
+        return (
+            ((f(x_t, t, data.condition.labels) - target).square().flatten(1).mean(1) * (1 / t**2).clamp(min=1))
+            .mean()
+            .item()
+        )
 
     def solver(x, t, u):
-        return c.euler_step(lambda y, at: teacher.denoise(y, at, data.labels), x, t, u)
+        return c.euler_step(lambda y, at: teacher.denoise(y, at, data.condition.labels), x, t, u)
 
     first, _ = step(m, data)
     assert first["loss"].item() == pytest.approx(by_hand(pd().student, 4, solver), rel=1e-4) and first["N"] == 4
@@ -145,13 +153,13 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
     before = copy.deepcopy(m.student)
     second, _ = step(m, data, 2)  # stages of 16 images are 2 iterations
     assert second["N"] == 2 == m.nfe() and second["loss"].item() == pytest.approx(
-        by_hand(before, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4
+        by_hand(before, 2, lambda x, t, u: c.jump(x, before(x, t, data.condition.labels), t, u)), rel=1e-4
     )
     with torch.no_grad():
         m.student.model.map_layer0.weight.mul_(1.5)
     third, _ = step(m, data, 3)  # the one before is still the teacher
     assert third["loss"].item() == pytest.approx(
-        by_hand(m.student, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4
+        by_hand(m.student, 2, lambda x, t, u: c.jump(x, before(x, t, data.condition.labels), t, u)), rel=1e-4
     )
     assert [m.rate(k) for k in range(9)] == pytest.approx([1, 0.5, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5])
     assert pd(stage_decay=False).rate(3) == 1 == method().rate(3)
@@ -177,7 +185,7 @@ def test_ctm_is_table_5(i_min):
     scalars, _ = step(m, data)
 
     def hop(x, t, s):
-        return c.jump(x, f(x, t, data.labels, second_time(s)), t, s)
+        return c.jump(x, f(x, t, data.condition.labels, second_time(s)), t, s)
 
     draw = Draws(3, 0, 16, 16, CPU)
     i, z = draw.randint(low, N + 1), draw.randn(1, 8, 8)
@@ -192,7 +200,7 @@ def test_ctm_is_table_5(i_min):
         x = x_t[b : b + 1]
         for at in range(int(i[b]), int(j[b]), -1):
             x = c.heun_step(
-                lambda y, level, b=b: teacher.denoise(y, level, data.labels[b : b + 1]),
+                lambda y, level, b=b: teacher.denoise(y, level, data.condition.labels[b : b + 1]),
                 x,
                 *(T(torch.tensor([n])) for n in (at, at - 1)),
             )
@@ -201,7 +209,7 @@ def test_ctm_is_table_5(i_min):
     goal = hop(hop(torch.cat(ends), T(j), s), s, end).detach()
     kept = copy.deepcopy(f).requires_grad_(False)  # the way from s to the end: fixed, but gradients pass
     x_s = hop(x_t, T(i), s)
-    y = c.jump(x_s, kept(x_s, s, data.labels, second_time(end)), s, end)
+    y = c.jump(x_s, kept(x_s, s, data.condition.labels, second_time(end)), s, end)
     loss = (y - goal).abs().mean()
     assert scalars["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
     loss.backward()
@@ -247,7 +255,8 @@ def gaussian(kind, **options) -> Consistency:
 def gaussian_batch():
     generator = torch.Generator().manual_seed(1)
     return Batch(
-        images=0.3 + 0.5 * torch.randn(64, 1, 8, 8, generator=generator), labels=torch.zeros(64, dtype=torch.int64)
+        images=0.3 + 0.5 * torch.randn(64, 1, 8, 8, generator=generator),
+        condition=Condition.of_labels(torch.zeros(64)),
     )
 
 
@@ -349,26 +358,28 @@ def test_every_switch_trains_the_student(options):
 
 
 def test_lpips_pools_as_song_et_al_and_needs_no_weights_for_a_plan(monkeypatch):
-    from d2o.methods import lpips
-
-    class Trunk(nn.Module):  # as the package's: layers in slices
+    class Small(nn.Module):  # as the package's: a scaling, a trunk that gives maps, linear heads
         def __init__(self):
             super().__init__()
-            self.slice = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 2)).requires_grad_(False)
-
-        def forward(self, a, b):
-            return (self.slice(a) - self.slice(b)).square().mean(dim=(1, 2, 3), keepdim=True)
+            self.chns, self.scaling_layer = [4], nn.Identity()
+            self.net = nn.ModuleDict({"slice": nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 2))})
+            self.net.forward = lambda x: [self.net["slice"](x)]
+            head = nn.Module()
+            head.model = nn.Sequential(nn.Dropout(), nn.Conv2d(4, 1, 1, bias=False))
+            head.model[1].weight.data.fill_(1)
+            self.lins = nn.ModuleList([head])
 
     read = []
-    monkeypatch.setattr(lpips, "find_weights", read.append)
-    monkeypatch.setattr(lpips, "build_lpips", lambda trunk, path: Trunk())
+    monkeypatch.setattr(common, "find_weights", lambda name, given: Path(name))
+    monkeypatch.setattr(common, "file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(lpips, "read_lpips", lambda trunk, path: read.append(path) or Small())
     for pooling, kind in (("avg", nn.AvgPool2d), ("max", nn.MaxPool2d)):
         m = method(distance="lpips", lpips_pooling=pooling)
-        assert type(m.lpips.slice[1]) is kind
+        assert type(m.lpips.features.network.net["slice"][1]) is kind
         assert step(m, batch(2))[0]["loss"] > 0 and any(
             float(p.grad.abs().max()) > 0 for p in m.student.parameters() if p.grad is not None
         )
-    assert read == ["lpips-vgg"] * 2
+    assert read == [Path("lpips-vgg")] * 2
     assert not make_plan(load_recipe("cd_digits", ["consistency.distance=lpips"])).missing and len(read) == 2
 
 
@@ -419,7 +430,7 @@ def test_what_does_not_fit_the_teacher():
     with pytest.raises(UserError, match="has 10 classes, and the images have none"):
         method(images=unlabelled)
     vp = Teacher(tiny_network(precond="vp"), SPEC)
-    with pytest.raises(UserError, match="in EDM's own preconditioning"):
+    with pytest.raises(UserError, match="is in preconditioning vp"):
         method(teacher=vp)
     with pytest.raises(UserError, match="needs a `teacher:`"):
         get_method("consistency")(Setup(ConsistencyOptions(), images=Images()))

@@ -4,22 +4,25 @@ from collections import Counter
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import DiscreteSchedule
+from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.cross_attention import Prepared, shared_layers, text_attentions
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
+from d2o.teachers.text import clip_text
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", "", "nine of hearts"]
+ASKED = Condition.of_prompts(PROMPTS)
 
 
 def teacher_of(pipe, unet=None):
     second = getattr(pipe, "text_encoder_2", None)
     encoders, tokenizers = [pipe.text_encoder, *([second] if second else [])], [pipe.tokenizer] * (2 if second else 1)
-    spec = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="ddim", steps=4)
-    return StableDiffusionTeacher(
-        unet or pipe.unet, pipe.vae, encoders, tokenizers, DiscreteSchedule.scaled_linear(), spec
-    )
+    spec = Spec("tiny", (4, 8, 8), condition="text", solver="ddim", steps=4)
+    space, text = LatentSpace.of("tiny", pipe.vae), clip_text("tiny", encoders, tokenizers)
+    return StableDiffusionTeacher(unet or pipe.unet, space, text, DiscreteSchedule.scaled_linear(), spec)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_what_is_spared_changes_nothing(pipes, noise, kind, dtype):
     teacher = teacher_of(pipes[kind])
     teacher.dtype = dtype
     for cfg in (1.0, 5.0):
-        ours, theirs = (each.sample(noise, PROMPTS, cfg=cfg) for each in (teacher, plain(teacher)))
+        ours, theirs = (each.sample(noise, ASKED, cfg=cfg) for each in (teacher, plain(teacher)))
         size = float(theirs.abs().max())
         assert torch.allclose(ours, theirs, rtol=0, atol=(1e-5 if dtype is None else 0.02) * size)
 
@@ -70,7 +73,7 @@ def test_keys_and_values_once_a_sample_and_the_first_layers_on_one_half(pipes, n
         )
         for name, module in watched.items()
     ]
-    teacher.sample(noise, PROMPTS, cfg=5.0)
+    teacher.sample(noise, ASKED, cfg=5.0)
     for handle in handles:
         handle.remove()
     assert calls["key"] == 3 + 1 and calls["key calls"] == 2  # of the prompts, and of the empty one
@@ -80,7 +83,7 @@ def test_keys_and_values_once_a_sample_and_the_first_layers_on_one_half(pipes, n
 def test_the_unet_is_as_before_even_after_a_failure(pipes, noise):
     teacher = teacher_of(pipes["sd"])
     before = [attn.processor for attn in teacher._attentions]
-    text = teacher.encode(PROMPTS)
+    text = teacher.embed(ASKED)
     prepared = teacher.prepare(text)
     assert isinstance(prepared, Prepared)
     with pytest.raises(RuntimeError):
@@ -92,7 +95,10 @@ def test_the_unet_is_as_before_even_after_a_failure(pipes, noise):
             teacher.guided(noise, 500, prepared, 3.0), teacher.guided(noise, 500, text, 3.0), atol=1e-4
         )
     again = copy.deepcopy(teacher)
-    assert torch.equal(again.sample(noise, PROMPTS, cfg=2.0), teacher.sample(noise, PROMPTS, cfg=2.0))
+    assert torch.equal(
+        again.sample(noise, ASKED, cfg=2.0),
+        teacher.sample(noise, ASKED, cfg=2.0),
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
@@ -107,11 +113,13 @@ def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
     torch._dynamo.reset()
     teacher, expected = teacher_of(pipes[kind]), teacher_of(pipes[kind])
     teacher.call = torch.compile(teacher.network, backend=backend, dynamic=False)
-    teacher.sample(noise, PROMPTS, cfg=2.0)
+    teacher.sample(noise, ASKED, cfg=2.0)
     compiled = len(graphs)
     for prompts in (PROMPTS, ["two", "three", "four"]):
         assert torch.allclose(
-            teacher.sample(noise, prompts, cfg=2.0), expected.sample(noise, prompts, cfg=2.0), atol=1e-4
+            teacher.sample(noise, Condition.of_prompts(prompts), cfg=2.0),
+            expected.sample(noise, Condition.of_prompts(prompts), cfg=2.0),
+            atol=1e-4,
         )
     assert compiled and len(graphs) == compiled
     assert text_attentions(teacher.network)  # the plain processors are back
@@ -131,7 +139,7 @@ def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
 def test_other_unets_do_all_of_their_work(pipes, noise, options):
     unet = pipelines.unet(**options)
     assert text_attentions(unet) is None
-    x = teacher_of(pipes["sd"], unet).sample(noise, PROMPTS, cfg=2.0)
+    x = teacher_of(pipes["sd"], unet).sample(noise, ASKED, cfg=2.0)
     assert bool(x.isfinite().all())
 
 
@@ -142,5 +150,5 @@ def test_text_may_come_later_in_the_network(pipes, noise):
     )
     assert shared_layers(unet) == [unet.conv_in]
     teacher = teacher_of(pipes["sd"], unet)
-    ours, theirs = (each.sample(noise, PROMPTS, cfg=5.0) for each in (teacher, plain(teacher)))
+    ours, theirs = (each.sample(noise, ASKED, cfg=5.0) for each in (teacher, plain(teacher)))
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))

@@ -4,12 +4,14 @@ import shutil
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
-from d2o.teachers.diffusers_parts import Folder, read_json
+from d2o.teachers.diffusers_parts import Components, read_json
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", ""]
+ASKED = Condition.of_prompts(PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,9 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
         (4, 8, 8),
         solver,
     )
-    assert (teacher.spec.space, teacher.spec.condition, teacher.spec.guidable) == ("latent", "text", True)
+    where = str((folders / name).resolve())
+    assert (teacher.spec.space, teacher.spec.text, teacher.spec.condition) == (where, where, "text")
+    assert teacher.spec.guidable and teacher.spec.latent
     assert teacher.meta["pipeline"] == f"{kind}Pipeline" and is_diffusers_folder(folders / name)
     pipe = getattr(diffusers, f"{kind}Pipeline").from_pretrained(folders / name)
     pipe.set_progress_bar_config(disable=True)
@@ -65,7 +69,7 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
     theirs = pipe(
         PROMPTS, latents=z, output_type="latent", guidance_scale=4.0, num_inference_steps=3, height=16, width=16
     ).images
-    ours = teacher.sample(z, PROMPTS, steps=3, cfg=4.0)
+    ours = teacher.sample(z, ASKED, steps=3, cfg=4.0)
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
     assert teacher.decode(ours).shape == (2, 3, 16, 16)
     assert teacher.fingerprint == load_diffusers(folders / name, "again").fingerprint
@@ -75,7 +79,7 @@ def test_a_ddpm_folder_old_or_new(folders, tmp_path):
     teacher = load_diffusers(folders / "ddpm", "ddpm")
     assert (teacher.spec.shape, teacher.spec.space, teacher.spec.condition, teacher.clip) == (
         (3, 8, 8),
-        "pixel",
+        "pixels",
         "none",
         1.0,
     )
@@ -110,7 +114,7 @@ def test_whichever_scheduler_a_folder_has_its_numbers_are_used(sd, name):
     own.save_pretrained(sd / "scheduler")
     edit(sd / "scheduler" / "scheduler_config.json", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     ddim = diffusers.DDIMScheduler.from_config(read_json(sd / "scheduler" / "scheduler_config.json"))
-    schedule, prediction, clip = discrete_schedule(Folder(sd, read_json(sd / "model_index.json")))
+    schedule, prediction, clip = discrete_schedule(Components(sd, read_json(sd / "model_index.json")))
     assert torch.allclose(schedule.alphas_cumprod.float(), ddim.alphas_cumprod, rtol=1e-5) and (prediction, clip) == (
         "epsilon",
         None,

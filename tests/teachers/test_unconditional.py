@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
@@ -106,9 +107,7 @@ def test_a_network_by_class():
     with pytest.raises(UserError, match="label 4 is out of range"):
         teacher.denoise(noise, 5, torch.tensor([0, 4]))
     with pytest.raises(UserError, match="class indices, not prompts"):
-        teacher.denoise(noise, 5, ["a", "b"])
-    with pytest.raises(UserError, match="takes no prompts"):
-        teacher.encode(["a"])
+        teacher.embed(Condition.of_prompts(["a"]))
 
 
 def test_no_condition_and_no_guidance_without_classes():
