@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from d2o.cli.hints import fit
 from d2o.runtime import worker
@@ -51,6 +52,12 @@ def size(n: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError
+
+
+def table(rows: Table) -> None:
+    """A table of long names (stdout): in a file or pipe there is room for them."""
+    wide = out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)
+    wide.print(rows)
 
 
 class Meter:
