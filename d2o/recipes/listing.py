@@ -56,7 +56,8 @@ def _entry(name: str) -> Entry:
     keys = plain(read_recipe(find_recipe(name), Problems()))
     data, pairs = keys.get("data") or {}, keys.get("pairs") or {}
     teacher, path = keys.get("teacher") or "", data.get("path", "")
-    missing, fetches = [], []
+    missing: list[str] = []
+    fetches: list[str] = []
     if path and not path.startswith("real:") and not os.path.exists(path):
         missing.append(f"needs {path}")
     published = catalogue.find(teacher) if teacher else None
