@@ -147,7 +147,7 @@ def train(
     TensorBoard events, previews and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all
     processes share the recipe's global batch.
     """
-    name = _named(recipe, variant)
+    name = named(recipe, variant)
     _run(
         name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, processes, sweep, device, None
     )
@@ -174,13 +174,13 @@ def finetune(
 ) -> None:
     """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the
     result."""
-    name = _named(recipe, variant)
+    name = named(recipe, variant)
     _run(
         name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, processes, sweep, device, from_
     )
 
 
-def _named(recipe: str, variant: str | None) -> str:
+def named(recipe: str, variant: str | None) -> str:
     """RECIPE:VARIANT, with a note where the recipe is called otherwise since the last release."""
     if not Path(recipe).is_file() and (new := renamed(recipe)) is not None:
         console.say(f"{recipe} is called {new} now; the old name goes with the next release")
