@@ -37,7 +37,8 @@ def bare(student: Student, store: PairStore, batch: int, iterations: int) -> flo
     ema = copy.deepcopy(student)
     parameters = list(student.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-3, foreach=True)
-    noise, labels, target = store.batch(torch.arange(len(store)))
+    noise, condition, target = store.batch(torch.arange(len(store)))
+    labels = condition.labels
     start = time.perf_counter()
     for i in range(iterations):
         index = torch.arange(i * batch, (i + 1) * batch) % len(store)

@@ -21,6 +21,8 @@ from d2o.runtime import share_cores  # noqa: E402
 # as the command does it: idle threads of tests make way, for each other and for the processes that tests start
 share_cores()
 
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -38,6 +40,14 @@ settings.load_profile("d2o")
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing of the user's cache is read or written."""
     os.environ["D2O_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def extractor_file(tmp_path: Path) -> Path:
+    """A tiny untrained network of features."""
+    from tests.samples import make_extractor
+
+    return make_extractor(tmp_path / "tiny.safetensors")
 
 
 _leave, _process = os._exit, os.getpid()

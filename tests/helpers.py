@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from d2o.condition import Condition, Text
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.students.base import Student, checkpoint_meta, save_student
-from d2o.teachers.base import Spec, Teacher, Text
+from d2o.teachers.base import Spec, Teacher
 
 SPEC = Spec(name="tiny", shape=(1, 8, 8), condition="label", classes=10, licence="CC0-1.0")
 
@@ -72,19 +73,26 @@ class TinyText(Teacher):
         super().__init__(tiny_network(seed), replace(SPEC, name="tiny-text", condition="text", classes=0))
         self.encoded: list[str] = []
 
-    def encode(self, prompts):
-        self.encoded += list(prompts)
-        return Text(torch.tensor([[[float(len(prompt) % 10)]] for prompt in prompts]))
-
-    def check_condition(self, condition, batch):
-        if condition is None or isinstance(condition, torch.Tensor):
+    def embed(self, condition):
+        if isinstance(condition, Text):
+            return condition
+        if not isinstance(condition, Condition) or condition.prompts is None:
             raise UserError("'tiny-text' is conditioned on text")
-        text = condition if isinstance(condition, Text) else self.encode(condition)
-        assert len(text) == batch
-        return text
+        self.encoded += condition.prompts
+        return Text(torch.tensor([[[float(len(prompt) % 10)]] for prompt in condition.prompts]))
 
-    def unconditional(self, condition):
-        return Text(torch.full_like(condition.states, -1.0))
+    def check_condition(self, embedded, batch):
+        assert len(embedded) == batch
+        return embedded
 
-    def predict(self, x_t, t, condition):
-        return self.network(x_t, t, condition.states[:, 0, 0].long())
+    def unconditional(self, embedded):
+        return Text(torch.full_like(embedded.states, -1.0))
+
+    def predict(self, x_t, t, embedded):
+        return self.network(x_t, t, embedded.states[:, 0, 0].long())
+
+
+def tensors(pairs):
+    """Noise, labels and target of what `PairStore.batch` gives."""
+    noise, condition, target = pairs
+    return noise, condition.labels, target

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from d2o.cli import app, eval, export, pairs, sample, train  # noqa: F401  (so that the server has them)
-from d2o.export import source  # noqa: F401
+from d2o.export import loaded  # noqa: F401
 from d2o.students import generate  # noqa: F401
 from d2o.students.base import Student
 from d2o.teachers.base import Teacher

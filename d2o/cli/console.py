@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -41,6 +41,16 @@ def _cut(text: str) -> str:
     return "\n".join(
         line if len(line) <= LONGEST else f"{line[: LONGEST - 100]}... ({len(line):,} characters)" for line in lines
     )
+
+
+def size(n: int) -> str:
+    """Bytes, readable."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
 
 
 class Meter:
@@ -104,3 +114,20 @@ def meter(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback progress(done, total, note) whose bar appears with the first call."""
+    bars: list[Meter] = []
+
+    def progress(done: int, total: int, note: str) -> None:
+        if not bars:
+            bars.append(Meter(title, total, unit, done))
+        bars[0].update(done, note)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars:
+            bar.close()

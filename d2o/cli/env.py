@@ -8,7 +8,6 @@ from typing import Any
 import typer
 
 from d2o.cli import console
-from d2o.cli.plan import size
 
 
 def env(as_json: bool = typer.Option(False, "--json", help="As JSON, for programs.")) -> None:
@@ -41,11 +40,11 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
             "capability": (
                 f"{cpu['capability']}; bf16 {'fast: ' + cpu['bf16'] if cpu['bf16'] else 'slow: the processor has none'}"
             ),
-            "memory": size(cpu["memory"]) if cpu["memory"] else "unknown",
+            "memory": console.size(cpu["memory"]) if cpu["memory"] else "unknown",
         }
     )
     caches = {name: _cache(entry) for name, entry in found["caches"].items()}
-    caches |= {f"disk free, {name}": size(free) for name, free in found["disk free"].items()}
+    caches |= {f"disk free, {name}": console.size(free) for name, free in found["disk free"].items()}
     extras = {
         f"{name}: {package}": version or "not there"
         for name, entry in found["extras"].items()
@@ -67,7 +66,5 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
 def _cache(entry: dict[str, Any]) -> str:
     if not entry["there"]:
         return f"{entry['path']}, not there"
-    return (
-        f"{entry['path']},"
-        f" {'more than ' if entry['more'] else ''}{size(entry['bytes'])}{'' if entry['writable'] else ', not writable'}"
-    )
+    amount = f"{'more than ' if entry['more'] else ''}{console.size(entry['bytes'])}"
+    return f"{entry['path']}, {amount}{'' if entry['writable'] else ', not writable'}"

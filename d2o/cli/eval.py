@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2o.cli import complete, console
-from d2o.cli.eval_run import Outputs, check_asked, measured
+from d2o.cli.eval_run import Targets, check_asked, measured
 from d2o.runtime import worker
 
 WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
@@ -251,7 +251,7 @@ def evaluate(
     command continues; under torchrun the processes share the work.
     """
     values = dict(context.params)
-    outputs = Outputs(json, csv, markdown, report, run, title)
+    outputs = Targets(json, csv, markdown, report, run, title)
     check_asked(values)
     outputs.check(save_stats)
     given = {
@@ -267,7 +267,7 @@ def evaluate(
 
 def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
     """The results as a table, with the protocol below."""
-    from d2o.reports.table import fold, results_table
+    from d2o.reports.comparison import fold, results_table
 
     width = to.width if to.is_terminal else max(to.width, 160)  # in a file or pipe there is room
     target = to if to.is_terminal else Console(file=to.file, width=width, highlight=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2o.cli import console
-from d2o.cli.pairs import open_device
+from d2o.cli.opening import open_device
 from d2o.errors import UserError
 from d2o.runtime import Stopped, worker
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from d2o.evaluation.protocol import Settings
     from d2o.evaluation.run import Request
 
-Record = dict[str, Any]
+Result = dict[str, Any]
 STDOUT = Path("-")
 
 
@@ -37,7 +37,7 @@ def check_asked(values: dict[str, Any]) -> None:
 
 
 @dataclass
-class Outputs:
+class Targets:
     """Where the results go. `json` "-" is the standard output, which then holds nothing else."""
 
     json: Path | None
@@ -57,7 +57,7 @@ class Outputs:
             raise UserError("--run shows training curves in a report", "add --report FILE.html")
         if not (self.json or self.csv or self.markdown or self.report or save_stats):
             return
-        from d2o.evaluation.records import check_json_target
+        from d2o.evaluation.results import check_json_target
         from d2o.evaluation.statistics import is_statistics
         from d2o.interop.outputs import check_output
         from d2o.reports.formats import check_table_target
@@ -88,15 +88,15 @@ class Outputs:
                     "choose another name for --save-stats",
                 )
 
-    def read(self, paths: Sequence[str]) -> list[Record]:
+    def read(self, paths: Sequence[str]) -> list[Result]:
         """The results in these files and run folders."""
-        from d2o.evaluation.records import load_records
+        from d2o.evaluation.results import load_records
 
         return [record for path in paths for record in load_records(path)]
 
-    def write(self, records: list[Record]) -> None:
+    def write(self, records: list[Result]) -> None:
         if self.json:
-            from d2o.evaluation.records import as_json, save_records
+            from d2o.evaluation.results import as_json, save_records
 
             if self.piped:
                 console.out.file.write(as_json(records))
@@ -118,7 +118,7 @@ class Outputs:
 
 
 @contextmanager
-def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Record]]:
+def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Result]]:
     """The records of what these option values ask for; `given` are the options that the user typed. What was kept of
     the work goes when the block, which writes them, has ended well."""
     from d2o.evaluation.workplace import Workplace
@@ -171,7 +171,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
     return request, settings
 
 
-def _one_after_another(request: Request, settings: Settings, save_stats: Path | None, place: Any) -> list[Record]:
+def _one_after_another(request: Request, settings: Settings, save_stats: Path | None, place: Any) -> list[Result]:
     from d2o.evaluation.run import evaluate_all
     from d2o.evaluation.statistics import save_statistics
 
@@ -209,7 +209,7 @@ class _Progress:
         self(n)
 
 
-def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Record]:
+def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Result]:
     """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
     beats the table."""
     from d2o.evaluation.evaluate import FORMAT

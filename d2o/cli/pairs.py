@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
 import typer
 
 from d2o.cli import complete, console
+from d2o.cli.opening import open_teacher
 from d2o.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from d2o.teachers.base import Teacher
 
 CHURN = "Stochastic Heun (--solver sde), Karras et al. 2022, Algorithm 2"
 RUNNING, STORE, WORKERS, TOOLS = "How the network is run", "What is stored", "Several workers", "Stores that exist"
@@ -263,7 +255,7 @@ def pairs(
         _check_folder(out)
     compute = Compute(batch, threads, precision, channels_last, compile)
     share = Share.parse(worker, share_only)
-    with stop_flag() as stop, progress_bar("pairs", "pairs") as progress:
+    with stop_flag() as stop, console.progress_bar("pairs", "pairs") as progress:
         model = open_teacher(teacher, device)
         if out is None:
             out = str(settings.resolved(model.spec.solver, model.spec.steps).folder(precision))
@@ -333,7 +325,7 @@ def _verify(path: str) -> None:
     from d2o.data.pair_files import open_store
     from d2o.data.pair_tools import verify
 
-    with progress_bar("verify", "pairs") as progress:
+    with console.progress_bar("verify", "pairs") as progress:
         problems = verify(path, progress)
     settings = open_store(path)[2]
     if problems:
@@ -357,43 +349,6 @@ def _merge(sources: list[str], out: str | None) -> None:
 
     if out is None:
         raise UserError("--out is missing", "for example: d2o pairs --merge part1/ --merge part2/ --out whole/")
-    with progress_bar("merge", "pairs") as progress:
+    with console.progress_bar("merge", "pairs") as progress:
         n = merge(sources, out, progress)
     console.say(f"{out}: {n:,} pairs")
-
-
-@contextmanager
-def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A callback progress(done, total, note) whose bar appears with the first call."""
-    bars: list[console.Meter] = []
-
-    def progress(done: int, total: int, note: str) -> None:
-        if not bars:
-            bars.append(console.Meter(title, total, unit, done))
-        bars[0].update(done, note)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars:
-            bar.close()
-
-
-def open_teacher(name: str, device: str | None) -> Teacher:
-    """Load a teacher, with a bar for the download if it takes one."""
-    from d2o.teachers.registry import load_teacher
-
-    with progress_bar("download", "MB") as bar:
-        return load_teacher(
-            name,
-            open_device(device),
-            say=console.say,
-            progress=lambda done, total: bar(done // 10**6, (total or done) // 10**6, ""),
-        )
-
-
-def open_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is. UserError: no such device, or not usable here."""
-    from d2o.training.distributed import pick_device
-
-    return pick_device(name)

@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     from d2o.recipes.plan import Plan
 
 
-def size(n: int) -> str:
-    """Bytes, readable."""
-    value = float(n)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
-
-
 def show_plan(recipe: Any, plan: Plan) -> None:
     """Print what `recipe` builds and costs, and whether it would start."""
     title = (
@@ -36,9 +26,9 @@ def show_plan(recipe: Any, plan: Plan) -> None:
     table.add_column("amount", justify="right")
     sections: list[tuple[str, dict[str, str]]] = [
         ("networks (parameters)", {name: f"{n:,}" for name, n in plan.networks.items()}),
-        ("memory per process, fp32", {name: size(n) for name, n in plan.memory.items()}),
+        ("memory per process, fp32", {name: console.size(n) for name, n in plan.memory.items()}),
         ("network calls per sample x samples", {name: f"{n:,}" for name, n in plan.calls.items()}),
-        ("disk", {name: size(n) for name, n in plan.disk.items()}),
+        ("disk", {name: console.size(n) for name, n in plan.disk.items()}),
     ]
     for title, rows in sections:
         if rows:
@@ -46,7 +36,7 @@ def show_plan(recipe: Any, plan: Plan) -> None:
             for name, value in rows.items():
                 table.add_row(f"  {name}", value)
             if title.startswith("memory"):
-                table.add_row("  sum", size(sum(plan.memory.values())))
+                table.add_row("  sum", console.size(sum(plan.memory.values())))
             table.add_section()
     if table.row_count:
         console.out.print(table)

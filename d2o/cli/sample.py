@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.pairs import open_device, open_teacher, progress_bar
+from d2o.cli.opening import open_device, open_teacher
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def sample(
     )
     if default:
         console.say(default)
-    with stop_flag() as stop, progress_bar("sample", "images") as progress:
+    with stop_flag() as stop, console.progress_bar("sample", "images") as progress:
         record = make_samples(
             sampler,
             out,
@@ -253,7 +253,7 @@ def _sampler(
     device: str | None,
 ) -> Sampler:
     from d2o.data.prompts import Prompts, open_prompts
-    from d2o.export.source import find_checkpoint
+    from d2o.export.loaded import find_checkpoint
     from d2o.students.base import load_student
     from d2o.students.generate import student_sampler, teacher_sampler
     from d2o.teachers.registry import teacher_names
@@ -298,7 +298,7 @@ def _walk(
     example = "for example: d2o sample runs/spi_gan_digits --path h --steps 9 --n 8 --out path.png"
     if checkpoint is None or out is None:
         raise UserError("--path needs a student's checkpoint and --out FILE.png or .gif", example)
-    from d2o.export.source import find_checkpoint
+    from d2o.export.loaded import find_checkpoint
     from d2o.interop.outputs import check_output
     from d2o.students.base import load_student
     from d2o.students.paths import path_images, save_path, walk_names

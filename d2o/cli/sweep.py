@@ -14,8 +14,8 @@ from rich.table import Table
 
 from d2o.cli import console
 from d2o.cli.hints import fit
-from d2o.cli.pairs import open_device
-from d2o.cli.plan import show_plan, size, verdict
+from d2o.cli.opening import open_device
+from d2o.cli.plan import show_plan, verdict
 from d2o.cli.train_run import begin_run, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
 from d2o.interop.temporary import sweep as clear
@@ -145,7 +145,7 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
             if line not in (*plans[0].missing, *plans[0].refused):
                 console.out.print(f"{member.name}: {fit(line)}", markup=False)
     calls, disk = sum(sum(plan.calls.values()) for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
-    console.out.print(f"together: {calls:,} network calls, {size(disk)} of disk")
+    console.out.print(f"together: {calls:,} network calls, {console.size(disk)} of disk")
 
 
 def _cells(member: Member, plan: Plan) -> list[str]:
@@ -154,9 +154,9 @@ def _cells(member: Member, plan: Plan) -> list[str]:
         escape(member.name),
         f"{member.recipe.images:,}",
         f"{sum(plan.networks.values()):,}",
-        size(memory),
+        console.size(memory),
         f"{sum(plan.calls.values()):,}",
-        size(disk),
+        console.size(disk),
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.pairs import open_device
+from d2o.cli.opening import open_device
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
 

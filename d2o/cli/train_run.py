@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2o.cli import console
-from d2o.cli.pairs import progress_bar
 from d2o.errors import MissingImages, UserError
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def begin_run(
 
     recipe = as_begun(recipe, begun_recipe(folder))
     check_tracker(recipe)
-    with progress_bar("pairs", "pairs") as progress:
+    with console.progress_bar("pairs", "pairs") as progress:
         try:
             setup = prepare(recipe, device, start, console.say, progress, stop)
         except MissingImages as error:
@@ -187,8 +186,8 @@ def finish_run(trainer: Trainer, stop: Any) -> None:
         trainer.run(bar.update, stop)
     for key, value in trainer.scores.items():
         console.say(f"{key} {value:.4g}")
-    if trainer.watch.verdict:
-        console.say(f"watch: {trainer.watch.verdict}")
+    if trainer.journal.watch.verdict:
+        console.say(f"watch: {trainer.journal.watch.verdict}")
     console.say(f"wrote {folder / 'checkpoints' / 'last.safetensors'}")
 
 

@@ -79,7 +79,7 @@ class Archive:
         raise NotImplementedError
 
 
-class Zip(Archive):
+class ZipArchive(Archive):
     def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
         crcs = [zlib.crc32(file) for file in files]
         entries = [
@@ -127,7 +127,7 @@ class Zip(Archive):
             return parse_json(file.read(RECORD))
 
 
-class Tar(Archive):
+class TarArchive(Archive):
     def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
         entries = []
         for i, file in enumerate(files):
@@ -189,7 +189,7 @@ class Npz(Archive):
         return parse_json(str(arrays["samples"])) if arrays else None
 
 
-class Folder(Archive):
+class FolderArchive(Archive):
     in_place = True
 
     def pack(self, start: int, files: list[bytes], labels: torch.Tensor | None) -> Part:
@@ -226,7 +226,7 @@ class Folder(Archive):
         return read_json(path, MAX_RECORD) if path.exists() else None
 
 
-FORMATS: dict[str, type[Archive]] = {"": Folder, ".zip": Zip, ".tar": Tar, ".npz": Npz}
+FORMATS: dict[str, type[Archive]] = {"": FolderArchive, ".zip": ZipArchive, ".tar": TarArchive, ".npz": Npz}
 
 
 def archive_for(out: str | Path) -> Archive:

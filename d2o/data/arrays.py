@@ -13,14 +13,14 @@ from PIL import Image
 
 from d2o.data import decode
 from d2o.data.containers import Container, Member, printable
-from d2o.data.layouts import LAYOUTS, Source, wrong_label
+from d2o.data.layouts import LAYOUTS, ImageSource, wrong_label
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Malformed
 from d2o.interop.npz import DAMAGED, read_npz
 from d2o.interop.numpy_pickle import HINT, loads
 
 
-class Arrays(Source):
+class Arrays(ImageSource):
     """Images held as one array `pixels`: uint8 [n, H, W, C], C 1, 3 or 4 (alpha). The fingerprint covers the pixels."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray | None = None, class_names: list[str] | None = None):
@@ -38,9 +38,11 @@ class Arrays(Source):
             self.labels = [int(values[i]) for i in good]
             self.class_names = class_names or [str(c) for c in range(max(self.labels, default=-1) + 1)]
 
-    def head(self, index: int) -> decode.Head:
+    def head(self, index: int) -> decode.ImageHead:
         _, height, width, channels = self.pixels.shape
-        return decode.Head((width, height), channels == 1, ("with alpha composited on white",) if channels == 4 else ())
+        return decode.ImageHead(
+            (width, height), channels == 1, ("with alpha composited on white",) if channels == 4 else ()
+        )
 
     def picture(self, index: int) -> Image.Image:
         pixels = np.ascontiguousarray(self.pixels[index])

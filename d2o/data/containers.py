@@ -63,7 +63,7 @@ class Container:
         raise NotImplementedError
 
 
-class Folder(Container):
+class FolderContainer(Container):
     def __init__(self, path: str):
         super().__init__(path)
         self.empty: list[str] = []
@@ -105,7 +105,7 @@ class Folder(Container):
             return file.read(size if limit is None else min(limit, size))
 
 
-class Zip(Container):
+class ZipContainer(Container):
     def __init__(self, path: str):
         super().__init__(path)
         try:
@@ -149,7 +149,7 @@ class Zip(Container):
         return data
 
 
-class Tar(Container):
+class TarContainer(Container):
     """One tar or several shards, plain or gzipped. A gzipped one is unpacked once into an unnamed temporary file."""
 
     def __init__(self, shards: list[tuple[str, str]]):

@@ -49,7 +49,7 @@ _UPRIGHT = {
 _GREY = ("1", "L", "LA", "La", "I", "F")  # and every "I;16..."
 
 
-class Head(NamedTuple):
+class ImageHead(NamedTuple):
     """What the header says: (width, height) once upright, whether it is grey, and the conversions decoding will
     make."""
 
@@ -67,7 +67,7 @@ def open_picture(data: bytes) -> Image.Image:
     return picture
 
 
-def read_head(read: Callable[[int | None], bytes]) -> Head:
+def read_head(read: Callable[[int | None], bytes]) -> ImageHead:
     """The header of a file; `read(n)` gives its first n bytes (None: all). The first 64 KiB nearly always suffice."""
     start = read(HEADER_BYTES)
     try:
@@ -80,7 +80,7 @@ def read_head(read: Callable[[int | None], bytes]) -> Head:
     return head_of(open_picture(read(None)), start)  # these formats keep part of what we ask for at the end of the file
 
 
-def head_of(picture: Image.Image, start: bytes = b"") -> Head:
+def head_of(picture: Image.Image, start: bytes = b"") -> ImageHead:
     """The head of an opened picture; `start`: the first bytes of its file, for what PIL does not tell."""
     turn = _orientation(picture)
     width, height = picture.size
@@ -104,7 +104,7 @@ def head_of(picture: Image.Image, start: bytes = b"") -> Head:
         traits.append(f"compressed with loss ({loss})")
     if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a photo and its preview
         traits.append("cut to the first frame of an animation")
-    return Head((width, height), mode in _GREY or mode.startswith("I;16"), tuple(traits))
+    return ImageHead((width, height), mode in _GREY or mode.startswith("I;16"), tuple(traits))
 
 
 def decode(

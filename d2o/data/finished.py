@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from d2o.data.archive import Archive, Folder, Npz, Part, Tar, Zip, png_path
+from d2o.data.archive import Archive, FolderArchive, Npz, Part, TarArchive, ZipArchive, png_path
 from d2o.data.images import open_images
 
 
@@ -22,9 +22,9 @@ class Finished:
     def __init__(self, archive: Archive, n: int):
         self.archive, self.n = archive, n
         self.source: Any = None
-        if isinstance(archive, Zip):
+        if isinstance(archive, ZipArchive):
             self.source = zipfile.ZipFile(archive.out)
-        elif isinstance(archive, Tar):
+        elif isinstance(archive, TarArchive):
             self.source = tarfile.open(archive.out, "r:")  # noqa: SIM115 (closed with this object)
             self.members = {member.name: member for member in self.source}
         elif isinstance(archive, Npz):
@@ -36,13 +36,13 @@ class Finished:
         if isinstance(self.archive, Npz):
             return self.archive.encode(start, self.source.images(range(start, start + n)), labels)
         files = [self._file(i) for i in range(start, start + n)]
-        return {} if isinstance(self.archive, Folder) else self.archive.pack(start, files, labels)
+        return {} if isinstance(self.archive, FolderArchive) else self.archive.pack(start, files, labels)
 
     def _file(self, i: int) -> bytes:
         name = png_path(i).decode()
-        if isinstance(self.archive, Zip):
+        if isinstance(self.archive, ZipArchive):
             data = self.source.read(name)
-        elif isinstance(self.archive, Folder):
+        elif isinstance(self.archive, FolderArchive):
             data = (self.archive.out / name).read_bytes()
         else:
             data = self.source.extractfile(self.members[f"img{i:08d}.png"]).read()

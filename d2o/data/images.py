@@ -21,7 +21,7 @@ from torch import Tensor
 
 from d2o.data import decode
 from d2o.data.arrays import Arrays
-from d2o.data.layouts import LAYOUTS, Source
+from d2o.data.layouts import LAYOUTS, ImageSource
 from d2o.data.sources import LatentFiles, open_source
 from d2o.data.threads import map_threads
 from d2o.errors import UserError, unknown
@@ -48,7 +48,7 @@ def open_images(
     resize: str = "lanczos",
     order: str = "resize_crop",
     limit: int | None = None,
-    source: Source | None = None,
+    source: ImageSource | None = None,
 ) -> ImageSet:
     """The images at `path` (see `layouts.LAYOUTS`), or the first `limit` of them.
 
@@ -102,7 +102,7 @@ class ImageSet:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         name: str,
         resolution: int | None,
         channels: int | None,
@@ -117,9 +117,9 @@ class ImageSet:
         self._lock = threading.Lock()
 
         heads = self._heads()
-        rows = [i for i, head in enumerate(heads) if isinstance(head, decode.Head)]
+        rows = [i for i, head in enumerate(heads) if isinstance(head, decode.ImageHead)]
         self._bad_at_opening += [(source.names[i], head) for i, head in enumerate(heads) if isinstance(head, str)]
-        good: list[decode.Head] = [head for head in heads if isinstance(head, decode.Head)]
+        good: list[decode.ImageHead] = [head for head in heads if isinstance(head, decode.ImageHead)]
         if not good:
             self._refuse_empty()
         self.shape = self._common_shape([source.names[i] for i in rows], good, channels)
@@ -202,11 +202,11 @@ class ImageSet:
             self._stand_in(i, out[k])
         return torch.from_numpy(out)[places]
 
-    def _heads(self) -> list[decode.Head | str]:
+    def _heads(self) -> list[decode.ImageHead | str]:
         if isinstance(self._source, Arrays):
             return [self._source.head(i) for i in range(len(self._source))]
 
-        def head(i: int) -> decode.Head | str:
+        def head(i: int) -> decode.ImageHead | str:
             try:
                 return self._source.head(i)
             except MemoryError:
@@ -216,7 +216,9 @@ class ImageSet:
 
         return map_threads(head, range(len(self._source)))
 
-    def _common_shape(self, names: list[str], heads: list[decode.Head], channels: int | None) -> tuple[int, int, int]:
+    def _common_shape(
+        self, names: list[str], heads: list[decode.ImageHead], channels: int | None
+    ) -> tuple[int, int, int]:
         channels = channels or (1 if all(head.grey for head in heads) else 3)
         if self._resolution is not None:
             return channels, self._resolution, self._resolution
@@ -296,7 +298,7 @@ class ImageSet:
             raise UserError(f"no good image in {self.name}:{listed(bad)}", LAYOUTS)
         raise UserError(f"no images in {self.name}" + "".join(f"; {note}" for note in self._source.notes), LAYOUTS)
 
-    def _conversions(self, heads: list[decode.Head]) -> list[str]:
+    def _conversions(self, heads: list[decode.ImageHead]) -> list[str]:
         counts = Counter(trait for head in heads for trait in head.traits)
         grey = sum(head.grey for head in heads)
         if self.shape[0] == 3:

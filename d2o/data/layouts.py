@@ -21,7 +21,7 @@ class Reason(str):
     """In the place of a label: why there is none."""
 
 
-class Source:
+class ImageSource:
     """Images by number: `names`, `labels` (None for all, or an int each) and `class_names` fit each other; `bad` is
     left out of them."""
 
@@ -35,7 +35,7 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
-    def head(self, index: int) -> decode.Head:
+    def head(self, index: int) -> decode.ImageHead:
         raise NotImplementedError
 
     def picture(self, index: int) -> Image.Image:

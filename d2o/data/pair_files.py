@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.pair_reading import first_not_finite, misfit
 from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import FORMAT, PairSettings
@@ -18,7 +19,7 @@ from d2o.data.prompts import pack, unpack
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
-from d2o.work.base import Folder
+from d2o.work.base import SharedFolder
 from d2o.work.folder import MANIFEST, Unit
 from d2o.work.remote import open_folder
 
@@ -26,20 +27,19 @@ from d2o.work.remote import open_folder
 @dataclass
 class Made:
     """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype,
-    class indices [n] or prompts, and `image` uint8 [n, 3, H, W] if decoded."""
+    what they were asked to be, and `image` uint8 [n, 3, H, W] if decoded."""
 
     noise: Tensor
     target: Tensor
-    labels: Tensor | None = None
-    prompts: list[str] | None = None
+    condition: Condition
     image: Tensor | None = None
 
 
-def store_folder(path: Any) -> Folder:
+def store_folder(path: Any) -> SharedFolder:
     return open_folder(str(path), FORMAT, "shards")
 
 
-def open_store(path: str | Path) -> tuple[Folder, dict[str, Any], PairSettings]:
+def open_store(path: str | Path) -> tuple[SharedFolder, dict[str, Any], PairSettings]:
     """(folder, manifest, settings) of a store, finished or not. UserError: no store there, or its manifest is
     damaged."""
     folder = store_folder(path)
@@ -69,13 +69,13 @@ def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
     return {"format": FORMAT + "-shard", "version": 1, **made}
 
 
-def write_shard(folder: Folder, manifest: dict[str, Any], unit: Unit, made: Made) -> dict[str, Any]:
+def write_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, made: Made) -> dict[str, Any]:
     """Write the shard; returns its entry for the manifest."""
     tensors = {"target": made.target}
-    if made.labels is not None:
-        tensors["label"] = made.labels
-    if made.prompts is not None:
-        tensors |= pack(made.prompts)
+    if made.condition.labels is not None:
+        tensors["label"] = made.condition.labels
+    if made.condition.prompts is not None:
+        tensors |= pack(made.condition.prompts)
     if made.image is not None:
         tensors["image"] = made.image
     if manifest["settings"]["store_noise"]:
@@ -83,7 +83,7 @@ def write_shard(folder: Folder, manifest: dict[str, Any], unit: Unit, made: Made
     return _entry(unit, folder.save(unit.file, tensors, shard_record(manifest, unit)), made.noise)
 
 
-def adopt_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[str, Any] | None:
+def adopt_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit) -> dict[str, Any] | None:
     """The entry of a shard whose file is there but not recorded (its worker was killed in between); None if missing or
     not trusted."""
     if folder.size(unit.file) < 0:

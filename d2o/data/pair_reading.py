@@ -15,7 +15,7 @@ from d2o.data.pair_settings import DTYPES, PairSettings
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
 from d2o.interop.seal import check_against
-from d2o.work.base import MANIFEST, Folder
+from d2o.work.base import MANIFEST, SharedFolder
 from d2o.work.folder import Unit
 
 ROWS_BYTES = 2**24
@@ -28,7 +28,7 @@ _finite: set[tuple[str, str]] = set()
 
 
 def read_shard(
-    folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]
+    folder: SharedFolder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (mapped) and the record of a shard that the manifest lists as `entry`, with at least the unit's
     pairs.
@@ -54,7 +54,7 @@ def read_shard(
 
 
 def _as_written(
-    folder: Folder, manifest: dict[str, Any], unit: Unit, path: Path, entry: dict[str, Any]
+    folder: SharedFolder, manifest: dict[str, Any], unit: Unit, path: Path, entry: dict[str, Any]
 ) -> dict[str, Any]:
     """The entry that the file's bytes agree with: this one, or a later one of a store that has grown meanwhile."""
     for look in range(PATIENCE):
@@ -66,7 +66,7 @@ def _as_written(
     raise bad_shard(manifest, folder, unit, f"its checksum (sha256) differs from that in {MANIFEST}")
 
 
-def bad_shard(manifest: dict[str, Any], folder: Folder, unit: Unit, why: str) -> UserError:
+def bad_shard(manifest: dict[str, Any], folder: SharedFolder, unit: Unit, why: str) -> UserError:
     """The refusal of a shard, and how it is made again."""
     command = PairSettings.from_manifest(manifest).command(folder.url)
     return UserError(f"{folder.url}/{unit.file} is damaged: {why}", f"to repair: delete it, and run: {command}")
@@ -76,7 +76,7 @@ def misfit(manifest: dict[str, Any], tensors: dict[str, Tensor], n: int) -> str 
     """What of a shard of n pairs is not as the store's settings say; None if nothing is."""
     settings, spec = manifest["settings"], manifest["spec"]
     shape = (n, *spec["shape"])
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"target": (shape, DTYPES[settings["dtype"]])}
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"target": (shape, DTYPES[settings.get("dtype", "fp32")])}
     if settings.get("store_noise"):
         wanted["noise"] = (shape, torch.float32)
     if settings.get("labels", "random") not in ("none", "text"):

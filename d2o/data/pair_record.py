@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_SEED + 1)]
 Steps = Annotated[int, Field(ge=1, le=10**6)]
 
 
-class Settings(Record):
+class SettingsRecord(Record):
     """`PairSettings` as it is recorded; an older store's lack what was the default then."""
 
     teacher: str
@@ -41,7 +41,7 @@ class Settings(Record):
     decode: bool = False
 
     @model_validator(mode="after")
-    def _so_many_shards(self) -> Settings:
+    def _so_many_shards(self) -> SettingsRecord:
         if -(-self.n // self.shard_size) > MAX_SHARDS:
             raise ValueError(f"{self.n:,} pairs in shards of {self.shard_size}: more than {MAX_SHARDS:,} files")
         return self
@@ -53,7 +53,7 @@ class TeacherRecord(Record):
     licence: str = "unstated"
 
 
-class Compute(Record):
+class ComputeRecord(Record):
     """How the teacher was run."""
 
     batch: Count
@@ -66,7 +66,7 @@ class Compute(Record):
     compile: Literal["none", "default", "graphs"] = "none"
 
 
-class Prompts(Record):
+class PromptsRecord(Record):
     path: str
     sha256: str
     count: Annotated[int, Field(ge=1, le=2**27)]
@@ -90,13 +90,13 @@ class Manifest(Record):
     format: Literal["d2o-pairs"]
     version: Literal[1]
     d2o: str
-    settings: Settings
+    settings: SettingsRecord
     teacher: TeacherRecord
     spec: SpecRecord
-    compute: Compute
+    compute: ComputeRecord
     noise_probe: Annotated[list[Finite], Field(max_length=8)]
     shards: Annotated[list[Shard], Field(max_length=MAX_SHARDS)]
-    prompts: Prompts | None = None
+    prompts: PromptsRecord | None = None
 
     @model_validator(mode="after")
     def _holds_what_it_says(self) -> Manifest:

@@ -14,13 +14,13 @@ from d2o.data.pair_reading import first_not_finite, misfit, read_shard
 from d2o.data.pair_settings import PairSettings, differences
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
-from d2o.work.base import Folder
+from d2o.work.base import SharedFolder
 from d2o.work.folder import Unit
 
-Progress = Callable[[int, int, str], None]
+ShardProgress = Callable[[int, int, str], None]
 
 
-def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
+def verify(path: str | Path, progress: ShardProgress | None = None) -> list[str]:
     """Read everything and compare it with the manifest's checksums. Returns one line per problem, beginning with the
     shard's name.
 
@@ -40,7 +40,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
     return problems
 
 
-def _problem(folder: Folder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]) -> str | None:
+def _problem(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]) -> str | None:
     size = folder.size(unit.file)
     if size < 0:
         return "missing"
@@ -118,7 +118,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     return report
 
 
-def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | None = None) -> int:
+def merge(sources: Sequence[str | Path], out: str | Path, progress: ShardProgress | None = None) -> int:
     """Join stores into a new one; returns its number of pairs.
 
     Either parts of one store, made with equal settings (each worker's own share on a machine of its own), or finished
@@ -164,8 +164,8 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: Progress | N
     return settings.n
 
 
-Opened = tuple[Folder, dict[str, Any], PairSettings]
-Move = tuple[Folder, Unit, dict[str, Any]]
+Opened = tuple[SharedFolder, dict[str, Any], PairSettings]
+Move = tuple[SharedFolder, Unit, dict[str, Any]]
 
 
 def _same(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[dict[str, Any], list[Move]]:
@@ -173,7 +173,7 @@ def _same(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[dict[s
     _, manifest, settings = stores[0]
     for path, (_, theirs, _) in zip(paths[1:], stores[1:]):
         _agree(paths[0], manifest, path, theirs)
-    found: dict[str, tuple[Folder, dict[str, Any]]] = {}
+    found: dict[str, tuple[SharedFolder, dict[str, Any]]] = {}
     for folder, _, _ in stores:
         for name, entry in folder.recorded().items():
             other = found.setdefault(name, (folder, entry))

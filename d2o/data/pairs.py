@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.pair_files import open_store, prompts_of
 from d2o.data.pair_reading import read_shard
 from d2o.data.pair_settings import check_probe
@@ -41,8 +42,8 @@ class PairStore:
     fsspec URL, whose shards are copied into the cache ($D2O_HOME) when they are touched. Threads may share it.
 
     len(store), store[i] -> (noise [C, H, W] float32, class index, prompt or None, target [C, H, W] float32),
-    store.batch(indices) for many. Stores up to `cache_bytes` (noises and targets as float32) are read into memory by
-    the first `batch`; larger ones are memory-mapped.
+    store.batch(indices) -> (noise, `Condition`, target) for many. Stores up to `cache_bytes` (noises and targets as
+    float32) are read into memory by the first `batch`; larger ones are memory-mapped.
     `n`: only the first n pairs, which need be all that is finished. UserError: no store, damaged, unfinished, fewer
     than n pairs, or made by a torch that draws other noise. A shard that is damaged, or holds a value that is not
     finite, is refused when it is first touched.
@@ -76,13 +77,18 @@ class PairStore:
         condition = self.prompts([index])[0] if self.has_prompts else None if labels is None else int(labels[0])
         return noise[0], condition, target[0]
 
-    def batch(self, indices: Sequence[int] | Tensor | np.ndarray) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(noise [k, C, H, W] float32, class indices [k] int64 or None, target [k, C, H, W] float32), in the order of
+    def batch(self, indices: Sequence[int] | Tensor | np.ndarray) -> tuple[Tensor, Condition, Tensor]:
+        """(noise [k, C, H, W] float32, what they were asked to be, target [k, C, H, W] float32), in the order of
         `indices`.
 
         Negative indices count from the end. IndexError: out of range.
         """
         index = self._index(indices)
+        noise, labels, target = self._values(index)
+        return noise, Condition(len(index), labels, tuple(self.prompts(index)) if self.has_prompts else None), target
+
+    def _values(self, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Noises, class indices and targets, from memory where they fit there."""
         if not self._fits:
             return self._gather(index)
         if self._cache is None:

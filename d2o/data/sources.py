@@ -28,8 +28,8 @@ from PIL import Image
 
 from d2o.data import decode
 from d2o.data.arrays import Arrays, open_cifar, open_npz
-from d2o.data.containers import Container, Folder, Member, Tar, Zip
-from d2o.data.layouts import LAYOUTS, MAX_CLASSES, Reason, Source, wrong_label
+from d2o.data.containers import Container, FolderContainer, Member, TarContainer, ZipContainer
+from d2o.data.layouts import LAYOUTS, MAX_CLASSES, ImageSource, Reason, wrong_label
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
@@ -57,7 +57,7 @@ SIDE_NAMES = {"readme", "license", "licence", "copying", "changelog", "makefile"
 _ODD = {".mdb": "an LMDB: unpack it, and give the folder that it lies in", ".tfrecords": "TFRecords are not read"}
 
 
-class Files(Source):
+class Files(ImageSource):
     """Images in a container. The fingerprint covers names, sizes in bytes and labels, not the bytes themselves."""
 
     suffixes: tuple[str, ...] = decode.SUFFIXES
@@ -79,7 +79,7 @@ class Files(Source):
         self.names = [member.name for member in self._members]
         self.labels = None if labels is None else [labels[i] for i in good]
 
-    def head(self, index: int) -> decode.Head:
+    def head(self, index: int) -> decode.ImageHead:
         return decode.read_head(functools.partial(self._container.read, self._members[index]))
 
     def picture(self, index: int) -> Image.Image:
@@ -105,7 +105,7 @@ class Files(Source):
                 side.append(member)
             else:
                 odd.append(member)
-        if isinstance(self._container, Tar):  # a sample may have other fields than its image
+        if isinstance(self._container, TarContainer):  # a sample may have other fields than its image
             keys = {_key(member.name) for member in images}
             side += [member for member in odd if _key(member.name) in keys]
             odd = [member for member in odd if _key(member.name) not in keys]
@@ -135,7 +135,9 @@ class Files(Source):
             used.add(tables[0].name)
             found = self._from_table(images, root, tables[0])
         else:
-            found = self._from_fields(images, fields, used, problems) if isinstance(self._container, Tar) else None
+            found = (
+                self._from_fields(images, fields, used, problems) if isinstance(self._container, TarContainer) else None
+            )
             if found is None:
                 found, class_names = self._from_folders([member.path[len(root) :] for member in images], problems)
         ignored = sorted(posixpath.basename(member.path) for member in self._side if member.name not in used)
@@ -249,7 +251,7 @@ class LatentFiles(Files):
         return self._members[index].size
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str) -> ImageSource:
     """The images `path` stands for. Raises UserError for a path that is none of `LAYOUTS`; `MissingImages` if nothing
     is there."""
     if path.startswith("real:"):
@@ -262,22 +264,22 @@ def open_source(path: str) -> Source:
     if is_lmdb(path):
         return _files(LmdbFiles(path))
     if os.path.isdir(path):
-        return _from_container(Folder(path), path)
+        return _from_container(FolderContainer(path), path)
     if not os.path.exists(path):
         if any(sign in path for sign in "*?[{"):
-            return _files(Tar(_named(_shards(path))))
+            return _files(TarContainer(_named(_shards(path))))
         raise MissingImages(f"no such file or folder: {path}", LAYOUTS)
     check_input(path, "a file or folder of images")
     if lower.endswith(".zip"):
-        return _from_container(Zip(path), path)
+        return _from_container(ZipContainer(path), path)
     if lower.endswith((".tar", ".tar.gz", ".tgz")):
-        return _from_container(Tar([(os.path.basename(path), path)]), path)
+        return _from_container(TarContainer([(os.path.basename(path), path)]), path)
     if lower.endswith(".npz"):
         return open_npz(path)
     raise UserError(f"{path} is not a set of images: its suffix says neither .zip, .tar, .tar.gz nor .npz", LAYOUTS)
 
 
-def _from_container(container: Container, path: str) -> Source:
+def _from_container(container: Container, path: str) -> ImageSource:
     return open_cifar(container, path) or _files(container)
 
 

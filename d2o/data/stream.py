@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.prompts import unpack
 from d2o.errors import UserError
 from d2o.work.folder import Ahead, Unit
 
 
-class Source(Protocol):
+class Shards(Protocol):
     """What is streamed: a `data.pairs.PairStore`, or anything with its shards."""
 
     @property
@@ -41,13 +42,12 @@ class Source(Protocol):
     def forget(self, number: int) -> None: ...
 
 
-class Batch(NamedTuple):
-    """`noise` [B, ...] and `target` [B, ...] float32; class indices int64 [B] or None; prompts or None."""
+class Pairs(NamedTuple):
+    """Some of a store's pairs: `noise` [B, ...] and `target` [B, ...] float32, and what they were asked to be."""
 
     noise: Tensor
-    labels: Tensor | None
+    condition: Condition
     target: Tensor
-    prompts: list[str] | None
 
 
 class _Wanted(NamedTuple):
@@ -73,7 +73,7 @@ class _Rows:
 
 
 class PairStream:
-    """`for noise, labels, target, prompts in stream` gives the rest of the present epoch; the next such loop gives the
+    """`for noise, condition, target in stream` gives the rest of the present epoch; the next such loop gives the
     next epoch.
 
     `batch`: pairs in a batch of this rank. `buffer`: shards in a group; this rank's part of one group, and of the next
@@ -89,7 +89,7 @@ class PairStream:
 
     def __init__(
         self,
-        store: Source,
+        store: Shards,
         batch: int,
         seed: int = 0,
         rank: int = 0,
@@ -118,7 +118,7 @@ class PairStream:
                 what + (f" ({batch} on each of {world} ranks)" if world > 1 else ""), "choose a smaller batch"
             )
         self._position = (0, 0)
-        self._running: Ahead[Any, Batch] | None = None  # the batches that come next
+        self._running: Ahead[Any, Pairs] | None = None  # the batches that come next
         self._loading: Ahead[Any, Any] | None = None  # the groups that they are made from
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class PairStream:
         self.close()
         self._position = (epoch, index)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pairs]:
         epoch = self._position[0]
         while self._position[0] == epoch:
             yield self._next()
@@ -158,7 +158,7 @@ class PairStream:
     ) -> None:
         self.close()
 
-    def _next(self) -> Batch:
+    def _next(self) -> Pairs:
         if self._running is None:
             self._running = Ahead(self._make, self._pieces(*self._position), self.prefetch)
         try:
@@ -254,7 +254,7 @@ class PairStream:
             self.store.forget(shard)
         return found
 
-    def _make(self, pieces: list[tuple[_Rows, int, int]]) -> Batch:
+    def _make(self, pieces: list[tuple[_Rows, int, int]]) -> Pairs:
         n = sum(last - first for _, first, last in pieces)
         noise, target = torch.empty(n, *self.store.shape), np.empty((n, *self.store.shape), np.float32)
         labels, prompts = np.empty(n, np.int64), list[str]()
@@ -275,12 +275,12 @@ class PairStream:
             if rows.texts:
                 prompts += _texts(rows, first, last)
             at = part.stop
-        return Batch(
-            noise,
+        condition = Condition(
+            n,
             torch.from_numpy(labels) if has_labels else None,
-            torch.from_numpy(target),
-            prompts if has_prompts else None,
+            tuple(prompts) if has_prompts else None,
         )
+        return Pairs(noise, condition, torch.from_numpy(target))
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

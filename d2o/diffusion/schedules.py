@@ -3,9 +3,9 @@ take through them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,16 @@ class Schedule(Protocol):
     def grid(self, steps: int, spacing: str | None = None, final: str = "scheduler") -> Grid: ...
 
 
+Place = TypeVar("Place", Tensor, float)
+
+
+def karras_sigma(down: Place, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Place:
+    """The noise level at `down` of [0, 1], any shape: sigma_max at 0, sigma_min at 1 (Karras et al. 2022, eq. 5, where
+    it is i / (N - 1)). Whoever counts upwards gives 1 - t."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + down * (low - high)) ** rho
+
+
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """sigma_0 = sigma_max > ... > sigma_{steps-1} = sigma_min > sigma_steps = 0, float64 [steps + 1] (Karras et al.
     2022, eq. 5).
@@ -53,8 +63,7 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, not {sigma_min}, {sigma_max}")
     ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = (high + ramp * (low - high)) ** rho
+    sigmas = karras_sigma(ramp, sigma_min, sigma_max, rho)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
@@ -102,14 +111,18 @@ class DiscreteSchedule:
     spacing: str = "leading"
     offset: int = 1
     final_alpha: float | None = None
+    betas: Mapping[str, Any] | None = (
+        None  # a diffusers scheduler's keys that say abar; None: only the numbers are known
+    )
 
     @classmethod
     def scaled_linear(
         cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, **more: Any
     ) -> DiscreteSchedule:
         """beta_t = (sqrt(beta_start) ... sqrt(beta_end) in equal steps)^2: Stable Diffusion 1.5 and XL."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
-        return cls(torch.cumprod(1 - betas, 0), **more)
+        keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        made = cls.from_config(dict(zip(keys, ("scaled_linear", beta_start, beta_end, steps), strict=True)))
+        return cls(made.alphas_cumprod, **more, betas=made.betas)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DiscreteSchedule:
@@ -139,9 +152,21 @@ class DiscreteSchedule:
             raise UserError("the scheduler has no time steps", "num_train_timesteps (or trained_betas) says how many")
         bar = torch.cumprod(1 - betas, 0)
         to_one = config.get("set_alpha_to_one", True)  # the defaults are those of diffusers' DDIMScheduler
-        return cls(
-            bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None
+        said = (
+            {"trained_betas": list(config["trained_betas"])}
+            if config.get("trained_betas") is not None
+            else {"beta_schedule": kind, "beta_start": low, "beta_end": high, "num_train_timesteps": steps}
         )
+        return cls(
+            bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None, said
+        )
+
+    def record(self) -> dict[str, Any]:
+        """A diffusers scheduler's keys for these betas, from which `from_config` has the same alphas_cumprod."""
+        if self.betas is not None:
+            return dict(self.betas)
+        before = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
+        return {"trained_betas": (1 - self.alphas_cumprod / before).tolist()}
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._bar(t).sqrt().to(torch.float32)

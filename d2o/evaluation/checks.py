@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from d2o.data.draws import label_mode
 from d2o.errors import UserError
-from d2o.evaluation.plan import Plan
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference
 from d2o.evaluation.sides import Given
 from d2o.evaluation.subjects import Generator, Numbers, Pictures, Subject, check_subject
+from d2o.evaluation.task import Task
 
 
-def check(x: Subject, reference: Reference | None, plan: Plan, settings: Settings) -> None:
+def check(x: Subject, reference: Reference | None, plan: Task, settings: Settings) -> None:
     """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of
     another extractor, a network that is not here. `reference` may be opened only."""
     if isinstance(x, Generator) and x.spec.condition != "text":

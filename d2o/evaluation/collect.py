@@ -29,21 +29,21 @@ from d2o.work.folder import Unit, WorkFolder, fill
 
 CHUNK = 256
 """Images that a kill can lose, at least; a chunk is made of whole batches."""
-Progress = Callable[[int], None]
+Tick = Callable[[int], None]
 """Called with the number of images just done."""
 Say = Callable[[str], None]
-Meter = Callable[[str, int], AbstractContextManager[Progress]]
+Meter = Callable[[str, int], AbstractContextManager[Tick]]
 """meter(what is being worked on, images in all) -> the progress of that work."""
 
 
 @contextmanager
-def silent(title: str, total: int) -> Iterator[Progress]:
+def silent(title: str, total: int) -> Iterator[Tick]:
     """The meter that shows nothing."""
     yield lambda done: None
 
 
 @dataclass
-class Batch:
+class ImageBatch:
     """Images as they are scored: uint8 [k, C, H, W], with class indices [k] (-1: none) and prompts where they have
     them. `floats`: the same in [-1, 1] before they became 8 bits; `latents` [k, ...] where the generator works in
     latents; `other`: the batch to compare with, row by
@@ -54,7 +54,7 @@ class Batch:
     prompts: list[str] | None = None
     floats: Tensor | None = None
     latents: Tensor | None = None
-    other: Batch | None = None
+    other: ImageBatch | None = None
     seconds: float | None = None
 
 
@@ -63,7 +63,7 @@ class Probe(Protocol):
 
     identity: dict[str, Any]
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         """{column: [k, ...]}."""
 
 
@@ -74,7 +74,7 @@ class Pass:
     title: str
     n: int
     batch: int
-    make: Callable[[range], Batch]
+    make: Callable[[range], ImageBatch]
     probes: Sequence[Probe]
     identity: dict[str, Any]
 
@@ -98,7 +98,7 @@ class Pass:
 def collect(
     work: Pass,
     root: Path | None = None,
-    progress: Progress = lambda done: None,
+    progress: Tick = lambda done: None,
     stop: StopFlag | None = None,
     say: Say = lambda message: None,
 ) -> Columns:

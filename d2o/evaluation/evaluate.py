@@ -12,10 +12,10 @@ from d2o.evaluation.catalogue import Want, combine
 from d2o.evaluation.checks import check, told
 from d2o.evaluation.collect import Meter, silent
 from d2o.evaluation.columns import Columns
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.grids import sample_grid
 from d2o.evaluation.leaks import leak_notes
 from d2o.evaluation.passes import feature_probes, generator_pass, pair_pass, pictures_pass
-from d2o.evaluation.plan import Plan
 from d2o.evaluation.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
 from d2o.evaluation.protocol import Settings, hardware
 from d2o.evaluation.reference import Reference, generated_reference, measure_reference
@@ -24,8 +24,8 @@ from d2o.evaluation.sides import Given, Measured, Side
 from d2o.evaluation.speed import latency, throughput
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
+from d2o.evaluation.task import Task
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor
 from d2o.runtime import worker
 from d2o.version import __version__
 
@@ -43,7 +43,7 @@ class Evaluation:
 def evaluate_one(
     x: Subject,
     reference: Reference | None,
-    plan: Plan,
+    plan: Task,
     settings: Settings,
     *,
     name: str | None = None,
@@ -128,7 +128,7 @@ def _score(want: Want, sides: Sides, settings: Settings) -> dict[str, Score]:
 
 
 def _main_passes(
-    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
 ) -> list[Side]:
     """X's own images, once for each run."""
     if isinstance(x, Numbers):
@@ -159,7 +159,7 @@ def _main_passes(
 
 
 def _teacher_reference(
-    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
 ) -> Reference | None:
     """The teacher's images of the same seeds, for rel-FID (GDD)."""
     outputs = plan.outputs("teacher")
@@ -171,7 +171,7 @@ def _teacher_reference(
 
 
 def _diversity_pass(
-    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
 ) -> Measured | None:
     outputs = plan.outputs("diversity")
     if not outputs:
@@ -186,7 +186,7 @@ def _diversity_pass(
 
 
 def _pair_pass(
-    x: Subject, plan: Plan, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
 ) -> Measured | None:
     wanted = [want.metric.name for want in plan.wants if want.metric.reference == "pair"]
     if not isinstance(x, Generator) or plan.teacher is None:
@@ -223,7 +223,7 @@ def _has(side: Side, extractor: Extractor) -> bool:
     return isinstance(side, Measured) and f"{extractor.name}/features" in side.columns.names()
 
 
-def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Plan) -> list[str]:
+def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Task) -> list[str]:
     """What makes a Fréchet distance of these two sides worth less than it looks."""
     notes: list[str] = []
     wants = [
@@ -255,7 +255,7 @@ def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Plan) ->
     return notes
 
 
-def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Plan, settings: Settings) -> dict[str, Any]:
+def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Task, settings: Settings) -> dict[str, Any]:
     """Everything that a number depends on, besides x's weights."""
     extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
     main = next(iter(extractors.values()), plan.main)

@@ -33,13 +33,13 @@ def sample_grid(
     noise, condition = noise_for(
         x.spec, range(settings.seed, settings.seed + columns**2), settings.labels, prompts=x.prompts
     )
-    labels = condition if isinstance(condition, Tensor) else None
+    labels = condition.labels
     order = _by_label(labels, len(noise))
-    noise, given = noise[order].to(device), condition if labels is None else labels[order].to(device)
+    noise, given = noise[order].to(device), condition[order]
     record = _record(to_uint8(x.generate(noise, given)), labels, order, columns)
     record["seeds"] = [settings.seed, settings.seed + columns**2 - 1]
-    if isinstance(condition, list):
-        record["prompts"] = condition
+    if condition.prompts is not None:
+        record["prompts"] = list(condition.prompts)
     if teacher is not None:
         record |= {"teacher_png": to_png(to_uint8(teacher.generate(noise, given)), columns), "teacher": teacher.name}
     return record

@@ -10,7 +10,7 @@ from pathlib import Path
 from d2o.errors import UserError, unknown
 from d2o.evaluation.statistics import Statistics, load_statistics
 from d2o.interop.download import download, home
-from d2o.interop.transfer import Progress
+from d2o.interop.transfer import Received
 
 CC_BY_NC_SA = "https://creativecommons.org/licenses/by-nc-sa/4.0/"
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/"
@@ -147,7 +147,7 @@ def lookup(name: str) -> NamedReference:
     return NamedReference(CLEAN + stem, f"{CLEAN_URL}{stem}.npz", (extractor,), None, *licence, about)
 
 
-def find_reference(name: str, progress: Progress | None = None) -> Path:
+def find_reference(name: str, progress: Received | None = None) -> Path:
     """The file of a published reference, downloaded to `home()/references` unless it is there.
 
     UserError: an unknown name; no network, or not there (with the URL, and the place to put it).
@@ -156,7 +156,7 @@ def find_reference(name: str, progress: Progress | None = None) -> Path:
     return download(entry.url, entry.path, progress=progress)
 
 
-def load_reference_statistics(name: str, feature: str | None = None, progress: Progress | None = None) -> Statistics:
+def load_reference_statistics(name: str, feature: str | None = None, progress: Received | None = None) -> Statistics:
     """The statistics of a published reference for the extractor `feature`, with the number of images and the extractor
     that its file does not state, so that those of another extractor are refused. UserError: as `find_reference` and
     `load_statistics`."""

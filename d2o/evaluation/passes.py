@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from d2o.evaluation.collect import Batch, Pass, Probe, check_finite, clock
+from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_finite, clock
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.prepare import quantize
 from d2o.evaluation.probes import FeatureProbe, LabelProbe
 from d2o.evaluation.protocol import Settings, noise_for
-from d2o.evaluation.subjects import Condition, Device, Generator, Pictures
-from d2o.features.extractor import Extractor
+from d2o.evaluation.subjects import Device, Generator, Pictures
 
 Outputs = dict[str, tuple[Extractor, set[str]]]
 """Extractor's name -> what is wanted of it."""
@@ -37,7 +36,7 @@ def generator_pass(
     first = settings.seed + run * n
     extra = [LabelProbe()] if x.spec.condition == "label" else []
 
-    def make(numbers: range) -> Batch:
+    def make(numbers: range) -> ImageBatch:
         return generate(
             x, settings, range(first + numbers.start, first + numbers.stop), device, settings.seed, per_prompt
         )
@@ -54,26 +53,27 @@ def generator_pass(
 
 def generate(
     x: Generator, settings: Settings, seeds: range, device: Device, first_seed: int, per_prompt: int = 1
-) -> Batch:
+) -> ImageBatch:
     """The images of these seeds as they are scored. UserError: NaN or infinite values."""
     noise, condition = noise_for(x.spec, seeds, settings.labels, first_seed, x.prompts, per_prompt)
-    noise, given = noise.to(device), to_device(condition, device)
+    noise = noise.to(device)
     start = clock(device)
     with torch.inference_mode():
-        made = x.sample(noise, given)
+        made = x.sample(noise, condition)
         floats = x.decode(made)
     seconds = clock(device) - start
     check_finite(floats, seeds, x.name)
     images = settings.preparation.apply(quantize(floats, settings.quantize))
-    labels = condition if isinstance(condition, Tensor) else None
-    prompts = condition if isinstance(condition, list) else None
-    return Batch(images, labels, prompts, floats, made if x.spec.space == "latent" else None, seconds=seconds)
+    prompts = None if condition.prompts is None else list(condition.prompts)
+    return ImageBatch(
+        images, condition.labels, prompts, floats, made if x.spec.space == "latent" else None, seconds=seconds
+    )
 
 
 def pair_pass(x: Generator, teacher: Generator, settings: Settings, probes: Sequence[Probe], device: Device) -> Pass:
     """Images of equal noise and condition, `x`'s beside the teacher's: seeds from settings.seed on."""
 
-    def make(numbers: range) -> Batch:
+    def make(numbers: range) -> ImageBatch:
         seeds = range(settings.seed + numbers.start, settings.seed + numbers.stop)
         batch = generate(x, settings, seeds, device, settings.seed)
         batch.other = generate(teacher, settings, seeds, device, settings.seed)
@@ -90,9 +90,9 @@ def pair_pass(x: Generator, teacher: Generator, settings: Settings, probes: Sequ
 def pictures_pass(x: Pictures, settings: Settings, probes: Sequence[Probe]) -> Pass:
     """All images of a set, in its order."""
 
-    def make(numbers: range) -> Batch:
+    def make(numbers: range) -> ImageBatch:
         images, labels = x.batch(numbers)
-        return Batch(images, labels, x.captions(numbers) if x.captions else None)
+        return ImageBatch(images, labels, x.captions(numbers) if x.captions else None)
 
     identity = {"kind": x.kind, "source": x.source, "resize": x.resize, **x.record}
     return Pass(x.name, x.n, min(settings.batch, x.n), make, [LabelProbe(), *probes], identity)
@@ -113,7 +113,3 @@ def generator_identity(x: Generator, settings: Settings, first: int, per_prompt:
         "resize": settings.resize,
         "device": torch.device(device).type,
     }
-
-
-def to_device(condition: Condition, device: Device) -> Condition:
-    return condition.to(device) if isinstance(condition, Tensor) else condition

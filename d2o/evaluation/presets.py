@@ -15,9 +15,9 @@ from typing import Any
 from d2o.errors import UserError, unknown
 from d2o.evaluation import scores
 from d2o.evaluation.catalogue import parse_metrics
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.prepare import parse_preparation
 from d2o.evaluation.protocol import option
-from d2o.features.extractor import Extractor
 from d2o.interop.weights import WEIGHTS
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.evaluation.collect import Batch
+from d2o.evaluation.clip_scorer import ClipScore
+from d2o.evaluation.collect import ImageBatch
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.pair_distances import PairDistance
-from d2o.features.extractor import Extractor
-from d2o.metrics.clip_score import ClipScore
 
 
 class FeatureProbe:
@@ -27,7 +27,7 @@ class FeatureProbe:
             "outputs": self.wanted,
         }
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         return {
             f"{self.extractor.name}/{key}": value
             for key, value in self.extractor.outputs(batch.images, self.wanted).items()
@@ -39,7 +39,7 @@ class LabelProbe:
 
     identity: dict[str, Any] = {"labels": True}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         labels = batch.labels if batch.labels is not None else torch.full((len(batch.images),), -1)
         return {"labels": labels.cpu().to(torch.int64)}
 
@@ -51,7 +51,7 @@ class ClipProbe:
         self.model = model
         self.identity = {"clip": model.name, "weights": model.sha256}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         assert batch.prompts is not None
         return {"clip-score": self.model.score(batch.images, batch.prompts)}
 
@@ -64,7 +64,7 @@ class DistanceProbe:
         self.extractor = extractor
         self.identity = {"distance": extractor.name, "weights": extractor.sha256, "resize": extractor.resize}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         other = batch.other
         assert other is not None and batch.floats is not None and other.floats is not None
         square = (batch.floats - other.floats).double().square().flatten(1).mean(1)
@@ -79,7 +79,7 @@ class PairProbe:
         self.key, self.distance = key, distance
         self.identity = {"pair": distance.name, "weights": distance.sha256}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         other = batch.other
         assert other is not None
         if self.distance.space == "latent":
@@ -95,8 +95,8 @@ class DreamSimProbe:
         self.extractor = extractor
         self.identity = {"pair": "dreamsim", "weights": extractor.sha256}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        from d2o.metrics.dreamsim import dreamsim_distance
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
+        from d2o.metrics.diversity import dreamsim_distance
 
         assert batch.other is not None
         return {

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.draws import check_range, draw, label_mode
 from d2o.data.prompts import Prompts
 from d2o.diffusion.solvers import get_solver
@@ -101,9 +102,8 @@ def noise_for(
     first_seed: int | None = None,
     prompts: Prompts | None = None,
     per_prompt: int = 1,
-) -> tuple[Tensor, Tensor | list[str] | None]:
-    """Noise [n, C, H, W] of the images of these seeds, and their class indices [n], prompts, or None for an
-    unconditional `spec`.
+) -> tuple[Tensor, Condition]:
+    """Noise [n, C, H, W] of the images of these seeds, and what they are asked to be.
 
     `first_seed` (default: the first of them) is image 0, from which balanced and listed labels count, and prompts: each
     for `per_prompt` images, in turn. The noise of a seed is the same under every condition. UserError: labels that
@@ -114,8 +114,11 @@ def noise_for(
     if spec.condition == "text":
         assert prompts is not None
         noise, _ = draw(first, start, len(seeds), spec.shape, 0, "none")
-        return noise, prompts.many((i // per_prompt) % len(prompts) for i in range(start, start + len(seeds)))
-    return draw(first, start, len(seeds), spec.shape, spec.classes, label_mode(labels, spec.classes, spec.name))
+        numbers = ((i // per_prompt) % len(prompts) for i in range(start, start + len(seeds)))
+        return noise, Condition.of_prompts(prompts.many(numbers))
+    mode = label_mode(labels, spec.classes, spec.name)
+    noise, found = draw(first, start, len(seeds), spec.shape, spec.classes, mode)
+    return noise, Condition(len(seeds), found)
 
 
 def protocol_line(protocol: dict[str, Any]) -> str:

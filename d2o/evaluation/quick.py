@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.passes import feature_probes, generator_pass
 from d2o.evaluation.presets import find_preset, hold_to
@@ -21,7 +23,6 @@ from d2o.evaluation.reference import Reference, generated_reference, load_refere
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Device, Generator, Pictures, pictures
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor, check_shape
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 
@@ -90,7 +91,7 @@ class FrechetEvaluator:
 
     def score(
         self,
-        generate: Callable[[Tensor, Tensor | None], Tensor],
+        generate: Callable[[Tensor, Condition], Tensor],
         spec: Spec,
         *,
         n: int,
@@ -102,7 +103,7 @@ class FrechetEvaluator:
     ) -> dict[str, float]:
         """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
 
-        generate(noise [b, C, H, W], class indices [b] or None) -> decoded images [b, C, H, W] in [-1, 1], its networks
+        generate(noise [b, C, H, W], condition of b) -> decoded images [b, C, H, W] in [-1, 1], its networks
         in eval mode. `place` is where several processes, each with the same call, share the work, and `key` names the
         weights: the first one gets the score, the others {}. UserError: NaN or infinite values.
         """
@@ -128,7 +129,7 @@ class FrechetEvaluator:
 
 
 def quick_fd(
-    generate: Callable[[Tensor, Tensor | None], Tensor],
+    generate: Callable[[Tensor, Condition], Tensor],
     spec: Spec,
     extractor: str,
     reference: str,

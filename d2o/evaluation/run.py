@@ -15,8 +15,8 @@ from d2o.evaluation.catalogue import Want, parse_metrics
 from d2o.evaluation.checks import check
 from d2o.evaluation.collect import Meter, silent
 from d2o.evaluation.evaluate import Evaluation, evaluate_one
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.extractors import EXTRACTORS, default_extractor
-from d2o.evaluation.plan import Plan, reference_outputs
 from d2o.evaluation.presets import Preset, check_result, hold_to, refuse
 from d2o.evaluation.protocol import Settings, option
 from d2o.evaluation.reference import Reference, check_enough, default_reference, measure_reference, open_reference
@@ -30,9 +30,9 @@ from d2o.evaluation.subjects import (
     open_subject,
     reference_teacher,
 )
+from d2o.evaluation.task import Task, reference_outputs
 from d2o.evaluation.tools import Tools
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor
 from d2o.runtime import StopFlag, Stopped
 
 
@@ -65,7 +65,7 @@ class _Ready:
     """One X with all that it is measured with, checked. `reference`: its name among the opened ones."""
 
     x: Subject
-    plan: Plan
+    plan: Task
     reference: str | None
 
 
@@ -179,7 +179,7 @@ class _Preparing:
                     f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away"
                 )
             notes.append(f"--steps is not for {text}")
-        plan = Plan(
+        plan = Task(
             self.wants,
             self.main,
             self.tools,
@@ -197,7 +197,7 @@ class _Preparing:
         check(x, reference, plan, settings)
         return _Ready(x, plan, name)
 
-    def _reference(self, x: Subject, plan: Plan) -> str | None:
+    def _reference(self, x: Subject, plan: Task) -> str | None:
         """The name of what x is compared with, opened."""
         outputs, rows = reference_outputs(plan)
         if not plan.neighbours and not any(want.metric.reference in ("statistics", "rows") for want in plan.wants):
@@ -240,7 +240,7 @@ def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
     return tools.extractor(default_extractor(tuple(x.shape)))
 
 
-def _hold_to(preset: Preset, reference: Reference | None, plan: Plan) -> None:
+def _hold_to(preset: Preset, reference: Reference | None, plan: Task) -> None:
     """Refuse before hours of work what is known not to be the protocol."""
     extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
     hold_to(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from d2o.errors import UserError
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.sides import Measured, Side
-from d2o.features.extractor import Extractor
 from d2o.metrics.frechet import TRACE_METHOD
 
 
@@ -73,7 +73,7 @@ def frechet(sides: Sides, settings: Settings) -> dict[str, Score]:
 def frechet_by_class(sides: Sides, settings: Settings) -> dict[str, Score]:
     """The Fréchet distance within each class that both sides have, where there are more images than features; the mean
     over these classes."""
-    from d2o.metrics.frechet import FeatureStatistics, frechet_distance
+    from d2o.metrics.frechet import Moments, frechet_distance
 
     x, other = sides.run, sides.other
     if not isinstance(other, Measured) or x.labels is None or other.labels is None:
@@ -86,7 +86,7 @@ def frechet_by_class(sides: Sides, settings: Settings) -> dict[str, Score]:
     for c in sorted(set(x.labels.tolist()) & set(other.labels.tolist()) - {-1}):
         parts = []
         for features, labels in ((ours, x.labels), (theirs, other.labels)):
-            stream = FeatureStatistics(dim)
+            stream = Moments(dim)
             stream.update(features[labels == c])
             parts.append(stream)
         if min(part.n for part in parts) > dim:
@@ -191,7 +191,7 @@ def paired(sides: Sides, settings: Settings) -> dict[str, Score]:
 
 
 def dream_diversity(sides: Sides, settings: Settings) -> dict[str, Score]:
-    from d2o.metrics.dreamsim import dream_diversity as diversity
+    from d2o.metrics.diversity import dream_diversity as diversity
 
     embeddings = sides.run.column(sides.network, sides.output)
     mean, std = diversity(embeddings, settings.per_prompt)

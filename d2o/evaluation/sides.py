@@ -11,9 +11,9 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.evaluation.columns import Columns
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.statistics import Statistics, check_same_features
-from d2o.features.extractor import Extractor
-from d2o.metrics.frechet import FeatureStatistics
+from d2o.metrics.frechet import Moments
 
 HOW = {"features": "features", "spatial": "spatial features", "logits": "class logits"}
 
@@ -51,9 +51,9 @@ class Measured(Side):
 
     def _make_statistics(self, extractor: Extractor, output: str) -> Statistics:
         name = f"{extractor.name}/{output}"
-        stream: FeatureStatistics | None = None
+        stream: Moments | None = None
         for block in self.columns.blocks(name):
-            stream = stream or FeatureStatistics(block.shape[1])
+            stream = stream or Moments(block.shape[1])
             stream.update(block)
         assert stream is not None
         return Statistics.of(stream, extractor, prepared(self.resize, extractor))

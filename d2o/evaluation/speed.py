@@ -40,7 +40,6 @@ def latency(
     GPU; else the process, where the system tells)."""
     noise, condition = noise_for(x.spec, range(seed, seed + 1), labels, prompts=x.prompts)
     noise = noise.to(device)
-    condition = condition.to(device) if isinstance(condition, torch.Tensor) else condition
     _reset_peak(device)
     spans: dict[str, list[float]] = {"whole": [], "network": [], "decode": [], "text": []}
     for i in range(warm_up + timed):
@@ -49,8 +48,8 @@ def latency(
         middle = clock(device)
         x.decode(made)
         end = clock(device)
-        if x.encode is not None and isinstance(condition, list):
-            x.encode(condition)
+        if x.embed is not None:
+            x.embed(condition)
             spans["text"].append(clock(device) - end)
         if i >= warm_up:
             for name, span in (("whole", end - start), ("network", middle - start), ("decode", end - middle)):

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.features.extractor import Extractor
+from d2o.evaluation.extractor import Extractor
 from d2o.inputs import check_input
 from d2o.interop.npz import npz_names, read_npz
 from d2o.interop.numpy_pickle import keys as pickled_keys
 from d2o.interop.numpy_pickle import read_pickled
 from d2o.interop.safetensors_io import atomic_write
-from d2o.metrics.frechet import FeatureStatistics, frechet_distance
+from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.version import __version__
 
 EDM2 = {"fid": "inception", "fd_dinov2": "dinov2_vitl14"}
@@ -68,10 +68,10 @@ class Statistics:
     @classmethod
     def of(
         cls,
-        stream: FeatureStatistics,
+        stream: Moments,
         extractor: Extractor,
         resize: str = "none",
-        spatial: FeatureStatistics | None = None,
+        spatial: Moments | None = None,
     ) -> Statistics:
         about = (stream.n, extractor.name, resize, extractor.sha256, __version__, extractor.resize)
         other = None if spatial is None else cls(spatial.mean, spatial.cov, *about)
@@ -310,7 +310,7 @@ def _numbers(path: Path, name: str, value: Any, dtype: type) -> np.ndarray:
 
 
 def _of_features(features: Tensor) -> tuple[Tensor, Tensor]:
-    stream = FeatureStatistics(features.shape[1])
+    stream = Moments(features.shape[1])
     for block in features.split(4096):
         stream.update(block)
     return stream.mean, stream.cov

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.statistics import Statistics, is_statistics, load_statistics
-from d2o.features.extractor import Extractor, check_shape
 from d2o.inputs import check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
@@ -29,15 +30,14 @@ from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, load_teacher, teacher_names
 
 Device = str | torch.device
-Condition = Tensor | list[str] | None
 Generate = Callable[[Tensor, Condition], Tensor]
-"""(noise [b, C, H, W], class indices [b], prompts or None) -> [b, C, H, W] float32."""
+"""(noise [b, C, H, W], condition of b) -> [b, C, H, W] float32."""
 
 
 @dataclass
 class Generator:
-    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `encode`
-    turns prompts into what `sample` would make of them anyway (to be timed on its own). `record`: what a result says of
+    """A student or a teacher. `sample` gives its diffusion space, `decode` makes images in [-1, 1] of that; `embed`
+    makes of prompts what `sample` would make of them anyway (to be timed on its own). `record`: what a result says of
     it (nfe, forwards, parameters, ...).
     `recipe`: of its training, where it is known."""
 
@@ -51,7 +51,7 @@ class Generator:
     record: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     prompts: Prompts | None = None
-    encode: Callable[[list[str]], Any] | None = None
+    embed: Callable[[Condition], Any] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -239,7 +239,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         text if text in BUILTIN else model.spec.name,
         record,
         prompts=prompts,
-        encode=model.encode if prompts else None,
+        embed=model.embed if prompts else None,
     )
 
 
@@ -270,7 +270,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
-        return model(noise.to(device), condition.to(device) if isinstance(condition, Tensor) else condition)
+        return model(noise.to(device), condition)
 
     made_from = model.meta.get("teacher") or {}
     record = {
@@ -315,8 +315,8 @@ def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
     decode = _decoder(teacher, store.spec, device)
 
     def batch(indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        _, labels, target = store.batch(indices)
-        return preparation.apply(quantize(decode(target), settings.quantize)), labels
+        _, condition, target = store.batch(indices)
+        return preparation.apply(quantize(decode(target), settings.quantize)), condition.labels
 
     images, labels = batch([0])
     return Pictures(

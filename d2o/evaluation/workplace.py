@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import Pass, Progress, Say, collect
+from d2o.evaluation.collect import Pass, Say, Tick, collect
 from d2o.evaluation.columns import KIND, Columns, begin
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
@@ -90,7 +90,7 @@ class Workplace:
             self._leave(path, lock, done=kind is None)
         self.used = {}
 
-    def collect(self, work: Pass, progress: Progress) -> Columns:
+    def collect(self, work: Pass, progress: Tick) -> Columns:
         """The pass, made, continued or shared. Errors as `collect`; UserError: a damaged folder that is not d2o's
         own."""
         self.check_stop(work.title)

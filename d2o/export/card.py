@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from d2o.export import snippets
+from d2o.export.loaded import Loaded, stated
 from d2o.export.parity import Parity
-from d2o.export.source import Source, stated
 from d2o.teachers.base import UNSTATED
 from d2o.version import __version__
 
@@ -34,10 +34,15 @@ HUB_LICENCES = {
     "openrail++",
     "creativeml-openrail-m",
 }
-FORMATS = {"onnx": "ONNX", "program": "torch.export program", "safetensors": "d2o checkpoint (safetensors)"}
+FORMATS = {
+    "onnx": "ONNX",
+    "program": "torch.export program",
+    "safetensors": "d2o checkpoint (safetensors)",
+    "diffusers": "diffusers folder",
+}
 
 
-def card(source: Source, file_name: str, file_format: str, detail: str, parity: Parity, source_name: str) -> str:
+def card(source: Loaded, file_name: str, file_format: str, detail: str, parity: Parity, source_name: str) -> str:
     """The text of the card. `detail` is the opset or the dtype; `source_name` the checkpoint's file name."""
     meta = source.meta
     sections = [
@@ -62,14 +67,14 @@ def card(source: Source, file_name: str, file_format: str, detail: str, parity: 
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(source: Source, file_format: str) -> str:
+def _front_matter(source: Loaded, file_format: str) -> str:
     licence = source.licence
     front: dict[str, Any] = {"license": licence.lower()}
     if licence == UNSTATED:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:
         front = {"license": "other", "license_name": _slug(licence)}
-    front["library_name"] = "d2o"
+    front["library_name"] = "diffusers" if file_format == "diffusers" else "d2o"
     if source.spec.condition == "none" and source.kind == "student":
         front["pipeline_tag"] = "unconditional-image-generation"
     one_step = ["one-step", "distillation"] if source.kind == "student" else ["teacher"]
@@ -83,7 +88,7 @@ def _front_matter(source: Source, file_format: str) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---"
 
 
-def _what(source: Source, file_format: str, detail: str, source_name: str) -> str:
+def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> str:
     meta, spec = source.meta, source.spec
     if source.kind == "student":
         known = source.teacher != UNSTATED
@@ -115,7 +120,7 @@ def _what(source: Source, file_format: str, detail: str, source_name: str) -> st
     return what + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
-def _teacher(source: Source) -> str:
+def _teacher(source: Loaded) -> str:
     licence = (
         "The checkpoint states no licence: find out under which terms its teacher and its images may be used before you"
         " use or share this file."
@@ -190,7 +195,7 @@ def _parity(parity: Parity) -> str:
     return f"This file against the network it was made from, on the same inputs:\n\n{_block(record, '')}"
 
 
-def _limitations(source: Source, file_format: str) -> str:
+def _limitations(source: Loaded, file_format: str) -> str:
     spec = source.spec
     points = [f"The size is fixed: {' x '.join(map(str, spec.shape))}; the batch size is free."]
     if spec.condition == "label":
@@ -211,7 +216,9 @@ def _limitations(source: Source, file_format: str) -> str:
             "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image"
             " its own."
         )
-    if spec.space == "pixel":
+    if file_format == "diffusers":
+        points.append("The scheduler in the folder has the one step that the student was trained for; no other fits.")
+    elif spec.space == "pixel":
         points.append(
             f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."
         )

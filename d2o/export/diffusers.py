@@ -4,28 +4,23 @@ card."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
+from d2o.export.folder import beside, check_target, keep, open_pipeline, save_part
+from d2o.export.loaded import stated
 from d2o.export.parity import Parity
-from d2o.export.source import stated
-from d2o.interop.safetensors_io import atomic_write, file_sha256, resolve_checkpoint, write_error
-from d2o.interop.temporary import sweep, temporary_folder
+from d2o.interop.safetensors_io import atomic_write, resolve_checkpoint
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
 from d2o.teachers.base import UNSTATED
-from d2o.teachers.diffusers_parts import quiet
 from d2o.version import __version__
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DIGITS = "1,797 images of the UCI digits by E. Alpaydin and C. Kaynak, 1998, as scikit-learn ships them, CC-BY-4.0"
 PROMPTS = ("", "a photo of a dog")  # any text is a prompt; what the model makes of it must not change
 
@@ -43,19 +38,12 @@ def write_diffusers(
     """
     path = resolve_checkpoint(checkpoint)
     model, meta = load_text_to_image(path)
-    if target.exists() and not _replaceable(target):
-        raise UserError(f"{target} exists and is not a diffusers folder", "--out names another")
-    with _beside(target) as folder:
+    check_target(target)
+    with beside(target) as folder:
         _write(model, folder, dtype)
         parity = _compare(model, folder, check_n, tolerance)
         atomic_write(folder / "README.md", _card(meta, model, target.name, dtype, parity))
-        unchanged = _contents(folder) == _contents(target)
-        if not unchanged:
-            if _contents(target) and not force:
-                raise UserError(f"{target} exists and holds another model", "--force replaces it; --out names another")
-            _put(folder, target)
-        elif not (target / "README.md").exists():
-            (folder / "README.md").rename(target / "README.md")
+        unchanged = keep(folder, target, force)
     return parity, meta, unchanged
 
 
@@ -82,7 +70,7 @@ def _write(model: TextToImage, folder: Path, dtype: str) -> None:
     for name in ("unet", "vae"):
         part = getattr(model, name)
         part.save_config(folder / name)
-        _save(part.state_dict(), folder / name / "diffusion_pytorch_model.safetensors", dtype)
+        save_part(part.state_dict(), folder / name / "diffusion_pytorch_model.safetensors", dtype)
     encoder: Any = model.text_encoder
     config = {**json.loads(encoder.config.to_json_string(use_diff=True)), "architectures": ["CLIPTextModel"]}
     config = {key: value for key, value in config.items() if key not in ("dtype", "_name_or_path")}
@@ -95,28 +83,11 @@ def _write(model: TextToImage, folder: Path, dtype: str) -> None:
         "text_model." + name.removeprefix("text_model."): tensor
         for name, tensor in model.text_encoder.state_dict().items()
     }
-    _save(
+    save_part(
         {name: t for name, t in named.items() if t.is_floating_point()},
         folder / "text_encoder" / "model.safetensors",
         dtype,
     )
-
-
-def _save(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
-    cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
-    for name, tensor in cast.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path.parent.name}.{name} holds values that {dtype} cannot", "use --dtype bf16 or fp32")
-    atomic_write(path, save(cast, {"format": "pt"}))
-
-
-def open_pipeline(folder: Path) -> Any:
-    """The folder as diffusers' StableDiffusionPipeline, in float32, without a word about progress or missing
-    accelerators."""
-    with quiet():
-        import diffusers
-
-        return diffusers.StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
 
 
 @torch.inference_mode()
@@ -219,39 +190,3 @@ def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parit
         )
         + "\n"
     )
-
-
-def _replaceable(target: Path) -> bool:
-    return target.is_dir() and (not any(target.iterdir()) or (target / "model_index.json").is_file())
-
-
-def _contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file by its path, model cards aside: one may have been edited."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk, removed whatever happens; those of killed exports go too."""
-    target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent, target.name)
-        with temporary_folder(target) as folder:
-            yield folder
-    except OSError as error:
-        raise write_error(target, error) from error
-
-
-def _put(folder: Path, target: Path) -> None:
-    """Rename into place; what was there goes away afterwards."""
-    new = folder / "new"
-    new.mkdir()
-    for path in list(folder.iterdir()):
-        if path != new:
-            path.rename(new / path.name)
-    if target.exists():
-        target.rename(folder / "old")
-    new.rename(target)
-    target.chmod(0o755)

@@ -14,13 +14,14 @@ import torch
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
+from d2o.export.loaded import Loaded, find_checkpoint, for_graph, open_source, stated
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
-from d2o.export.source import Source, find_checkpoint, for_graph, open_source, stated
+from d2o.export.student_folder import write_student
 from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.outputs import check_output
-from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256
+from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, read_meta
 from d2o.teachers.base import UNSTATED
 from d2o.version import __version__
 
@@ -61,7 +62,7 @@ def export_checkpoint(
     say: Callable[[str], None] = lambda message: None,
 ) -> Exported:
     """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program
-    or safetensors; or a text-to-image teacher as a diffusers folder.
+    or safetensors; or a text-to-image teacher, or a student of a teacher in diffusers' format, as a diffusers folder.
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
     diffusers: the folder
@@ -89,7 +90,7 @@ def export_checkpoint(
     if file_format == "diffusers":
         if student_sigma is not None:
             raise UserError(
-                "--student-sigma is for --format onnx, program and safetensors; diffusers takes text-to-image teachers"
+                "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
             )
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
     source = open_source(checkpoint, student_sigma)
@@ -130,6 +131,10 @@ def _diffusers(
     target = Path(out) if out is not None else beside / f"{given.stem}-diffusers"
     check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
+    if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
+        source = open_source(given)
+        parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
+        return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
     spec = meta.get("spec") or {}
     return Exported(
@@ -143,7 +148,7 @@ def _diffusers(
 
 
 def _write(
-    source: Source, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
+    source: Loaded, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
 ) -> tuple[Runner, str]:
     """Write the file and open it again: (the file as a function, what runs it)."""
     torch_version = f"torch {torch.__version__} on the CPU"
@@ -160,14 +165,14 @@ def _write(
     )
 
 
-def _record(source: Source, file_format: str, detail: str) -> dict[str, Any]:
+def _record(source: Loaded, file_format: str, detail: str) -> dict[str, Any]:
     """The checkpoint's metadata, with this export as the last step of its provenance."""
     step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
     before = source.meta.get("provenance")
     return {**source.meta, "provenance": [*(before if isinstance(before, list) else []), step]}
 
 
-def _target(source: Source, checkpoint: str | Path, file_format: str, dtype: str, out: str | Path | None) -> Path:
+def _target(source: Loaded, checkpoint: str | Path, file_format: str, dtype: str, out: str | Path | None) -> Path:
     """Where to write. UserError: another ending than the format's, or the checkpoint itself."""
     suffix = SUFFIX[file_format]
     stem = source.path.stem + (f"-{dtype}" if file_format == "safetensors" else "")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from d2o.errors import UserError
+from d2o.export.loaded import Loaded
 from d2o.export.parity import Runner
 from d2o.export.program import cannot, trace
-from d2o.export.source import Source
 from d2o.interop.safetensors_io import META_KEY
 from d2o.version import __version__
 
@@ -34,7 +34,7 @@ def need(name: str) -> Any:
         ) from error
 
 
-def check_onnx(source: Source, opset: int) -> None:
+def check_onnx(source: Loaded, opset: int) -> None:
     """Everything that can be refused before the work starts: missing packages, an opset out of range, a network beyond
     2 GB."""
     for name in PACKAGES:
@@ -50,7 +50,7 @@ def check_onnx(source: Source, opset: int) -> None:
         )
 
 
-def write_onnx(source: Source, path: Path, record: dict[str, Any], opset: int) -> None:
+def write_onnx(source: Loaded, path: Path, record: dict[str, Any], opset: int) -> None:
     """Write the checked model with `record` (JSON) and its main facts as metadata. Equal networks give equal bytes.
 
     Always torch's exporter over torch.export graphs (`dynamo=True`, torch >= 2.6); the older TorchScript one is

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.export.source import Source
+from d2o.export.loaded import Loaded
 
 Runner = Callable[[tuple[Tensor, ...]], Tensor]
-"""An exported file, loaded back: inputs in the order of Source.inputs -> output."""
+"""An exported file, loaded back: inputs in the order of Loaded.inputs -> output."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,34 @@ class Parity:
 
 
 @torch.inference_mode()
-def compare(source: Source, run: Runner, n: int, tolerance: float, runtime: str) -> Parity:
-    """Run both at batch sizes 1 and n. UserError: the largest difference is above `tolerance` (units of the output) or
-    not a number."""
+def compare(
+    source: Loaded,
+    run: Runner,
+    n: int,
+    tolerance: float,
+    runtime: str,
+    expected: Callable[..., Tensor] | None = None,
+) -> Parity:
+    """Run both at batch sizes 1 and n; `expected` is what the file stands for (default `source.call`). UserError: the
+    largest difference is above `tolerance` (units of the output) or not a number."""
+    call = expected or source.call
     difference = largest = 0.0
     sizes = (1, n) if n > 1 else (1,)
     for size in sizes:
         inputs = source.example(size)
-        expected = source.call(*inputs)
+        wanted = call(*inputs)
         try:
             found = run(inputs)
         except Exception as error:  # each runtime has its own kinds
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"the exported file does not run at batch size {size}, so it is not kept: {why}") from error
-        if found.shape != expected.shape:
+        if found.shape != wanted.shape:
             raise UserError(
-                f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}; the file is not"
-                " kept"
+                f"the exported file gives {tuple(found.shape)}, the network {tuple(wanted.shape)}; the file is not kept"
             )
-        worst = (found.to(torch.float32) - expected).abs().max().item()
+        worst = (found.to(torch.float32) - wanted).abs().max().item()
         difference = worst if worst != worst else max(difference, worst)  # a NaN stays
-        largest = max(largest, expected.abs().max().item())
+        largest = max(largest, wanted.abs().max().item())
         if not difference <= tolerance:
             found_text = f"the exported file differs from the network by {difference:.2e} at batch size {size}"
             raise UserError(

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from d2o.errors import UserError
+from d2o.export.loaded import Loaded
 from d2o.export.parity import Runner
-from d2o.export.source import Source
 from d2o.interop.safetensors_io import META_KEY
 
 RECORD = f"{META_KEY}.json"
 """The extra file inside a .pt2 that holds the checkpoint's metadata as JSON."""
 
 
-def trace(source: Source) -> torch.export.ExportedProgram:
+def trace(source: Loaded) -> torch.export.ExportedProgram:
     """The graph, batch size free (1 and up). UserError: this torch cannot export the network.
 
     The range check of labels is data-dependent Python and not part of the graph: a label out of range acts as -1, "no
@@ -48,7 +48,7 @@ def cannot(what: str, error: Exception) -> UserError:
     )
 
 
-def write_program(source: Source, path: Path, record: dict[str, Any]) -> None:
+def write_program(source: Loaded, path: Path, record: dict[str, Any]) -> None:
     """Write a .pt2 with `record` inside. Equal networks give equal contents, and the file names no folder of this
     machine."""
     program = trace(source)

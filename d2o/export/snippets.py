@@ -6,14 +6,16 @@ import json
 
 import torch
 
-from d2o.export.source import Source
+from d2o.export.loaded import Loaded
 
 BATCH = 4
 
 
-def usage(source: Source, file_name: str, file_format: str) -> str:
+def usage(source: Loaded, file_name: str, file_format: str) -> str:
     """Text and one code block for this file."""
-    lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors}[file_format](source, file_name)
+    lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors, "diffusers": _diffusers}[file_format](
+        source, file_name
+    )
     needs = {
         "onnx": "`pip install onnxruntime numpy`; d2o and torch are not needed.",
         "program": (
@@ -21,11 +23,17 @@ def usage(source: Source, file_name: str, file_format: str) -> str:
             " needed."
         ),
         "safetensors": "`pip install d2o`.",
+        "diffusers": "`pip install diffusers transformers`; d2o is not needed.",
     }[file_format]
     return f"{needs} {_about(source, file_format)}\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
-def _about(source: Source, file_format: str) -> str:
+def _about(source: Loaded, file_format: str) -> str:
+    if file_format == "diffusers":
+        return (
+            "The call below is the whole of it: EulerDiscreteScheduler, as the folder has it, makes the student's one"
+            " step. (diffusers may warn that the pipeline expects another scheduler; this one has what it asks for.)"
+        )
     shape = f"[N, {', '.join(map(str, source.spec.shape))}] float32"
     label = "; `label`: class indices [N] int64" if source.spec.condition == "label" else ""
     given = f"`noise`: {shape}, standard normal"
@@ -36,7 +44,7 @@ def _about(source: Source, file_format: str) -> str:
     return f"{given}{label}; result: {shape}."
 
 
-def _onnx(source: Source, file_name: str) -> list[str]:
+def _onnx(source: Loaded, file_name: str) -> list[str]:
     feeds = ", ".join(f'"{name}": {name}' for name in source.inputs)
     lines = [
         "import numpy as np",
@@ -58,7 +66,7 @@ def _onnx(source: Source, file_name: str) -> list[str]:
     return lines
 
 
-def _program(source: Source, file_name: str) -> list[str]:
+def _program(source: Loaded, file_name: str) -> list[str]:
     lines = [
         "import torch",
         "",
@@ -77,7 +85,7 @@ def _program(source: Source, file_name: str) -> list[str]:
     ]
 
 
-def _safetensors(source: Source, file_name: str) -> list[str]:
+def _safetensors(source: Loaded, file_name: str) -> list[str]:
     label = ", label" if source.spec.condition == "label" else ""
     lines = ["import torch", "", "import d2o", ""]
     if source.kind == "student":
@@ -95,22 +103,32 @@ def _safetensors(source: Source, file_name: str) -> list[str]:
     return [*lines, *_torch_pixels(source, "image")]
 
 
-def _torch_inputs(source: Source) -> list[str]:
+def _diffusers(source: Loaded, file_name: str) -> list[str]:
+    labels = f", class_labels={_labels(source)}" if source.spec.condition == "label" else ""
+    return [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)})",
+        f"images = pipeline(batch_size={BATCH}{labels}, num_inference_steps=1).images  # PIL",
+    ]
+
+
+def _torch_inputs(source: Loaded) -> list[str]:
     lines = [f"noise = torch.randn({_shape(source)}, generator=torch.Generator().manual_seed(0))"]
     return [*lines, f"label = torch.tensor({_labels(source)})"] if source.spec.condition == "label" else lines
 
 
-def _torch_pixels(source: Source, name: str) -> list[str]:
+def _torch_pixels(source: Loaded, name: str) -> list[str]:
     return [f"pixels = ({name} * 127.5 + 128).clamp(0, 255).to(torch.uint8)"] if _pixels(source) else []
 
 
-def _pixels(source: Source) -> bool:
+def _pixels(source: Loaded) -> bool:
     return source.spec.space == "pixel" and tuple(source.spec.value_range) == (-1.0, 1.0)
 
 
-def _shape(source: Source) -> str:
+def _shape(source: Loaded) -> str:
     return str((BATCH, *source.spec.shape))
 
 
-def _labels(source: Source) -> str:
+def _labels(source: Loaded) -> str:
     return str([i % source.spec.classes for i in range(BATCH)])

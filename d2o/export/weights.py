@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from d2o.errors import UserError
+from d2o.export.loaded import Loaded
 from d2o.export.parity import Runner
-from d2o.export.source import Source
 from d2o.interop.safetensors_io import to_bytes
 from d2o.students.base import load_student
 from d2o.teachers.registry import load_teacher
@@ -19,7 +19,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 """What rounding the weights may change in an output of -1 to 1, unless the user says otherwise."""
 
 
-def write_weights(source: Source, path: Path, record: dict[str, Any], dtype: str) -> None:
+def write_weights(source: Loaded, path: Path, record: dict[str, Any], dtype: str) -> None:
     """Write the parameters as `dtype` (fp32, fp16, bf16); buffers (filters, fixed frequencies) keep theirs. UserError:
     fp16 overflow."""
     parameters = {name for name, _ in source.network.named_parameters()}
@@ -31,7 +31,7 @@ def write_weights(source: Source, path: Path, record: dict[str, Any], dtype: str
     path.write_bytes(to_bytes(tensors, record))  # the caller's temporary file already
 
 
-def open_weights(source: Source, path: Path) -> Runner:
+def open_weights(source: Loaded, path: Path) -> Runner:
     """The file through d2o's own loader: the weights are rounded, the arithmetic is float32."""
     if source.kind == "student":
         student = load_student(path)

@@ -14,7 +14,7 @@ Whole = Annotated[int, Field(ge=0, le=2**53)]
 Calls = Annotated[int, Field(ge=1, le=1000)]
 
 
-class Maker(Record):
+class MakerRecord(Record):
     """The teacher that something was made from."""
 
     name: str | None = None
@@ -22,43 +22,43 @@ class Maker(Record):
     licence: str | None = None
 
 
-class Product(Record):
+class ProductRecord(Record):
     """What every checkpoint says: its network, and where it comes from."""
 
     format: Literal["d2o"] = "d2o"
     version: Literal[1] = 1
     kind: str
     network: dict[str, Any]
-    teacher: Maker | None = None
+    teacher: MakerRecord | None = None
     recipe: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None
     provenance: list[dict[str, Any]] | None = None
     images: Whole | None = None
 
 
-class Generator(Product):
+class TeacherRecord(ProductRecord):
     """A teacher."""
 
     spec: SpecRecord
 
 
-class Denoiser(Record):
+class DenoiserRecord(Record):
     kind: Literal["denoiser"]
     sigma: Positive
 
 
-class Multistep(Record):
+class MultistepRecord(Record):
     kind: Literal["multistep"]
     steps: Calls
 
 
-class Style(Record):
+class StyleRecord(Record):
     kind: Literal["style"]
     noise: str
     truncation: Finite
 
 
-class Consistency(Record):
+class ConsistencyRecord(Record):
     kind: Literal["consistency"]
     form: str
     sigma: Positive
@@ -67,18 +67,18 @@ class Consistency(Record):
     clamp: bool = False
 
 
-class Student(Generator):
+class StudentRecord(TeacherRecord):
     """`student`: its kind, and that kind's settings."""
 
-    student: Annotated[Denoiser | Multistep | Style | Consistency, Field(discriminator="kind")]
+    student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
 
 
-class LossScale(Record):
+class LossScaleRecord(Record):
     scale: Positive
     clean: Whole
 
 
-class State(Record):
+class StateRecord(Record):
     """What a training continues from."""
 
     version: Literal[1] = 1
@@ -91,17 +91,17 @@ class State(Record):
     since: list[list[tuple[str, float]]] = []  # in the order of the log
     watch: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
-    loss_scale: LossScale | None = None
+    loss_scale: LossScaleRecord | None = None
     start: str | None = None
     recipe: dict[str, Any] = {}
 
 
 MODELS: dict[str, type[Record]] = {
-    "teacher": Generator,
-    "student": Student,
-    "extractor": Product,
-    "autoencoder": Product,
-    "state": State,
+    "teacher": TeacherRecord,
+    "student": StudentRecord,
+    "extractor": ProductRecord,
+    "autoencoder": ProductRecord,
+    "state": StateRecord,
 }
 """Kind of file -> what its metadata must be."""
 

@@ -24,7 +24,7 @@ from filelock import FileLock
 from d2o.errors import UserError
 from d2o.interop.content import check_content
 from d2o.interop.safetensors_io import atomic_write, write_error
-from d2o.interop.transfer import Part, Progress, failed, feed, fetch_fsspec, fetch_http, read_json
+from d2o.interop.transfer import Part, Received, failed, feed, fetch_fsspec, fetch_http, read_json
 
 LOCAL = ("file", "local", "memory")
 """Protocols that need no network."""
@@ -51,7 +51,7 @@ def download(
     path: str | os.PathLike,
     sha256: str | None = None,
     size: int | None = None,
-    progress: Progress | None = None,
+    progress: Received | None = None,
 ) -> Path:
     """Fetch `url` to `path`, or find it there; any number of processes may ask for the same file at once.
 

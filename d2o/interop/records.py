@@ -21,7 +21,7 @@ MAX_CLASSES = 2**20
 MAX_SEED = 2**32 - 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Side = Annotated[int, Field(ge=1, le=2**20)]
+Length = Annotated[int, Field(ge=1, le=2**20)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -38,7 +38,7 @@ class SpecRecord(Record):
     """`d2o.teachers.base.Spec` as files hold it."""
 
     name: str
-    shape: tuple[Side, Side, Side]
+    shape: tuple[Length, Length, Length]
     space: Literal["pixel", "latent"] = "pixel"
     condition: Literal["none", "label", "text"] = "none"
     classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)] = 0

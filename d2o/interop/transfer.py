@@ -16,7 +16,7 @@ from d2o.inputs import MAX_JSON_BYTES, parse_json
 from d2o.interop.content import START, wrong_start
 from d2o.interop.safetensors_io import atomic_write, write_error
 
-Progress = Callable[[int, "int | None"], None]
+Received = Callable[[int, "int | None"], None]
 """Called with the bytes that are there and the bytes of the whole file (None: not known)."""
 
 TRIES = 5
@@ -129,7 +129,7 @@ class Part:
         self.note.unlink(missing_ok=True)
 
 
-def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
+def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Bring `part` to the whole file; what came before is continued where the server still has the same file.
     UserError: it cannot be had."""
     import requests  # type: ignore[import-untyped]
@@ -153,7 +153,7 @@ def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Pro
                 time.sleep(min(30.0, PAUSE * 2 ** (failures - 1)))
 
 
-def _request(session: Any, part: Part, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
+def _request(session: Any, part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Ask once for what is missing and append it. Interrupted or requests' own errors: ask again."""
     from d2o.version import __version__
 
@@ -275,7 +275,7 @@ def _length(response: Any) -> int | None:
     )
 
 
-def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
+def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Any protocol that fsspec knows, from the first byte."""
     import fsspec  # type: ignore[import-untyped]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from d2o.errors import UserError, unknown
 from d2o.interop.download import download, home
 from d2o.interop.safetensors_io import file_sha256
-from d2o.interop.transfer import Progress
+from d2o.interop.transfer import Received
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ ENTRIES = (
 WEIGHTS: dict[str, Weights] = {entry.name: entry for entry in ENTRIES}
 
 
-def find_weights(name: str, given: str | os.PathLike | None = None, progress: Progress | None = None) -> Path:
+def find_weights(name: str, given: str | os.PathLike | None = None, progress: Received | None = None) -> Path:
     """The file of the weights `name`: `given`, else the one under `home()/weights`, else the installed package's, else
     a download.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from d2o.diffusion.schedules import karras_sigma
 from d2o.losses.perceptual import enlarged
 from d2o.losses.regression import l1, mse, pseudo_huber
 
@@ -36,8 +37,7 @@ def karras_time(
 
     i may lie between two integers. It is the grid of Karras et al. 2022, eq. 5, of N + 1 points in ascending order.
     """
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + (1 - i.to(torch.float64) / n) * (low - high)) ** rho
+    return karras_sigma(1 - i.to(torch.float64) / n, sigma_min, sigma_max, rho)
 
 
 def lognormal_index(uniform: Tensor, n: int, p_mean: float, p_std: float, sigma_max: float = SIGMA_MAX) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o.losses.score import karras_sigma
+from d2o.diffusion.schedules import karras_sigma
 
 LEVELS = 1000
 """Noise levels that `karras_index` chooses from."""
@@ -21,7 +21,7 @@ LEVELS = 1000
 def index_sigma(index: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Level `index` of 0 .. 999 of Karras et al. 2022, eq. 5, ascending: 0 is sigma_min, 999 sigma_max. Any shape,
     float32."""
-    return karras_sigma(index.to(torch.float32) / (LEVELS - 1), sigma_min, sigma_max, rho)
+    return karras_sigma(1 - index.to(torch.float32) / (LEVELS - 1), sigma_min, sigma_max, rho)
 
 
 @torch.no_grad()

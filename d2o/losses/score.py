@@ -17,13 +17,6 @@ GEN_ADV = {"nonsat_bce": "nonsaturating", "linear_fakeness": "linear_fakeness", 
 SMALLEST_ERROR = 1e-5
 
 
-def karras_sigma(t: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The noise level at t in [0, 1], any shape: sigma_min at 0, sigma_max at 1 (Karras et al. 2022, eq. 5, read
-    continuously)."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + (1 - t) * (low - high)) ** rho
-
-
 def lognormal_sigma(normal: Tensor, p_mean: float = -1.2, p_std: float = 1.2) -> Tensor:
     """The noise level exp(p_mean + p_std n) for standard normal n, any shape (Karras et al. 2022, Table 1)."""
     return (p_mean + p_std * normal).exp()

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.images import ImageSet
 from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
@@ -84,20 +85,19 @@ class Setup:
 
 @dataclass
 class Batch:
-    """A part of a batch. Pairs: noise, labels, target. Images: images in [-1, 1] (or stored latents), labels. Tensors
-    [B, ...] on the device; labels int64 or None. Methods that need no data get one with nothing in it: they draw what
-    they need by the `Draws` that come with it.
+    """A part of a batch. Pairs: noise, condition, target. Images: images in [-1, 1] (or stored latents), condition.
+    Tensors [B, ...] on the device. Methods that need no data get one with nothing in it: they draw what they need by
+    the `Draws` that come with it.
     """
 
-    labels: Tensor | None = None
+    condition: Condition = field(default_factory=lambda: Condition.none(0))
     noise: Tensor | None = None
     target: Tensor | None = None
     images: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
-        return Batch(
-            *(None if t is None else t[start:stop] for t in (self.labels, self.noise, self.target, self.images))
-        )
+        tensors = (None if t is None else t[start:stop] for t in (self.noise, self.target, self.images))
+        return Batch(self.condition[start:stop], *tensors)
 
 
 class Draws:
@@ -218,7 +218,7 @@ class Method(ABC):
         """Shape and condition of what the product generates; None if it generates nothing."""
         return None
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         """Images in [-1, 1] from noise [B, C, H, W] by the product (or its EMA copy)."""
         raise UserError("this method's product generates no images")
 
@@ -263,9 +263,9 @@ class GeneratorMethod(Method):
     def spec(self) -> Spec:
         return self._spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student = self.student(product)
-        return student.decode(student(noise, labels))
+        return student.decode(student(noise, condition))
 
 
-Generate = Callable[[Tensor, Tensor | None], Tensor]
+Generate = Callable[[Tensor, Condition], Tensor]

@@ -56,10 +56,10 @@ class ClassifierMethod(Method):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         losses = []
         for micro, draw in loop.micro_batches(batch):
-            assert micro.images is not None and micro.labels is not None
+            assert micro.images is not None and micro.condition.labels is not None
             x = translate(micro.images, draw.randint(-self.options.shift, self.options.shift + 1, 2))
             loss = F.cross_entropy(
-                loop.net("classifier")(x), micro.labels, label_smoothing=self.options.label_smoothing
+                loop.net("classifier")(x), micro.condition.labels, label_smoothing=self.options.label_smoothing
             )
             loop.backward(loss)
             losses.append(loss)

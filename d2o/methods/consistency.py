@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses import consistency as c
 from d2o.losses.perceptual import load_lpips
@@ -23,6 +24,7 @@ from d2o.methods.base import Batch, Draws, Loop, Method, Setup
 from d2o.methods.consistency_options import ConsistencyOptions, check
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.copying import follow
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.networks.second_time import second_time_config, with_second_time
 from d2o.students.base import Student
@@ -263,8 +265,7 @@ class Consistency(Method):
         mu = self.options.mu
         if self.options.n_schedule == "adaptive":
             mu = c.adaptive_mu(self.points(iteration), self.options.N, mu) if mu else 0.0
-        mine, theirs = ([p.detach() for p in net.parameters()] for net in (self.states_["target"], self.student))
-        torch._foreach_lerp_(mine, theirs, 1 - mu)
+        follow(self.states_["target"].parameters(), self.student.parameters(), 1 - mu)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         return c.distance(self.options.distance, x, y, self.options.huber_reduce, self.lpips)
@@ -279,7 +280,9 @@ class Consistency(Method):
         if not self._spec.classes:
             return None
         return (
-            micro.labels if micro.labels is not None else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
+            micro.condition.labels
+            if micro.condition.labels is not None
+            else micro.images.new_zeros(len(micro.images), dtype=torch.int64)
         )
 
     # The product ------------------------------------------------------------------------------------------------------
@@ -309,9 +312,9 @@ class Consistency(Method):
     def nfe(self) -> int:
         return self.options.final_steps if self.device.type == "meta" else int(self.stage.steps)
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student: Student = self.made(product)
-        return student.decode(student(noise, labels))
+        return student.decode(student(noise, condition))
 
 
 class Stage(nn.Module):

@@ -163,7 +163,7 @@ class DDGAN(GeneratorMethod):
 
     def images(self, micro: Batch) -> tuple[Tensor, Tensor | None]:
         assert micro.images is not None
-        return micro.images, micro.labels if self.options.conditional else None
+        return micro.images, micro.condition.labels if self.options.conditional else None
 
     def student(self, generator: nn.Module) -> MultistepStudent:
         return MultistepStudent(generator, self._spec, self.options.steps)

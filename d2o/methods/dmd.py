@@ -18,13 +18,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.augment import edm
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.features.base import check_shape
 from d2o.features.load import load_features
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
 from d2o.losses.perceptual import enlarged, load_lpips, perceptual
 from d2o.losses.regression import LOSSES
-from d2o.losses.score import denoising_loss, karras_sigma, lognormal_sigma
+from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
 from d2o.methods.teachers import check_teacher
@@ -230,7 +231,7 @@ class DMD(ScoreMethod):
         if self.distance is None:
             return student(z, labels), None
         assert micro.noise is not None
-        both = None if labels is None or micro.labels is None else torch.cat([labels, micro.labels])
+        both = None if labels is None or micro.condition.labels is None else torch.cat([labels, micro.condition.labels])
         x, reference = student(torch.cat([z, micro.noise]), both).split([len(z), len(micro.noise)])
         return x, reference
 
@@ -248,7 +249,7 @@ class DMD(ScoreMethod):
         if levels == "lognormal":
             return lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
         if levels == "karras_uniform":
-            return karras_sigma(part[0] + (part[1] - part[0]) * draw.rand(1, 1, 1), low, high)
+            return karras_sigma(1 - (part[0] + (part[1] - part[0]) * draw.rand(1, 1, 1)), low, high)
         return index_sigma(draw.randint(index[0], index[1] + 1, 1, 1, 1), low, high)
 
     def both(self, score: nn.Module, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.augment import edm as augment
+from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.build import build_network
 from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
@@ -84,22 +86,20 @@ class EDM(Method):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         losses = []
         for micro, draw in loop.micro_batches(batch):
-            y, labels = micro.images, micro.labels
+            y, labels = micro.images, micro.condition.labels
             assert y is not None
             asked: dict[str, Any] = {}
             if self.options.augment:
                 y, asked["augment_labels"] = augment.augment(y, self.options.augment, draw.randn, draw.rand)
-            sigma = (self.options.p_mean + self.options.p_std * draw.randn(1, 1, 1)).exp()
+            sigma = lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
             noise = sigma * draw.randn(*y.shape[1:])
             if labels is not None and self.options.label_dropout:
                 labels = torch.where(draw.rand() < self.options.label_dropout, -1, labels)
-            weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2  # lambda(sigma)
-            if self.uncertain:  # Karras et al. 2024, eq. 21: the network states its own uncertainty u(sigma)
-                denoised, u = loop.net("denoiser")(y + noise, sigma.flatten(), labels, return_logvar=True)
-                loss = (weight / u.exp() * (denoised - y) ** 2 + u).mean()
-            else:
-                denoised = loop.net("denoiser")(y + noise, sigma.flatten(), labels, **asked)
-                loss = (weight * (denoised - y) ** 2).mean()  # eq. 2 with the weights of Table 1
+            if self.uncertain:  # EDM2's networks state their own uncertainty u(sigma)
+                asked["return_logvar"] = True
+            found = loop.net("denoiser")(y + noise, sigma.flatten(), labels, **asked)
+            denoised, u = found if self.uncertain else (found, None)
+            loss = denoising_loss(denoised, y, sigma, self.sigma_data, u).mean()
             loop.backward(loss)
             losses.append(loss)
         loop.update("denoiser")
@@ -114,10 +114,10 @@ class EDM(Method):
     def spec(self) -> Spec:
         return self._spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         training = product.training
         teacher = Teacher(product, self._spec, noise.device)
-        images = teacher.decode(teacher.sample(noise, labels, "heun", self.options.steps))
+        images = teacher.decode(teacher.sample(noise, condition, "heun", self.options.steps))
         product.train(training)
         return images
 

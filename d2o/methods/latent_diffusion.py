@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.condition import Condition
 from d2o.data.captions import Captions, class_names
 from d2o.data.images import ImageSet, to_float, to_uint8
 from d2o.data.latents import LatentSet
@@ -110,14 +111,14 @@ class LatentDiffusion(Method):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         losses = []
         for micro, draw in loop.micro_batches(batch):
-            assert micro.images is not None and micro.labels is not None
+            assert micro.images is not None and micro.condition.labels is not None
             with torch.no_grad():
                 mean, std = self.model.encode_images(micro.images)
             shape = self.model.latent_shape
             x = mean + std * draw.randn(*shape)
             t, noise = draw.randint(0, len(self.schedule.alphas_cumprod)), draw.randn(*shape)
             x_t = self.schedule.alpha(t)[:, None, None, None] * x + self.schedule.sigma(t)[:, None, None, None] * noise
-            ids = self.ids[micro.labels, self.captions.choose(draw.rand(), self.options.main)]
+            ids = self.ids[micro.condition.labels, self.captions.choose(draw.rand(), self.options.main)]
             ids = torch.where((draw.rand() < self.options.caption_dropout)[:, None], self.no_caption, ids)
             loss = F.mse_loss(loop.net("model")(x_t, t, ids), noise)
             loop.backward(loss)
@@ -131,14 +132,17 @@ class LatentDiffusion(Method):
     def spec(self) -> Spec:
         return self._spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """Without labels the prompts are the classes' main captions, class by class in equal parts."""
-        if labels is None:
-            labels = torch.arange(len(noise)) * len(self.captions.table) // max(len(noise), 1)
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
+        """Without prompts these are the classes' main captions, class by class in equal parts."""
+        if condition.prompts is None:
+            condition = self.asked(torch.arange(len(noise)) * len(self.captions.table) // max(len(noise), 1))
         assert isinstance(product, TextToImage)
         teacher = text_to_image_teacher(product, self._spec, noise.device)
-        prompts = [self.captions.main(label) for label in labels.tolist()]
-        return teacher.decode(teacher.sample(noise, prompts, "ddim", self.options.steps, self.options.cfg))
+        return teacher.decode(teacher.sample(noise, condition, "ddim", self.options.steps, self.options.cfg))
+
+    def asked(self, labels: Tensor) -> Condition:
+        """The main captions of these classes."""
+        return Condition.of_prompts([self.captions.main(label) for label in labels.tolist()])
 
     def nfe(self) -> int:
         return Solver("ddim", self.options.steps).forwards(self.options.cfg)
@@ -159,7 +163,7 @@ class LatentDiffusion(Method):
         right = 0
         for part in torch.arange(n).split(250):
             noise = noise_for_seeds((CHECK_SEED + part).tolist(), self._spec.shape).to(self.no_caption.device)
-            images = self.generate(product, noise, part % classes)
+            images = self.generate(product, noise, self.asked(part % classes))
             right += int((classify(extractor, images).cpu() == part % classes).sum())
         return {"accuracy": right / n}
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.features.base import check_shape
 from d2o.features.load import load_features
@@ -82,7 +83,7 @@ class ODE(Method):
         losses = []
         for micro, _ in loop.micro_batches(batch):
             assert micro.noise is not None and micro.target is not None
-            x = loop.net("student")(micro.noise, micro.labels)
+            x = loop.net("student")(micro.noise, micro.condition)
             loss = self.distance(x, micro.target).mean()
             loop.backward(loss)
             losses.append(loss)
@@ -100,8 +101,8 @@ class ODE(Method):
     def spec(self) -> Spec:
         return self.student.spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self.student.decode(product(noise, labels))
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
+        return self.student.decode(product(noise, condition))
 
 
 METHOD = ODE

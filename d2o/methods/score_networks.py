@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.latents import PIXELS, LatentSet
 from d2o.errors import UserError
 from d2o.methods.base import Method, Setup
@@ -43,8 +44,8 @@ class ScoreMethod(Method):
     def spec(self) -> Spec:
         return self.student.spec
 
-    def generate(self, product: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self.teacher.decode(product(noise, labels))
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
+        return self.teacher.decode(product(noise, condition))
 
 
 def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: bool = False) -> Student:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from d2o.augment import edm
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.losses.adversarial import critic_loss
@@ -251,7 +252,11 @@ class SiD(ScoreMethod):
         self.student.eval()
         self.score.train()
         for micro, draw in loop.micro_batches(batch):
-            labels = self.labels(draw) if not o.adversarial or micro.labels is None else self.fitting(micro.labels)
+            labels = (
+                self.labels(draw)
+                if not o.adversarial or micro.condition.labels is None
+                else self.fitting(micro.condition.labels)
+            )
             with torch.no_grad():
                 x = loop.net("student")(draw.randn(*self.student.spec.shape), labels)
             keep = finite(x)
@@ -296,7 +301,8 @@ class SiD(ScoreMethod):
             with loop.frozen("score") as net:
                 labels = self.labels(draw)
                 x = loop.net("student")(draw.randn(*shape), labels)
-                sigma = losses.karras_sigma(draw.rand(1, 1, 1) * (o.tmax / 1000), o.sigma_min, o.sigma_max, o.rho)
+                t = draw.rand(1, 1, 1) * (o.tmax / 1000)
+                sigma = karras_sigma(1 - t, o.sigma_min, o.sigma_max, o.rho)
                 x_t = x + sigma * draw.randn(*shape)
                 true = true_score(self.teacher, x_t, sigma, labels, o.teacher_precision)
                 fake, logits, u = look(net, x_t, sigma, labels, "encoder_decoder" if adversarial else "decoder")

@@ -7,23 +7,35 @@ from pathlib import Path
 from d2o.errors import UserError
 from d2o.methods.base import get_method, method_names
 from d2o.teachers.base import Teacher
-from d2o.teachers.kinds import Kind, kind_of
+from d2o.teachers.in_edm import in_edm
+from d2o.teachers.kinds import FAMILIES, Kind, kind_of
 from d2o.teachers.registry import teacher_names
 
-DISTILS = {
-    "edm": "denoisers of the EDM family",
-    "edm pixel": "EDM's pixel networks in EDM's own preconditioning",
+OWN_PRECONDITIONING = "it exchanges the preconditioning, which is done of EDM's own only"
+NORMALISED = "its steps do not keep the weights of EDM2 normalised"
+PROMPTS = "it draws no prompts"
+
+REFUSES: dict[str, dict[str, str]] = {
+    "edm": {},
+    "edm pixel": {"edm-other": OWN_PRECONDITIONING, "edm2": NORMALISED, "ddpm": OWN_PRECONDITIONING},
 }
-"""What `Method.takes` may say, in words."""
+"""What `Method.takes` may say -> the families that such a method cannot learn from, and why."""
+
+
+def why_not(method: str, kind: Kind) -> str:
+    """Why the method cannot learn from teachers of that kind; "" if it can, or if nothing is known against it."""
+    wanted = get_method(method).takes
+    if not wanted:
+        return "it learns without a teacher"
+    if kind.text:
+        return PROMPTS
+    return REFUSES[wanted].get(kind.family, "")
 
 
 def takes(method: str, kind: Kind) -> bool:
     """Whether the method can learn from teachers of that kind; what is not known of it yet does not count against
     it."""
-    wanted = get_method(method).takes
-    if kind.family != "edm" or not wanted:
-        return False
-    return wanted == "edm" or (kind.arch != "edm2" and kind.precond in (None, "edm", "consistency"))
+    return not why_not(method, kind)
 
 
 def methods_for(kind: Kind) -> list[str]:
@@ -33,33 +45,28 @@ def methods_for(kind: Kind) -> list[str]:
 
 def check_kind(method: str, kind: Kind) -> None:
     """UserError: the method does not learn from teachers of that kind; with what can be done."""
-    if takes(method, kind):
+    why = why_not(method, kind)
+    if not why:
         return
-    wanted = get_method(method).takes
-    if not wanted:
+    if not get_method(method).takes:
         what = f"method {method} learns without a teacher, and the recipe has `teacher: {kind.name}`"
-        raise UserError(
-            what,
-            "take `teacher` out, or a method that distils:"
-            f" {', '.join(name for name in method_names() if get_method(name).takes)}",
-        )
+        distilling = ", ".join(name for name in method_names() if get_method(name).takes)
+        raise UserError(what, f"take `teacher` out, or a method that distils: {distilling}")
     if ways := methods_for(kind):
         first = f"methods that take this teacher: {', '.join(ways)}"
     else:
         commands = f"d2o sample --teacher {kind.name}, d2o pairs --teacher {kind.name}"
-        measured = (
-            f", d2o eval {kind.name}" if kind.name in teacher_names() or Path(kind.name).exists() else ""
-        )  # not from the hub itself
-        first = f"no method trains on such a teacher yet; what it can do: {commands}{measured}"
-    rest = "any of NVIDIA's .pkl, and what `d2o train` makes with method edm"
-    names = "digits, edm-..., edm2-..." if wanted == "edm" else "digits, edm-..."
-    hint = f"{first}\nteachers that method {method} takes: {names} (d2o teachers lists them), {rest}"
-    raise UserError(f"method {method} distils {DISTILS[wanted]}; teacher {kind.name!r} {kind.words()}", hint)
+        known = kind.name in teacher_names() or Path(kind.name).exists()
+        measured = f", d2o eval {kind.name}" if known else ""  # not from the hub itself
+        first = f"no method trains on such a teacher; what it can do: {commands}{measured}"
+    taken = [FAMILIES[family] for family in FAMILIES if family not in REFUSES[get_method(method).takes]]
+    hint = "\n  ".join([f"{first}\nteachers that method {method} takes:", *taken])
+    raise UserError(f"teacher {kind.name!r} {kind.words()}, which method {method} cannot learn from: {why}", hint)
 
 
 def check_teacher(method: str, teacher: Teacher | None) -> Teacher:
-    """The teacher if the method can learn from it. UserError otherwise."""
+    """The teacher as one of the EDM family (`in_edm`), if the method can learn from it. UserError otherwise."""
     if teacher is None:
         raise UserError(f"method {method} needs a `teacher:`", "d2o teachers lists some")
     check_kind(method, kind_of(teacher))
-    return teacher
+    return in_edm(teacher)

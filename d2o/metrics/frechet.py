@@ -83,7 +83,7 @@ def _array(x: Any) -> np.ndarray:
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
 
 
-class FeatureStatistics:
+class Moments:
     """Mean and covariance of features that come in batches of any size, in memory of two d x d matrices.
 
     Kept as (n, mean, sum of outer products about the mean) and merged by Chan's formula: no cancellation, and the parts
@@ -112,7 +112,7 @@ class FeatureStatistics:
             self.scatter.addmm_(rows.T, rows)
             self._move_mean(len(features), mean)
 
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+    def merge(self, other: Moments) -> Moments:
         """Add another part (in place)."""
         if other.dim != self.dim:
             raise UserError(f"cannot merge statistics of {other.dim} features into those of {self.dim}")

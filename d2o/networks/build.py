@@ -14,6 +14,7 @@ from d2o.networks.budget import build_within, check_numbers
 from d2o.networks.classifier import Classifier
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
+from d2o.networks.edm_view import EDMView
 from d2o.networks.latent import Autoencoder, TextToImage
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.networks.style_generator import StyleGenerator
@@ -25,11 +26,11 @@ PLAIN: dict[str, Any] = {
     "style_generator": StyleGenerator,
 }
 """arch -> the one class that takes the other keys."""
-FAMILIES = (*ARCHITECTURES, "edm2", "autoencoder_kl", "text_to_image")
+FAMILIES = (*ARCHITECTURES, "edm2", "edm_view", "autoencoder_kl", "text_to_image")
 NETWORKS = (*FAMILIES, *PLAIN)
 
 
-Network = EDMPrecond | EDM2Precond | Classifier | DDGANGenerator | StyleGenerator | Autoencoder | TextToImage
+Network = EDMPrecond | EDM2Precond | EDMView | Classifier | DDGANGenerator | StyleGenerator | Autoencoder | TextToImage
 
 
 def build_network(
@@ -63,6 +64,8 @@ def _build(config: dict[str, Any], plain: Mapping[str, Any]) -> Network:
         known = _arguments(EDMPrecond, ARCHITECTURES[arch]) - {"arch", "in_channels", "out_channels"}
     elif arch == "edm2":
         known = _arguments(EDM2Precond, UNet) | {"preset"}
+    elif arch == "edm_view":
+        known = _arguments(EDMView) - {"module"}
     elif arch == "text_to_image":
         known = _arguments(TextToImage) | {"unet"}
     elif arch == "autoencoder_kl":
@@ -82,6 +85,8 @@ def _build(config: dict[str, Any], plain: Mapping[str, Any]) -> Network:
     try:
         if arch in ARCHITECTURES:
             return EDMPrecond(arch, **config)
+        if arch == "edm_view":
+            return EDMView(**config)
         if arch == "text_to_image":
             return TextToImage(**config)
         if arch == "autoencoder_kl":
@@ -111,9 +116,8 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 def _check_types(arch: str, config: dict[str, Any], plain: Mapping[str, Any]) -> None:
     """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks
     themselves know.)"""
-    classes = {**{name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}, "edm2": (EDM2Precond, UNet)}.get(
-        arch, (plain.get(arch),)
-    )
+    described = {name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}
+    classes = {**described, "edm2": (EDM2Precond, UNet), "edm_view": (EDMView,)}.get(arch, (plain.get(arch),))
     stated = {
         name: parameter.annotation
         for cls in classes
@@ -140,7 +144,7 @@ def count_parameters(module: nn.Module) -> int:
 def set_dropout(module: nn.Module, p: float) -> None:
     """Another dropout probability in every block, and in the configuration that goes into checkpoints."""
     for part in module.modules():
-        if isinstance(getattr(part, "dropout", None), float):
+        if isinstance(part, EDMView) or isinstance(vars(part).get("dropout"), float):
             part.dropout = p  # type: ignore[assignment]
     network_config(module)["dropout"] = p
 

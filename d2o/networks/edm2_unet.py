@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.errors import UserError, unknown
+from d2o.networks.copying import local
 from d2o.networks.edm_blocks import run_block
 from d2o.networks.precond import Denoiser, channel_mean, check_part
 
@@ -312,7 +313,7 @@ class EDM2Precond(Denoiser):
             "force_wn": force_wn,
             **unet,
         }
-        self.force_wn = force_wn
+        self.force_wn, self.normalised_before = force_wn, False
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet)
         self.logvar_fourier = MPFourier(logvar_channels) if logvar_channels else None
         self.logvar_linear = MPConv(logvar_channels, 1, 0) if logvar_channels else None
@@ -327,8 +328,8 @@ class EDM2Precond(Denoiser):
         return_logvar: bool = False,
     ) -> Any:
         check_part(part)
-        if self.training and self.force_wn == "pre_forward":
-            self.normalize_weights()
+        if not self.normalised_before:
+            self.before_forward()
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
@@ -356,6 +357,12 @@ class EDM2Precond(Denoiser):
             )
         return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
 
+    def before_forward(self) -> None:
+        """What every forward begins with; `training.strategy` does it while the weights are still sharded, as changes
+        of gathered ones are lost, and sets `normalised_before`."""
+        if self.training and self.force_wn == "pre_forward":
+            self.normalize_weights()
+
     @torch.no_grad()
     def normalize_weights(self) -> None:
         """Give every weight unit root mean square per output channel, in place (eq. 66). The network computes the same
@@ -363,8 +370,9 @@ class EDM2Precond(Denoiser):
         for module in self.modules():
             if isinstance(module, MPConv):
                 # Through `.data`: a second forward pass before the first one's backward must not invalidate what
-                # autograd has kept.
-                module.weight.data.copy_(module.normalized())
+                # autograd has kept. Of a sharded weight each process normalises its own output channels.
+                weight = local(module.weight.data)
+                weight.copy_(normalize(weight.to(torch.float32), dim=tuple(range(1, weight.ndim))))
 
 
 def remove_uncertainty(network: nn.Module) -> None:

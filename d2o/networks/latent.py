@@ -256,6 +256,11 @@ def _diffusers(name: str) -> type[nn.Module]:
     return getattr(diffusers, name)
 
 
+def build_diffusers(name: str, config: dict[str, Any], where: str) -> Any:
+    """One of diffusers' networks by its class's name. UserError: arguments that it does not have, or refuses."""
+    return _build(_diffusers(name), config, where)
+
+
 def _build(cls: type[nn.Module], config: dict[str, Any], where: str) -> Any:
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     for key in config:

@@ -7,8 +7,8 @@ from typing import Any
 
 from d2o.recipes.load import diff_recipes
 
-FREE = ("eval", "preview", "checkpoint", "log_every", "tracker")
-"""What is measured, shown, kept and logged: no weight depends on it."""
+FREE = ("eval", "preview", "checkpoint", "log_every", "tracker", "strategy")
+"""What is measured, shown, kept and logged, and where it is computed: no weight depends on it."""
 
 
 def forbidden(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> list[str]:
@@ -20,8 +20,10 @@ def forbidden(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> l
     if before["images"] == now["images"]:
         return lines
     line = f"images: {before['images']} -> {now['images']}"
-    for section in ("optim", "optim_critic"):
-        course = (before.get(section) or {}).get("schedule", "constant")
+    optimisers = {key: before.get(key) or {} for key in ("optim", "optim_critic")}
+    optimisers |= {f"optim_critics.{name}": own for name, own in (before.get("optim_critics") or {}).items()}
+    for section, settings in optimisers.items():
+        course = settings.get("schedule", "constant")
         if course != "constant":
             why = f"the learning rate ({section}.schedule: {course}) would have been another from the start"
             return [*lines, f"{line}: {why}"]

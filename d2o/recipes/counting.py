@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.methods.base import Batch, Draws, Method, Setup
 
 META = torch.device("meta")
@@ -22,7 +23,7 @@ def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
     shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
     classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
     x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
-    return Batch(labels=labels, noise=x, target=x, images=x)
+    return Batch(Condition(n, labels), noise=x, target=x, images=x)
 
 
 class _MetaDraws(Draws):

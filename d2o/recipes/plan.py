@@ -19,11 +19,11 @@ from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
-from d2o.features.extractor import Extractor, check_shape
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
@@ -39,7 +39,7 @@ from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
-from d2o.training.evaluation import OWN_IMAGES, open_evaluator, times
+from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
@@ -98,7 +98,8 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
             plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher))
         )
         if setup.teacher is not None:
-            setup.teacher = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
+            fits = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
+            setup.teacher = None if fits is None else setup.teacher
     elif needs == "none" and recipe.teacher is None:
         plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
     if start is not None:
@@ -254,7 +255,7 @@ def _teacher(plan: Plan, name: str) -> Teacher:
     with META:
         return Teacher(
             build_network(meta["network"], file_holdings([path]), f"{path}: network"),
-            Spec.from_dict(meta["spec"]),
+            Spec.from_dict(meta["spec"], path),
             META,
         )
 
@@ -265,11 +266,8 @@ def _student(path: Path) -> Student:
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
     with META:
-        return make_student(
-            build_network(meta["network"], file_holdings([path]), f"{path}: network"),
-            Spec.from_dict(meta["spec"]),
-            meta["student"],
-        )
+        network = build_network(meta["network"], file_holdings([path]), f"{path}: network")
+        return make_student(network, Spec.from_dict(meta["spec"], path), meta["student"])
 
 
 def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:

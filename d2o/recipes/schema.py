@@ -64,6 +64,16 @@ class Recipe(Section):
     pairs: Pairs | None = field(None, "teacher's samples to train on")
     optim: Optim = field(..., "optimiser")
     optim_critic: Optim | None = field(None, "second optimiser, of methods with two players (default none: as optim)")
+    optim_critics: dict[str, Optim] = field(
+        {},
+        "optimisers of networks by name, for methods with several critics or where their rates differ (default: none;"
+        " optim of the product, optim_critic of the others)",
+    )
+    strategy: Literal["replicate", "shard"] = field(
+        "replicate",
+        "of several processes: each holds all trained networks, or its share of every one (FSDP): weights, gradients,"
+        " moments and average",
+    )
     ema: Ema = Field(Ema(), description="moving average of the weights (default: no average)")
     batch: Batch = field(..., "images per iteration, all processes together")
     micro_batch: Batch | None = field(

@@ -164,6 +164,11 @@ class Optim(Section):
     )
     eps: Positive = field(1e-8, "added to the denominator")
     weight_decay: float = field(0.0, "weight decay", ge=0)
+    no_decay: tuple[Text, ...] = field(
+        (),
+        "names of parameters that weight decay leaves alone; `*bias` fits every bias, `*norm*` what has norm in its"
+        " name (default [])",
+    )
     schedule: Literal["constant", "cosine", "linear"] = field(
         "constant", "course of the learning rate after the warm-up, down to final_lr"
     )
@@ -188,6 +193,7 @@ class Ema(Section):
     ramp: Annotated[float, Field(gt=0, le=1)] | None = field(
         0.05, "limit of half_life, as a part of the images seen so far; null for none"
     )
+    start: int = field(0, "images before it begins; until then it is the weights themselves", ge=0)
 
     @field_validator("decay")
     @classmethod

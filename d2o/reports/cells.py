@@ -41,11 +41,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What results of d2o 0.1.0 do not say of their metrics."""
 
-Record = dict[str, Any]
-Metric = dict[str, Any]
+Result = dict[str, Any]
+Entry = dict[str, Any]
 
 
-def metrics(record: Record) -> Iterator[tuple[str, Metric]]:
+def metrics(record: Result) -> Iterator[tuple[str, Entry]]:
     """(key, metric) of everything in a record that is one number; not speed and distance, which are several. Well-known
     ones first."""
     found = {}
@@ -63,7 +63,7 @@ def rank(key: str) -> int:
     return ORDER.index(base) if base in ORDER else len(ORDER)
 
 
-def heading(metric: Metric) -> str:
+def heading(metric: Entry) -> str:
     """FID-50k ↓"""
     return " ".join([metric["label"], *filter(None, [ARROWS.get(metric["better"])])])
 
@@ -72,12 +72,12 @@ VALUES = ("value", "runs", "std", "mean", "best", "per_class", "small_n")
 WORDING = ("label", "better", "percent", "error", "report", "trace")
 
 
-def settings(metric: Metric) -> dict[str, str | int]:
+def settings(metric: Entry) -> dict[str, str | int]:
     """How this one number was made, beyond its record's protocol: n, k, subsets, dtype, ..."""
     return {k: v for k, v in metric.items() if k not in (*VALUES, *WORDING) and isinstance(v, (str, int))}
 
 
-def comparable(record: Record, key: str, metric: Metric) -> str:
+def comparable(record: Result, key: str, metric: Entry) -> str:
     """Equal for numbers that may be compared: same label, same protocol in every field, same settings of the metric."""
     protocol = {k: v for k, v in (record.get("protocol") or {}).items() if v is not None}
     return json.dumps(
@@ -85,12 +85,12 @@ def comparable(record: Record, key: str, metric: Metric) -> str:
     )
 
 
-def error_of(metric: Metric) -> float | None:
+def error_of(metric: Entry) -> float | None:
     """What stands after ±. A minimum of runs has none: their deviation is not its uncertainty."""
     return None if metric.get("report") == "min" else metric["std"]
 
 
-def value_text(metric: Metric, decimals: int = 0, mark: bool = True) -> str:
+def value_text(metric: Entry, decimals: int = 0, mark: bool = True) -> str:
     """1.42, or 1.420 ± 0.031 (two digits of the deviation), or 97.5 %; at least `decimals` decimals, to stand beside a
     printed number."""
     percent = bool(metric.get("percent"))
@@ -114,7 +114,7 @@ def number(value: float, decimals: int = 0) -> str:
     return text if "e" in text or len(text.partition(".")[2]) >= decimals else f"{value:,.{decimals}f}"
 
 
-def paper_of(record: Record) -> dict[str, tuple[float, float | None]]:
+def paper_of(record: Result) -> dict[str, tuple[float, float | None]]:
     """What the paper prints for the row: key -> (value, standard deviation or None)."""
     found = {}
     for key, value in (record.get("paper") or {}).items():
@@ -135,12 +135,12 @@ def printed_decimals(value: float) -> int:
     return len(f"{value:.10g}".partition(".")[2])
 
 
-def quoted(name: str, paper: dict[str, Any], source: str) -> Record:
+def quoted(name: str, paper: dict[str, Any], source: str) -> Result:
     """A row that was not measured: only what a paper prints."""
     return {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": []}
 
 
-def has_protocol(record: Record) -> bool:
+def has_protocol(record: Result) -> bool:
     """Whether it was measured here."""
     return bool(record.get("protocol"))
 
@@ -162,6 +162,6 @@ def milliseconds(value: float) -> str:
     return f"{number(value / 1000)} s" if value >= 10_000 else f"{number(value)} ms"
 
 
-def machine(record: Record) -> str:
+def machine(record: Result) -> str:
     env = record["env"]
     return f"{env.get('gpu') or env['cpu']}, {env['threads']} thread{'s' * (env['threads'] != 1)}"

@@ -13,8 +13,8 @@ from typing import Any
 from d2o.errors import UserError
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
-from d2o.reports.cells import ARROWS, NONE, Record, metrics, paper_of
-from d2o.reports.table import results_table
+from d2o.reports.cells import ARROWS, NONE, Result, metrics, paper_of
+from d2o.reports.comparison import results_table
 from d2o.version import __version__
 
 MARKDOWN_MARK = "<!-- results: written by d2o"
@@ -35,7 +35,7 @@ SPEED_FIRST = (
 )
 
 
-def write_table(path: str | Path, records: Sequence[Record]) -> None:
+def write_table(path: str | Path, records: Sequence[Result]) -> None:
     """Write the results in the format of the suffix: .md, .csv or .tex (atomically).
 
     UserError: another suffix, a path that cannot be written, or a file there that d2o did not write.
@@ -59,7 +59,7 @@ def check_table_target(path: str | Path) -> None:
             raise UserError(f"{path} exists and is not a table of d2o: it is not overwritten", "choose another name")
 
 
-def to_markdown(records: Sequence[Record]) -> str:
+def to_markdown(records: Sequence[Result]) -> str:
     """A GitHub table; its protocols are footnotes, referred to from the rows (from the header where all rows share
     one)."""
     table = results_table(records)
@@ -91,7 +91,7 @@ def to_markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def to_csv(records: Sequence[Record]) -> str:
+def to_csv(records: Sequence[Result]) -> str:
     """One row for each record, every number in full. A metric has the columns KEY (its value), KEY.std, KEY.n, ...;
     fields that no record has are left out."""
     rows = [_flat(r) for r in records]
@@ -112,7 +112,7 @@ def to_csv(records: Sequence[Record]) -> str:
     return out.getvalue()
 
 
-def _flat(record: Record) -> dict[str, Any]:
+def _flat(record: Result) -> dict[str, Any]:
     x, env = record["x"], record.get("env") or {}
     row: dict[str, Any] = {"name": record["name"], **{field: x.get(field) for field in CSV_FIRST[1:]}}
     for key, metric in metrics(record):
@@ -135,7 +135,7 @@ def _csv(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def to_tex(records: Sequence[Record]) -> str:
+def to_tex(records: Sequence[Result]) -> str:
     """A booktabs tabular with its notes below, to be \\input into a table environment."""
     table = results_table(records)
     rows = [
@@ -186,7 +186,7 @@ def _tex(text: str) -> str:
     return "".join(TEX_SPECIAL.get(character, character) for character in " ".join(text.split()))
 
 
-FORMATS: dict[str, tuple[Callable[[Sequence[Record]], str], str]] = {
+FORMATS: dict[str, tuple[Callable[[Sequence[Result]], str], str]] = {
     ".md": (to_markdown, MARKDOWN_MARK),
     ".csv": (to_csv, ",".join(CSV_FIRST)),
     ".tex": (to_tex, TEX_MARK),

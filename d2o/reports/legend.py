@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from d2o.reports.cells import SMALL_N, Record, error_of, has_protocol, machine, metrics, number, paper_of
+from d2o.reports.cells import SMALL_N, Result, error_of, has_protocol, machine, metrics, number, paper_of
 
 ERRORS = {
     "runs": "standard deviation over runs with disjoint seeds",
@@ -16,7 +16,7 @@ ERRORS = {
 BOLD = "the best of the students that share a protocol"
 
 
-def legend(records: Sequence[Record], bold: bool = False) -> list[str]:
+def legend(records: Sequence[Result], bold: bool = False) -> list[str]:
     """Warnings first, then what ±, the marks, the columns and the presets mean, then the records' own notes."""
     papers = _papers(records)
     records = [r for r in records if has_protocol(r)]
@@ -32,7 +32,7 @@ def legend(records: Sequence[Record], bold: bool = False) -> list[str]:
     ]
 
 
-def _warnings(records: Sequence[Record]) -> list[str]:
+def _warnings(records: Sequence[Result]) -> list[str]:
     lines = []
     if any(m.get("small_n") for r in records for _, m in metrics(r)):
         lines.append(f"{SMALL_N} fewer images than features: the distance is far too large and comparable with nothing")
@@ -54,7 +54,7 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _differing(records: Sequence[Record], fields: tuple[str, ...]) -> list[tuple[Any, ...]]:
+def _differing(records: Sequence[Result], fields: tuple[str, ...]) -> list[tuple[Any, ...]]:
     """The different values of these protocol fields; none where all are equal."""
     values = list(dict.fromkeys(tuple(_plain(r["protocol"].get(f)) for f in fields) for r in records))
     return values if len(values) > 1 else []
@@ -68,7 +68,7 @@ def _n(n: Any) -> str:
     return f"{n:,}" if isinstance(n, int) else "not stated"
 
 
-def _errors(records: Sequence[Record]) -> list[str]:
+def _errors(records: Sequence[Result]) -> list[str]:
     kinds: dict[str, dict[str, None]] = {}
     for r in records:
         for _, m in metrics(r):
@@ -86,12 +86,12 @@ def _errors(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _presets(records: Sequence[Record]) -> list[str]:
+def _presets(records: Sequence[Result]) -> list[str]:
     presets = {r["preset"]["name"]: r["preset"].get("paper") for r in records if r.get("preset")}
     return [f"preset {name}" + (f": the protocol of {paper}" if paper else "") for name, paper in presets.items()]
 
 
-def _papers(records: Sequence[Record]) -> list[str]:
+def _papers(records: Sequence[Result]) -> list[str]:
     sources = list(dict.fromkeys(r["x"]["source"] for r in records if not has_protocol(r)))
     lines = (
         ["paper: the number that the paper prints for the row, not measured here"]
@@ -101,7 +101,7 @@ def _papers(records: Sequence[Record]) -> list[str]:
     return lines + ([f"rows without n: quoted from {'; '.join(sources)}, not measured here"] if sources else [])
 
 
-def _own_n(records: Sequence[Record]) -> list[str]:
+def _own_n(records: Sequence[Result]) -> list[str]:
     """Metrics over other numbers of images than their row's n."""
     labels: dict[int, dict[str, None]] = {}
     for r in records:
@@ -112,7 +112,7 @@ def _own_n(records: Sequence[Record]) -> list[str]:
     return [f"{', '.join(names)}: over {n:,} images" for n, names in labels.items()]
 
 
-def _distances(records: Sequence[Record]) -> list[str]:
+def _distances(records: Sequence[Result]) -> list[str]:
     lines = []
     distances = [r["metrics"]["distance"] for r in records if "distance" in r["metrics"]]
     for d in {
@@ -129,7 +129,7 @@ def _distances(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _speeds(records: Sequence[Record]) -> list[str]:
+def _speeds(records: Sequence[Result]) -> list[str]:
     timed = [(machine(r), r["metrics"]["speed"]) for r in records if "speed" in r["metrics"]]
     where = dict.fromkeys((s["batch"], _dtype(s), who) for who, s in timed)
     lines = [f"samples/s of generating alone, batch {batch}{dtype}: {who}" for batch, dtype, who in sorted(where)]

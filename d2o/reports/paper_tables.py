@@ -35,7 +35,7 @@ PRINTED = ("nfe", "seconds", "accuracy")
 """What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right
 classes."""
 
-Text = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
 
@@ -52,18 +52,18 @@ def _optional(cls: type) -> dict[str, Any]:
     return {field.name: (hints[field.name], field.default) for field in fields(cls)}
 
 
-Options = create_model(
+RowOptions = create_model(
     "Options",
     __base__=Section,
-    metrics=(list[Text], None),
-    extractor=(Text, None),
-    teacher=(Text, None),
+    metrics=(list[NonEmpty], None),
+    extractor=(NonEmpty, None),
+    teacher=(NonEmpty, None),
     **_optional(Settings),
 )
 """Options of `d2o eval` as a table gives them: the names of the command line with `_` for `-`."""
 
 
-class Row(Section):
+class PaperRow(Section):
     """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
     standard deviation].
 
@@ -71,13 +71,13 @@ class Row(Section):
     reference than the table's.
     """
 
-    name: Text
-    x: Text | None = None
-    options: Options = Options()  # type: ignore[valid-type]
+    name: NonEmpty
+    x: NonEmpty | None = None
+    options: RowOptions = RowOptions()  # type: ignore[valid-type]
     paper: dict[str, Printed] = Field(default_factory=dict)
-    against: Text | None = None
-    recipe: Text | None = None
-    start: Text | None = None
+    against: NonEmpty | None = None
+    recipe: NonEmpty | None = None
+    start: NonEmpty | None = None
 
     def printed(self, key: str) -> tuple[float, float | None] | None:
         """(value, standard deviation or None) as the paper prints it, or None."""
@@ -97,18 +97,18 @@ class PaperTable(Section):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
     names one."""
 
-    title: Text
-    paper: Text
-    protocol: Text | None = None
-    options: Options = Options()  # type: ignore[valid-type]
-    against: Text | None = None
-    rows: Annotated[list[Row], Field(min_length=1)]
+    title: NonEmpty
+    paper: NonEmpty
+    protocol: NonEmpty | None = None
+    options: RowOptions = RowOptions()  # type: ignore[valid-type]
+    against: NonEmpty | None = None
+    rows: Annotated[list[PaperRow], Field(min_length=1)]
 
-    def options_of(self, row: Row) -> dict[str, Any]:
+    def options_of(self, row: PaperRow) -> dict[str, Any]:
         """The row's options over the table's, only those that are written there."""
         return {**_given(self.options), **_given(row.options)}
 
-    def against_of(self, row: Row) -> str | None:
+    def against_of(self, row: PaperRow) -> str | None:
         return row.against or self.against
 
 
@@ -116,7 +116,7 @@ def _given(options: BaseModel) -> dict[str, Any]:
     return options.model_dump(exclude_unset=True)
 
 
-def absent(row: Row) -> str | None:
+def absent(row: PaperRow) -> str | None:
     """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published
     teacher, fetched)."""
     x = row.x

@@ -14,8 +14,8 @@ from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.reports.cells import (
     ARROWS,
-    Metric,
-    Record,
+    Entry,
+    Result,
     has_protocol,
     heading,
     machine,
@@ -28,10 +28,10 @@ from d2o.reports.cells import (
     settings,
     value_text,
 )
+from d2o.reports.comparison import Comparison, fold, results_table
 from d2o.reports.curves import Curves, read_curves
 from d2o.reports.report_charts import WORDS, by_class, comparison, training
-from d2o.reports.report_parts import neighbours, samples
-from d2o.reports.table import Table, fold, results_table
+from d2o.reports.report_pictures import neighbours, samples
 from d2o.version import __version__
 
 STYLE = Path(__file__).with_name("report.css")
@@ -42,7 +42,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(
-    path: str | Path, records: Sequence[Record], runs: Sequence[str | Path] = (), title: str = "d2o report"
+    path: str | Path, records: Sequence[Result], runs: Sequence[str | Path] = (), title: str = "d2o report"
 ) -> None:
     """Write the page (atomically). UserError: `runs` without metrics.jsonl, or `path` holds a page that isn't d2o's."""
     check_report_target(path)
@@ -59,7 +59,7 @@ def check_report_target(path: str | Path) -> None:
         )
 
 
-def render(records: Sequence[Record], curves: Sequence[Curves] = (), title: str = "d2o report") -> str:
+def render(records: Sequence[Result], curves: Sequence[Curves] = (), title: str = "d2o report") -> str:
     """The whole page."""
     sections = [
         _results(records),
@@ -82,7 +82,7 @@ def render(records: Sequence[Record], curves: Sequence[Curves] = (), title: str 
     )
 
 
-def _subtitle(records: Sequence[Record]) -> str:
+def _subtitle(records: Sequence[Result]) -> str:
     students = [r for r in records if r["x"]["kind"] == "student"]
     makers = dict.fromkeys(r["x"]["teacher"] for r in students if r["x"].get("teacher"))
     what = f"{len(records)} result{'s' * (len(records) != 1)}"
@@ -93,7 +93,7 @@ def _subtitle(records: Sequence[Record]) -> str:
     )
 
 
-def _tiles(records: Sequence[Record]) -> str:
+def _tiles(records: Sequence[Result]) -> str:
     """The best student beside the teacher, in a few numbers; only numbers of one protocol stand beside each other."""
     keys = [key for r in records if r["x"]["kind"] == "student" for key, m in metrics(r) if m["better"]]
     if not keys:
@@ -142,7 +142,7 @@ def _tiles(records: Sequence[Record]) -> str:
     return f'<div class="tiles">{cards}</div>'
 
 
-def _results(records: Sequence[Record]) -> str:
+def _results(records: Sequence[Result]) -> str:
     table = results_table(records)
     pieces = "".join(_table(records, piece) for piece in fold(table, WIDTH, names=NAMES))
     return (
@@ -153,7 +153,7 @@ def _results(records: Sequence[Record]) -> str:
     )
 
 
-def _table(records: Sequence[Record], table: Table) -> str:
+def _table(records: Sequence[Result], table: Comparison) -> str:
     """A piece of the table. On a narrow page its rows become lists, in which each cell says what it is."""
     heads = "".join(
         f'<th scope="col"{_class(kind)}>{_arrowed(h)}</th>'
@@ -194,7 +194,7 @@ def _footnote(line: str) -> str:
     return f"<li{' class=warning' if line.startswith('not comparable') else ''}>{escape(line)}</li>"
 
 
-def _details(records: Sequence[Record]) -> str:
+def _details(records: Sequence[Result]) -> str:
     return (
         '<section><h2>How each number was made</h2><p class="lead">The command that repeats it, the weights it used and'
         " the machine it ran on."
@@ -202,7 +202,7 @@ def _details(records: Sequence[Record]) -> str:
     )
 
 
-def _about(r: Record) -> str:
+def _about(r: Result) -> str:
     x, env = r["x"], r["env"]
     rows = [
         ("command", f"<code>{escape(r.get('command', 'not recorded'))}</code>"),
@@ -236,7 +236,7 @@ def _preset(preset: dict[str, Any]) -> str:
     return " · ".join(str(part) for part in (preset.get("name"), preset.get("paper"), *rest) if part)
 
 
-def _metric(m: Metric, paper: tuple[float, float | None] | None) -> str:
+def _metric(m: Entry, paper: tuple[float, float | None] | None) -> str:
     parts = [value_text(m)]
     runs = m["runs"]
     if len(runs) > 1:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from d2o.reports.cells import Metric, Record, comparable, error_of, heading, number, paper_of, value_text
+from d2o.reports.cells import Entry, Result, comparable, error_of, heading, number, paper_of, value_text
 from d2o.reports.charts import COLOURS, Dot, Series, dot_chart, line_chart
+from d2o.reports.comparison import metric_columns
 from d2o.reports.curves import Curves
-from d2o.reports.report_parts import legend, scroll, section
-from d2o.reports.table import metric_columns
+from d2o.reports.report_pictures import legend, scroll, section
 
 COMPARED = 3  # rows that make a chart worth its place
 KINDS = {"student": 0, "teacher": 1, "images": 2, "pairs": 3, "statistics": 4}
@@ -37,7 +37,7 @@ SIGNS = (
 )  # title, keys, axis, what it shows, logarithmic
 
 
-def comparison(records: Sequence[Record]) -> str:
+def comparison(records: Sequence[Result]) -> str:
     """A chart for each metric that at least three rows have under one protocol; rows of other protocols are never on
     one axis."""
     charts: list[str] = []
@@ -61,7 +61,7 @@ def comparison(records: Sequence[Record]) -> str:
     return section("Side by side", lead, f'{legend(entries)}<div class="charts">{"".join(charts)}</div>')
 
 
-def _dot(record: Record, key: str, metric: Metric) -> Dot:
+def _dot(record: Result, key: str, metric: Entry) -> Dot:
     scale = 100 if metric.get("percent") else 1
     error, paper = error_of(metric), paper_of(record).get(key, (None,))[0]
     return Dot(
@@ -74,7 +74,7 @@ def _dot(record: Record, key: str, metric: Metric) -> Dot:
     )
 
 
-def _dots(metric: Metric, dots: Sequence[Dot]) -> str:
+def _dots(metric: Entry, dots: Sequence[Dot]) -> str:
     values = [d.value for d in dots]
     log = _wide(values)
     what = [
@@ -151,12 +151,12 @@ def _lines(title: str, what: str, series: Sequence[Series], y_label: str, log: b
     return f'<div class="card chart"><h3>{escape(title)}</h3><p>{about}</p>{keys}{scroll(title, svg, "plot ")}</div>'
 
 
-def by_class(records: Sequence[Record]) -> str:
+def by_class(records: Sequence[Result]) -> str:
     """A table for each metric that is known class by class."""
     return "".join(_by_class(records, key, column) for (key, _), column in metric_columns(records).items())
 
 
-def _by_class(records: Sequence[Record], key: str, column: dict[int, Metric]) -> str:
+def _by_class(records: Sequence[Result], key: str, column: dict[int, Entry]) -> str:
     scored = {row: m for row, m in column.items() if m.get("per_class")}
     classes = list(dict.fromkeys(c for m in scored.values() for c in m["per_class"]))
     if not classes:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded
 from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.networks.edm_view import called_at
 from d2o.networks.load import load_weights
 from d2o.teachers import edm2_latents
-from d2o.teachers.base import Spec, check_labels
+from d2o.teachers.base import Spec, check_labels, embed_labels
 from d2o.version import __version__
 
 STUDENTS = {
@@ -29,18 +31,19 @@ STUDENTS = {
 
 
 class Student(nn.Module):
-    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c).
+    """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
+    the nearest of its levels.
 
-    forward(noise [B, C, H, W] standard normal, condition class indices [B] or None) -> x [B, C, H, W] float32. `config`
-    rebuilds it. Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its
-    noise and condition alone in all of them.
+    forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`, or
+    what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
+    and `from_record`; image i depends on its noise and condition alone in all of them.
     """
 
     nfe = 1  # network calls of one sample
 
     def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
         super().__init__()
-        self.network, self.spec, self.sigma = network, spec, float(sigma)
+        self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
         self.meta: dict[str, Any] = {}
 
     @property
@@ -66,10 +69,19 @@ class Student(nn.Module):
         rest = dict(self.record)
         return {"student": rest.pop("kind"), **rest, "network": network_config(self.network)}
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        condition = check_labels(self.spec, condition, len(noise))
+    def embed(self, condition: Condition | Embedded) -> Embedded:
+        """What the network takes, on its device; what is embedded already comes back as it is. UserError: of
+        a kind that this student does not take."""
+        return embed_labels(self.spec, condition, next(self.network.parameters()).device)
+
+    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
+        """The embedded condition if it fits. UserError: none, another number than the batch, classes out of range."""
+        return check_labels(self.spec, embedded, batch)
+
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
+        embedded = self.check_condition(self.embed(condition), len(noise))
         return self.network(
-            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), condition
+            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), embedded
         )
 
     def decode(self, x: Tensor) -> Tensor:
@@ -128,7 +140,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
         raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)
-    student = make_student(load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"]), meta["student"])
+    student = make_student(
+        load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"], path), meta["student"]
+    )
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)
 

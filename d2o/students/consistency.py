@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError, unknown
-from d2o.losses.consistency import RHO, SIGMA_MIN, jump
+from d2o.losses.consistency import RHO, jump
+from d2o.networks.edm_view import lowest_level
 from d2o.networks.second_time import second_time
 from d2o.students.base import Student
 from d2o.students.multistep import OwnNoise, Randn
-from d2o.teachers.base import Spec, check_labels
+from d2o.teachers.base import Spec
 
 FORMS = ("cd", "pd", "ctm")
 MIDDLE = 17 / 39
@@ -24,13 +27,13 @@ MIDDLE = 17 / 39
 from the top, as Song et al. 2023 sample ImageNet 64x64 in two steps; 1.38 of 80."""
 
 
-def estimate(network: nn.Module, form: str, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+def estimate(network: nn.Module, form: str, x: Tensor, t: Tensor, s: Tensor, embedded: Embedded) -> Tensor:
     """f(x_t, t) of forms "cd" and "pd", f(x_t, t, s) of "ctm": x [B, C, H, W], t and s [B] -> [B, C, H, W] float32."""
-    return network(x, t, labels, second_time(s)) if form == "ctm" else network(x, t, labels)
+    return network(x, t, embedded, second_time(s)) if form == "ctm" else network(x, t, embedded)
 
 
 class ConsistencyStudent(Student):
-    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W]
+    """forward(noise [B, C, H, W] standard normal, condition, randn) -> x [B, C, H, W]
     float32.
 
     "cd": f(sigma z, sigma); a second step adds noise up to the level `middle` (unit Karras scale; between sigma_min and
@@ -107,21 +110,18 @@ class ConsistencyStudent(Student):
             places = [i / self.nfe for i in reversed(range(self.nfe + 1))]
         else:
             places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
-        high, low = self.sigma ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-        return [
-            (high + (1 - place) * (low - high)) ** RHO for place in places
-        ]  # `karras_time`, in numbers that a traced graph can hold
+        return [karras_sigma(1 - place, lowest_level(self.network), self.sigma, RHO) for place in places]
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None, randn: Randn | None = None) -> Tensor:
-        labels = check_labels(self.spec, condition, len(noise))
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: Randn | None = None) -> Tensor:
+        embedded = self.check_condition(self.embed(condition), len(noise))
         grid = self.grid()
         x = noise.to(torch.float32) * self.sigma
         for i, (t, s) in enumerate(pairwise(grid)):
             if i and self.form == "cd":
                 randn = randn or OwnNoise(noise)
-                x = x + (t**2 - SIGMA_MIN**2) ** 0.5 * randn(*x.shape[1:])
+                x = x + (t**2 - lowest_level(self.network) ** 2) ** 0.5 * randn(*x.shape[1:])
             at, to = (torch.full((len(x),), level, dtype=torch.float64, device=x.device) for level in (t, s))
-            f = estimate(self.network, self.form, x, at, to, labels)
+            f = estimate(self.network, self.form, x, at, to, embedded)
             if self.clamp and self.spec.space == "pixel" and (self.form != "ctm" or s == grid[-1]):
                 f = f.clamp(*self.spec.value_range)
             x = f if self.form == "cd" else jump(x, f, at, to)

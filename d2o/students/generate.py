@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition
 from d2o.data.archive import Archive, Part, archive_for, join_pieces
 from d2o.data.draws import check_range, draw, label_mode
 from d2o.data.finished import Finished, take_over
 from d2o.data.images import to_uint8
+from d2o.data.pair_tools import ShardProgress
 from d2o.data.prompts import Prompts
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
@@ -32,9 +34,9 @@ from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student
 from d2o.students.outputs import discard, finished, join, parts_of, public, refuse_other
 from d2o.students.sample_record import check_parts
-from d2o.teachers.base import Condition, Spec, Teacher
+from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import BATCH, Compute, join_compute, torch_threads, tune, tune_network
-from d2o.teachers.generate import Progress, Say
+from d2o.teachers.generate import Say
 from d2o.teachers.pair_maker import check_finite
 from d2o.version import __version__
 from d2o.work.folder import Ahead, Unit, Vanished, WorkFolder, cut, fill
@@ -55,16 +57,27 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What makes images: `call(noise [B, C, H, W], labels [B] or None)` -> [B, C, H, W] in [-1, 1]; `record` says what
-    it is. `prompts`: those whose numbers the labels are. `tune` has `network` run as an output records it."""
+    """What makes images: `call(noise [B, C, H, W], condition)` -> [B, C, H, W] in [-1, 1]; `record` says what it is.
+    `prompts`: those whose numbers stand for them as classes in what is written. `tune` has `network` run as an output
+    records it."""
 
-    call: Callable[[Tensor, Tensor | None], Tensor]
+    call: Callable[[Tensor, Condition], Tensor]
     spec: Spec
     device: torch.device
     record: dict[str, Any]
     prompts: Prompts | None = None
     network: nn.Module | None = None
     tune: Callable[[dict[str, Any]], None] = lambda recorded: None
+
+    def condition(self, labels: Tensor | None, n: int) -> Condition:
+        """What n images of these classes are asked to be."""
+        if labels is None:
+            return Condition.none(n)
+        return (
+            Condition.of_labels(labels)
+            if self.prompts is None
+            else Condition.of_prompts(self.prompts.many(labels.tolist()))
+        )
 
 
 def student_sampler(student: Student) -> Sampler:
@@ -76,9 +89,9 @@ def student_sampler(student: Student) -> Sampler:
         nonlocal dtype
         dtype = tune_network(student.network, recorded)
 
-    def call(noise: Tensor, labels: Tensor | None) -> Tensor:
+    def call(noise: Tensor, condition: Condition) -> Tensor:
         with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-            x = student(noise.to(device), None if labels is None else labels.to(device))
+            x = student(noise.to(device), condition)
         return student.decode(x.to(torch.float32))
 
     about = student.record  # as it is called now: its steps or truncation may be others than the checkpoint's
@@ -131,11 +144,7 @@ def teacher_sampler(
         record["prompts"] = {"sha256": prompts.sha256, "count": len(prompts)}
         spec = replace(spec, condition="label", classes=len(prompts))
 
-    def call(noise: Tensor, labels: Tensor | None) -> Tensor:
-        condition: Condition = labels
-        if prompts is not None:
-            assert labels is not None
-            condition = prompts.many(labels.tolist())
+    def call(noise: Tensor, condition: Condition) -> Tensor:
         return teacher.decode(teacher.sample(noise, condition, solver, cfg=cfg))
 
     return Sampler(
@@ -154,7 +163,7 @@ def make_samples(
     precision: str = "fp32",
     channels_last: bool | None = None,
     say: Say = lambda message: None,
-    progress: Progress = lambda done, total, note: None,
+    progress: ShardProgress = lambda done, total, note: None,
     stop: StopFlag | None = None,
 ) -> dict[str, Any]:
     """Make, continue or add to `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns
@@ -205,7 +214,7 @@ def _work(
     how: Compute,
     asked: list[str],
     say: Say,
-    progress: Progress,
+    progress: ShardProgress,
     stop: StopFlag | None,
 ) -> dict[str, Any]:
     """Make the parts that are missing, and join them. `done`: the record of the smaller output that is there."""
@@ -359,7 +368,7 @@ def _images(
     )
     for (first, _), (noise, labels) in zip(cuts, drawn, strict=True):
         with torch.inference_mode():
-            x = sampler.call(noise, labels)
+            x = sampler.call(noise, sampler.condition(labels, len(noise)))
             check_finite(x, settings["seed"] + first, f"the {record['source']['kind']}")
             images = to_uint8(x).cpu()
         yield first, images, labels

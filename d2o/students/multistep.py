@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.students.base import Student
-from d2o.teachers.base import Spec, check_labels
+from d2o.teachers.base import Spec
 
 Randn = Callable[..., Tensor]
 """randn(*shape) -> standard normal [B, *shape], every sample's its own."""
@@ -40,10 +41,10 @@ class OwnNoise:
 
 
 class MultistepStudent(Student):
-    """forward(noise [B, C, H, W] standard normal, condition class indices [B] or None, randn) -> x [B, C, H, W] float32
+    """forward(noise [B, C, H, W] standard normal, condition, randn) -> x [B, C, H, W] float32
     in [-1, 1].
 
-    `network` is called as network(x_{t+1}, t [B], z [B, nz], labels) -> x_0 in [-1, 1], `steps` times. `randn` gives
+    `network` is called as network(x_{t+1}, t [B], z [B, nz], embedded) -> x_0 in [-1, 1], `steps` times. `randn` gives
     each step's latent [B, nz] and then, but for the last step, its posterior noise [B, C, H, W]; by default both come
     from the samples' own generators (`OwnNoise`).
     """
@@ -61,13 +62,13 @@ class MultistepStudent(Student):
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> MultistepStudent:
         return cls(network, spec, record["steps"])
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None, randn: Randn | None = None) -> Tensor:
-        labels = check_labels(self.spec, condition, len(noise))
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: Randn | None = None) -> Tensor:
+        embedded = self.check_condition(self.embed(condition), len(noise))
         randn = randn or OwnNoise(noise)
         x = noise.to(torch.float32)
         for step in reversed(range(self.nfe)):
             t = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
-            x0 = self.network(x, t, randn(self.nz), labels)
+            x0 = self.network(x, t, randn(self.nz), embedded)
             x = self.process.posterior(x0, x, t, randn(*x.shape[1:])) if step else x0
         return x
 

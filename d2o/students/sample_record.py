@@ -6,17 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from d2o.data.pair_record import Compute, Count
+from d2o.data.pair_record import ComputeRecord, Count
 from d2o.interop.records import MAX_SEED, Record, check_record
 
 
-class Settings(Record):
+class SampleSettings(Record):
     n: Count
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     labels: str
 
 
-class Source(Record):
+class SampleSource(Record):
     kind: Literal["student", "teacher"]
     sha256: str
 
@@ -24,12 +24,12 @@ class Source(Record):
 class SampleRecord(Record):
     format: Literal["d2o-samples"]
     version: Literal[1]
-    settings: Settings
-    source: Source
-    compute: Compute
+    settings: SampleSettings
+    source: SampleSource
+    compute: ComputeRecord
 
 
-class Chunked(Compute):
+class Chunked(ComputeRecord):
     chunk: Count
 
 

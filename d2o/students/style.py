@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
 from d2o.students.multistep import OwnNoise
-from d2o.teachers.base import Spec, check_labels
+from d2o.teachers.base import Spec
 
 NOISES = ("own", "const", "none")
 """Noise inputs of the synthesis network: each sample's own (from its start noise), the ones kept in the checkpoint, or
@@ -43,8 +44,8 @@ class StyleStudent(Student):
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> StyleStudent:
         return cls(network, spec, record["noise"], record["truncation"])
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        check_labels(self.spec, condition, len(noise))
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
+        self.check_condition(self.embed(condition), len(noise))
         return self.decode_style(self.latent(noise, 1.0), self.noises(noise))
 
     def latent(self, z: Tensor, t: float = 1.0) -> Tensor:

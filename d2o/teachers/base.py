@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import NO_CLASS, Condition, Embedded, Text, join_embedded
 from d2o.diffusion.schedules import EDMSchedule, Schedule
 from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
@@ -54,13 +54,13 @@ class Spec:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Spec:
+    def from_dict(cls, record: dict[str, Any], where: Any = "the file") -> Spec:
         """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are
-        missing, wrong, beyond what a sample can be, or that this d2o does not know."""
-        check_record(SpecRecord, record, "the file describes its generator wrongly")
+        missing, wrong, beyond what a sample can be, or that this d2o does not know; `where` is in front."""
+        check_record(SpecRecord, record, f"{where} describes its generator wrongly")
         if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
             raise UserError(
-                f"the file describes its generator by {', '.join(foreign)}, which this d2o does not know",
+                f"{where} describes its generator by {', '.join(foreign)}, which this d2o does not know",
                 "use the d2o that made it",
             )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
@@ -73,35 +73,13 @@ class Spec:
         return self.shape[-1]
 
 
-@dataclass(frozen=True)
-class Text:
-    """Encoded prompts: `states` [B, L, D] of the text encoder, and `pooled` [B, P] for networks that take one vector
-    per prompt as well."""
-
-    states: Tensor
-    pooled: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, index: Any) -> Text:
-        return Text(self.states[index], None if self.pooled is None else self.pooled[index])
-
-    def to(self, device: torch.device) -> Text:
-        return Text(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
-
-
-Condition = Tensor | Text | Sequence[str] | None
-"""Class indices [B] int64 (-1: no class), encoded prompts, prompts, or nothing."""
-
-
 class Teacher:
     """A frozen denoiser with its schedule and solvers.
 
     `denoise(x_t, t, condition)`: x_t [B, C, H, W], t the schedule's time (EDM family: sigma; SD: 0 .. 999; flow: 0 ..
-    1) scalar or [B] -> x_0 prediction [B, C, H, W] float32. `network` is what students start from; this class calls it
-    as `network(x_t, sigma, labels)`, a denoiser of the EDM family; other families override `predict`, `unconditional`,
-    `check_condition` and `decode`.
+    1) scalar or [B] -> x_0 prediction [B, C, H, W] float32. A condition is a `Condition`, or what `embed` made of one.
+    `network` is what students start from; this class calls it as `network(x_t, sigma, labels)`, a denoiser of the EDM
+    family; other families override `predict`, `embed`, `unconditional`, `check_condition` and `decode`.
     """
 
     def __init__(
@@ -115,9 +93,9 @@ class Teacher:
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
         self.call: Any = self.network  # what is called in its place: the same network, compiled
 
-    def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition = None) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        checked = self.check_condition(condition, len(x_t))
+        checked = self.check_condition(self.embed(condition), len(x_t))
         half = self.dtype is not None and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
             return self.predict(x_t, t, checked)
@@ -127,11 +105,18 @@ class Teacher:
         in half precision."""
         return self.call(x_t, t, condition)
 
-    def unconditional(self, condition: Any) -> Any:
-        """The empty condition, of the same kind and length as `condition`."""
-        return torch.full_like(condition, -1)
+    def embed(self, condition: Condition | Embedded) -> Embedded:
+        """What the network takes: class indices, encoded prompts (each distinct one once), or None; on the teacher's
+        device. What is embedded already comes back as it is. UserError: of a kind that this teacher does not take."""
+        return embed_labels(self.spec, condition, self.device)
 
-    def guided(self, x_t: Tensor, t: Tensor | float, condition: Condition = None, cfg: float = 1.0) -> Tensor:
+    def unconditional(self, embedded: Any) -> Any:
+        """The empty condition, of the same kind and length."""
+        return torch.full_like(embedded, NO_CLASS)
+
+    def guided(
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float = 1.0
+    ) -> Tensor:
         """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the
         plain conditional call.
 
@@ -140,11 +125,12 @@ class Teacher:
         if cfg == 1.0:
             return self.denoise(x_t, t, condition)
         self.check_cfg(cfg)
-        if condition is None:
+        embedded = self.embed(condition)
+        if embedded is None:
             raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} was given none")
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        checked = self.check_condition(condition, len(x_t))
-        both = join(checked, self.unconditional(checked))
+        checked = self.check_condition(embedded, len(x_t))
+        both = join_embedded(checked, self.unconditional(checked))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return torch.lerp(d_u, d_c, cfg)
 
@@ -152,7 +138,7 @@ class Teacher:
     def sample(
         self,
         noise: Tensor,
-        condition: Condition = None,
+        condition: Condition | Embedded = None,
         solver: str | Solver | None = None,
         steps: int | None = None,
         cfg: float = 1.0,
@@ -167,25 +153,24 @@ class Teacher:
         run = solver if isinstance(solver, Solver) else self.solver(solver)
         run = run if steps is None else replace(run, steps=steps)
         noise = noise.to(self.device)
-        if isinstance(condition, (Tensor, Text)):
-            condition = condition.to(self.device)
-        condition = self.prepare(self.check_condition(condition, len(noise)))
-        return run.run(lambda x, t: self.guided(x, t, condition, cfg), noise, self.schedule, randn).to(torch.float32)
+        embedded = self.embed(condition)
+        embedded = embedded.to(self.device) if isinstance(embedded, (Tensor, Text)) else embedded
+        prepared = self.prepare(self.check_condition(embedded, len(noise)))
+        return run.run(lambda x, t: self.guided(x, t, prepared, cfg), noise, self.schedule, randn).to(torch.float32)
 
-    def prepare(self, condition: Any) -> Any:
+    def edm_view(self) -> nn.Module:
+        """D(x; sigma, condition) -> x_0 of x = x_0 + sigma n, with the teacher's own weights: what students and score
+        networks are copies of. Here the network itself."""
+        return self.network
+
+    def prepare(self, embedded: Any) -> Any:
         """Called once before many calls with one condition: the place for what does not change between them."""
-        return condition
+        return embedded
 
     def solver(self, name: str | None = None, steps: int | None = None) -> Solver:
         """A solver by name, or the teacher's usual one; with the teacher's usual number of steps unless given."""
         usual = Solver(self.spec.solver, self.spec.steps)
         return replace(usual, name=name or usual.name, steps=steps if steps is not None else usual.steps)
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts for the network. UserError: this teacher takes no text."""
-        raise UserError(
-            f"teacher {self.spec.name!r} takes no prompts (condition: {self.spec.condition})", "leave --prompts away"
-        )
 
     def expect_prompts(self, repeated: bool) -> None:
         """What is to come: prompts that return later, which are worth keeping encoded, or not."""
@@ -194,10 +179,10 @@ class Teacher:
         """Diffusion space -> images in [-1, 1]; in pixel space x itself, clipped."""
         return x.clamp(*self.spec.value_range)
 
-    def check_condition(self, condition: Any, batch: int) -> Any:
-        """The condition if it fits. UserError: labels for an unconditional teacher, none for a conditional one, out of
-        range."""
-        return check_labels(self.spec, condition, batch)
+    def check_condition(self, embedded: Any, batch: int) -> Any:
+        """The embedded condition if it fits. UserError: labels for an unconditional teacher, none for a conditional
+        one, out of range."""
+        return check_labels(self.spec, embedded, batch)
 
     def check_cfg(self, cfg: float) -> None:
         """UserError: guidance of a teacher that has no condition, or never learned what images are like without one."""
@@ -218,12 +203,20 @@ class Teacher:
         return self._fingerprint
 
 
-def join(first: Any, second: Any) -> Any:
-    """Two conditions of one kind, one after the other."""
-    if isinstance(first, Text):
-        pooled = None if first.pooled is None else torch.cat([first.pooled, second.pooled])
-        return Text(torch.cat([first.states, second.states]), pooled)
-    return torch.cat([first, second])
+def embed_labels(spec: Spec, condition: Condition | Embedded, device: torch.device) -> Embedded:
+    """Of a network that takes class indices, or nothing: the labels of a `Condition` on the device; what is embedded
+    already comes back as it is. UserError: prompts, or a guidance scale, which such networks are not told."""
+    if not isinstance(condition, Condition):
+        return condition
+    if condition.prompts is not None:
+        if spec.classes:
+            raise UserError(
+                f"{spec.name!r} is conditioned on {spec.classes} classes; it takes class indices, not prompts"
+            )
+        raise UserError(f"{spec.name!r} takes no prompts (condition: {spec.condition})", "leave --prompts away")
+    if condition.cfg is not None:
+        raise UserError(f"{spec.name!r} is not told a guidance scale")
+    return None if condition.labels is None else condition.labels.to(device)
 
 
 def check_labels(spec: Spec, labels: Any, batch: int) -> Tensor | None:

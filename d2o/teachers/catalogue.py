@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
-from d2o.interop.download import Progress, download, home, verify
+from d2o.interop.download import Received, download, home, verify
 from d2o.interop.hub import cached_snapshot, hub_snapshot, missing_files
 from d2o.interop.safetensors_io import atomic_write
 
@@ -230,7 +230,7 @@ def local_path(published: Published) -> Path | None:
     return folder if folder is not None and not missing_files(folder) else None
 
 
-def fetch(published: Published, progress: Progress | None = None, say: Callable[[str], None] | None = None) -> Path:
+def fetch(published: Published, progress: Received | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Its file or folder: found, or downloaded. The licence is shown through `say` once per machine.
 
     UserError: no network, refused, damaged; the message says which file to put where.
@@ -254,7 +254,7 @@ def fetch(published: Published, progress: Progress | None = None, say: Callable[
 
 
 def fetch_autoencoder(
-    published: Published, progress: Progress | None = None, say: Callable[[str], None] | None = None
+    published: Published, progress: Received | None = None, say: Callable[[str], None] | None = None
 ) -> Path | None:
     """The folder of the autoencoder whose latents the teacher makes; None where the teacher brings its own, or makes
     pixels. As `fetch`."""

@@ -80,6 +80,11 @@ def tune(teacher: Teacher, recorded: dict[str, Any]) -> None:
         teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
 
 
+def changes(recorded: dict[str, Any]) -> bool:
+    """Whether `tune` changes a teacher: its weights' precision or order, or what is called in the network's place."""
+    return any(recorded.get(name) for name in ("precision", "channels_last", "compile"))
+
+
 def tune_network(network: nn.Module, recorded: dict[str, Any]) -> torch.dtype | None:
     """Weights in the recorded precision and memory format; the type to call the network under (autocast), None for
     fp32."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2o.teachers.base import Text
+from d2o.condition import Text
 
 BLOCKS = (
     "CrossAttnDownBlock2D",

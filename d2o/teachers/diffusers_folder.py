@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError, unknown
 from d2o.networks.budget import check_numbers
-from d2o.teachers.base import UNSTATED, Condition, Spec, Teacher
-from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Folder, quiet, read_json, words
+from d2o.teachers.base import UNSTATED, Spec, Teacher
+from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_json, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
@@ -42,7 +43,7 @@ NOT_TEACHERS = {
     "ControlNet": "it needs control images",
     "Upscale": "it enlarges images",
     "Pix2Pix": "it edits images",
-    "LatentConsistency": "it is distilled already",
+    "Consistency": "it is distilled already",
     "Onnx": "its network is ONNX",
     "LDMPipeline": "latents of a VQ autoencoder are not supported",
     "ScoreSdeVe": "its network has continuous time",
@@ -82,7 +83,7 @@ def load_diffusers(
             + (f": {why}" if why else ""),
             hint,
         )
-    folder = Folder(path, index)
+    folder = Components(path, index)
     with quiet():
         teacher: Teacher
         if CLASSES[kind] is DDPM:
@@ -107,9 +108,9 @@ def _try_out(teacher: Teacher, path: Path) -> None:
     config: Any = teacher.network.config
     channels, height, width = teacher.spec.shape
     side = 2 ** len(config.block_out_channels) if "block_out_channels" in config else 2 * config.patch_size
-    condition: Condition = (
-        [""] if teacher.spec.condition == "text" else torch.tensor([0]) if teacher.spec.classes else None
-    )
+    condition = Condition.of_labels([0]) if teacher.spec.classes else Condition.none(1)
+    if teacher.spec.condition == "text":
+        condition = Condition.of_prompts([""])
     try:
         x = teacher.sample(torch.zeros(1, channels, min(side, height), min(side, width)), condition, steps=1)
     except UserError:
@@ -125,7 +126,7 @@ def _try_out(teacher: Teacher, path: Path) -> None:
 
 
 def _stable_diffusion(
-    folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str, sdxl_uncond: str | None
+    folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str, sdxl_uncond: str | None
 ) -> StableDiffusionTeacher:
     xl = folder.index["_class_name"] == "StableDiffusionXLPipeline"
     suffixes = ("", "_2") if xl else ("",)
@@ -181,7 +182,7 @@ def _stable_diffusion(
 
 
 def _stable_diffusion_3(
-    folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str
+    folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str
 ) -> StableDiffusion3Teacher:
     config = folder.scheduler
     check_numbers(
@@ -233,7 +234,7 @@ def _stable_diffusion_3(
     )
 
 
-def _unet2d(folder: Folder, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> UNet2DTeacher:
+def _unet2d(folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> UNet2DTeacher:
     schedule, prediction, clip = discrete_schedule(folder)
     config = folder.config("unet")
     if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type") is not None:
@@ -251,7 +252,7 @@ def _unet2d(folder: Folder, name: str, device: Any, dtype: torch.dtype | None, l
     return UNet2DTeacher(unet, schedule, spec, device, dtype, prediction=prediction, clip=clip)
 
 
-def _shape(folder: Folder, network: Any) -> tuple[int, int, int]:
+def _shape(folder: Components, network: Any) -> tuple[int, int, int]:
     size = network.config.sample_size
     sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sizes) != 2 or not all(isinstance(side, int) and side > 0 for side in sizes):
@@ -262,7 +263,7 @@ def _shape(folder: Folder, network: Any) -> tuple[int, int, int]:
     return network.config.in_channels, sizes[0], sizes[1]
 
 
-def discrete_schedule(folder: Folder) -> tuple[DiscreteSchedule, str, float | None]:
+def discrete_schedule(folder: Components) -> tuple[DiscreteSchedule, str, float | None]:
     """(schedule, prediction type, clipping range or None) of the folder's scheduler, whichever of the known ones it is.
 
     They are those of DDIMScheduler.from_config(that scheduler's config), but for one thing: only DDIM and DDPM clip

@@ -47,7 +47,7 @@ CLASSES = {
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-class Folder:
+class Components:
     """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are
     made."""
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.condition import Text
 from d2o.diffusion.schedules import FlowSchedule
 from d2o.errors import UserError
-from d2o.teachers.base import Spec, Text
-from d2o.teachers.stable_diffusion import TextTeacher
+from d2o.networks.edm_view import EDMView
+from d2o.teachers.base import Spec
+from d2o.teachers.stable_diffusion import SIGMA_DATA, TextTeacher
 from d2o.teachers.text import CACHE_BYTES, PromptCache, joined_states_and_t5
 
 T5_LENGTH = 256
@@ -78,6 +80,10 @@ class StableDiffusion3Teacher(TextTeacher):
             return_dict=False,
         )[0]
         return x_t - t.view(-1, 1, 1, 1) * v.float()
+
+    def edm_view(self) -> EDMView:
+        schedule = {"kind": "flow", "train_steps": self.schedule.train_steps}
+        return EDMView.of(self.network, schedule, "velocity", sigma_data=SIGMA_DATA)
 
     def _settings(self) -> dict[str, Tensor]:
         return {"schedule.flow": torch.tensor([self.schedule.shift, self.schedule.train_steps], dtype=torch.float64)}

@@ -3,6 +3,7 @@ when."""
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import time
@@ -19,16 +20,17 @@ from d2o.data.pair_files import Made, adopt_shard, shard_record, store_folder, w
 from d2o.data.pair_reading import read_shard
 from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import REWIRED, PairSettings, check_probe, differences, new_manifest, with_n
+from d2o.data.pair_tools import ShardProgress
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import StopFlag, Stopped, worker
 from d2o.teachers.base import Teacher
-from d2o.teachers.compute import Compute, join_compute, torch_threads, tune
-from d2o.teachers.pair_maker import Maker, Progress
+from d2o.teachers.compute import Compute, changes, join_compute, torch_threads, tune
+from d2o.teachers.pair_maker import Maker
 from d2o.teachers.registry import load_teacher
-from d2o.work.folder import MANIFEST, Folder, Unit, fill
+from d2o.work.folder import MANIFEST, SharedFolder, Unit, fill
 
 Say = Callable[[str], None]
 
@@ -70,9 +72,10 @@ def make_pairs(
     share: Share = Share(),
     device: str | torch.device = "cpu",
     say: Say = lambda message: None,
-    progress: Progress = lambda done, total, note: None,
+    progress: ShardProgress = lambda done, total, note: None,
     stop: StopFlag | None = None,
     teacher: Teacher | None = None,
+    lent: bool = False,
     prompts: Prompts | None = None,
 ) -> PairStore | None:
     """Make or continue the store `out`; returns when it has settings.n pairs, whether made by this process or by others
@@ -84,9 +87,11 @@ def make_pairs(
     them. Asked for fewer pairs it is left as it is.
 
     `compute` holds for a new store; one that was begun keeps its own, since the last bits depend on it. `teacher` and
-    `prompts` save loading settings.teacher and settings.prompts. Raises UserError: bad settings, another store or
-    foreign files at `out`, unwritable, a target that is not finite (named by its seed), another size for a rewired
-    store; Stopped: `stop` was set; work is saved.
+    `prompts` save loading settings.teacher and settings.prompts. A teacher that is `lent` stays as it is: where running
+    as `compute` says would change it, a copy is run.
+
+    Raises UserError: bad settings, another store or foreign files at `out`, unwritable, a target that is not finite
+    (named by its seed), another size for a rewired store; Stopped: `stop` was set; work is saved.
     """
     settings.check()
     compute.check()
@@ -134,6 +139,8 @@ def make_pairs(
     recorded = join_compute(manifest["compute"], new["compute"], str(out), say, compute.asked)
     if compute.precision == AUTO:
         say(explain_precision(recorded.get("precision", "fp32"), teacher.device))
+    if lent and changes(recorded):
+        teacher = copy.deepcopy(teacher)
     tune(teacher, recorded)
     listed = folder.recorded()
     if lost := [unit.file for unit in folder.left(units) if unit.file in listed and listed[unit.file]["n"] == unit.n]:
@@ -175,7 +182,7 @@ def make_pairs(
     return PairStore(out, n=n)
 
 
-def _begun(folder: Folder, new: dict[str, Any], out: str | Path) -> dict[str, Any]:
+def _begun(folder: SharedFolder, new: dict[str, Any], out: str | Path) -> dict[str, Any]:
     """The manifest that holds in the folder, which is begun if it is empty. UserError: another store is there."""
     manifest = folder.open(new)
     check_manifest(manifest, f"{folder.url}/{MANIFEST}")
@@ -189,16 +196,16 @@ def _begun(folder: Folder, new: dict[str, Any], out: str | Path) -> dict[str, An
     return manifest
 
 
-def grow(folder: Folder, n: int) -> dict[str, Any]:
+def grow(folder: SharedFolder, n: int) -> dict[str, Any]:
     """Let the store have at least n pairs; returns its manifest."""
     return folder.change(lambda manifest: with_n(manifest, max(n, manifest["settings"]["n"])))
 
 
-def _complete(folder: Folder) -> Callable[[dict[str, Any]], bool]:
+def _complete(folder: SharedFolder) -> Callable[[dict[str, Any]], bool]:
     return lambda manifest: not folder.left(PairSettings.from_manifest(manifest).units())
 
 
-def _begun_shard(folder: Folder, manifest: dict[str, Any], unit: Unit) -> dict[str, Tensor]:
+def _begun_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit) -> dict[str, Tensor]:
     """The tensors of the unit's shard from when the store was smaller; none if there is no such shard, or it is not as
     it was written."""
     entry = folder.recorded().get(unit.file)

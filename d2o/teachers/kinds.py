@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,35 @@ from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.networks.precond import Denoiser
 from d2o.teachers import catalogue
 from d2o.teachers.base import Teacher
+from d2o.teachers.in_edm import ViewTeacher
 from d2o.teachers.registry import BUILTIN, is_repository
 
-WORDS = {
-    "edm": "is a denoiser of the EDM family",
-    "text": "is a text-to-image model",
-    "diffusers": "is in diffusers' format",
+FAMILIES = {
+    "edm": "denoisers of EDM in its own preconditioning (and what `d2o train` makes of that kind)",
+    "edm-other": "denoisers of EDM in other preconditionings (VP, VE, iDDPM)",
+    "edm2": "EDM2, on latents",
+    "ddpm": "DDPM's U-Nets in diffusers' format, unconditional or by class",
+    "sd": "Stable Diffusion 1, 2 and XL, and text-to-image models of `d2o train`",
+    "flow": "flow transformers (Stable Diffusion 3)",
 }
+"""The families of teachers, as far as methods tell them apart."""
+PIPELINES = {
+    "DDPMPipeline": "ddpm",
+    "DDIMPipeline": "ddpm",
+    "PNDMPipeline": "ddpm",
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sd",
+    "StableDiffusion3Pipeline": "flow",
+}
+"""What a diffusers folder holds -> its family."""
+UNKNOWN = "diffusers"
+"""The family of a repository of the hub, of which nothing but its name is known."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`family` "edm" (denoisers of EDM and EDM2, and what `d2o train` makes of their kind), "text" (text-to-image
-    models of `d2o train`) or "diffusers"; `arch` and `precond` of the EDM family as `build_network` takes them, None
-    where only the weights' file says it; `text`: it makes images of prompts."""
+    """`family`: one of `FAMILIES`, or `UNKNOWN`; `arch` and `precond` of the EDM family as `build_network` takes them,
+    None where only the weights' file says it; `text`: it makes images of prompts."""
 
     name: str
     family: str
@@ -36,23 +51,25 @@ class Kind:
 
     def words(self) -> str:
         """What it is: the end of a sentence about it."""
-        if self.family == "edm" and self.arch == "edm2":
-            return "is an EDM2 network"
-        if self.family == "edm" and self.precond not in (None, "edm"):
+        if self.family == "edm-other":
             return f"is in preconditioning {self.precond}"
-        return WORDS[self.family]
+        return {
+            "edm": "is a denoiser of the EDM family",
+            "edm2": "is an EDM2 network",
+            "ddpm": "is a U-Net of DDPM's kind in diffusers' format",
+            "sd": "is a text-to-image model of Stable Diffusion's kind",
+            "flow": "is a flow transformer",
+        }.get(self.family, "is in diffusers' format")
 
 
 def kind_of(teacher: Teacher) -> Kind:
     """The kind of a teacher that is loaded."""
-    network, name = teacher.network, teacher.spec.name
-    if isinstance(network, Denoiser) and teacher.spec.condition != "text":
-        return _edm(name, {**getattr(network, "config", {}), "precond": network.precond})
-    return Kind(
-        name,
-        "diffusers" if teacher.meta.get("format") == "diffusers" else "text",
-        text=teacher.spec.condition == "text",
-    )
+    teacher = teacher.teacher if isinstance(teacher, ViewTeacher) else teacher
+    network, name, text = teacher.network, teacher.spec.name, teacher.spec.condition == "text"
+    if isinstance(network, Denoiser):
+        return replace(_edm(name, {**getattr(network, "config", {}), "precond": network.precond}), text=text)
+    family = {"UNet2DModel": "ddpm", "UNet2DConditionModel": "sd"}.get(type(network).__name__, "flow")
+    return Kind(name, family, text=text)
 
 
 def look(name: str) -> Kind | None:
@@ -61,16 +78,15 @@ def look(name: str) -> Kind | None:
     if name not in BUILTIN:
         published = catalogue.find(name)
         if published is not None and not Path(name).exists():
-            return (
-                Kind(name, "diffusers", text=True)
-                if published.kind == "diffusers"
-                else _edm(name, published.network or {})
-            )
+            if published.kind != "diffusers":
+                return _edm(name, published.network or {})
+            return Kind(name, "flow" if published.solver == "euler" else "sd", text=True)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
     if (path / "model_index.json").is_file():
-        return Kind(name, "diffusers", text=_has_tokenizer(path / "model_index.json"))
+        index = _index(path / "model_index.json")
+        return Kind(name, PIPELINES.get(str(index.get("_class_name")), UNKNOWN), text="tokenizer" in index)
     if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
-        return Kind(name, "diffusers") if is_repository(name) else None  # on the hub all are in that format
+        return Kind(name, UNKNOWN) if is_repository(name) else None  # on the hub all are in that format
     if path.suffix == ".pkl":
         return Kind(name, "edm") if path.is_file() else None
     try:
@@ -80,16 +96,18 @@ def look(name: str) -> Kind | None:
     config = meta.get("network")
     if meta.get("kind") != "teacher" or not isinstance(config, dict):
         return None
-    return Kind(name, "text", text=True) if config.get("arch") == "text_to_image" else _edm(name, config)
+    return Kind(name, "sd", text=True) if config.get("arch") == "text_to_image" else _edm(name, config)
 
 
 def _edm(name: str, config: dict[str, Any]) -> Kind:
-    return Kind(name, "edm", config.get("arch"), config.get("precond", "edm"))
+    arch, precond = config.get("arch"), config.get("precond", "edm")
+    family = "edm2" if arch == "edm2" else "edm" if precond in ("edm", "consistency") else "edm-other"
+    return Kind(name, family, arch, precond)
 
 
-def _has_tokenizer(index: Path) -> bool:
+def _index(path: Path) -> dict[str, Any]:
     try:
-        parts = read_json(index)
+        parts = read_json(path)
     except UserError:  # loading says it
-        return False
-    return isinstance(parts, dict) and "tokenizer" in parts
+        return {}
+    return parts if isinstance(parts, dict) else {}

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.draws import draw_some
 from d2o.data.images import to_uint8
 from d2o.data.pair_files import Made
 from d2o.data.pair_settings import DTYPES, PairSettings
+from d2o.data.pair_tools import ShardProgress
 from d2o.data.prompts import Prompts
 from d2o.diffusion.noise import StepNoise
 from d2o.errors import UserError
 from d2o.runtime import StopFlag
 from d2o.teachers.base import Teacher
 from d2o.work.folder import Ahead, Unit
-
-Progress = Callable[[int, int, str], None]
-"""progress(done, total, note)"""
 
 
 class Maker:
@@ -33,7 +31,7 @@ class Maker:
         teacher: Teacher,
         batch: int,
         prompts: Prompts | None,
-        progress: Progress,
+        progress: ShardProgress,
         stop: StopFlag | None,
         begun: Callable[[Unit], dict[str, Tensor]] = lambda unit: {},
     ):
@@ -52,7 +50,7 @@ class Maker:
         """None when `stop` was seen. `before`: pairs that exist already."""
         settings, shape = self.settings, self.teacher.spec.shape
         target = torch.empty(unit.n, *shape, dtype=DTYPES[settings.dtype])
-        noises, labels, texts, images = [], [], [], []
+        noises, conditions, images = [], [], []
         cuts = [(first, min(self.batch, unit.n - first)) for first in range(0, unit.n, self.batch)]
         # A compiled network is given batches of one size only: it would be compiled anew for another, with other last
         # bits.
@@ -71,8 +69,7 @@ class Maker:
                 target[part] = old["target"][part]
                 images += [old["image"][part]] if settings.decode else []
             else:
-                condition: Any = drawn.prompts if drawn.prompts is not None else drawn.labels
-                x = self.teacher.sample(drawn.start, condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[
+                x = self.teacher.sample(drawn.start, drawn.condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[
                     :count
                 ]
                 target[part] = x.cpu()
@@ -84,15 +81,13 @@ class Maker:
                         images.append(to_uint8(self.teacher.decode(x)).cpu())
             drawn = drawn.first(count)
             noises.append(drawn.noise)
-            labels += [] if drawn.labels is None else [drawn.labels]
-            texts += drawn.prompts or []
+            conditions.append(drawn.condition)
             self.shown = before + first + count
             self.progress(self.shown, settings.n, "")
         return Made(
             torch.cat(noises),
             target,
-            torch.cat(labels) if labels else None,
-            texts if self.prompts else None,
+            Condition.join(conditions),
             torch.cat(images) if images else None,
         )
 
@@ -103,16 +98,17 @@ class Maker:
         sources = [int(settings.sources(i, 1)[0]) for i in mine]
         begin, labels = draw_some(settings.seed, sources, spec.shape, spec.classes, settings.labels)
         noise = begin if settings.rewire == "none" else draw_some(settings.seed, mine, spec.shape, 0, "none")[0]
-        texts = None
+        condition = Condition.none(n) if labels is None else Condition.of_labels(labels)
         if self.prompts is not None:
             texts = self.prompts.many([int(settings.prompt_numbers(i, 1, len(self.prompts))[0]) for i in sources])
+            condition = Condition.of_prompts(texts)
         drawn_classes = spec.classes if settings.labels == "random" else 0
         steps = (
             StepNoise([settings.seed + i for i in sources], spec.shape, drawn_classes)
             if self.solver.stochastic
             else None
         )
-        return Drawn(noise, begin, labels, texts, steps)
+        return Drawn(noise, begin, condition, steps)
 
 
 @dataclass
@@ -122,16 +118,11 @@ class Drawn:
 
     noise: Tensor
     start: Tensor
-    labels: Tensor | None
-    prompts: list[str] | None
+    condition: Condition
     steps: StepNoise | None
 
     def first(self, n: int) -> Drawn:
-        labels, prompts = (
-            None if self.labels is None else self.labels[:n],
-            None if self.prompts is None else self.prompts[:n],
-        )
-        return Drawn(self.noise[:n], self.start[:n], labels, prompts, self.steps)
+        return Drawn(self.noise[:n], self.start[:n], self.condition[:n], self.steps)
 
 
 def check_finite(x: Tensor, seed: int, source: str, dtype: str = "fp32") -> None:

@@ -12,7 +12,7 @@ import torch
 from d2o.errors import UserError, nearest
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
-from d2o.interop.download import verify
+from d2o.interop.download import Received, verify
 from d2o.interop.hub import hub_snapshot
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint
@@ -30,7 +30,6 @@ BUILTIN = {"digits": "teacher_digits.safetensors", "tiny-sd": "tiny-sd"}
 """Name -> file or diffusers folder in d2o/assets."""
 TINY_SD_LICENCE = "CC-BY-4.0"
 Say = Callable[[str], None]
-Progress = Callable[[int, int | None], None]
 
 
 def teacher_names() -> list[str]:
@@ -43,7 +42,7 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     *,
     say: Say | None = None,
-    progress: Progress | None = None,
+    progress: Received | None = None,
 ) -> Teacher:
     """A teacher by name (`digits`, `tiny-sd`, `sd15`, `edm-cifar10-cond-vp`, ...: `teacher_names()`), or from where it
     lies: a checkpoint or run folder of `d2o train`, a network as NVIDIA published it (`.pkl`), a folder in diffusers'
@@ -124,7 +123,7 @@ def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | Non
             "students are loaded with d2o.load_student",
         )
     check_checkpoint(meta, path)
-    spec = Spec.from_dict(meta["spec"])
+    spec = Spec.from_dict(meta["spec"], path)
     if name is not None:
         spec = replace(spec, name=name)
     network = load_weights(meta["network"], tensors, path)

@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Condition, Embedded, Text
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
-from d2o.teachers.base import Condition, Spec, Teacher, Text
+from d2o.networks.edm_view import EDMView
+from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.cross_attention import (
     GivenText,
     Prepared,
@@ -23,14 +25,16 @@ from d2o.teachers.cross_attention import (
     text_attentions,
 )
 from d2o.teachers.prediction import check_prediction, to_data
-from d2o.teachers.text import CACHE_BYTES, PromptCache, joined_states, last_states
+from d2o.teachers.text import CACHE_BYTES, PromptCache, embed_prompts, joined_states, last_states
 from d2o.teachers.vae import decode
 
+SIGMA_DATA = 1.0
+"""Standard deviation of latents, which their scaling factor is there for (Rombach et al. 2022, appendix G)."""
 SDXL_UNCOND = ("zeros", "encode_empty")
 
 
 class TextTeacher(Teacher):
-    """What teachers with prompts share: `encode`, the checks of a condition, the empty prompt, `decode` through the
+    """What teachers with prompts share: `embed`, the checks of a condition, the empty prompt, `decode` through the
     autoencoder."""
 
     def __init__(
@@ -58,9 +62,10 @@ class TextTeacher(Teacher):
         self.prompts, self.width, self.pooled = prompts, width, pooled
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts -> Text on the teacher's device, float32. Cut after 77 tokens. UserError: no list of strings."""
-        return self.prompts(prompts)
+    def embed(self, condition: Condition | Embedded) -> Embedded:
+        """Prompts -> Text on the teacher's device, float32, cut after 77 tokens. UserError: class labels, or
+        nothing."""
+        return embed_prompts(self.spec, condition, self.prompts)
 
     def expect_prompts(self, repeated: bool) -> None:
         self.prompts.limit = self.prompts.usual if repeated else 0
@@ -70,21 +75,17 @@ class TextTeacher(Teacher):
         """What guidance takes for no prompt, of length 1."""
         return self.prompts.empty
 
-    def unconditional(self, condition: Any) -> Text:
-        empty, rows = self.empty, len(condition)
+    def unconditional(self, embedded: Any) -> Text:
+        empty, rows = self.empty, len(embedded)
         return Text(empty.states.expand(rows, -1, -1), None if empty.pooled is None else empty.pooled.expand(rows, -1))
 
-    def check_condition(self, condition: Any, batch: int) -> Any:
-        """Prompts are encoded. UserError: class labels, no condition, another number than the batch, states of another
-        network."""
+    def check_condition(self, text: Any, batch: int) -> Any:
+        """UserError: no encoded prompts, another number than the batch, states of another network."""
         name = self.spec.name
-        if condition is None:
-            raise UserError(f"{name!r} is conditioned on text; give a list of prompts, '' for none")
-        if isinstance(condition, Tensor):
-            raise UserError(f"{name!r} is conditioned on text; it takes prompts, not class labels")
-        if len(condition) != batch and not isinstance(condition, str):
-            raise UserError(f"{len(condition)} prompts for a batch of {batch}")
-        text = condition if isinstance(condition, Text) else self.encode(condition)
+        if not isinstance(text, Text):
+            raise UserError(f"{name!r} is conditioned on text; it takes prompts, '' for none")
+        if len(text) != batch:
+            raise UserError(f"{len(text)} prompts for a batch of {batch}")
         if text.states.ndim != 3 or text.states.shape[-1] != self.width:
             raise UserError(
                 f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another"
@@ -201,24 +202,26 @@ class StableDiffusionTeacher(TextTeacher):
             out = self.call(x_t, t.round().long(), text.states, added_cond_kwargs=added, return_dict=False)[0]
         return to_data(self.prediction, out, x_t, t, self.schedule)
 
-    def prepare(self, condition: Any) -> Any:
-        plain = (
-            self.network._compiled_call_impl is not None or self._attentions is None or not isinstance(condition, Text)
-        )
-        return condition if plain else Prepared(condition)
+    def prepare(self, embedded: Any) -> Any:
+        plain = self.network._compiled_call_impl is not None or self._attentions is None
+        return Prepared(embedded) if not plain and isinstance(embedded, Text) else embedded
 
     def guided(
-        self, x_t: Tensor, t: Tensor | float, condition: Condition | Prepared = None, cfg: float = 1.0
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded | Prepared = None, cfg: float = 1.0
     ) -> Tensor:
         if cfg == 1.0 or not isinstance(condition, Prepared):
-            return super().guided(x_t, t, cast("Condition", condition), cfg)
+            return super().guided(x_t, t, cast("Embedded", condition), cfg)
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        both = cast("Condition", condition.guided(self.empty))
+        both = cast("Embedded", condition.guided(self.empty))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return torch.lerp(d_u, d_c, cfg)
 
-    def check_condition(self, condition: Any, batch: int) -> Any:
-        return condition if isinstance(condition, Prepared) else super().check_condition(condition, batch)
+    def edm_view(self) -> EDMView:
+        ids = self.time_ids[0].tolist() if self.xl else None
+        return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA, time_ids=ids)
+
+    def check_condition(self, text: Any, batch: int) -> Any:
+        return text if isinstance(text, Prepared) else super().check_condition(text, batch)
 
     @property
     def empty(self) -> Text:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.condition import Condition, Embedded, Text
 from d2o.errors import UserError
-from d2o.teachers.base import Text
+from d2o.teachers.base import Spec
 
 CACHE_BYTES = 256 * 2**20
 EncodeOne = Callable[[str], Text]
@@ -73,6 +74,19 @@ class PromptCache:
         # both.
         with torch.inference_mode(False), torch.no_grad():
             return self.encode_one(prompt)
+
+
+def embed_prompts(spec: Spec, condition: Condition | Embedded, cache: PromptCache) -> Embedded:
+    """Of a network that takes text: the prompts of a `Condition`, encoded; what is embedded already comes back as it
+    is. UserError: class labels, nothing, or a guidance scale, which it is not told."""
+    if not isinstance(condition, Condition):
+        return condition
+    if condition.prompts is None:
+        what = "not class labels" if condition.labels is not None else "'' for none"
+        raise UserError(f"{spec.name!r} is conditioned on text; it takes prompts, {what}")
+    if condition.cfg is not None:
+        raise UserError(f"{spec.name!r} is not told a guidance scale")
+    return cache(condition.prompts)
 
 
 def _size(text: Text) -> int:

@@ -12,8 +12,12 @@ from torch import Tensor
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import tensors_sha256
+from d2o.networks.edm_view import EDMView
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.prediction import check_prediction, to_data
+
+SIGMA_DATA = 0.5
+"""Standard deviation of images in [-1, 1], as EDM has it."""
 
 
 class UNet2DTeacher(Teacher):
@@ -53,6 +57,10 @@ class UNet2DTeacher(Teacher):
         out = self.call(x_t, t.round().long(), class_labels=condition, return_dict=False)[0][:, : x_t.shape[1]]
         x = to_data(self.prediction, out, x_t, t, self.schedule)
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def edm_view(self) -> EDMView:
+        """Without the clipping, which is the solvers', not the network's."""
+        return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA)
 
     def check_condition(self, condition: Any, batch: int) -> Any:
         """As for any teacher by class, but these networks have no class for "none": UserError where one is asked

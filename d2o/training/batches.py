@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_float
 from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
@@ -60,9 +61,10 @@ class Batches:
             self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
         )
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
-        parts = (batch.labels, batch.noise, batch.target, batch.images)
-        labels, noise, target, images = (None if t is None else t.to(self.device, non_blocking=True) for t in parts)
-        return Batch(labels, noise, target, None if images is None else self.finish(iteration, images))
+        parts = (batch.noise, batch.target, batch.images)
+        noise, target, images = (None if t is None else t.to(self.device, non_blocking=True) for t in parts)
+        condition = batch.condition.to(self.device, non_blocking=True)
+        return Batch(condition, noise, target, None if images is None else self.finish(iteration, images))
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
@@ -85,12 +87,11 @@ class Batches:
     def read(self, iteration: int) -> Batch:
         index = self.positions(iteration)
         if isinstance(self.source, PairStore):
-            noise, labels, target = self.source.batch(index)
-            return Batch(labels=labels, noise=noise, target=target)
+            noise, condition, target = self.source.batch(index)
+            return Batch(condition, noise, target)
         assert self.source is not None
-        return Batch(
-            images=self.source.images(index), labels=None if self.source.labels is None else self.source.labels[index]
-        )
+        labels = None if self.source.labels is None else self.source.labels[index]
+        return Batch(Condition(len(index), labels), images=self.source.images(index))
 
     def finish(self, iteration: int, images: Tensor) -> Tensor:
         """uint8 -> [-1, 1], and random flips; on the device and in the main thread, see `get`. Stored latents stay as

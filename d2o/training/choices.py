@@ -23,7 +23,9 @@ def as_begun(recipe: Any, before: Any) -> Any:
     return recipe.model_copy(update={key: getattr(before, key) for key in CHOSEN if getattr(recipe, key) == AUTO})
 
 
-def choose(recipe: Any, product: nn.Module, device: torch.device, say: Callable[[str], None]) -> Any:
+def choose(
+    recipe: Any, product: nn.Module, device: torch.device, say: Callable[[str], None], sharded: bool = False
+) -> Any:
     """The recipe with precision and memory order for that network on that device in place of `auto`; says so.
     (`threads`: threads.py.)"""
     changes: dict[str, Any] = {}
@@ -33,5 +35,5 @@ def choose(recipe: Any, product: nn.Module, device: torch.device, say: Callable[
     elif recipe.precision == "bf16" and bf16_unit(device) is None:
         say("precision bf16: nothing here computes in bf16, so it is imitated, slower than fp32")
     if recipe.channels_last == AUTO:
-        changes["channels_last"] = prefers_channels_last(product, device)
+        changes["channels_last"] = not sharded and prefers_channels_last(product, device)
     return recipe.model_copy(update=changes)

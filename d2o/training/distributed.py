@@ -71,31 +71,6 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-BUCKET = 2**23
-"""Elements of gradients that are exchanged at once: few enough to copy in a moment, enough to fill the line."""
-
-
-def average(gradients: list[Tensor], world: int) -> None:
-    """Replace each by its mean over the processes, which have to bring the same ones.
-
-    Here and not in DistributedDataParallel: that counts on one backward pass a step with a gradient for every
-    parameter, and methods with a critic have passes of a few parameters (R1), several of one network in an iteration,
-    and updates of one network between two of another.
-    """
-    if world == 1:
-        return
-    bucket: list[Tensor] = []
-    for i, gradient in enumerate(gradients):
-        bucket.append(gradient)
-        if i + 1 == len(gradients) or sum(g.numel() for g in bucket) >= BUCKET:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            flat /= world
-            pieces = flat.split([g.numel() for g in bucket])
-            torch._foreach_copy_(bucket, [piece.view(g.shape) for piece, g in zip(pieces, bucket, strict=True)])
-            bucket = []
-
-
 def any_process(flag: bool, device: torch.device, world: int) -> bool:
     """True everywhere if it is true somewhere."""
     if world == 1:

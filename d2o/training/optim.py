@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError
 
+if TYPE_CHECKING:
+    from d2o.recipes.sections import Optim
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "sgd": torch.optim.SGD}
 
 
-def build_optimizer(parameters: list[nn.Parameter], options: Any) -> torch.optim.Optimizer:
-    """`options` is a recipe's `optim` section. Foreach or fused kernels wherever torch has them."""
+def build_optimizer(parameters: Mapping[str, nn.Parameter], options: Optim) -> torch.optim.Optimizer:
+    """The optimiser of named parameters. Foreach or fused kernels wherever torch has them. UserError: a pattern of
+    `no_decay` that fits no name."""
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+    groups = decay_groups(parameters, options)
     if options.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=options.betas[0], foreach=True, **common)
+        return torch.optim.SGD(groups, momentum=options.betas[0], foreach=True, **common)
     common |= {"betas": tuple(options.betas), "eps": options.eps}
     if options.name == "radam":
-        return torch.optim.RAdam(parameters, foreach=True, **common)
-    fused = all(p.device.type == "cuda" for p in parameters)
-    return OPTIMIZERS[options.name](parameters, fused=fused, foreach=not fused, **common)
+        return torch.optim.RAdam(groups, foreach=True, **common)
+    fused = all(p.device.type == "cuda" for p in parameters.values())
+    return OPTIMIZERS[options.name](groups, fused=fused, foreach=not fused, **common)
 
 
-def learning_rate(options: Any, iteration: int, total: int) -> float:
+def decay_groups(parameters: Mapping[str, nn.Parameter], options: Optim) -> list[dict[str, Any]]:
+    """Those that weight decay takes, and those whose names fit `options.no_decay`, which have none."""
+    spared = {name for name in parameters if any(fnmatchcase(name, pattern) for pattern in options.no_decay)}
+    for pattern in options.no_decay:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UserError(
+                f"optim.no_decay: {pattern!r} fits no parameter",
+                f"names are like {', '.join(list(parameters)[:3])}; `*bias` fits every bias",
+            )
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in parameters.items() if name not in spared]}]
+    if spared:
+        groups.append({"params": [parameters[name] for name in parameters if name in spared], "weight_decay": 0.0})
+    return [group for group in groups if group["params"]] or groups[:1]
+
+
+def learning_rate(options: Optim, iteration: int, total: int) -> float:
     """The rate of 0-based `iteration`: linear warm-up over `warmup` iterations, then constant, cosine or linear decay
     to `final_lr` at `total`."""
     if iteration < options.warmup:
@@ -43,6 +65,11 @@ def norm(gradients: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
+def finite(gradients: list[Tensor]) -> Tensor:
+    """Whether all numbers are finite: a truth value that stays on the device."""
+    return torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
+
+
 class GradientGuard:
     """The policy for gradients that are not finite.
 
@@ -56,12 +83,12 @@ class GradientGuard:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.first = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
 
-    def admit(self, gradients: list[Tensor], iteration: int) -> bool:
-        """Look at (and for "zero" mend) the gradients of one step; False: leave the step out."""
+    def admit(self, gradients: list[Tensor], iteration: int, finite: Callable[[list[Tensor]], Tensor] = finite) -> bool:
+        """Look at (and for "zero" mend) the gradients of one step; False: leave the step out. `finite`: as this
+        module's, of processes that hold parts of the gradients for all of them together."""
         if not gradients:
             return True
-        norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
-        bad = ~norms.isfinite().all()
+        bad = ~finite(gradients)
         self.count += bad
         self.first = torch.where(bad, self.first.clamp(max=iteration), self.first)
         if self.policy == "zero":
@@ -81,9 +108,11 @@ class GradientGuard:
         return count
 
 
-def clip(parameters: list[nn.Parameter], options: Any) -> None:
-    """Clip by global norm and by value, as the recipe says."""
-    if options.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm, foreach=True)
-    if options.clip_value is not None:
-        torch.nn.utils.clip_grad_value_(parameters, options.clip_value, foreach=True)
+def clip(gradients: list[Tensor], options: Optim, norm: Callable[[list[Tensor]], Tensor] = norm) -> None:
+    """Clip by global norm and by value, as the recipe says, in place. `norm`: as this module's, or of the parts of all
+    processes."""
+    if options.clip_norm is not None and gradients:
+        torch._foreach_mul_(gradients, (options.clip_norm / (norm(gradients) + 1e-6)).clamp(max=1.0))
+    if options.clip_value is not None and gradients:
+        torch._foreach_clamp_min_(gradients, -options.clip_value)
+        torch._foreach_clamp_max_(gradients, options.clip_value)

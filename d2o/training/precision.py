@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 from d2o.networks.processor import PRECISIONS
+from d2o.training.optim import finite as all_finite
 
 START, LOWEST, GROWTH = 2.0**16, 1.0, 2000
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The method's step in that precision; weights, their gradients and the optimiser's moments stay float32."""
+def autocast(precision: str, device: torch.device, sharded: bool = False) -> AbstractContextManager[Any]:
+    """The method's step in that precision; weights, their gradients and the optimiser's moments stay float32. Of
+    sharded weights no cast ones are kept: they would outlive the gathered ones."""
     dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=not sharded)
 
 
 class LossScale:
@@ -37,14 +40,13 @@ class LossScale:
     def scaled(self, loss: Tensor) -> Tensor:
         return loss * self.scale if self.on else loss
 
-    def unscale(self, gradients: list[Tensor]) -> bool:
+    def unscale(self, gradients: list[Tensor], finite: Callable[[list[Tensor]], Tensor] = all_finite) -> bool:
         """Divide the gradients of one update by the scale; False: they overflowed, leave the update out. Waits for the
-        device."""
+        device. `finite`: see `GradientGuard.admit`."""
         if not self.on or not gradients:
             return True
         torch._foreach_mul_(gradients, 1 / self.scale)  # a power of two: exact
-        finite = bool(torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all())
-        if finite or self.scale <= LOWEST:
+        if bool(finite(gradients)) or self.scale <= LOWEST:
             return True
         self.overflow = True
         return False

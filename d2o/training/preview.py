@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_uint8
 from d2o.data.pictures import draw_sheet, lay_out
 from d2o.diffusion.noise import noise_and_labels
+from d2o.diffusion.solvers import Solver
 from d2o.interop.safetensors_io import atomic_path
 from d2o.methods.base import Generate
 from d2o.teachers.base import Spec, Teacher
@@ -18,7 +20,7 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 
 
 class Preview:
-    """Left: the teacher's samples from these noises (or real images where there is no teacher); right: the
+    """Left: the teacher's samples from these noises by `solver` (or real images where there is no teacher); right: the
     product's."""
 
     def __init__(
@@ -28,7 +30,7 @@ class Preview:
         count: int,
         teacher: Teacher | None,
         images: ImageSet | None,
-        steps: int,
+        solver: Solver | None,
         device: torch.device,
     ):
         self.folder = folder
@@ -39,21 +41,22 @@ class Preview:
         noise, labels = noise_and_labels(range(PREVIEW_SEED, PREVIEW_SEED + count), spec.shape, spec.classes)
         if spec.classes:
             labels = (torch.arange(count) * spec.classes) // max(count, 1)  # class by class, so that the rows read well
-        self.noise, self.labels = noise.to(device), labels.to(device) if spec.classes else None
+        condition = Condition.of_labels(labels) if spec.classes else Condition.none(count)
+        self.noise, self.condition = noise.to(device), condition.to(device)
         self.layout = lay_out(count, labels.tolist() if spec.classes else None)
         self.left: tuple[str, Tensor] | None = None
         self.who = "network" if teacher is None else "student"
-        if teacher is not None:
+        if teacher is not None and solver is not None:
             self.left = (
-                f"teacher, {steps} steps of heun",
-                to_uint8(teacher.decode(teacher.sample(self.noise, self.labels, "heun", steps))).cpu(),
+                f"teacher, {solver.steps} steps of {solver.name}",
+                to_uint8(teacher.decode(teacher.sample(self.noise, self.condition, solver))).cpu(),
             )
         elif images is not None:
-            self.left = "real images", images.images(_matching(images, self.labels, count)).cpu()
+            self.left = "real images", images.images(_matching(images, condition.labels, count)).cpu()
 
     def write(self, images_seen: int, generate: Generate) -> Path:
         """previews/<images seen>.png; returns its path."""
-        right = f"{self.who} after {images_seen:,} images", to_uint8(generate(self.noise, self.labels)).cpu()
+        right = f"{self.who} after {images_seen:,} images", to_uint8(generate(self.noise, self.condition)).cpu()
         path = self.folder / f"{images_seen:09d}.png"
         with atomic_path(path) as temporary:
             draw_sheet([self.left, right] if self.left is not None else [right], self.layout).save(

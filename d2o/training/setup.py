@@ -13,18 +13,19 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
+from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
 from d2o.networks.freeze import freeze
 from d2o.runtime import StopFlag, worker
 from d2o.students.base import load_student
-from d2o.teachers.base import UNSTATED
+from d2o.teachers.base import UNSTATED, Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
-from d2o.training.evaluation import Evaluation, open_evaluator
+from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
 
 Report = Callable[[str], None]
@@ -42,6 +43,16 @@ def pair_settings(recipe: Any) -> PairSettings:
     pairs = recipe.pairs
     names = [field.name for field in fields(PairSettings) if field.name != "teacher" and hasattr(pairs, field.name)]
     return PairSettings(recipe.teacher, **{name: getattr(pairs, name) for name in names})
+
+
+def learned_solver(recipe: Any, teacher: Teacher | None) -> Solver | None:
+    """The solver whose output the student learns to make: that of its pairs, else the teacher's own (for stochastic
+    pairs, too: what each of their samples was drawn with is not drawn again). None without a teacher."""
+    if teacher is None:
+        return None
+    own = teacher.solver()
+    pairs = own if recipe.pairs is None else pair_settings(recipe).resolved(own.name, own.steps).ode
+    return own if pairs.stochastic else pairs
 
 
 def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
@@ -118,7 +129,8 @@ def prepare(
         way = "this is for the recipe's `eval:`; --set eval=null trains without it"
         raise UserError(error.message, f"{error.hint}\n{way}" if error.hint else way) from error
     if recipe.teacher is not None:
-        setup.teacher = check_teacher(recipe.method, load_teacher(recipe.teacher, device, say=say))
+        setup.teacher = load_teacher(recipe.teacher, device, say=say)
+        check_teacher(recipe.method, setup.teacher)
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
@@ -128,7 +140,14 @@ def prepare(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
         )
         setup.pairs = make_pairs(
-            pair_settings(recipe), folder, compute=compute, device=device, say=say, progress=progress, stop=stop
+            pair_settings(recipe),
+            folder,
+            compute=compute,
+            say=say,
+            progress=progress,
+            stop=stop,
+            teacher=setup.teacher,
+            lent=True,
         )
     return setup
 
@@ -141,7 +160,7 @@ def try_out(recipe: Any, setup: Setup) -> None:
     freeze(method.networks()[method.product], recipe.student.freeze)
     if recipe.checkpointing:
         checkpointed(recipe, method.networks(), setup.teacher)
-    Evaluation(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
+    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:

@@ -3,15 +3,19 @@ recomputed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from d2o.errors import UserError
-from d2o.methods.base import get_method
+from d2o.methods.base import Method, get_method
 from d2o.networks.build import set_checkpointing
 from d2o.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
+    from d2o.recipes.sections import Optim
 
 
 def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int], int]:
@@ -38,6 +42,19 @@ def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int],
         share = f"each of {world} processes has {size}" if world > 1 else f"the batch has {size}"
         raise UserError(f"batch: {what}, and {share}", "take fewer processes, or another batch" if world > 1 else "")
     return (rank * size, (rank + 1) * size), micro
+
+
+def optimisers(recipe: Recipe, method: Method, players: Sequence[str]) -> dict[str, Optim]:
+    """The optimiser's settings of each player: of its own name in `optim_critics`, else `optim` of the product and
+    `optim_critic` of the others, as the method changes them. UserError: a name of no player."""
+    for name in recipe.optim_critics:
+        if name not in players:
+            raise UserError(
+                f"optim_critics.{name}: method {recipe.method} trains no network of that name",
+                f"it trains {', '.join(players)}",
+            )
+    given = {name: recipe.optim if name == method.product else recipe.optim_critic or recipe.optim for name in players}
+    return {name: method.optim(name, recipe.optim_critics.get(name, given[name])) for name in players}
 
 
 def checkpointed(recipe: Any, networks: Mapping[str, nn.Module], teacher: Teacher | None = None) -> None:

@@ -86,8 +86,8 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         {
             "modules": {name: module.state_dict() for name, module in modules.items()},
             "ema": trainer.ema.network.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()},
-            "guards": trainer.guards,
+            "optimizers": {name: player.optimizer.state_dict() for name, player in trainer.players.items()},
+            "guards": {name: player.guard for name, player in trainer.players.items()},
             "loss_scale": trainer.loss_scale,
         }
     )
@@ -99,8 +99,9 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
         module.load_state_dict(state["modules"][name])
         module.zero_grad(set_to_none=True)
     trainer.ema.network.load_state_dict(state["ema"])
-    for name, optimizer in trainer.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    trainer.guards, trainer.loss_scale, trainer.iteration = state["guards"], state["loss_scale"], 0
+    for name, player in trainer.players.items():
+        player.optimizer.load_state_dict(state["optimizers"][name])
+        player.guard = state["guards"][name]
+    trainer.loss_scale, trainer.iteration = state["loss_scale"], 0
     trainer.norms.clear()
     torch.clear_autocast_cache()

@@ -23,6 +23,8 @@ class Log(Protocol):
 
     def write(self, iteration: int, images: int, **values: Any) -> None: ...
 
+    def sync(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -72,8 +74,8 @@ class _Tracked:
         self._log, self._service, self._name, self._say = log, service, name, say
         self._alive = True
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._log, name)
+    def sync(self) -> None:
+        self._log.sync()
 
     def write(self, iteration: int, images: int, **values: Any) -> None:
         self._log.write(iteration, images, **values)

@@ -54,7 +54,7 @@ class Claim(Protocol):
     def release(self) -> None: ...
 
 
-class Folder(ABC):
+class SharedFolder(ABC):
     """`kind` is the manifest's "format", `entries` the manifest's key that lists finished files ({"file", "start", "n",
     "bytes", ...}); `url` names the folder in messages; `poll` is the pause in seconds between two looks at what other
     workers are doing.

@@ -26,9 +26,9 @@ from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, file_sha256, to_bytes, write_error
 from d2o.interop.temporary import sweep
 from d2o.runtime import StopFlag
-from d2o.work.base import MANIFEST, POLL, TIMING, Claim, Folder, Unit, Vanished, cut, dump, note_file, read_notes
+from d2o.work.base import MANIFEST, POLL, TIMING, Claim, SharedFolder, Unit, Vanished, cut, dump, note_file, read_notes
 
-__all__ = ["MANIFEST", "POLL", "Claim", "Folder", "Unit", "Vanished", "Ahead", "WorkFolder", "cut", "fill"]
+__all__ = ["MANIFEST", "POLL", "Claim", "SharedFolder", "Unit", "Vanished", "Ahead", "WorkFolder", "cut", "fill"]
 
 LOCKS = ".locks"
 BEHIND = 2
@@ -39,7 +39,7 @@ B = TypeVar("B")
 Payload = TypeVar("Payload")
 
 
-class WorkFolder(Folder):
+class WorkFolder(SharedFolder):
     """A folder on a disk that all workers see."""
 
     def __init__(self, path: str | Path, kind: str, entries: str):
@@ -144,7 +144,7 @@ class WorkFolder(Folder):
 
 
 def fill(
-    folder: Folder,
+    folder: SharedFolder,
     units: list[Unit],
     make: Callable[[Unit, int], Payload | None],
     write: Callable[[Unit, Payload], dict[str, Any]],

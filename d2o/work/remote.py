@@ -29,7 +29,18 @@ from d2o.errors import UserError
 from d2o.interop.download import home
 from d2o.interop.safetensors_io import atomic_path, file_sha256, to_bytes
 from d2o.interop.seal import check_against
-from d2o.work.base import MANIFEST, SHA256, TIMING, Folder, Unit, content_sha256, dump, intact, note_file, read_notes
+from d2o.work.base import (
+    MANIFEST,
+    SHA256,
+    TIMING,
+    SharedFolder,
+    Unit,
+    content_sha256,
+    dump,
+    intact,
+    note_file,
+    read_notes,
+)
 from d2o.work.claims import CLAIMS, Claims, Held
 from d2o.work.folder import WorkFolder
 from d2o.work.objects import Objects, filesystem, local_path, whole_url
@@ -53,7 +64,7 @@ def open_folder(path: str | os.PathLike, kind: str, entries: str) -> WorkFolder 
     return RemoteFolder(fs, root, kind, entries, url=whole_url(path))
 
 
-class RemoteFolder(Folder):
+class RemoteFolder(SharedFolder):
     """The folder `path` of `fs`, which must put files whole. Threads may share it.
 
     `beat`, `expiry`, `settle`: seconds, of the claims; `poll`: seconds between two looks when all that is left is

@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 from d2o.cli.app import main
 from d2o.cli.eval import evaluate
 from d2o.errors import UserError
-from d2o.evaluation import collect, records
-from d2o.evaluation import extractors as features
+from d2o.evaluation import collect, extractors, results
 from d2o.evaluation.statistics import load_statistics
 from d2o.interop.safetensors_io import write_error
 from d2o.runtime import Stopped
 from tests.helpers import tiny_student, tiny_teacher
-from tests.metrics.samples import make_extractor
+from tests.samples import make_extractor
 
 SMALL = ["--n", "20", "--batch", "10", "--distance-n", "8", "--device", "cpu"]
 
@@ -33,7 +32,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a student and a teacher; `digits` is a tiny untrained extractor."""
     path = make_extractor(tmp_path / "net.safetensors")
     monkeypatch.setitem(
-        features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device)
+        extractors.EXTRACTORS, "digits", lambda name, weights, device: extractors.read_extractor("digits", path, device)
     )
     monkeypatch.chdir(tmp_path)
     tiny_student(Path("student.safetensors"))
@@ -131,7 +130,7 @@ def test_a_full_disk_costs_no_work(work: Path, monkeypatch: pytest.MonkeyPatch) 
     command = ["student.safetensors", "--against", "real:digits/a", *SMALL, "--no-teacher-distance", "--json", "e.json"]
     with monkeypatch.context() as full:
         full.setattr(
-            records,
+            results,
             "atomic_write",
             lambda path, data: (_ for _ in ()).throw(write_error(path, OSError(errno.ENOSPC, "full"))),
         )

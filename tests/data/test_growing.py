@@ -14,7 +14,7 @@ from d2o.errors import UserError
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import Share, make_pairs
-from tests.helpers import TinyText, tiny_teacher
+from tests.helpers import TinyText, tensors, tiny_teacher
 from tests.workers import files, finish, start, wait_for
 
 
@@ -99,7 +99,7 @@ def test_fewer_are_there_already(build, count):
     assert len(store) == 9 and not count and files(store.path) == before
     assert any("holds 20 pairs already, and so the first 9; nothing to do" in line for line in said)
     some = PairStore(whole.path, n=9)
-    for a, b in zip(some.batch(range(9)), whole.batch(range(9))):
+    for a, b in zip(tensors(some.batch(range(9))), tensors(whole.batch(range(9)))):
         assert torch.equal(a, b)
     with pytest.raises(IndexError):
         some[9]
@@ -114,7 +114,7 @@ def test_the_first_pairs_stream_as_a_store_of_so_many_does(build):
         assert (
             torch.equal(x.noise, y.noise)
             and torch.allclose(x.target, y.target, atol=1e-5)
-            and torch.equal(x.labels, y.labels)
+            and torch.equal(x.condition.labels, y.condition.labels)
         )
 
 
@@ -155,9 +155,11 @@ def test_two_workers_of_which_one_wants_more(build, teacher, tmp_path):
 def test_a_reader_goes_on_while_the_store_grows(build):
     store = build(n=5)
     reader = PairStore(store.path, cache_bytes=0)
-    before = [t.clone() for t in build("same", n=5).batch(range(5))]
+    before = [t.clone() for t in tensors(build("same", n=5).batch(range(5)))]
     build(n=21)
-    for a, b in zip(reader.batch(range(5)), before):  # its first look at the shard, which is another one by now
+    for a, b in zip(
+        tensors(reader.batch(range(5))), before
+    ):  # its first look at the shard, which is another one by now
         assert torch.allclose(a, b, atol=1e-5)  # the last batch was made beside fewer others
 
 

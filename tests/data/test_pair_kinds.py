@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pair_tools import merge, stats, verify
 from d2o.data.pairs import PairStore
@@ -20,7 +21,7 @@ from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import Share, make_pairs
 from d2o.work.folder import cut
-from tests.helpers import TinyText, tiny_teacher
+from tests.helpers import TinyText, tensors, tiny_teacher
 from tests.workers import files
 
 PROMPTS = ["a seven", "the digit three", "nine", "a handwritten two", "zéro ✓"]
@@ -57,11 +58,19 @@ def test_a_prompt_belongs_to_its_pair(build, prompts):
     text = TinyText()
     store = build(teacher=text, prompts=prompts, cfg=3.0)
     assert store.settings.labels == "text" and store.prompts(range(20)) == (PROMPTS * 4)
-    noise, labels, target = store.batch([7, 3])
-    assert labels is None and torch.equal(noise, noise_for_seeds([7, 3], (1, 8, 8))) and store[7][1] == PROMPTS[2]
-    expected = text.sample(noise, [PROMPTS[2], PROMPTS[3]], "euler", 2, cfg=3.0)
+    noise, condition, target = store.batch([7, 3])
+    labels = condition.labels
+    assert (
+        labels is None
+        and condition.prompts == (PROMPTS[2], PROMPTS[3])
+        and torch.equal(noise, noise_for_seeds([7, 3], (1, 8, 8)))
+        and store[7][1] == PROMPTS[2]
+    )
+    expected = text.sample(noise, Condition.of_prompts([PROMPTS[2], PROMPTS[3]]), "euler", 2, cfg=3.0)
     assert torch.allclose(target, expected, atol=1e-4)
-    assert not torch.allclose(target, text.sample(noise, [PROMPTS[3], PROMPTS[2]], "euler", 2, cfg=3.0), atol=1e-3)
+    assert not torch.allclose(
+        target, text.sample(noise, Condition.of_prompts([PROMPTS[3], PROMPTS[2]]), "euler", 2, cfg=3.0), atol=1e-3
+    )
 
 
 def test_several_pairs_per_prompt(build, prompts):
@@ -113,7 +122,8 @@ def test_the_teachers_usual_solver_is_the_default(build):
         build("no_eta", teacher=usual, solver=None, steps=None, eta=1.0)
     store = build(teacher=usual, solver=None, steps=None)
     assert (store.settings.solver, store.settings.steps, store.settings.nfe) == ("dpmpp", 3, 3)
-    noise, labels, target = store.batch(range(4))
+    noise, condition, target = store.batch(range(4))
+    labels = condition.labels
     assert torch.allclose(target, usual.sample(noise, labels, "dpmpp", 3), atol=1e-4)
 
 
@@ -121,7 +131,8 @@ def test_stochastic_pairs_are_a_function_of_their_seeds(build, teacher):
     one = build("one", solver="sde", steps=3)
     other = build("other", solver="sde", steps=3, shard_size=5, compute=Compute(3, 1))
     ode = build("ode", solver="heun", steps=3)
-    noise, labels, target = one.batch(range(20))
+    noise, condition, target = one.batch(range(20))
+    labels = condition.labels
     assert torch.allclose(target, other.batch(range(20))[2], atol=1e-4) and torch.equal(noise, ode.batch(range(20))[0])
     assert (target - ode.batch(range(20))[2]).abs().mean() > 0.01
     expected = teacher.sample(noise[5:7], labels[5:7], Solver("sde", 3), randn=StepNoise([5, 6], (1, 8, 8), 10))
@@ -149,7 +160,7 @@ def test_solver_options_are_part_of_the_settings(build):
 
 def test_rewired_pairs_are_the_same_targets_with_other_noises(build):
     plain, wired = build("plain"), build("wired", rewire="permute")
-    (noise, labels, target), (noise_w, labels_w, target_w) = plain.batch(range(20)), wired.batch(range(20))
+    (noise, labels, target), (noise_w, labels_w, target_w) = (tensors(s.batch(range(20))) for s in (plain, wired))
     assert torch.equal(noise, noise_w)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(target_w, target[order], atol=1e-5) and torch.equal(labels_w, labels[order])
@@ -238,7 +249,7 @@ def test_a_store_on_another_file_system_has_the_same_bytes(build, teacher, monke
     memory = fsspec.filesystem("memory")
     found = {Path(name).name: memory.cat(name) for name in memory.find("/bucket/pairs") if "timing" not in name}
     assert found == files(local.path)
-    for a, b in zip(local.batch([1, 19]), remote.batch([1, 19])):
+    for a, b in zip(tensors(local.batch([1, 19])), tensors(remote.batch([1, 19]))):
         assert torch.equal(a, b)
     assert verify(url) == [] and remote.fingerprint == local.fingerprint and stats(url)["pairs"] == 20
     memory.rm("/bucket/pairs/shard-00001.safetensors")
@@ -259,7 +270,7 @@ def test_stats_count_what_is_there(build, tmp_path):
         and report["nfe"] == 100
         and report["forwards"] == 200
     )
-    labels = store.batch(range(20))[1].bincount(minlength=10)
+    labels = store.batch(range(20))[1].labels.bincount(minlength=10)
     assert report["labels"] == {
         "used": int((labels > 0).sum()),
         "of": 10,
@@ -280,7 +291,7 @@ def test_stores_that_follow_each_other_are_joined(build, tmp_path):
     assert files(tmp_path / "ab") == files(whole.path)
     noise, labels = noise_and_labels(range(28), (1, 8, 8), 10)
     assert torch.equal(PairStore(tmp_path / "ab").batch(range(28))[0], noise) and torch.equal(
-        PairStore(tmp_path / "ab").batch(range(28))[1], labels
+        PairStore(tmp_path / "ab").batch(range(28))[1].labels, labels
     )
 
 

@@ -97,7 +97,8 @@ def test_a_pair_is_what_the_teacher_makes_of_the_seed(build, teacher):
 def test_a_batch_is_its_pairs(build, cache_bytes, store_noise):
     store = PairStore(build(store_noise=store_noise).path, cache_bytes)
     index = [3, 19, 3, 8, -20]
-    noise, labels, target = store.batch(index)
+    noise, condition, target = store.batch(index)
+    labels = condition.labels
     for row, i in enumerate(index):
         z, c, x = store[i]
         assert torch.equal(noise[row], z) and labels[row] == c and torch.equal(target[row], x)
@@ -121,7 +122,7 @@ def test_other_batch_sizes_and_shards_give_the_same_values(build):
         ("c", {"batch": 1}, {}),
     ):
         other = build(name, how, **more).batch(range(20))
-        assert torch.equal(ours[0], other[0]) and torch.equal(ours[1], other[1])
+        assert torch.equal(ours[0], other[0]) and torch.equal(ours[1].labels, other[1].labels)
         assert torch.allclose(ours[2], other[2], atol=1e-4)
 
 
@@ -384,9 +385,9 @@ def test_a_shard_of_another_store_is_not_adopted(build, reference):
 
 def test_label_modes(build):
     random, balanced, cycle = (build(mode, labels=mode) for mode in ("random", "balanced", "7, 2"))
-    assert torch.equal(random.batch(range(20))[1], noise_and_labels(range(20), (1, 8, 8), 10)[1])
-    assert balanced.batch(range(20))[1].tolist() == [*range(10)] * 2
-    assert cycle.batch(range(20))[1].tolist() == [7, 2] * 10 and cycle.settings.labels == "7,2"
+    assert torch.equal(random.batch(range(20))[1].labels, noise_and_labels(range(20), (1, 8, 8), 10)[1])
+    assert balanced.batch(range(20))[1].labels.tolist() == [*range(10)] * 2
+    assert cycle.batch(range(20))[1].labels.tolist() == [7, 2] * 10 and cycle.settings.labels == "7,2"
     assert torch.equal(random.batch([4])[0], cycle.batch([4])[0])
 
 
@@ -397,7 +398,7 @@ def test_an_unconditional_teacher(tmp_path):
     )
     teacher = Teacher(network, Spec(name="plain", shape=(1, 8, 8)))
     store = make_pairs(PairSettings("plain", 5, steps=2, solver="euler"), tmp_path / "s", teacher=teacher)
-    assert store[0][1] is None and store.batch([1, 2])[1] is None and store.settings.labels == "none"
+    assert store[0][1] is None and store.batch([1, 2])[1].labels is None and store.settings.labels == "none"
     with pytest.raises(UserError, match="takes no labels"):
         make_pairs(PairSettings("plain", 5, labels="balanced"), tmp_path / "t", teacher=teacher)
     with pytest.raises(UserError, match="takes none"):
@@ -406,7 +407,8 @@ def test_an_unconditional_teacher(tmp_path):
 
 def test_guidance(build, teacher):
     store = build(cfg=3.0, n=4)
-    noise, labels, target = store.batch(range(4))
+    noise, condition, target = store.batch(range(4))
+    labels = condition.labels
     assert torch.allclose(target, teacher[1].sample(noise, labels, "euler", 2, cfg=3.0), atol=1e-4)
     assert not torch.allclose(target, teacher[1].sample(noise, labels, "euler", 2), atol=1e-2)
     assert (store.settings.nfe, store.settings.forwards) == (2, 4)

@@ -60,7 +60,11 @@ def numbers(batch):
         and batch.target.dtype == torch.float32
     )
     assert torch.equal(batch.noise, noise_for_seeds((1000 + index).tolist(), SHAPE))
-    assert batch.labels is not None and batch.labels.dtype == torch.int64 and torch.equal(batch.labels, index % 7)
+    assert (
+        batch.condition.labels is not None
+        and batch.condition.labels.dtype == torch.int64
+        and torch.equal(batch.condition.labels, index % 7)
+    )
     return index.tolist()
 
 
@@ -204,15 +208,15 @@ def test_targets_of_any_type_come_as_float32(dtype):
     (batch,) = stream
     order = shuffled(5, 0, 0)
     rows = np.concatenate([np.arange(8 * s, 8 * s + 8) for s in order])[shuffled(40, 0, 0, 1)]
-    assert batch.labels is None and batch.prompts is None
+    assert batch.condition.labels is None and batch.condition.prompts is None
     assert torch.equal(batch.target, exact[torch.from_numpy(rows)].float())
     stream.close()
 
 
 def test_stored_noise_and_prompts_come_with_their_pairs():
     for batch in PairStream(Store(noise=True, prompts=True, labels=False), 8, buffer=3):
-        assert torch.equal(batch.noise, -batch.target) and batch.labels is None
-        assert batch.prompts == [f"ünë {int(i)}" for i in batch.target[:, 0, 0]]
+        assert torch.equal(batch.noise, -batch.target) and batch.condition.labels is None
+        assert batch.condition.prompts == tuple(f"ünë {int(i)}" for i in batch.target[:, 0, 0])
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
@@ -221,14 +225,15 @@ def test_a_pair_store_is_streamed_as_it_is_read(tmp_path, monkeypatch, where):
     out = str(tmp_path / "store") if where == "disk" else f"memory://{tmp_path.name}/store"
     settings = PairSettings("tiny", 20, seed=5, solver="euler", steps=1, shard_size=8, dtype="bf16")
     store = make_pairs(settings, out, teacher=tiny_teacher())
-    noise, labels, target = store.batch(range(20))
+    noise, condition, target = store.batch(range(20))
+    labels = condition.labels
     found = []
     for batch in PairStream(store, 3, buffer=2, drop_last=False):
         index = [next(i for i in range(20) if torch.equal(noise[i], row)) for row in batch.noise]
         assert (
-            torch.equal(batch.labels, labels[index])
+            torch.equal(batch.condition.labels, labels[index])
             and torch.equal(batch.target, target[index])
-            and batch.prompts is None
+            and batch.condition.prompts is None
         )
         found += index
     assert sorted(found) == list(range(20))

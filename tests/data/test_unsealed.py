@@ -16,6 +16,7 @@ from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.registry import load_teacher
+from tests.helpers import tensors
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "unsealed"
 
@@ -30,7 +31,8 @@ def test_checkpoints_and_stores_are_read(old):
     assert load_student(old / "student.safetensors").spec.shape == (1, 4, 4)
     store, teacher = PairStore(old / "pairs"), load_teacher(old / "teacher.safetensors")
     assert store.verify() == [] and stats(old / "pairs")["pairs"] == 5
-    noise, labels, target = store.batch(range(5))
+    noise, condition, target = store.batch(range(5))
+    labels = condition.labels
     assert torch.allclose(teacher.sample(noise, labels, "euler", 2), target, atol=1e-4)
 
 
@@ -39,7 +41,7 @@ def test_a_store_grows_and_is_sealed_then(old, tmp_path):
     settings = PairSettings(str(old / "teacher.safetensors"), 9, solver="euler", steps=2, shard_size=4)
     store = make_pairs(settings, old / "pairs", compute=Compute(2, 1))
     assert len(store) == 9 and store.verify() == []
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(store.batch(range(5)), before))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(tensors(store.batch(range(5))), tensors(before)))
     assert (FIXTURE / "pairs" / "shard-00000.safetensors").read_bytes() == (
         old / "pairs" / "shard-00000.safetensors"
     ).read_bytes()

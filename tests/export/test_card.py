@@ -9,8 +9,8 @@ import d2o
 from d2o.errors import UserError
 from d2o.export.card import card
 from d2o.export.exporter import export_checkpoint
+from d2o.export.loaded import open_source
 from d2o.export.parity import Parity
-from d2o.export.source import open_source
 from tests.export.conftest import PROVENANCE, RECIPE, save_conditional
 
 PARITY = Parity(1.5e-6, 0.9, (1, 16), 1e-4, "fake runtime")

@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 
+from d2o.condition import Condition
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
-from d2o.export.diffusers import open_pipeline
 from d2o.export.exporter import export_checkpoint
+from d2o.export.folder import open_pipeline
 from d2o.interop.safetensors_io import read_meta
 from d2o.networks.latent import load_autoencoder, load_text_to_image
 from d2o.teachers.base import Spec
@@ -44,7 +45,7 @@ def test_diffusers_samples_what_the_checkpoint_samples(exported):
     )
     model, meta = load_text_to_image(folder / "tiny.safetensors")
     teacher = text_to_image_teacher(model, Spec.from_dict(meta["spec"]))
-    ours = teacher.decode(teacher.sample(noise, PROMPTS, "ddim", 7, cfg=3.0))
+    ours = teacher.decode(teacher.sample(noise, Condition.of_prompts(PROMPTS), "ddim", 7, cfg=3.0))
     assert (theirs - ours).abs().max() < 0.02  # weights rounded to fp16
     assert ours.std() > 0.05 and done.parity.difference < 0.02
 

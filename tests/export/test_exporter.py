@@ -165,7 +165,7 @@ def test_zips_that_differ_in_time_only_are_the_same(tmp_path):
 
 
 def test_a_builtin_teacher_is_written_where_the_user_is(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2o.export.source.asset", lambda name: folder / "teacher.safetensors")
+    monkeypatch.setattr("d2o.export.loaded.asset", lambda name: folder / "teacher.safetensors")
     monkeypatch.chdir(tmp_path)
     done = export_checkpoint("digits", "safetensors", dtype="fp16")
     assert names(tmp_path) == ["teacher-fp16.safetensors", "teacher-fp16.safetensors.md"]

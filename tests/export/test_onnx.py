@@ -12,8 +12,8 @@ import d2o
 from d2o.errors import UserError
 from d2o.export import onnx as onnx_export
 from d2o.export.exporter import export_checkpoint
+from d2o.export.loaded import open_source
 from d2o.export.onnx import write_onnx
-from d2o.export.source import open_source
 
 
 def run(path, **inputs):

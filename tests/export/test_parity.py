@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from d2o.errors import UserError
+from d2o.export.loaded import open_source
 from d2o.export.parity import compare
-from d2o.export.source import open_source
 
 
 @pytest.fixture(scope="module")

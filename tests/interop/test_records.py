@@ -126,7 +126,7 @@ TYPES = [
     (put("spec.sigma_max", "80"), "spec.sigma_max: expected a number"),
     (put("spec.sigma_max", float("nan")), "sigma_max"),
     (put("spec.steps", HUGE), "spec.steps"),
-    (put("spec.foreign", 1), "foreign, which this d2o does not know"),
+    (put("spec.foreign", 1), r"tensors describes its generator by foreign, which"),
     (drop("student"), "student: missing"),
     (put("student", 3), "student"),
     (drop("student.sigma"), "sigma: missing"),
@@ -319,6 +319,11 @@ def test_trust_reads_a_manifest_whose_digest_is_another(store, manifest, monkeyp
         PairStore(store.path)
     monkeypatch.setenv("D2O_TRUST", "1")
     assert len(PairStore(store.path)) == 6
+
+
+def test_settings_that_a_manifest_does_not_name_are_the_default(store, manifest):
+    manifest(drop("settings.dtype"))
+    assert PairStore(store.path).batch([0])[2].dtype == torch.float32
 
 
 def test_the_digest_does_not_depend_on_how_the_record_is_written():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.teachers.registry import load_teacher
@@ -38,7 +39,7 @@ def golden():
 def student_step(golden):
     true, fake, numbers = golden
     x = numbers["x_g"].clone().requires_grad_()
-    sigma = losses.karras_sigma(0.8 * numbers["t_uniform"])
+    sigma = karras_sigma(1 - 0.8 * numbers["t_uniform"])
     x_t = x + sigma * numbers["eps"]
     denoised, logits = fake(x_t, sigma.flatten(), numbers["label"], part="encoder_decoder")
     return x, true(x_t, sigma.flatten(), numbers["label"]), denoised, logits
@@ -83,10 +84,10 @@ def test_the_score_network_s_losses_agree_with_the_published_code(golden):
 
 
 def test_noise_levels():
-    sigma = losses.karras_sigma(torch.tensor([0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0]))
+    sigma = karras_sigma(1 - torch.tensor([0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0]))
     wanted = torch.tensor([0.002, 0.08509, 0.96542, 2.51522, 5.83895, 24.40834, 80.0])  # of the published code
     torch.testing.assert_close(sigma, wanted, rtol=1e-4, atol=1e-5)
-    assert float(losses.karras_sigma(torch.tensor(0.5), 1.0, 3.0, 1.0)) == pytest.approx(2.0)
+    assert float(karras_sigma(torch.tensor(0.5), 1.0, 3.0, 1.0)) == pytest.approx(2.0)
     assert float(losses.lognormal_sigma(torch.tensor(0.0))) == pytest.approx(0.3012, abs=1e-4)
 
 

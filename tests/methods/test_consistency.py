@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.features import common, lpips
 from d2o.losses import consistency as c
@@ -47,7 +48,8 @@ def method(teacher=None, student=None, start=None, images=None, batch=8, **optio
 
 def batch(n: int = 8) -> Batch:
     return Batch(
-        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1,
+        condition=Condition.of_labels(torch.arange(n) % 10),
     )
 
 
@@ -88,14 +90,14 @@ def test_cd_is_algorithm_2():
     i, z = draw.randint(1, N + 1), draw.randn(1, 8, 8)
     t, u = T(i), T(i - 1)
     x_t = data.images + col(t) * z
-    slope = (x_t - teacher.denoise(x_t, t, data.labels)) / col(t)
+    slope = (x_t - teacher.denoise(x_t, t, data.condition.labels)) / col(t)
     x_u = x_t + col(u - t) * slope
-    x_u = x_t + col(u - t) * 0.5 * (slope + (x_u - teacher.denoise(x_u, u, data.labels)) / col(u))
+    x_u = x_t + col(u - t) * 0.5 * (slope + (x_u - teacher.denoise(x_u, u, data.condition.labels)) / col(u))
     f = method().student
-    expected = (f(x_t, t, data.labels) - f(x_u, u, data.labels)).square().mean()
+    expected = (f(x_t, t, data.condition.labels) - f(x_u, u, data.condition.labels)).square().mean()
     assert scalars["loss"].item() == pytest.approx(expected.item(), rel=1e-4) and loop.updated == ["student"]
-    goal = f(x_u, u, data.labels).detach()  # the target has no gradient
-    (f(x_t, t, data.labels) - goal).square().mean().backward()
+    goal = f(x_u, u, data.condition.labels).detach()  # the target has no gradient
+    (f(x_t, t, data.condition.labels) - goal).square().mean().backward()
     for (name, mine), theirs in zip(f.named_parameters(), m.student.parameters()):
         assert torch.allclose(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6), name
 
@@ -107,12 +109,12 @@ def test_cd_in_the_form_of_table_5():
     i, z = draw.randint(2, N + 1), draw.randn(1, 8, 8)
     t, u, s = T(i), T(i - 1), T(0 * i)
     x_t = data.images + col(t) * z
-    x_u = c.euler_step(lambda x, at: teacher.denoise(x, at, data.labels), x_t, t, u)
-    H = c.jump(x_u, f(x_u, u, data.labels), u, s)
-    by_solver = c.euler_step(lambda x, at: teacher.denoise(x, at, data.labels), x_u, u, s)
+    x_u = c.euler_step(lambda x, at: teacher.denoise(x, at, data.condition.labels), x_t, t, u)
+    H = c.jump(x_u, f(x_u, u, data.condition.labels), u, s)
+    by_solver = c.euler_step(lambda x, at: teacher.denoise(x, at, data.condition.labels), x_u, u, s)
     assert (i == 2).any() and (i > 2).any()
     H = torch.where((i == 2)[:, None, None, None], by_solver, H)
-    d = (c.jump(x_t, f(x_t, t, data.labels), t, s) - H).abs().flatten(1).mean(1)
+    d = (c.jump(x_t, f(x_t, t, data.condition.labels), t, s) - H).abs().flatten(1).mean(1)
     assert scalars["loss"].item() == pytest.approx((d / (t - u)).mean().item(), rel=1e-4)
 
 
@@ -121,7 +123,7 @@ def test_consistency_training_needs_no_teacher_s_score():
     scalars, _ = step(m, data)
     draw, f = Draws(3, 0, 8, 8, CPU), method().student
     i, z = draw.randint(1, N + 1), draw.randn(1, 8, 8)
-    y, goal = (f(data.images + col(T(j)) * z, T(j), data.labels) for j in (i, i - 1))
+    y, goal = (f(data.images + col(T(j)) * z, T(j), data.condition.labels) for j in (i, i - 1))
     assert scalars["loss"].item() == pytest.approx((y - goal).square().mean().item(), rel=1e-4)
 
 
@@ -135,10 +137,14 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
         x_t = data.images + col(t) * z
         h = take(take(x_t, t, u), u, s)
         target = x_t - col(t) * (h - x_t) / col(s - t)
-        return ((f(x_t, t, data.labels) - target).square().flatten(1).mean(1) * (1 / t**2).clamp(min=1)).mean().item()
+        return (
+            ((f(x_t, t, data.condition.labels) - target).square().flatten(1).mean(1) * (1 / t**2).clamp(min=1))
+            .mean()
+            .item()
+        )
 
     def solver(x, t, u):
-        return c.euler_step(lambda y, at: teacher.denoise(y, at, data.labels), x, t, u)
+        return c.euler_step(lambda y, at: teacher.denoise(y, at, data.condition.labels), x, t, u)
 
     first, _ = step(m, data)
     assert first["loss"].item() == pytest.approx(by_hand(pd().student, 4, solver), rel=1e-4) and first["N"] == 4
@@ -147,13 +153,13 @@ def test_pd_is_algorithm_2_and_learns_from_the_stage_before():
     before = copy.deepcopy(m.student)
     second, _ = step(m, data, 2)  # stages of 16 images are 2 iterations
     assert second["N"] == 2 == m.nfe() and second["loss"].item() == pytest.approx(
-        by_hand(before, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4
+        by_hand(before, 2, lambda x, t, u: c.jump(x, before(x, t, data.condition.labels), t, u)), rel=1e-4
     )
     with torch.no_grad():
         m.student.model.map_layer0.weight.mul_(1.5)
     third, _ = step(m, data, 3)  # the one before is still the teacher
     assert third["loss"].item() == pytest.approx(
-        by_hand(m.student, 2, lambda x, t, u: c.jump(x, before(x, t, data.labels), t, u)), rel=1e-4
+        by_hand(m.student, 2, lambda x, t, u: c.jump(x, before(x, t, data.condition.labels), t, u)), rel=1e-4
     )
     assert [m.rate(k) for k in range(9)] == pytest.approx([1, 0.5, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5])
     assert pd(stage_decay=False).rate(3) == 1 == method().rate(3)
@@ -179,7 +185,7 @@ def test_ctm_is_table_5(i_min):
     scalars, _ = step(m, data)
 
     def hop(x, t, s):
-        return c.jump(x, f(x, t, data.labels, second_time(s)), t, s)
+        return c.jump(x, f(x, t, data.condition.labels, second_time(s)), t, s)
 
     draw = Draws(3, 0, 16, 16, CPU)
     i, z = draw.randint(low, N + 1), draw.randn(1, 8, 8)
@@ -194,7 +200,7 @@ def test_ctm_is_table_5(i_min):
         x = x_t[b : b + 1]
         for at in range(int(i[b]), int(j[b]), -1):
             x = c.heun_step(
-                lambda y, level, b=b: teacher.denoise(y, level, data.labels[b : b + 1]),
+                lambda y, level, b=b: teacher.denoise(y, level, data.condition.labels[b : b + 1]),
                 x,
                 *(T(torch.tensor([n])) for n in (at, at - 1)),
             )
@@ -203,7 +209,7 @@ def test_ctm_is_table_5(i_min):
     goal = hop(hop(torch.cat(ends), T(j), s), s, end).detach()
     kept = copy.deepcopy(f).requires_grad_(False)  # the way from s to the end: fixed, but gradients pass
     x_s = hop(x_t, T(i), s)
-    y = c.jump(x_s, kept(x_s, s, data.labels, second_time(end)), s, end)
+    y = c.jump(x_s, kept(x_s, s, data.condition.labels, second_time(end)), s, end)
     loss = (y - goal).abs().mean()
     assert scalars["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
     loss.backward()
@@ -249,7 +255,8 @@ def gaussian(kind, **options) -> Consistency:
 def gaussian_batch():
     generator = torch.Generator().manual_seed(1)
     return Batch(
-        images=0.3 + 0.5 * torch.randn(64, 1, 8, 8, generator=generator), labels=torch.zeros(64, dtype=torch.int64)
+        images=0.3 + 0.5 * torch.randn(64, 1, 8, 8, generator=generator),
+        condition=Condition.of_labels(torch.zeros(64)),
     )
 
 
@@ -423,7 +430,7 @@ def test_what_does_not_fit_the_teacher():
     with pytest.raises(UserError, match="has 10 classes, and the images have none"):
         method(images=unlabelled)
     vp = Teacher(tiny_network(precond="vp"), SPEC)
-    with pytest.raises(UserError, match="in EDM's own preconditioning"):
+    with pytest.raises(UserError, match="is in preconditioning vp"):
         method(teacher=vp)
     with pytest.raises(UserError, match="needs a `teacher:`"):
         get_method("consistency")(Setup(ConsistencyOptions(), images=Images()))

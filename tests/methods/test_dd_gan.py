@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from d2o.condition import Condition
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
@@ -33,7 +34,8 @@ def dd_gan(images=None, start=None, network=None, **options) -> DDGAN:
 
 def batch(n: int = 8) -> Batch:
     return Batch(
-        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1,
+        condition=Condition.of_labels(torch.arange(n) % 10),
     )
 
 
@@ -172,7 +174,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(
 def test_generating_is_the_student_s_way_and_takes_k_calls():
     method, noise, calls = dd_gan(steps=3), torch.randn(4, 1, 8, 8), []
     method.generator.register_forward_hook(lambda *_: calls.append(1))
-    images = method.generate(method.generator, noise, None)
+    images = method.generate(method.generator, noise, Condition.none(len(noise)))
     assert len(calls) == method.nfe() == 3 and images.abs().max() <= 1
     assert torch.equal(images, method.student(method.generator)(noise))
 

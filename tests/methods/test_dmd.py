@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.losses import distribution
 from d2o.methods import dmd as module
@@ -37,7 +38,7 @@ def dmd(teacher=None, start=None, student=STUDENT, **options) -> DMD:
 def pairs(n: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(5)
     noise, target = torch.randn(n, 1, 8, 8, generator=generator), torch.rand(n, 1, 8, 8, generator=generator) * 2 - 1
-    return Batch(noise=noise, target=target, labels=torch.arange(n) % 10)
+    return Batch(noise=noise, target=target, condition=Condition.of_labels(torch.arange(n) % 10))
 
 
 def moved(network: nn.Module, seed: int = 9) -> None:
@@ -65,7 +66,7 @@ def test_an_iteration_of_dmd_is_its_algorithm():
         x_t = x + sigma * draw.randn(1, 8, 8)
         real, fake = teacher.denoise(x_t, sigma.flatten(), labels), method.score(x_t, sigma.flatten(), labels)
         grad = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
-        regression = (teacher.denoise(80 * data.noise, 80.0, data.labels) - data.target).abs().mean()
+        regression = (teacher.denoise(80 * data.noise, 80.0, data.condition.labels) - data.target).abs().mean()
         draw = Draws(1003, 0, 6, 6, CPU)
         sigma = distribution.index_sigma(draw.randint(0, 1000, 1, 1, 1))
         denoised = method.score(x + sigma * draw.randn(1, 8, 8), sigma.flatten(), labels)
@@ -79,7 +80,7 @@ def test_an_iteration_of_dmd_is_its_algorithm():
         tiny_network()
     )  # the student's gradient is that of the papers: the matching gradient times dx/dtheta, and the regression's
     x = student(80 * z, torch.tensor([80.0]), labels)
-    reference = student(80 * data.noise, torch.tensor([80.0]), data.labels)
+    reference = student(80 * data.noise, torch.tensor([80.0]), data.condition.labels)
     ((x * grad).sum() / x.numel() + 0.25 * (reference - data.target).abs().mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in student.parameters()])
     assert torch.allclose(loop.gradients["student"], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
@@ -218,10 +219,10 @@ def test_an_unconditional_teacher():
     config = {**tiny_network().config, "label_dim": 0}
     method = dmd(Teacher(build_network(config), Spec("free", (1, 8, 8))), lambda_reg=0.1, regression="mse")
     data = pairs()
-    data.labels = None
+    data.condition = Condition.none(len(data.noise))
     method.step(loop := Loop(method, total=6), data, 0)
     assert loop.updated == ["student", "score"]
-    assert method.generate(method.student, torch.randn(2, 1, 8, 8), None).abs().max() <= 1
+    assert method.generate(method.student, torch.randn(2, 1, 8, 8), Condition.none(2)).abs().max() <= 1
 
 
 def test_the_score_network_is_told_of_augmentations():

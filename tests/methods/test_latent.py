@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.data.images import open_images
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
@@ -104,7 +105,7 @@ def test_the_autoencoder_s_loss_is_its_equation():
     network = {key: VAE[key] for key in ("block_out_channels", "norm_num_groups")}
     method = get_method("autoencoder")(Setup(AutoencoderOptions(kl_weight=0.3), network=network, images=digits()))
     x = torch.rand(4, 3, 32, 32) * 2 - 1
-    loop = OneStep(method, Batch(images=x, labels=torch.arange(4)))
+    loop = OneStep(method, Batch(images=x, condition=Condition.of_labels(torch.arange(4))))
     scalars = method.step(loop, loop.batch, 0)
     posterior = method.autoencoder.vae.encode(x).latent_dist
     y = method.autoencoder.vae.decode(posterior.mean + posterior.std * Draws(3, 0, 4, 4, CPU).randn(4, 16, 16)).sample
@@ -131,7 +132,7 @@ def latent_diffusion(vae, images=None, **options):
 def test_latent_diffusion_predicts_the_noise_in_stable_diffusion_s_schedule(vae):
     method = latent_diffusion(vae, templates=["a handwritten {name}", "{name}"], main=0.5, caption_dropout=0.25)
     x, labels = torch.rand(6, 3, 32, 32) * 2 - 1, torch.arange(6)
-    loop = OneStep(method, Batch(images=x, labels=labels))
+    loop = OneStep(method, Batch(images=x, condition=Condition.of_labels(labels)))
     scalars = method.step(loop, loop.batch, 0)
     draw, model = Draws(3, 0, 6, 6, CPU), method.model
     posterior = model.vae.encode(x).latent_dist
@@ -162,12 +163,12 @@ def test_latents_are_scaled_to_unit_deviation(vae):
 def test_generation_is_the_sd_teacher_s_and_prompts_are_the_classes_in_turn(vae):
     method = latent_diffusion(vae, steps=3, cfg=2.0)
     noise = noise_for_seeds(range(10), method.spec().shape)
-    images = method.generate(method.model, noise, None)
+    images = method.generate(method.model, noise, Condition.none(10))
     assert images.shape == (10, 3, 32, 32) and images.abs().max() <= 1
-    assert torch.equal(images, method.generate(method.model, noise, torch.arange(10)))
+    assert torch.equal(images, method.generate(method.model, noise, method.asked(torch.arange(10))))
     teacher = text_to_image_teacher(method.model, method.spec())
     assert torch.equal(
-        images, teacher.decode(teacher.sample(noise, [method.captions.main(i) for i in range(10)], "ddim", 3, cfg=2.0))
+        images, teacher.decode(teacher.sample(noise, method.asked(torch.arange(10)), "ddim", 3, cfg=2.0))
     )
     assert method.nfe() == 6 and isinstance(teacher.schedule, DiscreteSchedule)
 
@@ -220,7 +221,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def test_the_shipped_tiny_sd_draws_what_it_is_asked_for():
-    from d2o.export.diffusers import open_pipeline
+    from d2o.export.folder import open_pipeline
 
     pipeline, extractor, n = open_pipeline(asset("tiny-sd")), load_features("digits"), 60
     pipeline.set_progress_bar_config(disable=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from d2o.augment.edm import augment
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.methods.base import METHODS, Batch, Draws, Setup, get_method
 from d2o.methods.classifier import ClassifierOptions, translate
@@ -47,7 +48,7 @@ class OneStep:
         self.networks, self.batch, self.losses, self.updated = method.networks(), batch, [], []
 
     def micro_batches(self, batch, turn=0):
-        n = len(batch.labels)
+        n = len(batch.condition.labels)
         yield batch, Draws(3 + 1000 * turn, 0, n, n, CPU)
 
     def everywhere(self, value):
@@ -79,7 +80,7 @@ def run(method, batch):
 def test_edm_loss_is_table_1():
     method = get_method("edm")(Setup(EDMOptions(), network=NETWORK, images=Images(), name="x"))
     y, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6)
-    scalars, loop = run(method, Batch(images=y, labels=labels))
+    scalars, loop = run(method, Batch(images=y, condition=Condition.of_labels(labels)))
     draw = Draws(3, 0, 6, 6, CPU)
     sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
     n = sigma * draw.randn(1, 8, 8)
@@ -93,7 +94,7 @@ def test_edm_label_dropout_trains_the_unconditional_denoiser():
     method = get_method("edm")(Setup(EDMOptions(label_dropout=1.0), network=NETWORK, images=Images(), name="x"))
     seen = []
     method.denoiser.register_forward_pre_hook(lambda m, args: seen.append(args[2]))
-    run(method, Batch(images=torch.zeros(4, 1, 8, 8), labels=torch.arange(4)))
+    run(method, Batch(images=torch.zeros(4, 1, 8, 8), condition=Condition.of_labels(torch.arange(4))))
     assert torch.equal(seen[0], torch.full((4,), -1))
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(method.denoiser(x, torch.ones(4), seen[0]), method.denoiser(x, torch.ones(4), None))
@@ -117,13 +118,17 @@ def test_edm_trains_edm2_with_its_uncertainty_and_normalised_weights(options):
     for p in network.parameters():  # away from unit magnitude, and from gains of 0
         torch.nn.init.normal_(p, 1.0, 3.0)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    batch = Batch(images=images, labels=torch.arange(6))
+    batch = Batch(images=images, condition=Condition.of_labels(torch.arange(6)))
     loop = OneStep(method, batch)
     with torch.no_grad():
         draw = Draws(3, 0, 6, 6, CPU)
         sigma = (-1.2 + 1.2 * draw.randn(1, 1, 1)).exp()
         noisy = images + sigma * draw.randn(1, 8, 8)
-        error = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (network(noisy, sigma.flatten(), batch.labels) - images) ** 2
+        error = (
+            (sigma**2 + 0.25)
+            / (sigma * 0.5) ** 2
+            * (network(noisy, sigma.flatten(), batch.condition.labels) - images) ** 2
+        )
         expected = error.mean()
         if options.get("logvar_channels", 128):
             u = network.logvar(sigma.flatten())
@@ -150,7 +155,7 @@ def test_edm_trains_with_its_augmentation_and_tells_the_network():
         lambda module, args, kwargs: seen.append((*args, kwargs["augment_labels"])), with_kwargs=True
     )
     y, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6)
-    scalars, _ = run(method, Batch(images=y, labels=labels))
+    scalars, _ = run(method, Batch(images=y, condition=Condition.of_labels(labels)))
     draw = Draws(3, 0, 6, 6, CPU)
     moved, told = augment(y, 0.5, draw.randn, draw.rand)
     sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
@@ -188,7 +193,7 @@ def ode(**options):
 def test_ode_regresses_to_the_target_from_the_same_noise(loss, norm):
     method = ode(loss=loss)
     noise, target, labels = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.arange(5)
-    scalars, loop = run(method, Batch(noise=noise, target=target, labels=labels))
+    scalars, loop = run(method, Batch(noise=noise, target=target, condition=Condition.of_labels(labels)))
     teacher = tiny_teacher()
     assert scalars["loss"].item() == pytest.approx(
         norm(teacher.denoise(80 * noise, 80.0, labels) - target).item(), rel=1e-5
@@ -240,7 +245,7 @@ def test_classifier_learns_and_never_sees_what_it_is_tested_on():
     optimizer = torch.optim.Adam(method.classifier.parameters(), 3e-3)
     x = images.pixels[method.train_indices].float() / 127.5 - 1
     for _ in range(40):
-        run(method, Batch(images=x, labels=images.labels[method.train_indices]))
+        run(method, Batch(images=x, condition=Condition.of_labels(images.labels[method.train_indices])))
         optimizer.step()
         optimizer.zero_grad()
     assert method.validate(method.classifier)["accuracy"] > max(before, 0.6)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from d2o.cli.app import main
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import read_meta
 from d2o.losses import score as losses
@@ -51,7 +52,8 @@ def sid(teacher=None, start=None, student=STUDENT, images=None, batch=8, **optio
 
 def real(n: int = 8) -> Batch:
     return Batch(
-        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1,
+        condition=Condition.of_labels(torch.arange(n) % 10),
     )
 
 
@@ -113,11 +115,13 @@ def test_an_adversarial_iteration_adds_both_terms_and_takes_the_images_classes()
     assert set(scalars) == {"loss_score", "loss_g", "loss_adv", "loss_d", "logit_real", "logit_fake", "delta"}
     g = method.score.eval()
     draw = Draws(3, 0, 8, 8, CPU)
-    y = method.student.eval()(draw.randn(1, 8, 8), batch.labels)
+    y = method.student.eval()(draw.randn(1, 8, 8), batch.condition.labels)
     sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
     noise, weight = sigma * draw.randn(1, 8, 8), sigma**-2 + 4
-    denoised, fake = g(y + noise, sigma.flatten(), batch.labels, part="encoder_decoder")
-    shown = g(batch.images + noise, sigma.flatten(), batch.labels, part="encoder")  # the same level, noise and classes
+    denoised, fake = g(y + noise, sigma.flatten(), batch.condition.labels, part="encoder_decoder")
+    shown = g(
+        batch.images + noise, sigma.flatten(), batch.condition.labels, part="encoder"
+    )  # the same level, noise and classes
     loss = (weight * (denoised - y) ** 2).sum((1, 2, 3)).mean() + losses.discriminator_loss(
         shown, fake, 4, weight, weight
     ).mean()
@@ -251,7 +255,7 @@ def test_classes_come_uniform_or_from_the_data():
     for options, classes in (({}, None), ({"labels": "data"}, {7}), ({**ADVERSARIAL}, {7})):
         method, seen = sid(images=images, **options), []
         method.student.register_forward_pre_hook(lambda module, args, seen=seen: seen.extend(args[1].tolist()))
-        batch = Batch(images=real().images, labels=images.labels[:8])
+        batch = Batch(images=real().images, condition=Condition.of_labels(images.labels[:8]))
         run(method, batch if SiD.needs(method.options) == "images" else None, ADV)
         assert set(seen) == classes if classes else len(set(seen)) > 3
     unconditional = Teacher(
@@ -407,7 +411,9 @@ def test_latent_teachers_encode_the_real_images():
     with pytest.raises(UserError, match="makes images of 3 x 64 x 64, images has 1 x 8 x 8"):
         sid(teacher, **ADVERSARIAL)
     run(
-        sid(teacher, images=images, **ADVERSARIAL), Batch(images=torch.zeros(8, 3, 64, 64), labels=torch.arange(8)), ADV
+        sid(teacher, images=images, **ADVERSARIAL),
+        Batch(Condition.of_labels(range(8)), images=torch.zeros(8, 3, 64, 64)),
+        ADV,
     )
     assert asked == [(8, 3, 64, 64)]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.spi_gan import SPIGAN, SPIGANOptions, spread
@@ -33,7 +34,8 @@ def spi_gan(start=None, network=None, **options) -> SPIGAN:
 
 def batch(n: int = 8) -> Batch:
     return Batch(
-        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1, labels=torch.arange(n) % 10
+        images=torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1,
+        condition=Condition.of_labels(torch.arange(n) % 10),
     )
 
 
@@ -195,7 +197,7 @@ def test_the_average_moves_once_an_iteration_whatever_its_updates(tmp_path) -> N
     )
     setup = prepare(recipe, CPU, None, lambda text: None, lambda *_: None, StopFlag())
     trainer = Trainer(recipe, setup, tmp_path)
-    assert trainer.optimizers["generator"].param_groups[0]["betas"][1] == pytest.approx(0.99 ** (4 / 5))
+    assert trainer.players["generator"].optimizer.param_groups[0]["betas"][1] == pytest.approx(0.99 ** (4 / 5))
     before = [p.detach().clone() for p in trainer.networks["generator"].parameters()]
     trainer.run(lambda images, text: None, StopFlag())  # one iteration
     for mine, old, new in zip(

@@ -12,7 +12,7 @@ from d2o.cli.app import main
 from d2o.errors import UserError
 from d2o.interop.assets import asset
 from d2o.methods.base import get_method, method_names
-from d2o.methods.teachers import check_kind, check_teacher, takes
+from d2o.methods.teachers import check_kind, check_teacher, takes, why_not
 from d2o.teachers.base import Teacher
 from d2o.teachers.catalogue import names
 from d2o.teachers.kinds import kind_of, look
@@ -40,16 +40,28 @@ def ddpm(tmp_path):
     return tmp_path / "ddpm"
 
 
-@pytest.mark.parametrize("method", DISTILLING)
-@pytest.mark.parametrize("teacher", ["sd15", "sd3-medium", "tiny-sd", "someone/ddpm-faces", "folder"])
-def test_teachers_in_diffusers_format_are_refused_by_name_folder_and_repository(method, teacher, ddpm):
-    name = str(ddpm) if teacher == "folder" else teacher
-    kind = look(name)
-    assert kind is not None and kind.family == "diffusers"
+@pytest.mark.parametrize(
+    ("teacher", "family"),
+    [
+        ("sd15", "sd"),
+        ("sdxl", "sd"),
+        ("sd3-medium", "flow"),
+        ("tiny-sd", "sd"),
+        ("someone/ddpm-faces", "diffusers"),
+        ("folder", "ddpm"),
+    ],
+)
+def test_a_name_a_folder_or_a_repository_says_the_family(teacher, family, ddpm):
+    kind = look(str(ddpm) if teacher == "folder" else teacher)
+    assert kind is not None and kind.family == family and kind.text == (family in ("sd", "flow"))
+
+
+def test_a_refusal_says_why_and_what_can_be_done(ddpm):
     with pytest.raises(UserError) as caught:
-        check_kind(method, kind)
-    assert "is in diffusers' format" in caught.value.message and f"d2o pairs --teacher {name}" in caught.value.hint
-    assert "digits, edm-..." in caught.value.hint
+        check_kind("consistency", look("edm2-img512-xs"))
+    assert "is an EDM2 network, which method consistency cannot learn from: " in caught.value.message
+    assert "methods that take this teacher: dmd, ode, sid\n" in caught.value.hint and "EDM" in caught.value.hint
+    assert not any(why_not("consistency", kind) for kind in [look("digits"), look("owner/name")])
 
 
 def test_what_each_method_takes_of_the_published_teachers():
@@ -81,18 +93,15 @@ def test_another_preconditioning_is_not_consistencys():
     assert "methods that take this teacher: dmd, ode, sid" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    "words", [["train", "quickstart"], ["finetune", "quickstart", "--from", "nowhere.safetensors"]]
-)
-def test_commands_refuse_before_pairs_are_made_or_anything_is_fetched(words, tmp_path, ddpm, monkeypatch, capsys):
+@pytest.mark.parametrize("words", [["train", "cd_digits"], ["finetune", "cd_digits", "--from", "nowhere.safetensors"]])
+def test_commands_refuse_before_pairs_are_made_or_anything_is_fetched(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))
-    for teacher in ("sdxl", "owner/name", ddpm):
-        assert run(*words, "--set", f"teacher={teacher}") == 2
-        assert "is in diffusers' format" in capsys.readouterr().err
-        assert run(*words, "--set", f"teacher={teacher}", "--plan") == 1
-        assert "is in diffusers' format" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ddpm"]
+    assert run(*words, "--set", "teacher=edm2-img512-xs") == 2
+    assert "is an EDM2 network, which method" in capsys.readouterr().err
+    assert run(*words, "--set", "teacher=edm2-img512-xs", "--plan") == 1
+    assert "is an EDM2 network, which method" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_without_a_teacher_refuse_one(tmp_path, monkeypatch, capsys):
@@ -107,6 +116,6 @@ def test_a_run_folder_of_a_text_to_image_teacher(tmp_path):
 
     save_file(tmp_path / "t.safetensors", {}, checkpoint_meta("teacher", {"arch": "text_to_image"}, None))
     kind = look(str(tmp_path / "t.safetensors"))
-    assert kind.family == "text" and not any(takes(method, kind) for method in DISTILLING)
+    assert kind.family == "sd" and kind.text
     shutil.copytree(asset("tiny-sd"), tmp_path / "sd")
-    assert look(str(tmp_path / "sd")).family == "diffusers"
+    assert look(str(tmp_path / "sd")).family == "sd"

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from d2o.errors import UserError
-from d2o.metrics.frechet import FeatureStatistics, factor, frechet_distance
+from d2o.metrics.frechet import Moments, factor, frechet_distance
 
 
 def gaussian(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_streaming_equals_np_cov_far_from_zero() -> None:
     x = (
         torch.as_tensor(gaussian(np.random.default_rng(1), 1000, 12)).float() + 1e4
     )  # a naive sum of squares loses 8 digits here
-    stream = FeatureStatistics(12)
+    stream = Moments(12)
     for part in x.split([1, 499, 0, 300, 200]):
         stream.update(part)
     assert stream.n == 1000
@@ -115,7 +115,7 @@ def test_streaming_equals_np_cov_far_from_zero() -> None:
 
 def test_merged_parts_equal_the_whole() -> None:
     x = torch.as_tensor(gaussian(np.random.default_rng(2), 300, 6))
-    whole, left, right, empty = (FeatureStatistics(6) for _ in range(4))
+    whole, left, right, empty = (Moments(6) for _ in range(4))
     whole.update(x)
     left.update(x[:17])
     right.update(x[17:])
@@ -126,11 +126,11 @@ def test_merged_parts_equal_the_whole() -> None:
 
 
 def test_statistics_refuse_what_does_not_fit() -> None:
-    stream = FeatureStatistics(4)
+    stream = Moments(4)
     stream.update(torch.zeros(1, 4))
     with pytest.raises(UserError, match="at least 2 images"):
         _ = stream.cov
     with pytest.raises(UserError, match=r"\[n, 4\]"):
         stream.update(torch.zeros(3, 5))
     with pytest.raises(UserError, match="5 features into those of 4"):
-        stream.merge(FeatureStatistics(5))
+        stream.merge(Moments(5))

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.cross_attention import Prepared, shared_layers, text_attentions
@@ -11,6 +12,7 @@ from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", "", "nine of hearts"]
+ASKED = Condition.of_prompts(PROMPTS)
 
 
 def teacher_of(pipe, unet=None):
@@ -49,7 +51,7 @@ def test_what_is_spared_changes_nothing(pipes, noise, kind, dtype):
     teacher = teacher_of(pipes[kind])
     teacher.dtype = dtype
     for cfg in (1.0, 5.0):
-        ours, theirs = (each.sample(noise, PROMPTS, cfg=cfg) for each in (teacher, plain(teacher)))
+        ours, theirs = (each.sample(noise, ASKED, cfg=cfg) for each in (teacher, plain(teacher)))
         size = float(theirs.abs().max())
         assert torch.allclose(ours, theirs, rtol=0, atol=(1e-5 if dtype is None else 0.02) * size)
 
@@ -70,7 +72,7 @@ def test_keys_and_values_once_a_sample_and_the_first_layers_on_one_half(pipes, n
         )
         for name, module in watched.items()
     ]
-    teacher.sample(noise, PROMPTS, cfg=5.0)
+    teacher.sample(noise, ASKED, cfg=5.0)
     for handle in handles:
         handle.remove()
     assert calls["key"] == 3 + 1 and calls["key calls"] == 2  # of the prompts, and of the empty one
@@ -80,7 +82,7 @@ def test_keys_and_values_once_a_sample_and_the_first_layers_on_one_half(pipes, n
 def test_the_unet_is_as_before_even_after_a_failure(pipes, noise):
     teacher = teacher_of(pipes["sd"])
     before = [attn.processor for attn in teacher._attentions]
-    text = teacher.encode(PROMPTS)
+    text = teacher.embed(ASKED)
     prepared = teacher.prepare(text)
     assert isinstance(prepared, Prepared)
     with pytest.raises(RuntimeError):
@@ -92,7 +94,10 @@ def test_the_unet_is_as_before_even_after_a_failure(pipes, noise):
             teacher.guided(noise, 500, prepared, 3.0), teacher.guided(noise, 500, text, 3.0), atol=1e-4
         )
     again = copy.deepcopy(teacher)
-    assert torch.equal(again.sample(noise, PROMPTS, cfg=2.0), teacher.sample(noise, PROMPTS, cfg=2.0))
+    assert torch.equal(
+        again.sample(noise, ASKED, cfg=2.0),
+        teacher.sample(noise, ASKED, cfg=2.0),
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
@@ -107,11 +112,13 @@ def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
     torch._dynamo.reset()
     teacher, expected = teacher_of(pipes[kind]), teacher_of(pipes[kind])
     teacher.call = torch.compile(teacher.network, backend=backend, dynamic=False)
-    teacher.sample(noise, PROMPTS, cfg=2.0)
+    teacher.sample(noise, ASKED, cfg=2.0)
     compiled = len(graphs)
     for prompts in (PROMPTS, ["two", "three", "four"]):
         assert torch.allclose(
-            teacher.sample(noise, prompts, cfg=2.0), expected.sample(noise, prompts, cfg=2.0), atol=1e-4
+            teacher.sample(noise, Condition.of_prompts(prompts), cfg=2.0),
+            expected.sample(noise, Condition.of_prompts(prompts), cfg=2.0),
+            atol=1e-4,
         )
     assert compiled and len(graphs) == compiled
     assert text_attentions(teacher.network)  # the plain processors are back
@@ -131,7 +138,7 @@ def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
 def test_other_unets_do_all_of_their_work(pipes, noise, options):
     unet = pipelines.unet(**options)
     assert text_attentions(unet) is None
-    x = teacher_of(pipes["sd"], unet).sample(noise, PROMPTS, cfg=2.0)
+    x = teacher_of(pipes["sd"], unet).sample(noise, ASKED, cfg=2.0)
     assert bool(x.isfinite().all())
 
 
@@ -142,5 +149,5 @@ def test_text_may_come_later_in_the_network(pipes, noise):
     )
     assert shared_layers(unet) == [unet.conv_in]
     teacher = teacher_of(pipes["sd"], unet)
-    ours, theirs = (each.sample(noise, PROMPTS, cfg=5.0) for each in (teacher, plain(teacher)))
+    ours, theirs = (each.sample(noise, ASKED, cfg=5.0) for each in (teacher, plain(teacher)))
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))

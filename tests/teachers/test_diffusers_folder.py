@@ -4,12 +4,14 @@ import shutil
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
-from d2o.teachers.diffusers_parts import Folder, read_json
+from d2o.teachers.diffusers_parts import Components, read_json
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", ""]
+ASKED = Condition.of_prompts(PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
     theirs = pipe(
         PROMPTS, latents=z, output_type="latent", guidance_scale=4.0, num_inference_steps=3, height=16, width=16
     ).images
-    ours = teacher.sample(z, PROMPTS, steps=3, cfg=4.0)
+    ours = teacher.sample(z, ASKED, steps=3, cfg=4.0)
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
     assert teacher.decode(ours).shape == (2, 3, 16, 16)
     assert teacher.fingerprint == load_diffusers(folders / name, "again").fingerprint
@@ -110,7 +112,7 @@ def test_whichever_scheduler_a_folder_has_its_numbers_are_used(sd, name):
     own.save_pretrained(sd / "scheduler")
     edit(sd / "scheduler" / "scheduler_config.json", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     ddim = diffusers.DDIMScheduler.from_config(read_json(sd / "scheduler" / "scheduler_config.json"))
-    schedule, prediction, clip = discrete_schedule(Folder(sd, read_json(sd / "model_index.json")))
+    schedule, prediction, clip = discrete_schedule(Components(sd, read_json(sd / "model_index.json")))
     assert torch.allclose(schedule.alphas_cumprod.float(), ddim.alphas_cumprod, rtol=1e-5) and (prediction, clip) == (
         "epsilon",
         None,

@@ -1,13 +1,16 @@
 import pytest
 import torch
 
+from d2o.condition import Condition, Text
 from d2o.diffusion.schedules import FlowSchedule
 from d2o.errors import UserError
-from d2o.teachers.base import Spec, Text
+from d2o.teachers.base import Spec
 from d2o.teachers.flow import StableDiffusion3Teacher
 from tests.teachers import pipelines
 
 PROMPTS = ["a handwritten seven", "", "nine of hearts"]
+ASKED = Condition.of_prompts(PROMPTS)
+OTHER = Condition.of_prompts(PROMPTS[::-1])
 SPEC = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="euler", steps=28)
 
 
@@ -44,10 +47,10 @@ def test_samples_are_those_of_diffusers_pipeline(tmp_path, noise, t5, shift, cfg
     theirs, images = (pipe(PROMPTS, output_type=kind, **options).images for kind in ("latent", "pt"))
     # In place of an absent T5 diffusers has 256 rows of zeros; before 0.36 it had 77.
     teacher = teacher_of(pipe, t5_length=pipe._get_t5_prompt_embeds("a", max_sequence_length=256).shape[1])
-    ours = teacher.sample(noise, PROMPTS, steps=6, cfg=cfg)
+    ours = teacher.sample(noise, ASKED, steps=6, cfg=cfg)
     assert torch.allclose(ours, theirs, atol=2e-5), float((ours - theirs).abs().max())
     assert torch.allclose(teacher.decode(ours), images * 2 - 1, atol=5e-5)
-    assert not torch.allclose(teacher.sample(noise, PROMPTS[::-1], steps=6, cfg=cfg), theirs, atol=0.01), (
+    assert not torch.allclose(teacher.sample(noise, OTHER, steps=6, cfg=cfg), theirs, atol=0.01), (
         "the prompts do nothing: the test is blind"
     )
 
@@ -55,9 +58,9 @@ def test_samples_are_those_of_diffusers_pipeline(tmp_path, noise, t5, shift, cfg
 def test_the_network_is_told_the_time_in_thousandths(pipe, noise):
     teacher, seen = teacher_of(pipe), []
     teacher.call = lambda x, **options: (seen.append(options["timestep"]), teacher.network(x, **options))[1]
-    x = teacher.denoise(noise, 0.7501, PROMPTS)
+    x = teacher.denoise(noise, 0.7501, ASKED)
     assert torch.allclose(seen[0], torch.full((3,), 750.1)) and seen[0].dtype == torch.float32
-    text = teacher.encode(PROMPTS)
+    text = teacher.embed(ASKED)
     v = pipe.transformer(
         noise, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=seen[0]
     ).sample
@@ -69,7 +72,7 @@ def test_the_network_is_told_the_time_in_thousandths(pipe, noise):
 def test_conditions_and_components_that_do_not_fit_are_refused(pipe, noise):
     teacher = teacher_of(pipe)
     with pytest.raises(UserError, match="prompts, not class labels"):
-        teacher.sample(noise, torch.tensor([0, 1, 2]))
+        teacher.sample(noise, Condition.of_labels([0, 1, 2]))
     with pytest.raises(UserError, match="pooled"):
         teacher.sample(noise, Text(torch.zeros(3, 333, 80)))
     with pytest.raises(UserError, match="spacing"):

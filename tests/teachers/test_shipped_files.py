@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
+from d2o.interop import assets
 from d2o.interop.assets import asset
-from d2o.teachers import registry
 from d2o.teachers.registry import BUILTIN
 
 ASSETS = Path(str(resources.files("d2o") / "assets"))
@@ -27,7 +27,7 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch, damaged):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    monkeypatch.setattr(registry.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(assets.resources, "files", lambda package: tmp_path)
     asset.cache_clear()
     try:
         name = next(name for name in BUILTIN.values() if damaged.startswith(name))

@@ -3,12 +3,13 @@ import copy
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, save_file
 from d2o.students.base import load_student
-from d2o.teachers.base import Spec, Teacher, Text, join
+from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import load_teacher, teacher_names
 from tests.diffusion.mixture import PLANE, MixtureTeacher
 from tests.helpers import SPEC, tiny_student, tiny_teacher
@@ -166,9 +167,9 @@ def test_conditions_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="guidance .cfg 2. needs a condition"):
         blind.sample(x, None, cfg=2.0)
     with pytest.raises(UserError, match="takes no prompts .condition: none."):
-        blind.encode(["a red square"])
+        blind.embed(Condition.of_prompts(["a red square"]))
     with pytest.raises(UserError, match="takes class indices, not prompts"):
-        MixtureTeacher().sample(x, ["a red square", "a blue circle"])
+        MixtureTeacher().sample(x, Condition.of_prompts(["a red square", "a blue circle"]))
     with pytest.raises(UserError, match="label -2 is out of range; 'mixture' has classes 0 to 2"):
         MixtureTeacher().sample(x, torch.tensor([0, -2]))
 
@@ -184,23 +185,6 @@ def test_a_teachers_network_is_frozen_and_a_copy_of_it_learns():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in copied.parameters())
     assert not teacher.sample(x.detach(), labels, steps=2).requires_grad
     assert teacher.fingerprint == MixtureTeacher().fingerprint
-
-
-def test_text_conditions_are_cut_and_joined_together():
-    text = Text(torch.randn(4, 7, 5), torch.randn(4, 3))
-    assert len(text) == 4 and len(text[1:3]) == 2
-    assert torch.equal(text[torch.tensor([2, 0])].states, text.states[[2, 0]]) and torch.equal(
-        text[1:3].pooled, text.pooled[1:3]
-    )
-    assert (
-        text[:2].pooled is not None
-        and Text(text.states)[:2].pooled is None
-        and Text(text.states).to(torch.device("cpu")).pooled is None
-    )
-    both = join(text[:1], text[2:])
-    assert torch.equal(both.states, text.states[[0, 2, 3]]) and torch.equal(both.pooled, text.pooled[[0, 2, 3]])
-    assert join(Text(text.states), Text(text.states)).pooled is None
-    assert join(torch.tensor([1]), torch.tensor([-1])).tolist() == [1, -1]
 
 
 def test_a_spec_of_another_version_is_read_or_refused_in_words():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
@@ -108,7 +109,7 @@ def test_a_network_by_class():
     with pytest.raises(UserError, match="class indices, not prompts"):
         teacher.denoise(noise, 5, ["a", "b"])
     with pytest.raises(UserError, match="takes no prompts"):
-        teacher.encode(["a"])
+        teacher.embed(Condition.of_prompts(["a"]))
 
 
 def test_no_condition_and_no_guidance_without_classes():

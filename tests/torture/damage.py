@@ -137,7 +137,9 @@ def _verdict(
         return ["hang: " + outcome.brief]
     if outcome.signal:
         return [f"signal {outcome.signal}", *said[-2:]]
-    if outcome.code == 2:
+    if outcome.code == 2 or (
+        outcome.code == 1 and said and said[-1].startswith("would not start:")
+    ):  # so `--plan` refuses
         text = outcome.text
         if "Traceback" in text:
             return ["traceback with exit 2", *said[-2:]]

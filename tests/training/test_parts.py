@@ -1,5 +1,6 @@
 """EMA, schedules, gradient policies, random numbers and batches, each against its definition."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,12 @@ from torch import nn
 from d2o.errors import UserError
 from d2o.methods.base import Draws
 from d2o.training.batches import Batches, mix
-from d2o.training.checkpoint import pack_optimizer, unpack_optimizer
 from d2o.training.ema import EMA
-from d2o.training.optim import OPTIMIZERS, GradientGuard, build_optimizer, clip, learning_rate
+from d2o.training.optim import OPTIMIZERS, GradientGuard, clip, learning_rate
+from d2o.training.player import Player
+from d2o.training.precision import LossScale
+from d2o.training.schedule import Schedule
+from d2o.training.strategy import Replicate
 
 CPU = torch.device("cpu")
 
@@ -23,6 +27,7 @@ def options(**more):
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "no_decay": (),
         "schedule": "constant",
         "warmup": 0,
         "final_lr": 0.0,
@@ -64,6 +69,31 @@ def test_ema_without_settings_follows_and_copies_buffers():
     assert torch.equal(ema.network.weight, net.weight) and torch.equal(ema.network.running_mean, net.running_mean)
 
 
+def test_ema_with_a_start_follows_until_then():
+    net = nn.Linear(1, 1, bias=False)
+    ema = EMA(net, decay=0.9, start=20)
+    for images, expected in ((0, 1.0), (10, 2.0), (20, 2.1)):
+        with torch.no_grad():
+            net.weight.fill_(images / 10 + 1)
+        ema.update(net, images, 10)
+        assert ema.network.weight.item() == pytest.approx(expected)
+
+
+def test_what_is_due():
+    every = SimpleNamespace(every=25)
+    recipe = SimpleNamespace(batch=10, images=95, log_every=4, preview=None, eval=every, checkpoint=every)
+    schedule = Schedule(recipe)
+    due = [schedule.after(i) for i in range(1, 11)]
+    assert (
+        [i for i, d in enumerate(due, 1) if d.eval]
+        == [3, 5, 8, 10]
+        == [i for i, d in enumerate(due, 1) if d.checkpoint]
+    )
+    assert [i for i, d in enumerate(due, 1) if d.line] == [4, 8, 10]
+    assert [d.last for d in due] == [False] * 9 + [True] and not any(d.preview or d.stop for d in due)
+    assert (schedule.iterations, schedule.images(9), schedule.images(10)) == (10, 90, 95)
+
+
 def test_learning_rates():
     o = options(lr=1.0, warmup=10, schedule="cosine", final_lr=0.1)
     assert learning_rate(o, 0, 110) == pytest.approx(0.1)
@@ -74,37 +104,55 @@ def test_learning_rates():
     assert learning_rate(options(lr=1.0), 99, 100) == 1.0
 
 
+def player(network, **settings):
+    return Player("net", network, options(**settings), Replicate(CPU, 1))
+
+
+def train(trained, steps):
+    for i in range(steps):
+        (trained.network(torch.ones(1, 3)) - 1).square().sum().backward()
+        trained.update(i, 0.01, LossScale("fp32"))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_a_loss_and_survives_packing(name):
     torch.manual_seed(0)
+    a = player(nn.Linear(3, 2), name=name, weight_decay=0.001)
+    start = (a.network(torch.ones(1, 3)) - 1).square().sum().item()
+    train(a, 7)
+    moments = {key: value.clone() for key, value in a.moments().items()}
+    numbered = {key.replace("weight", "0").replace("bias", "1"): value for key, value in moments.items()}
+    others = []
+    for saved in (moments, numbered):  # as an older d2o wrote them
+        b = player(copy.deepcopy(a.network), name=name, weight_decay=0.001)
+        b.load_moments({key: value.clone() for key, value in saved.items()})
+        train(b, 20)
+        others.append(b)
+    train(a, 20)
+    for b in others:
+        assert all(map(torch.equal, a.network.parameters(), b.network.parameters()))
+    assert (a.network(torch.ones(1, 3)) - 1).square().sum().item() < start
 
-    def run(net, optimizer, steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            (net(torch.ones(1, 3)) - 1).square().sum().backward()
-            optimizer.step()
 
-    a = nn.Linear(3, 2)
-    optimizer = build_optimizer(list(a.parameters()), options(name=name, lr=0.01, weight_decay=0.001))
-    start = (a(torch.ones(1, 3)) - 1).square().sum().item()
-    run(a, optimizer, 7)
-    b = nn.Linear(3, 2)
-    b.load_state_dict(a.state_dict())
-    other = build_optimizer(list(b.parameters()), options(name=name, lr=0.01, weight_decay=0.001))
-    unpack_optimizer("o", other, {k: v.clone() for k, v in pack_optimizer("o", optimizer).items()})
-    run(a, optimizer, 20)
-    run(b, other, 20)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    assert (a(torch.ones(1, 3)) - 1).square().sum().item() < start
+def test_weight_decay_leaves_named_parameters_alone():
+    network = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    spared = player(network, name="adamw", weight_decay=0.5, no_decay=("*bias", "1.*"))
+    train(spared, 1)
+    assert [g["weight_decay"] for g in spared.optimizer.param_groups] == [0.5, 0.0]
+    assert [len(g["params"]) for g in spared.optimizer.param_groups] == [1, 3]
+    again = player(copy.deepcopy(network), name="adamw", weight_decay=0.5)
+    again.load_moments(spared.moments())  # by name, whatever the groups
+    assert again.moments().keys() == spared.moments().keys()
+    with pytest.raises(UserError, match=r"optim.no_decay: '\*norm\*' fits no parameter"):
+        player(nn.Linear(3, 2), no_decay=("*norm*",))
 
 
 def test_clipping():
-    p = nn.Parameter(torch.zeros(2))
-    p.grad = torch.tensor([3.0, 4.0])
-    clip([p], options(clip_norm=1.0))
-    assert torch.allclose(p.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
-    clip([p], options(clip_value=0.7))
-    assert torch.allclose(p.grad, torch.tensor([0.6, 0.7]), atol=1e-4)
+    gradient = torch.tensor([3.0, 4.0])
+    clip([gradient], options(clip_norm=1.0))
+    assert torch.allclose(gradient, torch.tensor([0.6, 0.8]), atol=1e-4)
+    clip([gradient], options(clip_value=0.7))
+    assert torch.allclose(gradient, torch.tensor([0.6, 0.7]), atol=1e-4)
 
 
 def test_bad_gradients_are_refused_skipped_or_zeroed_and_counted():

@@ -98,7 +98,7 @@ def train(recipe, folder: Path, iterations: int | None = None) -> Trainer:
 
 def test_two_optimisers_alternate_and_the_critic_is_held_in_the_generators_turn(recipe, tmp_path):
     trainer = train(recipe(), tmp_path / "run")
-    assert [type(o).__name__ for o in trainer.optimizers.values()] == ["Adam", "RAdam"]
+    assert [type(p.optimizer).__name__ for p in trainer.players.values()] == ["Adam", "RAdam"]
     assert all(trainer.method.critic_frozen) and all(p.requires_grad for p in trainer.method.critic.parameters())
     assert 2 < trainer.method.generator.bias.item() < 4
     assert trainer.ema.network.bias.item() == pytest.approx(trainer.method.generator.bias.item(), abs=0.5)
@@ -137,7 +137,7 @@ def test_both_networks_and_optimisers_resume_to_the_same_bytes(recipe, tmp_path)
 
 def test_without_an_own_section_the_critic_takes_the_generators_optimiser(recipe, tmp_path):
     trainer = Trainer(recipe("optim_critic=null"), Setup(recipe().options), tmp_path)
-    assert {type(o) for o in trainer.optimizers.values()} == {torch.optim.Adam}
+    assert {type(p.optimizer) for p in trainer.players.values()} == {torch.optim.Adam}
 
 
 def test_norms_and_a_verdict_are_logged_for_networks_against_each_other(recipe, tmp_path):
@@ -171,7 +171,11 @@ def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, mon
     found = train(recipe(), tmp_path / "whole")
     train(recipe(), tmp_path / "parts", iterations=iterations)
     resumed = train(recipe(), tmp_path / "parts")
-    assert found.watch.verdict == resumed.watch.verdict == "critic saturated since iteration 110 (loss_d 0.001)"
+    assert (
+        found.journal.watch.verdict
+        == resumed.journal.watch.verdict
+        == "critic saturated since iteration 110 (loss_d 0.001)"
+    )
     state = "checkpoints/state.safetensors"
     assert (tmp_path / "whole" / state).read_bytes() == (tmp_path / "parts" / state).read_bytes()
     logs = [

@@ -1,0 +1,32 @@
+"""What subcommands open by name: a device, a teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from d2o.cli import console
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2o.teachers.base import Teacher
+
+
+def open_teacher(name: str, device: str | None) -> Teacher:
+    """Load a teacher, with a bar for the download if it takes one."""
+    from d2o.teachers.registry import load_teacher
+
+    with console.progress_bar("download", "MB") as bar:
+        return load_teacher(
+            name,
+            open_device(device),
+            say=console.say,
+            progress=lambda done, total: bar(done // 10**6, (total or done) // 10**6, ""),
+        )
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is. UserError: no such device, or not usable here."""
+    from d2o.training.distributed import pick_device
+
+    return pick_device(name)

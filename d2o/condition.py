@@ -1,0 +1,173 @@
+"""What a batch of samples is asked to be: nothing, class labels or prompts, and the guidance scale that a student is
+told.
+
+One value that travels whole through pairs, training batches, students, previews, sampling and evaluation. Only teachers
+and students look into it: their `embed` makes of it what their network takes (`Embedded`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from d2o.errors import UserError
+
+NO_CLASS = -1
+"""The label of a sample that is of no class in particular."""
+Kind = Literal["none", "labels", "prompts"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts: `states` [B, L, D] of the text encoder, and `pooled` [B, P] for networks that take one vector
+    per prompt as well."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index: slice | Tensor) -> Text:
+        return Text(self.states[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, device: str | torch.device) -> Text:
+        return Text(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+
+
+Embedded = Tensor | Text | None
+"""What a network takes of a condition: class indices [B] int64 (-1: no class), encoded prompts, or nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Of `n` samples: `labels` [n] int64 (-1: no class), or `prompts`, or neither; `cfg` [n] float32, the guidance
+    scale that a student is told, where it is told one. ValueError: both, or another number of them."""
+
+    n: int
+    labels: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
+    cfg: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.prompts is not None:
+            raise ValueError("a condition is of labels or of prompts, not of both")
+        for name, values in (("labels", self.labels), ("prompts", self.prompts), ("cfg", self.cfg)):
+            if values is not None and len(values) != self.n:
+                raise ValueError(f"{len(values)} {name} for {self.n} samples")
+
+    @classmethod
+    def none(cls, n: int) -> Condition:
+        """Samples of which nothing is asked."""
+        return cls(n)
+
+    @classmethod
+    def of_labels(cls, labels: Tensor | Sequence[int]) -> Condition:
+        """Class indices [n]; -1 for no class in particular."""
+        found = torch.as_tensor(labels, dtype=torch.int64)
+        return cls(len(found), labels=found)
+
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[str]) -> Condition:
+        """Prompts; "" for none. UserError: a single str in place of a list, or something that is no str."""
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError("prompts must be a list of strings")
+        return cls(len(prompts), prompts=tuple(prompts))
+
+    @classmethod
+    def join(cls, parts: Sequence[Condition]) -> Condition:
+        """One after the other. ValueError: they are of different kinds."""
+        first = parts[0]
+        if {(part.kind, part.cfg is None) for part in parts} != {(first.kind, first.cfg is None)}:
+            raise ValueError(f"conditions of kinds {', '.join(sorted({part.kind for part in parts}))} cannot be joined")
+        labels, cfg = ([getattr(part, name) for part in parts] for name in ("labels", "cfg"))
+        return cls(
+            sum(part.n for part in parts),
+            None if first.labels is None else torch.cat(labels),
+            None if first.prompts is None else tuple(text for part in parts for text in part.prompts or ()),
+            None if first.cfg is None else torch.cat(cfg),
+        )
+
+    @property
+    def kind(self) -> Kind:
+        return "labels" if self.labels is not None else "prompts" if self.prompts is not None else "none"
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: slice | Tensor) -> Condition:
+        """Those of a slice, or of an index tensor [k] int64."""
+        rows = range(self.n)[index] if isinstance(index, slice) else index.tolist()
+        return Condition(
+            len(rows),
+            None if self.labels is None else self.labels[index],
+            None if self.prompts is None else tuple(self.prompts[i] for i in rows),
+            None if self.cfg is None else self.cfg[index],
+        )
+
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> Condition:
+        """With its tensors on that device."""
+        labels, cfg = (None if t is None else t.to(device, non_blocking=non_blocking) for t in (self.labels, self.cfg))
+        return Condition(self.n, labels, self.prompts, cfg)
+
+    def repeat(self, k: int) -> Condition:
+        """All of it k times, one after the other."""
+        return Condition.join([self] * k) if k else self[:0]
+
+    def empty(self) -> Condition:
+        """The unconditional one of this kind and length: no class, or the empty prompt."""
+        return Condition(
+            self.n,
+            None if self.labels is None else torch.full_like(self.labels, NO_CLASS),
+            None if self.prompts is None else ("",) * self.n,
+            self.cfg,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As it is written into a file; `from_record` reads it again."""
+        found: dict[str, Any] = {"n": self.n}
+        found |= {} if self.labels is None else {"labels": self.labels.tolist()}
+        found |= {} if self.prompts is None else {"prompts": list(self.prompts)}
+        return found | ({} if self.cfg is None else {"cfg": self.cfg.tolist()})
+
+    @classmethod
+    def from_record(cls, record: Any) -> Condition:
+        """From `record`. UserError: not as it writes it."""
+        n = record.get("n") if isinstance(record, dict) else None
+        if type(n) is not int or n < 0 or set(record) - set(_TYPES):
+            raise UserError("a condition is damaged: expected n, and labels or prompts, and cfg")
+        for name, kind in _TYPES.items():
+            values = record.get(name, [])
+            if name != "n" and not (isinstance(values, list) and all(type(value) is kind for value in values)):
+                raise UserError(f"a condition is damaged: {name} is no list of {kind.__name__}")
+        labels, prompts, cfg = (record.get(name) for name in ("labels", "prompts", "cfg"))
+        try:
+            return cls(
+                n,
+                None if labels is None else torch.tensor(labels, dtype=torch.int64),
+                None if prompts is None else tuple(prompts),
+                None if cfg is None else torch.tensor(cfg, dtype=torch.float32),
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"a condition is damaged: {error}") from error
+
+
+_TYPES = {"n": int, "labels": int, "prompts": str, "cfg": float}
+
+
+def join_embedded(first: Embedded, second: Embedded) -> Embedded:
+    """Two embedded conditions of one kind, one after the other."""
+    if isinstance(first, Text):
+        assert isinstance(second, Text)
+        pooled = None
+        if first.pooled is not None and second.pooled is not None:
+            pooled = torch.cat([first.pooled, second.pooled])
+        return Text(torch.cat([first.states, second.states]), pooled)
+    if first is None:
+        return None
+    assert isinstance(second, Tensor)
+    return torch.cat([first, second])

@@ -1,0 +1,128 @@
+"""One network that is trained, with all that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from d2o.networks.copying import local, outline, replaced
+from d2o.training.ema import EMA
+from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate
+from d2o.training.strategy import Replicate, is_share, whole
+
+if TYPE_CHECKING:
+    from d2o.methods.base import Method
+    from d2o.recipes.sections import Ema, Optim
+    from d2o.training.precision import LossScale
+
+
+class Player:
+    """A network's trained parameters by name, their optimiser and its rate, the guard of their gradients, clipping, and
+    (of the product) the moving average. `strategy` says how all of this lies among the processes.
+
+    Parameters that do not ask for a gradient when the player is made are never trained. `bad_gradients`: see
+    `GradientGuard`; `average`: the recipe's `ema:` section, None for no average at all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        options: Optim,
+        strategy: Replicate,
+        bad_gradients: str = "raise",
+        average: Ema | None = None,
+    ):
+        self.name, self.network, self.options, self.strategy = name, network, options, strategy
+        empty = outline(network) if average is not None else None
+        strategy.place(network)
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.handles = {name: strategy.handle(p) for name, p in self.parameters.items()}
+        self.optimizer = build_optimizer(self.handles, options)
+        self.guard = GradientGuard(bad_gradients, strategy.device)
+        self.exchange = strategy.exchange(self.parameters.values())
+        self.ema: EMA | None = None
+        if average is not None and empty is not None:
+            copied = {
+                old: nn.Parameter(p.detach().clone(), requires_grad=False)
+                for old, p in zip(empty.parameters(), network.parameters(), strict=True)
+            }
+            settings = (average.half_life, average.decay, average.ramp, average.start)
+            self.ema = EMA(network, *settings, copied=replaced(empty, copied))
+
+    def rate(self, iteration: int, total: int, factor: float = 1.0) -> float:
+        """The learning rate of 0-based `iteration`, of `total`."""
+        return learning_rate(self.options, iteration, total) * factor
+
+    def update(self, iteration: int, rate: float, scale: LossScale, measure: bool = False) -> Tensor | None:
+        """One step of the optimiser by the gradients there are, which are gone afterwards. With `measure`, their norm
+        before clipping; None if there are none or the step was left out."""
+        self.exchange.finish()
+        gradients = self.strategy.gradients(self.parameters.values(), self.handles.values())
+        norm: Tensor | None = None
+        strategy = self.strategy
+        if scale.unscale(gradients, strategy.finite) and self.guard.admit(gradients, iteration, strategy.finite):
+            if measure and gradients:
+                norm = strategy.norm(gradients)
+            clip(gradients, self.options, strategy.norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            torch.clear_autocast_cache()  # later calls in the same iteration are of the new weights
+        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters.values():
+            p.grad = None
+        return norm
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The network with its parameters held fixed (gradients still flow to its inputs)."""
+        for p in self.parameters.values():
+            p.requires_grad_(False)
+        try:
+            yield self.network
+        finally:
+            for p in self.parameters.values():
+                p.requires_grad_(True)
+
+    def averaged(self) -> nn.Module:
+        """The moving average as a network that this process can call by itself: gathered, where it is sharded. All
+        processes call this."""
+        assert self.ema is not None
+        network = self.ema.network
+        parameters = list(network.parameters())
+        if not any(map(is_share, parameters)):
+            return network
+        return replaced(network, {p: nn.Parameter(whole(p.detach()), requires_grad=False) for p in parameters})
+
+    # For the training state -------------------------------------------------------------------------------------------
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's tensors as `<parameter>/<key>`."""
+        return {
+            f"{name}/{key}": self.strategy.like(torch.as_tensor(value), self.parameters[name])
+            for name, handle in self.handles.items()
+            for key, value in self.optimizer.state.get(handle, {}).items()
+            if value is not None
+        }
+
+    def load_moments(self, tensors: dict[str, Tensor]) -> None:
+        """Undo `moments`. An older d2o named parameters by their position among the trained ones."""
+        names = list(self.parameters)
+        places = [handle for group in self.optimizer.param_groups for handle in group["params"]]
+        position = {id(handle): i for i, handle in enumerate(places)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, tensor in tensors.items():
+            name, key = path.rsplit("/", 1)
+            handle = self.handles[names[int(name)] if name.isdigit() else name]
+            state.setdefault(position[id(handle)], {})[key] = local(tensor)
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def players_of(method: Method) -> dict[str, nn.Module]:
+    """The networks that a method trains, by name."""
+    return method.networks()

@@ -1,0 +1,147 @@
+"""The score on the way: Fréchet distance of the EMA product by the recipe's protocol. Several processes share the
+images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2o.errors import UserError
+from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.workplace import Workplace
+from d2o.interop.discard import discard
+from d2o.interop.temporary import sweep
+from d2o.methods.base import Generate, Method
+from d2o.training import distributed
+
+Say = Callable[[str], None]
+OWN_IMAGES = "data"
+"""Reference of an `eval:` section: the recipe's own images."""
+
+
+def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
+    """What the recipe's `eval:` measures with; None where it measures no distance. Networks and statistics stay in
+    memory for later calls.
+
+    UserError, as `d2o eval` words it: weights or statistics that are absent (what to fetch, where to put it), or not
+    those of the protocol.
+    """
+    e = recipe.eval
+    if e is None or e.extractor is None:
+        return None
+    return FrechetEvaluator(
+        e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None
+    )
+
+
+def times(recipe: Any) -> int:
+    """Measurements of the whole run; the last one is at its end."""
+    return 0 if recipe.eval is None else -(-recipe.images // recipe.eval.every)
+
+
+def cost(recipe: Any, nfe: int) -> str:
+    """What the evaluations of a run are and take, in one line."""
+    e, many = recipe.eval, times(recipe)
+    how = f"protocol {e.protocol}, " if e.protocol else ""
+    reference = "the training images" if e.reference == OWN_IMAGES else e.reference
+    calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
+    return (
+        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images:"
+        f" {e.n * many:,} images of {calls} each, beside training on {recipe.images:,}"
+    )
+
+
+def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
+    """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured
+    now."""
+    if now is None:
+        return True
+    rest = {"every", "batch"}
+    return before is not None and all(
+        value == before.get(key) for key, value in now.model_dump().items() if key not in rest
+    )
+
+
+class Scoring:
+    """Scores of a run, measured again and again."""
+
+    def __init__(
+        self, recipe: Any, method: Method, folder: Path, device: torch.device, rank: int, world: int, say: Say
+    ):
+        self.recipe, self.method, self.work, self.device, self.rank, self.world = (
+            recipe,
+            method,
+            folder / "evaluation",
+            device,
+            rank,
+            world,
+        )
+        self.say, self.told, self.spec = say, False, method.spec()
+
+    def check(self) -> None:
+        """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method
+        does not give."""
+        e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
+        if e is None:
+            return
+        if e.metric == "fd" and (evaluator is None or self.spec is None):
+            raise UserError(
+                f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance"
+            )
+        if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
+            raise UserError(
+                f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy",
+                "eval.metric: fd measures it",
+            )
+        if evaluator is not None and self.spec is not None:
+            evaluator.check(self.spec)
+
+    def announce(self) -> None:
+        """Say what is measured and how much that is."""
+        if self.recipe.eval is None or self.recipe.eval.extractor is None or self.spec is None:
+            return
+        self.say(
+            cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else "")
+        )
+
+    def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
+        """Numbers about the product; all processes call this, the first one gets them. UserError: not the metric that
+        the recipe asks for."""
+        e, started = self.recipe.eval, time.perf_counter()
+        found = self.distance(generate, iteration) if self.spec is not None and e.extractor is not None else {}
+        if self.rank != 0:
+            return {}
+        scores = {**self.method.validate(product), **found}
+        if e.metric not in scores:
+            raise UserError(
+                f"eval.metric: method {self.recipe.method} gives {', '.join(scores) or 'no metric'}, not {e.metric!r}"
+            )
+        if not self.told:
+            self.told, left = True, times(self.recipe) - (iteration * self.recipe.batch // e.every)
+            seconds = time.perf_counter() - started
+            if seconds >= 5 and left > 0:
+                self.say(f"that evaluation took {seconds:.0f} s; {left} more: about {left * seconds / 60:.0f} minutes")
+        return scores
+
+    def distance(self, generate: Generate, iteration: int) -> dict[str, float]:
+        e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
+        assert evaluator is not None and self.spec is not None
+        if self.rank == 0:  # what a killed run left, of several processes or one
+            sweep(self.work.parent, self.work.name)
+            discard(self.work)
+        if self.world == 1:
+            return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
+        distributed.barrier(self.world)
+        place = Workplace(self.work)
+        found = evaluator.score(
+            generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}"
+        )
+        distributed.barrier(self.world)
+        if self.rank == 0:
+            discard(self.work)
+        return found

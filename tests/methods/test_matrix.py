@@ -1,0 +1,116 @@
+"""Every method on every family of teachers that it takes: five iterations on tiny random teachers, and a student."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from d2o.data.images import open_images
+from d2o.data.pair_settings import PairSettings
+from d2o.errors import UserError
+from d2o.methods.base import Setup, get_method
+from d2o.methods.teachers import check_kind, why_not
+from d2o.recipes.schema import Recipe
+from d2o.runtime import StopFlag
+from d2o.students.base import load_student
+from d2o.teachers.compute import Compute
+from d2o.teachers.generate import make_pairs
+from d2o.teachers.kinds import kind_of
+from d2o.training.loop import Trainer
+from tests.teachers.families import TEACHERS, tiny
+
+ROWS = {
+    "ode": ("ode", {"loss": "mse"}),
+    "sid": ("sid", {}),
+    "dmd": ("dmd", {}),
+    "dmd with pairs": ("dmd", {"lambda_reg": 0.25, "regression": "mse"}),
+    "diff-instruct": ("dmd", {"kind": "diff_instruct"}),
+    "cd": ("consistency", {"kind": "cd"}),
+    "pd": ("consistency", {"kind": "pd", "N": 4, "stage_images": 8}),
+    "ctm": ("consistency", {"kind": "ctm"}),
+}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return {name: tiny(name, tmp_path_factory.mktemp(name)) for name in TEACHERS}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    draw = np.random.default_rng(0)
+    np.savez(path, images=draw.integers(0, 256, (12, 3, 8, 8), np.uint8), labels=np.arange(12) % 3)
+    return open_images(path)
+
+
+@pytest.fixture(scope="module")
+def pairs(teachers, tmp_path_factory):
+    made = {}
+
+    def of(name):
+        if name not in made:
+            teacher = teachers[name]
+            steps = 2 if teacher.spec.solver != "heun" else 3
+            settings = PairSettings(name, n=8, shard_size=8, solver=teacher.spec.solver, steps=steps)
+            out = tmp_path_factory.mktemp(name) / "pairs"
+            made[name] = make_pairs(settings, out, compute=Compute(8), teacher=teacher)
+        return made[name]
+
+    return of
+
+
+def train(folder, method, options, teacher, images, pairs):
+    section = method.replace("-", "_")
+    recipe = Recipe.from_dict(
+        {
+            "name": "t",
+            "method": method,
+            "teacher": "tiny",
+            "student": {"sigma": 2.5},
+            "optim": {"lr": 1e-3},
+            "batch": 4,
+            "images": 20,
+            "threads": 1,
+            "ema": {"decay": 0.5},
+            section: options,
+        }
+    )
+    needs = get_method(method).needs(recipe.options)
+    setup = Setup(
+        recipe.options,
+        teacher=teacher,
+        student=recipe.student,
+        batch=recipe.batch,
+        images=images if needs == "images" else None,
+        pairs=pairs() if needs == "pairs" else None,
+    )
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(recipe, setup, folder)
+    trainer.run(lambda *_: None, StopFlag())
+    return load_student(folder)
+
+
+CELLS = [(row, name) for row in ROWS for name in TEACHERS]
+
+
+@pytest.mark.parametrize(("row", "name"), CELLS, ids=[f"{row}-{name}".replace(" ", "-") for row, name in CELLS])
+def test_a_cell(row, name, teachers, images, pairs, tmp_path):
+    method, options = ROWS[row]
+    teacher = teachers[name]
+    if why := why_not(method, kind_of(teacher)):
+        with pytest.raises(UserError, match="cannot learn from") as caught:
+            check_kind(method, kind_of(teacher))
+        assert caught.value.message.endswith(why)
+        return
+    student = train(tmp_path, method, options, teacher, images, lambda: pairs(name))
+    noise = torch.randn(2, *teacher.spec.shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2]) if teacher.spec.classes else None
+    x = student(noise, labels)
+    assert x.shape == noise.shape and bool(x.isfinite().all())
+    if name != "edm2":
+        assert bool((student.decode(x).abs() <= 1).all())
+    before = dict(teacher.edm_view().named_parameters())
+    moved = [key for key, p in student.network.named_parameters() if key in before and not torch.equal(p, before[key])]
+    assert len(moved) > 0.5 * len(before)
