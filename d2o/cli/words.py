@@ -20,7 +20,7 @@ def collect() -> dict[str, Any]:
     from d2o.evaluation.catalogue import METRICS
     from d2o.evaluation.extractors import EXTRACTORS
     from d2o.evaluation.named_references import REFERENCES
-    from d2o.evaluation.presets import PRESETS
+    from d2o.evaluation.paper_protocols import PRESETS
     from d2o.methods.base import method_names
     from d2o.recipes.schema import LOADER_KEYS, describe
     from d2o.teachers.registry import teacher_names

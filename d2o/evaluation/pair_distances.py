@@ -17,7 +17,7 @@ from d2o.errors import UserError, unknown
 from d2o.features.lpips import LEAST, TITLES
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.weights import find_weights
-from d2o.losses.latent_lpips import SPACES, LatentLPIPS, load_latent_lpips
+from d2o.losses.latent_lpips import RELEASED, LatentLPIPS, load_latent_lpips
 from d2o.losses.perceptual import Trunk, load_lpips
 
 Device = str | torch.device
@@ -115,7 +115,7 @@ PAIR_DISTANCES: dict[str, Callable[[Path | None, Device], PairDistance]] = {
     "lpips": partial(LPIPS, "alex"),
     "lpips-alex": partial(LPIPS, "alex"),
     "lpips-vgg": partial(LPIPS, "vgg"),
-    **{f"latent-lpips-{space}": partial(LatentDistance, space) for space in SPACES},
+    **{f"latent-lpips-{space}": partial(LatentDistance, space) for space in RELEASED},
 }
 
 

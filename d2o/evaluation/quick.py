@@ -16,8 +16,9 @@ from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
 from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.paper_protocols import find_preset
 from d2o.evaluation.passes import feature_probes, generator_pass
-from d2o.evaluation.presets import find_preset, hold_to
+from d2o.evaluation.preset_check import hold_to
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference, generated_reference, load_reference, measure_reference
 from d2o.evaluation.sides import Measured
@@ -86,7 +87,7 @@ class FrechetEvaluator:
 
     def check(self, spec: Spec) -> None:
         """UserError unless the extractor takes the images of that spec."""
-        if spec.space == "pixel":  # decoded latents have another size; the extractor checks them
+        if not spec.latent:  # decoded latents have another size; the extractor checks them
             check_shape(spec.shape, self.extractor, of="the student's images")
 
     def score(

@@ -29,6 +29,7 @@ from d2o.interop.assets import asset
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.bpe import WORD
 from d2o.networks.latent import Autoencoder, TextToImage, load_autoencoder
+from d2o.spaces.base import UNNAMED
 from d2o.teachers.base import Spec
 from d2o.teachers.latent import text_to_image_teacher
 
@@ -102,7 +103,7 @@ class LatentDiffusion(Method):
         self.no_caption = self.model.tokens.encode([""]).to(setup.device)
         licence = setup.licence
         self._spec = Spec(
-            setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50
+            setup.name, self.model.latent_shape, UNNAMED, "text", licence=licence, solver="ddim", steps=50
         )
 
     def networks(self) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition
-from d2o.data.latents import PIXELS, LatentSet
+from d2o.data.latents import LatentSet
 from d2o.errors import UserError
 from d2o.methods.base import Method, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
@@ -157,20 +157,13 @@ def check_real_images(method: str, setup: Setup, teacher: Teacher) -> None:
     """UserError: the images are not what the teacher makes, or cannot be brought into its latent space."""
     images, spec = setup.images, teacher.spec
     assert images is not None
-    wanted = spec.shape
-    if spec.space == "latent":
-        if not hasattr(teacher, "latents"):
-            raise UserError(
-                f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real"
-                " images"
-            )
-        wanted = (3, PIXELS * spec.shape[1], PIXELS * spec.shape[2])
+    wanted = teacher.space.image_shape(spec.shape)
     if isinstance(images, LatentSet):
         wanted = (2 * spec.shape[0], *spec.shape[1:])
-        if spec.space != "latent" or tuple(images.shape) != wanted:
+        if not spec.latent or tuple(images.shape) != wanted:
             need, have = (" x ".join(map(str, shape)) for shape in (spec.shape, images.shape))
             raise UserError(
-                f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard"
+                f"teacher {spec.name!r} makes {need} in space {spec.space}, {images.name} has means and standard"
                 f" deviations of {have}"
             )
     elif tuple(images.shape) != tuple(wanted):

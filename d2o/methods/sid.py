@@ -348,9 +348,9 @@ class SiD(ScoreMethod):
     def reals(self, micro: Batch, draw: Draws) -> Tensor:
         """The real images, in the teacher's space."""
         assert micro.images is not None
-        if self.student.spec.space == "pixel":
+        if not self.student.spec.latent:
             return micro.images
-        return self.teacher.latents(micro.images, draw.randn(*self.student.spec.shape))  # type: ignore[attr-defined]
+        return self.teacher.space.encode(micro.images, draw.randn(*self.student.spec.shape))
 
     def augment(self, x: Tensor, draw: Draws) -> tuple[Tensor, Tensor | None]:
         return edm.augment(x, self.options.augment, draw.randn, draw.rand) if self.options.augment else (x, None)

@@ -24,6 +24,7 @@ from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
+from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
@@ -35,7 +36,6 @@ from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.students.base import Student, make_student
-from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
@@ -230,7 +230,7 @@ def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> N
             f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy",
             "eval.metric: fd measures it",
         )
-    if spec is not None and extractor is not None and spec.space == "pixel":
+    if spec is not None and extractor is not None and not spec.latent:
         check_shape(spec.shape, extractor, of="the student's images")
 
 

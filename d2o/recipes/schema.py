@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
@@ -37,7 +37,11 @@ from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, w
 from d2o.settings.yaml_text import dump
 
 LOADER_KEYS = {
-    "extends": "another recipe, by path (relative to this file) or name, that this one changes; one level only",
+    "extends": "another recipe, by path (relative to this file) or name, with a variant or without (NAME:VARIANT), that"
+    " this one changes; one level only",
+    "variants": "changes of this recipe by name, each any of the other keys, merged over them: FILE:VARIANT, or"
+    " --variant. The run is called `name` with _VARIANT behind, if the variant does not name it. A file without `name`"
+    " is trained only as one of its variants; one that extends another has that one's variants too",
     "mini": "what `--mini` changes: any of the other keys, merged over them",
 }
 """Top-level keys that the loader uses up: they are in files, never in a `Recipe`."""
@@ -206,16 +210,16 @@ def shape_of(method: Any = None) -> Shape:
     """What a recipe of that method may hold; without the method's own section when there is no such method."""
     from d2o.methods.base import get_method, method_names
 
-    whole = _recipe_tree()
+    whole = _tree(Recipe)
     if isinstance(method, str) and method in method_names():
-        own = {**tree(get_method(method).Options), "description": f"settings of method {method}"}
+        own = {**_tree(get_method(method).Options), "description": f"settings of method {method}"}
         whole = {**whole, "properties": {**whole["properties"], section_key(method): own}}
     return Shape(whole, list(LOADER_KEYS))
 
 
 @functools.cache
-def _recipe_tree() -> Schema:
-    return tree(Recipe)
+def _tree(model: type[BaseModel]) -> Schema:
+    return tree(model)
 
 
 class Row(NamedTuple):
@@ -230,5 +234,5 @@ def describe(method: str | None = None) -> list[Row]:
     """Every key that a recipe may have, in order; with a method, those of its own section too."""
     shape = shape_of(method)
     rows = [(path, shape.at(path) or {}) for path in shape.paths()]
-    loader = [Row("extends", "a text", LOADER_KEYS["extends"]), Row("mini", "a section", LOADER_KEYS["mini"])]
+    loader = [Row(key, "a text" if key == "extends" else "a section", text) for key, text in LOADER_KEYS.items()]
     return [Row(dotted(path), phrase(schema), schema.get("description", "")) for path, schema in rows] + loader

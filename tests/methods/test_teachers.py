@@ -11,10 +11,10 @@ import pytest
 from d2o.cli.app import main
 from d2o.errors import UserError
 from d2o.interop.assets import asset
+from d2o.interop.catalogue import names
 from d2o.methods.base import get_method, method_names
 from d2o.methods.teachers import check_kind, check_teacher, takes, why_not
 from d2o.teachers.base import Teacher
-from d2o.teachers.catalogue import names
 from d2o.teachers.kinds import kind_of, look
 from d2o.teachers.registry import load_teacher
 from tests.helpers import tiny_network, tiny_teacher
