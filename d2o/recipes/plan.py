@@ -19,11 +19,11 @@ from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
-from d2o.features.extractor import Extractor, check_shape
 from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
