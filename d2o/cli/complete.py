@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
 from d2o.cli.words import load
-from d2o.shipped import recipe_folders, table_folders
+from d2o.settings.recipe_names import line_of, parted, renamed, shipped_file, shipped_names, variants_in
+from d2o.shipped import table_folders
 
 CHECKPOINTS = (".safetensors", ".pkl")
 Offer = list[tuple[str, str]]
@@ -28,15 +28,49 @@ def files(incomplete: str, *suffixes: str) -> Offer:
 
 
 def recipes(incomplete: str) -> Offer:
-    """Recipes by name, with their titles, and files."""
-    paths = {
-        path.stem: path
-        for folder in reversed(recipe_folders())
-        for path in folder.glob(f"{glob.escape(incomplete)}*.yaml")
-    }
-    return [(name, _line(paths[name], "title")) for name in sorted(paths)] + (
-        files(incomplete, ".yaml") if incomplete else []
-    )
+    """Recipes by name, variants behind a colon, with their titles; and files."""
+    if ":" in incomplete:
+        name = incomplete.partition(":")[0]
+        return [
+            (f"{name}:{variant}", title)
+            for variant, title in _variants(name).items()
+            if f"{name}:{variant}".startswith(incomplete)
+        ]
+    names = shipped_names()
+    stems = dict.fromkeys(name.partition(":")[0] for name in names if name.startswith(incomplete))
+    found = [(name, names[name]) for name in names if name.partition(":")[0] in stems]
+    return found + (files(incomplete, ".yaml") if incomplete else [])
+
+
+def variants(context: typer.Context, incomplete: str) -> Offer:
+    """The variants of the recipe that was named before."""
+    return [
+        (variant, title)
+        for word in [context.params.get("recipe"), *context.args]
+        if word
+        for variant, title in _variants(str(word)).items()
+        if variant.startswith(incomplete)
+    ]
+
+
+def _variants(name: str) -> dict[str, str]:
+    """The variants of a recipe and of what it extends, with their titles."""
+    if (path := _file(name)) is None:
+        return {}
+    text = _text(path)
+    base = _file(line_of(text, "extends"), path.parent) if line_of(text, "extends") else None
+    return {**(variants_in(_text(base)) if base else {}), **variants_in(text)}
+
+
+def _file(name: str, beside: Path | None = None) -> Path | None:
+    """The file of a recipe by path (beside another one, if it is given) or name."""
+    recipe = parted(renamed(name) or name).recipe
+    paths = [Path(recipe)] if beside is None else [beside / recipe, beside / f"{recipe}.yaml"]
+    return next((path for path in paths if path.is_file()), shipped_file(recipe))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def tables(incomplete: str) -> Offer:
@@ -94,18 +128,9 @@ def keys(context: typer.Context, incomplete: str) -> Offer:
 
 
 def _method(name: str) -> str | None:
-    stem = name.removeprefix("recipes/").removesuffix(".yaml")
-    paths = [Path(name), *(folder / f"{stem}.yaml" for folder in recipe_folders())]
-    for path in paths:
-        if path.is_file():
-            base = _line(path, "extends")
-            return _line(path, "method") or (
-                _method(str(path.parent / base) if (path.parent / base).is_file() else base) if base else None
-            )
-    return None
-
-
-def _line(path: Path, key: str) -> str:
-    """The value of a key at the top of a recipe, without reading all of it; "" if it has none."""
-    found = re.search(rf"^{key}: *(.*?) *(#.*)?$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    return found[1].strip("'\"") if found else ""
+    """The method of a recipe, or of the one that it extends."""
+    if (path := _file(name)) is None:
+        return None
+    method, extends = (line_of(_text(path), key) for key in ("method", "extends"))
+    base = _file(extends, path.parent) if extends else None
+    return method or (line_of(_text(base), "method") if base else None)

@@ -6,13 +6,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from d2o.cli.hints import fit
 from d2o.runtime import worker
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -63,8 +66,10 @@ class Meter:
         self.start, self.first, self.printed = time.perf_counter(), done, time.perf_counter()
         self.quiet = quiet or worker()[0] != 0
         self.told = False
-        self.progress = None
+        self.progress: Progress | None = None
         if not self.quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -11,11 +11,23 @@ from d2o.cli import complete, console
 from d2o.cli.opening import open_device
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
+from d2o.settings.recipe_names import parted, renamed
 
 RECIPE = typer.Argument(
-    help="A recipe file, or the name of one that ships with d2o (such as quickstart).",
+    help=(
+        "A recipe file, or the name of one that ships with d2o (such as quickstart), with :VARIANT behind if it has"
+        " variants. `d2o recipes` lists them."
+    ),
     show_default=False,
     autocompletion=complete.recipes,
+)
+VARIANT = typer.Option(
+    None,
+    "--variant",
+    metavar="NAME",
+    help="One of the recipe's variants: RECIPE --variant xs is RECIPE:xs.",
+    show_default=False,
+    autocompletion=complete.variants,
 )
 SET = typer.Option(
     [],
@@ -107,6 +119,7 @@ DEVICE = typer.Option(
 
 def train(
     recipe: str = RECIPE,
+    variant: str = VARIANT,
     set_: list[str] = SET,
     out: Path = OUT,
     resume: bool = RESUME,
@@ -125,11 +138,13 @@ def train(
     TensorBoard events, previews and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all
     processes share the recipe's global batch.
     """
-    _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, None)
+    name = _named(recipe, variant)
+    _run(name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, None)
 
 
 def finetune(
     recipe: str = RECIPE,
+    variant: str = VARIANT,
     from_: Path = typer.Option(
         ..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False
     ),
@@ -147,7 +162,20 @@ def finetune(
 ) -> None:
     """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the
     result."""
-    _run(recipe, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, from_)
+    name = _named(recipe, variant)
+    _run(name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, from_)
+
+
+def _named(recipe: str, variant: str | None) -> str:
+    """RECIPE:VARIANT, with a note where the recipe is called otherwise since the last release."""
+    if not Path(recipe).is_file() and (new := renamed(recipe)) is not None:
+        console.say(f"{recipe} is called {new} now; the old name goes with the next release")
+        recipe = new
+    if variant is None:
+        return recipe
+    if (twice := parted(recipe).variant) is not None and not Path(recipe).is_file():
+        raise UserError(f"--variant {variant}: {recipe} names a variant already ({twice})", "give one of the two")
+    return f"{recipe}:{variant}"
 
 
 def _with(overrides: list[str], seed: int | None, precision: str | None) -> list[str]:
@@ -187,6 +215,8 @@ def _run(
         run_sweep(name, overrides, sweeps, out, data or on_bad, mini, plan, device_name, start)
         return
     recipe = load_recipe(name, overrides, mini=mini)
+    for note in recipe.notes:
+        console.say(note)
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
     if resume and (begun := begun_recipe(folder)) is not None:
         recipe = load_recipe(name, overrides, mini=mini, begun=begun.resolved())

@@ -153,7 +153,8 @@ def begin_run(
 def write_recipe(folder: Path, recipe: Any, images: int) -> None:
     """recipe.yaml, with a line at its head for each setting that was changed on the way, and after how many images."""
     from d2o.interop.safetensors_io import atomic_write
-    from d2o.recipes.load import diff_recipes, load_recipe
+    from d2o.recipes.differences import diff_recipes
+    from d2o.recipes.load import load_recipe
 
     path, head = folder / "recipe.yaml", []
     if path.exists():

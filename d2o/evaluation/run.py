@@ -12,6 +12,7 @@ from d2o.evaluation.catalogue import Want, parse_metrics
 from d2o.evaluation.checks import check
 from d2o.evaluation.collect import Meter, silent
 from d2o.evaluation.evaluate import Evaluation, evaluate_one
+from d2o.evaluation.extractors import EXTRACTORS, default_extractor
 from d2o.evaluation.preset_check import check_result, hold_to, refuse
 from d2o.evaluation.presets import Preset
 from d2o.evaluation.protocol import Settings
@@ -30,7 +31,6 @@ from d2o.evaluation.task import Task, reference_outputs
 from d2o.evaluation.tools import Tools
 from d2o.evaluation.workplace import Workplace
 from d2o.features.extractor import Extractor
-from d2o.features.load import EXTRACTORS, default_extractor
 from d2o.runtime import StopFlag, Stopped
 
 
@@ -205,7 +205,7 @@ def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
     if isinstance(x, Numbers):
         feature = x.statistics.feature
         return tools.extractor(feature) if feature in EXTRACTORS else None
-    if isinstance(x, Generator) and x.spec.space != "pixel":
+    if isinstance(x, Generator) and x.spec.latent:
         if not any(want.metric.output and want.extractor is None for want in wants):
             return None
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2o.recipes.load import diff_recipes
+from d2o.recipes.differences import diff_recipes
 
 FREE = ("eval", "preview", "checkpoint", "log_every", "tracker", "strategy")
 """What is measured, shown, kept and logged, and where it is computed: no weight depends on it."""

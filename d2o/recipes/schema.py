@@ -11,10 +11,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
+from d2o.recipes.former import FORMER, GOES, KINDS, is_former, renewed, written
 from d2o.recipes.sections import (
     Batch,
     Checkpoint,
@@ -37,7 +38,11 @@ from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, w
 from d2o.settings.yaml_text import dump
 
 LOADER_KEYS = {
-    "extends": "another recipe, by path (relative to this file) or name, that this one changes; one level only",
+    "extends": "another recipe, by path (relative to this file) or name, with a variant or without (NAME:VARIANT), that"
+    " this one changes; one level only",
+    "variants": "changes of this recipe by name, each any of the other keys, merged over them: FILE:VARIANT, or"
+    " --variant. The run is called `name` with _VARIANT behind, if the variant does not name it. A file without `name`"
+    " is trained only as one of its variants; one that extends another has that one's variants too",
     "mini": "what `--mini` changes: any of the other keys, merged over them",
 }
 """Top-level keys that the loader uses up: they are in files, never in a `Recipe`."""
@@ -111,6 +116,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
     _options: Any = PrivateAttr(None)
+    _notes: list[str] = PrivateAttr(default_factory=list)
 
     @field_validator("micro_batch")
     @classmethod
@@ -125,6 +131,11 @@ class Recipe(Section):
         if value is not None and value.reference == "data" and "data" in info.data and info.data["data"] is None:
             raise ValueError("reference: data means the recipe's own images, and it has no `data:` section")
         return value
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say of how it was written: names of the release before."""
+        return self._notes
 
     @property
     def options(self) -> Any:
@@ -160,6 +171,15 @@ def section_key(method: str) -> str:
 
 def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The Recipe that plain data (no `extends`, no `mini`) stands for, or None and everything that is wrong with it."""
+    if is_former(data):
+        recipe, problems = _check(renewed(data))
+        if recipe is not None:
+            recipe._notes.append(f"method: {FORMER} is {', '.join(KINDS)} now, this one {recipe.method}; {GOES}")
+        return recipe, [Problem(written(data, problem.path), problem.text) for problem in problems]
+    return _check(data)
+
+
+def _check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     from d2o.methods.base import get_method, method_names
 
     rest, method, names = dict(data), data.get("method"), method_names()
@@ -206,16 +226,16 @@ def shape_of(method: Any = None) -> Shape:
     """What a recipe of that method may hold; without the method's own section when there is no such method."""
     from d2o.methods.base import get_method, method_names
 
-    whole = _recipe_tree()
+    whole = _tree(Recipe)
     if isinstance(method, str) and method in method_names():
-        own = {**tree(get_method(method).Options), "description": f"settings of method {method}"}
+        own = {**_tree(get_method(method).Options), "description": f"settings of method {method}"}
         whole = {**whole, "properties": {**whole["properties"], section_key(method): own}}
     return Shape(whole, list(LOADER_KEYS))
 
 
 @functools.cache
-def _recipe_tree() -> Schema:
-    return tree(Recipe)
+def _tree(model: type[BaseModel]) -> Schema:
+    return tree(model)
 
 
 class Row(NamedTuple):
@@ -230,5 +250,5 @@ def describe(method: str | None = None) -> list[Row]:
     """Every key that a recipe may have, in order; with a method, those of its own section too."""
     shape = shape_of(method)
     rows = [(path, shape.at(path) or {}) for path in shape.paths()]
-    loader = [Row("extends", "a text", LOADER_KEYS["extends"]), Row("mini", "a section", LOADER_KEYS["mini"])]
+    loader = [Row(key, "a text" if key == "extends" else "a section", text) for key, text in LOADER_KEYS.items()]
     return [Row(dotted(path), phrase(schema), schema.get("description", "")) for path, schema in rows] + loader

@@ -27,9 +27,10 @@ from d2o.evaluation.catalogue import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import differences
 from d2o.evaluation.protocol import Settings
+from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
 from d2o.settings.yaml_text import Mark, Problems, build, plain, read
-from d2o.shipped import recipe_folders, shown, table_folders
+from d2o.shipped import shown, table_folders
 from d2o.teachers.registry import teacher_names
 
 PRINTED = ("nfe", "seconds", "accuracy")
@@ -90,8 +91,8 @@ class PaperRow(Section):
         """The command that makes x."""
         if self.recipe is None:
             return None
-        file = f"recipes/{self.recipe}.yaml"
-        return f"d2o finetune {file} --from {self.start}" if self.start else f"d2o train {file}"
+        name = self.recipe if parted(self.recipe).variant else f"recipes/{self.recipe}.yaml"
+        return f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
 
 
 class PaperTable(Section):
@@ -125,10 +126,9 @@ def absent(row: PaperRow) -> str | None:
         return None
     if row.command is None:
         return f"{x} is not here"
-    known = any((folder / f"{row.recipe}.yaml").is_file() for folder in recipe_folders())
     return (
         f"{x} is not here; {row.command} makes it"
-        if known
+        if row.recipe is not None and is_shipped(row.recipe)
         else f"{x} is not here, and this d2o has no recipe {row.recipe} that makes it"
     )
 

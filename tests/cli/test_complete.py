@@ -35,12 +35,16 @@ def test_the_words_are_those_that_d2o_knows():
     [
         ("d2o fine", ["finetune"]),
         ("d2o train quick", ["quickstart"]),
-        ("d2o train spi_gan_cel", ["spi_gan_celeba"]),
+        ("d2o train dd_gan_dig", ["dd_gan_digits", "dd_gan_digits:k1"]),
+        ("d2o train spi_gan_256:c", ["spi_gan_256:celeba", "spi_gan_256:church"]),
+        ("d2o train sid2a_edm2_512 --variant x", ["xs", "xl", "xxl"]),
+        ("d2o train recipes/sid_ffhq64.yaml --variant a", ["a1.0", "a1.2"]),
+        ("d2o train quickstart --variant ", []),
         (
             "d2o finetune quickstart --set od",
             ["ode=", "ode.loss=", "ode.huber_reduce=", "ode.extractor=", "ode.perceptual_mse="],
         ),
-        ("d2o train spi_gan_church --set spi_gan.pl_w", ["spi_gan.pl_weight="]),  # by way of the recipe that it extends
+        ("d2o train sid2a_ffhq64:a1.0 --set sid.batch_p", ["sid.batch_pool="]),  # by way of the recipe that it extends
         ("d2o train quickstart --set spi_gan.pl_w", []),
         ("d2o train quickstart --set optim.w", ["optim.weight_decay=", "optim.warmup="]),
         ("d2o train quickstart --sweep pairs.st", ["pairs.steps=", "pairs.store_noise="]),

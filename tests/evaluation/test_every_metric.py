@@ -13,8 +13,10 @@ import torch
 from d2o.data.draws import draw
 from d2o.data.images import open_images
 from d2o.errors import UserError
+from d2o.evaluation import extractors as features
 from d2o.evaluation import paper_protocols, preset_check, subjects, tools
 from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.leaks import leak_notes
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.presets import Preset
@@ -24,9 +26,7 @@ from d2o.evaluation.run import evaluate_all
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import save_statistics
 from d2o.evaluation.tools import Tools
-from d2o.features import load as features
 from d2o.features.extractor import Extractor
-from d2o.features.load import load_extractor
 from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.metrics.inception_score import inception_score
 from d2o.metrics.kid import kid

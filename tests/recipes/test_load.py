@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2o.errors import UserError
-from d2o.recipes import load
-from d2o.recipes.load import diff_recipes, find_recipe, load_recipe, recipe_names
+from d2o.recipes.differences import diff_recipes
+from d2o.recipes.find import find_recipe, recipe_names
+from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import LOADER_KEYS, Recipe, describe
+from d2o.settings import recipe_names as recipe_names_of
 from d2o.settings.yaml_text import compose, dump
+from d2o.shipped import recipe_folders
 
 SMALL = """\
 name: small
@@ -466,7 +469,7 @@ def test_a_changed_method_leaves_its_section_with_null():
 def test_extends_by_name_and_in_another_folder(monkeypatch):
     shipped = Path("shipped")
     write(SMALL, "shipped/basic.yaml")
-    monkeypatch.setattr(load, "recipe_folders", lambda: [shipped])
+    monkeypatch.setattr(recipe_names_of, "recipe_folders", lambda: [shipped])
     assert load_recipe(write("extends: basic\nseed: 3\n", "mine/child.yaml")).seed == 3
     write(SMALL + "seed: 5\n", "mine/near.yaml")
     assert load_recipe(write("extends: near.yaml\n", "mine/child.yaml")).seed == 5
@@ -694,21 +697,21 @@ def test_find_by_path_and_name(monkeypatch):
     write(SMALL, "one/slow.yaml")
     write(SMALL, "two/quick.yaml")
     write("x", "one/tables/t.yaml")
-    monkeypatch.setattr(load, "recipe_folders", lambda: [Path("one"), Path("two")])
+    monkeypatch.setattr(recipe_names_of, "recipe_folders", lambda: [Path("one"), Path("two")])
     assert recipe_names() == ["quick", "slow"]
     for name in ("quick", "quick.yaml", "recipes/quick", "recipes/quick.yaml"):
-        assert find_recipe(name) == Path("one/quick.yaml")
-    assert find_recipe("two/quick.yaml") == Path("two/quick.yaml") == find_recipe(Path("two/quick.yaml"))
+        assert find_recipe(name) == (Path("one/quick.yaml"), None)
+    assert find_recipe("two/quick.yaml").path == Path("two/quick.yaml") == find_recipe(Path("two/quick.yaml")).path
     write(SMALL, "recipes/quick.yaml")
-    assert find_recipe("recipes/quick.yaml") == Path("recipes/quick.yaml")  # a file as it is given comes first
+    assert find_recipe("recipes/quick.yaml").path == Path("recipes/quick.yaml")  # a file as it is given comes first
     Path("slow").mkdir()
-    assert find_recipe("slow") == Path("one/slow.yaml")  # a folder of that name is not in the way
+    assert find_recipe("slow").path == Path("one/slow.yaml")  # a folder of that name is not in the way
 
 
 @pytest.mark.parametrize("name", ["quik", "recipes/quik.yaml", "recipes/quik"])
 def test_unknown_name(name, monkeypatch):
     write(SMALL, "one/quick.yaml")
-    monkeypatch.setattr(load, "recipe_folders", lambda: [Path("one")])
+    monkeypatch.setattr(recipe_names_of, "recipe_folders", lambda: [Path("one")])
     with pytest.raises(UserError) as caught:
         find_recipe(name)
     assert (
@@ -719,7 +722,7 @@ def test_unknown_name(name, monkeypatch):
 @pytest.mark.parametrize("name", ["", "quik.yaml", "a/quik", "../quick"])
 def test_no_such_file(name, monkeypatch):
     write(SMALL, "one/quick.yaml")
-    monkeypatch.setattr(load, "recipe_folders", lambda: [Path("one")])
+    monkeypatch.setattr(recipe_names_of, "recipe_folders", lambda: [Path("one")])
     with pytest.raises(UserError, match="no such recipe file") as caught:
         find_recipe(name)
     assert caught.value.hint == "known recipes: quick"
@@ -733,11 +736,9 @@ def test_folders_of_a_checkout_and_of_an_installed_package(monkeypatch):
         Path(folder).mkdir(parents=True)
     write("", "checkout/pyproject.toml")
     monkeypatch.setattr(d2o.shipped, "__file__", str(Path("site/d2o/shipped.py").absolute()))
-    assert load.recipe_folders() == [
-        Path("site/d2o/recipes/builtin").resolve()
-    ]  # not a `recipes` package of somebody else
+    assert recipe_folders() == [Path("site/d2o/recipes/builtin").resolve()]  # not a `recipes` package of somebody else
     monkeypatch.setattr(d2o.shipped, "__file__", str(Path("checkout/d2o/shipped.py").absolute()))
-    assert load.recipe_folders() == [Path("checkout/recipes").resolve()]
+    assert recipe_folders() == [Path("checkout/recipes").resolve()]
 
 
 # ---- comparing and describing ----------------------------------------------------------------------------------------
@@ -763,8 +764,8 @@ def test_diff():
         "optim.betas: [0.9, 0.999] -> [0.0, 0.5]",
         (
             'optim_critic: {"name": "adam", "lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0,'
-            ' "no_decay": [], "schedule": "constant", "warmup": 0, "final_lr": 0.0, "clip_norm": null, '
-            '"clip_value": null} -> null'
+            ' "no_decay": [], "schedule": "constant", "warmup": 0, "final_lr": 0.0,'
+            ' "clip_norm": null, "clip_value": null} -> null'
         ),
         "compile: false -> true",
         "fake.loss: mse -> l1",
@@ -788,7 +789,7 @@ def test_every_key_is_described_with_its_default():
         and {"optim.lr", "fake.loss", "fake.inner.weight", "extends", "mini"} <= rows.keys()
     )
     assert all(row.description for row in rows.values())
-    sections = {"student", "optim", "checkpoint", "extends", "mini"}
+    sections = {"student", "optim", "checkpoint", "extends", "variants", "mini"}
     required = {
         "name",
         "method",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from d2o.methods.sid import SiD
 from d2o.methods.spi_gan import SPIGAN
-from d2o.recipes.load import find_recipe, load_recipe, recipe_names
+from d2o.recipes.find import find_recipe, recipe_names
+from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
 from d2o.reports.paper_tables import load_table, table_names
 
@@ -23,7 +26,7 @@ TIMED = 2 * R + 513 * (64 + 128 + 256 + 3 * 512)
     ("name", "generator", "critic"),
     [
         ("spi_gan_cifar10", FIRST[32] + R + 19_422_227, 20_720_641 + 5 * R),
-        ("spi_gan_celeba", FIRST[256] + 7 * R + 22_666_210, 24_001_089 + TIMED),
+        ("spi_gan_256:celeba", FIRST[256] + 7 * R + 22_666_210, 24_001_089 + TIMED),
     ],
 )
 def test_published_sizes(name, generator, critic):
@@ -34,7 +37,7 @@ def test_published_sizes(name, generator, critic):
 
 
 def test_table_8():
-    cifar, celeba, church = (load_recipe(f"spi_gan_{name}") for name in ("cifar10", "celeba", "church"))
+    cifar, celeba, church = (load_recipe(f"spi_gan_{name}") for name in ("cifar10", "256:celeba", "256:church"))
     keys = ("K", "ada_target", "ada_interval", "mixing_prob", "r1_gamma", "pl_weight", "r1_every", "pl_every")
     assert [getattr(cifar.options, key) for key in keys] == [2, 0.6, 4, 0.0, 0.01, 0.0, 16, 4]
     assert (
@@ -59,9 +62,9 @@ def test_table_8():
 
 
 def test_table_4():
-    rows = {"cifar10_k1": 1, "cifar10": 2, "cifar10_k3": 3, "cifar10_k4": 4, "cifar10_k5": 5, "cifar10_fixed_j": 2}
-    rows |= {"digits_k1": 1, "digits_fixed_j": 2}
-    same = {name: load_recipe(f"spi_gan_{name.split('_')[0]}").resolved() for name in rows}
+    rows = {"cifar10:k1": 1, "cifar10": 2, "cifar10:k3": 3, "cifar10:k4": 4, "cifar10:k5": 5, "cifar10:fixed_j": 2}
+    rows |= {"digits:k1": 1, "digits:fixed_j": 2}
+    same = {name: load_recipe(f"spi_gan_{name.split(':')[0]}").resolved() for name in rows}
     for name, k in rows.items():
         recipe = load_recipe(f"spi_gan_{name}")
         assert k == recipe.options.K and recipe.options.j_sampling.startswith("fixed") == name.endswith("fixed_j")
@@ -76,7 +79,7 @@ def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
     if "digits" in name:
         assert (recipe.eval.extractor, recipe.eval.reference, recipe.eval.protocol) == ("digits", "real:digits", None)
         return
-    own = {"spi_gan_celeba": "spi_gan_celeba", "spi_gan_church": "spi_gan_church"}.get(name, "spi_gan_cifar10")
+    own = name.replace("256:", "") if "256" in name else "spi_gan_cifar10"
     assert recipe.eval.protocol == (own if name.startswith("spi") else "ddgan")
     assert (recipe.eval.metric, recipe.eval.n, recipe.eval.reference) == ("fd", 50_000, "data")
     assert recipe.eval.extractor == (
@@ -90,42 +93,39 @@ def test_gans_are_scored_on_the_way_so_that_best_and_figure_8_exist(name):
     "name",
     [
         "cd_cifar10",
-        "cd_cifar10_cond",
-        "cd_i_cifar10",
-        "cd_i_cifar10_unfrozen",
+        "cd_cifar10:cond",
+        "cd_cifar10:cd_i",
+        "cd_cifar10:cd_i_unfrozen",
         "cd_imagenet64",
         "dmd_cifar10",
-        "dmd_cifar10_noreg",
+        "dmd_cifar10:noreg",
         "diff_instruct_cifar10",
     ],
 )
 def test_baselines_are_scored_on_the_way_as_their_headers_score_them(name):
-    recipe, text = load_recipe(name), find_recipe(name).read_text()
-    assert f"d2o eval runs/{name} --protocol {recipe.eval.protocol}" in text and recipe.images >= 20 * recipe.eval.every
+    recipe, text = load_recipe(name), find_recipe(name).path.read_text()
+    assert f"runs/{recipe.name}" in text and f"--protocol {recipe.eval.protocol}" in text
+    assert recipe.images >= 20 * recipe.eval.every
     assert load_recipe(name, mini=True).eval.extractor == "digits"
 
 
 def test_cd_i_and_its_twin_differ_in_freeze_alone():
     """Zheng & Yang 2024, Fig. 4A."""
-    for frozen, twin in (("cd_i_cifar10", "cd_i_cifar10_unfrozen"), ("cd_i_digits", "cd_digits")):
+    for frozen, twin in (("cd_cifar10:cd_i", "cd_cifar10:cd_i_unfrozen"), ("cd_digits:cd_i", "cd_digits")):
         for mini in (False, True):
             a, b = (load_recipe(name, mini=mini).resolved() for name in (frozen, twin))
             assert {key for key in a if a[key] != b[key]} <= {"name", "title", "student"}
             assert (a["student"].pop("freeze"), b["student"].pop("freeze")) == ("conv", "none") and a["student"] == b[
                 "student"
             ]
-    recipe = load_recipe("cd_i_cifar10")
+    recipe = load_recipe("cd_cifar10:cd_i")
     assert (recipe.precision, recipe.data.xflip, recipe.options.i_min, recipe.options.form) == ("bf16", False, 2, "F")
-    assert (
-        load_recipe("ctm_digits").options.i_min
-        == load_recipe("ctm_digits", ["consistency.i_min=null"]).options.lowest
-        == 2
-    )
+    assert load_recipe("ctm_digits").options.i_min == load_recipe("ctm_digits", ["ctm.i_min=null"]).options.i_min == 2
 
 
 # ---- SiDA (arXiv 2410.14919) -----------------------------------------------------------------------------------------
 
-SETS = ("cifar10_uncond", "cifar10_cond", "imagenet64", "ffhq64", "afhqv2")
+SETS = ("cifar10:uncond", "cifar10:cond", "imagenet64", "ffhq64", "afhqv2")
 # batch, of one GPU, learning rate, eps, half-life of the average, precision (fp16 there), dropout, augmentation
 SIDA_TABLE_8 = {
     "cifar10": (256, 32, 1e-5, 1e-8, 500_000, "fp32", 0.13, 0.12),
@@ -151,8 +151,10 @@ def rows_of(*tables):
 @pytest.mark.parametrize("method", ["sid_{}_a1.0", "sid_{}_a1.2", "sida_{}", "sid2a_{}_a1.0", "sid2a_{}_a1.2"])
 def test_sida_table_8(method, dataset):
     name = method.format(dataset)
+    if ":" not in dataset:  # a variant for each alpha alone
+        name = name.replace("_a1", ":a1")
     recipe, o = load_recipe(name), load_recipe(name).options
-    batch, gpu, lr, eps, half_life, precision, dropout, augment = SIDA_TABLE_8[dataset.split("_")[0]]
+    batch, gpu, lr, eps, half_life, precision, dropout, augment = SIDA_TABLE_8[dataset.split(":")[0]]
     assert (recipe.batch, recipe.micro_batch, recipe.precision) == (batch, gpu, precision)
     assert (recipe.ema.half_life, recipe.ema.ramp, recipe.bad_gradients, o.nan) == (half_life, 0.05, "zero", "drop")
     assert (recipe.student.sigma, o.tmax, o.lambda_sid, o.p_mean, o.p_std) == (2.5, 800, 100, -1.2, 1.2)
@@ -199,7 +201,7 @@ def test_sida_table_8(method, dataset):
 @pytest.mark.parametrize("size", EDM2_POOL)
 @pytest.mark.parametrize("method", ["sid", "sida", "sid2a"])
 def test_edm2_512(method, size):
-    recipe = load_recipe(f"{method}_edm2_512_{size}")
+    recipe = load_recipe(f"{method}_edm2_512:{size}")
     o, plain = recipe.options, method == "sid" or size != "s"
     assert (recipe.teacher, recipe.batch, recipe.micro_batch) == (f"edm2-img512-{size}", 2048, EDM2_POOL[size])
     assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, recipe.optim_critic) == (
@@ -241,23 +243,21 @@ def test_their_tables_have_their_recipes_and_their_recipes_the_tables_numbers():
             assert key == "nfe" or value[key] == printed, (row.recipe, key)
         assert name.removeprefix("sida_table").removesuffix("_pr") in str(recipe.reproduces["table"])
         assert recipe.eval.protocol == load_table(name).protocol.removesuffix("_pr") and row.x == f"runs/{recipe.name}"
-        text = find_recipe(row.recipe).read_text()
-        assert (
-            f"d2o finetune recipes/{row.recipe}.yaml --from {row.start}"
-            if row.start
-            else f"d2o train recipes/{row.recipe}.yaml"
-        ) in text
+        path, variant = find_recipe(row.recipe)
+        head = path.read_text().split("\nmethod:")[0]
+        assert f"d2o {'finetune' if row.start else 'train'} " in head and (variant is None or f" {variant} " in head)
+        assert row.start is None or re.search(rf"--from {row.start[:-4]}|starts from", head)
     for row, _ in rows_of(*table_names()):  # of other papers' tables too
         if not row.recipe.startswith(("gdd_", "d2g_")):
             find_recipe(row.recipe)
 
 
-@pytest.mark.parametrize(("name", "memory"), [("sida_cifar10_cond", 13.0), ("sid2a_edm2_512_s", None)])
+@pytest.mark.parametrize(("name", "memory"), [("sida_cifar10:cond", 13.0), ("sid2a_edm2_512:s", None)])
 def test_plans_count_what_was_published(name, memory):
     recipe = load_recipe(name)
     n = SIZES[recipe.teacher]
     plan = make_plan(recipe)
-    head = 128 if name.endswith("_s") else 0  # EDM2's uncertainty: a student has none, nor has this score network
+    head = 128 if name.endswith(":s") else 0  # EDM2's uncertainty: a student has none, nor has this score network
     assert plan.networks == {"teacher (frozen)": n, "student": n - head, "score": n - head} and not plan.refused
     if memory:  # Table 8, in GB of each GPU
         assert sum(plan.memory.values()) / 1e9 == pytest.approx(memory, rel=0.15)

@@ -3,18 +3,22 @@ again."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 
 import pytest
 import torch
 
 import d2o
 from d2o.cli.app import main
-from d2o.features.load import load_extractor
+from d2o.evaluation.extractors import load_extractor
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import read_meta
-from d2o.recipes.load import find_recipe, load_recipe, recipe_names
+from d2o.recipes.find import find_recipe, recipe_names
+from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
+from d2o.settings.recipe_names import RENAMED
 from d2o.teachers.registry import BUILTIN
 
 
@@ -24,6 +28,7 @@ def run(*arguments: object) -> int:
     return done.value.code  # type: ignore[return-value]
 
 
+RUNS = {new: old for old, new in RENAMED.items()}
 TEACHERS: dict = {}  # of all plans, so that each is built once
 
 
@@ -38,8 +43,14 @@ def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # what is fetched when it is needed is not missing
     recipe = load_recipe(name, mini=mini)
     plan = make_plan(recipe, teachers=TEACHERS)
-    assert recipe.name == name and sum(plan.networks.values()) > 1000
-    if recipe.method in ("sid", "dmd", "consistency"):  # a GAN's batch is divided among GPUs, not into micro-batches
+    assert recipe.name in (name.replace(":", "_"), RUNS.get(name)) and sum(plan.networks.values()) > 1000
+    if recipe.method in (
+        "sid",
+        "dmd",
+        "cd",
+        "pd",
+        "ctm",
+    ):  # a GAN's batch is divided among GPUs, not into micro-batches
         assert sum(plan.memory.values()) < 80e9
     teacher = f"teacher {recipe.teacher} is not on this machine"
     published = (teacher, "the weights 'inception' are not on this machine; training fetches them", "reference edm")
@@ -47,9 +58,12 @@ def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini, monkeypatch
         f for f in plan.first if "pair store" in f or (f.startswith(published) and not mini)
     ] == plan.first and not plan.refused
     assert [f for f in plan.missing if brought(recipe) and recipe.data.path in f] == plan.missing
-    head = find_recipe(name).read_text().split("name:")[0]
-    assert f"recipes/{name}.yaml" in head and ("Cost" in head or "budget" in head)
-    assert "mini" in find_recipe(name).read_text()
+    path, variant = find_recipe(name)
+    head = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.open(encoding="utf-8")))
+    assert f"recipes/{path.name}" in head or f"{path.stem}:" in head
+    assert "Cost" in head or "cost" in head or "budget" in head
+    assert "eproduces" in head or not recipe.reproduces
+    assert variant is None or re.search(rf"[:\s(]{re.escape(variant)}[\s,)]", head), "the head says what it is"
     if mini:
         assert recipe.images <= 40_000 and not brought(recipe)
 
@@ -114,7 +128,7 @@ def test_the_perceptual_loss_trains(tmp_path):
         "images=1280",
     ]
     small += ["--set", "eval={every: 1280, n: 64}", "--set", "preview=null", "--set", "log_every=2"]
-    assert run("train", "ode_digits_perceptual", "--mini", "--out", tmp_path / "r", *small) == 0
+    assert run("train", "ode_digits:perceptual", "--mini", "--out", tmp_path / "r", *small) == 0
     losses = [line["loss"] for line in log(tmp_path / "r") if "loss" in line]
     assert losses[-1] < 0.9 * losses[0]
 

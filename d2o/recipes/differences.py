@@ -1,0 +1,41 @@
+"""How two resolved recipes differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def diff_recipes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """How two resolved recipes differ, a line per key in a's order: `optim.lr: 0.001 -> 0.002`. A key that one lacks is
+    `absent` there."""
+    return _diff(a, b, ())
+
+
+_ABSENT = object()
+
+
+def _diff(a: Any, b: Any, path: tuple[str, ...]) -> list[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        keys = list(dict.fromkeys([*a, *b]))
+        return [line for key in keys for line in _diff(a.get(key, _ABSENT), b.get(key, _ABSENT), (*path, str(key)))]
+    return [] if _same(a, b) else [f"{'.'.join(path)}: {_written(a)} -> {_written(b)}"]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return isinstance(a, bool) == isinstance(b, bool) and (
+        a == b or (a != a and b != b)
+    )  # true is not 1; nan is itself
+
+
+def _written(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    return (
+        value if isinstance(value, str) and value and value == value.strip() else json.dumps(value, ensure_ascii=False)
+    )
