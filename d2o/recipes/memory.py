@@ -24,7 +24,7 @@ GATHERED = 3
 def memory_of(
     recipe: Recipe, method: Method, players: Mapping[str, nn.Module], processes: int, shard: bool
 ) -> dict[str, int]:
-    """Bytes by part, without activations. UserError: as `optimisers`."""
+    """Bytes by part, without activations."""
 
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return FP32 * sum(_held(p, processes) if shard else p.numel() for p in parameters)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
+from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
 from d2o.training.share import checkpointed, divide
@@ -179,6 +180,12 @@ def _attempt(lacking: list[str], make: Any) -> Any:
     except UserError as error:
         lacking.append(str(error))
         return None
+
+
+def _passes(lacking: list[str], check: Callable[[], None]) -> bool:
+    before = len(lacking)
+    _attempt(lacking, check)
+    return len(lacking) == before
 
 
 @contextmanager
@@ -325,9 +332,9 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
         if held := count_parameters(network) - plan.networks[name]:
             plan.networks[f"{name} (frozen part)"] = held
     frozen = plan.memory  # the teacher's weights, which every process has
-    whole = _attempt(plan.refused, lambda: memory_of(recipe, method, players, 1, shard=False))
-    if whole is None:
+    if not _passes(plan.refused, lambda: check_players(recipe, method, players, plan.processes)):
         return
+    whole = memory_of(recipe, method, players, 1, shard=False)
     plan.memory = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=False)}
     if plan.processes > 1:
         plan.sharded = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=True)}
