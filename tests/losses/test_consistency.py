@@ -11,7 +11,7 @@ import torch
 from d2o.diffusion.schedules import EDMSchedule, karras_sigmas
 from d2o.diffusion.solvers import heun
 from d2o.losses import consistency as c
-from d2o.losses.regression import pseudo_huber
+from d2o.losses.regression import distance, pseudo_huber
 from tests.diffusion.mixture import gaussian_solution
 
 MEAN, STD = 0.3, 0.5
@@ -85,17 +85,17 @@ def test_a_heun_step_is_the_sampler_s():
 def test_distances_by_hand():
     x, y = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     d = (x - y).flatten(1)
-    assert torch.allclose(c.distance("l2", x, y), d.square().mean(1))
-    assert torch.allclose(c.distance("l1", x, y), d.abs().mean(1))
+    assert torch.allclose(distance("l2", x, y), d.square().mean(1))
+    assert torch.allclose(distance("l1", x, y), d.abs().mean(1))
     for reduce in ("vector", "element"):
-        assert torch.equal(c.distance("pseudo_huber", x, y, reduce), pseudo_huber(x, y, reduce))
+        assert torch.equal(distance("pseudo_huber", x, y, reduce), pseudo_huber(x, y, reduce))
     seen = []
 
     def network(a, b):
         seen.append((a.shape, a.min() >= x.min(), b.max() <= y.max()))
         return (a - b).square().mean(dim=(1, 2, 3))
 
-    assert c.distance("lpips", x[:, :1], y[:, :1], network=network).shape == (4,)
+    assert distance("lpips", x[:, :1], y[:, :1], network=network).shape == (4,)
     assert seen == [((4, 3, 224, 224), True, True)]  # grey is repeated; bilinear keeps the range
 
 
