@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from d2o.interop import catalogue
 from d2o.interop.download import offline
 from d2o.recipes.find import find_recipe, recipe_names
 from d2o.recipes.layers import read_recipe
 from d2o.settings.yaml_text import Problems, plain
-from d2o.teachers import catalogue
 
 LONG = 2_000_000
 """Images that take days on a CPU: recipes of digits have at most a quarter of it, those of papers many times it."""

@@ -22,7 +22,7 @@ from d2o.recipes.changes import forbidden
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
 from d2o.training.loop import Trainer
-from d2o.training.player import check_players, players_of
+from d2o.training.player import check_players
 
 
 class TinyGAN(Method):
@@ -243,7 +243,7 @@ def test_what_players_refuse(recipe, changes, world, words):
     run = recipe(*changes)
     method = TinyGAN(Setup(run.options))
     if not words:
-        return check_players(run, method, players_of(method), world)
+        return check_players(run, method, method.players(), world)
     with pytest.raises(UserError) as refused:
-        check_players(run, method, players_of(method), world)
+        check_players(run, method, method.players(), world)
     assert words in str(refused.value)
