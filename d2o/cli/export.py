@@ -21,7 +21,8 @@ FORMAT = typer.Option(
     "--format",
     help=(
         "onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or"
-        " diffusers (a text-to-image teacher as a folder for StableDiffusionPipeline)."
+        " diffusers (a folder for its pipelines: a text-to-image teacher, or a one-call student of a teacher in that"
+        " format)."
     ),
     autocompletion=complete.among("onnx", "program", "safetensors", "diffusers"),
 )

@@ -3,7 +3,6 @@ card."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import nn
 
 from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
-from d2o.export.folder import beside, check_target, keep, open_pipeline, save_part
+from d2o.export.folder import beside, check_target, keep, open_pipeline
 from d2o.export.loaded import stated
 from d2o.export.parity import Parity
+from d2o.export.pipeline import write_index, write_network, write_text_encoder
 from d2o.interop.safetensors_io import atomic_write, resolve_checkpoint
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
 from d2o.teachers.base import UNSTATED
@@ -50,44 +50,15 @@ def write_diffusers(
 def _write(model: TextToImage, folder: Path, dtype: str) -> None:
     import diffusers
 
-    parts = {name: ["diffusers", type(getattr(model, name)).__name__] for name in ("unet", "vae")}
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        **parts,
-    }
-    atomic_write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
-    diffusers.DDIMScheduler(**SD_SCHEDULER).save_pretrained(folder / "scheduler")
+    scheduler, tokenizer = diffusers.DDIMScheduler(**SD_SCHEDULER), model.tokens.tokenizer
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": tokenizer}
+    write_index(folder, "StableDiffusionPipeline", {**parts, "scheduler": scheduler})
+    scheduler.save_pretrained(folder / "scheduler")
     for name, text in model.tokens.files().items():
         atomic_write(folder / "tokenizer" / name, text)
-    for name in ("unet", "vae"):
-        part = getattr(model, name)
-        part.save_config(folder / name)
-        save_part(part.state_dict(), folder / name / "diffusion_pytorch_model.safetensors", dtype)
-    encoder: Any = model.text_encoder
-    config = {**json.loads(encoder.config.to_json_string(use_diff=True)), "architectures": ["CLIPTextModel"]}
-    config = {key: value for key, value in config.items() if key not in ("dtype", "_name_or_path")}
-    config["torch_dtype"] = (
-        "float32"  # else transformers 5 keeps what is on disk, while diffusers makes float32 of the other parts
-    )
-    atomic_write(folder / "text_encoder" / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # Under the names that all published text encoders have; transformers 5 leaves `text_model.` away but reads it.
-    named = {
-        "text_model." + name.removeprefix("text_model."): tensor
-        for name, tensor in model.text_encoder.state_dict().items()
-    }
-    save_part(
-        {name: t for name, t in named.items() if t.is_floating_point()},
-        folder / "text_encoder" / "model.safetensors",
-        dtype,
-    )
+    write_network(model.unet, folder / "unet", dtype)
+    write_network(model.vae, folder / "vae", dtype)
+    write_text_encoder(model.text_encoder, folder / "text_encoder", dtype)
 
 
 @torch.inference_mode()

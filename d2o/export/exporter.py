@@ -132,7 +132,7 @@ def _diffusers(
     check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
-        source = open_source(given)
+        source = open_source(given, text=True)
         parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
         return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)

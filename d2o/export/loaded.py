@@ -116,10 +116,10 @@ def find_checkpoint(path: str | Path) -> Path:
     return resolve_checkpoint(path)
 
 
-def open_source(path: str | Path, student_sigma: float | None = None) -> Loaded:
+def open_source(path: str | Path, student_sigma: float | None = None, text: bool = False) -> Loaded:
     """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step
-    student, called at that noise
-    level. UserError: missing, truncated or foreign file, another kind, text-conditioned."""
+    student, called at that noise level. UserError: missing, truncated or foreign file, another kind,
+    text-conditioned (unless `text`)."""
     path = find_checkpoint(path)
     if student_sigma is not None:
         return _pickled_student(path, student_sigma)
@@ -141,12 +141,12 @@ def open_source(path: str | Path, student_sigma: float | None = None) -> Loaded:
         raise UserError(
             f"{path}: its metadata is incomplete ({type(error).__name__}: {error})", "expected a file made by `d2o`"
         ) from error
-    if spec.condition == "text":
+    if spec.condition == "text" and not text:
         what = (
             f"{path} is conditioned on text; only unconditional and label-conditioned networks can be exported in this"
             " format"
         )
-        raise UserError(what, "--format diffusers writes a text-to-image teacher")
+        raise UserError(what, "--format diffusers writes text-to-image teachers and their students")
     return Loaded(path, kind, spec, meta, network, fingerprint, call.eval())
 
 

@@ -30,9 +30,12 @@ def usage(source: Loaded, file_name: str, file_format: str) -> str:
 
 def _about(source: Loaded, file_format: str) -> str:
     if file_format == "diffusers":
+        flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
+        scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler"
+        warned = " (diffusers may warn that it expects another scheduler; this one has what the pipeline asks for.)"
         return (
-            "The call below is the whole of it: EulerDiscreteScheduler, as the folder has it, makes the student's one"
-            " step. (diffusers may warn that the pipeline expects another scheduler; this one has what it asks for.)"
+            f"The call below is the whole of it: {scheduler}, as the folder has it, makes the student's one step."
+            + ("" if source.spec.condition == "text" else warned)
         )
     shape = f"[N, {', '.join(map(str, source.spec.shape))}] float32"
     label = "; `label`: class indices [N] int64" if source.spec.condition == "label" else ""
@@ -105,11 +108,16 @@ def _safetensors(source: Loaded, file_name: str) -> list[str]:
 
 def _diffusers(source: Loaded, file_name: str) -> list[str]:
     labels = f", class_labels={_labels(source)}" if source.spec.condition == "label" else ""
+    asked = f"batch_size={BATCH}{labels}, num_inference_steps=1"
+    if source.spec.condition == "text":
+        asked = '"a photo of a dog", num_inference_steps=1, guidance_scale=0.0'
+    flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
+    without = ", text_encoder_3=None, tokenizer_3=None" if flow and len(source.student.text.encoders) == 2 else ""
     return [
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)})",
-        f"images = pipeline(batch_size={BATCH}{labels}, num_inference_steps=1).images  # PIL",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)}{without})",
+        f"images = pipeline({asked}).images  # PIL",
     ]
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from d2o.condition import Condition
 from d2o.export.card import card
-from d2o.export.folder import beside, check_target, keep, open_pipeline, save_part
+from d2o.export.folder import beside, check_target, keep, open_pipeline
 from d2o.export.loaded import Loaded
 from d2o.export.one_call import OneCall, one_call, unclamped
 from d2o.export.parity import Parity, compare
+from d2o.export.pipeline import numbered, rescaled, write_index, write_network, write_text_encoder
 from d2o.interop.safetensors_io import atomic_write
 from d2o.students.base import Student
 
-PIPELINES = {"UNet2DModel": "ConsistencyModelPipeline"}
+PIPELINES = {"UNet2DModel": "ConsistencyModelPipeline", "SD3Transformer2DModel": "StableDiffusion3Pipeline"}
 """Kind of network -> the pipeline that calls it. Of U-Nets on pixels this is the one that scales its noise, takes class
 labels, and makes one step by default; it is written for another scheduler, but asks of one what all have."""
+PROMPTS = ("a photo of a dog", "")
 
 
 def write_student(
@@ -30,27 +32,33 @@ def write_student(
     call = one_call(student, source.path)
     check_target(target)
     with beside(target) as folder:
-        _write(call, folder, dtype)
+        _write(call, student, folder, dtype)
         parity = _compare(source, folder, check_n, tolerance)
         text = card(source, target.name, "diffusers", dtype, parity, source.path.name)
         atomic_write(folder / "README.md", text)
         return parity, keep(folder, target, force)
 
 
-def _write(call: OneCall, folder: Path, dtype: str) -> None:
-    import diffusers
-
-    kind = type(call.network).__name__
-    index: dict[str, Any] = {
-        "_class_name": PIPELINES[kind],
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", type(call.scheduler).__name__],
-        "unet": ["diffusers", kind],
-    }
-    atomic_write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+def _write(call: OneCall, student: Student, folder: Path, dtype: str) -> None:
+    network = "transformer" if type(call.network).__name__ == "SD3Transformer2DModel" else "unet"
+    parts = {network: call.network, "scheduler": call.scheduler}
+    pipeline = PIPELINES.get(type(call.network).__name__, "StableDiffusionPipeline")
+    write_network(call.network, folder / network, dtype)
     call.scheduler.save_pretrained(folder / "scheduler")
-    call.network.save_config(folder / "unet")
-    save_part(call.network.state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors", dtype)
+    if student.spec.condition == "text":
+        encoders, tokenizers = (
+            numbered("text_encoder", student.text.encoders),
+            numbered("tokenizer", student.text.tokenizers),
+        )
+        pipeline = "StableDiffusionXLPipeline" if network == "unet" and len(encoders) == 2 else pipeline
+        vae = rescaled(student.space.autoencoder, call.scale)
+        write_network(vae, folder / "vae", dtype)
+        for name, encoder in encoders.items():
+            write_text_encoder(encoder, folder / name, dtype)
+        for name, tokenizer in tokenizers.items():
+            tokenizer.save_pretrained(folder / name)
+        parts |= {"vae": vae, **encoders, **tokenizers}
+    write_index(folder, pipeline, parts)
 
 
 def _compare(source: Loaded, folder: Path, n: int, tolerance: float) -> Parity:
@@ -58,16 +66,25 @@ def _compare(source: Loaded, folder: Path, n: int, tolerance: float) -> Parity:
     import diffusers
 
     pipeline, student = open_pipeline(folder), unclamped(source.student)
+    spec = student.spec
 
     def run(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        noise, *labels = inputs
-        asked = {"class_labels": labels[0].tolist()} if labels else {}
-        found = pipeline(batch_size=len(noise), latents=noise, num_inference_steps=1, output_type="pt", **asked)
-        return found.images * 2 - 1
+        noise = inputs[0]
+        asked: dict[str, Any] = {"batch_size": len(noise)}
+        if spec.condition == "text":
+            asked = {"prompt": prompts(len(noise)), "guidance_scale": 0.0}
+        if spec.condition == "label":
+            asked["class_labels"] = inputs[1].tolist()
+        return pipeline(latents=noise, num_inference_steps=1, output_type="pt", **asked).images * 2 - 1
+
+    def expected(noise: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+        text = spec.condition == "text"
+        condition = Condition.of_prompts(prompts(len(noise))) if text else labels[0] if labels else None
+        return student.decode(student(noise, condition))
 
     runtime = f"diffusers {diffusers.__version__} in float32 against the student, torch {torch.__version__}"
-    return compare(source, run, n, tolerance, runtime, expected=lambda *given: images(student, *given))
+    return compare(source, run, n, tolerance, runtime, expected)
 
 
-def images(student: Student, *given: Any) -> torch.Tensor:
-    return student.decode(student(*given))
+def prompts(n: int) -> list[str]:
+    return [PROMPTS[i % 2] for i in range(n)]

@@ -128,6 +128,9 @@ class Batch:
     target: Tensor | None = None
     images: Tensor | None = None
 
+    def __len__(self) -> int:
+        return next((len(t) for t in (self.images, self.noise) if t is not None), len(self.condition))
+
     def part(self, start: int, stop: int) -> Batch:
         tensors = (None if t is None else t[start:stop] for t in (self.noise, self.target, self.images))
         return Batch(self.condition[start:stop], *tensors)
@@ -139,6 +142,7 @@ class Draws:
 
     def __init__(self, seed: int, start: int, count: int, total: int, device: torch.device):
         self.start, self.count, self.total, self.device = start, count, total, device
+        self.host = torch.Generator().manual_seed(seed ^ 1)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def randn(self, *shape: int) -> Tensor:
@@ -152,6 +156,11 @@ class Draws:
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """Uniform integers of {low, ..., high - 1} [count, *shape]."""
         return self._mine(torch.randint(low, high, (self.total, *shape), generator=self.generator, device=self.device))
+
+    def picks(self, high: int) -> list[int]:
+        """Uniform integers of {0, ..., high - 1}, `count` of them, drawn by the processor: nothing waits for the
+        device."""
+        return self._mine(torch.randint(0, high, (self.total,), generator=self.host)).tolist()
 
     def shared(self, *shape: int) -> Tensor:
         """Uniform on [0, 1) [*shape]: numbers that all samples, micro-batches and processes share."""

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from d2o.condition import Embedded
 from d2o.losses.consistency import column
 from d2o.methods.base import Batch, Draws, Loop
 from d2o.methods.grid import GridMethod, GridOptions
@@ -52,26 +53,26 @@ class CD(GridMethod[CDOptions]):
         self.follow(iteration)
         return {"loss": loss, **self.course(n)}
 
-    def loss(self, loop: Loop, x: Tensor, condition: Tensor | None, draw: Draws, n: int) -> Tensor:
+    def loss(self, loop: Loop, x: Tensor, embedded: Embedded, draw: Draws, n: int) -> Tensor:
         """d(f(x_t, t), sg f(x_u, u)) with u one step below t, x_u one solver step from x_t (Song et al. 2023, eq.
         7)."""
         i, z = self.index(draw, n), draw.randn(*x.shape[1:])
         t, u, end = self.T(i, n), self.T(i - 1, n), self.T(0 * i, n)
         x_t = x + column(t, x) * z
         with torch.no_grad():
-            x_u = self.solve(x_t, t, u, condition) if self.options.solver != "none" else x + column(u, x) * z
+            x_u = self.solve(x_t, t, u, embedded) if self.options.solver != "none" else x + column(u, x) * z
             with self.target(loop) as target, self.replayed():
-                goal = self.to_end(target, x_u, u, end, condition)
+                goal = self.to_end(target, x_u, u, end, embedded)
             if self.options.last_hop == "solver":
-                goal = torch.where((i == 2)[:, None, None, None], self.solve(x_u, u, end, condition), goal)
-        y = self.to_end(loop.net("student"), x_t, t, end, condition)
+                goal = torch.where((i == 2)[:, None, None, None], self.solve(x_u, u, end, embedded), goal)
+        y = self.to_end(loop.net("student"), x_t, t, end, embedded)
         return self.weighted(t, u) * self.distance(y, goal)
 
-    def to_end(self, network: nn.Module, x: Tensor, t: Tensor, end: Tensor, condition: Tensor | None) -> Tensor:
+    def to_end(self, network: nn.Module, x: Tensor, t: Tensor, end: Tensor, embedded: Embedded) -> Tensor:
         """f(x_t, t), or F(x_t, t, sigma_min)."""
         if self.options.form == "F":
-            return self.hop(network, x, t, end, condition)
-        return estimate(network, self.form, x, t, end, condition)
+            return self.hop(network, x, t, end, embedded)
+        return estimate(network, self.form, x, t, end, embedded)
 
 
 METHOD = CD

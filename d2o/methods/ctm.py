@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from d2o.condition import Embedded
 from d2o.losses.consistency import column
 from d2o.methods.base import Batch, Draws, Loop
 from d2o.methods.grid import GridMethod, GridOptions
@@ -45,7 +46,7 @@ class CTM(GridMethod[CTMOptions]):
         self.follow(iteration)
         return {"loss": loss, **self.course(n)}
 
-    def loss(self, loop: Loop, x: Tensor, condition: Tensor | None, draw: Draws, n: int) -> Tensor:
+    def loss(self, loop: Loop, x: Tensor, embedded: Embedded, draw: Draws, n: int) -> Tensor:
         """d(F(x_t, t, s), H), both taken on to sigma_min by the target network; H goes by the solver to u, and from
         there by the target network to s (Table 5, CTM)."""
         o, i, z = self.options, self.index(draw, n), draw.randn(*x.shape[1:])
@@ -60,13 +61,13 @@ class CTM(GridMethod[CTMOptions]):
             x_u = x_t
             for hop in range(longest):
                 at = (i - hop).clamp(min=1)
-                x_next = self.solve(x_u, self.T(at, n), self.T(at - 1, n), condition)
+                x_next = self.solve(x_u, self.T(at, n), self.T(at - 1, n), embedded)
                 x_u = torch.where((hop < hops)[:, None, None, None], x_next, x_u)
             with self.target(loop) as target, self.replayed():
-                goal = self.hop(target, self.hop(target, x_u, u, s, condition), s, end, condition)
-        x_s = self.hop(loop.net("student"), x_t, t, s, condition)
+                goal = self.hop(target, self.hop(target, x_u, u, s, embedded), s, end, embedded)
+        x_s = self.hop(loop.net("student"), x_t, t, s, embedded)
         with self.target(loop) as target:
-            y = self.hop(target, x_s, s, end, condition)
+            y = self.hop(target, x_s, s, end, embedded)
         return self.weighted(t, u) * self.distance(y, goal)
 
 

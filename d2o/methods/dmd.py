@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.augment import edm
+from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.features.base import check_shape
@@ -136,10 +137,10 @@ class DMDOptions(Options):
 
 
 class Made(NamedTuple):
-    """Samples of the student, detached, and their classes."""
+    """Samples of the student, detached, and what they were asked to be."""
 
     x: Tensor
-    labels: Tensor | None
+    embedded: Embedded
 
 
 class DMD(ScoreMethod[DMDOptions]):
@@ -185,12 +186,13 @@ class DMD(ScoreMethod[DMDOptions]):
         matched."""
         made = []
         for micro, draw in loop.micro_batches(batch):
-            z, labels = draw.randn(*self._spec.shape), self.draw_condition(draw)
-            x, reference = self.call_student(loop, z, labels, micro)
+            z, condition = draw.randn(*self._spec.shape), self.draw_condition(draw)
+            x, reference = self.call_student(loop, z, condition, micro)
+            embedded = self.embedded(condition)
             sigma = self.sigma(draw, self.options.t_dist, self.options.t_index, self.options.t_range)
             x_t = x.detach() + sigma * draw.randn(*x.shape[1:])
             with loop.frozen("score") as score, torch.no_grad():
-                real, fake = self.both(score, x_t, sigma.flatten(), labels)
+                real, fake = self.both(score, x_t, sigma.flatten(), embedded)
             gradient = matching_gradient(x, real, fake, str(self.options.weight))
             loss = surrogate(x, gradient, str(self.options.reduce)).mean()
             log["loss"].append(loss)
@@ -200,7 +202,7 @@ class DMD(ScoreMethod[DMDOptions]):
                 log.setdefault("loss_reg", []).append(regression)
                 loss = loss + self.options.lambda_reg * regression
             loop.backward(loss)
-            made.append(Made(x.detach(), labels))
+            made.append(Made(x.detach(), embedded))
         loop.update("student")
         return made
 
@@ -212,12 +214,12 @@ class DMD(ScoreMethod[DMDOptions]):
     ) -> None:
         """One step of the score network: denoising of the student's samples, given or new ones."""
         for i, (_, draw) in enumerate(loop.micro_batches(batch, turn)):
-            x, labels = self.new_samples(draw) if made is None else made[i]
+            x, embedded = self.new_samples(draw) if made is None else made[i]
             asked: dict[str, Any] = {"return_logvar": True} if self.uncertain else {}
             if self.options.augment:
                 x, asked["augment_labels"] = edm.augment(x, self.options.augment, draw.randn, draw.rand)
             sigma = self.sigma(draw, self.options.score_t_dist, (0, LEVELS - 1), (0.0, 1.0))
-            found = loop.net("score")(x + sigma * draw.randn(*x.shape[1:]), sigma.flatten(), labels, **asked)
+            found = loop.net("score")(x + sigma * draw.randn(*x.shape[1:]), sigma.flatten(), embedded, **asked)
             denoised, logvar = found if self.uncertain else (found, None)
             loss = per_sample(
                 denoising_loss(denoised, x, sigma, self.score.sigma_data, logvar), str(self.options.reduce)
@@ -227,20 +229,20 @@ class DMD(ScoreMethod[DMDOptions]):
         loop.update("score")
         keep_normalised(self.score)
 
-    def call_student(self, loop: Loop, z: Tensor, labels: Tensor | None, micro: Batch) -> tuple[Tensor, Tensor | None]:
+    def call_student(self, loop: Loop, z: Tensor, condition: Condition, micro: Batch) -> tuple[Tensor, Tensor | None]:
         """Samples from z, and from the pairs' noise where there are pairs: one call of the network for both."""
         student = loop.net("student")
         if self.distance is None:
-            return student(z, labels), None
+            return student(z, self.embedded(condition)), None
         assert micro.noise is not None
-        both = None if labels is None or micro.condition.labels is None else torch.cat([labels, micro.condition.labels])
+        both = self.embedded(Condition.join([condition, micro.condition]))
         x, reference = student(torch.cat([z, micro.noise]), both).split([len(z), len(micro.noise)])
         return x, reference
 
     def new_samples(self, draw: Draws) -> Made:
-        z, labels = draw.randn(*self._spec.shape), self.draw_condition(draw)
+        z, embedded = draw.randn(*self._spec.shape), self.embedded(self.draw_condition(draw))
         with evaluating(self.student), torch.no_grad():
-            return Made(self.student(z, labels), labels)
+            return Made(self.student(z, embedded), embedded)
 
     def sigma(self, draw: Draws, levels: str | None, index: tuple[int, int], part: tuple[float, float]) -> Tensor:
         """A noise level for each sample, [B, 1, 1, 1]."""
@@ -251,16 +253,16 @@ class DMD(ScoreMethod[DMDOptions]):
             return karras_sigma(1 - (part[0] + (part[1] - part[0]) * draw.rand(1, 1, 1)), low, high)
         return index_sigma(draw.randint(index[0], index[1] + 1, 1, 1, 1), low, high)
 
-    def both(self, score: nn.Module, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def both(self, score: nn.Module, x_t: Tensor, sigma: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor]:
         """D_teacher and D_score at x_t."""
         if self.options.dropout == "off":
             with evaluating(score):
-                return self.teacher.denoise(x_t, sigma, labels), score(x_t, sigma, labels)
+                return self.teacher.denoise(x_t, sigma, embedded), score(x_t, sigma, embedded)
         network = self.teacher.network.train()
         try:
             with torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else []):
-                real = self.teacher.denoise(x_t, sigma, labels)
-            return real, score(x_t, sigma, labels)  # with the random numbers that the teacher had
+                real = self.teacher.denoise(x_t, sigma, embedded)
+            return real, score(x_t, sigma, embedded)  # with the random numbers that the teacher had
         finally:
             network.eval()
 

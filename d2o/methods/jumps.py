@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from d2o.condition import Embedded
 from d2o.errors import UserError
 from d2o.losses import consistency as c
 from d2o.losses.perceptual import load_lpips
@@ -109,7 +110,7 @@ class JumpMethod(StudentMethod[J]):
     # Parts of a step --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def loss(self, loop: Loop, x: Tensor, condition: Tensor | None, draw: Draws, n: int) -> Tensor:
+    def loss(self, loop: Loop, x: Tensor, embedded: Embedded, draw: Draws, n: int) -> Tensor:
         """Losses [B] of images x on a grid of n steps."""
 
     def descend(self, loop: Loop, batch: Batch, n: int) -> Tensor:
@@ -117,7 +118,7 @@ class JumpMethod(StudentMethod[J]):
         losses = []
         for micro, draw in loop.micro_batches(batch):
             assert micro.images is not None
-            loss = self.loss(loop, micro.images, self.condition_of(micro), draw, n).mean()
+            loss = self.loss(loop, micro.images, self.embedded(self.condition_of(micro)), draw, n).mean()
             loop.backward(loss)
             losses.append(loss)
         loop.update("student")
@@ -127,13 +128,13 @@ class JumpMethod(StudentMethod[J]):
         """Noise level i of 0 .. n, from sigma_min to the student's."""
         return c.karras_time(i, n, sigma_max=self.sigma)
 
-    def solve(self, x: Tensor, t: Tensor, u: Tensor, condition: Tensor | None) -> Tensor:
+    def solve(self, x: Tensor, t: Tensor, u: Tensor, embedded: Embedded) -> Tensor:
         """One step of the teacher's solver."""
-        return c.SOLVERS[self.options.solver](lambda y, level: self.teacher.denoise(y, level, condition), x, t, u)
+        return c.SOLVERS[self.options.solver](lambda y, level: self.teacher.denoise(y, level, embedded), x, t, u)
 
-    def hop(self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, condition: Tensor | None) -> Tensor:
+    def hop(self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, embedded: Embedded) -> Tensor:
         """F(x_t, t, s) by that network."""
-        return c.jump(x, estimate(network, self.form, x, t, s, condition), t, s)
+        return c.jump(x, estimate(network, self.form, x, t, s, embedded), t, s)
 
     def replayed(self) -> AbstractContextManager[None]:
         """Random numbers drawn inside (dropout) are drawn again after: both forward passes leave out the same

@@ -68,7 +68,7 @@ class ODE(StudentMethod[ODEOptions]):
         losses = []
         for micro, _ in loop.micro_batches(batch):
             assert micro.noise is not None and micro.target is not None
-            x = loop.net("student")(micro.noise, micro.condition)
+            x = loop.net("student")(micro.noise, self.embedded(micro.condition))
             loss = self.distance(x, micro.target).mean()
             loop.backward(loss)
             losses.append(loss)

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from d2o.condition import Embedded
 from d2o.losses import consistency as c
 from d2o.methods.base import Batch, Draws, Loop, Setup
 from d2o.methods.jumps import JumpMethod, JumpOptions
@@ -68,18 +69,18 @@ class PD(JumpMethod[PDOptions]):
         loss = self.descend(loop, batch, n)
         return {"loss": loss, "N": torch.tensor(float(n), device=self.device)}
 
-    def loss(self, loop: Loop, x: Tensor, condition: Tensor | None, draw: Draws, n: int) -> Tensor:
+    def loss(self, loop: Loop, x: Tensor, embedded: Embedded, draw: Draws, n: int) -> Tensor:
         """d(f(x_t, t), the estimate that goes in one step where two half steps lead), over n steps (Table 5, PD)."""
         i = draw.randint(1, n + 1)
         t, u, s = self.T(i, n), self.T(i - 0.5, n), self.T(i - 1, n)
         x_t = x + c.column(t, x) * draw.randn(*x.shape[1:])
         with torch.no_grad():
             if n == self.options.N:  # the first stage
-                h = self.solve(self.solve(x_t, t, u, condition), u, s, condition)
+                h = self.solve(self.solve(x_t, t, u, embedded), u, s, embedded)
             else:
                 with self.halver(loop) as teacher, self.replayed():
-                    h = self.hop(teacher, self.hop(teacher, x_t, t, u, condition), u, s, condition)
-        y = estimate(loop.net("student"), self.form, x_t, t, s, condition)
+                    h = self.hop(teacher, self.hop(teacher, x_t, t, u, embedded), u, s, embedded)
+        y = estimate(loop.net("student"), self.form, x_t, t, s, embedded)
         return self.weighted(t, s) * self.distance(y, c.progressive_target(x_t, h, t, s))
 
     def halver(self, loop: Loop) -> AbstractContextManager[nn.Module]:

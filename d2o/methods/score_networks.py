@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Embedded
 from d2o.data.latents import LatentSet
 from d2o.errors import UserError
 from d2o.methods.base import O, Setup
@@ -75,7 +76,7 @@ def look(
     net: nn.Module,
     x_t: Tensor,
     sigma: Tensor,
-    labels: Tensor | None,
+    embedded: Embedded,
     part: str = "decoder",
     augment_labels: Tensor | None = None,
 ) -> Any:
@@ -87,14 +88,14 @@ def look(
     uncertain = has_uncertainty(net)
     if uncertain:
         asked["return_logvar"] = True
-    found = net(x_t, sigma.flatten(), labels, **asked)
+    found = net(x_t, sigma.flatten(), embedded, **asked)
     results = list(found) if isinstance(found, tuple) else [found]
     denoised = results.pop(0) if part != "encoder" else None
     return denoised, results.pop(0) if part != "decoder" else None, results.pop() if uncertain else None
 
 
 def true_score(
-    teacher: Teacher, x_t: Tensor, sigma: Tensor, labels: Tensor | None, precision: str | None = None
+    teacher: Teacher, x_t: Tensor, sigma: Tensor, embedded: Embedded, precision: str | None = None
 ) -> Tensor:
     """The teacher's denoised images at sigma [B, 1, 1, 1], in "fp32", "bf16", "fp16", or as the surroundings are
     (None). Gradients flow to x_t; the weights are frozen, and nothing is kept for theirs."""
@@ -104,7 +105,7 @@ def true_score(
             x_t.device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32"
         )
     with half:
-        return teacher.network(x_t, sigma.flatten(), labels)
+        return teacher.network(x_t, sigma.flatten(), embedded)
 
 
 def labels_of_images(method: str, setup: Setup[O], spec: Spec) -> Tensor | None:

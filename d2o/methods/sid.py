@@ -253,16 +253,16 @@ class SiD(ScoreMethod[SiDOptions]):
         self.score.train()
         for micro, draw in loop.micro_batches(batch):
             own = o.adversarial and micro.condition.labels is not None
-            labels = self.condition_of(micro) if own else self.draw_condition(draw)
+            embedded = self.embedded(self.condition_of(micro) if own else self.draw_condition(draw))
             with torch.no_grad():
-                x = loop.net("student")(draw.randn(*self.student.spec.shape), labels)
+                x = loop.net("student")(draw.randn(*self.student.spec.shape), embedded)
             keep = finite(x)
             x = x if o.nan == "raise" else torch.where(each(keep), x, 0)
             y, told = self.augment(x, draw)
             sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
             normal = draw.randn(*y.shape[1:])
             denoised, fake, u = look(
-                net, y + sigma * normal, sigma, labels, "encoder_decoder" if o.adversarial else "decoder", told
+                net, y + sigma * normal, sigma, embedded, "encoder_decoder" if o.adversarial else "decoder", told
             )
             keep = keep & finite(denoised)
             score = self.per_sample(losses.denoising_loss(denoised, y, sigma, self.score.sigma_data, u), keep)
@@ -274,7 +274,7 @@ class SiD(ScoreMethod[SiDOptions]):
                     real_sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
                 if o.real_noise != "shared":
                     normal = draw.randn(*y.shape[1:])
-                _, real, real_u = look(net, y + real_sigma * normal, real_sigma, labels, "encoder", told)
+                _, real, real_u = look(net, y + real_sigma * normal, real_sigma, embedded, "encoder", told)
                 weights = (
                     losses.edm_weight(real_sigma, self.score.sigma_data, real_u),
                     losses.edm_weight(sigma, self.score.sigma_data, u),
@@ -296,13 +296,13 @@ class SiD(ScoreMethod[SiDOptions]):
         self.score.eval()
         for _, draw in loop.micro_batches(batch, turn=1):
             with loop.frozen("score") as net:
-                labels = self.draw_condition(draw)
-                x = loop.net("student")(draw.randn(*shape), labels)
+                embedded = self.embedded(self.draw_condition(draw))
+                x = loop.net("student")(draw.randn(*shape), embedded)
                 t = draw.rand(1, 1, 1) * (o.tmax / 1000)
                 sigma = karras_sigma(1 - t, o.sigma_min, o.sigma_max, o.rho)
                 x_t = x + sigma * draw.randn(*shape)
-                true = true_score(self.teacher, x_t, sigma, labels, o.teacher_precision)
-                fake, logits, u = look(net, x_t, sigma, labels, "encoder_decoder" if adversarial else "decoder")
+                true = true_score(self.teacher, x_t, sigma, embedded, o.teacher_precision)
+                fake, logits, u = look(net, x_t, sigma, embedded, "encoder_decoder" if adversarial else "decoder")
                 keep = finite(x, true, fake)
                 if (
                     o.nan == "drop" and x.requires_grad

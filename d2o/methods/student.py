@@ -7,14 +7,16 @@ import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition
+from d2o.condition import Condition, Embedded
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.students.base import Student, make_student
-from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.base import Spec, Teacher, embed_labels
 
 
 class StudentMethod(Method[O]):
@@ -28,6 +30,8 @@ class StudentMethod(Method[O]):
     continues: ClassVar[tuple[str, ...]] = ("denoiser",)  # kinds of students that `d2o finetune --from` may start from
     teacher: Teacher | None = None
     labels_of_data: Tensor | None = None  # classes to draw from, [n]; None: all are equally likely
+    prompts: Prompts | None = None  # to draw from, for a teacher that takes text
+    device: torch.device = torch.device("cpu")
     _spec: Spec  # of what the student makes
 
     # How it begins ----------------------------------------------------------------------------------------------------
@@ -36,6 +40,7 @@ class StudentMethod(Method[O]):
         """The student's network as training begins, all of it to be trained: a copy of that of `setup.start`, of the
         teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
         `own` (default: the teacher's) the recipe's `network:` changes. UserError: `setup.start` does not fit."""
+        self.device, self.prompts = setup.device, setup.prompts
         teacher = None if self.teacher is None else self.teacher.network
         if setup.start is not None:
             self.check_start(setup, setup.start, spec)
@@ -78,22 +83,36 @@ class StudentMethod(Method[O]):
 
     # What it is asked for ---------------------------------------------------------------------------------------------
 
-    def draw_condition(self, draw: Draws) -> Tensor | None:
-        """Classes of a micro-batch: all equally likely, or as they occur in the data; None where there are none."""
+    def draw_condition(self, draw: Draws) -> Condition:
+        """Of a micro-batch's samples: prompts of the recipe, classes, all equally likely or as they occur in the data,
+        or nothing. UserError: a teacher that takes text, and no prompts."""
+        if self._spec.condition == "text":
+            if self.prompts is None:
+                raise UserError(
+                    f"method {self.name} draws prompts for its student, and the recipe names none",
+                    "prompts: FILE (txt, jsonl, parquet)",
+                )
+            return Condition.of_prompts(self.prompts.many(draw.picks(len(self.prompts))))
         if not self._spec.classes:
-            return None
+            return Condition.none(draw.count)
         if self.labels_of_data is None:
-            return draw.randint(0, self._spec.classes)
-        return self.labels_of_data[draw.randint(0, len(self.labels_of_data))]
+            return Condition.of_labels(draw.randint(0, self._spec.classes))
+        return Condition.of_labels(self.labels_of_data[draw.randint(0, len(self.labels_of_data))])
 
-    def condition_of(self, micro: Batch) -> Tensor | None:
-        """The classes of the images, for a student that takes them; a plan without its images has none, and counts
-        with 0."""
-        assert micro.images is not None
-        if not self._spec.classes:
-            return None
-        zeros = micro.images.new_zeros
-        return zeros(len(micro.images)).long() if micro.condition.labels is None else micro.condition.labels
+    def condition_of(self, micro: Batch) -> Condition:
+        """Of the samples of the batch, as far as the student is asked; a plan without its images has no classes, and
+        counts with 0."""
+        if self._spec.condition == "none":
+            return Condition.none(len(micro))
+        if self._spec.classes and micro.condition.kind == "none":
+            return Condition.of_labels(torch.zeros(len(micro), dtype=torch.int64, device=self.device))
+        return micro.condition
+
+    def embedded(self, condition: Condition | Embedded) -> Embedded:
+        """What the networks take, on the device; what is embedded already comes back as it is."""
+        if self.teacher is None:
+            return embed_labels(self._spec, condition, self.device)
+        return self.teacher.embed(condition)
 
     # The product ------------------------------------------------------------------------------------------------------
 
@@ -114,4 +133,4 @@ class StudentMethod(Method[O]):
 
     def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student = self.made(product)
-        return student.decode(student(noise, condition))
+        return student.decode(student(noise, self.embedded(condition)))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2o.condition import Text
 from d2o.diffusion.levels import Levels, levels_of
 from d2o.errors import UserError, unknown
 from d2o.networks.latent import build_diffusers
@@ -23,13 +24,6 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "velocity")
 FORMS = ("edm", "consistency")
 
 
-class Embedded(Protocol):
-    """Encoded prompts: `states` [B, L, D], and `pooled` [B, P] for networks that take a vector as well."""
-
-    states: Tensor
-    pooled: Tensor | None
-
-
 class EDMView(nn.Module):
     """view(x [B, C, H, W], sigma scalar, [1] or [B], condition, augment_labels=None, part="decoder") -> x_0 [B, C, H,
     W] float32. It is trained as any other network.
@@ -37,7 +31,7 @@ class EDMView(nn.Module):
     `net`: its class (one of `KINDS`, under `class`) and that class's arguments; `module`: the network itself, if there
     is one already. `schedule`: a diffusers scheduler's keys of its betas, or {kind: flow, train_steps}
     (`d2o.diffusion.levels`). `prediction`, what it gives: "epsilon", "v_prediction" or "sample" (Salimans and Ho 2022,
-    appendix D), or "velocity", eps - x_0 (Liu et al. 2022). `condition`: class indices, `Embedded` prompts, or None.
+    appendix D), or "velocity", eps - x_0 (Liu et al. 2022). `condition`: class indices, `Text`, or None.
     `time_ids`: the six numbers that SDXL's U-Net is told of an image. `sigma_data`: standard deviation of the data.
 
     A discrete schedule's times are found by linear interpolation in log sigma; beyond `sigma_min` and `sigma_max` the
@@ -103,7 +97,7 @@ class EDMView(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: Tensor | Embedded | None = None,
+        condition: Tensor | Text | None = None,
         augment_labels: Tensor | None = None,
         part: str = "decoder",
     ) -> Any:
@@ -221,10 +215,17 @@ class EDMView(nn.Module):
 
 def called_at(network: nn.Module, sigma: float) -> float:
     """The noise level at which a student of this network is called, for a wish of `sigma`: that itself, or the nearest
-    of a discrete schedule, so that every library can call it at a time that it has."""
-    return (
-        float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64))) if isinstance(network, EDMView) else sigma
-    )
+    of a discrete schedule, so that every library can call it at a time that it has. UserError: above all that the
+    network knows."""
+    if not isinstance(network, EDMView):
+        return sigma
+    if sigma > 1.001 * network.sigma_max:
+        top = f"{network.sigma_max:.4g}"
+        raise UserError(
+            f"a student is called at sigma {sigma:g}, and its network knows noise levels up to {top}",
+            f"student.sigma: {top}, or below",
+        )
+    return float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
 
 
 def lowest_level(network: nn.Module) -> float:

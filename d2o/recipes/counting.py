@@ -23,6 +23,8 @@ def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
     shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
     classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
     x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
+    if setup.teacher is not None and setup.teacher.spec.condition == "text":
+        return Batch(Condition.of_prompts([""] * n), noise=x, target=x, images=x)
     return Batch(Condition(n, labels), noise=x, target=x, images=x)
 
 
@@ -38,6 +40,9 @@ class _MetaDraws(Draws):
 
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.empty(self.count, *shape, dtype=torch.int64, device=META)
+
+    def picks(self, high: int) -> list[int]:
+        return [0] * self.count
 
     def shared(self, *shape: int) -> Tensor:
         return torch.full(shape, 0.5)

@@ -87,7 +87,7 @@ class _File:
 
     def chosen(self, variant: str | None) -> list[Node]:
         """The layers that a variant adds: one, or none where it is not in this file."""
-        return [self.variants[variant]] if variant in self.variants else []
+        return [self.variants[variant]] if variant is not None and variant in self.variants else []
 
 
 def _read(path: Path, problems: Problems) -> _File:
@@ -151,8 +151,8 @@ def _extended(own: _File, path: Path, problems: Problems) -> _File | None:
     if found.variant is None:
         return base
     if found.variant not in base.variants:
-        error = _no_variant(shown(found.path), found.variant, [*base.variants])
-        raise UserError(f"{where}: {error.message}", error.hint)
+        none = _no_variant(shown(found.path), found.variant, [*base.variants])
+        raise UserError(f"{where}: {none.message}", none.hint)
     change = base.variants[found.variant]
     root = over(base.keys, change)
     if "name" not in change.value:

@@ -40,7 +40,7 @@ from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
-from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings
+from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
 
@@ -102,6 +102,11 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
             setup.teacher = None if fits is None else setup.teacher
     elif needs == "none" and recipe.teacher is None:
         plan.missing.append(f"a teacher: method {recipe.method} learns from one alone; give `teacher:`")
+    if setup.teacher is not None:
+        text = setup.teacher.spec.condition == "text"
+        setup.prompts = _attempt(plan.missing, lambda: prompts_of(recipe, text))
+        if text and setup.prompts is None and needs != "pairs":
+            setup.teacher = None  # nothing can be asked of it
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
     if needs == "images":

@@ -67,6 +67,11 @@ class Recipe(Section):
     )
     student: Student = Field(Student(), description="how the one-step generator starts")
     pairs: Pairs | None = field(None, "teacher's samples to train on")
+    prompts: Text | None = field(
+        None,
+        "file of prompts (txt, jsonl, parquet), for teachers that take text: those that a method draws from, or, with"
+        " `data:`, one for each image in their order (default none: those of `pairs:`)",
+    )
     optim: Optim = field(..., "optimiser")
     optim_critic: Optim | None = field(None, "second optimiser, of methods with two players (default none: as optim)")
     optim_critics: dict[str, Optim] = field(

@@ -10,6 +10,7 @@ from torch import Tensor
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import EDMSchedule
 from d2o.networks.edm_view import EDMView
+from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Teacher
 
 
@@ -42,6 +43,10 @@ class ViewTeacher(Teacher):
 
     def decode(self, x: Tensor) -> Tensor:
         return self.teacher.decode(x)
+
+    @property
+    def space(self) -> LatentSpace:
+        return self.teacher.space
 
     @property
     def fingerprint(self) -> str:

@@ -26,6 +26,8 @@ FAMILIES = {
     "flow": "flow transformers (Stable Diffusion 3)",
 }
 """The families of teachers, as far as methods tell them apart."""
+TEXT = ("sd", "flow")
+"""Those that take prompts."""
 PIPELINES = {
     "DDPMPipeline": "ddpm",
     "DDIMPipeline": "ddpm",

@@ -96,8 +96,10 @@ class TextEncoders:
         device: str | torch.device = "cpu",
         cache_bytes: int = CACHE_BYTES,
         revision: str | None = None,
+        tokenizers: Sequence[Any] = (),
     ):
         self.name, self.revision, self.device = name, revision, torch.device(device)
+        self.tokenizers = list(tokenizers)  # one for each encoder
         self.encoders = [encoder.to(self.device).eval().requires_grad_(False) for encoder in encoders]
         self.prompts = PromptCache(encode_one, cache_bytes)
         self._sha256 = ""
@@ -161,7 +163,7 @@ def clip_text(
     """Those of Stable Diffusion 1 and 2 (one CLIP), or XL (two)."""
     on = torch.device(device)
     one = last_states(encoders[0], tokenizers[0], on) if len(encoders) == 1 else joined_states(encoders, tokenizers, on)
-    return TextEncoders(name, encoders, one, device, cache_bytes, revision)
+    return TextEncoders(name, encoders, one, device, cache_bytes, revision, tokenizers)
 
 
 def clip_and_t5_text(
@@ -181,7 +183,7 @@ def clip_and_t5_text(
     t5 = None if encoders[2] is None else (encoders[2], tokenizers[2])
     one = joined_states_and_t5(encoders[:2], tokenizers[:2], t5, width, t5_length, torch.device(device))
     there = [encoder for encoder in encoders if encoder is not None]
-    return TextEncoders(name, there, one, device, cache_bytes, revision)
+    return TextEncoders(name, there, one, device, cache_bytes, revision, tokenizers[: len(there)])
 
 
 def check_text(spec: Spec, text: Embedded, batch: int) -> Text:

@@ -13,6 +13,7 @@ from d2o.data.images import ImageSet, to_float
 from d2o.data.latents import LatentSet
 from d2o.data.order import mix, shuffled
 from d2o.data.pairs import PairStore
+from d2o.data.prompts import Prompts
 from d2o.data.stream import PairStream
 from d2o.methods.base import Batch
 
@@ -37,14 +38,15 @@ def open_batches(
     device: torch.device,
     indices: Tensor | None = None,
     xflip: bool = False,
+    prompts: Prompts | None = None,
 ) -> Batches:
     """The batches of a source. `share` (start, stop) is this process's part of the global batch, all parts are of one
-    size. `indices`: the images that are drawn from; None: all."""
+    size. `indices`: the images that are drawn from; None: all. `prompts`: the images' own, one each."""
     if source is None:
         return Batches()
     if isinstance(source, PairStore):
         return PairBatches(source, batch, seed, share, device)
-    return ImageBatches(source, batch, seed, share, device, indices, xflip)
+    return ImageBatches(source, batch, seed, share, device, indices, xflip, prompts)
 
 
 class PairBatches(Batches):
@@ -77,8 +79,9 @@ class ImageBatches(Batches):
         device: torch.device,
         indices: Tensor | None = None,
         xflip: bool = False,
+        prompts: Prompts | None = None,
     ):
-        self.source, self.batch, self.seed, self.share = source, batch, seed, share
+        self.source, self.batch, self.seed, self.share, self.prompts = source, batch, seed, share, prompts
         self.device, self.xflip = device, xflip
         self.indices = torch.arange(len(source)) if indices is None else indices
         self.epochs: dict[int, np.ndarray] = {}
@@ -115,6 +118,9 @@ class ImageBatches(Batches):
 
     def read(self, iteration: int) -> Batch:
         index = self.positions(iteration)
+        if self.prompts is not None:
+            asked = Condition.of_prompts(self.prompts.many(index.tolist()))
+            return Batch(asked, images=self.source.images(index))
         labels = None if self.source.labels is None else self.source.labels[index]
         return Batch(Condition(len(index), labels), images=self.source.images(index))
 

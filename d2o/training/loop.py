@@ -32,7 +32,7 @@ from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.schedule import Due, Schedule
 from d2o.training.scoring import Say, Scoring
-from d2o.training.setup import learned_solver
+from d2o.training.setup import first_prompts, learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -97,7 +97,14 @@ class Trainer:
         source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.needs(setup.options)]
         flip = bool(recipe.data and recipe.data.xflip)
         self.batches = open_batches(
-            source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip
+            source,
+            recipe.batch,
+            recipe.seed,
+            self.local,
+            self.device,
+            self.method.train_indices,
+            flip,
+            setup.prompts,
         )
         self.schedule = Schedule(recipe)
         self.iterations = self.schedule.iterations
@@ -263,8 +270,17 @@ class Trainer:
         images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
         teacher = self.setup.teacher
         solver = learned_solver(recipe, teacher)
-        prompts, folder = self.setup.prompts, self.folder / "previews"
-        return Preview(folder, spec, recipe.preview.n, teacher, images, solver, self.device, prompts)
+        return Preview(
+            self.folder / "previews",
+            spec,
+            recipe.preview.n,
+            teacher,
+            images,
+            solver,
+            self.device,
+            first_prompts(self.setup, recipe.preview.n),
+            recipe.pairs.cfg if recipe.pairs else 1.0,
+        )
 
     def show(self, preview: Preview | None) -> None:
         """A grid, by the first process. All processes call this."""

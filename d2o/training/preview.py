@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_uint8
 from d2o.data.pictures import draw_sheet, lay_out
-from d2o.data.prompts import Prompts
 from d2o.diffusion.noise import noise_and_labels
 from d2o.diffusion.solvers import Solver
 from d2o.interop.safetensors_io import atomic_path
@@ -21,8 +21,8 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 
 
 class Preview:
-    """Left: the teacher's samples from these noises by `solver` (or real images where there is no teacher); right: the
-    product's. Of what takes text, `prompts` in turn."""
+    """Left: the teacher's samples from these noises by `solver`, guided by `cfg` (or real images where there is no
+    teacher); right: the product's. `prompts`: what samples of prompts are asked for, again and again."""
 
     def __init__(
         self,
@@ -33,7 +33,8 @@ class Preview:
         images: ImageSet | None,
         solver: Solver | None,
         device: torch.device,
-        prompts: Prompts | None = None,
+        prompts: Sequence[str] | None = None,
+        cfg: float = 1.0,
     ):
         self.folder = folder
         if spec.classes:
@@ -44,8 +45,8 @@ class Preview:
         if spec.classes:
             labels = (torch.arange(count) * spec.classes) // max(count, 1)  # class by class, so that the rows read well
         condition = Condition.of_labels(labels) if spec.classes else Condition.none(count)
-        if spec.condition == "text" and prompts is not None:
-            condition = Condition.of_prompts(prompts.many(i % len(prompts) for i in range(count)))
+        if prompts:
+            condition = Condition.of_prompts([prompts[i % len(prompts)] for i in range(count)])
         self.noise, self.condition = noise.to(device), condition.to(device)
         self.layout = lay_out(count, labels.tolist() if spec.classes else None)
         self.left: tuple[str, Tensor] | None = None
@@ -53,7 +54,7 @@ class Preview:
         if teacher is not None and solver is not None:
             self.left = (
                 f"teacher, {solver.steps} steps of {solver.name}",
-                to_uint8(teacher.decode(teacher.sample(self.noise, self.condition, solver))).cpu(),
+                to_uint8(teacher.decode(teacher.sample(self.noise, self.condition, solver, cfg=cfg))).cpu(),
             )
         elif images is not None:
             self.left = "real images", images.images(_matching(images, condition.labels, count)).cpu()

@@ -13,7 +13,7 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
-from d2o.data.prompts import open_prompts
+from d2o.data.prompts import Prompts, open_prompts
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
@@ -83,6 +83,39 @@ def licence_of(recipe: Any) -> str:
     return UNSTATED if recipe.data is None or recipe.data.licence is None else recipe.data.licence
 
 
+def prompts_of(recipe: Any, text: bool) -> Prompts | None:
+    """The prompts that the recipe names, here or for its pairs; None where the method has them from its pairs alone.
+    UserError: none for a teacher that takes prompts (`text`), or some for another."""
+    path = recipe.prompts or (recipe.pairs.prompts if recipe.pairs else None)
+    if not text:
+        if recipe.prompts:
+            raise UserError(f"prompts: teacher {recipe.teacher!r} takes none", "take `prompts` out")
+        return None
+    if path is None and get_method(recipe.method).needs(recipe.options) != "pairs":
+        raise UserError(
+            f"teacher {recipe.teacher!r} takes prompts, and the recipe has no `prompts:`",
+            "prompts: FILE names a .txt (one a line), .jsonl or .parquet; with `data:` one for each image",
+        )
+    return None if path is None else open_prompts(path)
+
+
+def first_prompts(setup: Setup, n: int) -> list[str]:
+    """The first n prompts that the student is asked for in training; none where it takes none."""
+    if setup.prompts is not None:
+        return setup.prompts.many(range(min(n, len(setup.prompts))))
+    pairs = setup.pairs
+    return pairs.prompts(range(min(n, len(pairs)))) if pairs is not None and pairs.has_prompts else []
+
+
+def check_captions(setup: Setup) -> None:
+    """UserError: prompts that go with images, and are more or fewer."""
+    if setup.prompts is not None and setup.images is not None and len(setup.prompts) != len(setup.images):
+        raise UserError(
+            f"prompts: {len(setup.prompts):,} for the {len(setup.images):,} images of `data:`; with images there is one"
+            " for each, in their order"
+        )
+
+
 def prepare(
     recipe: Any,
     device: torch.device,
@@ -110,8 +143,10 @@ def prepare(
             f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`",
             "d2o teachers lists some",
         )
-    if recipe.teacher is not None and (kind := look(recipe.teacher)) is not None:
+    kind = None if recipe.teacher is None else look(recipe.teacher)
+    if kind is not None:
         check_kind(recipe.method, kind)
+        setup.prompts = prompts_of(recipe, kind.text)
     if needs == "images":
         if recipe.data is None:
             raise UserError(
@@ -122,6 +157,7 @@ def prepare(
             say(f"{recipe.data.path}: {note}")
         for name, why in setup.images.bad:
             say(f"{recipe.data.path}: skipped {name}: {why}")
+        check_captions(setup)
     if start is not None:
         setup.start = load_student(start, device)
     try:
@@ -132,12 +168,11 @@ def prepare(
     if recipe.teacher is not None:
         setup.teacher = load_teacher(recipe.teacher, device, say=say)
         check_teacher(recipe.method, setup.teacher)
+        setup.prompts = setup.prompts or prompts_of(recipe, setup.teacher.spec.condition == "text")
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
-        if setup.teacher is not None and setup.teacher.spec.condition == "text" and p.prompts is not None:
-            setup.prompts = open_prompts(p.prompts)
         try_out(recipe, setup)
         compute = Compute(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
@@ -150,7 +185,7 @@ def prepare(
             progress=progress,
             stop=stop,
             teacher=setup.teacher,
-            prompts=setup.prompts,
+            prompts=setup.prompts if recipe.prompts is None else None,  # the recipe's own may be others
             lent=True,
         )
     return setup

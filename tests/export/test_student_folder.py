@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
 from d2o.export.exporter import export_checkpoint
@@ -98,3 +99,28 @@ def test_what_diffusers_cannot_call_is_refused(tmp_path):
     two = student_of(tiny("ddpm", tmp_path), "cd").with_steps(2)
     with pytest.raises(UserError, match="in 2 network calls"):
         export_checkpoint(saved(two, tmp_path / "two.safetensors"), "diffusers")
+
+
+@pytest.mark.parametrize(("name", "form"), [("sd", "denoiser"), ("sd", "cd"), ("sd-v", "ctm"), ("sdxl", "denoiser")])
+def test_text_students_are_stable_diffusion_pipelines(name, form, tmp_path):
+    teacher = tiny(name, tmp_path)  # who keeps the text encoders in this process
+    check_text_student(student_of(teacher, form), tmp_path)
+
+
+@pytest.mark.parametrize(("form", "sigma"), [("denoiser", 80.0), ("cd", 5.0), ("ctm", 80.0)])
+def test_flow_students_are_stable_diffusion_3_pipelines(form, sigma, tmp_path):
+    teacher = tiny("sd3", tmp_path, t5_length=256)
+    check_text_student(student_of(teacher, form, sigma), tmp_path)
+
+
+def check_text_student(student, tmp_path):
+    saved(student, tmp_path / "s.safetensors")
+    done = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp32", check_n=2)
+    assert done.parity.difference < 1e-4
+    pipeline = open_pipeline(done.path)
+    noise, _ = noise_and_labels(range(2), student.spec.shape, 0)
+    asked = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt", "latents": noise}
+    theirs = pipeline(["abc", "a longer prompt"], **asked).images * 2 - 1
+    ours = student.decode(student(noise, Condition.of_prompts(["abc", "a longer prompt"])))
+    assert (theirs - ours).abs().max() < 1e-3 and ours.std() > 0.01
+    assert "num_inference_steps=1, guidance_scale=0.0" in done.card.read_text()

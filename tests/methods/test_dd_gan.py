@@ -176,7 +176,7 @@ def test_generating_is_the_student_s_way_and_takes_k_calls():
     method.generator.register_forward_hook(lambda *_: calls.append(1))
     images = method.generate(method.generator, noise, Condition.none(len(noise)))
     assert len(calls) == method.nfe() == 3 and images.abs().max() <= 1
-    assert torch.equal(images, method.student(method.generator)(noise))
+    assert torch.equal(images, method.made(method.generator)(noise))
 
 
 def test_classes_reach_both_networks_only_when_asked_for():
@@ -190,18 +190,18 @@ def test_classes_reach_both_networks_only_when_asked_for():
 
 def test_training_can_start_from_a_student_of_the_same_kind():
     first = dd_gan(steps=2)
-    again = dd_gan(steps=2, start=first.student(first.generator))
+    again = dd_gan(steps=2, start=first.made(first.generator))
     assert again.generator is not first.generator
     assert all(
         torch.equal(a, b) and b.requires_grad
         for a, b in zip(first.generator.parameters(), again.generator.parameters(), strict=True)
     )
-    with pytest.raises(UserError, match="with 4 steps, and this is another"):
-        dd_gan(start=first.student(first.generator))
-    with pytest.raises(UserError, match="and this is another"):
+    with pytest.raises(UserError, match="dd_gan.steps is 4, but the student to start from makes an image in 2"):
+        dd_gan(start=first.made(first.generator))
+    with pytest.raises(UserError, match="goes on with students of kind multistep"):
         dd_gan(start=tiny_student())
-    with pytest.raises(UserError, match="the data are others"):
-        dd_gan(steps=2, conditional=True, start=first.student(first.generator))
+    with pytest.raises(UserError, match="the data has other images"):
+        dd_gan(steps=2, conditional=True, start=first.made(first.generator))
 
 
 def test_mistakes_are_named():

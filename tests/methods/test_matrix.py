@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.data.images import open_images
 from d2o.data.pair_settings import PairSettings
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.methods.base import Setup, get_method
 from d2o.methods.teachers import check_kind, why_not
@@ -19,6 +21,7 @@ from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import kind_of
 from d2o.training.loop import Trainer
 from tests.teachers.families import TEACHERS, tiny
+from tools.matrix import PAGE, page
 
 ROWS = {
     "ode": ("ode", {"loss": "mse"}),
@@ -26,9 +29,9 @@ ROWS = {
     "dmd": ("dmd", {}),
     "dmd with pairs": ("dmd", {"lambda_reg": 0.25, "regression": "mse"}),
     "diff-instruct": ("dmd", {"kind": "diff_instruct"}),
-    "cd": ("consistency", {"kind": "cd"}),
-    "pd": ("consistency", {"kind": "pd", "N": 4, "stage_images": 8}),
-    "ctm": ("consistency", {"kind": "ctm"}),
+    "cd": ("cd", {}),
+    "pd": ("pd", {"N": 4, "stage_images": 8}),
+    "ctm": ("ctm", {}),
 }
 
 
@@ -55,7 +58,8 @@ def pairs(teachers, tmp_path_factory):
             steps = 2 if teacher.spec.solver != "heun" else 3
             settings = PairSettings(name, n=8, shard_size=8, solver=teacher.spec.solver, steps=steps)
             out = tmp_path_factory.mktemp(name) / "pairs"
-            made[name] = make_pairs(settings, out, compute=Compute(8), teacher=teacher)
+            text = Prompts.from_list(["a", "b c", ""]) if teacher.spec.condition == "text" else None
+            made[name] = make_pairs(settings, out, compute=Compute(8), teacher=teacher, prompts=text)
         return made[name]
 
     return of
@@ -106,11 +110,16 @@ def test_a_cell(row, name, teachers, images, pairs, tmp_path):
         return
     student = train(tmp_path, method, options, teacher, images, lambda: pairs(name))
     noise = torch.randn(2, *teacher.spec.shape, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 2]) if teacher.spec.classes else None
-    x = student(noise, labels)
+    asked = Condition.of_labels([0, 2]) if teacher.spec.classes else Condition.none(2)
+    asked = Condition.of_prompts(["b c", "d"]) if teacher.spec.condition == "text" else asked
+    x = student(noise, asked)
     assert x.shape == noise.shape and bool(x.isfinite().all())
     if name != "edm2":
         assert bool((student.decode(x).abs() <= 1).all())
     before = dict(teacher.edm_view().named_parameters())
     moved = [key for key, p in student.network.named_parameters() if key in before and not torch.equal(p, before[key])]
     assert len(moved) > 0.5 * len(before)
+
+
+def test_the_page_of_the_matrix_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tools/matrix.py writes it"

@@ -429,7 +429,7 @@ def other_images(**attributes):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda: sid(teacher=TinyText()), "distils denoisers of the EDM family; teacher 'tiny-text'"),
+        (lambda: sid(teacher=TinyText()), "'tiny-text' .* which method sid cannot learn from: it draws no prompts"),
         (lambda: get_method("sid")(Setup(SiDOptions(), student=STUDENT)), "needs a `teacher:`"),
         (
             lambda: sid(student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None)),
@@ -442,11 +442,11 @@ def other_images(**attributes):
                     build_network({"arch": "ddgan", "img_resolution": 8, "img_channels": 1, **SMALL}), SPEC, 2
                 )
             ),
-            "students of one call of a denoiser",
+            "goes on with students of kind denoiser; the one to start from is of kind multistep",
         ),
         (
             lambda: sid(start=Student(tiny_network(), replace(SPEC, classes=3), 2.5)),
-            "with 3 classes, teacher 'tiny' other images",
+            "with 3 classes, teacher 'tiny' makes other images",
         ),
         (lambda: sid(sigma_min=3.0, sigma_max=3.0), "no range of noise levels"),
         (lambda: sid(adversarial=True, labels="uniform"), "uniform does not go with adversarial"),

@@ -107,6 +107,14 @@ def test_students_of_it_are_checkpoints(teachers, name, tmp_path):
     )
 
 
+def test_students_are_not_called_above_what_their_network_knows(teachers):
+    teacher = in_edm(teachers["sd"])
+    top = teacher.spec.sigma_max
+    assert called_at(teacher.network, 14.61) == called_at(teacher.network, top) == top
+    with pytest.raises(UserError, match="called at sigma 80, and its network knows noise levels up to 14.61"):
+        Student(teacher.network, teacher.spec, 80.0)
+
+
 def test_consistency_ends_at_the_lowest_level(teachers):
     teacher = in_edm(teachers["ddpm"])
     view, (x, _) = copy.deepcopy(teacher.network), given(teacher)

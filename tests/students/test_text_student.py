@@ -23,7 +23,7 @@ RECIPE = """
 name: text
 method: ode
 teacher: tiny-sd
-student: {{sigma: 80.0}}
+student: {{sigma: 14.6}}
 pairs: {{n: 8, steps: 2, cfg: 3.0, shard_size: 8, prompts: {folder}/prompts.txt, path: {folder}/pairs}}
 ode: {{loss: mse}}
 optim: {{lr: 1.0e-4}}

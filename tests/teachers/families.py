@@ -8,6 +8,7 @@ import torch
 
 from d2o.diffusion.schedules import DiscreteSchedule, FlowSchedule
 from d2o.networks.build import build_network
+from d2o.spaces.base import UNNAMED
 from d2o.teachers.base import Spec, Teacher
 
 FAMILIES = ("ddpm", "ddpm-labels", "sd", "sd-v", "sdxl", "sd3")
@@ -17,7 +18,7 @@ DDPM = DiscreteSchedule.from_config({})
 SHAPE, LATENTS = (3, 8, 8), (4, 8, 8)
 
 
-def tiny(name: str, tmp_path: Path) -> Teacher:
+def tiny(name: str, tmp_path: Path, t5_length: int = 4) -> Teacher:
     from tests.teachers import pipelines
 
     if name.startswith("edm"):
@@ -39,7 +40,9 @@ def tiny(name: str, tmp_path: Path) -> Teacher:
         pipe = pipelines.stable_diffusion_3(tmp_path)
         encoders = [pipe.text_encoder, pipe.text_encoder_2, None]
         tokenizers = [pipe.tokenizer, pipe.tokenizer_2, None]
-        text = clip_and_t5_text(name, encoders, tokenizers, pipe.transformer.config.joint_attention_dim, t5_length=4)
+        text = clip_and_t5_text(
+            name, encoders, tokenizers, pipe.transformer.config.joint_attention_dim, t5_length=t5_length
+        )
         return StableDiffusion3Teacher(pipe.transformer, LatentSpace.of(name, pipe.vae), text, FlowSchedule(3.0), spec)
     from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 
@@ -62,7 +65,7 @@ def edm(name: str) -> Teacher:
     if name == "edm2":
         shape = {"img_resolution": 8, "img_channels": 4, "label_dim": 3, "model_channels": 16, "channel_mult": [1, 2]}
         network = build_network({"arch": "edm2", **shape, "num_blocks": 1, "attn_resolutions": []})
-        return Teacher(network, Spec(name, LATENTS, space="edm2", condition="label", classes=3))
+        return Teacher(network, Spec(name, LATENTS, space=UNNAMED, condition="label", classes=3))
     shape = {"img_resolution": 8, "img_channels": 3, "label_dim": 3, "model_channels": 16, "channel_mult": [1]}
     more = {"precond": "vp"} if name == "edm-other" else {}
     network = build_network({"arch": "ddpmpp", **shape, "num_blocks": 1, "attn_resolutions": [], **more})
