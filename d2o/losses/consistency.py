@@ -38,10 +38,17 @@ def karras_time(
     return karras_sigma(1 - i.to(torch.float64) / n, sigma_min, sigma_max, rho)
 
 
-def lognormal_index(uniform: Tensor, n: int, p_mean: float, p_std: float, sigma_max: float = SIGMA_MAX) -> Tensor:
+def lognormal_index(
+    uniform: Tensor,
+    n: int,
+    p_mean: float,
+    p_std: float,
+    sigma_max: float = SIGMA_MAX,
+    sigma_min: float = SIGMA_MIN,
+) -> Tensor:
     """Indices i of {1, ..., N} [B] by uniform numbers [B]: P(i) is the share of ln t ~ N(p_mean, p_std^2) between T(i -
     1) and T(i) (Song & Dhariwal 2024, eq. 10)."""
-    grid = karras_time(torch.arange(n + 1, device=uniform.device), n, sigma_max=sigma_max)
+    grid = karras_time(torch.arange(n + 1, device=uniform.device), n, sigma_min, sigma_max)
     shares = torch.erf((grid.log() - p_mean) / (math.sqrt(2) * p_std)).diff()
     edges = (shares.cumsum(0) / shares.sum())[:-1]
     return 1 + (uniform.to(torch.float64)[:, None] >= edges).sum(1)

@@ -78,6 +78,9 @@ class DMDOptions(Options):
             "divide each sample's gradient by its mean |x - D_teacher|, or not; null: l1_teacher, diff_instruct none"
         ),
     )
+    cfg: float = Field(
+        1.0, ge=0, description="guidance of the teacher where samples are compared (DMD of Stable Diffusion: 3, 8)"
+    )
     reduce: Literal["mean", "sum"] | None = Field(
         None, description="both losses over the values of a sample; null: mean, diff_instruct sum"
     )
@@ -156,6 +159,9 @@ class DMD(ScoreMethod[DMDOptions]):
     def __init__(self, setup: Setup[DMDOptions]):
         self.options = check(setup.options.filled())
         self.teacher = check_teacher("dmd", setup.teacher)
+        self.teacher.check_cfg(self.options.cfg)
+        if self.options.lambda_reg:
+            self.check_latents("regression", self.options.regression, ("lpips", "perceptual"))
         self.student = self.begin_student(setup, self.teacher.spec)
         self._spec = self.student.spec
         self.score = self.begin_score(self.options.score_dropout)
@@ -257,11 +263,11 @@ class DMD(ScoreMethod[DMDOptions]):
         """D_teacher and D_score at x_t."""
         if self.options.dropout == "off":
             with evaluating(score):
-                return self.teacher.denoise(x_t, sigma, embedded), score(x_t, sigma, embedded)
+                return self.teacher.guided(x_t, sigma, embedded, self.options.cfg), score(x_t, sigma, embedded)
         network = self.teacher.network.train()
         try:
             with torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else []):
-                real = self.teacher.denoise(x_t, sigma, embedded)
+                real = self.teacher.guided(x_t, sigma, embedded, self.options.cfg)
             return real, score(x_t, sigma, embedded)  # with the random numbers that the teacher had
         finally:
             network.eval()

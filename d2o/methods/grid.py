@@ -97,7 +97,7 @@ class GridMethod(JumpMethod[G]):
         """i of t = T(i, n), from i_min to n."""
         o, lowest = self.options, min(self.options.i_min, n)
         if o.i_sampling == "lognormal":
-            return c.lognormal_index(draw.rand(), n, o.p_mean, o.p_std, self.sigma).clamp(min=lowest)
+            return c.lognormal_index(draw.rand(), n, o.p_mean, o.p_std, self.sigma, self.lowest).clamp(min=lowest)
         return draw.randint(lowest, n + 1)
 
     def target(self, loop: Loop) -> AbstractContextManager[nn.Module]:

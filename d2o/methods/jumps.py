@@ -23,6 +23,7 @@ from d2o.methods.student import StudentMethod
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm_unet import EDMPrecond
+from d2o.networks.edm_view import EDMView, called_at, lowest_level
 from d2o.students.base import Student
 from d2o.students.consistency import MIDDLE, ConsistencyStudent, estimate
 from d2o.teachers.base import Spec, Teacher
@@ -43,6 +44,7 @@ class JumpOptions(Options):
     )
     N: int = Field(18, ge=1, description="noise levels")
     solver: Literal["heun", "euler"] = Field("heun", description="teacher's solver")
+    cfg: float = Field(1.0, ge=0, description="guidance of the teacher's steps (Luo et al. 2023b, LCM); 1: none")
     clamp: bool = Field(
         True,
         description=(
@@ -70,7 +72,11 @@ class JumpMethod(StudentMethod[J]):
             raise UserError(f"method {self.name} needs `data:`")
         self.options, self.device, self.batch = setup.options, setup.device, setup.batch
         self.teacher = check_teacher(self.name, setup.teacher)
-        self.sigma, self._spec = float(setup.student.sigma), self.teacher.spec
+        self.check_latents("distance", self.options.distance, ("lpips",))
+        self._spec = self.teacher.spec
+        self.sigma = called_at(self.teacher.network, float(setup.student.sigma))
+        self.lowest = lowest_level(self.teacher.network)
+        self.teacher.check_cfg(self.options.cfg)
         self.check_images(setup, self._spec)
         self.student = self.begin(setup, self._spec)
         pooling = self.options.lpips_pooling
@@ -80,8 +86,9 @@ class JumpMethod(StudentMethod[J]):
         """UserError: they are not what the teacher makes."""
         images = setup.images
         assert images is not None
-        if tuple(images.shape) != spec.shape:
-            have, want = (" x ".join(map(str, shape)) for shape in (images.shape, spec.shape))
+        wanted = self.teacher.space.image_shape(spec.shape)
+        if tuple(images.shape) != wanted:
+            have, want = (" x ".join(map(str, shape)) for shape in (images.shape, wanted))
             raise UserError(
                 f"the images are of {have}, those of teacher {spec.name!r} of {want}",
                 "data.resolution and data.channels make them fit",
@@ -97,7 +104,7 @@ class JumpMethod(StudentMethod[J]):
 
     def check_start(self, setup: Setup[J], start: Student, spec: Spec) -> None:
         super().check_start(setup, start, spec)
-        if not isinstance(start.network, EDMPrecond):
+        if not isinstance(start.network, (EDMPrecond, EDMView)):
             raise UserError(f"the student to start from is not one that teacher {spec.name!r} could teach")
 
     def players(self) -> dict[str, nn.Module]:
@@ -117,8 +124,8 @@ class JumpMethod(StudentMethod[J]):
         """One step of the student. Returns its mean loss."""
         losses = []
         for micro, draw in loop.micro_batches(batch):
-            assert micro.images is not None
-            loss = self.loss(loop, micro.images, self.embedded(self.condition_of(micro)), draw, n).mean()
+            x = self.reals(micro, draw)
+            loss = self.loss(loop, x, self.embedded(self.condition_of(micro)), draw, n).mean()
             loop.backward(loss)
             losses.append(loss)
         loop.update("student")
@@ -126,11 +133,12 @@ class JumpMethod(StudentMethod[J]):
 
     def T(self, i: Tensor, n: int) -> Tensor:
         """Noise level i of 0 .. n, from sigma_min to the student's."""
-        return c.karras_time(i, n, sigma_max=self.sigma)
+        return c.karras_time(i, n, self.lowest, self.sigma)
 
     def solve(self, x: Tensor, t: Tensor, u: Tensor, embedded: Embedded) -> Tensor:
         """One step of the teacher's solver."""
-        return c.SOLVERS[self.options.solver](lambda y, level: self.teacher.denoise(y, level, embedded), x, t, u)
+        cfg = self.options.cfg
+        return c.SOLVERS[self.options.solver](lambda y, level: self.teacher.guided(y, level, embedded, cfg), x, t, u)
 
     def hop(self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, embedded: Embedded) -> Tensor:
         """F(x_t, t, s) by that network."""

@@ -44,6 +44,7 @@ class ODE(StudentMethod[ODEOptions]):
     def __init__(self, setup: Setup[ODEOptions]):
         self.options = setup.options
         self.teacher = check_teacher("ode", setup.teacher)
+        self.check_latents("loss", self.options.loss, ("perceptual",))
         self.student = self.begin_student(setup, self.teacher.spec)
         self._spec = self.student.spec
         if self.options.loss == "perceptual":

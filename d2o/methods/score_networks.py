@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Embedded
+from d2o.condition import Embedded, join_embedded
 from d2o.data.latents import LatentSet
 from d2o.errors import UserError
 from d2o.methods.base import O, Setup
 from d2o.methods.student import StudentMethod
 from d2o.networks.build import set_dropout
 from d2o.networks.edm2_unet import EDM2Precond, remove_uncertainty
+from d2o.networks.edm_view import called_at
 from d2o.students.base import Student
 from d2o.teachers.base import Spec, Teacher
 
@@ -44,7 +45,7 @@ class ScoreMethod(StudentMethod[O]):
 
     def check_start(self, setup: Setup[O], start: Student, spec: Spec) -> None:
         super().check_start(setup, start, spec)
-        if start.sigma != setup.student.sigma:
+        if start.sigma != called_at(start.network, setup.student.sigma):
             raise UserError(
                 f"student.sigma is {setup.student.sigma:g}, but the student to start from is called at {start.sigma:g}",
                 f"set student.sigma: {start.sigma:g}",
@@ -79,9 +80,17 @@ def look(
     embedded: Embedded,
     part: str = "decoder",
     augment_labels: Tensor | None = None,
+    cfg: float = 1.0,
+    empty: Embedded = None,
 ) -> Any:
     """(denoised, map, uncertainty) from one pass of a score network at sigma [B, 1, 1, 1]; None for what `part` leaves
-    out or the network has not."""
+    out or the network has not. `cfg`: the denoised are guided away from those of the condition `empty`."""
+    if cfg != 1:
+        both = join_embedded(embedded, empty)
+        told = None if augment_labels is None else torch.cat([augment_labels, augment_labels])
+        denoised, features, _ = look(net, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both, part, told)
+        d_c, d_u = denoised.chunk(2)
+        return torch.lerp(d_u, d_c, cfg), None if features is None else features[: len(x_t)], None
     asked: dict[str, Any] = {} if part == "decoder" else {"part": part}
     if augment_labels is not None:
         asked["augment_labels"] = augment_labels
@@ -95,17 +104,25 @@ def look(
 
 
 def true_score(
-    teacher: Teacher, x_t: Tensor, sigma: Tensor, embedded: Embedded, precision: str | None = None
+    teacher: Teacher,
+    x_t: Tensor,
+    sigma: Tensor,
+    embedded: Embedded,
+    precision: str | None = None,
+    cfg: float = 1.0,
 ) -> Tensor:
-    """The teacher's denoised images at sigma [B, 1, 1, 1], in "fp32", "bf16", "fp16", or as the surroundings are
-    (None). Gradients flow to x_t; the weights are frozen, and nothing is kept for theirs."""
+    """The teacher's denoised images at sigma [B, 1, 1, 1], guided by `cfg` (1: not), in "fp32", "bf16", "fp16", or as
+    the surroundings are (None). Gradients flow to x_t; the weights are frozen, and nothing is kept for theirs."""
     half: AbstractContextManager = nullcontext()
     if precision is not None and x_t.device.type != "meta":
         half = torch.autocast(
             x_t.device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32"
         )
     with half:
-        return teacher.network(x_t, sigma.flatten(), embedded)
+        if cfg == 1:
+            return teacher.network(x_t, sigma.flatten(), embedded)
+        empty = teacher.unconditional(embedded)
+        return look(teacher.network, x_t, sigma, embedded, cfg=cfg, empty=empty)[0]
 
 
 def labels_of_images(method: str, setup: Setup[O], spec: Spec) -> Tensor | None:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from d2o.augment import edm
+from d2o.condition import Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.losses import score as losses
@@ -85,6 +86,17 @@ class SiDOptions(Options):
         description=(
             "EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the"
             " published runs have it on for SiD, off for SiDA and SiD2A)"
+        ),
+    )
+    cfg: float = Field(
+        1.0, ge=0, description="guidance of the true score (the long one of long-short guidance); 1: none"
+    )
+    score_cfg: float = Field(
+        1.0,
+        ge=0,
+        description=(
+            "guidance of the score network, where it is trained and where it is asked (the short one; Zhou et al."
+            " 2024, arXiv 2406.01561, have it as cfg); 1: none"
         ),
     )
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
@@ -198,6 +210,8 @@ class SiD(ScoreMethod[SiDOptions]):
             raise UserError(
                 f"sid: sigma_min {o.sigma_min:g} and sigma_max {o.sigma_max:g} are no range of noise levels"
             )
+        for cfg in (o.cfg, o.score_cfg):
+            self.teacher.check_cfg(cfg)
         if o.adversarial and o.labels == "uniform":
             raise UserError(
                 "sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same"
@@ -252,7 +266,7 @@ class SiD(ScoreMethod[SiDOptions]):
         self.student.eval()
         self.score.train()
         for micro, draw in loop.micro_batches(batch):
-            own = o.adversarial and micro.condition.labels is not None
+            own = o.adversarial and micro.condition.kind != "none"
             embedded = self.embedded(self.condition_of(micro) if own else self.draw_condition(draw))
             with torch.no_grad():
                 x = loop.net("student")(draw.randn(*self.student.spec.shape), embedded)
@@ -261,9 +275,8 @@ class SiD(ScoreMethod[SiDOptions]):
             y, told = self.augment(x, draw)
             sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
             normal = draw.randn(*y.shape[1:])
-            denoised, fake, u = look(
-                net, y + sigma * normal, sigma, embedded, "encoder_decoder" if o.adversarial else "decoder", told
-            )
+            part = "encoder_decoder" if o.adversarial else "decoder"
+            denoised, fake, u = look(net, y + sigma * normal, sigma, embedded, part, told, **self.short(embedded))
             keep = keep & finite(denoised)
             score = self.per_sample(losses.denoising_loss(denoised, y, sigma, self.score.sigma_data, u), keep)
             loss = o.lambda_score * score
@@ -301,8 +314,9 @@ class SiD(ScoreMethod[SiDOptions]):
                 t = draw.rand(1, 1, 1) * (o.tmax / 1000)
                 sigma = karras_sigma(1 - t, o.sigma_min, o.sigma_max, o.rho)
                 x_t = x + sigma * draw.randn(*shape)
-                true = true_score(self.teacher, x_t, sigma, embedded, o.teacher_precision)
-                fake, logits, u = look(net, x_t, sigma, embedded, "encoder_decoder" if adversarial else "decoder")
+                true = true_score(self.teacher, x_t, sigma, embedded, o.teacher_precision, o.cfg)
+                part = "encoder_decoder" if adversarial else "decoder"
+                fake, logits, u = look(net, x_t, sigma, embedded, part, **self.short(embedded))
                 keep = finite(x, true, fake)
                 if (
                     o.nan == "drop" and x.requires_grad
@@ -330,12 +344,10 @@ class SiD(ScoreMethod[SiDOptions]):
 
     # What the steps are made of ---------------------------------------------------------------------------------------
 
-    def reals(self, micro: Batch, draw: Draws) -> Tensor:
-        """The real images, in the teacher's space."""
-        assert micro.images is not None
-        if not self.student.spec.latent:
-            return micro.images
-        return self.teacher.space.encode(micro.images, draw.randn(*self.student.spec.shape))
+    def short(self, embedded: Embedded) -> dict[str, Any]:
+        """How the score network is guided."""
+        cfg = self.options.score_cfg
+        return {} if cfg == 1 else {"cfg": cfg, "empty": self.teacher.unconditional(embedded)}
 
     def augment(self, x: Tensor, draw: Draws) -> tuple[Tensor, Tensor | None]:
         return edm.augment(x, self.options.augment, draw.randn, draw.rand) if self.options.augment else (x, None)

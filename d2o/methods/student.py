@@ -108,6 +108,21 @@ class StudentMethod(Method[O]):
             return Condition.of_labels(torch.zeros(len(micro), dtype=torch.int64, device=self.device))
         return micro.condition
 
+    def check_latents(self, key: str, asked: str, images_only: tuple[str, ...]) -> None:
+        """UserError: the recipe's `key` asks for a distance of images, and the teacher makes latents."""
+        if asked in images_only and self.teacher is not None and self.teacher.spec.latent:
+            raise UserError(
+                f"{self.name}.{key}: {asked} compares images, and teacher {self.teacher.spec.name!r} makes latents",
+                f"{self.name}.{key}: {'l2' if self.name in ('cd', 'pd', 'ctm') else 'mse'} compares latents as well",
+            )
+
+    def reals(self, micro: Batch, draw: Draws) -> Tensor:
+        """The real images, in the teacher's space."""
+        assert micro.images is not None
+        if self.teacher is None or not self._spec.latent:
+            return micro.images
+        return self.teacher.space.encode(micro.images, draw.randn(*self._spec.shape))
+
     def embedded(self, condition: Condition | Embedded) -> Embedded:
         """What the networks take, on the device; what is embedded already comes back as it is."""
         if self.teacher is None:

@@ -11,13 +11,12 @@ from d2o.teachers.in_edm import in_edm
 from d2o.teachers.kinds import FAMILIES, Kind, kind_of
 from d2o.teachers.registry import teacher_names
 
-OWN_PRECONDITIONING = "it exchanges the preconditioning, which is done of EDM's own only"
+PRECONDITIONING = "it gives the network a preconditioning of its own, in exchange for EDM's and for no other"
 NORMALISED = "its steps do not keep the weights of EDM2 normalised"
-PROMPTS = "it draws no prompts"
 
 REFUSES: dict[str, dict[str, str]] = {
     "edm": {},
-    "edm pixel": {"edm-other": OWN_PRECONDITIONING, "edm2": NORMALISED, "ddpm": OWN_PRECONDITIONING},
+    "edm pixel": {"edm-other": PRECONDITIONING, "edm2": NORMALISED},
 }
 """What `Method.takes` may say -> the families that such a method cannot learn from, and why."""
 
@@ -27,8 +26,6 @@ def why_not(method: str, kind: Kind) -> str:
     wanted = get_method(method).takes
     if not wanted:
         return "it learns without a teacher"
-    if kind.text and get_method(method).data != "pairs":
-        return PROMPTS
     return REFUSES[wanted].get(kind.family, "")
 
 

@@ -8,7 +8,8 @@ import torch
 
 from d2o.diffusion.schedules import DiscreteSchedule, FlowSchedule
 from d2o.networks.build import build_network
-from d2o.spaces.base import UNNAMED
+from d2o.spaces.base import LatentSpace
+from d2o.spaces.load import keep_space
 from d2o.teachers.base import Spec, Teacher
 
 FAMILIES = ("ddpm", "ddpm-labels", "sd", "sd-v", "sdxl", "sd3")
@@ -30,7 +31,6 @@ def tiny(name: str, tmp_path: Path, t5_length: int = 4) -> Teacher:
         unet = pipelines.unconditional(num_class_embeds=classes or None).unet
         spec = Spec(name, SHAPE, condition="label" if classes else "none", classes=classes, solver="ddim")
         return UNet2DTeacher(unet, DDPM, spec, clip=None if classes else 1.0)
-    from d2o.spaces.base import LatentSpace
     from d2o.teachers.text import clip_and_t5_text, clip_text
 
     spec = Spec(name, LATENTS, condition="text", solver="euler" if name == "sd3" else "ddim")
@@ -61,11 +61,15 @@ def tiny(name: str, tmp_path: Path, t5_length: int = 4) -> Teacher:
 
 
 def edm(name: str) -> Teacher:
+    from tests.teachers import pipelines
+
     torch.manual_seed(0)
     if name == "edm2":
         shape = {"img_resolution": 8, "img_channels": 4, "label_dim": 3, "model_channels": 16, "channel_mult": [1, 2]}
         network = build_network({"arch": "edm2", **shape, "num_blocks": 1, "attn_resolutions": []})
-        return Teacher(network, Spec(name, LATENTS, space=UNNAMED, condition="label", classes=3))
+        teacher = Teacher(network, Spec(name, LATENTS, space="tiny-edm2", condition="label", classes=3))
+        teacher._space = keep_space(LatentSpace.of("tiny-edm2", pipelines.vae()))
+        return teacher
     shape = {"img_resolution": 8, "img_channels": 3, "label_dim": 3, "model_channels": 16, "channel_mult": [1]}
     more = {"precond": "vp"} if name == "edm-other" else {}
     network = build_network({"arch": "ddpmpp", **shape, "num_blocks": 1, "attn_resolutions": [], **more})
