@@ -15,6 +15,7 @@ from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.paper_protocols import find_preset
 from d2o.evaluation.passes import feature_probes, generator_pass
@@ -24,7 +25,6 @@ from d2o.evaluation.reference import Reference, generated_reference, load_refere
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Device, Generator, Pictures, pictures
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor, check_shape
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 

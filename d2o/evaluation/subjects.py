@@ -15,11 +15,11 @@ from d2o.condition import Condition
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import is_statistics, load_statistics
-from d2o.features.extractor import Extractor, check_shape
 from d2o.inputs import check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint

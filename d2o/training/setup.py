@@ -26,6 +26,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
+from d2o.training.player import check_players
 from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
 
@@ -196,9 +197,11 @@ def try_out(recipe: Any, setup: Setup) -> None:
     rank, world = worker()
     divide(recipe, rank, world)
     method = get_method(recipe.method)(setup)
-    freeze(method.players()[method.product], recipe.student.freeze)
+    players = method.players()
+    freeze(players[method.product], recipe.student.freeze)
+    check_players(recipe, method, players, world)
     if recipe.checkpointing:
-        checkpointed(recipe, method.players(), setup.teacher)
+        checkpointed(recipe, players, setup.teacher)
     Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None, setup.prompts).check()
 
 
