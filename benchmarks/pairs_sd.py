@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from d2o.condition import Condition
 from d2o.data.pair_settings import PairSettings
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.evaluation.protocol import hardware
@@ -93,7 +94,7 @@ def flops_per_call(teacher: Teacher) -> float:
     """FLOP of one pass of the network for one sample."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    text = teacher.encode(["a handwritten seven"])
+    text = teacher.embed(Condition.of_prompts(["a handwritten seven"]))
     x = torch.randn(1, *teacher.spec.shape, device=teacher.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.denoise(x, 500.0, text.to(teacher.device))

@@ -174,8 +174,6 @@ def prepare(
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
-        if setup.teacher is not None and setup.teacher.spec.condition == "text" and p.prompts is not None:
-            setup.prompts = open_prompts(p.prompts)
         try_out(recipe, setup)
         compute = Compute(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
@@ -188,7 +186,7 @@ def prepare(
             progress=progress,
             stop=stop,
             teacher=setup.teacher,
-            prompts=setup.prompts,
+            prompts=setup.prompts if recipe.prompts is None else None,  # the recipe's own may be others
             lent=True,
         )
     return setup

@@ -23,7 +23,7 @@ RECIPE = """
 name: text
 method: ode
 teacher: tiny-sd
-student: {{sigma: 80.0}}
+student: {{sigma: 14.6}}
 pairs: {{n: 8, steps: 2, cfg: 3.0, shard_size: 8, prompts: {folder}/prompts.txt, path: {folder}/pairs}}
 ode: {{loss: mse}}
 optim: {{lr: 1.0e-4}}
@@ -177,3 +177,16 @@ def test_a_student_of_a_folder_finds_its_parts_there(folder, tmp_path, student):
     x = again(noise(2), asked)
     assert torch.equal(x, student(noise(2), asked)) and torch.equal(again.decode(x), student.decode(x))
     assert read_meta(path)["needs"]["space"]["name"] == where
+
+
+def test_export_makes_a_folder_that_needs_nothing_else(folder, student):
+    """What diffusers makes of it in one step is the student's image."""
+    from d2o.export.folder import open_pipeline
+
+    out = folder / "diffusers"
+    assert run("export", folder / "run", "--format", "diffusers", "--dtype", "fp32", "--out", out) == 0
+    pipeline = open_pipeline(out)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(PROMPTS[:2], latents=noise(2), num_inference_steps=1, guidance_scale=1.0, output_type="pt").images
+    expected = student.decode(student(noise(2), Condition.of_prompts(PROMPTS[:2])))
+    assert torch.allclose(made * 2 - 1, expected, atol=1e-3)
