@@ -33,12 +33,12 @@ RECIPES: dict[str, list[str]] = {
     "ctm_digits": [],
     "dd_gan_digits": [],
     "spi_gan_digits": ["spi_gan.critic.mbstd_group=0"],  # a group is of samples that a process has
-    "teacher_digits": [],
-    "classifier_digits": [],
+    "teacher_digits": ["network.dropout=0.0"],  # masks are drawn by process
+    "classifier_digits": ["network.dropout=0.0"],
     "tiny_sd_vae": [],
     "tiny_sd": [],
 }
-"""Recipe -> what makes its pools fit the shares of 4 processes."""
+"""Recipe -> what makes it the same for any number of processes: pools that fit a share of 4, no dropout."""
 
 
 def changes(recipe: str, strategy: str) -> list[str]:
@@ -117,7 +117,7 @@ def player(strategy: str, millions: int, out: Path) -> None:
     torch.set_num_threads(1)
     with process_group(torch.device("cpu")) as (rank, world):
         shape: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "channel_mult": [2, 2], "num_blocks": 4}
-        width = 32 * round(16 * (millions / 200) ** 0.5)
+        width = 32 * round(9.3 * (millions / 200) ** 0.5)  # a multiple of the groups of its norms
         network = build_network({"arch": "ddpmpp", "model_channels": width, "attn_resolutions": [8], **shape})
         placed = (Shard if strategy == "shard" else Replicate)(torch.device("cpu"), world)
         trained = Player("student", network, Optim(lr=1e-4), placed, average=Ema(half_life=1000))
@@ -153,6 +153,10 @@ def memory(millions: int) -> bool:
     return ratio <= 0.65
 
 
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+"""So that glibc gives freed memory back at once: the peak is then what was asked for, not how it was cut up."""
+
+
 def launch(processes: int, arguments: list[str]) -> None:
     """This file as so many processes; SystemExit where one fails."""
     with socket.socket() as free:
@@ -161,7 +165,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, *arguments], env={**os.environ, **common, "RANK": str(i), "LOCAL_RANK": str(i)}
+            [sys.executable, __file__, *arguments],
+            env={**os.environ, **RETURNED, **common, "RANK": str(i), "LOCAL_RANK": str(i)},
         )
         for i in range(processes)
     ]

@@ -76,7 +76,7 @@ class Shard(Replicate):
     gradients are reduced to the shares in the backward pass itself.
 
     Parameters that cannot be divided so that every process has some (scalars, a few rows) are held whole by all; their
-    gradients are averaged at the update. Buffers are held whole.
+    gradients are averaged at the update. Buffers are held whole, and parts that are not trained.
     """
 
     shards = True
@@ -95,6 +95,7 @@ class Shard(Replicate):
         for p in network.parameters():
             p.data = p.data.contiguous()
         undivided = {p for p in network.parameters() if not divides(p, self.world)}
+        undivided |= set(frozen_parts(network))
         if all(p in undivided for p in network.parameters()):
             return
         units = [unit for unit in blocks(network) if any(p not in undivided for p in unit.parameters())]
@@ -213,6 +214,15 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
                 yield member
         else:
             yield from blocks(child)
+
+
+def frozen_parts(network: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the parts of a network in training that are not trained, such as an autoencoder: methods call them by
+    themselves, and there is little to share of them."""
+    if any(p.requires_grad for p in network.parameters()):
+        for child in network.children():
+            if not any(p.requires_grad for p in child.parameters()):
+                yield from child.parameters()
 
 
 def is_share(tensor: Tensor) -> bool:
