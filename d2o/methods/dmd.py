@@ -9,7 +9,7 @@ pairs; without that term the method needs no data at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -21,10 +21,10 @@ from d2o.augment import edm
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
-from d2o.features.base import check_shape
+from d2o.features.base import Features, check_shape
 from d2o.features.load import load_features
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
-from d2o.losses.perceptual import load_lpips, perceptual
+from d2o.losses.perceptual import LPIPS, load_lpips, perceptual
 from d2o.losses.regression import LOSSES, lpips
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
@@ -172,9 +172,11 @@ class DMD(ScoreMethod[DMDOptions]):
                 " the augmentations would come out of the student",
                 "set dmd.augment: 0",
             )
-        self.distance = (
-            regression_distance(self.options, self.teacher.spec, setup.device) if self.options.lambda_reg else None
-        )
+        asked = self.options.lambda_reg > 0
+        self.judge = regression_network(self.options, self.teacher.spec, setup.device) if asked else None
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {**super().frozen(), **({} if self.judge is None else {"regression": self.judge})}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
@@ -202,7 +204,7 @@ class DMD(ScoreMethod[DMDOptions]):
             gradient = matching_gradient(x, real, fake, str(self.options.weight))
             loss = surrogate(x, gradient, str(self.options.reduce)).mean()
             log["loss"].append(loss)
-            if self.distance is not None and reference is not None:
+            if reference is not None:
                 assert micro.target is not None
                 regression = self.distance(reference, micro.target).mean()
                 log.setdefault("loss_reg", []).append(regression)
@@ -238,12 +240,18 @@ class DMD(ScoreMethod[DMDOptions]):
     def call_student(self, loop: Loop, z: Tensor, condition: Condition, micro: Batch) -> tuple[Tensor, Tensor | None]:
         """Samples from z, and from the pairs' noise where there are pairs: one call of the network for both."""
         student = loop.net("student")
-        if self.distance is None:
+        if not self.options.lambda_reg:
             return student(z, self.embedded(condition)), None
         assert micro.noise is not None
         both = self.embedded(Condition.join([condition, micro.condition]))
         x, reference = student(torch.cat([z, micro.noise]), both).split([len(z), len(micro.noise)])
         return x, reference
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of eq. 9, between samples [B, C, H, W], per sample."""
+        if isinstance(self.judge, Features):
+            return perceptual(x, y, self.judge.maps)
+        return LOSSES[self.options.regression](x, y) if self.judge is None else lpips(x, y, self.judge)
 
     def new_samples(self, draw: Draws) -> Made:
         z, embedded = draw.randn(*self._spec.shape), self.embedded(self.draw_condition(draw))
@@ -291,17 +299,14 @@ def check(options: DMDOptions) -> DMDOptions:
     return options
 
 
-def regression_distance(options: DMDOptions, spec: Spec, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of eq. 9 between samples [B, C, H, W] of a spec, per sample. UserError: an unknown extractor, one
-    that does not take such samples, weights that are not there."""
+def regression_network(options: DMDOptions, spec: Spec, device: torch.device) -> Features | LPIPS | None:
+    """The network that the distance of eq. 9 looks through, if any. UserError: an unknown extractor, one that does not
+    take samples of that spec, weights that are not there."""
     if options.regression == "perceptual":
         features = load_features(str(options.extractor), device)
         check_shape(spec.shape, features, of="the teacher's samples")
-        return lambda x, y: perceptual(x, y, features.maps)
-    if options.regression == "lpips":
-        network = load_lpips(device)
-        return lambda x, y: lpips(x, y, network)
-    return LOSSES[options.regression]
+        return features
+    return load_lpips(device) if options.regression == "lpips" else None
 
 
 @contextmanager

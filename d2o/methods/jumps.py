@@ -111,8 +111,7 @@ class JumpMethod(StudentMethod[J]):
         return {"student": self.student}
 
     def frozen(self) -> dict[str, nn.Module]:
-        lpips = {"lpips": self.lpips} if isinstance(self.lpips, nn.Module) else {}
-        return {"teacher": self.teacher.network, **lpips}
+        return {"teacher": self.teacher.network, **({} if self.lpips is None else {"lpips": self.lpips})}
 
     # Parts of a step --------------------------------------------------------------------------------------------------
 

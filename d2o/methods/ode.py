@@ -56,6 +56,9 @@ class ODE(StudentMethod[ODEOptions]):
             self.extractor = load_features(self.options.extractor, setup.device)
             check_shape(self.teacher.spec.shape, self.extractor, of="the teacher's samples")
 
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"extractor": self.extractor} if self.options.loss == "perceptual" else {}
+
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """d(G(z, c), x) of eq. 1, per sample."""
         if self.options.loss == "perceptual":

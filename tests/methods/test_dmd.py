@@ -280,10 +280,8 @@ def test_the_regression_s_distances(monkeypatch):
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="needs a `teacher:`"):
         get_method("dmd")(Setup(DMDOptions()))
-    with pytest.raises(UserError, match="teacher 'tiny-text'"):
-        text = TinyText()
-        text.network = nn.Linear(1, 1)
-        dmd(text)
+    with pytest.raises(UserError, match="method dmd draws prompts for its student, and the recipe names none"):
+        dmd(TinyText()).draw_condition(Draws(0, 0, 2, 2, CPU))
     with pytest.raises(UserError, match=r"dmd.t_index: \[9, 1000\] is no range of the levels 0 to 999"):
         dmd(t_index=(9, 1000))
     with pytest.raises(UserError, match=r"dmd.t_range: \[0.9, 0.1\] is no part"):

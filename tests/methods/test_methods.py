@@ -279,3 +279,33 @@ def test_spec_of_a_trained_teacher():
     out = method.generate(method.denoiser, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))
     assert out.shape == (2, 1, 8, 8) and out.abs().max() <= 1
     assert SPEC.shape == (1, 8, 8) and tiny_network().label_dim == 10
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "trained", "called"),
+    [
+        ("quickstart", ["ode.loss=mse"], {"student"}, set()),
+        ("quickstart", ["ode={loss: perceptual, extractor: digits}"], {"student"}, {"extractor"}),
+        ("sid_digits", [], {"student", "score"}, {"teacher"}),
+        ("dmd_digits", ["dmd.regression=l1"], {"student", "score"}, {"teacher"}),
+        (
+            "dmd_digits",
+            ["dmd={regression: perceptual, extractor: digits}"],
+            {"student", "score"},
+            {"teacher", "regression"},
+        ),
+        ("cd_digits", ["cd.target=ema"], {"student"}, {"teacher"}),
+        ("spi_gan_digits", [], {"generator", "critic"}, set()),
+    ],
+)
+def test_what_is_trained_and_what_is_only_called(recipe, changes, trained, called):
+    from d2o.recipes.load import load_recipe
+
+    recipe = load_recipe(recipe, changes)
+    method = get_method(recipe.method)(
+        Setup(recipe.options, network=recipe.network, student=recipe.student, teacher=tiny_teacher(), images=Images())
+    )
+    players, frozen = method.players(), method.frozen()
+    assert players.keys() == trained and frozen.keys() == called and method.product in players
+    assert all(p.requires_grad for net in players.values() for p in net.parameters())
+    assert not any(p.requires_grad for net in (*frozen.values(), *method.states().values()) for p in net.parameters())
