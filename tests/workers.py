@@ -25,11 +25,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.workers", "tests.training.kills"])
 
 
-def _command(arguments: list[str], log: str, pause: float, die_in: str, die_at: int) -> None:
-    """Run `d2o ARGUMENTS`, sleeping `pause` seconds at each network call; kill -9 oneself in the `die_at`-th call of
-    `die_in`."""
+def _command(
+    arguments: list[str], log: str, pause: float, die_in: str, die_at: int, environment: dict[str, str]
+) -> None:
+    """Run `d2o ARGUMENTS` in that environment, sleeping `pause` seconds at each network call; kill -9 oneself in the
+    `die_at`-th call of `die_in`."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     app.console.out.file = app.console.err.file = sys.stdout
+    os.environ.update(environment)
     calls = 0
 
     def dying(function):
@@ -59,9 +62,10 @@ def _command(arguments: list[str], log: str, pause: float, die_in: str, die_at: 
     app.main(arguments)
 
 
-def start(arguments: list, log: Path, pause: float = 0.0, die_in: str = "", die_at: int = 1):
+def start(arguments: list, log: Path, pause: float = 0.0, die_in: str = "", die_at: int = 1, **environment: str):
     """Begin `d2o ARGUMENTS` in a process of its own; its output goes to `log`."""
-    process = CONTEXT.Process(target=_command, args=([str(a) for a in arguments], str(log), pause, die_in, die_at))
+    given = ([str(a) for a in arguments], str(log), pause, die_in, die_at, environment)
+    process = CONTEXT.Process(target=_command, args=given)
     process.start()
     return process
 

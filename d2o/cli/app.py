@@ -14,6 +14,7 @@ from d2o.cli.eval import evaluate
 from d2o.cli.export import export
 from d2o.cli.numbers import Command
 from d2o.cli.pairs import pairs
+from d2o.cli.recipes import recipes
 from d2o.cli.sample import sample
 from d2o.cli.teachers import teachers
 from d2o.cli.train import finetune, train
@@ -81,6 +82,7 @@ def common(
 
 
 app.command(cls=Command)(teachers)
+app.add_typer(recipes, name="recipes")
 app.command(cls=Command)(pairs)
 app.command(cls=Command)(train)
 app.command(cls=Command)(finetune)

@@ -127,6 +127,12 @@ def keys(context: typer.Context, incomplete: str) -> Offer:
     ]
 
 
+def all_keys(incomplete: str) -> Offer:
+    """Keys of recipes, of all methods."""
+    words = [key for keys_ in load()["keys"].values() for key in keys_]
+    return [(key, "") for key in dict.fromkeys(words) if key.startswith(incomplete)]
+
+
 def _method(name: str) -> str | None:
     """The method of a recipe, or of the one that it extends."""
     if (path := _file(name)) is None:

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape
 
 from d2o.cli.hints import fit
 from d2o.runtime import worker
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -54,6 +55,12 @@ def size(n: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError
+
+
+def table(rows: Table) -> None:
+    """A table of long names (stdout): in a file or pipe there is room for them."""
+    wide = out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)
+    wide.print(rows)
 
 
 class Meter:

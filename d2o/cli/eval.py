@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from d2o.cli import complete, console
 from d2o.cli.eval_run import Targets, check_asked, measured
+from d2o.errors import UserError
 from d2o.runtime import worker
 
 WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
@@ -102,6 +103,7 @@ SEED = _making(
 LABELS = _making(
     "--labels", help="random (default: from each image's seed), balanced, or class indices in turn: 0,1,2."
 )
+PROMPT = _making("--prompt", default=[], help="A prompt for generators that take text. Repeatable; in turn.")
 PROMPTS = _making(
     "--prompts",
     metavar="FILE",
@@ -208,6 +210,7 @@ def evaluate(
     n: int = N,
     seed: int = SEED,
     labels: str = LABELS,
+    prompt: list[str] = PROMPT,
     prompts: str = PROMPTS,
     per_prompt: int = PER_PROMPT,
     batch: int = BATCH,
@@ -257,6 +260,10 @@ def evaluate(
         for key in values
         if (source := context.get_parameter_source(key)) is not None and source.name == "COMMANDLINE"
     }
+    if asked := values.pop("prompt"):
+        if prompts:
+            raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
+        values["prompts"], given = tuple(asked), given | {"prompts"}
     with nullcontext(outputs.read(values["x"])) if compare else measured(values, given) as records:
         if worker()[0] == 0:
             outputs.write(records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -26,23 +26,37 @@ def show_plan(recipe: Any, plan: Plan) -> None:
     table.add_column("amount", justify="right")
     sections: list[tuple[str, dict[str, str]]] = [
         ("networks (parameters)", {name: f"{n:,}" for name, n in plan.networks.items()}),
-        ("memory per process, fp32", {name: console.size(n) for name, n in plan.memory.items()}),
+        *(
+            (f"memory per process, fp32{how}", {**_sizes(memory), "sum": console.size(sum(memory.values()))})
+            for how, memory in _strategies(plan).items()
+            if memory
+        ),
         ("network calls per sample x samples", {name: f"{n:,}" for name, n in plan.calls.items()}),
-        ("disk", {name: console.size(n) for name, n in plan.disk.items()}),
+        ("disk", _sizes(plan.disk)),
     ]
     for title, rows in sections:
         if rows:
             table.add_row(f"[bold]{title}[/]", "")
             for name, value in rows.items():
                 table.add_row(f"  {name}", value)
-            if title.startswith("memory"):
-                table.add_row("  sum", console.size(sum(plan.memory.values())))
             table.add_section()
     if table.row_count:
         console.out.print(table)
     for head, lines in (("before it begins", plan.first), ("missing", plan.missing), ("does not fit", plan.refused)):
         for line in lines:
             console.out.print(f"{head}: " + fit(line).replace("\n", "\n  "), markup=False)
+
+
+def _sizes(parts: Mapping[str, int]) -> dict[str, str]:
+    return {name: console.size(n) for name, n in parts.items()}
+
+
+def _strategies(plan: Plan) -> dict[str, dict[str, int]]:
+    """How a title says it, and the memory."""
+    if plan.processes == 1:
+        return {"": plan.memory}
+    of = f" of {plan.processes}"
+    return {f"{of}, strategy replicate": plan.memory, f"{of}, strategy shard": plan.sharded}
 
 
 def verdict(plans: Sequence[Plan]) -> None:

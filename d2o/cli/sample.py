@@ -85,7 +85,8 @@ def sample(
         None,
         "--prompt",
         help=(
-            "A prompt for a teacher that takes text; give it several times for several, which the images take in turn."
+            "A prompt for a student or teacher that takes text; give it several times for several, which the "
+            "images take in turn."
         ),
         show_default=False,
     ),
@@ -151,8 +152,8 @@ def sample(
     if (checkpoint is None) == (teacher is None):
         raise UserError("give a student's checkpoint or --teacher, one of them", example)
     _check_given(checkpoint, teacher, n, prompt or prompts)
-    if checkpoint is not None and (solver, cfg, prompt or None, prompts) != (None, 1.0, None, None):
-        raise UserError("--solver, --cfg and prompts are a teacher's", "leave them away")
+    if checkpoint is not None and (solver, cfg) != (None, 1.0):
+        raise UserError("--solver and --cfg are a teacher's", "leave them away")
     if prompt and prompts:
         raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
     if grid is not None and grid.suffix.lower() != ".png":
@@ -212,13 +213,21 @@ def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, te
     """UserError: what cannot be done without is missing; all of it, with an example for this checkpoint or teacher."""
     lacking = ["--n"] if n is None else []
     words = [f"d2o sample {checkpoint}"]
+    text = False
     if teacher is not None:
         from d2o.teachers.kinds import look
 
         kind = look(teacher)
         text = kind is not None and kind.text
-        words = [f"d2o sample --teacher {teacher}", *(['--prompt "a lighthouse at dawn"'] if text else [])]
-        lacking += ["--prompt (or --prompts FILE)"] if text and not texts else []
+        words = [f"d2o sample --teacher {teacher}"]
+    elif checkpoint is not None and checkpoint.exists():
+        from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
+
+        spec = read_meta(resolve_checkpoint(checkpoint)).get("spec")
+        text = isinstance(spec, dict) and spec.get("condition") == "text"
+    if text:
+        words.append('--prompt "a lighthouse at dawn"')
+        lacking += [] if texts else ["--prompt (or --prompts FILE)"]
     if lacking:
         raise UserError(
             f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing",
@@ -258,9 +267,9 @@ def _sampler(
     from d2o.students.generate import student_sampler, teacher_sampler
     from d2o.teachers.registry import teacher_names
 
+    prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
     if teacher is not None:
         model = open_teacher(teacher, device)
-        prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
         return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
     assert checkpoint is not None
     if str(checkpoint) in teacher_names() and not checkpoint.exists():
@@ -269,7 +278,8 @@ def _sampler(
         )
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     student = student if steps is None else student.with_steps(steps)
-    return student_sampler(student if truncation is None else _truncated(student, truncation, checkpoint))
+    student = student if truncation is None else _truncated(student, truncation, checkpoint)
+    return student_sampler(student, prompts)
 
 
 def _truncated(student: Student, truncation: float, checkpoint: Path) -> Student:

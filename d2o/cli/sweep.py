@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -139,7 +138,7 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
     table = _table(f"{len(plans)} runs", ("run", "images", "parameters", "memory", "network calls", "disk"))
     for member, plan in zip(sweep.members, plans, strict=True):
         table.add_row(*_cells(member, plan))
-    _print(table)
+    console.table(table)
     for member, plan in zip(sweep.members[1:], plans[1:], strict=True):
         for line in (*plan.missing, *plan.refused):
             if line not in (*plans[0].missing, *plans[0].refused):
@@ -170,7 +169,7 @@ def show(record: dict[str, Any], folder: Path) -> None:
     best = record["best"]["member"] if record["best"] else None
     for m, row in zip(record["members"], rows(record), strict=True):
         table.add_row(*map(escape, row), style="bold" if m["name"] == best else "")
-    _print(table)
+    console.table(table)
     if best is not None:
         console.say(f"best: {best} (checkpoint {folder / best / 'checkpoints' / 'best.safetensors'})")
     pictures = [name for name in ("sweep.svg", "sweep.json") if (folder / name).exists()]
@@ -182,11 +181,3 @@ def _table(title: str, heads: Sequence[str]) -> Table:
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     return table
-
-
-def _print(table: Table) -> None:
-    """In a file or pipe there is room for long names."""
-    out = console.out
-    (out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)).print(
-        table
-    )

@@ -71,6 +71,14 @@ ON_BAD = typer.Option(
 MINI = typer.Option(
     False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU."
 )
+PROCESSES = typer.Option(
+    None,
+    "--processes",
+    min=1,
+    metavar="N",
+    help="With --plan: what each of so many processes needs, under strategy replicate and shard.",
+    show_default=False,
+)
 PLAN = typer.Option(
     False,
     "--plan",
@@ -127,6 +135,7 @@ def train(
     on_bad: str = ON_BAD,
     mini: bool = MINI,
     plan: bool = PLAN,
+    processes: int = PROCESSES,
     sweep: list[str] = SWEEP,
     seed: int = SEED,
     precision: str = PRECISION,
@@ -138,8 +147,10 @@ def train(
     TensorBoard events, previews and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all
     processes share the recipe's global batch.
     """
-    name = _named(recipe, variant)
-    _run(name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, None)
+    name = named(recipe, variant)
+    _run(
+        name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, processes, sweep, device, None
+    )
 
 
 def finetune(
@@ -155,6 +166,7 @@ def finetune(
     on_bad: str = ON_BAD,
     mini: bool = MINI,
     plan: bool = PLAN,
+    processes: int = PROCESSES,
     sweep: list[str] = SWEEP,
     seed: int = SEED,
     precision: str = PRECISION,
@@ -162,11 +174,13 @@ def finetune(
 ) -> None:
     """Train further from a trained student, with any recipe that starts from one. Where it came from is recorded in the
     result."""
-    name = _named(recipe, variant)
-    _run(name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, sweep, device, from_)
+    name = named(recipe, variant)
+    _run(
+        name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, processes, sweep, device, from_
+    )
 
 
-def _named(recipe: str, variant: str | None) -> str:
+def named(recipe: str, variant: str | None) -> str:
     """RECIPE:VARIANT, with a note where the recipe is called otherwise since the last release."""
     if not Path(recipe).is_file() and (new := renamed(recipe)) is not None:
         console.say(f"{recipe} is called {new} now; the old name goes with the next release")
@@ -199,12 +213,18 @@ def _run(
     on_bad: str | None,
     mini: bool,
     plan: bool,
+    processes: int | None,
     sweeps: list[str],
     device_name: str | None,
     start: Path | None,
 ) -> None:
     from d2o.recipes.load import load_recipe
 
+    if processes is not None and (not plan or sweeps):
+        raise UserError(
+            "--processes is for the --plan of one run",
+            f"torchrun starts several processes: torchrun --nproc-per-node {processes} -m d2o train ...",
+        )
     if data is not None:
         overrides.append(f"data.path={data}")
     if on_bad is not None:
@@ -221,7 +241,7 @@ def _run(
     if resume and (begun := begun_recipe(folder)) is not None:
         recipe = load_recipe(name, overrides, mini=mini, begun=begun.resolved())
     if plan:
-        return _plan(recipe, folder, resume, data or on_bad, device_name, start)
+        return _plan(recipe, folder, resume, data or on_bad, device_name, start, processes or 1)
     check_options(recipe, data or on_bad, start)
     if data is not None and recipe.data is not None and recipe.data.licence is None:
         console.say(
@@ -243,14 +263,20 @@ def _run(
 
 
 def _plan(
-    recipe: Any, folder: Path, resume: bool, data: str | None, device_name: str | None, start: Path | None
+    recipe: Any,
+    folder: Path,
+    resume: bool,
+    data: str | None,
+    device_name: str | None,
+    start: Path | None,
+    processes: int,
 ) -> None:
     """`--plan`: all that would keep the command from starting, in one answer. typer.Exit 1 if there is any."""
     from d2o.cli.plan import show_plan, verdict
     from d2o.interop.outputs import check_output
     from d2o.recipes.plan import make_plan
 
-    plan = make_plan(recipe, start)
+    plan = make_plan(recipe, start, processes=processes)
     checks = (
         lambda: check_options(recipe, data, start),
         lambda: check_output(folder, folder=True),

@@ -175,11 +175,13 @@ def finish_run(trainer: Trainer, stop: Any) -> None:
     """Train to the end, and say how it went."""
     recipe, folder = trainer.recipe, trainer.folder
     described = ", ".join(
-        f"{name} {sum(p.numel() for p in net.parameters()):,} parameters" for name, net in trainer.networks.items()
+        f"{name} {sum(p.numel() for p in player.parameters.values()):,} parameters"
+        for name, player in trainer.players.items()
     )
+    shared = f", sharded over {trainer.world} processes" if trainer.strategy.shards else ""
     console.say(
         f"{recipe.name}: method {recipe.method}; {described}; {recipe.images:,} images, batch {recipe.batch},"
-        f" {trainer.device}, {folder}"
+        f" {trainer.device}{shared}, {folder}"
     )
     if trainer.iteration:
         console.say(f"resumed after {trainer.images:,} images")

@@ -1,8 +1,8 @@
 """The words that the shell completes. Where they come from takes seconds to import, so they are kept in
 `d2o/assets/words.json`.
 
-`python -m d2o.cli.words` writes that file again, after a teacher, method, key, protocol, extractor, metric or reference
-was added.
+`python -m d2o.cli.words` writes that file again, and the recipes' JSON schema, after a teacher, method, key, protocol,
+extractor, metric or reference was added or described otherwise.
 """
 
 from __future__ import annotations
@@ -44,4 +44,8 @@ def load() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    from d2o.recipes.editor import schema_text
+    from d2o.shipped import recipe_folders
+
     FILE.write_text(json.dumps(collect(), indent=1) + "\n", encoding="utf-8")
+    (recipe_folders()[0] / "schema.json").write_text(schema_text(), encoding="utf-8")

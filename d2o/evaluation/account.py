@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from d2o.data.draws import label_mode
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference
 from d2o.evaluation.sides import Measured, Side
 from d2o.evaluation.subjects import Generator, Numbers, Pictures, Subject
 from d2o.evaluation.task import Task
-from d2o.features.extractor import Extractor
 
 
 def has(side: Side, extractor: Extractor) -> bool:

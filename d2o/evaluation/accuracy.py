@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Generator, Pictures, Subject
-from d2o.features.extractor import Extractor
 
 
 def accuracy(runs: Sequence[Measured], x: Subject, extractor: Extractor | None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from d2o.errors import UserError, unknown
 from d2o.evaluation import scores
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.labels import label
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.scores import Score, Sides
-from d2o.features.extractor import Extractor
 
 LOWER, HIGHER = "lower", "higher"
 

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from d2o.errors import unknown
-from d2o.features.clip import full_name, load_clip, prepare
-from d2o.features.common import CHUNK, at_once, crop_square, each_image, package
+from d2o.evaluation.resizing import clip_input, crop_square, each_image
+from d2o.features.clip import full_name, load_clip
+from d2o.features.common import CHUNK, at_once, package
 from d2o.metrics.clip_score import clip_score
 
 LENGTH = 77
@@ -56,7 +57,7 @@ class ClipScore:
         The central square, by Pillow's Lanczos to 256 pixels, then OpenAI's preparation (bicubic to 224).
         """
         return self._unit(
-            self.network.encode_image(prepare(scale(part)).to(self.device))
+            self.network.encode_image(clip_input(scale(part)).to(self.device))
             for part in images.split(at_once(self.device))
         )
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.evaluation.resizing import clean_pil, clean_torch, rounded_bicubic, torch_bilinear
+from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.resizing import clean_pil, clean_torch, clip_input, rounded_bicubic, torch_bilinear
 from d2o.features import clip, dreamsim
 from d2o.features.base import Features, describe_shape
 from d2o.features.common import at_once
-from d2o.features.extractor import Extractor
 from d2o.features.inception import SIZE, centred
 from d2o.features.load import load_features, own_classifier
 
@@ -86,7 +86,7 @@ def _pytorch_fid(images: Tensor, device: torch.device) -> Tensor:
 
 
 def _openai(images: Tensor, device: torch.device) -> Tensor:
-    return clip.prepare(images).to(device)
+    return clip_input(images).to(device)
 
 
 def _dreamsim(images: Tensor, device: torch.device) -> Tensor:
@@ -153,9 +153,9 @@ def load_extractor(name: str, device: Device = "cpu", weights: Path | None = Non
 
     UserError: unknown name (with the list), absent weights (with what to fetch), a file of another kind.
     """
-    if name in EXTRACTORS:
-        return EXTRACTORS[name](name, weights, device)
     with torch.random.fork_rng(devices=[]):  # a network draws initial weights before it takes those of its file
+        if name in EXTRACTORS:
+            return EXTRACTORS[name](name, weights, device)
         network = own_classifier(name, device, dict.fromkeys(EXTRACTORS, ""))
     return FeatureExtractor(network.name, network, device, whole=True)
 

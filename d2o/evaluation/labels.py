@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.protocol import Settings
-from d2o.features.extractor import Extractor
 
 WORDS = {
     "is": "IS",

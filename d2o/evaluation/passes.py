@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_finite, clock
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.prepare import quantize
 from d2o.evaluation.probes import FeatureProbe, LabelProbe
 from d2o.evaluation.protocol import Settings, noise_for
 from d2o.evaluation.subjects import Device, Generator, Pictures
-from d2o.features.extractor import Extractor
 
 Outputs = dict[str, tuple[Extractor, set[str]]]
 """Extractor's name -> what is wanted of it."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2o.errors import UserError
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.prepare import parse_preparation
 from d2o.evaluation.presets import Preset, written
-from d2o.features.extractor import Extractor
 from d2o.interop.weights import WEIGHTS
 
 _WHERE = {"n": "n_gen", "seed": "seeds", "against": "ref"}

@@ -33,7 +33,7 @@ class Settings:
     n: int = 4000  # generated images a run
     seed: int = 1_000_000  # of image 0; image i comes from seed + i
     labels: str | None = None  # as data.draws.label_mode: "random" (default), "balanced", or class indices in turn
-    prompts: str | None = None  # a file; image i has prompt i mod their number
+    prompts: str | tuple[str, ...] | None = None  # a file, or prompts; image i has prompt i mod their number
     batch: int = 250
     solver: str | None = None  # of teachers; None: the teacher's usual one
     steps: int | None = None

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from d2o.condition import Condition
 from d2o.data.latents import LatentSet, open_set
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.paper_protocols import find_preset
 from d2o.evaluation.passes import feature_probes, generator_pass
@@ -23,7 +25,6 @@ from d2o.evaluation.reference import Reference, generated_reference, load_refere
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Device, Generator, Pictures, pictures
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor, check_shape
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 
@@ -101,15 +102,18 @@ class FrechetEvaluator:
         labels: str | None = None,
         place: Workplace | None = None,
         key: str = "",
+        prompts: Prompts | None = None,
     ) -> dict[str, float]:
         """{"fd": float, and "accuracy": float where classes are known} of the images of seeds seed .. seed + n - 1.
 
         generate(noise [b, C, H, W], condition of b) -> decoded images [b, C, H, W] in [-1, 1], its networks
         in eval mode. `place` is where several processes, each with the same call, share the work, and `key` names the
-        weights: the first one gets the score, the others {}. UserError: NaN or infinite values.
+        weights: the first one gets the score, the others {}. `prompts`: of a student that takes text, in turn.
+        UserError: NaN or infinite values.
         """
         name = "the student"
-        x = Generator(name, name, "student", spec, generate, lambda images: images, None, {"sha256": key})  # type: ignore[arg-type]
+        about = {"sha256": key}
+        x = Generator(name, name, "student", spec, generate, lambda images: images, None, about, prompts=prompts)
         wanted = (
             {"features", "logits"}
             if "logits" in self.extractor.has and self.extractor.shape is not None

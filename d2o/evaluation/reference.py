@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from d2o.errors import UserError
 from d2o.evaluation.collect import Meter, silent
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.named_references import REFERENCES, find_reference, is_named, load_reference_statistics
 from d2o.evaluation.passes import Outputs, feature_probes, generator_pass, pictures_pass
 from d2o.evaluation.protocol import Settings
@@ -26,7 +27,6 @@ from d2o.evaluation.subjects import (
     reference_settings,
 )
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor
 from d2o.interop.assets import asset
 
 SHIPPED = {"real:digits": "reference_digits.npz"}

@@ -55,6 +55,8 @@ def command(request: Request, settings: Settings, x: str, reference: Reference |
     words += ["--neighbours", str(request.neighbours)] if request.neighbours else []
     defaults, fixed = asdict(Settings()), request.preset.settings if request.preset else {}
     for key, value in asdict(settings).items():
-        if value != defaults[key] and key not in fixed:
+        if key == "prompts" and isinstance(value, tuple):
+            words += [word for prompt in value for word in ("--prompt", prompt)]
+        elif value != defaults[key] and key not in fixed:
             words += [option(key), str(value)]
     return shlex.join(words)

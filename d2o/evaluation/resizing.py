@@ -6,6 +6,7 @@ TensorFlow's, which needs no 8-bit images, is `d2o.features.resize`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from d2o.features import clip
+from d2o.features.common import normalise
 
 
 def clean_pil(images: Tensor, size: int) -> Tensor:
@@ -67,3 +71,40 @@ def rounded_bicubic(images: Tensor, size: int) -> Tensor:
         if tuple(x.shape[2:]) != shape:
             x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
     return x
+
+
+def crop_square(image: Image.Image, size: int) -> Image.Image:
+    """The central `size` x `size` pixels; where the margin is odd, the side that torchvision's CenterCrop leaves
+    out."""
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def pil_bicubic_crop(image: Image.Image, size: int) -> Image.Image:
+    """Short side to `size` by Pillow's bicubic (rounded to 8 bits), then the central square: OpenAI's preparation for
+    CLIP."""
+    short = min(image.size)
+    scaled = [size if side == short else int(size * side / short) for side in image.size]
+    return crop_square(image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC), size)
+
+
+def each_image(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """`change` of every image, as Pillow sees it: uint8 [n, 3, h, w] -> uint8 [n, 3, h', w'] on the same device."""
+
+    def one(image: np.ndarray) -> np.ndarray:
+        return np.asarray(change(Image.fromarray(image)))
+
+    arrays = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    # Pillow works outside Python's lock.
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        changed = list(pool.map(one, arrays))
+    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(images.device)
+
+
+def clip_input(images: Tensor) -> Tensor:
+    """uint8 images [n, 3, h, w] -> what every CLIP here takes, float32 [n, 3, 224, 224], by OpenAI's preparation."""
+
+    def square(image: Image.Image) -> Image.Image:
+        return pil_bicubic_crop(image, clip.SIZE)
+
+    return normalise(each_image(images, square), clip.MEAN, clip.STD)

@@ -12,6 +12,7 @@ from d2o.evaluation.catalogue import Want, parse_metrics
 from d2o.evaluation.checks import check
 from d2o.evaluation.collect import Meter, silent
 from d2o.evaluation.evaluate import Evaluation, evaluate_one
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.extractors import EXTRACTORS, default_extractor
 from d2o.evaluation.preset_check import check_result, hold_to, refuse
 from d2o.evaluation.presets import Preset
@@ -30,7 +31,6 @@ from d2o.evaluation.subjects import (
 from d2o.evaluation.task import Task, reference_outputs
 from d2o.evaluation.tools import Tools
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor
 from d2o.runtime import StopFlag, Stopped
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from d2o.errors import UserError
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.sides import Measured, Side
-from d2o.features.extractor import Extractor
 from d2o.metrics.frechet import TRACE_METHOD
 
 

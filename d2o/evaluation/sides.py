@@ -11,8 +11,8 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.evaluation.columns import Columns
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.statistics import Statistics, check_same_features
-from d2o.features.extractor import Extractor
 from d2o.metrics.frechet import Moments
 
 HOW = {"features": "features", "spatial": "spatial features", "logits": "class logits"}

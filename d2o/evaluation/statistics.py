@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.features.extractor import Extractor
+from d2o.evaluation.extractor import Extractor
 from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.version import __version__
 

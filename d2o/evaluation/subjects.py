@@ -15,11 +15,11 @@ from d2o.condition import Condition
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import is_statistics, load_statistics
-from d2o.features.extractor import Extractor, check_shape
 from d2o.inputs import check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
@@ -252,8 +252,11 @@ def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
     if spec.condition != "text":
         return None
     if settings.prompts is None:
-        raise UserError(f"{spec.name!r} is conditioned on text", "give --prompts FILE (.txt, .jsonl or .parquet)")
-    return open_prompts(settings.prompts)
+        hint = 'give --prompt "...", or --prompts FILE (.txt, .jsonl or .parquet)'
+        raise UserError(f"{spec.name!r} is conditioned on text", hint)
+    if isinstance(settings.prompts, str):
+        return open_prompts(settings.prompts)
+    return Prompts.from_list(settings.prompts)
 
 
 def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Generator:
@@ -298,6 +301,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         made_from.get("name"),
         record,
         prompts=_prompts(settings, model.spec),
+        embed=model.embed if model.spec.condition == "text" else None,
         recipe=model.meta.get("recipe") or {},
     )
 

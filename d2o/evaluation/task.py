@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from d2o.evaluation.catalogue import Want
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.passes import Outputs
 from d2o.evaluation.subjects import Generator
 from d2o.evaluation.tools import Tools
-from d2o.features.extractor import Extractor
 
 
 @dataclass

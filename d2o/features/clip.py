@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from d2o.errors import unknown
 from d2o.features.base import Features, placed
-from d2o.features.common import bicubic, each_image, filled, fit, normalise, package, pil_bicubic_crop, token_map, watch
+from d2o.features.common import bicubic, filled, fit, normalise, package, token_map, watch
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
@@ -41,8 +40,8 @@ NO_WEIGHTS = (
 class ClipFeatures(Features):
     """Vector: the image embedding after the projection, not normalised, as clean-fid has it (in half precision on a
     GPU; this computes in single precision). Maps: the tokens of places after a quarter, a half, three quarters and all
-    of the blocks. Images: short side to 224, torch's bicubic with antialiasing, central square; `prepare` is what the
-    published numbers have instead."""
+    of the blocks. Images: short side to 224, torch's bicubic with antialiasing, central square; the
+    published numbers have Pillow's instead, rounded (the evaluation's extractors)."""
 
     def __init__(self, name: str, network: Any, sha256: str = ""):
         super().__init__(name, network, network.visual.output_dim, sha256, resize=f"bicubic{SIZE}+center_crop")
@@ -65,15 +64,6 @@ class ClipFeatures(Features):
     def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         network: Any = self.network
         return {"features": network.encode_image(x)}
-
-
-def prepare(images: Tensor) -> Tensor:
-    """uint8 images [n, 3, h, w] -> what every CLIP here takes, float32 [n, 3, 224, 224], by OpenAI's preparation."""
-
-    def square(image: Image.Image) -> Image.Image:
-        return pil_bicubic_crop(image, SIZE)
-
-    return normalise(each_image(images, square), MEAN, STD)
 
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:

@@ -6,14 +6,11 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from d2o.errors import UserError
@@ -68,34 +65,6 @@ def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     """Images [n, 3, h, w] -> (x - mean) / std, per channel."""
     shift, scale = (torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None] for values in (mean, std))
     return (x - shift) / scale
-
-
-def crop_square(image: Image.Image, size: int) -> Image.Image:
-    """The central `size` x `size` pixels; where the margin is odd, the side that torchvision's CenterCrop leaves
-    out."""
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def pil_bicubic_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` by Pillow's bicubic (rounded to 8 bits), then the central square: OpenAI's preparation for
-    CLIP."""
-    short = min(image.size)
-    scaled = [size if side == short else int(size * side / short) for side in image.size]
-    return crop_square(image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC), size)
-
-
-def each_image(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """`change` of every image, as Pillow sees it: uint8 [n, 3, h, w] -> uint8 [n, 3, h', w'] on the same device."""
-
-    def one(image: np.ndarray) -> np.ndarray:
-        return np.asarray(change(Image.fromarray(image)))
-
-    arrays = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    # Pillow works outside Python's lock.
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        changed = list(pool.map(one, arrays))
-    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(images.device)
 
 
 def token_map(tokens: Tensor, first: int) -> Tensor:

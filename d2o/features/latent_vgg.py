@@ -15,8 +15,10 @@ from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import WEIGHTS
 from d2o.networks.fill import fill_network
 from d2o.networks.latent_vgg import STAGES, LatentVGG
+from d2o.spaces.load import SPACES
 
-NAMES = tuple(name for name in WEIGHTS if name.startswith("latent-lpips-"))
+PREFIX = "latent-lpips-"
+NAMES = tuple(name for name in WEIGHTS if name.startswith(PREFIX))
 LEAST = 4
 """The smallest side of the latents."""
 
@@ -43,7 +45,7 @@ class LatentVggFeatures(Features):
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
     """The features `name` of NAMES with the released "tuned" file; None: it is looked for. UserError: not there, or
     another network's."""
-    channels = 16 if name.removeprefix("latent-lpips-") in ("sd3", "flux") else 4
+    channels = SPACES[name.removeprefix(PREFIX)].channels
     network, sha256 = filled(name, partial(LatentVGG, channels), partial(read_trunk, channels), weights, device)
     return placed(LatentVggFeatures(name, network, sha256), device)
 

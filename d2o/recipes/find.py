@@ -18,7 +18,7 @@ class Found(NamedTuple):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with d2o, variants among them (`sid_edm2_512:xs`), sorted."""
+    """Names of the recipes that come with d2o, each before its variants (`sid_edm2_512:xs`)."""
     return list(shipped_names())
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,11 @@ from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.evaluation.extractor import Extractor, check_shape
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
-from d2o.features.extractor import Extractor, check_shape
 from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
@@ -35,32 +35,35 @@ from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
+from d2o.recipes.memory import memory_of
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
+from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
 
-MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
-
 
 @dataclass
 class Plan:
-    """Parameters by network, bytes of memory and disk by part, network calls by phase. `first`: what training makes or
-    fetches before it begins.
+    """Parameters by network, bytes of memory (of each of the `processes`) and disk by part, network calls by phase.
+    `sharded`: the memory under strategy shard, of several processes. `first`: what training makes or fetches before it
+    begins.
     Why it would not start: `missing`, what is not there, and `refused`, what does not fit."""
 
     networks: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    sharded: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     iterations: int = 0
+    processes: int = 1
 
     @property
     def starts(self) -> bool:
@@ -75,10 +78,12 @@ class Plan:
             self.first.append(what)
 
 
-def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teacher] | None = None) -> Plan:
+def make_plan(
+    recipe: Any, start: Path | None = None, teachers: dict[str, Teacher] | None = None, processes: int = 1
+) -> Plan:
     """All that is wrong is listed, nothing is raised, made or fetched. `start`: the student of `d2o finetune --from`;
     `teachers`: loaded for another plan."""
-    plan = Plan(iterations=-(-recipe.images // recipe.batch))
+    plan = Plan(iterations=-(-recipe.images // recipe.batch), processes=processes)
     method_class = get_method(recipe.method)
     needs = method_class.needs(recipe.options)
     setup = Setup(
@@ -126,7 +131,7 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
     if any(lacking) or (start is not None and setup.start is None):
         return plan
     method = _attempt(plan.refused, lambda: _build(method_class, setup))
-    parts = _attempt(plan.refused, lambda: divide(recipe))
+    parts = _attempt(plan.refused, lambda: divide(recipe, 0, processes))
     if method is not None:
         _attempt(plan.refused, lambda: _check_metric(recipe, method, evaluator))
     if method is not None and parts is not None:
@@ -175,6 +180,12 @@ def _attempt(lacking: list[str], make: Any) -> Any:
     except UserError as error:
         lacking.append(str(error))
         return None
+
+
+def _passes(lacking: list[str], check: Callable[[], None]) -> bool:
+    before = len(lacking)
+    _attempt(lacking, check)
+    return len(lacking) == before
 
 
 @contextmanager
@@ -315,29 +326,29 @@ def _pairs_there(recipe: Any, folder: Path | str) -> int:
 
 
 def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro: int) -> None:
-    trained = 0
-    for name, network in method.players().items():
-        plan.networks[name] = count_parameters(network)
-        trained += 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
-    product = 4 * count_parameters(method.players()[method.product])
-    plan.memory["trained weights"] = 4 * sum(count_parameters(n) for n in method.players().values())
-    plan.memory["gradients"] = trained
-    plan.memory[f"optimiser ({recipe.optim.name})"] = trained * MOMENTS[recipe.optim.name]
-    plan.memory["EMA"] = product
-    kept = {
-        name: sum(t.numel() * t.element_size() for t in state.state_dict().values())
-        for name, state in method.states().items()
-    }
-    plan.memory.update({f"{name} (kept beside them)": size for name, size in kept.items() if size > 2**16})
+    players = method.players()
+    for name, network in players.items():
+        plan.networks[name] = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        if held := count_parameters(network) - plan.networks[name]:
+            plan.networks[f"{name} (frozen part)"] = held
+    frozen = plan.memory  # the teacher's weights, which every process has
+    if not _passes(plan.refused, lambda: check_players(recipe, method, players, plan.processes)):
+        return
+    whole = memory_of(recipe, method, players, 1, shard=False)
+    plan.memory = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=False)}
+    if plan.processes > 1:
+        plan.sharded = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=True)}
     loop = CountingLoop(method, micro)
     loop.run(method, meta_batch(method, setup, micro))
-    plan.memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (
-        1 if recipe.precision == "fp32" else 2
-    )
+    for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
+        memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (
+            1 if recipe.precision == "fp32" else 2
+        )
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if recipe.eval and recipe.eval.extractor and method.spec() is not None:
         plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = (
             times(recipe) * recipe.eval.n * method.nfe()
         )
-    states = plan.memory["trained weights"] + plan.memory[f"optimiser ({recipe.optim.name})"] + product
+    product = whole["EMA"]
+    states = product + sum(size for part, size in whole.items() if part != "gradients" and part != "EMA")
     plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))

@@ -60,14 +60,16 @@ def variants_in(text: str) -> dict[str, str]:
 
 
 def shipped_names() -> dict[str, str]:
-    """All that can be trained of what comes with d2o, sorted, with titles: a recipe of its own, and each variant."""
+    """All that can be trained of what comes with d2o, with titles: by name each recipe that is one of its own, then its
+    variants in their order."""
     found: dict[str, str] = {}
-    for path in {path.stem: path for folder in reversed(recipe_folders()) for path in folder.glob("*.yaml")}.values():
+    paths = {path.stem: path for folder in reversed(recipe_folders()) for path in folder.glob("*.yaml")}
+    for _, path in sorted(paths.items()):
         text = path.read_text(encoding="utf-8", errors="replace")
         if line_of(text, "name"):
             found[path.stem] = line_of(text, "title")
         found |= {f"{path.stem}:{name}": title for name, title in variants_in(text).items()}
-    return dict(sorted(found.items()))
+    return found
 
 
 def is_shipped(given: str) -> bool:

@@ -7,6 +7,7 @@ it means where it says it.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,9 @@ def read(path: Path, what: str) -> yaml.Node | None:
     return compose(text, where, what)
 
 
+@functools.lru_cache(
+    maxsize=8
+)  # a recipe is read for each of its variants, and each member of a sweep; nobody changes it
 def compose(text: str, file: str, what: str = "recipe") -> yaml.Node | None:
     """The node tree, None for an empty text. UserError: not YAML, one line."""
     try:

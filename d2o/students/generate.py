@@ -73,15 +73,27 @@ class Sampler:
         """What n images of these classes are asked to be."""
         if labels is None:
             return Condition.none(n)
-        return (
-            Condition.of_labels(labels)
-            if self.prompts is None
-            else Condition.of_prompts(self.prompts.many(labels.tolist()))
-        )
+        if self.prompts is not None:
+            return Condition.of_prompts(self.prompts.many(labels.tolist()))
+        return Condition.of_labels(labels)
 
 
-def student_sampler(student: Student) -> Sampler:
-    """One call of the student."""
+def prompted(who: str, spec: Spec, record: dict[str, Any], prompts: Prompts | None) -> tuple[Spec, dict[str, Any]]:
+    """Spec and record of what makes images of prompts: in what is written their numbers are the classes, image i has
+    prompt i mod their number. As they are without prompts. UserError: none for `who` takes text, or the reverse."""
+    if (spec.condition == "text") != (prompts is not None):
+        takes = f"takes no prompts (condition: {spec.condition})"
+        if prompts is None:
+            takes = "is conditioned on text; give --prompt or --prompts"
+        raise UserError(f"{who} {spec.name!r} {takes}")
+    if prompts is None:
+        return spec, record
+    about = {"sha256": prompts.sha256, "count": len(prompts)}
+    return replace(spec, condition="label", classes=len(prompts)), {**record, "prompts": about}
+
+
+def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler:
+    """One call of the student. UserError: no prompts for one that takes text, or the reverse."""
     device = next(student.parameters()).device
     dtype: torch.dtype | None = None
 
@@ -102,18 +114,15 @@ def student_sampler(student: Student) -> Sampler:
         "nfe": student.nfe,
         "checkpoint": student.meta,
     }
-    return Sampler(call, student.spec, device, record, network=student.network, tune=tune)
+    spec, record = prompted("the student of", student.spec, record, prompts)
+    return Sampler(call, spec, device, record, prompts, student.network, tune)
 
 
 def teacher_sampler(
     teacher: Teacher, solver: Solver | None = None, cfg: float = 1.0, prompts: Prompts | None = None
 ) -> Sampler:
-    """The teacher's whole solver (its usual one if None). With `prompts` their numbers are the classes: image i has
-    prompt i mod their number.
-
-    UserError: a solver that does not fit, guidance of an unconditional teacher, no prompts for a teacher that takes
-    text, or the reverse.
-    """
+    """The teacher's whole solver (its usual one if None). UserError: a solver that does not fit, guidance of an
+    unconditional teacher, no prompts for a teacher that takes text, or the reverse."""
     solver, spec = solver or teacher.solver(), teacher.spec
     solver.grid(teacher.schedule)
     if solver.stochastic:
@@ -121,13 +130,6 @@ def teacher_sampler(
             f"sampling to a file is deterministic; {solver.name} is not", "make pairs with it: d2o pairs --solver ..."
         )
     teacher.check_cfg(cfg)
-    if (spec.condition == "text") != (prompts is not None):
-        takes = (
-            "is conditioned on text; give --prompt or --prompts"
-            if prompts is None
-            else f"takes no prompts (condition: {spec.condition})"
-        )
-        raise UserError(f"teacher {spec.name!r} {takes}")
     record = {
         "kind": "teacher",
         "name": spec.name,
@@ -140,9 +142,7 @@ def teacher_sampler(
         "nfe": solver.nfe,
         "forwards": solver.forwards(cfg),
     }
-    if prompts is not None:
-        record["prompts"] = {"sha256": prompts.sha256, "count": len(prompts)}
-        spec = replace(spec, condition="label", classes=len(prompts))
+    spec, record = prompted("teacher", spec, record, prompts)
 
     def call(noise: Tensor, condition: Condition) -> Tensor:
         return teacher.decode(teacher.sample(noise, condition, solver, cfg=cfg))

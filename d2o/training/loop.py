@@ -113,7 +113,7 @@ class Trainer:
         self.scores: dict[str, float] = {}
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.journal = Journal(recipe, folder, self.device, rank, world, say)
-        self.evaluation = Scoring(recipe, self.method, folder, self.device, rank, world, say)
+        self.evaluation = Scoring(recipe, self.method, folder, self.device, rank, world, say, setup.prompts)
         self.products = Products(folder / "checkpoints")
         self.saved: int | None = None  # iteration of the newest state
         self.parts: Parts | None = None  # where its tensors are, if they are sharded

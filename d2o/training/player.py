@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from d2o.networks.copying import local, outline, replaced
 from d2o.training.ema import EMA
-from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_rate
-from d2o.training.strategy import Replicate, is_share, whole
+from d2o.training.optim import GradientGuard, build_optimizer, clip, decay_groups, learning_rate
+from d2o.training.share import optimisers
+from d2o.training.strategy import Replicate, check_strategy, is_share, whole
 
 if TYPE_CHECKING:
+    from d2o.methods.base import Method
+    from d2o.recipes.schema import Recipe
     from d2o.recipes.sections import Ema, Optim
     from d2o.training.precision import LossScale
 
@@ -120,3 +123,10 @@ class Player:
             handle = self.handles[names[int(name)] if name.isdigit() else name]
             state.setdefault(position[id(handle)], {})[key] = local(tensor)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def check_players(recipe: Recipe, method: Method, networks: Mapping[str, nn.Module], world: int) -> None:
+    """UserError: what players of these networks would refuse in so many processes, before they are made."""
+    check_strategy(recipe, world)
+    for name, options in optimisers(recipe, method, list(networks)).items():
+        decay_groups({key: p for key, p in networks[name].named_parameters() if p.requires_grad}, options)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.evaluation.quick import FrechetEvaluator
 from d2o.evaluation.workplace import Workplace
@@ -71,8 +72,17 @@ class Scoring:
     """Scores of a run, measured again and again."""
 
     def __init__(
-        self, recipe: Any, method: Method, folder: Path, device: torch.device, rank: int, world: int, say: Say
+        self,
+        recipe: Any,
+        method: Method,
+        folder: Path,
+        device: torch.device,
+        rank: int,
+        world: int,
+        say: Say,
+        prompts: Prompts | None = None,
     ):
+        self.prompts = prompts  # of a product that takes text
         self.recipe, self.method, self.work, self.device, self.rank, self.world = (
             recipe,
             method,
@@ -100,6 +110,8 @@ class Scoring:
             )
         if evaluator is not None and self.spec is not None:
             evaluator.check(self.spec)
+            if self.spec.condition == "text" and self.prompts is None:
+                raise UserError("eval: the product takes prompts, and the recipe names none to measure it with")
 
     def announce(self) -> None:
         """Say what is measured and how much that is."""
@@ -135,11 +147,18 @@ class Scoring:
             sweep(self.work.parent, self.work.name)
             discard(self.work)
         if self.world == 1:
-            return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch)
+            return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, prompts=self.prompts)
         distributed.barrier(self.world)
         place = Workplace(self.work)
         found = evaluator.score(
-            generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, place=place, key=f"iteration {iteration}"
+            generate,
+            self.spec,
+            n=e.n,
+            seed=e.seed,
+            batch=e.batch,
+            place=place,
+            key=f"iteration {iteration}",
+            prompts=self.prompts,
         )
         distributed.barrier(self.world)
         if self.rank == 0:

@@ -26,6 +26,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import load_teacher
+from d2o.training.player import check_players
 from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
 
@@ -173,6 +174,8 @@ def prepare(
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
         folder, p = pair_folder(recipe), recipe.pairs
+        if setup.teacher is not None and setup.teacher.spec.condition == "text" and p.prompts is not None:
+            setup.prompts = open_prompts(p.prompts)
         try_out(recipe, setup)
         compute = Compute(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
@@ -185,6 +188,7 @@ def prepare(
             progress=progress,
             stop=stop,
             teacher=setup.teacher,
+            prompts=setup.prompts,
             lent=True,
         )
     return setup
@@ -195,10 +199,12 @@ def try_out(recipe: Any, setup: Setup) -> None:
     rank, world = worker()
     divide(recipe, rank, world)
     method = get_method(recipe.method)(setup)
-    freeze(method.players()[method.product], recipe.student.freeze)
+    players = method.players()
+    freeze(players[method.product], recipe.student.freeze)
+    check_players(recipe, method, players, world)
     if recipe.checkpointing:
-        checkpointed(recipe, method.players(), setup.teacher)
-    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
+        checkpointed(recipe, players, setup.teacher)
+    Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None, setup.prompts).check()
 
 
 def provenance_of(setup: Setup) -> list[dict[str, Any]]:

@@ -178,15 +178,19 @@ class Shard(Replicate):
 
 
 def make_strategy(recipe: Recipe, device: torch.device, world: int) -> Replicate:
-    """The recipe's strategy; with one process there is nothing to share. UserError: settings that do not go with
-    shares."""
+    """The recipe's strategy; with one process there is nothing to share. UserError: as `check_strategy`."""
+    check_strategy(recipe, world)
+    return Shard(device, world) if recipe.strategy == "shard" and world > 1 else Replicate(device, world)
+
+
+def check_strategy(recipe: Recipe, world: int) -> None:
+    """UserError: settings that do not go with shares."""
     if recipe.strategy == "replicate" or world == 1:
-        return Replicate(device, world)
+        return
     if recipe.channels_last is True:
         raise UserError("channels_last: strategy shard divides rows of weights in their usual order", "leave it away")
     if recipe.compile:
         raise UserError("compile: torch.compile has not been tried with strategy shard", "compile: false")
-    return Shard(device, world)
 
 
 def divides(parameter: nn.Parameter, world: int) -> bool:

@@ -14,7 +14,7 @@ from tests.cli.test_train import RECIPE, run
 OWN = RECIPE.replace("path: nowhere", "path: nowhere, get: ask the museum of Ghent")
 
 
-@pytest.mark.parametrize("name", ["spi_gan_cifar10", "spi_gan_celeba", "spi_gan_church"])
+@pytest.mark.parametrize("name", ["spi_gan_cifar10", "spi_gan_256:celeba", "spi_gan_256:church"])
 def test_one_screen_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     data = load_recipe(name).data
@@ -68,7 +68,7 @@ def test_a_folder_of_256_px_trains(tmp_path):
     assert (
         run(
             "train",
-            "spi_gan_celeba",
+            "spi_gan_256:celeba",
             "--data",
             tmp_path / "faces",
             "--out",

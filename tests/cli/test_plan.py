@@ -90,6 +90,20 @@ def test_pairs_that_do_not_fit_their_teacher(plan):
         assert code == 1 and words in out
 
 
+def test_the_memory_of_several_processes(plan):
+    code, out = plan("train", "sid_digits", "--processes", "4")
+    assert (
+        code == 0 and "of 4, strategy replicate" in out and "of 4, strategy shard" in out and "(micro-batch 32)" in out
+    )
+    assert "gathered blocks" in out and "gradients on their way" in out
+    assert "128 does not divide among 3 processes" in " ".join(
+        plan("train", "sid_digits", "--processes", "3")[1].split()
+    )
+    with pytest.raises(SystemExit) as done:
+        main(["train", "sid_digits", "--processes", "4"])
+    assert done.value.code == 2
+
+
 def test_of_a_sweep(plan):
     assert plan("train", "quickstart", "--sweep", "loss=l1,mse")[0] == 0
     code, out = plan("train", "quickstart", "--sweep", "loss=l1,perceptual")

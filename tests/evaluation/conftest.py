@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2o.evaluation import extractors as features
+from d2o.evaluation import extractors
 from d2o.evaluation.quick import cached
 from tests.helpers import tiny_student, tiny_teacher
 from tests.samples import make_extractor
@@ -18,7 +18,7 @@ def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The name `digits` means a tiny untrained network with 16 features, whether the assets are there or not."""
     path = make_extractor(tmp_path / "classifier.safetensors")
     monkeypatch.setitem(
-        features.EXTRACTORS, "digits", lambda name, weights, device: features.read_extractor("digits", path, device)
+        extractors.EXTRACTORS, "digits", lambda name, weights, device: extractors.read_extractor("digits", path, device)
     )
     cached.cache_clear()
     yield path

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from d2o.errors import UserError
-from d2o.evaluation import clip_scorer
+from d2o.evaluation import clip_scorer, resizing
 from d2o.evaluation.clip_scorer import ClipScore, insert_tokens
 from d2o.features import clip
 from d2o.interop import torchvision_compat
@@ -121,7 +121,7 @@ def gigagan(image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(256, 256), (64, 64), (301, 402), (402, 301), (512, 512)])
 def test_images_are_prepared_as_in_gigagans_evaluation(size):
     x = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size[0]))
-    found = clip.prepare(clip_scorer.scale(x))
+    found = resizing.clip_input(clip_scorer.scale(x))
     expected = torch.stack([gigagan(image) for image in x])
     assert torch.allclose(found, expected, atol=1e-6)
 

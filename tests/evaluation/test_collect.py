@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from d2o.evaluation.collect import ImageBatch, Pass, check_finite, collect
 from d2o.runtime import StopFlag, Stopped
 from tests.helpers import tiny_student
 from tests.samples import make_extractor
+from tests.workers import finish, start
 
 
 class Brightness:
@@ -90,75 +89,26 @@ def test_images_that_are_not_finite_are_counted_and_named() -> None:
         check_finite(images, range(10, 14), "the student")
 
 
-def command(work: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "d2o",
-        "eval",
-        str(work / "student.safetensors"),
-        "--against",
-        "real:digits",
-        "--extractor",
-        str(work / "net.safetensors"),
-        "--n",
-        "3000",
-        "--batch",
-        "50",
-        "--seed",
-        "5",
-        "--no-teacher-distance",
-        "--metrics",
-        "fd,kid,prdc",
-        "--device",
-        "cpu",
-        *more,
-    ]
-
-
-def surroundings(work: Path) -> dict[str, str]:
-    return {**os.environ, "D2O_HOME": str(work / "home"), "OMP_NUM_THREADS": "1"}
-
-
 def metrics(path: Path) -> dict[str, float]:
-    import json
-
     return {key: entry["value"] for key, entry in json.loads(path.read_text())["metrics"].items() if "value" in entry}
 
 
 def test_killed_evaluations_end_with_the_same_numbers_as_one_that_was_not(tmp_path: Path) -> None:
     tiny_student(tmp_path / "student.safetensors")
     make_extractor(tmp_path / "net.safetensors")
-    subprocess.run(
-        command(tmp_path, "--json", str(tmp_path / "whole.json")),
-        env=surroundings(tmp_path),
-        check=True,
-        capture_output=True,
-    )
-    for i in range(2):  # killed with some chunks done
-        process = subprocess.Popen(
-            command(tmp_path, "--json", str(tmp_path / "parts.json")),
-            env=surroundings(tmp_path),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while process.poll() is None and len(list((tmp_path / "home" / "eval").glob("*/part-*.safetensors"))) < 3 * (
-            i + 1
-        ):
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    assert list((tmp_path / "home" / "eval").glob("*/part-*.safetensors")), "it had finished before it was killed"
-    workers = [
-        subprocess.Popen(
-            command(tmp_path, "--json", str(tmp_path / "parts.json")),
-            env={**surroundings(tmp_path), "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    said = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0] and "FD(" in said[0] and said[1] == ""
+    home, logs = tmp_path / "home", [tmp_path / f"log{rank}" for rank in (0, 1)]
+    words = "--against real:digits/a --metrics fd,kid --n 1500 --batch 50 --seed 5 --no-teacher-distance --device cpu"
+    command = ["eval", tmp_path / "student.safetensors", "--extractor", tmp_path / "net.safetensors", *words.split()]
+
+    def begin(results: str, log: Path, **more: Any):
+        return start([*command, "--json", tmp_path / results], log, D2O_HOME=str(home), **more)
+
+    assert finish(begin("whole.json", logs[0])) == 0
+    for done in (1, 2):  # killed when another chunk is there, and the manifest knows of all but the last
+        assert finish(begin("parts.json", logs[0], die_in="record", die_at=2)) == -signal.SIGKILL
+        assert len(list((home / "eval").glob("*/part-*.safetensors"))) == done + 1
+    workers = [begin("parts.json", log, RANK=str(rank), WORLD_SIZE="2") for rank, log in enumerate(logs)]
+    assert [finish(worker) for worker in workers] == [0, 0]
+    assert "FD(" in logs[0].read_text() and "FD(" not in logs[1].read_text()
     assert metrics(tmp_path / "parts.json") == metrics(tmp_path / "whole.json")
-    assert not list((tmp_path / "home" / "eval").iterdir())
+    assert not list((home / "eval").iterdir())

@@ -13,9 +13,9 @@ import torch
 from d2o.data.draws import draw
 from d2o.data.images import open_images
 from d2o.errors import UserError
-from d2o.evaluation import extractors as features
-from d2o.evaluation import paper_protocols, preset_check, subjects, tools
+from d2o.evaluation import extractors, paper_protocols, preset_check, subjects, tools
 from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.leaks import leak_notes
 from d2o.evaluation.prepare import parse_preparation, quantize
@@ -26,7 +26,6 @@ from d2o.evaluation.run import evaluate_all
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import save_statistics
 from d2o.evaluation.tools import Tools
-from d2o.features.extractor import Extractor
 from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.metrics.inception_score import inception_score
 from d2o.metrics.kid import kid
@@ -60,9 +59,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extractors and models whose weights cannot be here."""
     for name in ("inception", "inception-clean", "inception-legacy_pytorch", "dinov2_vitl14", "clip", "lite0"):
         monkeypatch.setitem(
-            features.EXTRACTORS, name, lambda name, weights, device: Mean(name, weights, device, classes=7)
+            extractors.EXTRACTORS, name, lambda name, weights, device: Mean(name, weights, device, classes=7)
         )
-    monkeypatch.setitem(features.EXTRACTORS, "dreamsim", Mean)
+    monkeypatch.setitem(extractors.EXTRACTORS, "dreamsim", Mean)
     monkeypatch.setattr(tools, "ClipScore", StandInClip)
     monkeypatch.setattr(tools, "load_pair_distance", lambda name, weights, device: StandInDistance(name))
 

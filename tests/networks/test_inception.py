@@ -6,7 +6,7 @@ import torch
 
 from d2o.interop.torchvision_compat import ensure
 from d2o.networks.inception import Inception, from_tensorflow_names
-from tests.metrics.inception_graph import Graph
+from tests.evaluation.inception_graph import Graph
 
 ensure()
 import pytorch_fid.inception  # noqa: E402

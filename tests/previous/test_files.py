@@ -15,7 +15,7 @@ from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.data.stream import PairStream
 from d2o.diffusion.noise import noise_and_labels
-from d2o.evaluation.records import load_records
+from d2o.evaluation.results import load_records
 from d2o.interop.safetensors_io import load_file
 from d2o.students.base import load_student
 from d2o.teachers.compute import Compute

@@ -58,8 +58,8 @@ def warm(long: bool = False) -> None:
 
     from d2o.cli import app, eval_run, export, pairs, plan, sample, sweep, teachers, train_run  # noqa: F401
     from d2o.data import images, pair_tools, prompts  # noqa: F401
+    from d2o.evaluation import run  # noqa: F401
     from d2o.export import exporter  # noqa: F401
-    from d2o.metrics import tables  # noqa: F401
     from d2o.recipes import load  # noqa: F401
     from d2o.students import consistency, generate, multistep, style  # noqa: F401
     from d2o.training import loop, setup  # noqa: F401

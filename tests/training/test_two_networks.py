@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.methods.base import METHODS, Batch, Loop, Method, Setup
+from d2o.recipes.changes import forbidden
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
 from d2o.training.loop import Trainer
+from d2o.training.player import check_players
 
 
 class TinyGAN(Method):
@@ -32,7 +35,7 @@ class TinyGAN(Method):
         self.generator, self.critic = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 1))
         self.critic_frozen: list[bool] = []
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "critic": self.critic}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
@@ -213,3 +216,34 @@ def test_a_run_of_the_previous_version_goes_on(recipe, tmp_path):
     whole, _ = load_file(fixture / "whole.safetensors")
     assert trainer.iteration == 40
     torch.testing.assert_close(load_file(run / "checkpoints" / "last.safetensors")[0], whole, rtol=1e-5, atol=1e-6)
+
+
+def test_critics_have_optimisers_of_their_own(recipe, tmp_path):
+    critic = "optim_critics={critic: {name: sgd, lr: 0.02, schedule: cosine}}"
+    own = recipe(critic, "images=1280", "checkpoint.every=5000")
+    trainer = train(own, tmp_path)
+    assert [type(p.optimizer).__name__ for p in trainer.players.values()] == ["Adam", "SGD"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0.05, 0.05] and lines[0]["lr_critic"] > lines[1]["lr_critic"] > 0
+    longer = recipe(critic, "images=2560")
+    assert "optim_critics.critic.schedule: cosine" in forbidden(own.resolved(), longer.resolved(), 1280)[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "words"),
+    [
+        (["optim_critics={critc: {lr: 1}}"], 1, "optim_critics.critc: method tiny-gan trains no network of that name"),
+        (["optim.no_decay=['*norm*']"], 1, "optim.no_decay: '*norm*' fits no parameter"),
+        (["strategy=shard", "compile=true"], 2, "compile: torch.compile has not been tried with strategy shard"),
+        (["strategy=shard", "channels_last=true"], 2, "channels_last: strategy shard"),
+        (["strategy=shard", "compile=true"], 1, ""),
+    ],
+)
+def test_what_players_refuse(recipe, changes, world, words):
+    run = recipe(*changes)
+    method = TinyGAN(Setup(run.options))
+    if not words:
+        return check_players(run, method, method.players(), world)
+    with pytest.raises(UserError) as refused:
+        check_players(run, method, method.players(), world)
+    assert words in str(refused.value)

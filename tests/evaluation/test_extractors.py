@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
+from d2o.evaluation import resizing
 from d2o.evaluation.extractors import FeatureExtractor, load_extractor
 from d2o.features import clip, common, dinov2, lite0, load, load_features, vgg16
 from d2o.interop import torchvision_compat
@@ -294,7 +295,7 @@ def test_clip_features_are_those_of_cleanfid(tiny_clip, tiny_clip_file):
             for image in x
         ]
         assert torch.equal(
-            common.each_image(x, lambda image: common.pil_bicubic_crop(image, 224)), torch.stack(prepared)
+            resizing.each_image(x, lambda image: resizing.pil_bicubic_crop(image, 224)), torch.stack(prepared)
         )
         expected = theirs(torch.stack(prepared).float())
         assert expected.norm(dim=1).sub(1).abs().min() > 0.1  # not normalised

@@ -16,9 +16,9 @@ from d2o.features.inception import read_inception
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torchvision_compat import ensure
 from d2o.networks.inception import Inception, from_tensorflow_names
+from tests.evaluation.inception_graph import Graph
 from tests.interop.conftest import nvidia_modules  # noqa: F401 (a fixture)
 from tests.interop.nvidia_writer import Persistent, dumps
-from tests.metrics.inception_graph import Graph
 
 ensure()
 import pytorch_fid.inception  # noqa: E402

@@ -1,0 +1,64 @@
+"""What a process needs of memory in training, under both strategies, from the shapes of the networks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from d2o.training.exchange import BUCKET
+from d2o.training.share import optimisers
+from d2o.training.strategy import blocks, divides
+
+if TYPE_CHECKING:
+    from d2o.methods.base import Method
+    from d2o.recipes.schema import Recipe
+
+MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
+FP32 = 4
+GATHERED = 3
+"""Of the largest block: its weights, their gradients, and the weights of the next one, which are fetched meanwhile."""
+
+
+def memory_of(
+    recipe: Recipe, method: Method, players: Mapping[str, nn.Module], processes: int, shard: bool
+) -> dict[str, int]:
+    """Bytes by part, without activations."""
+
+    def size(parameters: Iterable[nn.Parameter]) -> int:
+        return FP32 * sum(_held(p, processes) if shard else p.numel() for p in parameters)
+
+    memory: dict[str, int] = {}
+    options = optimisers(recipe, method, list(players))
+    trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in players.items()}
+    memory["trained weights"] = sum(size(parameters) for parameters in trained.values())
+    held = sum(size(p for p in net.parameters() if not p.requires_grad) for net in players.values())
+    if held:
+        memory["frozen weights in them"] = held
+    memory["gradients"] = memory["trained weights"]
+    names = " and ".join(dict.fromkeys(o.name for o in options.values()))
+    memory[f"optimiser ({names})"] = sum(size(trained[name]) * MOMENTS[o.name] for name, o in options.items())
+    memory["EMA"] = size(players[method.product].parameters())
+    for name, state in method.states().items():
+        buffers = sum(b.numel() * b.element_size() for b in state.buffers())
+        if (kept := size(state.parameters()) + buffers) > 2**16:
+            memory[f"{name} (kept beside them)"] = kept
+    if shard:
+        memory["gathered blocks"] = max(GATHERED * _largest(net, processes) for net in players.values())
+    elif processes > 1:
+        memory["gradients on their way"] = FP32 * min(2 * BUCKET, memory["gradients"] // FP32)
+    return memory
+
+
+def _held(p: nn.Parameter, processes: int) -> int:
+    """Numbers of it that the first process has, which has no fewer than the others."""
+    return p.numel() * -(-p.shape[0] // processes) // p.shape[0] if divides(p, processes) else p.numel()
+
+
+def _largest(network: nn.Module, processes: int) -> int:
+    """Bytes of the most that is gathered at once: a block, or what is in none."""
+    units = [list(unit.parameters()) for unit in blocks(network)]
+    inside = {p for unit in units for p in unit}
+    rest = [p for p in network.parameters() if p not in inside]
+    return FP32 * max(sum(p.numel() for p in unit if divides(p, processes)) for unit in [*units, rest])
