@@ -6,6 +6,8 @@ from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.methods.base import get_method, method_names
+from d2o.networks.edm_view import EDMView
+from d2o.networks.precond import Denoiser
 from d2o.teachers.base import Teacher
 from d2o.teachers.in_edm import in_edm
 from d2o.teachers.kinds import FAMILIES, Kind, kind_of
@@ -66,4 +68,9 @@ def check_teacher(method: str, teacher: Teacher | None) -> Teacher:
     if teacher is None:
         raise UserError(f"method {method} needs a `teacher:`", "d2o teachers lists some")
     check_kind(method, kind_of(teacher))
-    return in_edm(teacher)
+    found = in_edm(teacher)
+    if not isinstance(found.network, (Denoiser, EDMView)):
+        kind = type(found.network).__name__
+        what = f"method {method} cannot learn from teacher {teacher.spec.name!r}: its network is a {kind}, no denoiser"
+        raise UserError(what, "d2o teachers lists some")
+    return found

@@ -37,6 +37,8 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "flow",
 }
 """What a diffusers folder holds -> its family."""
+NETWORKS = {"UNet2DModel": "ddpm", "UNet2DConditionModel": "sd", "SD3Transformer2DModel": "flow"}
+"""Likewise of a network."""
 UNKNOWN = "diffusers"
 """The family of a repository of the hub, of which nothing but its name is known."""
 
@@ -71,8 +73,7 @@ def kind_of(teacher: Teacher) -> Kind:
     network, name, text = teacher.network, teacher.spec.name, teacher.spec.condition == "text"
     if isinstance(network, Denoiser):
         return replace(_edm(name, {**getattr(network, "config", {}), "precond": network.precond}), text=text)
-    family = {"UNet2DModel": "ddpm", "UNet2DConditionModel": "sd"}.get(type(network).__name__, "flow")
-    return Kind(name, family, text=text)
+    return Kind(name, NETWORKS.get(type(network).__name__, UNKNOWN), text=text)
 
 
 def look(name: str) -> Kind | None:

@@ -212,4 +212,5 @@ def test_without_out_the_store_is_where_training_looks_for_it(run, tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
     code, _, err = run("--teacher", "tiny-sd", "--prompts", "p.txt", "--steps", 1)
     assert code == 0
+    assert "note:" not in err
     assert "runs/pairs/tiny-sd-ddim1-p-n2-seed0" in err

@@ -12,12 +12,14 @@ from d2o.data.pair_settings import PairSettings
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.methods.base import Setup, get_method
+from d2o.methods.score_networks import look, true_score
 from d2o.methods.teachers import check_kind, why_not
 from d2o.recipes.schema import Recipe
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
+from d2o.teachers.in_edm import in_edm
 from d2o.teachers.kinds import kind_of
 from d2o.training.loop import Trainer
 from tests.teachers.families import TEACHERS, tiny
@@ -138,3 +140,40 @@ def test_a_cell(row, name, teachers, images, pairs, tmp_path):
 
 def test_the_page_of_the_matrix_is_current():
     assert PAGE.read_text(encoding="utf-8") == page(), "python tools/matrix.py writes it"
+
+
+def test_scores_are_guided(teachers):
+    teacher = in_edm(teachers["sd"])
+    generator = torch.Generator().manual_seed(0)
+    x, sigma = (
+        torch.randn(3, *teacher.spec.shape, generator=generator),
+        torch.tensor([0.3, 1.0, 5.0])[:, None, None, None],
+    )
+    embedded = teacher.embed(Condition.of_prompts(["a", "b c", ""]))
+    guided = teacher.guided(x, sigma.flatten(), embedded, 3.0)
+    torch.testing.assert_close(true_score(teacher, x, sigma, embedded, None, 3.0), guided)
+    empty = teacher.unconditional(embedded)
+    found = look(teacher.network, x, sigma, embedded, "encoder_decoder", None, 3.0, empty)
+    torch.testing.assert_close(found[0], guided)
+    torch.testing.assert_close(found[1], teacher.network(x, sigma, embedded, part="encoder"))
+    assert not torch.allclose(guided, teacher.denoise(x, sigma.flatten(), embedded))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sid", {"cfg": 3.0, "score_cfg": 1.5}), ("dmd", {"cfg": 3.0}), ("cd", {"cfg": 3.0, "N": 4})],
+)
+def test_guided_cells(method, options, teachers, images, pairs, tmp_path):
+    train(tmp_path, method, options, teachers["sd"], images, pairs)
+    with pytest.raises(UserError, match="takes none"):
+        train(tmp_path / "none", method, options, teachers["ddpm"], images, pairs)
+
+
+def test_distances_of_images_are_not_taken_of_latents(teachers, images, pairs, tmp_path):
+    for method, options in (
+        ("cd", {"distance": "lpips"}),
+        ("dmd", {"lambda_reg": 0.25}),
+        ("ode", {"loss": "perceptual", "extractor": "digits"}),
+    ):
+        with pytest.raises(UserError, match="compares images, and teacher 'sd' makes latents"):
+            train(tmp_path, method, options, teachers["sd"], images, pairs)

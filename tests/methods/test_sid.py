@@ -25,7 +25,7 @@ from d2o.recipes.plan import make_plan
 from d2o.students.base import Student, load_student
 from d2o.students.multistep import MultistepStudent
 from d2o.teachers.base import Spec, Teacher
-from tests.helpers import SPEC, TinyText, tiny_network, tiny_student, tiny_teacher
+from tests.helpers import SPEC, tiny_network, tiny_student, tiny_teacher
 from tests.methods.recording import Loop
 from tests.methods.test_latent import train
 from tests.methods.test_methods import CPU, Images
@@ -429,10 +429,6 @@ def other_images(**attributes):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (
-            lambda: sid(teacher=TinyText()).draw_condition(Draws(0, 0, 2, 2, CPU)),
-            "method sid draws prompts for its student, and the recipe names none",
-        ),
         (lambda: get_method("sid")(Setup(SiDOptions(), student=STUDENT)), "needs a `teacher:`"),
         (
             lambda: sid(student=SimpleNamespace(sigma=80.0, init="teacher", dropout=None)),

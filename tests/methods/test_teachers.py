@@ -67,10 +67,10 @@ def test_a_refusal_says_why_and_what_can_be_done(ddpm):
 def test_what_each_method_takes_of_the_published_teachers():
     taken = {method: {name for name in names() if takes(method, look(name))} for method in DISTILLING}
     edm, edm2 = ({name for name in names() if name.startswith(start)} for start in ("edm-", "edm2-"))
-    texts = {"sd15", "sdxl", "sd3-medium"}
+    text = {"sd15", "sdxl", "sd3-medium"}
     assert taken == {
-        **dict.fromkeys(("cd", "ctm", "pd"), edm | texts),
-        **dict.fromkeys(("dmd", "ode", "sid"), edm | edm2 | texts),
+        **dict.fromkeys(("cd", "ctm", "pd"), edm | text),
+        **dict.fromkeys(("dmd", "ode", "sid"), edm | edm2 | text),
     }
 
 
