@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from d2o.interop.safetensors_io import atomic_write
+
+_print_traceback = threading.excepthook
+
+
+def _said_by_the_next_write(args: Any) -> None:
+    """TensorBoard writes in a thread of its own. What goes wrong there (a full disk) is raised again by the next write, and said there in one
+    line: the thread prints no traceback before it."""
+    if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+        _print_traceback(args)
 
 
 class RunLog:
@@ -24,6 +34,7 @@ class RunLog:
             if kept != lines:
                 atomic_write(path, "".join(kept))
         self.file = path.open("a")
+        threading.excepthook = _said_by_the_next_write
         # Scalars are written at images. Where an earlier process has left some, those from the next image on are void.
         self.board = SummaryWriter(str(board), purge_step=images + 1 if board.exists() else None)
 
