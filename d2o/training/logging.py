@@ -14,7 +14,8 @@ _print_traceback = threading.excepthook
 
 
 def _said_by_the_next_write(args: Any) -> None:
-    """TensorBoard writes in a thread of its own. What goes wrong there (a full disk) is raised again by the next write, and said there in one
+    """TensorBoard writes in a thread of its own. What goes wrong there (a full disk) is raised again by the next write,
+    and said there in one
     line: the thread prints no traceback before it."""
     if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
         _print_traceback(args)
