@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def test_an_interruption_of_the_imports_ends_without_a_traceback(tmp_path: Path,
         str(tmp_path / "x.zip"),
     ]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell ignores it in what runs behind it
     assert (done.returncode, done.stderr) == (130, "stopped\n")

@@ -54,7 +54,8 @@ def test_what_is_spared_changes_nothing(pipes, noise, kind, dtype):
     for cfg in (1.0, 5.0):
         ours, theirs = (each.sample(noise, ASKED, cfg=cfg) for each in (teacher, plain(teacher)))
         size = float(theirs.abs().max())
-        assert torch.allclose(ours, theirs, rtol=0, atol=(1e-5 if dtype is None else 0.02) * size)
+        # Rounding (6e-8) of each of the steps is guided five times as far: 7e-6 were seen, depending on the kernels.
+        assert torch.allclose(ours, theirs, rtol=0, atol=(1e-4 if dtype is None else 0.02) * size)
 
 
 def test_keys_and_values_once_a_sample_and_the_first_layers_on_one_half(pipes, noise):
