@@ -3,7 +3,7 @@
 #   make test      the test suite
 #   make torture   every command killed at every event, every kind of file damaged; half an hour (JOBS=2 at once)
 #   make lint      ruff, mypy, and the floors of the house
-#   make results   docs/results.md and the README's table, from results/*.json
+#   make results   the tables of docs/results.md and of the README, from results/*.json
 #   make clean     remove what these leave behind
 # Settings: PYTHON=python3.12 (any 3.10 to 3.13), VENV=folder, PIP_ARGS='--index-url ...' (a CPU-only index saves gigabytes of CUDA)
 

@@ -43,9 +43,7 @@ def tiny_autoencoder(path: Path | None = None, seed: int = 0) -> Autoencoder:
 def tiny_text_to_image(path: Path | None = None, seed: int = 0, **meta) -> TextToImage:
     torch.manual_seed(seed)
     network = TextToImage({**VAE, "scaling_factor": 0.5}, UNET, TEXT, WORDS).eval()
-    spec = Spec(
-        "tiny", network.latent_shape, space="latent", condition="text", licence="CC-BY-4.0", solver="ddim", steps=50
-    )
+    spec = Spec("tiny", network.latent_shape, condition="text", licence="CC-BY-4.0", solver="ddim", steps=50)
     if path is not None:
         save_file(path, network.state_dict(), checkpoint_meta("teacher", network.config, spec, **meta))
     return network

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 import venv
 import zipfile
 from importlib import metadata
@@ -186,11 +185,10 @@ except SystemExit as end:
 
 @pytest.mark.parametrize("what", ["import d2o", HELP])
 def test_import_and_help_are_light(what: str, tmp_path: Path) -> None:
-    heavy = "print('heavy:', *sorted({'torch', 'numpy', 'transformers', 'PIL'} & set(sys.modules)))"
-    start = time.perf_counter()
+    names = {"torch", "numpy", "transformers", "PIL", "pydantic", "yaml", "rich.progress"}  # 0.25 s without them
+    heavy = f"print('heavy:', *sorted({names} & set(sys.modules)))"
     out = run(sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{what}\n{heavy}", cwd=tmp_path)
     assert out.endswith("heavy:"), out[-200:]
-    assert time.perf_counter() - start < 3  # under 1 s on an idle machine
 
 
 def test_constraints_pin_every_installed_requirement() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.evaluation.protocol import hardware
-from d2o.features.load import load_classifier
+from d2o.features.load import load_features
 from d2o.methods.latent_diffusion import classify
 from d2o.teachers.registry import load_teacher
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--teacher", default="tiny-sd")
     options = parser.parse_args()
-    teacher, extractor = load_teacher(options.teacher), load_classifier("digits")
+    teacher, extractor = load_teacher(options.teacher), load_features("digits")
     numbers = torch.arange(options.n)
 
     def read(prompts: list[str], cfg: float) -> torch.Tensor:

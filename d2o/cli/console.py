@@ -6,14 +6,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape as escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.markup import escape
 
 from d2o.cli.hints import fit
 from d2o.runtime import worker
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -54,12 +56,6 @@ def size(n: int) -> str:
     raise AssertionError
 
 
-def table(rows: Table) -> None:
-    """A table of long names (stdout): in a file or pipe there is room for them."""
-    wide = out if out.is_terminal else Console(file=out.file, width=max(out.width, 160), highlight=False, emoji=False)
-    wide.print(rows)
-
-
 class Meter:
     """Progress of a command: a live bar on a terminal, a line every few seconds elsewhere. The time that is left is
     shown from the second update on, as the mean rate since the first has it. Silent on all workers but the first, and
@@ -70,8 +66,10 @@ class Meter:
         self.start, self.first, self.printed = time.perf_counter(), done, time.perf_counter()
         self.quiet = quiet or worker()[0] != 0
         self.told = False
-        self.progress = None
+        self.progress: Progress | None = None
         if not self.quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -217,7 +217,7 @@ def _extras() -> dict[str, dict[str, Any]]:
 
 def _teachers() -> dict[str, str]:
     """Teachers that are on this machine -> where."""
-    from d2o.teachers import catalogue
+    from d2o.interop import catalogue
 
     here = {
         name: catalogue.local_path(published)

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from d2o.cli import complete, console
 from d2o.cli.eval_run import Targets, check_asked, measured
@@ -267,6 +265,9 @@ def evaluate(
 
 def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
     """The results as a table, with the protocol below."""
+    from rich import box
+    from rich.table import Table
+
     from d2o.reports.comparison import fold, results_table
 
     width = to.width if to.is_terminal else max(to.width, 160)  # in a file or pipe there is room

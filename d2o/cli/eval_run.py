@@ -15,7 +15,7 @@ from d2o.runtime import Stopped, worker
 
 if TYPE_CHECKING:
     from d2o.evaluation.protocol import Settings
-    from d2o.evaluation.run import Request
+    from d2o.evaluation.request import Request
 
 Result = dict[str, Any]
 STDOUT = Path("-")
@@ -58,7 +58,7 @@ class Targets:
         if not (self.json or self.csv or self.markdown or self.report or save_stats):
             return
         from d2o.evaluation.results import check_json_target
-        from d2o.evaluation.statistics import is_statistics
+        from d2o.evaluation.statistics_files import is_statistics
         from d2o.interop.outputs import check_output
         from d2o.reports.formats import check_table_target
         from d2o.reports.report import check_report_target
@@ -136,9 +136,10 @@ def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Result]]:
 
 def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:
     """The request and settings that these option values mean. UserError: not those of the protocol."""
-    from d2o.evaluation.presets import apply_preset, find_preset
+    from d2o.evaluation.paper_protocols import find_preset
+    from d2o.evaluation.presets import apply_preset
     from d2o.evaluation.protocol import Settings
-    from d2o.evaluation.run import Request
+    from d2o.evaluation.request import Request
 
     preset = find_preset(values["protocol"]) if values["protocol"] else None
     values = values | {
@@ -173,7 +174,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
 
 def _one_after_another(request: Request, settings: Settings, save_stats: Path | None, place: Any) -> list[Result]:
     from d2o.evaluation.run import evaluate_all
-    from d2o.evaluation.statistics import save_statistics
+    from d2o.evaluation.statistics_files import save_statistics
 
     records = []
     for result in evaluate_all(request, settings, _meter, place=place):

@@ -21,7 +21,7 @@ def teachers(
     from rich import box
     from rich.table import Column, Table
 
-    from d2o.teachers import catalogue
+    from d2o.interop import catalogue
     from d2o.teachers.registry import teacher_names
 
     if name is not None:
@@ -41,8 +41,8 @@ def teachers(
 
 
 def _one(name: str) -> None:
+    from d2o.interop import catalogue
     from d2o.interop.assets import asset
-    from d2o.teachers import catalogue
     from d2o.teachers.registry import BUILTIN, teacher_names
 
     if name in BUILTIN:

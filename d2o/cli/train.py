@@ -215,6 +215,8 @@ def _run(
         run_sweep(name, overrides, sweeps, out, data or on_bad, mini, plan, device_name, start)
         return
     recipe = load_recipe(name, overrides, mini=mini)
+    for note in recipe.notes:
+        console.say(note)
     folder = out or Path("runs") / (recipe.name + ("-mini" if mini else ""))
     if resume and (begun := begun_recipe(folder)) is not None:
         recipe = load_recipe(name, overrides, mini=mini, begun=begun.resolved())

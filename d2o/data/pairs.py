@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,23 +32,19 @@ from d2o.data.pair_tools import verify
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
 
-CACHE_BYTES = 2**30
-"""Stores whose noises and targets take at most this many bytes in float32 are kept in memory."""
-
 
 class PairStore:
-    """A finished pair store, for reading at random; `data.stream.PairStream` reads in order. `path`: a folder or any
-    fsspec URL, whose shards are copied into the cache ($D2O_HOME) when they are touched. Threads may share it.
+    """A finished pair store, for reading at random; training streams it (`data.stream`). `path`: a folder or any fsspec
+    URL, whose shards are copied into the cache ($D2O_HOME) when they are touched. Threads may share it.
 
     len(store), store[i] -> (noise [C, H, W] float32, class index, prompt or None, target [C, H, W] float32),
-    store.batch(indices) -> (noise, `Condition`, target) for many. Stores up to `cache_bytes` (noises and targets as
-    float32) are read into memory by the first `batch`; larger ones are memory-mapped.
+    store.batch(indices) -> (noise, `Condition`, target) for many, memory-mapped.
     `n`: only the first n pairs, which need be all that is finished. UserError: no store, damaged, unfinished, fewer
     than n pairs, or made by a torch that draws other noise. A shard that is damaged, or holds a value that is not
     finite, is refused when it is first touched.
     """
 
-    def __init__(self, path: str | Path, cache_bytes: int = CACHE_BYTES, n: int | None = None):
+    def __init__(self, path: str | Path, n: int | None = None):
         self.path = path
         self.folder, self.manifest, self.settings = open_store(path)
         if n is not None:
@@ -65,8 +60,6 @@ class PairStore:
         self._entries = {entry["file"]: entry for entry in self.manifest["shards"]}
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._labelled = self.settings.labels not in ("none", "text")
-        self._fits = 8 * len(self) * math.prod(self.shape) <= cache_bytes
-        self._cache: tuple[np.ndarray | None, ...] | None = None
 
     def __len__(self) -> int:
         return self.settings.n
@@ -84,20 +77,8 @@ class PairStore:
         Negative indices count from the end. IndexError: out of range.
         """
         index = self._index(indices)
-        noise, labels, target = self._values(index)
+        noise, labels, target = self._gather(index)
         return noise, Condition(len(index), labels, tuple(self.prompts(index)) if self.has_prompts else None), target
-
-    def _values(self, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Noises, class indices and targets, from memory where they fit there."""
-        if not self._fits:
-            return self._gather(index)
-        if self._cache is None:
-            # As numpy arrays: batches are read by a thread beside the one that computes, where torch would start OpenMP
-            # threads of its own.
-            self._cache = tuple(None if t is None else t.numpy() for t in self._gather(torch.arange(len(self))))
-        noise, labels, target = (None if t is None else torch.from_numpy(t[index.numpy()]) for t in self._cache)
-        assert noise is not None and target is not None
-        return noise, labels, target
 
     def prompts(self, indices: Sequence[int] | Tensor | np.ndarray) -> list[str]:
         """The prompts of these pairs. UserError: the store has none."""

@@ -1,35 +1,47 @@
 """Pairs in shuffled order for training, from stores of any size in bounded memory.
 
 The order of an epoch is a block shuffle: the shards are permuted and taken `buffer` at a time; the pairs of such a
-group are permuted among themselves. It is cut into global batches of world * batch pairs, of which each rank takes its
-slice: any division of the same global batch among ranks gives the same pairs. The order depends on (seed, epoch,
-buffer) and the store alone, by way of random bits that numpy keeps the same in all its versions, and any place in it is
-reached without reading what comes before.
+group are permuted among themselves. A store that is one group is permuted as a whole, and stays in memory. Epoch
+follows upon epoch without end, and all of it is cut into global batches of world * batch pairs, of which each rank
+takes its slice: any division of the same global batch among ranks gives the same pairs. The order depends on (seed,
+epoch, buffer) and the store alone, and any place in it is reached without reading what comes before.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2o.condition import Condition
+from d2o.data.order import shuffled
 from d2o.data.prompts import unpack
 from d2o.errors import UserError
 from d2o.work.folder import Ahead, Unit
+
+GROUP_BYTES = 2**30
+"""Noises and targets of a group take about this many bytes in float32, where `buffer` is not given."""
+
+
+class Seeded(Protocol):
+    """Settings that say the seed of pair 0."""
+
+    @property
+    def seed(self) -> int: ...
 
 
 class Shards(Protocol):
     """What is streamed: a `data.pairs.PairStore`, or anything with its shards."""
 
     @property
-    def settings(self) -> Any: ...  # .seed: that of pair 0
+    def settings(self) -> Seeded: ...
 
     @property
     def units(self) -> list[Unit]: ...
@@ -50,9 +62,9 @@ class Pairs(NamedTuple):
     target: Tensor
 
 
-class _Wanted(NamedTuple):
-    """What to read of a group: its shards, whose first pair has `place` in the order of the epoch, without the first
-    `skip` pairs."""
+class _Group(NamedTuple):
+    """The shards of a group, whose first pair has `place` in the order of all epochs; its first `skip` pairs are not
+    wanted."""
 
     epoch: int
     number: int
@@ -61,30 +73,36 @@ class _Wanted(NamedTuple):
     skip: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rows:
-    """This rank's pairs of one group, in their order: a column for each tensor of the shards, as it is on the disk;
-    prompts packed."""
+    """Pairs of one group in memory: a column for each tensor of the shards, as it is on the disk; prompts packed.
+    `order`: which of them are this rank's, in their order."""
 
+    order: np.ndarray
     seeds: np.ndarray
     columns: dict[str, np.ndarray]
     texts: dict[int, dict[str, Tensor]]  # by shard
     places: np.ndarray  # [n, 2]: shard, and row in it
 
 
+class _Piece(NamedTuple):
+    """The pairs first .. last - 1 of a group's order."""
+
+    rows: _Rows
+    first: int
+    last: int
+
+
 class PairStream:
-    """`for noise, condition, target in stream` gives the rest of the present epoch; the next such loop gives the
-    next epoch.
+    """`for noise, condition, target in stream` goes on without end: `itertools.islice` takes some.
 
     `batch`: pairs in a batch of this rank. `buffer`: shards in a group; this rank's part of one group, and of the next
-    while it is fetched, is
-    in memory. `drop_last`: leave out the pairs of an epoch that fill no global batch; else they come in a smaller last
-    one, cut evenly (ranks may get none). `prefetch`: batches made in advance in a thread, beside another that fetches
-    the next group; 0: no threads.
+    while it is fetched, is in memory (None: about 1 GiB of pairs). `prefetch`: batches made in advance in a thread,
+    beside another that fetches the next group; 0: no threads.
 
-    `position` is (epoch, index) of the next batch; `seek` goes there. `close()`, or leaving a `with` block, ends the
-    threads.
-    UserError: numbers out of range; a store smaller than one global batch.
+    `position` is the number of the batch that comes next; `seek` goes to any. `close()`, or leaving a `with` block,
+    ends the threads.
+    UserError: numbers out of range.
     """
 
     def __init__(
@@ -94,10 +112,10 @@ class PairStream:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        buffer: int = 16,
-        drop_last: bool = True,
+        buffer: int | None = None,
         prefetch: int = 2,
     ):
+        buffer = _shards_at_once(store) if buffer is None else buffer
         for name, value, least in (
             ("batch", batch, 1),
             ("world", world, 1),
@@ -110,38 +128,39 @@ class PairStream:
         if not 0 <= rank < world:
             raise UserError(f"rank must be from 0 to {world - 1}, not {rank}", "ranks count from 0")
         self.store, self.batch, self.seed, self.rank, self.world = store, batch, seed, rank, world
-        self.buffer, self.drop_last, self.prefetch = buffer, drop_last, prefetch
+        self.buffer, self.prefetch = buffer, prefetch
         self.pairs = sum(unit.n for unit in store.units)
-        if drop_last and self.pairs < batch * world:
-            what = f"the store has {self.pairs} pairs, fewer than one batch of {batch * world}"
-            raise UserError(
-                what + (f" ({batch} on each of {world} ranks)" if world > 1 else ""), "choose a smaller batch"
-            )
-        self._position = (0, 0)
-        self._running: Ahead[Any, Pairs] | None = None  # the batches that come next
-        self._loading: Ahead[Any, Any] | None = None  # the groups that they are made from
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        whole, rest = divmod(self.pairs, self.batch * self.world)
-        return whole if self.drop_last or not rest else whole + 1
+        self._position = 0
+        self._whole: _Rows | None = None  # a store that is one group
+        self._running: Ahead[list[_Piece], Pairs] | None = None  # the batches that come next
+        self._loading: Ahead[_Group, _Rows] | None = None  # the groups that they are made from
 
     @property
-    def position(self) -> tuple[int, int]:
-        """(epoch, index) of the batch that comes next."""
+    def position(self) -> int:
+        """The number of the batch that comes next."""
         return self._position
 
-    def seek(self, epoch: int, index: int = 0) -> None:
-        """Make batch `index` of that epoch the next one. UserError: there is none."""
-        if epoch < 0 or not 0 <= index < len(self):
-            raise UserError(f"there is no batch {index} in epoch {epoch}", f"an epoch has batches 0 to {len(self) - 1}")
-        self.close()
-        self._position = (epoch, index)
+    def seek(self, position: int) -> None:
+        """Make batch `position` the next one. UserError: there is none."""
+        if position < 0:
+            raise UserError(f"there is no batch {position}", "batches count from 0")
+        if position != self._position:
+            self.close()
+            self._position = position
 
     def __iter__(self) -> Iterator[Pairs]:
-        epoch = self._position[0]
-        while self._position[0] == epoch:
-            yield self._next()
+        return self
+
+    def __next__(self) -> Pairs:
+        if self._running is None:
+            self._running = Ahead(self._make, self._pieces(self._position), self.prefetch)
+        try:
+            batch = next(self._running)
+        except BaseException:  # a shard that cannot be read: the next attempt starts from here
+            self.close()
+            raise
+        self._position += 1
+        return batch
 
     def close(self) -> None:
         """End the threads; the stream can be used again."""
@@ -158,93 +177,80 @@ class PairStream:
     ) -> None:
         self.close()
 
-    def _next(self) -> Pairs:
-        if self._running is None:
-            self._running = Ahead(self._make, self._pieces(*self._position), self.prefetch)
-        try:
-            batch = next(self._running)
-        except BaseException:  # a shard that cannot be read: the next attempt starts from here
-            self.close()
-            raise
-        epoch, index = self._position
-        self._position = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
-        return batch
-
     # Which pairs, in which order
 
-    def _groups(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """(place of its first pair in the order of the epoch, its shards) of each group."""
-        order = shuffled(len(self.store.units), self.seed, epoch).tolist()
-        found, place = [], 0
-        for first in range(0, len(order), self.buffer):
-            shards = order[first : first + self.buffer]
-            found.append((place, shards))
-            place += sum(self.store.units[number].n for number in shards)
-        return found
-
-    def _mine(self, places: np.ndarray) -> np.ndarray:
-        """Which of these places in the order of an epoch are this rank's."""
-        size = self.batch * self.world
-        whole, rest = divmod(self.pairs, size)
-        mine = (places % size) // self.batch == self.rank
-        last = places >= whole * size
-        begin, end = (
-            (0, 0) if self.drop_last else (self.rank * rest // self.world, (self.rank + 1) * rest // self.world)
-        )
-        within = places - whole * size
-        return np.where(last, (within >= begin) & (within < end), mine)
-
-    def _size(self, index: int) -> int:
-        """Pairs in this rank's batch of that index."""
-        whole, rest = divmod(self.pairs, self.batch * self.world)
-        return self.batch if index < whole else (self.rank + 1) * rest // self.world - self.rank * rest // self.world
-
-    def _wanted(self, epoch: int, index: int) -> Iterator[_Wanted]:
+    def _groups(self, position: int) -> Iterator[_Group]:
         """The groups from that batch on, without end."""
-        for now in itertools.count(epoch):
-            first = index * self.batch * self.world if now == epoch else 0
-            for number, (place, shards) in enumerate(self._groups(now)):
-                if place + sum(self.store.units[shard].n for shard in shards) > first:
-                    yield _Wanted(now, number, place, shards, max(first - place, 0))
+        begin = position * self.batch * self.world
+        for epoch in itertools.count(begin // self.pairs):
+            place, several = epoch * self.pairs, self.buffer < len(self.store.units)
+            order = shuffled(len(self.store.units), self.seed, epoch, "shards") if several else self._all()
+            for number, first in enumerate(range(0, len(order), self.buffer)):
+                shards = order[first : first + self.buffer].tolist()
+                n = sum(self.store.units[shard].n for shard in shards)
+                if place + n > begin:
+                    yield _Group(epoch, number, place, shards, max(begin - place, 0))
+                place += n
 
-    def _pieces(self, epoch: int, index: int) -> Iterator[list[tuple[_Rows, int, int]]]:
-        """For each batch, without end, the parts of groups that it consists of: (rows, first, last + 1)."""
-        groups = self._loading = Ahead(self._load, self._wanted(epoch, index), min(self.prefetch, 1))
+    def _all(self) -> np.ndarray:
+        return np.arange(len(self.store.units))
+
+    def _order(self, group: _Group) -> np.ndarray:
+        """This rank's pairs of the group, by their places in its shards, in their order."""
+        n = sum(self.store.units[shard].n for shard in group.shards)
+        whole = self.buffer >= len(self.store.units)
+        order = shuffled(n, self.seed, group.epoch, *([] if whole else [group.number]))[group.skip :]
+        places = np.arange(group.place + group.skip, group.place + n)
+        return order[places % (self.batch * self.world) // self.batch == self.rank]
+
+    def _pieces(self, position: int) -> Iterator[list[_Piece]]:
+        """For each batch, without end, the parts of groups that it consists of."""
+        groups = self._loading = Ahead(self._load, self._groups(position), min(self.prefetch, 1))
         rows, used = next(groups), 0
-        for now in itertools.count(epoch):
-            for number in range(index if now == epoch else 0, len(self)):
-                pieces, missing = [], self._size(number)
-                while missing > len(rows.seeds) - used:
-                    pieces.append((rows, used, len(rows.seeds)))
-                    missing -= len(rows.seeds) - used
-                    rows, used = next(groups), 0
-                pieces.append((rows, used, used + missing))
-                used += missing
-                yield pieces
+        while True:
+            pieces, missing = [], self.batch
+            while missing > len(rows.order) - used:
+                pieces.append(_Piece(rows, used, len(rows.order)))
+                missing -= len(rows.order) - used
+                rows, used = next(groups), 0
+            pieces.append(_Piece(rows, used, used + missing))
+            used += missing
+            yield pieces
 
     # Reading. numpy only: in a thread, a large operation of torch would start a second team of OpenMP threads.
 
-    def _load(self, group: _Wanted) -> _Rows:
-        """This rank's rows of the group; shards are read front to back, one at a time."""
-        units = [self.store.units[shard] for shard in group.shards]
+    def _load(self, group: _Group) -> _Rows:
+        """This rank's rows of the group; of a store that is one group all rows, once."""
+        order = self._order(group)
+        if self.buffer < len(self.store.units):
+            return self._read(group.shards, order)
+        if self._whole is None:
+            self._whole = rows = self._read(group.shards, np.arange(self.pairs))
+            if "noise" not in rows.columns:
+                rows.columns["noise"] = np.empty((self.pairs, *self.store.shape), np.float32)
+                draw_noise(rows.seeds.tolist(), torch.from_numpy(rows.columns["noise"]))
+        return replace(self._whole, order=order)
+
+    def _read(self, shards: list[int], wanted: np.ndarray) -> _Rows:
+        """These pairs of these shards, which are read front to back, one at a time."""
+        units = [self.store.units[shard] for shard in shards]
         bounds = np.cumsum([0, *(unit.n for unit in units)])
-        mine = self._mine(np.arange(group.place + group.skip, group.place + bounds[-1]))
-        order = shuffled(int(bounds[-1]), self.seed, group.epoch, 1 + group.number)[group.skip :][mine]
-        slots = np.searchsorted(bounds, order, side="right") - 1
-        found = _Rows(np.empty(len(order), np.int64), {}, {}, np.stack([slots, order - bounds[slots]], axis=1))
-        for slot, (shard, unit) in enumerate(zip(group.shards, units)):
+        slots = np.searchsorted(bounds, wanted, side="right") - 1
+        places = np.stack([slots, wanted - bounds[slots]], axis=1)
+        found = _Rows(np.arange(len(wanted)), np.empty(len(wanted), np.int64), {}, {}, places)
+        for slot, (shard, unit) in enumerate(zip(shards, units)):
             here = np.flatnonzero(slots == slot)
             if not len(here):
                 continue
-            here = here[np.argsort(order[here], kind="stable")]
-            rows = order[here] - bounds[slot]
+            here = here[np.argsort(wanted[here], kind="stable")]
+            rows = wanted[here] - bounds[slot]
             found.seeds[here] = self.store.settings.seed + unit.start + rows
             tensors = self.store.shard(shard)
             for name in ("target", "label", "noise"):
                 if name in tensors:
                     column = _array(tensors[name])
                     if name not in found.columns:
-                        found.columns[name] = np.empty((len(order), *column.shape[1:]), column.dtype)
+                        found.columns[name] = np.empty((len(wanted), *column.shape[1:]), column.dtype)
                     found.columns[name][here] = column if len(rows) == len(column) else column[rows]
             if "prompt_ends" in tensors:
                 found.texts[slot] = {
@@ -254,39 +260,41 @@ class PairStream:
             self.store.forget(shard)
         return found
 
-    def _make(self, pieces: list[tuple[_Rows, int, int]]) -> Pairs:
-        n = sum(last - first for _, first, last in pieces)
-        noise, target = torch.empty(n, *self.store.shape), np.empty((n, *self.store.shape), np.float32)
-        labels, prompts = np.empty(n, np.int64), list[str]()
-        has_labels = any("label" in rows.columns for rows, _, _ in pieces)
-        has_prompts = any(rows.texts for rows, _, _ in pieces)
+    def _make(self, pieces: list[_Piece]) -> Pairs:
+        noise = torch.empty(self.batch, *self.store.shape)
+        target = np.empty((self.batch, *self.store.shape), np.float32)
+        labels, prompts = np.empty(self.batch, np.int64), list[str]()
+        has_labels = any("label" in piece.rows.columns for piece in pieces)
+        has_prompts = any(piece.rows.texts for piece in pieces)
         at = 0
         for rows, first, last in pieces:
             if first == last:  # it may be of a group in which this rank has nothing
                 continue
-            part = slice(at, at + last - first)
-            _to_float(rows.columns["target"][first:last], target[part])
+            part, chosen = slice(at, at + last - first), rows.order[first:last]
+            _to_float(rows.columns["target"][chosen], target[part])
             if "noise" in rows.columns:
-                noise.numpy()[part] = rows.columns["noise"][first:last]
+                noise.numpy()[part] = rows.columns["noise"][chosen]
             else:
-                draw_noise(rows.seeds[first:last].tolist(), noise[part])
+                draw_noise(rows.seeds[chosen].tolist(), noise[part])
             if "label" in rows.columns:
-                labels[part] = rows.columns["label"][first:last]
+                labels[part] = rows.columns["label"][chosen]
             if rows.texts:
-                prompts += _texts(rows, first, last)
+                prompts += _texts(rows, chosen)
             at = part.stop
         condition = Condition(
-            n,
+            self.batch,
             torch.from_numpy(labels) if has_labels else None,
             tuple(prompts) if has_prompts else None,
         )
         return Pairs(noise, condition, torch.from_numpy(target))
 
 
-def shuffled(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0 .. n - 1 that is a function of n and `key`. (numpy promises the raw bits, not what
-    `permutation` makes of them.)"""
-    return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable")
+def _shards_at_once(store: Shards) -> int:
+    """How many shards make a group, where that is not said; all of a store of `GROUP_BYTES`."""
+    a_pair = 8 * math.prod(store.shape)
+    if a_pair * sum(unit.n for unit in store.units) <= GROUP_BYTES:
+        return len(store.units)
+    return max(1, GROUP_BYTES // (a_pair * max(unit.n for unit in store.units)))
 
 
 def draw_noise(seeds: list[int], out: Tensor) -> None:
@@ -313,9 +321,9 @@ def _to_float(values: np.ndarray, out: np.ndarray) -> None:
         out[...] = values
 
 
-def _texts(rows: _Rows, first: int, last: int) -> list[str]:
-    found = [""] * (last - first)
-    places = rows.places[first:last]
+def _texts(rows: _Rows, chosen: np.ndarray) -> list[str]:
+    found = [""] * len(chosen)
+    places = rows.places[chosen]
     for slot in np.unique(places[:, 0]).tolist():
         here = np.flatnonzero(places[:, 0] == slot)
         for i, text in zip(here.tolist(), unpack(rows.texts[slot], places[here, 1])):

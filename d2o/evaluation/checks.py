@@ -43,7 +43,7 @@ def check(x: Subject, reference: Reference | None, plan: Task, settings: Setting
                 f"metric {name} compares with the teacher's images of equal noise; {x.source} has no teacher here",
                 "name it with --teacher" if isinstance(x, Generator) else "it is for students and teachers",
             )
-        if name.startswith("latent-") and isinstance(x, Generator) and x.spec.space != "latent":
+        if name.startswith("latent-") and isinstance(x, Generator) and not x.spec.latent:
             raise UserError(f"metric {name} compares latents; {x.source} works in pixels", "take lpips")
         if kind == "rows" and not isinstance(x, Numbers):
             counts = [

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from d2o.data.draws import label_mode
+from d2o.evaluation.account import doubts, has, protocol_of
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.catalogue import Want, combine
 from d2o.evaluation.checks import check, told
@@ -25,7 +25,6 @@ from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
 from d2o.evaluation.task import Task
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import Extractor
 from d2o.runtime import worker
 from d2o.version import __version__
 
@@ -89,10 +88,10 @@ def evaluate_one(
             metrics["distance"] = _distance(pairs.columns, plan.teacher, settings)
     statistics = (
         runs[0].statistics(plan.main)
-        if plan.main is not None and (isinstance(x, Numbers) or _has(runs[0], plan.main))
+        if plan.main is not None and (isinstance(x, Numbers) or has(runs[0], plan.main))
         else None
     )
-    notes = [*x.notes, *plan.notes, *(reference.notes if reference else []), *_warnings(x, runs[0], reference, plan)]
+    notes = [*x.notes, *plan.notes, *(reference.notes if reference else []), *doubts(x, runs[0], reference, plan)]
     if isinstance(x, Pictures) and (copies := x.duplicates()):
         notes.append(f"{x.source}: {copies:,} of {x.n:,} images are pixel for pixel copies of another")
     if isinstance(x, Generator):
@@ -106,7 +105,7 @@ def evaluate_one(
         "name": name or x.name,
         "x": {"kind": x.kind, "source": x.source, **x.record},
         "metrics": metrics,
-        "protocol": _protocol(x, runs[0], reference, plan, settings),
+        "protocol": protocol_of(x, runs[0], reference, plan, settings),
         "env": hardware(device),
         "timings": {"seconds": round(time.perf_counter() - started, 3), "generating": round(sum(seconds), 3)},
         "notes": list(dict.fromkeys(notes)),
@@ -217,91 +216,3 @@ def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[
         "seeds": [settings.seed, settings.seed + columns.n - 1],
         "teacher": {"source": teacher.source, **speed, **made},
     }
-
-
-def _has(side: Side, extractor: Extractor) -> bool:
-    return isinstance(side, Measured) and f"{extractor.name}/features" in side.columns.names()
-
-
-def _warnings(x: Subject, run: Side, reference: Reference | None, plan: Task) -> list[str]:
-    """What makes a Fréchet distance of these two sides worth less than it looks."""
-    notes: list[str] = []
-    wants = [
-        want
-        for want in plan.wants
-        if want.metric.compute.__name__ == "frechet" and want.metric.reference == "statistics"
-    ]
-    if reference is None or not wants:
-        return notes
-    for want in wants:
-        extractor = plan.extractor(want)
-        if extractor is None:
-            continue
-        ours, theirs = (
-            run.statistics(extractor, want.metric.output),
-            reference.side.statistics(extractor, want.metric.output),
-        )
-        for who, s in ((x.source, ours), (f"the reference {reference.name}", theirs)):
-            if s.rank_deficient:
-                notes.append(
-                    f"{who} has {s.n:,} images for {s.dim} features: too few, the distance comes out far too large"
-                )
-        if ours.resize and theirs.resize and ours.resize != theirs.resize and reference.kind != "statistics":
-            notes.append(f"{x.source}: resize {ours.resize}; the reference {reference.name}: resize {theirs.resize}")
-        if not isinstance(x, Numbers) and not theirs.weights_sha256:
-            notes.append(f"{reference.name} doesn't say which weights made it; taken to be of the same extractor")
-    if x.source.startswith("real:") and x.source.startswith(reference.name):
-        notes.append(f"{x.source} is part of its own reference")
-    return notes
-
-
-def _protocol(x: Subject, run: Side, reference: Reference | None, plan: Task, settings: Settings) -> dict[str, Any]:
-    """Everything that a number depends on, besides x's weights."""
-    extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
-    main = next(iter(extractors.values()), plan.main)
-    features = ", ".join(f"{e.name}/{e.dim}" for e in extractors.values()) or (
-        f"{main.name}/{main.dim}" if main else "not stated"
-    )
-    resize = (
-        run.statistics(main).resize
-        if main is not None and (isinstance(x, Numbers) or _has(run, main))
-        else settings.preparation.describe()
-    )
-    protocol: dict[str, Any] = {
-        "n_gen": run.n,
-        "seeds": None,
-        "repeats": 1,
-        "labels": None,
-        "features": features,
-        "weights_sha256": main.sha256 if main else None,
-        "resize": resize or None,
-        "quantize": None,
-        "ref": None,
-        "n_ref": None,
-    }
-    if len(extractors) > 1:
-        protocol["weights"] = {name: e.sha256 for name, e in extractors.items()}
-        protocol["resizes"] = {name: e.resize for name, e in extractors.items()}
-    if isinstance(x, Generator):
-        labels = label_mode(settings.labels, x.spec.classes, x.spec.name) if x.spec.classes else None
-        protocol["seeds"] = [settings.seed, settings.seed + settings.n * settings.repeats - 1]
-        protocol |= {"repeats": settings.repeats, "labels": labels, "quantize": settings.quantize}
-        if x.prompts is not None:
-            protocol |= {"prompts": len(x.prompts), "prompts_sha256": x.prompts.sha256}
-    elif isinstance(x, Pictures):
-        protocol |= {
-            "labels": "own" if x.labelled else None,
-            "quantize": settings.quantize if x.kind == "pairs" else "as stored",
-        }
-    if reference is not None:
-        ref_resize = (
-            reference.side.statistics(main).resize if main is not None and plan.outputs("statistics", "rows") else None
-        )
-        protocol |= {
-            "ref": reference.name,
-            "ref_kind": reference.kind,
-            "n_ref": reference.n,
-            "ref_seeds": reference.seeds,
-            "ref_resize": ref_resize or None,
-        }
-    return protocol

@@ -29,7 +29,7 @@ def sample_grid(
         images, labels = x.batch(picks)
         order = _by_label(labels, len(images))
         return _record(images[order], labels, order, columns)
-    columns = _columns(x.spec.shape) if x.spec.space == "pixel" else 2
+    columns = _columns(x.spec.shape) if not x.spec.latent else 2
     noise, condition = noise_for(
         x.spec, range(settings.seed, settings.seed + columns**2), settings.labels, prompts=x.prompts
     )

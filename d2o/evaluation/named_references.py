@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d2o.errors import UserError, unknown
-from d2o.evaluation.statistics import Statistics, load_statistics
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.statistics_files import load_statistics
 from d2o.interop.download import download, home
 from d2o.interop.transfer import Received
 

@@ -65,9 +65,8 @@ def generate(
     check_finite(floats, seeds, x.name)
     images = settings.preparation.apply(quantize(floats, settings.quantize))
     prompts = None if condition.prompts is None else list(condition.prompts)
-    return ImageBatch(
-        images, condition.labels, prompts, floats, made if x.spec.space == "latent" else None, seconds=seconds
-    )
+    latents = made if x.spec.latent else None
+    return ImageBatch(images, condition.labels, prompts, floats, latents, seconds=seconds)
 
 
 def pair_pass(x: Generator, teacher: Generator, settings: Settings, probes: Sequence[Probe], device: Device) -> Pass:

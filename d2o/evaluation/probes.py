@@ -11,8 +11,8 @@ from torch import Tensor
 
 from d2o.evaluation.clip_scorer import ClipScore
 from d2o.evaluation.collect import ImageBatch
+from d2o.evaluation.pair_distances import PairDistance
 from d2o.features.extractor import Extractor
-from d2o.features.perceptual import PairDistance
 
 
 class FeatureProbe:

@@ -14,15 +14,16 @@ from d2o.data.latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
+from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.paper_protocols import find_preset
 from d2o.evaluation.passes import feature_probes, generator_pass
-from d2o.evaluation.presets import find_preset, hold_to
+from d2o.evaluation.preset_check import hold_to
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference, generated_reference, load_reference, measure_reference
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Device, Generator, Pictures, pictures
 from d2o.evaluation.workplace import Workplace
-from d2o.features.extractor import check_shape
-from d2o.features.load import Extractor, load_extractor
+from d2o.features.extractor import Extractor, check_shape
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 
@@ -86,7 +87,7 @@ class FrechetEvaluator:
 
     def check(self, spec: Spec) -> None:
         """UserError unless the extractor takes the images of that spec."""
-        if spec.space == "pixel":  # decoded latents have another size; the extractor checks them
+        if not spec.latent:  # decoded latents have another size; the extractor checks them
             check_shape(spec.shape, self.extractor, of="the student's images")
 
     def score(

@@ -12,7 +12,8 @@ from d2o.evaluation.named_references import REFERENCES, find_reference, is_named
 from d2o.evaluation.passes import Outputs, feature_probes, generator_pass, pictures_pass
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.sides import Batchwise, Given, Measured, Side
-from d2o.evaluation.statistics import Statistics, holds_statistics, load_statistics
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.statistics_files import holds_statistics, load_statistics
 from d2o.evaluation.subjects import (
     Device,
     Generator,

@@ -3,23 +3,22 @@ measure each X."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from d2o.errors import UserError
 from d2o.evaluation.catalogue import Want, parse_metrics
 from d2o.evaluation.checks import check
 from d2o.evaluation.collect import Meter, silent
 from d2o.evaluation.evaluate import Evaluation, evaluate_one
-from d2o.evaluation.presets import Preset, check_result, hold_to, refuse
-from d2o.evaluation.protocol import Settings, option
+from d2o.evaluation.extractors import EXTRACTORS, default_extractor
+from d2o.evaluation.preset_check import check_result, hold_to, refuse
+from d2o.evaluation.presets import Preset
+from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference, check_enough, default_reference, measure_reference, open_reference
+from d2o.evaluation.request import Request, command
 from d2o.evaluation.subjects import (
-    Device,
     Generator,
     Numbers,
     Pictures,
@@ -32,32 +31,7 @@ from d2o.evaluation.task import Task, reference_outputs
 from d2o.evaluation.tools import Tools
 from d2o.evaluation.workplace import Workplace
 from d2o.features.extractor import Extractor
-from d2o.features.load import EXTRACTORS, default_extractor
 from d2o.runtime import StopFlag, Stopped
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for. None: the default that fits X."""
-
-    xs: Sequence[str]
-    against: str | None = None
-    metrics: Sequence[str] = ()
-    extractor: str | None = None
-    weights: Sequence[str] = ()
-    teacher: str | None = None
-    teacher_distance: bool = True
-    names: Sequence[str] = ()
-    reference_needed: bool = True
-    on_bad: str = "refuse"
-    grid: bool = True
-    latency: bool = False
-    neighbours: int = 0
-    device: Device = "cpu"
-    preset: Preset | None = None
-    work: Path | None = None
-    paper: Sequence[dict[str, float]] = field(default_factory=tuple)  # for each X: what a paper printed
-    steps_typed: bool = False  # by the user, for this X: where it means nothing it is refused
 
 
 @dataclass
@@ -231,7 +205,7 @@ def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
     if isinstance(x, Numbers):
         feature = x.statistics.feature
         return tools.extractor(feature) if feature in EXTRACTORS else None
-    if isinstance(x, Generator) and x.spec.space != "pixel":
+    if isinstance(x, Generator) and x.spec.latent:
         if not any(want.metric.output and want.extractor is None for want in wants):
             return None
         raise UserError(
@@ -246,25 +220,3 @@ def _hold_to(preset: Preset, reference: Reference | None, plan: Task) -> None:
     hold_to(
         preset, list(extractors.values()), reference.name if reference else None, reference.n if reference else None
     )
-
-
-def command(request: Request, settings: Settings, x: str, reference: Reference | None) -> str:
-    """The command line that measures `x` again."""
-    words = ["d2o", "eval", x]
-    against = request.against or (reference.name if reference and not request.preset else None)
-    given: dict[str, Any] = {
-        "protocol": request.preset.name if request.preset else None,
-        "against": against,
-        "extractor": request.extractor,
-        "teacher": request.teacher,
-        "metrics": None if request.preset else ",".join(request.metrics),
-    }
-    words += [word for key, value in given.items() if value for word in (f"--{key}", value)]
-    words += [word for text in request.weights for word in ("--weights", text)]
-    words += ["--no-teacher-distance"] * (not request.teacher_distance) + ["--latency"] * request.latency
-    words += ["--neighbours", str(request.neighbours)] if request.neighbours else []
-    defaults, fixed = asdict(Settings()), request.preset.settings if request.preset else {}
-    for key, value in asdict(settings).items():
-        if value != defaults[key] and key not in fixed:
-            words += [option(key), str(value)]
-    return shlex.join(words)

@@ -17,13 +17,16 @@ from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
-from d2o.evaluation.statistics import Statistics, is_statistics, load_statistics
-from d2o.features.load import Extractor, check_shape
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.statistics_files import is_statistics, load_statistics
+from d2o.features.extractor import Extractor, check_shape
 from d2o.inputs import check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import count_parameters
 from d2o.networks.processor import arrange
+from d2o.spaces.base import UNNAMED
+from d2o.spaces.load import load_space
 from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
@@ -312,7 +315,7 @@ def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
 
     store, preparation = PairStore(text), settings.preparation
     teacher: str = store.manifest["teacher"]["name"]
-    decode = _decoder(teacher, store.spec, device)
+    decode = _decoder(teacher, Spec.from_dict(store.spec, text), device)
 
     def batch(indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         _, condition, target = store.batch(indices)
@@ -335,13 +338,13 @@ def _pairs(text: str, settings: Settings, device: Device) -> Pictures:
     )
 
 
-def _decoder(teacher: str, spec: dict[str, Any], device: Device) -> Callable[[Tensor], Tensor]:
-    """How a pair store's targets become images. Pixels need no teacher; latents do."""
-    if spec["space"] == "pixel":
-        low, high = spec["value_range"]
-        return lambda x: x.clamp(low, high)
-    model = load_teacher(teacher, device)
-    return lambda x: model.decode(x.to(model.device))
+def _decoder(teacher: str, spec: Spec, device: Device) -> Callable[[Tensor], Tensor]:
+    """How a pair store's targets become images. Only stores of older versions need their teacher for it."""
+    if not spec.latent:
+        return lambda x: x.clamp(*spec.value_range)
+    if spec.space == UNNAMED:
+        return load_teacher(teacher, device).decode
+    return load_space(spec.space, device).decode
 
 
 def _pictures(text: str, settings: Settings, extractor: Extractor | None, on_bad: str) -> Pictures:
@@ -394,7 +397,7 @@ def shape_of(subject: Subject) -> tuple[int, ...] | None:
 
 def check_subject(subject: Subject, extractor: Extractor) -> None:
     """UserError unless the extractor can take the subject's images."""
-    if isinstance(subject, Generator) and subject.spec.space == "latent":
+    if isinstance(subject, Generator) and subject.spec.latent:
         return  # decoded images have another size; the extractor checks them
     shape = shape_of(subject)
     if shape is not None:

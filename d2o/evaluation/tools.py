@@ -9,11 +9,10 @@ from typing import Any
 
 from d2o.errors import UserError, unknown
 from d2o.evaluation.clip_scorer import ClipScore
-from d2o.evaluation.pair_distances import PAIR_DISTANCES, load_pair_distance
+from d2o.evaluation.extractors import EXTRACTORS, load_extractor
+from d2o.evaluation.pair_distances import PAIR_DISTANCES, PairDistance, load_pair_distance
 from d2o.evaluation.subjects import Device
 from d2o.features.extractor import Extractor
-from d2o.features.load import EXTRACTORS, load_extractor
-from d2o.features.perceptual import PairDistance
 
 
 class Tools:

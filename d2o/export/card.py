@@ -98,8 +98,7 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
             else "from a teacher that the checkpoint does not name"
         )
         what = (
-            f"A one-step generator (one network call from noise to {'image' if spec.space == 'pixel' else 'latent'}),"
-            f" {origin}."
+            f"A one-step generator (one network call from noise to {'latent' if spec.latent else 'image'}), {origin}."
         )
     else:
         what = (
@@ -107,10 +106,11 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
             " make an image."
         )
     labels = f"class label, {spec.classes} classes" if spec.condition == "label" else "none"
+    space = "latent" if spec.latent else "pixel"
     rows = {
         "format": f"{FORMATS[file_format]}, {detail}",
         "made from": f"{_code(source_name)}, weights sha256 {_code(source.fingerprint)}",
-        "output": f"{' x '.join(map(str, spec.shape))} (channels, height, width), {spec.space} space",
+        "output": f"{' x '.join(map(str, spec.shape))} (channels, height, width), {space} space",
         "condition": labels,
         "network": _code((meta.get("network") or {}).get("arch", "not recorded")),
         "parameters": f"{sum(p.numel() for p in source.network.parameters()):,}",
@@ -218,7 +218,7 @@ def _limitations(source: Loaded, file_format: str) -> str:
         )
     if file_format == "diffusers":
         points.append("The scheduler in the folder has the one step that the student was trained for; no other fits.")
-    elif spec.space == "pixel":
+    elif not spec.latent:
         points.append(
             f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."
         )

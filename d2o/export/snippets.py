@@ -123,7 +123,7 @@ def _torch_pixels(source: Loaded, name: str) -> list[str]:
 
 
 def _pixels(source: Loaded) -> bool:
-    return source.spec.space == "pixel" and tuple(source.spec.value_range) == (-1.0, 1.0)
+    return not source.spec.latent and tuple(source.spec.value_range) == (-1.0, 1.0)
 
 
 def _shape(source: Loaded) -> str:

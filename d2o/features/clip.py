@@ -4,6 +4,7 @@ CLIP score."""
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from d2o.errors import unknown
-from d2o.features.common import each_image, fit, in_chunks, normalise, package, pil_bicubic_crop
-from d2o.features.extractor import Extractor
+from d2o.features.base import Features, placed
+from d2o.features.common import bicubic, each_image, filled, fit, normalise, package, pil_bicubic_crop, token_map, watch
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
@@ -37,20 +38,33 @@ NO_WEIGHTS = (
 )  # constants that TorchScript stores beside them
 
 
-class ClipFeatures(Extractor):
-    """Features: the image embedding after the projection, not normalised, as clean-fid has it. It computes in half
-    precision on a GPU; this
-    does not. Images: short side to 224 by Pillow's bicubic, rounded to 8 bits, central square."""
+class ClipFeatures(Features):
+    """Vector: the image embedding after the projection, not normalised, as clean-fid has it (in half precision on a
+    GPU; this computes in single precision). Maps: the tokens of places after a quarter, a half, three quarters and all
+    of the blocks. Images: short side to 224, torch's bicubic with antialiasing, central square; `prepare` is what the
+    published numbers have instead."""
 
-    def __init__(self, name: str, network: Any, sha256: str, device: str | torch.device = "cpu"):
-        super().__init__(name, network.visual.output_dim, sha256, device, resize=f"pil_bicubic{SIZE}+center_crop")
-        self.network = network.to(self.device)
+    def __init__(self, name: str, network: Any, sha256: str = ""):
+        super().__init__(name, network, network.visual.output_dim, sha256, resize=f"bicubic{SIZE}+center_crop")
 
-    def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return {name: in_chunks(self.embed, images, self.device) for name in wanted}
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[2:]
+        short = min(height, width)
+        x = bicubic(pixels, (SIZE * height // short, SIZE * width // short))
+        top, left = (round((side - SIZE) / 2) for side in x.shape[2:])
+        return normalise(x[:, :, top : top + SIZE, left : left + SIZE], MEAN, STD)
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.network.encode_image(prepare(images).to(self.device))
+    def taps(self, x: Tensor) -> list[Tensor]:
+        network: Any = self.network
+        transformer = network.visual.transformer
+        tokens = watch(transformer.resblocks, lambda: network.encode_image(x))
+        if not getattr(transformer, "batch_first", False):  # older releases of open_clip
+            tokens = [t.transpose(0, 1) for t in tokens]
+        return [token_map(t, 1) for t in tokens]
+
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        network: Any = self.network
+        return {"features": network.encode_image(x)}
 
 
 def prepare(images: Tensor) -> Tensor:
@@ -62,13 +76,14 @@ def prepare(images: Tensor) -> Tensor:
     return normalise(each_image(images, square), MEAN, STD)
 
 
-def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> ClipFeatures:
-    """The extractor `name` with the weights in `weights`, else those that `find_weights` has.
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+    """The features `name` with the weights in `weights`, else those that `find_weights` has.
 
     UserError: unknown name; no weights to be had; a file of another network; open_clip is not installed.
     """
-    network, sha256 = load_clip(name, weights)
-    return ClipFeatures(full_name(name), network, sha256, device)
+    name = full_name(name)
+    network, sha256 = filled(name, lambda: build(configuration(name)), partial(read_clip, name), weights, device)
+    return placed(ClipFeatures(name, network, sha256), device)
 
 
 def load_clip(name: str, weights: Path | None = None) -> tuple[Any, str]:

@@ -1,9 +1,10 @@
-"""What the extractors share: images to the size and range of a network, in the ways that published numbers use, and
-weights into it."""
+"""What the networks share: images to the size and range of a network, in the ways that published numbers use, weights
+into it, and maps out of it."""
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
+from d2o.interop.safetensors_io import file_sha256
+from d2o.interop.weights import find_weights
 from d2o.networks.fill import fill_network
 
 N = TypeVar("N", bound=nn.Module)
@@ -34,15 +37,6 @@ def at_once(device: torch.device) -> int:
     return CHUNK if device.type != "cpu" else max(4, min(CHUNK, 2 * torch.get_num_threads()))
 
 
-def ready(network: N, device: torch.device) -> N:
-    """The network on the device, its weights in the memory order in which convolutions are faster there (CPU: 1.5 times
-    for Inception)."""
-    network.to(device)
-    if device.type == "cpu":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
-
-
 def package(module: str) -> Any:
     """An optional package's module, imported. UserError: it is not installed."""
     torchvision_compat.ensure()
@@ -55,25 +49,25 @@ def package(module: str) -> Any:
         ) from error
 
 
-def in_chunks(run: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
-    """`run` over a few images at a time, [n, ...] -> [n, d] on the device."""
-    parts = [run(part) for part in images.split(at_once(device))]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def bicubic(images: Tensor, size: int) -> Tensor:
-    """uint8 images [n, C, h, w] -> float32 [n, C, size, size] about [0, 255]: torch's bicubic with antialiasing,
+def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Images [n, C, h, w] in [0, 255] -> float32 [n, C, size, size] about [0, 255]: torch's bicubic with antialiasing,
     neither clipped nor rounded.
 
     EDM2's FD-DINOv2 is computed so.
     """
-    return F.interpolate(images.to(torch.float32), (size, size), mode="bicubic", align_corners=False, antialias=True)
+    size = (size, size) if isinstance(size, int) else size
+    return F.interpolate(images.to(torch.float32), size, mode="bicubic", align_corners=False, antialias=True)
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images [n, 3, h, w] in [0, 255] -> (x / 255 - mean) / std, per channel, float32."""
+    return standardise(x.to(torch.float32) / 255, mean, std)
+
+
+def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images [n, 3, h, w] -> (x - mean) / std, per channel."""
     shift, scale = (torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None] for values in (mean, std))
-    return (x.to(torch.float32) / 255 - shift) / scale
+    return (x - shift) / scale
 
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
@@ -102,6 +96,42 @@ def each_image(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         changed = list(pool.map(one, arrays))
     return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(images.device)
+
+
+def token_map(tokens: Tensor, first: int) -> Tensor:
+    """Tokens [n, first + s * s, d] of a vision transformer -> the map [n, d, s, s] of those of places."""
+    places = tokens[:, first:]
+    side = round(places.shape[1] ** 0.5)
+    return places.transpose(1, 2).unflatten(2, (side, side))
+
+
+def watch(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:
+    """What the blocks at a quarter, a half, three quarters and the whole of the depth give while `run` runs."""
+    found: dict[int, Tensor] = {}
+    depths = sorted({math.ceil(len(blocks) * k / 4) - 1 for k in (1, 2, 3, 4)})
+
+    def keep(i: int) -> Callable[..., None]:
+        return lambda module, inputs, output: found.__setitem__(i, output)
+
+    hooks = [blocks[i].register_forward_hook(keep(i)) for i in depths]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[i] for i in depths]
+
+
+def filled(
+    name: str, build: Callable[[], N], read: Callable[[Path], N], weights: Path | None, device: str | torch.device
+) -> tuple[N, str]:
+    """The network with the weights called `name`, from the file `weights` or from where `find_weights` has them, and
+    the file's sha256. On the meta device, for what it costs, no weights are looked for."""
+    if torch.device(device).type == "meta":
+        with torch.device("meta"):
+            return build().eval().requires_grad_(False), ""
+    path = find_weights(name, weights)
+    return read(path), file_sha256(path)
 
 
 def fit(network: N, tensors: dict[str, Tensor], path: str | Path, what: str, hint: str) -> N:

@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
-from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, bicubic, fit, in_chunks, normalise, package
-from d2o.features.extractor import Extractor
-from d2o.interop.safetensors_io import file_sha256
+from d2o.features.base import Features, placed
+from d2o.features.common import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    bicubic,
+    filled,
+    fit,
+    normalise,
+    package,
+    token_map,
+    watch,
+)
 from d2o.interop.torch_files import read_tensors
-from d2o.interop.weights import find_weights
 
 ARCHITECTURES = {  # width, blocks, heads
     "dinov2_vits14": (384, 12, 6),
@@ -30,31 +38,36 @@ OFFSET = 0.1
 not 16 / 37."""
 
 
-class DinoV2(Extractor):
-    """Features: the class token after the last norm. `network` is one of `vision_transformer`, for images of SIZE
-    pixels."""
+class DinoV2(Features):
+    """Vector: the class token after the last norm. Maps: the tokens of places after a quarter, a half, three quarters
+    and all of the blocks, 16 x 16. `network` is one of `vision_transformer`, for images of SIZE pixels."""
 
-    def __init__(self, name: str, network: Any, sha256: str, device: str | torch.device = "cpu"):
-        super().__init__(name, network.embed_dim, sha256, device, resize=f"bicubic{SIZE}")
-        self.network = network.to(self.device)
+    def __init__(self, name: str, network: Any, sha256: str = ""):
+        super().__init__(name, network, network.embed_dim, sha256, resize=f"bicubic{SIZE}")
 
-    def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return {name: in_chunks(self.class_token, images, self.device) for name in wanted}
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        return normalise(bicubic(pixels, SIZE), IMAGENET_MEAN, IMAGENET_STD)
 
-    def class_token(self, images: Tensor) -> Tensor:
-        x = normalise(bicubic(images.to(self.device), SIZE), IMAGENET_MEAN, IMAGENET_STD)
-        return self.network.forward_features(x)[:, 0]
+    def taps(self, x: Tensor) -> list[Tensor]:
+        network: Any = self.network
+        return [token_map(tokens, 1) for tokens in watch(network.blocks, lambda: network.forward_features(x))]
+
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        network: Any = self.network
+        return {"features": network.forward_features(x)[:, 0]}
 
 
-def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> DinoV2:
-    """The extractor `name` with the weights in `weights`, else those that `find_weights` has.
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+    """The features `name` with the weights in `weights`, else those that `find_weights` has.
 
     UserError: unknown name; no weights to be had; a file of another network, such as the one with registers.
     """
     if name not in NAMES:
         raise unknown("extractor", name, NAMES)
-    path = find_weights(name, weights)
-    return DinoV2(name, read_dinov2(name, path), file_sha256(path), device)
+    network, sha256 = filled(
+        name, partial(vision_transformer, *ARCHITECTURES[name]), partial(read_dinov2, name), weights, device
+    )
+    return placed(DinoV2(name, network, sha256), device)
 
 
 def read_dinov2(name: str, path: Path) -> Any:

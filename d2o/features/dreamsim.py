@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2o.errors import UserError
-from d2o.features.common import at_once
-from d2o.features.extractor import Extractor
+from d2o.features import clip
+from d2o.features.base import Features, placed
+from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, bicubic, standardise, token_map, watch
 from d2o.inputs import check_unpacked, read_json
 from d2o.interop import torchvision_compat
 from d2o.interop.npz import DAMAGED
@@ -37,8 +37,8 @@ CLIP, OPEN_CLIP, ADAPTER = "clip_vitb16_pretrain.pth.tar", "open_clip_vitb16_pre
 DINO = WEIGHTS["dreamsim-dino"].file
 HINT = f"expected {WEIGHTS['dreamsim'].file} of DreamSim's release v0.2.0-checkpoints, or the folder it was unpacked to"
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = IMAGENET_MEAN, IMAGENET_STD
+OPENAI = clip.MEAN, clip.STD
 """Mean and deviation of the pixels in [0, 1] that each transformer was trained with."""
 
 
@@ -55,47 +55,36 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [n, 3, 224, 224] in [0, 1] -> [n, dim]."""
-        tokens = self.dino.prepare_tokens(standardise(x, IMAGENET))
+        tokens = self.dino.prepare_tokens(standardise(x, *IMAGENET))
         for block in self.dino.blocks:
             tokens = block(tokens)
-        x = standardise(x, OPENAI)
+        x = standardise(x, *OPENAI)
         return torch.cat(
             [tokens[:, 0], self.clip(x) @ self.projections[0], self.open_clip(x) @ self.projections[1]], dim=1
         )
 
 
-def standardise(x: Tensor, mean_and_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in mean_and_std)
-    return (x - mean) / std
+class DreamSim(Features):
+    """Vector: the ensemble's embedding less its own mean over the dimensions, of length one; 1 - cosine is the DreamSim
+    distance. Maps: the tokens of places after the last block of each of the three, 14 x 14. Images: torch's bicubic to
+    224 x 224 with antialiasing; in the published numbers it is Pillow's (the evaluation's extractor)."""
 
+    network: Ensemble
 
-class DreamSim(Extractor):
-    """Features: the ensemble's embedding less its own mean over the dimensions, of length one; 1 - cosine is the
-    DreamSim distance."""
+    def __init__(self, ensemble: Ensemble, sha256: str = ""):
+        super().__init__("dreamsim", ensemble, ensemble.dim, sha256, resize=f"bicubic{SIZE}")
 
-    def __init__(self, ensemble: Ensemble, sha256: str, device: str | torch.device = "cpu"):
-        super().__init__("dreamsim", ensemble.dim, sha256, device, resize=f"bicubic{SIZE}")
-        self.ensemble = ensemble.to(self.device, torch.float32).eval().requires_grad_(False)
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        return bicubic(pixels, SIZE) / 255
 
-    def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        features = [
-            normalise(self.ensemble(resize(part.to(self.device)) / 255)) for part in images.split(at_once(self.device))
-        ]
-        return {"features": torch.cat(features)}
+    def taps(self, x: Tensor) -> list[Tensor]:
+        ensemble: Any = self.network
+        last = [part.blocks[-1:] for part in (ensemble.dino, ensemble.clip, ensemble.open_clip)]
+        tokens = watch([block for blocks in last for block in blocks], lambda: ensemble(x))
+        return [token_map(t, 1) for t in tokens]
 
-
-def resize(images: Tensor) -> Tensor:
-    """uint8 images [n, C, H, W] -> float32 [n, C, 224, 224] of whole numbers 0..255; the sides' ratio is not kept.
-
-    Pillow's bicubic filter on 8-bit images, which the package's preprocessing uses: antialiased; across, then down,
-    rounded after each. Few pixels differ from Pillow's, by a level. (Images narrower but higher than 224 pixels Pillow
-    resizes in the other order.)
-    """
-    x = images.float()
-    for size in ((x.shape[2], SIZE), (SIZE, SIZE)):
-        if tuple(x.shape[2:]) != size:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
-    return x
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        return {"features": normalise(self.network(x))}
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -105,8 +94,8 @@ def normalise(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
 
 
-def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor "dreamsim" from the release's archive or the folder it was unpacked to (the package's `cache_dir`).
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+    """The features "dreamsim" from the release's archive or the folder it was unpacked to (the package's `cache_dir`).
 
     DINO's own weights are not in the archive: they are looked for beside it, in the folder, and where `find_weights`
     looks. `sha256` is that of all tensors, so it does not tell the archive from the folder. UserError: a file is
@@ -150,7 +139,7 @@ def _unpack(path: Path, folder: Path) -> None:
         raise UserError(f"{path} is truncated or no zip archive ({error})", HINT) from error
 
 
-def _load(folder: Path, dino: Path, device: str | torch.device) -> Extractor:
+def _load(folder: Path, dino: Path, device: str | torch.device) -> Features:
     files = {"dino": dino, "clip": folder / CLIP, "open_clip": folder / OPEN_CLIP}
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise UserError(f"the weights of DreamSim lack {', '.join(missing)}", HINT)
@@ -168,7 +157,8 @@ def _load(folder: Path, dino: Path, device: str | torch.device) -> Extractor:
         raise UserError(
             f"{ADAPTER} of DreamSim's weights adapts what the ensemble does not have: {next(iter(adapter))}", HINT
         )
-    return DreamSim(Ensemble(*networks, projections=projections), tensors_sha256(source), device)
+    ensemble = Ensemble(*networks, projections=projections).requires_grad_(False)
+    return placed(DreamSim(ensemble, tensors_sha256(source)), device)
 
 
 def _state(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

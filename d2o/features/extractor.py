@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-
-OUTPUTS = ("features", "spatial", "logits")
-"""What an extractor may give of an image: a feature vector, a vector of a layer that still knows places (sFID), class
-logits."""
+from d2o.features.base import check_fit
 
 
 class Extractor(ABC):
@@ -20,7 +17,7 @@ class Extractor(ABC):
 
     `name` for labels and results; `dim` of the features; `sha256` of the weights file; `shape` (C, H, W) of the images
     it takes, None: any size and 1 or 3 channels (grey is repeated); `resize`: what it does to images before its
-    network, as results state it; `classes` that it tells apart (0: none); `outputs`: which of `OUTPUTS` it has.
+    network, as results state it; `classes` that it tells apart (0: none); `outputs`: which of OUTPUTS it has.
     """
 
     def __init__(
@@ -71,17 +68,4 @@ class Extractor(ABC):
 
 def check_shape(shape: tuple[int, ...], extractor: Extractor, of: str = "the images") -> None:
     """UserError unless images of `shape` (C, H, W) fit the extractor."""
-    if extractor.shape is None and shape[0] not in (1, 3):
-        raise UserError(f"{of} are {describe_shape(shape)}, but the extractor {extractor.name!r} takes 1 or 3 channels")
-    if extractor.shape is not None and shape != extractor.shape:
-        raise UserError(
-            f"{of} are {describe_shape(shape)}, but the extractor {extractor.name!r} takes"
-            f" {describe_shape(extractor.shape)}",
-            "give another --extractor; for a set of images --resize crop scales and centre-crops, and the result"
-            " says so",
-        )
-
-
-def describe_shape(shape: tuple[int, ...]) -> str:
-    channels, height, width = shape
-    return f"{width}x{height} pixels of {channels} channel{'s' if channels > 1 else ''}"
+    check_fit(shape, extractor.name, extractor.shape, of)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2o.errors import UserError, unknown
-from d2o.features.common import bicubic, fit, in_chunks, package, ready
-from d2o.features.extractor import Extractor
-from d2o.interop.safetensors_io import file_sha256
+from d2o.errors import UserError
+from d2o.features.backbone import Backbone
+from d2o.features.base import Features, placed
+from d2o.features.common import bicubic, filled, fit, package
 from d2o.interop.torch_files import read_tensors
-from d2o.interop.weights import find_weights
 
 NAMES = ("lite0",)
 FEATURES, CLASSES, SIZE = 1280, 1000, 224
@@ -34,32 +33,66 @@ HINT = (
 MEAN, STD = 127.0, 128.0
 
 
-class Lite0(Extractor):
-    """Features: the activations before the classifier, averaged over places, [n, 1280]. Logits: of ImageNet's classes,
-    [n, 1000]."""
+class Lite0(Features):
+    """Vector: the activations before the classifier, averaged over places, [n, 1280]. Logits: of ImageNet's classes,
+    [n, 1000]. Maps: as the backbone's."""
 
-    def __init__(self, network: Any, sha256: str, device: str | torch.device = "cpu"):
-        super().__init__(
-            "lite0", FEATURES, sha256, device, resize=f"bicubic{SIZE}", classes=CLASSES, outputs=("features", "logits")
-        )
-        self.network = ready(network, self.device)
+    def __init__(self, network: Any, sha256: str = ""):
+        outputs = ("features", "logits")
+        super().__init__("lite0", network, FEATURES, sha256, resize=f"bicubic{SIZE}", classes=CLASSES, outputs=outputs)
 
-    def run(self, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        features = in_chunks(self.pooled, images, self.device)
-        return {name: features if name == "features" else self.network.classifier(features) for name in wanted}
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        return (bicubic(pixels, SIZE) - MEAN) / STD
 
-    def pooled(self, images: Tensor) -> Tensor:
-        x = (bicubic(images.to(self.device), SIZE) - MEAN) / STD
-        return self.network.forward_features(x).mean((2, 3))
+    def taps(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for stage in stages(self.network):
+            x = stage(x)
+            found.append(x)
+        return found
+
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        features = self.network.forward_features(x).mean((2, 3))  # type: ignore[operator]
+        return {
+            name: features if name == "features" else self.network.classifier(features)  # type: ignore[operator]
+            for name in wanted
+        }
 
 
-def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Lite0:
-    """The extractor with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or
-    not this network's."""
-    if name not in NAMES:
-        raise unknown("extractor", name, NAMES)
-    path = find_weights(name, weights)
-    return Lite0(read_lite0(path), file_sha256(path), device)
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+    """The features with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or
+    not this network's; timm is not installed."""
+    network, sha256 = filled("lite0", untrained, read_lite0, weights, device)
+    return placed(Lite0(network, sha256), device)
+
+
+def load_backbone(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+    """The same network as a backbone of a critic. Errors as `load`."""
+    network, sha256 = filled("lite0", untrained, read_lite0, weights, device)
+    return placed(backbone(network, sha256), device)
+
+
+CHANNELS = (24, 40, 112, 320)
+"""Of the four maps: 56, 28, 14 and 7 pixels wide."""
+
+
+def stages(network: Any) -> list[nn.Sequential]:
+    """timm's network in the four parts that a critic looks at: its head is left out."""
+    b = network.blocks
+    parts = [(network.conv_stem, network.bn1, b[0], b[1]), (b[2],), (b[3], b[4]), (b[5], b[6])]
+    return [nn.Sequential(*part) for part in parts]
+
+
+def backbone(network: Any, sha256: str = "") -> Backbone:
+    """timm's network as a backbone. The published critics take mean and deviation 1/2, and bilinear, where the
+    evaluation has what the weights were trained with."""
+    half = (0.5, 0.5, 0.5)
+    return Backbone(stages(network), CHANNELS, half, half, name="lite0", sha256=sha256)
+
+
+def untrained() -> Any:
+    """ "tf_": padded as TensorFlow pads, with its epsilon in the batch norms."""
+    return package("timm").create_model("tf_efficientnet_lite0", pretrained=False)
 
 
 def read_lite0(path: Path) -> Any:
@@ -67,9 +100,7 @@ def read_lite0(path: Path) -> Any:
     tensors = read_tensors(path)
     if "_conv_stem.weight" not in tensors:
         raise UserError(f"{path} is not {WHAT}: it has no '_conv_stem.weight'", HINT)
-    # "tf_": padded as TensorFlow pads, with its epsilon in the batch norms.
-    network = package("timm").create_model("tf_efficientnet_lite0", pretrained=False)
-    return fit(network, {timm_name(name, path): tensor for name, tensor in tensors.items()}, path, WHAT, HINT)
+    return fit(untrained(), {timm_name(name, path): tensor for name, tensor in tensors.items()}, path, WHAT, HINT)
 
 
 STAGES = (1, 2, 2, 3, 3, 4, 1)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from d2o.interop.records import Finite, Record, SpecRecord, check_record
+from d2o.interop.records import Finite, Record, Sha256, SpecRecord, check_record
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=0, le=2**53)]
@@ -67,9 +67,24 @@ class ConsistencyRecord(Record):
     clamp: bool = False
 
 
-class StudentRecord(TeacherRecord):
-    """`student`: its kind, and that kind's settings."""
+class NeedRecord(Record):
+    """A part of another model: its name, and what it has to be."""
 
+    name: str
+    revision: str | None = None
+    sha256: Sha256 | None = None
+
+
+class NeedsRecord(Record):
+    text: NeedRecord | None = None
+    space: NeedRecord | None = None
+
+
+class StudentRecord(TeacherRecord):
+    """`student`: its kind, and that kind's settings; `needs`: the text encoders and the latent space that it takes from
+    elsewhere."""
+
+    needs: NeedsRecord | None = None
     student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
 
 

@@ -34,6 +34,12 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is of the form owner/name, as repositories of the hub have it."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+
+
 def weight_patterns(variant: str | None = None) -> tuple[str, ...]:
     """The weights in diffusers' layout, whole or in shards; not the single-file checkpoints of several GB that often
     lie beside them.

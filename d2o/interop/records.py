@@ -50,6 +50,7 @@ class SpecRecord(Record):
     steps: Annotated[int, Field(ge=1, le=10**6)] = 18
     guidable: bool = True
     latents: str = ""
+    text: str = ""
 
     @model_validator(mode="after")
     def _small_enough(self) -> SpecRecord:

@@ -136,7 +136,27 @@ ENTRIES = (
         _TORCHVISION,
         sha256_prefix="397923af",
     ),
-    # Two trunks of LPIPS; the linear heads come with the package lpips.
+    Weights(
+        "vgg16_bn",
+        "vgg16_bn-6c64b313.pth",
+        "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth",
+        None,
+        None,
+        "BSD-3-Clause",
+        _TORCHVISION,
+        sha256_prefix="6c64b313",
+    ),
+    Weights(
+        "deit",
+        "deit_base_distilled_patch16_224-df68dfff.pth",
+        "https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth",
+        None,
+        None,
+        "Apache-2.0",
+        "https://github.com/facebookresearch/deit/blob/main/LICENSE",
+        sha256_prefix="df68dfff",
+    ),
+    # The trunks of LPIPS; the linear heads come with the package lpips.
     Weights(
         "lpips-alex",
         "alexnet-owt-7be5be79.pth",
@@ -156,6 +176,16 @@ ENTRIES = (
         "BSD-3-Clause",
         _TORCHVISION,
         sha256_prefix="397923af",
+    ),
+    Weights(
+        "lpips-squeeze",
+        "squeezenet1_1-b8a52dc0.pth",
+        "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
+        None,
+        None,
+        "BSD-3-Clause",
+        _TORCHVISION,
+        sha256_prefix="b8a52dc0",
     ),
     *(_latent_lpips(space) for space in ("sd15", "sd21", "sdxl", "sd3", "flux")),
     # DreamSim's archive holds two of its three trunks and the adapters of all; the package gets the third from where

@@ -14,17 +14,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from d2o.diffusion.schedules import karras_sigma
-from d2o.losses.regression import l1, mse, pseudo_huber
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, H, W], t [B]) -> x_0 [B, C, H, W]."""
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 WEIGHTS = ("uniform", "inverse_gap", "truncated_snr")
-LPIPS_SIZE = 224
 
 
 # ---- noise levels ----------------------------------------------------------------------------------------------------
@@ -85,33 +82,7 @@ def column(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype)[:, None, None, None]
 
 
-# ---- distances and weights -------------------------------------------------------------------------------------------
-
-
-def distance(
-    kind: str,
-    x: Tensor,
-    y: Tensor,
-    huber_reduce: str = "vector",
-    network: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """d(x, y) [B]: "l2" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a network that takes
-    two batches [B, 3, 224, 224] in [-1, 1]."""
-    if kind == "lpips":
-        assert network is not None
-        return lpips(x, y, network)
-    if kind == "pseudo_huber":
-        return pseudo_huber(x, y, huber_reduce)
-    return {"l2": mse, "l1": l1}[kind](x, y)
-
-
-def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 (bilinear) as Song et al. 2023 do; grey is
-    repeated. [B]."""
-    a, b = (
-        F.interpolate(image.expand(-1, 3, -1, -1), LPIPS_SIZE, mode="bilinear", align_corners=False) for image in (x, y)
-    )
-    return network(a, b).flatten()
+# ---- weights -------------------------------------------------------------------------------------------------------
 
 
 def weight(kind: str, t: Tensor, u: Tensor) -> Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,28 +11,14 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
 from d2o.interop.torch_files import read_tensors
-from d2o.losses.perceptual import unit
+from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import l1 as mean_absolute
 from d2o.networks.fill import fill_network
 from d2o.networks.latent_vgg import STAGES, LatentVGG
+from d2o.spaces.base import Numbers
+from d2o.spaces.load import SPACES
 
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """The latents of one autoencoder; a diffusion model sees (x - shift) * scale of its raw outputs x."""
-
-    channels: int
-    scale: float
-    shift: float = 0.0
-
-
-SPACES = {
-    "sd15": LatentSpace(4, 0.18215),
-    "sd21": LatentSpace(4, 0.18215),
-    "sdxl": LatentSpace(4, 0.13025),
-    "sd3": LatentSpace(16, 1.5305, 0.0609),
-    "flux": LatentSpace(16, 0.3611, 0.1159),
-}
+RELEASED = ("sd15", "sd21", "sdxl", "sd3", "flux")
 """The latent spaces for which the authors released a network (its weights: `latent-lpips-NAME`)."""
 
 
@@ -45,8 +30,10 @@ class Head(nn.Module):
         super().__init__()
         self.model = nn.Sequential(OrderedDict([("1", nn.Conv2d(channels, 1, 1, bias=False))]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+    @property
+    def weights(self) -> Tensor:
+        """[channels]"""
+        return self.model.get_parameter("1.weight").flatten()
 
 
 class LatentLPIPS(nn.Module):
@@ -57,7 +44,7 @@ class LatentLPIPS(nn.Module):
     files.
     """
 
-    def __init__(self, space: LatentSpace, l1: float = 0.0):
+    def __init__(self, space: Numbers, l1: float = 0.0):
         super().__init__()
         self.space, self.l1 = space, float(l1)
         self.net = LatentVGG(space.channels)
@@ -76,7 +63,7 @@ class LatentLPIPS(nn.Module):
                 f" {[*b.shape]}"
             )
         if raw:
-            a, b = (a - self.space.shift) * self.space.scale, (b - self.space.shift) * self.space.scale
+            a, b = self.space.normalise(a), self.space.normalise(b)
         distance = self.perceptual(a, b)
         return distance + self.l1 * mean_absolute(a, b) if self.l1 else distance
 
@@ -86,11 +73,7 @@ class LatentLPIPS(nn.Module):
         Whoever augments the latents (E-LatentLPIPS, eq. 3) does so before this and adds the L1 term of the unchanged
         ones.
         """
-        total = a.new_zeros(len(a), dtype=torch.float32)
-        for k, (f, g) in enumerate(zip(self.net(a), self.net(b), strict=True)):
-            difference = (unit(f.float()) - unit(g.float())).square()
-            total = total + getattr(self, f"lin{k}")(difference).flatten(1).mean(1)
-        return total
+        return perceptual(a, b, self.net, [getattr(self, f"lin{k}").weights for k in range(len(STAGES))])
 
     def train(self, mode: bool = True) -> LatentLPIPS:
         """Stays in eval mode: its batch norms keep the statistics that they were released with."""
@@ -98,12 +81,12 @@ class LatentLPIPS(nn.Module):
 
 
 def load_latent_lpips(space: str, path: str | Path, l1: float = 0.0) -> LatentLPIPS:
-    """The distance of the latent space `space` (a key of `SPACES`) with a released "tuned" state dict, read strictly.
+    """The distance of the latent space `space` (one of `RELEASED`) with a released "tuned" state dict, read strictly.
 
     UserError: unknown space; `path` is no such file, or not one of this space.
     """
-    if space not in SPACES:
-        raise unknown("latent space", space, SPACES)
+    if space not in RELEASED:
+        raise unknown("latent space", space, RELEASED)
     tensors = read_tensors(path)
     # The released files name the heads twice, as modules and as a list of the same modules.
     twice = {name: tensors.pop(name) for name in [*tensors] if name.startswith("lins.")}

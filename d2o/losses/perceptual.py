@@ -1,25 +1,77 @@
-"""Perceptual distance over the feature maps of any extractor."""
+"""Perceptual distances over the maps of frozen networks; LPIPS among them (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2o.features.lpips import LpipsFeatures
+from d2o.features.lpips import load as load_trunk
 
 Maps = Callable[[Tensor], list[Tensor]]
+Trunk = Literal["alex", "vgg", "squeeze"]
+SIZE = 224
+"""Pixels at which Song et al. 2023 and Yin et al. 2024 take LPIPS of smaller images."""
+TINY = 1e-20
+"""For which `unit` is the package's division by |f| + 1e-10, and has a gradient where f is 0."""
 
 
-def perceptual(x: Tensor, y: Tensor, maps: Maps) -> Tensor:
-    """Sum over the extractor's maps of the squared distance between channel-normalised features, averaged over
-    positions (LPIPS without calibrated weights; Zhang et al. 2018, eq. 1 with w = 1). x, y [B, C, H, W] in [-1, 1] ->
-    [B]; gradients flow to x.
+def perceptual(x: Tensor, y: Tensor, maps: Maps, weights: Sequence[Tensor] | None = None, eps: float = 1e-8) -> Tensor:
+    """Sum over the maps of the squared distance between channel-normalised features, averaged over positions (Zhang et
+    al. 2018, eq. 1). x, y [B, C, H, W], what `maps` takes (`Features.maps`: images in [-1, 1]) -> [B]; gradients flow
+    to both.
+
+    `weights`: of each map's channels [c], calibrated as LPIPS' are; None: all 1.
     """
-    total = x.new_zeros(len(x))
-    for f, g in zip(maps(x), maps(y), strict=True):
-        total = total + (unit(f) - unit(g)).square().sum(1).flatten(1).mean(1)
+    total = single(x.new_zeros(len(x)))
+    for k, (f, g) in enumerate(zip(maps(x), maps(y), strict=True)):
+        square = (unit(single(f), eps) - unit(single(g), eps)).square()
+        if weights is not None:
+            square = square * weights[k][:, None, None]
+        total = total + square.sum(1).flatten(1).mean(1)
     return total
 
 
-def unit(f: Tensor) -> Tensor:
+def single(f: Tensor) -> Tensor:
+    """In single precision at least."""
+    return f.to(torch.promote_types(f.dtype, torch.float32))
+
+
+def unit(f: Tensor, eps: float = 1e-8) -> Tensor:
     """Features [B, C, H, W] scaled to length one over C at every position."""
-    return f / (f.square().sum(1, keepdim=True) + 1e-8).sqrt()
+    return f / (f.square().sum(1, keepdim=True) + eps).sqrt()
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1, the distance of the package `lpips` with its linear heads: (a, b) -> [B] for images [B, 1 or 3, H, W]
+    in [-1, 1], at their own size; gradients flow to both. Frozen, and in no state dict."""
+
+    def __init__(self, features: LpipsFeatures):
+        super().__init__()
+        self.features = features
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return perceptual(a, b, self.features.maps, self.features.weights, TINY)
+
+
+def load_lpips(
+    device: str | torch.device = "cpu",
+    trunk: Trunk = "vgg",
+    pooling: Literal["max", "avg"] = "max",
+    weights: Path | None = None,
+) -> LPIPS:
+    """LPIPS over a trunk. `pooling` "max" as VGG was trained, or "avg" as Song et al. 2023 have it. `weights`:
+    torchvision's file of the trunk; None: it is looked for, but not for the meta device. UserError: none to be had, or
+    another network's; lpips is not installed."""
+    features = load_trunk(f"lpips-{trunk}", weights, device)
+    return LPIPS(features.pool_by_average() if pooling == "avg" else features)
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Images in colour and of 224 px (bilinear), VGG's size: [B, 1 or 3, H, W] -> [B, 3, 224, 224]."""
+    return F.interpolate(images.expand(-1, 3, -1, -1), (SIZE, SIZE), mode="bilinear", align_corners=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
+
+from d2o.losses.perceptual import enlarged
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -31,3 +34,25 @@ def pseudo_huber(x: Tensor, y: Tensor, reduce: str = "vector") -> Tensor:
 
 
 LOSSES = {"mse": mse, "l1": l1, "pseudo_huber": pseudo_huber}
+
+
+def distance(
+    kind: str,
+    x: Tensor,
+    y: Tensor,
+    huber_reduce: str = "vector",
+    network: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """d(x, y) [B]: "l2" or "mse" (mean square), "l1" (mean absolute value), "pseudo_huber", or "lpips" by a
+    network that takes two batches [B, 3, 224, 224] in [-1, 1]."""
+    if kind == "lpips":
+        assert network is not None
+        return lpips(x, y, network)
+    if kind == "pseudo_huber":
+        return pseudo_huber(x, y, huber_reduce)
+    return LOSSES["mse" if kind == "l2" else kind](x, y)
+
+
+def lpips(x: Tensor, y: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """LPIPS of images [B, 1 or 3, H, W] in [-1, 1], resized to 224 x 224 as Song et al. 2023 do. [B]."""
+    return network(enlarged(x), enlarged(y))

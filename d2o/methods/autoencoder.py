@@ -21,15 +21,16 @@ class AutoencoderOptions(Options):
     )
 
 
-class AutoencoderMethod(Method):
+class AutoencoderMethod(Method[AutoencoderOptions]):
+    name = "autoencoder"
     Options = AutoencoderOptions
     data = "images"
     product = "autoencoder"
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[AutoencoderOptions]):
         self.licence = setup.licence
         assert setup.images is not None
-        self.options: AutoencoderOptions = setup.options
+        self.options = setup.options
         channels, resolution, _ = setup.images.shape
         config = {"in_channels": channels, "out_channels": channels, "sample_size": resolution, **setup.need_network()}
         if config.pop("arch", "autoencoder_kl") != "autoencoder_kl":
@@ -48,7 +49,7 @@ class AutoencoderMethod(Method):
         size = resolution // self.autoencoder.factor
         self.latent_shape = (self.autoencoder.vae.config.latent_channels, size, size)
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"autoencoder": self.autoencoder}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

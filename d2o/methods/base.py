@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -30,7 +30,9 @@ METHODS = {
     "dd-gan": "d2o.methods.dd_gan",
     "spi-gan": "d2o.methods.spi_gan",
     "sid": "d2o.methods.sid",
-    "consistency": "d2o.methods.consistency",
+    "cd": "d2o.methods.cd",
+    "pd": "d2o.methods.pd",
+    "ctm": "d2o.methods.ctm",
     "dmd": "d2o.methods.dmd",
 }
 """Name -> module, which has a class `METHOD`."""
@@ -42,26 +44,55 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+O = TypeVar("O", bound=Options)
+
+
 def method_names() -> list[str]:
     return sorted(METHODS)
 
 
-def get_method(name: str) -> type[Method]:
+def get_method(name: str) -> type[Method[Any]]:
     """The method's class. UserError names the known ones."""
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return import_module(METHODS[name]).METHOD
 
 
+class Beginning(Protocol):
+    """How a student starts: the recipe's `student:` section."""
+
+    @property
+    def sigma(self) -> float: ...
+
+    @property
+    def init(self) -> str: ...  # "teacher" or "scratch"
+
+    @property
+    def dropout(self) -> float | None: ...
+
+    @property
+    def freeze(self) -> str: ...  # one of `d2o.networks.freeze.FREEZE`
+
+
+@dataclass(frozen=True)
+class AsTeacher:
+    """The teacher's network as it is, called at the highest noise level."""
+
+    sigma: float = 80.0
+    init: str = "teacher"
+    dropout: float | None = None
+    freeze: str = "none"
+
+
 @dataclass
-class Setup:
+class Setup(Generic[O]):
     """What a method is built from. `network` and `student` are the recipe's sections of that name; `start` is the
     student that `d2o finetune --from` starts from."""
 
-    options: Any
+    options: O
     teacher: Teacher | None = None
     network: dict[str, Any] | None = None
-    student: Any = None
+    student: Beginning = AsTeacher()
     images: ImageSet | LatentSet | None = None
     pairs: PairStore | None = None
     start: Student | None = None
@@ -164,36 +195,41 @@ class Loop(Protocol):
         ...
 
 
-class Method(ABC):
+class Method(ABC, Generic[O]):
     """A way of training. It never opens files, parses YAML, prints or saves."""
 
+    name: ClassVar[str]  # as recipes have it
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
     takes: ClassVar[str] = (
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
-    product: ClassVar[str] = "student"  # which of networks() is the result
+    product: ClassVar[str] = "student"  # which of players() is the result
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 
     @classmethod
-    def needs(cls, options: Any) -> str:
+    def needs(cls, options: O) -> str:
         """What a batch holds under these options: "pairs", "images", or "none": nothing but the teacher is needed,
         labels are drawn."""
         return cls.data
 
     @classmethod
-    def micro_multiple(cls, options: Any) -> int:
+    def micro_multiple(cls, options: O) -> int:
         """Micro-batches are of a multiple of so many samples: those that a loss takes together (see
         `d2o.training.share.divide`)."""
         return 1
 
     @abstractmethod
-    def __init__(self, setup: Setup): ...
+    def __init__(self, setup: Setup[O]): ...
 
     @abstractmethod
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """The networks that its steps only call, by name: never trained, never in a training state."""
+        return {}
 
     def states(self) -> dict[str, nn.Module]:
         """Modules that no optimiser trains and a resumed run needs: a controller, a running mean, a target network."""
@@ -203,7 +239,7 @@ class Method(ABC):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Exactly one iteration of the algorithm; returns scalars for the log (detached tensors, not read here)."""
 
-    def settle(self) -> None:  # noqa: B027  most have nothing to do
+    def settle(self) -> None:
         """What is done to the networks at the end of an iteration, after the product's average has moved."""
 
     def heaviest(self) -> int:
@@ -238,34 +274,6 @@ class Method(ABC):
     def validate(self, product: nn.Module) -> dict[str, float]:
         """Numbers about the product that need no generated images."""
         return {}
-
-
-class GeneratorMethod(Method):
-    """A method that trains a student's network without a teacher: `generator`, of which `student` makes the student;
-    `_spec` is what it makes."""
-
-    product = "generator"
-    generator: Any  # each method knows its own class
-    _spec: Spec
-
-    @abstractmethod
-    def student(self, generator: nn.Module) -> Student:
-        """The student with this network."""
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "student",
-            "network": self.generator.config,
-            "spec": self._spec,
-            "student": self.student(self.generator).record,
-        }
-
-    def spec(self) -> Spec:
-        return self._spec
-
-    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
-        student = self.student(product)
-        return student.decode(student(noise, condition))
 
 
 Generate = Callable[[Tensor, Condition], Tensor]

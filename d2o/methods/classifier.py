@@ -22,14 +22,15 @@ class ClassifierOptions(Options):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
 
 
-class ClassifierMethod(Method):
+class ClassifierMethod(Method[ClassifierOptions]):
+    name = "classifier"
     Options = ClassifierOptions
     data = "images"
     product = "classifier"
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[ClassifierOptions]):
         assert setup.images is not None
-        self.options: ClassifierOptions = setup.options
+        self.options = setup.options
         images = setup.images
         if not images.classes or images.labels is None:
             raise UserError(
@@ -50,7 +51,7 @@ class ClassifierMethod(Method):
         self.train_indices, self.held_indices = order[held:].sort().values, order[:held].sort().values
         self.images = images
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"classifier": self.classifier}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ order) is as in the authors' training.
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,9 +18,10 @@ from d2o.critics.build import build_critic
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.errors import UserError
 from d2o.losses.adversarial import critic_loss, generator_loss, spread, squared_gradient
-from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
-from d2o.networks.build import build_network
+from d2o.methods.base import Batch, Draws, Loop, Options, Setup
+from d2o.methods.student import StudentMethod
 from d2o.networks.ncsnpp_z import DDGANGenerator
+from d2o.students.base import Student
 from d2o.students.multistep import MultistepStudent
 from d2o.teachers.base import Spec
 
@@ -55,13 +55,16 @@ class Randoms(NamedTuple):
     noise: Tensor
 
 
-class DDGAN(GeneratorMethod):
+class DDGAN(StudentMethod[DDGANOptions]):
+    name = "dd-gan"
     Options = DDGANOptions
     data = "images"
+    product = "generator"
+    continues = ("multistep",)
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[DDGANOptions]):
         assert setup.images is not None
-        self.options: DDGANOptions = setup.options
+        self.options = setup.options
         channels, resolution, _ = shape = setup.images.shape
         classes = setup.images.classes if self.options.conditional else 0
         if self.options.conditional and not classes:
@@ -80,7 +83,14 @@ class DDGAN(GeneratorMethod):
         if (config["img_resolution"], config["img_channels"], config["classes"]) != (resolution, channels, classes):
             have = f"{channels} x {resolution} x {resolution}, {classes} classes"
             raise UserError(f"the network section asks for other images than the data has ({have})")
-        generator = build_network(config) if setup.start is None else self.continued(setup.start, shape, classes)
+        self._spec = Spec(
+            setup.name,
+            shape,
+            condition="label" if classes else "none",
+            classes=classes,
+            licence=setup.product_licence(),
+        )
+        generator = self.begin(setup, self._spec, config)
         assert isinstance(generator, DDGANGenerator)
         self.generator = generator
         self.critic = build_critic(
@@ -95,28 +105,16 @@ class DDGAN(GeneratorMethod):
             }
         )
         self.process = DDGANProcess(self.options.steps)
-        self._spec = Spec(
-            setup.name,
-            shape,
-            condition="label" if classes else "none",
-            classes=classes,
-            licence=setup.product_licence(),
-        )
 
-    def continued(self, start: nn.Module, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """The generator of the student that training starts from; the critic is always new."""
-        if not isinstance(start, MultistepStudent) or start.nfe != self.options.steps:
+    def check_start(self, setup: Setup[DDGANOptions], start: Student, spec: Spec) -> None:
+        super().check_start(setup, start, spec)
+        if start.nfe != self.options.steps:
             raise UserError(
-                f"method dd-gan continues students of dd-gan with {self.options.steps} steps, and this is another one"
+                f"dd_gan.steps is {self.options.steps}, but the student to start from makes an image in {start.nfe}",
+                f"set dd_gan.steps: {start.nfe}",
             )
-        if start.spec.shape != shape or start.spec.classes != classes:
-            raise UserError(
-                f"the student to start from makes {start.spec.shape} with {start.spec.classes} classes, the data are"
-                " others"
-            )
-        return copy.deepcopy(start.network).requires_grad_(True).train()
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "critic": self.critic}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
@@ -165,11 +163,8 @@ class DDGAN(GeneratorMethod):
         assert micro.images is not None
         return micro.images, micro.condition.labels if self.options.conditional else None
 
-    def student(self, generator: nn.Module) -> MultistepStudent:
-        return MultistepStudent(generator, self._spec, self.options.steps)
-
-    def nfe(self) -> int:
-        return self.options.steps
+    def made(self, product: nn.Module) -> MultistepStudent:
+        return MultistepStudent(product, self._spec, self.options.steps)
 
 
 METHOD = DDGAN

@@ -16,22 +16,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2o.augment import edm
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
-from d2o.features.load import load_classifier
+from d2o.features.base import check_shape
+from d2o.features.load import load_features
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
-from d2o.losses.perceptual import perceptual
-from d2o.losses.regression import LOSSES
+from d2o.losses.perceptual import load_lpips, perceptual
+from d2o.losses.regression import LOSSES, lpips
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.lpips import load_lpips
-from d2o.methods.score_networks import ScoreMethod, has_uncertainty, start_score, start_student
+from d2o.methods.score_networks import ScoreMethod, has_uncertainty
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
+from d2o.teachers.base import Spec
 
 Levels = Literal["karras_index", "karras_uniform", "lognormal"]
 
@@ -142,20 +142,22 @@ class Made(NamedTuple):
     labels: Tensor | None
 
 
-class DMD(ScoreMethod):
+class DMD(ScoreMethod[DMDOptions]):
+    name = "dmd"
     Options = DMDOptions
     data = "none"
-    product = "student"
+    at_sigma_max = True
 
     @classmethod
-    def needs(cls, options: Any) -> str:
+    def needs(cls, options: DMDOptions) -> str:
         return "pairs" if options.lambda_reg > 0 else "none"
 
-    def __init__(self, setup: Setup):
-        self.options: DMDOptions = check(setup.options.filled())
+    def __init__(self, setup: Setup[DMDOptions]):
+        self.options = check(setup.options.filled())
         self.teacher = check_teacher("dmd", setup.teacher)
-        self.student = start_student("dmd", setup, self.teacher, at_sigma_max=True)
-        self.score = start_score(self.teacher, self.options.score_dropout)
+        self.student = self.begin_student(setup, self.teacher.spec)
+        self._spec = self.student.spec
+        self.score = self.begin_score(self.options.score_dropout)
         self.uncertain = has_uncertainty(self.score)
         if self.options.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
             raise UserError(
@@ -163,7 +165,9 @@ class DMD(ScoreMethod):
                 " the augmentations would come out of the student",
                 "set dmd.augment: 0",
             )
-        self.distance = regression_distance(self.options, setup.device) if self.options.lambda_reg else None
+        self.distance = (
+            regression_distance(self.options, self.teacher.spec, setup.device) if self.options.lambda_reg else None
+        )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
@@ -181,7 +185,7 @@ class DMD(ScoreMethod):
         matched."""
         made = []
         for micro, draw in loop.micro_batches(batch):
-            z, labels = draw.randn(*self.spec().shape), self.labels(draw)
+            z, labels = draw.randn(*self._spec.shape), self.draw_condition(draw)
             x, reference = self.call_student(loop, z, labels, micro)
             sigma = self.sigma(draw, self.options.t_dist, self.options.t_index, self.options.t_range)
             x_t = x.detach() + sigma * draw.randn(*x.shape[1:])
@@ -234,16 +238,13 @@ class DMD(ScoreMethod):
         return x, reference
 
     def new_samples(self, draw: Draws) -> Made:
-        z, labels = draw.randn(*self.spec().shape), self.labels(draw)
+        z, labels = draw.randn(*self._spec.shape), self.draw_condition(draw)
         with evaluating(self.student), torch.no_grad():
             return Made(self.student(z, labels), labels)
 
-    def labels(self, draw: Draws) -> Tensor | None:
-        return draw.randint(0, self.spec().classes) if self.spec().classes else None
-
     def sigma(self, draw: Draws, levels: str | None, index: tuple[int, int], part: tuple[float, float]) -> Tensor:
         """A noise level for each sample, [B, 1, 1, 1]."""
-        low, high = self.spec().sigma_min, self.spec().sigma_max
+        low, high = self._spec.sigma_min, self._spec.sigma_max
         if levels == "lognormal":
             return lognormal_sigma(draw.randn(1, 1, 1), self.options.p_mean, self.options.p_std)
         if levels == "karras_uniform":
@@ -282,21 +283,17 @@ def check(options: DMDOptions) -> DMDOptions:
     return options
 
 
-def regression_distance(options: DMDOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of eq. 9 between images [B, C, H, W] in [-1, 1], per sample. UserError: an unknown extractor,
-    weights that are not there."""
+def regression_distance(options: DMDOptions, spec: Spec, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of eq. 9 between samples [B, C, H, W] of a spec, per sample. UserError: an unknown extractor, one
+    that does not take such samples, weights that are not there."""
     if options.regression == "perceptual":
-        maps = load_classifier(str(options.extractor), str(device)).maps
-        return lambda x, y: perceptual(x, y, maps)
+        features = load_features(str(options.extractor), device)
+        check_shape(spec.shape, features, of="the teacher's samples")
+        return lambda x, y: perceptual(x, y, features.maps)
     if options.regression == "lpips":
         network = load_lpips(device)
-        return lambda x, y: network(large(x), large(y)).flatten()
+        return lambda x, y: lpips(x, y, network)
     return LOSSES[options.regression]
-
-
-def large(x: Tensor) -> Tensor:
-    """Images in colour and of 224 px, VGG's size."""
-    return F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear", align_corners=False)
 
 
 @contextmanager

@@ -35,14 +35,15 @@ class EDMOptions(Options):
     steps: int = Field(18, ge=1, description="Heun steps of previews and metrics")
 
 
-class EDM(Method):
+class EDM(Method[EDMOptions]):
+    name = "edm"
     Options = EDMOptions
     data = "images"
     product = "denoiser"
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[EDMOptions]):
         assert setup.images is not None
-        self.options: EDMOptions = setup.options
+        self.options = setup.options
         channels, resolution, _ = setup.images.shape
         config = {
             "img_resolution": resolution,
@@ -80,7 +81,7 @@ class EDM(Method):
             guidable=self.options.label_dropout > 0,
         )
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

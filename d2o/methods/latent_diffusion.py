@@ -23,11 +23,13 @@ from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
-from d2o.features.load import ClassifierExtractor, load_classifier
+from d2o.features.base import Features
+from d2o.features.load import load_features
 from d2o.interop.assets import asset
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.bpe import WORD
 from d2o.networks.latent import Autoencoder, TextToImage, load_autoencoder
+from d2o.spaces.base import UNNAMED
 from d2o.teachers.base import Spec
 from d2o.teachers.latent import text_to_image_teacher
 
@@ -59,14 +61,15 @@ class LatentDiffusionOptions(Options):
     check_n: int = Field(500, ge=1, description="generated samples of that metric")
 
 
-class LatentDiffusion(Method):
+class LatentDiffusion(Method[LatentDiffusionOptions]):
+    name = "latent-diffusion"
     Options = LatentDiffusionOptions
     data = "images"
     product = "model"
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[LatentDiffusionOptions]):
         assert setup.images is not None and not isinstance(setup.images, LatentSet)
-        self.options: LatentDiffusionOptions = setup.options
+        self.options = setup.options
         if not setup.images.classes or setup.images.labels is None:
             raise UserError(
                 f"{setup.images.name} has no labels; captions are made from them",
@@ -101,10 +104,10 @@ class LatentDiffusion(Method):
         self.no_caption = self.model.tokens.encode([""]).to(setup.device)
         licence = setup.licence
         self._spec = Spec(
-            setup.name, self.model.latent_shape, "latent", "text", licence=licence, solver="ddim", steps=50
+            setup.name, self.model.latent_shape, UNNAMED, "text", licence=licence, solver="ddim", steps=50
         )
 
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
@@ -152,7 +155,7 @@ class LatentDiffusion(Method):
         for."""
         if self.options.extractor is None:
             return {}
-        extractor = load_classifier(self.options.extractor, self.no_caption.device)
+        extractor = load_features(self.options.extractor, self.no_caption.device)
         n, classes = self.options.check_n, len(self.captions.table)
         if extractor.classes != classes:
             raise UserError(
@@ -167,14 +170,15 @@ class LatentDiffusion(Method):
         return {"accuracy": right / n}
 
 
-def classify(extractor: ClassifierExtractor, images: Tensor) -> Tensor:
-    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to what
-    it takes."""
-    assert extractor.shape is not None
-    channels, height, width = extractor.shape
-    if channels == 1:
-        images = images.mean(1, keepdim=True)
-    return extractor.logits(to_uint8(F.interpolate(images, (height, width), mode="area"))).argmax(1)
+def classify(extractor: Features, images: Tensor) -> Tensor:
+    """The extractor's class [B] of images [B, C, H, W] in [-1, 1], which are averaged over areas (and to grey) to the
+    shape that it takes, if it takes one alone, and rounded to 8 bits."""
+    if extractor.shape is not None:
+        channels, height, width = extractor.shape
+        if channels == 1:
+            images = images.mean(1, keepdim=True)
+        images = F.interpolate(images, (height, width), mode="area")
+    return extractor.logits(to_float(to_uint8(images))).argmax(1)
 
 
 @torch.inference_mode()

@@ -5,95 +5,65 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition
-from d2o.data.latents import PIXELS, LatentSet
+from d2o.data.latents import LatentSet
 from d2o.errors import UserError
-from d2o.methods.base import Method, Setup
-from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.methods.base import O, Setup
+from d2o.methods.student import StudentMethod
+from d2o.networks.build import set_dropout
 from d2o.networks.edm2_unet import EDM2Precond, remove_uncertainty
-from d2o.networks.precond import Denoiser
 from d2o.students.base import Student
 from d2o.teachers.base import Spec, Teacher
 
 
-class ScoreMethod(Method):
+class ScoreMethod(StudentMethod[O]):
     """A method that trains a student and, beside it, a score network of the student's images."""
 
-    product = "student"
-    student: Student
     takes = "edm"
-    score: Any  # the teacher's class of network
     teacher: Teacher
+    student: Student
+    score: Any  # the teacher's class of network
+    at_sigma_max: ClassVar[bool] = False  # whether a student called at the teacher's highest level makes sense
 
-    def networks(self) -> dict[str, nn.Module]:
+    def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
+        """Without EDM2's uncertainty head, which is about noise levels, and a student has one."""
+        if setup.start is None and setup.student.sigma >= spec.sigma_max and not self.at_sigma_max:
+            raise UserError(
+                f"student.sigma is {setup.student.sigma:g}, the teacher's highest noise level, of which its denoiser"
+                " makes a mean of all images",
+                f"method {self.name} calls its student at sigma_init: set student.sigma: 2.5",
+            )
+        student = super().begin_student(setup, spec)
+        remove_uncertainty(student.network)
+        return student
+
+    def check_start(self, setup: Setup[O], start: Student, spec: Spec) -> None:
+        super().check_start(setup, start, spec)
+        if start.sigma != setup.student.sigma:
+            raise UserError(
+                f"student.sigma is {setup.student.sigma:g}, but the student to start from is called at {start.sigma:g}",
+                f"set student.sigma: {start.sigma:g}",
+            )
+
+    def begin_score(self, dropout: float | None = None, uncertainty: bool = True) -> Any:
+        """The score network: a copy of the teacher's to be trained, with another dropout if given, without EDM2's
+        uncertainty head if asked."""
+        score = copy.deepcopy(self.teacher.network)
+        if dropout is not None:
+            set_dropout(score, dropout)
+        if not uncertainty:
+            remove_uncertainty(score)
+        return score.requires_grad_(True).train()
+
+    def players(self) -> dict[str, nn.Module]:
         return {"student": self.student, "score": self.score}
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "student",
-            "network": network_config(self.student.network),
-            "spec": self.student.spec,
-            "student": self.student.record,
-        }
-
-    def spec(self) -> Spec:
-        return self.student.spec
-
-    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
-        return self.teacher.decode(product(noise, condition))
-
-
-def start_student(method: str, setup: Setup, teacher: Teacher, at_sigma_max: bool = False) -> Student:
-    """A copy of `setup.start`, or what `setup.student` says, without EDM2's uncertainty head. UserError: it does not
-    fit the teacher, or is not called where the recipe says, or (unless `at_sigma_max`) at the teacher's highest noise
-    level, the recipes' default, where it starts as a mean.
-    """
-    sigma = float(setup.student.sigma)
-    if setup.start is not None:
-        student = copy.deepcopy(setup.start)
-        if type(student) is not Student or not isinstance(student.network, Denoiser):
-            raise UserError(
-                f"method {method} trains students of one call of a denoiser; the one to start from is of kind"
-                f" {student.record['kind']}"
-            )
-        if (student.spec.shape, student.spec.classes) != (teacher.spec.shape, teacher.spec.classes):
-            theirs = f"{student.spec.shape} with {student.spec.classes} classes"
-            raise UserError(f"the student to start from makes {theirs}, teacher {teacher.spec.name!r} other images")
-        if student.sigma != sigma:
-            raise UserError(
-                f"student.sigma is {sigma:g}, but the student to start from is called at {student.sigma:g}",
-                f"set student.sigma: {student.sigma:g}",
-            )
-    else:
-        if sigma >= teacher.spec.sigma_max and not at_sigma_max:
-            raise UserError(
-                f"student.sigma is {sigma:g}, the teacher's highest noise level, of which its denoiser makes a mean of"
-                " all images",
-                f"method {method} calls its student at sigma_init: set student.sigma: 2.5",
-            )
-        scratch = setup.student.init == "scratch"
-        config = {**network_config(teacher.network), **(setup.network or {})}
-        student = Student(build_network(config) if scratch else copy.deepcopy(teacher.network), teacher.spec, sigma)
-    if setup.student.dropout is not None:
-        set_dropout(student.network, setup.student.dropout)
-    remove_uncertainty(student.network)  # it is about noise levels, and a student has one
-    return student.requires_grad_(True).train()
-
-
-def start_score(teacher: Teacher, dropout: float | None = None, uncertainty: bool = True) -> Any:
-    """The score network: a copy of the teacher's to be trained, with another dropout if given, without EDM2's
-    uncertainty head if asked."""
-    score = copy.deepcopy(teacher.network)
-    if dropout is not None:
-        set_dropout(score, dropout)
-    if not uncertainty:
-        remove_uncertainty(score)
-    return score.requires_grad_(True).train()
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher.network}
 
 
 def has_uncertainty(network: nn.Module) -> bool:
@@ -137,7 +107,7 @@ def true_score(
         return teacher.network(x_t, sigma.flatten(), labels)
 
 
-def labels_of_images(method: str, setup: Setup, spec: Spec) -> Tensor | None:
+def labels_of_images(method: str, setup: Setup[O], spec: Spec) -> Tensor | None:
     """The images' classes [n] on the device; None for an unconditional teacher. UserError: there are none, or others
     than the teacher's."""
     images = setup.images
@@ -153,24 +123,17 @@ def labels_of_images(method: str, setup: Setup, spec: Spec) -> Tensor | None:
     return images.labels.to(setup.device)
 
 
-def check_real_images(method: str, setup: Setup, teacher: Teacher) -> None:
+def check_real_images(method: str, setup: Setup[O], teacher: Teacher) -> None:
     """UserError: the images are not what the teacher makes, or cannot be brought into its latent space."""
     images, spec = setup.images, teacher.spec
     assert images is not None
-    wanted = spec.shape
-    if spec.space == "latent":
-        if not hasattr(teacher, "latents"):
-            raise UserError(
-                f"teacher {spec.name!r} works on latents and has no encoder here, which method {method} needs for real"
-                " images"
-            )
-        wanted = (3, PIXELS * spec.shape[1], PIXELS * spec.shape[2])
+    wanted = teacher.space.image_shape(spec.shape)
     if isinstance(images, LatentSet):
         wanted = (2 * spec.shape[0], *spec.shape[1:])
-        if spec.space != "latent" or tuple(images.shape) != wanted:
+        if not spec.latent or tuple(images.shape) != wanted:
             need, have = (" x ".join(map(str, shape)) for shape in (spec.shape, images.shape))
             raise UserError(
-                f"teacher {spec.name!r} makes {need} in {spec.space} space, {images.name} has means and standard"
+                f"teacher {spec.name!r} makes {need} in space {spec.space}, {images.name} has means and standard"
                 f" deviations of {have}"
             )
     elif tuple(images.shape) != tuple(wanted):

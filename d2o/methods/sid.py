@@ -26,8 +26,6 @@ from d2o.methods.score_networks import (
     check_real_images,
     labels_of_images,
     look,
-    start_score,
-    start_student,
     true_score,
 )
 from d2o.methods.teachers import check_teacher
@@ -160,7 +158,8 @@ class SiDOptions(Options):
         return {"student_force_wn": data["force_wn"], "score_force_wn": data["force_wn"], **rest}
 
 
-class SiD(ScoreMethod):
+class SiD(ScoreMethod[SiDOptions]):
+    name = "sid"
     Options = SiDOptions
     data = "none"
     stored_latents = True
@@ -173,12 +172,13 @@ class SiD(ScoreMethod):
     def micro_multiple(cls, options: SiDOptions) -> int:
         return (options.batch_pool or 1) if options.adversarial else 1
 
-    def __init__(self, setup: Setup):
-        self.options: SiDOptions = setup.options
+    def __init__(self, setup: Setup[SiDOptions]):
+        self.options = setup.options
         o, self.batch, self.device = self.options, setup.batch, setup.device
         self.teacher = check_teacher("sid", setup.teacher)
-        self.student = start_student("sid", setup, self.teacher)
-        self.score = start_score(self.teacher, o.score_dropout, o.uncertainty)
+        self.student = self.begin_student(setup, self.teacher.spec)
+        self._spec = self.student.spec
+        self.score = self.begin_score(o.score_dropout, o.uncertainty)
         set_disc_map(self.score, o.disc_map)
         self.check(o)
         self.labels_of_data = labels_of_images("sid", setup, self.teacher.spec) if self.needs(o) == "images" else None
@@ -252,11 +252,8 @@ class SiD(ScoreMethod):
         self.student.eval()
         self.score.train()
         for micro, draw in loop.micro_batches(batch):
-            labels = (
-                self.labels(draw)
-                if not o.adversarial or micro.condition.labels is None
-                else self.fitting(micro.condition.labels)
-            )
+            own = o.adversarial and micro.condition.labels is not None
+            labels = self.condition_of(micro) if own else self.draw_condition(draw)
             with torch.no_grad():
                 x = loop.net("student")(draw.randn(*self.student.spec.shape), labels)
             keep = finite(x)
@@ -299,7 +296,7 @@ class SiD(ScoreMethod):
         self.score.eval()
         for _, draw in loop.micro_batches(batch, turn=1):
             with loop.frozen("score") as net:
-                labels = self.labels(draw)
+                labels = self.draw_condition(draw)
                 x = loop.net("student")(draw.randn(*shape), labels)
                 t = draw.rand(1, 1, 1) * (o.tmax / 1000)
                 sigma = karras_sigma(1 - t, o.sigma_min, o.sigma_max, o.rho)
@@ -333,24 +330,12 @@ class SiD(ScoreMethod):
 
     # What the steps are made of ---------------------------------------------------------------------------------------
 
-    def labels(self, draw: Draws) -> Tensor | None:
-        """Classes of a micro-batch: as they occur in the data, or uniform."""
-        if not self.student.spec.classes:
-            return None
-        if self.labels_of_data is None:
-            return draw.randint(0, self.student.spec.classes)
-        return self.labels_of_data[draw.randint(0, len(self.labels_of_data))]
-
-    def fitting(self, labels: Tensor) -> Tensor | None:
-        """The images' own classes, if the teacher is conditional."""
-        return labels if self.student.spec.classes else None
-
     def reals(self, micro: Batch, draw: Draws) -> Tensor:
         """The real images, in the teacher's space."""
         assert micro.images is not None
-        if self.student.spec.space == "pixel":
+        if not self.student.spec.latent:
             return micro.images
-        return self.teacher.latents(micro.images, draw.randn(*self.student.spec.shape))  # type: ignore[attr-defined]
+        return self.teacher.space.encode(micro.images, draw.randn(*self.student.spec.shape))
 
     def augment(self, x: Tensor, draw: Draws) -> tuple[Tensor, Tensor | None]:
         return edm.augment(x, self.options.augment, draw.randn, draw.rand) if self.options.augment else (x, None)

@@ -8,7 +8,6 @@ their defaults are what it or its code base comes nearest to.
 
 from __future__ import annotations
 
-import copy
 from itertools import count
 from typing import Any, Literal
 
@@ -21,8 +20,8 @@ from d2o.critics.build import build_critic
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
 from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, r1_penalty, spread
-from d2o.methods.base import Batch, Draws, GeneratorMethod, Loop, Options, Setup
-from d2o.networks.build import build_network
+from d2o.methods.base import Batch, Draws, Loop, Options, Setup
+from d2o.methods.student import StudentMethod
 from d2o.networks.style_generator import StyleGenerator
 from d2o.students.style import StyleStudent
 from d2o.teachers.base import Spec
@@ -77,13 +76,16 @@ class SPIGANOptions(Options):
     )
 
 
-class SPIGAN(GeneratorMethod):
+class SPIGAN(StudentMethod[SPIGANOptions]):
+    name = "spi-gan"
     Options = SPIGANOptions
     data = "images"
+    product = "generator"
+    continues = ("style",)
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup[SPIGANOptions]):
         assert setup.images is not None
-        self.options: SPIGANOptions = setup.options
+        self.options = setup.options
         o, (channels, resolution, _) = self.options, setup.images.shape
         if o.ada is not None and o.ada not in PIPES:
             raise unknown("spi_gan.ada: augmentation pipeline", o.ada, PIPES)
@@ -99,7 +101,8 @@ class SPIGAN(GeneratorMethod):
                 f"network: method spi-gan trains a style_generator of the data's {channels} x {resolution} x"
                 f" {resolution} pixels"
             )
-        generator = build_network(config) if setup.start is None else self.continued(setup.start)
+        self._spec = Spec(setup.name, setup.images.shape, licence=setup.product_licence())
+        generator = self.begin(setup, self._spec, config)
         assert isinstance(generator, StyleGenerator)
         self.generator = generator
         self.critic = build_critic(
@@ -109,14 +112,8 @@ class SPIGAN(GeneratorMethod):
         self.pipeline = AdaPipeline(o.ada) if o.ada else None
         self.controller = AdaController(setup.batch, o.ada_target, o.ada_interval, o.ada_kimg, fixed=o.ada_fixed)
         self.path_length = PathLength()
-        self._spec = Spec(setup.name, setup.images.shape, licence=setup.product_licence())
 
-    def continued(self, start: nn.Module) -> nn.Module:
-        if not isinstance(start, StyleStudent):
-            raise UserError("method spi-gan continues students of spi-gan, and this is another one")
-        return copy.deepcopy(start.network).requires_grad_(True).train()
-
-    def networks(self) -> dict[str, nn.Module]:
+    def players(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "critic": self.critic}
 
     def states(self) -> dict[str, nn.Module]:
@@ -270,8 +267,8 @@ class SPIGAN(GeneratorMethod):
             return None
         return self.generator.mapping.continue_(kept, times[times.index(group[0]) - 1], group[0])
 
-    def student(self, generator: nn.Module) -> StyleStudent:
-        return StyleStudent(generator, self._spec)
+    def made(self, product: nn.Module) -> StyleStudent:
+        return StyleStudent(product, self._spec)
 
 
 def _halves(draw: Draws, shape: tuple[int, ...], times: list[float]) -> Tensor:

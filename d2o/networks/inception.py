@@ -178,19 +178,39 @@ class Inception(nn.Module):
           (TensorFlow's code multiplies `pool_3` with the last layer's weights only).
         """
         found: dict[str, Tensor] = {}
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        x = self.to_6d(self.second(self.first(x)))
         if "spatial" in wanted:
             found["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # the block puts its first branch first
         if "features" in wanted or "logits" in wanted:
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+            x = self.last(self.Mixed_6e(x))
             features = F.adaptive_avg_pool2d(x, 1).flatten(1)
             found["features"] = features
             if "logits" in wanted:
                 found["logits"] = F.linear(features, self.fc.weight)
         return {name: found[name] for name in wanted}
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Images [n, 3, 299, 299] in about [-1, 1] -> the maps 64 x 73 x 73, 192 x 35 x 35, 768 x 17 x 17 (Mixed_6e)
+        and 2048 x 8 x 8, where pytorch-fid divides the network."""
+        first = self.first(x)
+        second = self.second(first)
+        third = self.Mixed_6e(self.to_6d(second))
+        return [first, second, third, self.last(third)]
+
+    def first(self, x: Tensor) -> Tensor:
+        """Up to the first maximum pooling."""
+        return F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
+
+    def second(self, x: Tensor) -> Tensor:
+        """From there to the second one."""
+        return F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
+
+    def to_6d(self, x: Tensor) -> Tensor:
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+        return self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+
+    def last(self, x: Tensor) -> Tensor:
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
 
 
 _BLOCKS = {

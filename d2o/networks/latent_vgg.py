@@ -22,6 +22,7 @@ class LatentVGG(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        self.channels = channels
         index = 0
         for number, (width, convolutions) in enumerate(STAGES, start=1):
             stage: OrderedDict[str, nn.Module] = OrderedDict()

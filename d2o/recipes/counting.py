@@ -48,7 +48,7 @@ class CountingLoop:
     backward pass."""
 
     def __init__(self, method: Method, micro: int):
-        self.networks, self.micro, self.calls, self.bytes, self.peak = method.networks(), micro, 0, 0, 0
+        self.networks, self.micro, self.calls, self.bytes, self.peak = method.players(), micro, 0, 0, 0
         self.seen: set[int] = set()
         self.kept: list[Tensor] = []
 

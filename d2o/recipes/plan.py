@@ -19,11 +19,12 @@ from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
 from d2o.features.extractor import Extractor, check_shape
-from d2o.features.load import load_extractor
+from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
@@ -35,7 +36,6 @@ from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.students.base import Student, make_student
-from d2o.teachers import catalogue
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
@@ -126,7 +126,7 @@ def make_plan(recipe: Any, start: Path | None = None, teachers: dict[str, Teache
         _attempt(plan.refused, lambda: _check_metric(recipe, method, evaluator))
     if method is not None and parts is not None:
         if recipe.checkpointing:
-            _attempt(plan.refused, lambda: checkpointed(recipe, method.networks(), setup.teacher))
+            _attempt(plan.refused, lambda: checkpointed(recipe, method.players(), setup.teacher))
         _plan_training(plan, recipe, method, setup, parts[1])
     return plan
 
@@ -146,7 +146,7 @@ def _build(method_class: type[Method], setup: Setup) -> Method:
             "ignore"
         )  # weights that are loaded into a network on meta stay where they are: none are needed here
         method = method_class(setup)
-        freeze(method.networks()[method.product], setup.student.freeze)
+        freeze(method.players()[method.product], setup.student.freeze)
         return method
 
 
@@ -230,7 +230,7 @@ def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> N
             f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy",
             "eval.metric: fd measures it",
         )
-    if spec is not None and extractor is not None and spec.space == "pixel":
+    if spec is not None and extractor is not None and not spec.latent:
         check_shape(spec.shape, extractor, of="the student's images")
 
 
@@ -311,11 +311,11 @@ def _pairs_there(recipe: Any, folder: Path | str) -> int:
 
 def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro: int) -> None:
     trained = 0
-    for name, network in method.networks().items():
+    for name, network in method.players().items():
         plan.networks[name] = count_parameters(network)
         trained += 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
-    product = 4 * count_parameters(method.networks()[method.product])
-    plan.memory["trained weights"] = 4 * sum(count_parameters(n) for n in method.networks().values())
+    product = 4 * count_parameters(method.players()[method.product])
+    plan.memory["trained weights"] = 4 * sum(count_parameters(n) for n in method.players().values())
     plan.memory["gradients"] = trained
     plan.memory[f"optimiser ({recipe.optim.name})"] = trained * MOMENTS[recipe.optim.name]
     plan.memory["EMA"] = product

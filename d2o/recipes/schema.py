@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
+from d2o.recipes.former import FORMER, GOES, KINDS, is_former, renewed, written
 from d2o.recipes.sections import (
     Batch,
     Checkpoint,
@@ -115,6 +116,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
     _options: Any = PrivateAttr(None)
+    _notes: list[str] = PrivateAttr(default_factory=list)
 
     @field_validator("micro_batch")
     @classmethod
@@ -129,6 +131,11 @@ class Recipe(Section):
         if value is not None and value.reference == "data" and "data" in info.data and info.data["data"] is None:
             raise ValueError("reference: data means the recipe's own images, and it has no `data:` section")
         return value
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say of how it was written: names of the release before."""
+        return self._notes
 
     @property
     def options(self) -> Any:
@@ -164,6 +171,15 @@ def section_key(method: str) -> str:
 
 def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The Recipe that plain data (no `extends`, no `mini`) stands for, or None and everything that is wrong with it."""
+    if is_former(data):
+        recipe, problems = _check(renewed(data))
+        if recipe is not None:
+            recipe._notes.append(f"method: {FORMER} is {', '.join(KINDS)} now, this one {recipe.method}; {GOES}")
+        return recipe, [Problem(written(data, problem.path), problem.text) for problem in problems]
+    return _check(data)
+
+
+def _check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     from d2o.methods.base import get_method, method_names
 
     rest, method, names = dict(data), data.get("method"), method_names()

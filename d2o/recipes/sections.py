@@ -278,7 +278,7 @@ class Eval(Section):
 
 
 def _preset(name: str) -> Preset:
-    from d2o.evaluation.presets import find_preset
+    from d2o.evaluation.paper_protocols import find_preset
 
     try:
         return find_preset(name)

@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
 from d2o.evaluation.catalogue import METRICS, parse_metrics
-from d2o.evaluation.presets import PRESETS, differences
+from d2o.evaluation.paper_protocols import PRESETS
+from d2o.evaluation.presets import differences
 from d2o.evaluation.protocol import Settings
 from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word

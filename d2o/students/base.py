@@ -17,8 +17,11 @@ from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file,
 from d2o.networks.build import build_network, network_config
 from d2o.networks.edm_view import called_at
 from d2o.networks.load import load_weights
-from d2o.teachers import edm2_latents
+from d2o.spaces.base import UNNAMED, LatentSpace
+from d2o.spaces.load import load_space
 from d2o.teachers.base import Spec, check_labels, embed_labels
+from d2o.teachers.text import TextEncoders, check_text, embed_prompts, kept_text
+from d2o.teachers.text_encoders import load_text
 from d2o.version import __version__
 
 STUDENTS = {
@@ -45,6 +48,8 @@ class Student(nn.Module):
         super().__init__()
         self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
         self.meta: dict[str, Any] = {}
+        self._text: TextEncoders | None = None
+        self._space: LatentSpace | None = None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -69,14 +74,48 @@ class Student(nn.Module):
         rest = dict(self.record)
         return {"student": rest.pop("kind"), **rest, "network": network_config(self.network)}
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def text(self) -> TextEncoders:
+        """The text encoders of prompts, which the checkpoint names. UserError: they are not here, or are others than
+        those that it was trained with."""
+        if self._text is None or self._text.device.type != self.device.type:
+            text = load_text(self.spec.text, self.device)
+            text.check(self._needs("text"), f"the student of {self.spec.name}")
+            self._text = text
+        return self._text
+
+    @property
+    def space(self) -> LatentSpace:
+        """The space of its samples, which the checkpoint names. UserError as `text`."""
+        if self._space is None or self._space.device.type != self.device.type:
+            if self.spec.space == UNNAMED:
+                raise UserError(
+                    f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become"
+                    " images"
+                )
+            space = load_space(self.spec.space, self.device)
+            space.check(self._needs("space"), f"the student of {self.spec.name}")
+            self._space = space
+        return self._space
+
+    def _needs(self, what: str) -> dict[str, Any]:
+        return (self.meta.get("needs") or {}).get(what) or {}
+
     def embed(self, condition: Condition | Embedded) -> Embedded:
-        """What the network takes, on its device; what is embedded already comes back as it is. UserError: of
-        a kind that this student does not take."""
-        return embed_labels(self.spec, condition, next(self.network.parameters()).device)
+        """What the network takes, on its device; what is embedded already comes back as it is. UserError: of a kind
+        that this student does not take."""
+        if self.spec.condition != "text":
+            return embed_labels(self.spec, condition, self.device)
+        return embed_prompts(self.spec, condition, lambda prompts: self.text(prompts))
 
     def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
         """The embedded condition if it fits. UserError: none, another number than the batch, classes out of range."""
-        return check_labels(self.spec, embedded, batch)
+        check = check_text if self.spec.condition == "text" else check_labels
+        return check(self.spec, embedded, batch)
 
     def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
@@ -86,13 +125,7 @@ class Student(nn.Module):
 
     def decode(self, x: Tensor) -> Tensor:
         """Diffusion space -> images in [-1, 1]. UserError: latents that only the teacher can decode."""
-        if self.spec.latents == edm2_latents.LATENTS:
-            return edm2_latents.decode(edm2_latents.autoencoder(x.device), x)
-        if self.spec.space == "latent":
-            raise UserError(
-                f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become images"
-            )
-        return x.clamp(*self.spec.value_range)
+        return self.space.decode(x) if self.spec.latent else x.clamp(*self.spec.value_range)
 
     @property
     def fingerprint(self) -> str:
@@ -118,7 +151,20 @@ def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **mor
     record = {"format": "d2o", "version": 1, "kind": kind, "network": network, "d2o": __version__, **more}
     if spec is not None:
         record["spec"] = spec.to_dict()
+        if kind == "student" and (needs := needs_of(spec)):
+            record["needs"] = needs
     return record
+
+
+def needs_of(spec: Spec) -> dict[str, Any]:
+    """What a student of that spec takes from elsewhere: text encoders and latent space, by name, revision and hash (of
+    published ones, which come from one place, by name and revision). Empty if it needs nothing."""
+    needs: dict[str, Any] = {}
+    if spec.text:
+        needs["text"] = (kept_text(spec.text) or load_text(spec.text)).record
+    if spec.latent and spec.space != UNNAMED:
+        needs["space"] = load_space(spec.space, "cpu").record
+    return needs
 
 
 def save_student(path: str | Path, student: Student, **more: Any) -> None:

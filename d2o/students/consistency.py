@@ -93,7 +93,7 @@ class ConsistencyStudent(Student):
                 f"this student was distilled to {self.nfe} {'step' if self.nfe == 1 else 'steps'} and can take no other"
                 " number"
             )
-            raise UserError(f"--steps {steps}: {what}", "train one with consistency.final_steps, or leave --steps away")
+            raise UserError(f"--steps {steps}: {what}", "train one with pd.final_steps, or leave --steps away")
         if steps not in (1, 2):
             raise UserError(
                 f"--steps {steps}: a consistency student makes an image in 1 or 2 network calls",
@@ -122,7 +122,7 @@ class ConsistencyStudent(Student):
                 x = x + (t**2 - lowest_level(self.network) ** 2) ** 0.5 * randn(*x.shape[1:])
             at, to = (torch.full((len(x),), level, dtype=torch.float64, device=x.device) for level in (t, s))
             f = estimate(self.network, self.form, x, at, to, embedded)
-            if self.clamp and self.spec.space == "pixel" and (self.form != "ctm" or s == grid[-1]):
+            if self.clamp and not self.spec.latent and (self.form != "ctm" or s == grid[-1]):
                 f = f.clamp(*self.spec.value_range)
             x = f if self.form == "cd" else jump(x, f, at, to)
         return x

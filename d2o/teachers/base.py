@@ -16,6 +16,8 @@ from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
 from d2o.interop.records import MAX_VALUES, SpecRecord, check_record
 from d2o.interop.safetensors_io import tensors_sha256
+from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace
+from d2o.spaces.load import load_space
 
 UNSTATED = "not stated"
 """The licence, or the name, of what does not say it. Files of older versions have "unstated"."""
@@ -23,15 +25,15 @@ UNSTATED = "not stated"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space` "pixel" or "latent"; `condition`
-    "none", "label", "text"; `classes` 0 unless labels; values in `value_range` (pixel space); `latents`: whose latents,
-    so that students can decode them without their teacher ("edm2": `d2o.teachers.edm2_latents`; "": only the teacher
-    knows); `solver` and `steps` as the teacher is usually sampled; `guidable` False for one by class that was trained
-    without ever dropping the class."""
+    """What a generator takes and gives. `shape` (C, H, W) of noise and output; `space`: the name of their latent space
+    (`d2o.spaces`), "pixels" if they are images themselves, with values in `value_range`; `condition` "none", "label",
+    "text"; `classes` 0 unless labels; `text`: the name of the model whose text encoders prompts go through
+    (`d2o.teachers.text_encoders`); `solver` and `steps` as the teacher is usually sampled; `guidable` False for one by
+    class that was trained without ever dropping the class."""
 
     name: str
     shape: tuple[int, int, int]
-    space: str = "pixel"
+    space: str = PIXELS
     condition: str = "none"
     classes: int = 0
     value_range: tuple[float, float] = (-1.0, 1.0)
@@ -41,7 +43,7 @@ class Spec:
     solver: str = "heun"
     steps: int = 18
     guidable: bool = True
-    latents: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) > MAX_VALUES:
@@ -51,14 +53,18 @@ class Spec:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """As files hold it: since the first version they say "pixel", or "latent" with the name of the space beside."""
+        record = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "text"}
+        record["space"] = "latent" if self.latent else "pixel"
+        record["latents"] = self.space if self.latent and self.space != UNNAMED else ""
+        return record | ({"text": self.text} if self.text else {})
 
     @classmethod
     def from_dict(cls, record: dict[str, Any], where: Any = "the file") -> Spec:
         """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are
         missing, wrong, beyond what a sample can be, or that this d2o does not know; `where` is in front."""
         check_record(SpecRecord, record, f"{where} describes its generator wrongly")
-        if foreign := sorted(set(record) - {field.name for field in fields(cls)}):
+        if foreign := sorted(set(record) - {field.name for field in fields(cls)} - {"latents"}):
             raise UserError(
                 f"{where} describes its generator by {', '.join(foreign)}, which this d2o does not know",
                 "use the d2o that made it",
@@ -66,7 +72,14 @@ class Spec:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         if values.get("licence") in ("", "unstated"):
             values["licence"] = UNSTATED
+        named = values.pop("latents", "") or UNNAMED
+        values["space"] = named if values.get("space") == "latent" else PIXELS
         return cls(**values)
+
+    @property
+    def latent(self) -> bool:
+        """Whether samples are latents, not images."""
+        return self.space != PIXELS
 
     @property
     def resolution(self) -> int:
@@ -89,6 +102,7 @@ class Teacher:
         self.device = torch.device(device)
         self.dtype = dtype
         self.meta: dict[str, Any] = {}
+        self._space: LatentSpace | None = None
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
         self.call: Any = self.network  # what is called in its place: the same network, compiled
@@ -175,9 +189,16 @@ class Teacher:
     def expect_prompts(self, repeated: bool) -> None:
         """What is to come: prompts that return later, which are worth keeping encoded, or not."""
 
+    @property
+    def space(self) -> LatentSpace:
+        """The space of its samples, shared by all in this process who work in it."""
+        if self._space is None:
+            self._space = load_space(self.spec.space, self.device)
+        return self._space
+
     def decode(self, x: Tensor) -> Tensor:
-        """Diffusion space -> images in [-1, 1]; in pixel space x itself, clipped."""
-        return x.clamp(*self.spec.value_range)
+        """Diffusion space -> images [B, C, H, W] float32 in [-1, 1]; of pixels x itself, clipped."""
+        return self.space.decode(x) if self.spec.latent else x.clamp(*self.spec.value_range)
 
     def check_condition(self, embedded: Any, batch: int) -> Any:
         """The embedded condition if it fits. UserError: labels for an unconditional teacher, none for a conditional

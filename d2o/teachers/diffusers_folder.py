@@ -12,11 +12,14 @@ from d2o.condition import Condition
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError, unknown
 from d2o.networks.budget import check_numbers
+from d2o.spaces.base import LatentSpace
+from d2o.spaces.load import kept_space
 from d2o.teachers.base import UNSTATED, Spec, Teacher
 from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_json, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
+from d2o.teachers.text import TextEncoders, clip_and_t5_text, clip_text, kept_text
 from d2o.teachers.unconditional import UNet2DTeacher
 
 BETA_SCHEDULERS = (
@@ -63,14 +66,17 @@ def load_diffusers(
     *,
     licence: str = UNSTATED,
     sdxl_uncond: str | None = None,
+    origin: str | None = None,
+    space: str | None = None,
 ) -> Teacher:
     """The teacher in a diffusers folder (or hub snapshot): Stable Diffusion 1, 2, XL and 3, or DDPM's UNets in pixel
     space.
 
     Weights come from safetensors files only and are held in float32; `dtype` bfloat16 or float16 computes under
-    autocast. `sdxl_uncond` as for `StableDiffusionTeacher` (by default as the folder says). UserError: another kind of
-    pipeline, a class that d2o does not know, a component that is missing, damaged or has no safetensors file, a
-    scheduler that d2o does not have.
+    autocast. `sdxl_uncond` as for `StableDiffusionTeacher` (by default as the folder says). `origin`: how
+    others find its text encoders again, `space`: its latent space; the folder's own path if left away. UserError:
+    another kind of pipeline, a class that d2o does not know, a component that is missing, damaged or has no safetensors
+    file, a scheduler that d2o does not have.
     """
     path = Path(path)
     index = read_json(path / INDEX)
@@ -83,15 +89,15 @@ def load_diffusers(
             + (f": {why}" if why else ""),
             hint,
         )
-    folder = Components(path, index)
+    folder, origin = Components(path, index), origin or str(path.resolve())
     with quiet():
         teacher: Teacher
         if CLASSES[kind] is DDPM:
             teacher = _unet2d(folder, name, device, dtype, licence)
         elif CLASSES[kind] is SD3:
-            teacher = _stable_diffusion_3(folder, name, device, dtype, licence)
+            teacher = _stable_diffusion_3(folder, name, device, dtype, licence, origin, space or origin)
         else:
-            teacher = _stable_diffusion(folder, name, device, dtype, licence, sdxl_uncond)
+            teacher = _stable_diffusion(folder, name, device, dtype, licence, sdxl_uncond, origin, space or origin)
         _try_out(teacher, path)
     teacher.meta = {
         "format": "diffusers",
@@ -126,10 +132,16 @@ def _try_out(teacher: Teacher, path: Path) -> None:
 
 
 def _stable_diffusion(
-    folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str, sdxl_uncond: str | None
+    folder: Components,
+    name: str,
+    device: Any,
+    dtype: torch.dtype | None,
+    licence: str,
+    sdxl_uncond: str | None,
+    origin: str,
+    space: str,
 ) -> StableDiffusionTeacher:
     xl = folder.index["_class_name"] == "StableDiffusionXLPipeline"
-    suffixes = ("", "_2") if xl else ("",)
     schedule, prediction, clip = discrete_schedule(folder)
     if clip is not None:
         raise UserError(
@@ -162,27 +174,44 @@ def _stable_diffusion(
             "the teacher is stable-diffusion-xl-base-1.0",
         )
     uncond = sdxl_uncond or ("zeros" if folder.index.get("force_zeros_for_empty_prompt", True) else "encode_empty")
-    encoders, tokenizers = folder.text(suffixes)
-    unet, vae = folder.model("unet"), folder.vae()
-    spec = Spec(name, _shape(folder, unet), space="latent", condition="text", licence=licence, solver="ddim", steps=50)
+    text, unet = _text(folder, origin, device), folder.model("unet")
+    spec = Spec(name, _shape(folder, unet), condition="text", licence=licence, solver="ddim", steps=50)
+    latents = kept_space(space, device) or LatentSpace.of(space, folder.model("vae"), device)
     return StableDiffusionTeacher(
-        unet,
-        vae,
-        encoders,
-        tokenizers,
-        schedule,
-        spec,
-        device,
-        dtype,
-        prediction=prediction,
-        scaling_factor=vae.config.scaling_factor,
-        shift_factor=vae.config.shift_factor or 0.0,
-        sdxl_uncond=uncond,
+        unet, latents, text, schedule, spec, device, dtype, prediction=prediction, sdxl_uncond=uncond
     )
 
 
+def text_of(path: Path, origin: str, device: str | torch.device) -> TextEncoders:
+    """The text encoders of a diffusers folder alone. UserError as `load_diffusers`, or it takes no prompts."""
+    index = read_json(path / INDEX)
+    if CLASSES.get(str(index.get("_class_name")), DDPM) is DDPM:
+        raise UserError(f"{path} holds no model that takes prompts")
+    with quiet():
+        return _text(Components(path, index), origin, device)
+
+
+def _text(folder: Components, origin: str, device: str | torch.device) -> TextEncoders:
+    if (found := kept_text(origin, device)) is not None:
+        return found
+    if CLASSES[folder.index["_class_name"]] is SD3:
+        encoders, tokenizers = folder.text(("", "_2", "_3") if folder.has("text_encoder_3") else ("", "_2"))
+        if len(encoders) == 2:
+            encoders, tokenizers = [*encoders, None], [*tokenizers, None]
+        width = folder.config("transformer").get("joint_attention_dim", 4096)
+        return clip_and_t5_text(origin, encoders, tokenizers, width, device)
+    xl = folder.index["_class_name"] == "StableDiffusionXLPipeline"
+    return clip_text(origin, *folder.text(("", "_2") if xl else ("",)), device)
+
+
 def _stable_diffusion_3(
-    folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str
+    folder: Components,
+    name: str,
+    device: Any,
+    dtype: torch.dtype | None,
+    licence: str,
+    origin: str,
+    space: str,
 ) -> StableDiffusion3Teacher:
     config = folder.scheduler
     check_numbers(
@@ -208,30 +237,15 @@ def _stable_diffusion_3(
         schedule = FlowSchedule(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder.path}: the numbers in scheduler_config.json make no schedule ({error})") from error
-    encoders, tokenizers = folder.text(("", "_2", "_3") if folder.has("text_encoder_3") else ("", "_2"))
-    if len(encoders) == 2:
-        encoders, tokenizers = [*encoders, None], [*tokenizers, None]
-    transformer, vae = folder.model("transformer"), folder.vae()
+    text, transformer = _text(folder, origin, device), folder.model("transformer")
     if transformer.config.in_channels != transformer.config.out_channels:
         raise UserError(
             f"{folder.path}: a transformer with {transformer.config.in_channels} input channels; inpainting ones are no"
             " teachers"
         )
-    spec = Spec(
-        name, _shape(folder, transformer), space="latent", condition="text", licence=licence, solver="euler", steps=28
-    )
-    return StableDiffusion3Teacher(
-        transformer,
-        vae,
-        encoders,
-        tokenizers,
-        schedule,
-        spec,
-        device,
-        dtype,
-        scaling_factor=vae.config.scaling_factor,
-        shift_factor=vae.config.shift_factor or 0.0,
-    )
+    spec = Spec(name, _shape(folder, transformer), condition="text", licence=licence, solver="euler", steps=28)
+    latents = kept_space(space, device) or LatentSpace.of(space, folder.model("vae"), device)
+    return StableDiffusion3Teacher(transformer, latents, text, schedule, spec, device, dtype)
 
 
 def _unet2d(folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> UNet2DTeacher:

@@ -143,17 +143,6 @@ class Components:
                 )
         return encoders, tokenizers
 
-    def vae(self) -> Any:
-        vae = self.model("vae")
-        if (
-            getattr(vae.config, "latents_mean", None) is not None
-            or getattr(vae.config, "latents_std", None) is not None
-        ):
-            raise UserError(
-                f"{self.path}: its autoencoder scales latents per channel (latents_mean), which d2o does not support"
-            )
-        return vae
-
     def tokenizer(self, component: str) -> Any:
         import transformers
 

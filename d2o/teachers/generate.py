@@ -101,7 +101,7 @@ def make_pairs(
     settings.check()
     prompts = _prompts(settings, teacher, prompts)
     teacher.check_cfg(settings.cfg)
-    if settings.decode and spec.space == "pixel":
+    if settings.decode and not spec.latent:
         raise UserError(
             f"--decode: teacher {spec.name!r} works on pixels, its outputs are the images", "leave --decode away"
         )

@@ -8,13 +8,14 @@ from typing import Any
 
 from d2o.errors import UserError
 from d2o.inputs import read_json
+from d2o.interop import catalogue
 from d2o.interop.assets import asset
+from d2o.interop.hub import is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.networks.precond import Denoiser
-from d2o.teachers import catalogue
 from d2o.teachers.base import Teacher
 from d2o.teachers.in_edm import ViewTeacher
-from d2o.teachers.registry import BUILTIN, is_repository
+from d2o.teachers.registry import BUILTIN
 
 FAMILIES = {
     "edm": "denoisers of EDM in its own preconditioning (and what `d2o train` makes of that kind)",

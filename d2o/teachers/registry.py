@@ -10,20 +10,21 @@ from typing import Any
 import torch
 
 from d2o.errors import UserError, nearest
+from d2o.interop import catalogue
 from d2o.interop.assets import asset
+from d2o.interop.catalogue import NVIDIA_LICENCE, Published
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import Received, verify
-from d2o.interop.hub import hub_snapshot
+from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint
 from d2o.networks.build import build_network
 from d2o.networks.latent import TextToImage
 from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
-from d2o.teachers import catalogue
+from d2o.spaces.base import PIXELS
+from d2o.spaces.load import EDM2
 from d2o.teachers.base import UNSTATED, Spec, Teacher
-from d2o.teachers.catalogue import NVIDIA_LICENCE, Published
-from d2o.teachers.edm2_latents import EDM2LatentTeacher
 from d2o.teachers.latent import text_to_image_teacher
 
 BUILTIN = {"digits": "teacher_digits.safetensors", "tiny-sd": "tiny-sd"}
@@ -56,33 +57,50 @@ def load_teacher(
     if name in BUILTIN:
         path = asset(BUILTIN[name])
         if path.is_dir():
-            return _diffusers(path, name, device, dtype, licence=TINY_SD_LICENCE)
+            return _diffusers(path, name, device, dtype, licence=TINY_SD_LICENCE, origin=name, space=name)
         return _checkpoint(path, device, dtype, name=name)
     published = catalogue.find(name)
     if published is not None and not Path(name).exists():
         path = catalogue.fetch(published, progress, say)
         if published.kind == "nvidia":
             return _nvidia(verify(path, published.sha256, published.bytes), device, dtype, published)
-        teacher = _diffusers(path, name, device, dtype, licence=published.licence)
+        teacher = _diffusers(path, name, device, dtype, licence=published.licence, origin=name, space=published.space)
         teacher.spec = replace(teacher.spec, solver=published.solver, steps=published.steps)
         return teacher
     path = Path(name)
     if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
-        return _diffusers(_from_hub(name), name, device, dtype)
+        return _diffusers(_from_hub(name), name, device, dtype, origin=name, space=name)
     if (path / "model_index.json").is_file():
         return _diffusers(path, path.name, device, dtype)
     path = resolve_checkpoint(path)
     return _nvidia(path, device, dtype) if path.suffix == ".pkl" else _checkpoint(path, device, dtype)
 
 
-def _diffusers(
-    path: Path, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str = UNSTATED
-) -> Teacher:
-    from d2o.teachers.diffusers_folder import (
-        load_diffusers,
-    )  # brings diffusers and transformers, which are slow to import
+def locate(name: str) -> Path:
+    """Where a teacher lies that `load_teacher` takes, fetched if it has to be. UserError as there."""
+    if name in BUILTIN:
+        return asset(BUILTIN[name])
+    path, published = Path(name), catalogue.find(name)
+    if published is not None and not path.exists():
+        return catalogue.fetch(published)
+    if path.exists() or path.suffix in (".safetensors", ".pkl"):
+        return path if (path / "model_index.json").is_file() else resolve_checkpoint(path)
+    return _from_hub(name)
 
-    return load_diffusers(path, name, device, dtype, licence=stated_licence(path) if licence == UNSTATED else licence)
+
+def _diffusers(
+    path: Path,
+    name: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    licence: str = UNSTATED,
+    origin: str | None = None,
+    space: str | None = None,
+) -> Teacher:
+    from d2o.teachers.diffusers_folder import load_diffusers  # brings diffusers and transformers: slow to import
+
+    stated = stated_licence(path) if licence == UNSTATED else licence
+    return load_diffusers(path, name, device, dtype, licence=stated, origin=origin, space=space)
 
 
 def stated_licence(folder: Path) -> str:
@@ -95,12 +113,6 @@ def stated_licence(folder: Path) -> str:
     lines = parts[1].splitlines() if len(parts) == 3 and not parts[0].strip() else []
     stated = {key.strip(): value.strip().strip("'\"") for key, _, value in (line.partition(":") for line in lines)}
     return stated.get("license_name") or stated.get("license") or UNSTATED
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name is of the form owner/name, as repositories of the hub have it."""
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
 
 def _from_hub(name: str) -> Path:
@@ -127,11 +139,12 @@ def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | Non
     if name is not None:
         spec = replace(spec, name=name)
     network = load_weights(meta["network"], tensors, path)
-    teacher = (
-        Teacher(network, spec, device, dtype)
-        if not isinstance(network, TextToImage)
-        else text_to_image_teacher(network, spec, device, dtype)
-    )
+    if isinstance(network, TextToImage):
+        origin = str(path.resolve())
+        spec = replace(spec, space=origin, text=origin)
+        teacher: Teacher = text_to_image_teacher(network, spec, device, dtype)
+    else:
+        teacher = Teacher(network, spec, device, dtype)
     teacher.meta = meta
     return teacher
 
@@ -145,7 +158,8 @@ def _nvidia(
     network = load_weights(config, found.state_dict, path, assign=True)
     assert isinstance(network, Denoiser)
     name, steps = (published.name, published.steps) if published else (path.stem, found.steps)
-    return _edm_family(network, config, name, steps, found.space, device, dtype)
+    space = PIXELS if found.space == "pixel" else EDM2
+    return _edm_family(network, config, name, steps, space, device, dtype)
 
 
 def planned_teacher(published: Published) -> Teacher:
@@ -155,9 +169,14 @@ def planned_teacher(published: Published) -> Teacher:
     with torch.device("meta"):
         network = build_network(published.network)
     assert isinstance(network, Denoiser)
-    space = "pixel" if published.vae is None else "latent"
     return _edm_family(
-        network.eval().requires_grad_(False), published.network, published.name, published.steps, space, "meta", None
+        network.eval().requires_grad_(False),
+        published.network,
+        published.name,
+        published.steps,
+        published.space,
+        "meta",
+        None,
     )
 
 
@@ -183,8 +202,6 @@ def _edm_family(
         steps=steps,
         guidable=False,  # EDM and EDM2 dropped no classes; EDM2 is guided by another network
     )
-    teacher = (
-        EDM2LatentTeacher(network, spec, device, dtype) if space == "latent" else Teacher(network, spec, device, dtype)
-    )
+    teacher = Teacher(network, spec, device, dtype)
     teacher.meta = {"format": "nvidia", "kind": "teacher", "network": config, "spec": spec.to_dict()}
     return teacher

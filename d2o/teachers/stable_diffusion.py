@@ -3,8 +3,8 @@ Podell et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,8 @@ from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.networks.edm_view import EDMView
+from d2o.spaces.base import LatentSpace
+from d2o.spaces.load import keep_space
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.cross_attention import (
     GivenText,
@@ -25,8 +27,7 @@ from d2o.teachers.cross_attention import (
     text_attentions,
 )
 from d2o.teachers.prediction import check_prediction, to_data
-from d2o.teachers.text import CACHE_BYTES, PromptCache, embed_prompts, joined_states, last_states
-from d2o.teachers.vae import decode
+from d2o.teachers.text import TextEncoders, check_text, embed_prompts, keep_text
 
 SIGMA_DATA = 1.0
 """Standard deviation of latents, which their scaling factor is there for (Rombach et al. 2022, appendix G)."""
@@ -40,32 +41,26 @@ class TextTeacher(Teacher):
     def __init__(
         self,
         network: nn.Module,
-        vae: Any,
-        text_encoders: Sequence[nn.Module],
-        prompts: PromptCache,
+        space: LatentSpace,
+        text: TextEncoders,
         width: int,
         pooled: bool,
-        scaling_factor: float,
-        shift_factor: float,
         spec: Spec,
         device: str | torch.device,
         dtype: torch.dtype | None,
     ):
-        if vae.config.latent_channels != spec.shape[0]:
+        if space.numbers.channels != spec.shape[0]:
             raise UserError(
-                f"{spec.name}: a network for {spec.shape[0]} channels with an autoencoder of"
-                f" {vae.config.latent_channels}"
+                f"{spec.name}: a network for {spec.shape[0]} channels with an autoencoder of {space.numbers.channels}"
             )
-        super().__init__(network, spec, device, dtype)
-        self.vae = vae.to(self.device).eval().requires_grad_(False)
-        self.text_encoders = [encoder.to(self.device).eval().requires_grad_(False) for encoder in text_encoders]
-        self.prompts, self.width, self.pooled = prompts, width, pooled
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+        super().__init__(network, replace(spec, space=space.name, text=text.name), device, dtype)
+        self._space, self.text = keep_space(space), keep_text(text)
+        self.prompts, self.width, self.pooled = text.prompts, width, pooled
 
     def embed(self, condition: Condition | Embedded) -> Embedded:
         """Prompts -> Text on the teacher's device, float32, cut after 77 tokens. UserError: class labels, or
         nothing."""
-        return embed_prompts(self.spec, condition, self.prompts)
+        return embed_prompts(self.spec, condition, self.text)
 
     def expect_prompts(self, repeated: bool) -> None:
         self.prompts.limit = self.prompts.usual if repeated else 0
@@ -81,11 +76,7 @@ class TextTeacher(Teacher):
 
     def check_condition(self, text: Any, batch: int) -> Any:
         """UserError: no encoded prompts, another number than the batch, states of another network."""
-        name = self.spec.name
-        if not isinstance(text, Text):
-            raise UserError(f"{name!r} is conditioned on text; it takes prompts, '' for none")
-        if len(text) != batch:
-            raise UserError(f"{len(text)} prompts for a batch of {batch}")
+        name, text = self.spec.name, check_text(self.spec, text, batch)
         if text.states.ndim != 3 or text.states.shape[-1] != self.width:
             raise UserError(
                 f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another"
@@ -95,19 +86,13 @@ class TextTeacher(Teacher):
             raise UserError(f"{name!r} takes a pooled vector of each prompt as well; this text has none")
         return text
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents [B, C, h, w] in the diffusion space -> images [B, 3, H, W] in [-1, 1], float32."""
-        return decode(self.vae, x, self.scaling_factor, self.shift_factor)
-
     @property
     def fingerprint(self) -> str:
         """sha256 over all that samples depend on: the weights of the network and the text encoders, the schedule, the
         kind of prediction."""
         if not hasattr(self, "_fingerprint"):
             parts = {f"network.{key}": value for key, value in self.network.state_dict().items()}
-            for i, encoder in enumerate(self.text_encoders):
-                parts |= {f"text{i}.{key}": value for key, value in encoder.state_dict().items()}
-            self._fingerprint = tensors_sha256(parts | self._settings())
+            self._fingerprint = tensors_sha256(parts | self.text.weights() | self._settings())
         return self._fingerprint
 
     def _settings(self) -> dict[str, Tensor]:
@@ -115,8 +100,8 @@ class TextTeacher(Teacher):
 
 
 class StableDiffusionTeacher(TextTeacher):
-    """`unet` a diffusers UNet2DConditionModel, `vae` an AutoencoderKL, `text_encoders` and `tokenizers` one each (1.x,
-    2.x) or two (XL).
+    """`unet` a diffusers UNet2DConditionModel, `space` that of its latents, `text` one text encoder (1.x, 2.x) or two
+    (XL).
 
     The time t is 0 .. 999. `prediction` is what the UNet gives: "epsilon", "v_prediction" or "sample". `sdxl_uncond`:
     what XL's guidance takes
@@ -130,59 +115,36 @@ class StableDiffusionTeacher(TextTeacher):
     def __init__(
         self,
         unet: Any,
-        vae: Any,
-        text_encoders: Sequence[Any],
-        tokenizers: Sequence[Any],
+        space: LatentSpace,
+        text: TextEncoders,
         schedule: DiscreteSchedule,
         spec: Spec,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         *,
         prediction: str = "epsilon",
-        scaling_factor: float = 0.18215,
-        shift_factor: float = 0.0,
         sdxl_uncond: str = "zeros",
-        cache_bytes: int = CACHE_BYTES,
     ):
         if sdxl_uncond not in SDXL_UNCOND:
             raise unknown("sdxl_uncond", sdxl_uncond, SDXL_UNCOND)
-        self.xl = len(text_encoders) == 2
+        self.xl = len(text.encoders) == 2
         if self.xl != (unet.config.addition_embed_type == "text_time"):
             raise UserError(
-                f"{spec.name}: a UNet of Stable Diffusion {'1 or 2' if self.xl else 'XL'} with {len(text_encoders)}"
+                f"{spec.name}: a UNet of Stable Diffusion {'1 or 2' if self.xl else 'XL'} with {len(text.encoders)}"
                 " text encoders"
             )
-        on = torch.device(device)
-        one = (
-            joined_states(text_encoders, tokenizers, on)
-            if self.xl
-            else last_states(text_encoders[0], tokenizers[0], on)
-        )
         width = unet.config.cross_attention_dim
         if not isinstance(width, int):
             raise UserError(
                 f"{spec.name}: a UNet with text of several widths (cross_attention_dim {list(width)}), which d2o does"
                 " not support"
             )
-        super().__init__(
-            unet,
-            vae,
-            text_encoders,
-            PromptCache(one, cache_bytes),
-            width,
-            self.xl,
-            scaling_factor,
-            shift_factor,
-            spec,
-            device,
-            dtype,
-        )
+        super().__init__(unet, space, text, width, self.xl, spec, device, dtype)
         self.schedule, self.prediction, self.sdxl_uncond = schedule, check_prediction(prediction), sdxl_uncond
         self._attentions = text_attentions(unet)
         self._given = [GivenText() for _ in self._attentions or []]
         self._shared = [] if self._attentions is None else shared_layers(unet)
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        height, width = spec.shape[1] * scale, spec.shape[2] * scale
+        _, height, width = space.image_shape(spec.shape)
         # XL is told the size of the image that it was cut from, where it was cut, and its own size: a full image at the
         # usual resolution.
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,13 @@ from torch.nn import functional as F
 
 from d2o.condition import Condition, Embedded, Text
 from d2o.errors import UserError
+from d2o.interop.safetensors_io import tensors_sha256
+from d2o.spaces.load import device_name
 from d2o.teachers.base import Spec
 
 CACHE_BYTES = 256 * 2**20
+T5_LENGTH = 256
+"""Tokens of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
 EncodeOne = Callable[[str], Text]
 """One prompt -> Text of length 1."""
 
@@ -76,7 +81,119 @@ class PromptCache:
             return self.encode_one(prompt)
 
 
-def embed_prompts(spec: Spec, condition: Condition | Embedded, cache: PromptCache) -> Embedded:
+class TextEncoders:
+    """The text encoders of a model: prompts -> Text, each distinct one encoded once, on the device, float32.
+
+    `name`: of the model that they are part of, as `d2o.teachers.text_encoders.load_text` takes it; `encode_one`: how
+    that model's family reads one prompt. All in this process who take prompts of one model share them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoders: Sequence[nn.Module],
+        encode_one: EncodeOne,
+        device: str | torch.device = "cpu",
+        cache_bytes: int = CACHE_BYTES,
+        revision: str | None = None,
+    ):
+        self.name, self.revision, self.device = name, revision, torch.device(device)
+        self.encoders = [encoder.to(self.device).eval().requires_grad_(False) for encoder in encoders]
+        self.prompts = PromptCache(encode_one, cache_bytes)
+        self._sha256 = ""
+
+    def __deepcopy__(self, memo: Any) -> TextEncoders:
+        return self  # frozen, and shared by all who copy what holds it
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """UserError: nothing at all."""
+        return self.prompts(prompts)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors, by encoder and name."""
+        return {
+            f"text{i}.{key}": value
+            for i, encoder in enumerate(self.encoders)
+            for key, value in encoder.state_dict().items()
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a file says of them that needs them: name, revision, sha256 of the weights."""
+        if not self._sha256:
+            self._sha256 = tensors_sha256(self.weights())
+        return {"name": self.name, "revision": self.revision, "sha256": self._sha256}
+
+    def check(self, record: dict[str, Any], who: str) -> None:
+        """UserError: these are not those that `record` is of."""
+        if (wanted := record.get("sha256")) and wanted != self.record["sha256"]:
+            raise UserError(
+                f"{who} takes the text encoders of {record['name']} with sha256 {wanted[:12]}; those that are here have"
+                f" {self.record['sha256'][:12]}",
+                "put those that it was trained with in their place",
+            )
+
+
+_texts: WeakValueDictionary[tuple[str, str], TextEncoders] = WeakValueDictionary()
+
+
+def keep_text(text: TextEncoders) -> TextEncoders:
+    """The text encoders, which all who ask for their name and device find from now on, as long as somebody keeps
+    them."""
+    _texts[(text.name, device_name(text.device))] = text
+    return text
+
+
+def kept_text(name: str, device: str | torch.device | None = None) -> TextEncoders | None:
+    """Those of that name that somebody in this process keeps, on that device or on any; None if there are none."""
+    on = None if device is None else device_name(device)
+    return next((text for (known, where), text in list(_texts.items()) if known == name and on in (None, where)), None)
+
+
+def clip_text(
+    name: str,
+    encoders: Sequence[nn.Module],
+    tokenizers: Sequence[Any],
+    device: str | torch.device = "cpu",
+    cache_bytes: int = CACHE_BYTES,
+    revision: str | None = None,
+) -> TextEncoders:
+    """Those of Stable Diffusion 1 and 2 (one CLIP), or XL (two)."""
+    on = torch.device(device)
+    one = last_states(encoders[0], tokenizers[0], on) if len(encoders) == 1 else joined_states(encoders, tokenizers, on)
+    return TextEncoders(name, encoders, one, device, cache_bytes, revision)
+
+
+def clip_and_t5_text(
+    name: str,
+    encoders: Sequence[Any],
+    tokenizers: Sequence[Any],
+    width: int,
+    device: str | torch.device = "cpu",
+    t5_length: int = T5_LENGTH,
+    cache_bytes: int = CACHE_BYTES,
+    revision: str | None = None,
+) -> TextEncoders:
+    """Those of Stable Diffusion 3: two CLIPs and a T5, or None in its place (its states are zeros then); states of
+    `width`. UserError: another number of them."""
+    if len(encoders) != 3 or len(tokenizers) != 3 or encoders[0] is None or encoders[1] is None:
+        raise UserError(f"{name}: Stable Diffusion 3 takes two CLIP text encoders and a T5 (or None in its place)")
+    t5 = None if encoders[2] is None else (encoders[2], tokenizers[2])
+    one = joined_states_and_t5(encoders[:2], tokenizers[:2], t5, width, t5_length, torch.device(device))
+    there = [encoder for encoder in encoders if encoder is not None]
+    return TextEncoders(name, there, one, device, cache_bytes, revision)
+
+
+def check_text(spec: Spec, text: Embedded, batch: int) -> Text:
+    """The encoded prompts if there is one for each of the batch. UserError otherwise."""
+    if not isinstance(text, Text):
+        raise UserError(f"{spec.name!r} is conditioned on text; it takes prompts, '' for none")
+    if len(text) != batch:
+        raise UserError(f"{len(text)} prompts for a batch of {batch}")
+    return text
+
+
+def embed_prompts(spec: Spec, condition: Condition | Embedded, encode: Callable[[Sequence[str]], Text]) -> Embedded:
     """Of a network that takes text: the prompts of a `Condition`, encoded; what is embedded already comes back as it
     is. UserError: class labels, nothing, or a guidance scale, which it is not told."""
     if not isinstance(condition, Condition):
@@ -86,7 +203,7 @@ def embed_prompts(spec: Spec, condition: Condition | Embedded, cache: PromptCach
         raise UserError(f"{spec.name!r} is conditioned on text; it takes prompts, {what}")
     if condition.cfg is not None:
         raise UserError(f"{spec.name!r} is not told a guidance scale")
-    return cache(condition.prompts)
+    return encode(condition.prompts)
 
 
 def _size(text: Text) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -12,24 +11,66 @@ from torch import Tensor
 from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_float
 from d2o.data.latents import LatentSet
+from d2o.data.order import mix, shuffled
 from d2o.data.pairs import PairStore
+from d2o.data.stream import PairStream
 from d2o.methods.base import Batch
 
 
-def mix(*parts: int | str) -> int:
-    """A 63-bit seed from several numbers or words."""
-    return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1
-
-
 class Batches:
-    """Shuffled without replacement within each epoch. `share` (start, stop) is this process's part of the global batch.
+    """What a method takes that needs no data. Of the others a batch is shuffled without replacement within each epoch,
+    and the next one is read by a thread while the current one is computed."""
 
-    The next batch is read by a thread while the current one is computed.
-    """
+    def get(self, iteration: int) -> Batch:
+        """This process's share of the batch of that iteration, on the device."""
+        return Batch()
+
+    def close(self) -> None:
+        """End the threads."""
+
+
+def open_batches(
+    source: ImageSet | LatentSet | PairStore | None,
+    batch: int,
+    seed: int,
+    share: tuple[int, int],
+    device: torch.device,
+    indices: Tensor | None = None,
+    xflip: bool = False,
+) -> Batches:
+    """The batches of a source. `share` (start, stop) is this process's part of the global batch, all parts are of one
+    size. `indices`: the images that are drawn from; None: all."""
+    if source is None:
+        return Batches()
+    if isinstance(source, PairStore):
+        return PairBatches(source, batch, seed, share, device)
+    return ImageBatches(source, batch, seed, share, device, indices, xflip)
+
+
+class PairBatches(Batches):
+    """Of a pair store, streamed."""
+
+    def __init__(self, store: PairStore, batch: int, seed: int, share: tuple[int, int], device: torch.device):
+        size = share[1] - share[0]
+        self.stream = PairStream(store, size, seed, share[0] // size, batch // size)
+        self.device = device
+
+    def get(self, iteration: int) -> Batch:
+        self.stream.seek(iteration)
+        noise, condition, target = next(self.stream)
+        noise, target = (t.to(self.device, non_blocking=True) for t in (noise, target))
+        return Batch(condition.to(self.device, non_blocking=True), noise, target)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class ImageBatches(Batches):
+    """Of images, or stored latents; images as float in [-1, 1]."""
 
     def __init__(
         self,
-        source: ImageSet | LatentSet | PairStore | None,
+        source: ImageSet | LatentSet,
         batch: int,
         seed: int,
         share: tuple[int, int],
@@ -37,23 +78,14 @@ class Batches:
         indices: Tensor | None = None,
         xflip: bool = False,
     ):
-        self.source, self.batch, self.seed, self.share, self.device, self.xflip = (
-            source,
-            batch,
-            seed,
-            share,
-            device,
-            xflip,
-        )
-        self.indices = torch.arange(len(source)) if indices is None and source is not None else indices
+        self.source, self.batch, self.seed, self.share = source, batch, seed, share
+        self.device, self.xflip = device, xflip
+        self.indices = torch.arange(len(source)) if indices is None else indices
         self.epochs: dict[int, np.ndarray] = {}
         self.ahead: tuple[int, Future[Batch]] | None = None
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def get(self, iteration: int) -> Batch:
-        """This process's share of the batch of that iteration, on the device."""
-        if self.source is None:
-            return Batch()
         # The first batch is read here, not in the thread: what a source prepares once may run in parallel, and a second
         # set of OpenMP threads, once started, slows every parallel operation of this process down to the end (measured:
         # by a third).
@@ -61,35 +93,28 @@ class Batches:
             self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
         )
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
-        parts = (batch.noise, batch.target, batch.images)
-        noise, target, images = (None if t is None else t.to(self.device, non_blocking=True) for t in parts)
-        condition = batch.condition.to(self.device, non_blocking=True)
-        return Batch(condition, noise, target, None if images is None else self.finish(iteration, images))
+        assert batch.images is not None
+        images = self.finish(iteration, batch.images.to(self.device, non_blocking=True))
+        return Batch(batch.condition.to(self.device, non_blocking=True), images=images)
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
 
     def positions(self, iteration: int) -> Tensor:
-        """Which samples this process takes in that iteration. By numpy, since it runs in the thread, see `get`."""
-        assert self.indices is not None
+        """Which images this process takes in that iteration. By numpy, since it runs in the thread, see `get`."""
         n = len(self.indices)
         place = iteration * self.batch + np.arange(*self.share)
         out = np.empty_like(place)
         for epoch in np.unique(place // n).tolist():
             if epoch not in self.epochs:
                 self.epochs = {e: order for e, order in self.epochs.items() if e >= epoch - 1}
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(self.seed, "epoch", epoch)))
-                self.epochs[epoch] = self.indices[order].numpy()
+                self.epochs[epoch] = self.indices.numpy()[shuffled(n, self.seed, epoch)]
             inside = place // n == epoch
             out[inside] = self.epochs[epoch][place[inside] % n]
         return torch.from_numpy(out)
 
     def read(self, iteration: int) -> Batch:
         index = self.positions(iteration)
-        if isinstance(self.source, PairStore):
-            noise, condition, target = self.source.batch(index)
-            return Batch(condition, noise, target)
-        assert self.source is not None
         labels = None if self.source.labels is None else self.source.labels[index]
         return Batch(Condition(len(index), labels), images=self.source.images(index))
 

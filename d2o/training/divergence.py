@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError
+from d2o.networks.copying import local
 
 PATIENCE = 50
 """So many more bad iterations than good ones, from where they began, stop the run. Outliers never add up to it."""
@@ -61,18 +62,26 @@ class Divergence:
         raise UserError(f"training has diverged: {what} (bad_gradients: {policy})", f"{HINT}; {kept(saved)}")
 
 
-def check_finite(networks: Mapping[str, nn.Module], iteration: int, saved: int | None) -> None:
-    """UserError: weights that are not finite, which never go into a file. One look at the device for all networks."""
+def check_finite(
+    networks: Mapping[str, nn.Module],
+    iteration: int,
+    saved: int | None,
+    agreed: Callable[[Tensor], Tensor] = lambda flags: flags,
+) -> None:
+    """UserError: weights that are not finite, which never go into a file. One look at the device for all networks.
+    `agreed`: see `Replicate.agreed`."""
     finite = {name: flag for name, network in networks.items() if (flag := _finite(network)) is not None}
-    if finite and not bool(torch.stack(list(finite.values())).all()):
-        names = " and ".join(name for name, good in finite.items() if not good)
+    flags = agreed(torch.stack(list(finite.values()))).tolist() if finite else []
+    if not all(flags):
+        names = " and ".join(name for name, good in zip(finite, flags, strict=True) if not good)
         what = f"training has diverged: after iteration {iteration:,} weights are not finite ({names})"
         raise UserError(what, f"{HINT}; {kept(saved)}")
 
 
 def _finite(network: nn.Module) -> Tensor | None:
     """A boolean scalar that stays on the device; None for a network without weights."""
-    some = [t for t in network.state_dict().values() if t.is_floating_point() and t.numel()]
+    here = [local(t) for t in network.state_dict().values()]
+    some = [t for t in here if t.is_floating_point() and t.numel()]
     if not some:
         return None
     return torch.stack([norm.isfinite() for norm in torch._foreach_norm(some, float("inf"))]).all()

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from d2o.condition import Condition
 from d2o.data.latents import LatentSet
+from d2o.data.order import mix
 from d2o.methods.base import Batch, Draws, Generate, Method, Setup, get_method
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
 from d2o.reports.curves import HIGHER_IS_BETTER
 from d2o.runtime import StopFlag, Stopped
 from d2o.training import distributed, saving
-from d2o.training.batches import Batches, mix
+from d2o.training.batches import open_batches
 from d2o.training.choices import choose
 from d2o.training.divergence import BAD, check_finite
 from d2o.training.ema import EMA
 from d2o.training.journal import Journal, Progress
 from d2o.training.parts import Parts
-from d2o.training.player import Player, players_of
+from d2o.training.player import Player
 from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
@@ -64,7 +65,7 @@ class Trainer:
         self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
-        networks = {name: net.to(self.device).train() for name, net in players_of(self.method).items()}
+        networks = {name: net.to(self.device).train() for name, net in self.method.players().items()}
         self.strategy = make_strategy(recipe, self.device, world)
         self.recipe = recipe = choose(recipe, networks[self.method.product], self.device, say, self.strategy.shards)
         freeze(networks[self.method.product], recipe.student.freeze)
@@ -95,7 +96,7 @@ class Trainer:
                 net.compile()
         source = {"pairs": setup.pairs, "images": setup.images, "none": None}[self.method.needs(setup.options)]
         flip = bool(recipe.data and recipe.data.xflip)
-        self.batches = Batches(
+        self.batches = open_batches(
             source, recipe.batch, recipe.seed, self.local, self.device, self.method.train_indices, flip
         )
         self.schedule = Schedule(recipe)
@@ -274,7 +275,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
         that knows of it."""
-        check_finite({"the average": self.ema.network}, self.iteration, self.saved)
+        check_finite({"the average": self.ema.network}, self.iteration, self.saved, self.strategy.agreed)
         network, metric = self.product.averaged(), self.recipe.eval.metric
         scores = self.evaluation.scores(network, self.generator(network), self.iteration)
         if self.rank == 0:

@@ -9,6 +9,7 @@ removed (`drop`). Killed before it, the old record and its parts stand. No pickl
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def read(checkpoints: Path, parts: Parts, like: Callable[[str, torch.Size, torch
     folder = checkpoints / str(parts["folder"])
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     tensors = {name: like(name, held.size, held.properties.dtype) for name, held in found.items()}  # type: ignore[union-attr]
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     return tensors
 
 

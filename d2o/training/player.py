@@ -15,7 +15,6 @@ from d2o.training.optim import GradientGuard, build_optimizer, clip, learning_ra
 from d2o.training.strategy import Replicate, is_share, whole
 
 if TYPE_CHECKING:
-    from d2o.methods.base import Method
     from d2o.recipes.sections import Ema, Optim
     from d2o.training.precision import LossScale
 
@@ -121,8 +120,3 @@ class Player:
             handle = self.handles[names[int(name)] if name.isdigit() else name]
             state.setdefault(position[id(handle)], {})[key] = local(tensor)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-
-def players_of(method: Method) -> dict[str, nn.Module]:
-    """The networks that a method trains, by name."""
-    return method.networks()

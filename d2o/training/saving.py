@@ -58,7 +58,7 @@ def save(t: Trainer, numbered: bool) -> None:
     call this. UserError: weights that are not finite; nothing is written then."""
     rows = t.journal.scalars.rows()  # on all processes, as whatever may be refused
     bad = {name: player.guard.check(name) for name, player in t.players.items()}
-    check_finite({**t.networks, "the average": t.ema.network}, t.iteration, t.saved)
+    check_finite({**t.networks, "the average": t.ema.network}, t.iteration, t.saved, t.strategy.agreed)
     names = ["last", *([snapshot(t.images)] if numbered and t.recipe.checkpoint.keep else [])]
     put_product(t, *names)
     t.products.keep(t.recipe.checkpoint.keep)

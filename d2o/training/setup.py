@@ -157,9 +157,9 @@ def try_out(recipe: Any, setup: Setup) -> None:
     rank, world = worker()
     divide(recipe, rank, world)
     method = get_method(recipe.method)(setup)
-    freeze(method.networks()[method.product], recipe.student.freeze)
+    freeze(method.players()[method.product], recipe.student.freeze)
     if recipe.checkpointing:
-        checkpointed(recipe, method.networks(), setup.teacher)
+        checkpointed(recipe, method.players(), setup.teacher)
     Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None).check()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,11 @@ class Replicate:
 
     def finite(self, gradients: list[Tensor]) -> Tensor:
         """Whether all numbers are finite, whoever holds them: a truth value that stays on the device."""
-        return optim.finite(gradients)
+        return self.agreed(optim.finite(gradients))
+
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Which of the truth values hold for what every process has."""
+        return flags
 
     def after_backward(self) -> None:
         """What is left to do when a backward pass has ended."""
@@ -97,6 +102,8 @@ class Shard(Replicate):
             units.append(network.network)  # methods call it directly too
         for unit in [*units, network]:
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, ignored_params=undivided)
+        # Outputs that are views, as of critics: FSDP's hooks are lost if they are changed in place, which nothing does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         assert isinstance(network, FSDPModule)
         for part in network.modules():
             if isinstance(part, EDM2Precond):
@@ -140,10 +147,10 @@ class Shard(Replicate):
         dist.all_reduce(square)
         return (square + optim.norm(ours).square()).sqrt() if ours else square.sqrt()
 
-    def finite(self, gradients: list[Tensor]) -> Tensor:
-        flag = optim.finite(gradients).to(torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return flag.bool()
+    def agreed(self, flags: Tensor) -> Tensor:
+        common = flags.to(torch.int32)
+        dist.all_reduce(common, dist.ReduceOp.MIN)
+        return common.bool()
 
     def after_backward(self) -> None:
         from torch.distributed.fsdp import FSDPModule

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from d2o.data.order import mix
 from d2o.networks.processor import AUTO
-from d2o.training.batches import mix
 from d2o.training.precision import autocast
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from d2o.cli.app import main
 from d2o.cli.eval import evaluate
 from d2o.errors import UserError
 from d2o.evaluation import collect, results
-from d2o.evaluation.statistics import load_statistics
-from d2o.features import load as features
+from d2o.evaluation import extractors as features
+from d2o.evaluation.statistics_files import load_statistics
 from d2o.interop.safetensors_io import write_error
 from d2o.runtime import Stopped
 from tests.helpers import tiny_student, tiny_teacher

@@ -131,4 +131,4 @@ def test_a_student_of_spi_gan_is_trained_further(tmp_path, capsys):
     assert run("train", "spi_gan_digits", *small, "--out", tmp_path / "a") == 0
     assert run("finetune", "spi_gan_digits", *small, "--from", tmp_path / "a", "--out", tmp_path / "b") == 0
     assert run("finetune", "dd_gan_digits", *small, "--from", tmp_path / "a", "--out", tmp_path / "c") == 2
-    assert "continues students of dd-gan" in capsys.readouterr().err
+    assert "goes on with students of kind multistep; the one to start from is of kind style" in capsys.readouterr().err

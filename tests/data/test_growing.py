@@ -1,5 +1,6 @@
 """Stores that grow: what is asked for later ends with the bytes of what would have been asked for at once."""
 
+import itertools
 import signal
 import threading
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_fewer_are_there_already(build, count):
 def test_the_first_pairs_stream_as_a_store_of_so_many_does(build):
     small, large = build("small", n=10), build("large", n=20)
     a, b = (PairStream(store, 3, seed=1, buffer=1) for store in (small, PairStore(large.path, n=10)))
-    for x, y in zip(a, b):
+    for x, y in itertools.islice(zip(a, b), 8):
         assert (
             torch.equal(x.noise, y.noise)
             and torch.allclose(x.target, y.target, atol=1e-5)
@@ -154,7 +155,7 @@ def test_two_workers_of_which_one_wants_more(build, teacher, tmp_path):
 
 def test_a_reader_goes_on_while_the_store_grows(build):
     store = build(n=5)
-    reader = PairStore(store.path, cache_bytes=0)
+    reader = PairStore(store.path)
     before = [t.clone() for t in tensors(build("same", n=5).batch(range(5)))]
     build(n=21)
     for a, b in zip(

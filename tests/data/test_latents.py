@@ -17,9 +17,8 @@ from d2o.errors import UserError
 from d2o.methods.sid import SiD
 from d2o.methods.spi_gan import SPIGAN
 from d2o.recipes.load import load_recipe
-from d2o.teachers import edm2_latents
-from d2o.teachers.base import Spec
-from d2o.teachers.edm2_latents import EDM2LatentTeacher, to_diffusion
+from d2o.spaces.load import SPACES
+from d2o.teachers.base import Spec, Teacher
 from d2o.training import setup as preparation
 from tests.latent import tiny_vae
 from tests.methods.test_latent import train
@@ -143,11 +142,9 @@ def test_sida_trains_on_stored_latents_without_an_autoencoder(tmp_path, monkeypa
         "channels_per_head": 16,
     }
     network = EDM2Precond(img_resolution=8, img_channels=4, label_dim=3, **small).eval()
-    teacher = EDM2LatentTeacher(network, Spec("tiny-edm2", (4, 8, 8), "latent", "label", 3, licence="CC0-1.0"))
+    teacher = Teacher(network, Spec("tiny-edm2", (4, 8, 8), "edm2", "label", 3, licence="CC0-1.0"))
     monkeypatch.setattr(preparation, "load_teacher", lambda *args, **kwargs: teacher)
-    monkeypatch.setattr(
-        edm2_latents, "autoencoder", lambda device: tiny_vae()
-    )  # for the preview; to train none is needed
+    monkeypatch.setattr(teacher.space, "_load", tiny_vae)  # for the preview; to train none is needed
     values = stored(16)
     path = pack(tmp_path / "img64-sd.zip", values)
     changes = [
@@ -168,9 +165,11 @@ def test_sida_trains_on_stored_latents_without_an_autoencoder(tmp_path, monkeypa
     assert Image.open(tmp_path / "run" / "previews" / "000000024.png").mode == "RGB"
     noise = torch.randn(2, 4, 8, 8)
     mean, std = torch.from_numpy(values[:2]).chunk(2, dim=1)
-    torch.testing.assert_close(teacher.latents(torch.from_numpy(values[:2]), noise), to_diffusion(mean + std * noise))
+    torch.testing.assert_close(
+        teacher.space.encode(torch.from_numpy(values[:2]), noise), SPACES["edm2"].normalise(mean + std * noise)
+    )
     with pytest.raises(
-        UserError, match="'tiny-edm2' makes 4 x 8 x 8 in latent space, .* means and standard deviations of 8 x 4 x 4"
+        UserError, match="'tiny-edm2' makes 4 x 8 x 8 in space edm2, .* means and standard deviations of 8 x 4 x 4"
     ):
         train(
             load_recipe(

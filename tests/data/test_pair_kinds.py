@@ -332,7 +332,7 @@ def test_pairs_in_latent_space_keep_images_only_if_asked(build):
             self.decoded += len(x)
             return x.repeat(1, 3, 2, 2).clamp(-1, 1)
 
-    latent = Latent(tiny_teacher().network, replace(tiny_teacher().spec, space="latent"))
+    latent = Latent(tiny_teacher().network, replace(tiny_teacher().spec, space="unnamed"))
     plain = build("plain", teacher=latent)
     assert latent.decoded == 0
     with pytest.raises(UserError, match="holds no images"):

@@ -92,10 +92,9 @@ def test_a_pair_is_what_the_teacher_makes_of_the_seed(build, teacher):
         assert x.shape == (1, 8, 8) and torch.allclose(x, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("cache_bytes", [2**30, 0])
 @pytest.mark.parametrize("store_noise", [True, False])
-def test_a_batch_is_its_pairs(build, cache_bytes, store_noise):
-    store = PairStore(build(store_noise=store_noise).path, cache_bytes)
+def test_a_batch_is_its_pairs(build, store_noise):
+    store = PairStore(build(store_noise=store_noise).path)
     index = [3, 19, 3, 8, -20]
     noise, condition, target = store.batch(index)
     labels = condition.labels

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from d2o.evaluation import extractors as features
 from d2o.evaluation.quick import cached
-from d2o.features import load as features
 from tests.helpers import tiny_student, tiny_teacher
 from tests.samples import make_extractor
 

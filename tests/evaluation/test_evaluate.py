@@ -16,11 +16,13 @@ from d2o.data.images import open_images, to_uint8
 from d2o.data.pair_settings import PairSettings
 from d2o.errors import UserError
 from d2o.evaluation import reference, subjects
+from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.protocol import Settings, protocol_line
 from d2o.evaluation.quick import FrechetEvaluator, quick_fd
-from d2o.evaluation.run import Request, evaluate_all
-from d2o.evaluation.statistics import Statistics, load_statistics, save_statistics
-from d2o.features.load import load_extractor
+from d2o.evaluation.request import Request
+from d2o.evaluation.run import evaluate_all
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.statistics_files import load_statistics, save_statistics
 from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.students.base import Student, load_student, save_student

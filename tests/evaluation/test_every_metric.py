@@ -13,18 +13,20 @@ import torch
 from d2o.data.draws import draw
 from d2o.data.images import open_images
 from d2o.errors import UserError
-from d2o.evaluation import presets, subjects, tools
+from d2o.evaluation import extractors as features
+from d2o.evaluation import paper_protocols, preset_check, subjects, tools
 from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.extractors import load_extractor
 from d2o.evaluation.leaks import leak_notes
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.presets import Preset
 from d2o.evaluation.protocol import Settings
-from d2o.evaluation.run import Request, evaluate_all
-from d2o.evaluation.statistics import Statistics, save_statistics
+from d2o.evaluation.request import Request
+from d2o.evaluation.run import evaluate_all
+from d2o.evaluation.statistics import Statistics
+from d2o.evaluation.statistics_files import save_statistics
 from d2o.evaluation.tools import Tools
-from d2o.features import load as features
 from d2o.features.extractor import Extractor
-from d2o.features.load import load_extractor
 from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.metrics.inception_score import inception_score
 from d2o.metrics.kid import kid
@@ -384,8 +386,8 @@ def preset(monkeypatch: pytest.MonkeyPatch, stand_ins: None) -> Preset:
         "a tool",
         ("labels are not stated",),
     )
-    monkeypatch.setitem(presets.PRESETS, "mini", made)
-    monkeypatch.setattr(presets, "_published", lambda extractor: [f"{9:064d}"])
+    monkeypatch.setitem(paper_protocols.PRESETS, "mini", made)
+    monkeypatch.setattr(preset_check, "_published", lambda extractor: [f"{9:064d}"])
     return made
 
 
@@ -398,7 +400,7 @@ def test_a_protocol_is_kept_or_refused(
     monkeypatch.setattr("d2o.evaluation.passes.generate", lambda *a, **k: pytest.fail("an image was made"))
     with pytest.raises(UserError, match=r"not the protocol mini(.|\n)*899"):
         evaluate(student, against="real:digits/a", metrics=preset.metrics, extractor="inception", preset=preset)
-    monkeypatch.setattr(presets, "_published", lambda extractor: ["f" * 64])
+    monkeypatch.setattr(preset_check, "_published", lambda extractor: ["f" * 64])
     with pytest.raises(UserError, match="is no published file"):
         evaluate(student, against="real:digits", metrics=preset.metrics, extractor="inception", preset=preset)
 

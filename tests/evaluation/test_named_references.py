@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from d2o.errors import UserError
+from d2o.evaluation.extractors import EXTRACTORS
 from d2o.evaluation.named_references import (
     REFERENCES,
     find_reference,
@@ -17,7 +18,6 @@ from d2o.evaluation.named_references import (
     lookup,
     reference_names,
 )
-from d2o.features.load import EXTRACTORS
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import pytest
 
 from d2o.errors import UserError
 from d2o.evaluation.catalogue import parse_metrics
+from d2o.evaluation.extractors import EXTRACTORS
 from d2o.evaluation.named_references import REFERENCES
-from d2o.evaluation.presets import PRESETS, apply_preset, check_result, find_preset, preset_names, protocol_table
+from d2o.evaluation.paper_protocols import PRESETS, find_preset, preset_names, protocol_table
+from d2o.evaluation.preset_check import check_result
+from d2o.evaluation.presets import apply_preset
 from d2o.evaluation.protocol import Settings
-from d2o.features.load import EXTRACTORS
 from d2o.interop.weights import WEIGHTS
 
 SIDA = find_preset("sida_cifar10")

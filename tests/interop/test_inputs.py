@@ -22,7 +22,7 @@ from d2o.data.images import open_images
 from d2o.data.prompts import MAX_LINE_BYTES, MAX_PROMPT_BYTES, Prompts, open_prompts
 from d2o.errors import UserError
 from d2o.evaluation.results import load_records
-from d2o.evaluation.statistics import load_statistics
+from d2o.evaluation.statistics_files import load_statistics
 from d2o.inputs import parse_json, read_json
 from d2o.interop.npz import read_npy, read_npz
 from d2o.interop.numpy_pickle import read_pickled

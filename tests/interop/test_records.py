@@ -12,7 +12,7 @@ import d2o
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError
-from d2o.features.load import load_extractor
+from d2o.evaluation.extractors import load_extractor
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file, save_file
 from d2o.networks import budget

@@ -93,7 +93,7 @@ def test_distances_by_hand():
 
     def network(a, b):
         seen.append((a.shape, a.min() >= x.min(), b.max() <= y.max()))
-        return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
+        return (a - b).square().mean(dim=(1, 2, 3))
 
     assert c.distance("lpips", x[:, :1], y[:, :1], network=network).shape == (4,)
     assert seen == [((4, 3, 224, 224), True, True)]  # grey is repeated; bilinear keeps the range

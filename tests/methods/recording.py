@@ -19,7 +19,7 @@ class Loop:
     def __init__(self, method: Any, size: int | None = None, lr: float = 0.0, total: int | None = None):
         self.total = total or method.batch
         self.turns: list[int] = []
-        self.networks, self.size, self.lr = method.networks(), size or self.total, lr
+        self.networks, self.size, self.lr = method.players(), size or self.total, lr
         self.losses: list[float] = []
         self.updated: list[str] = []
         self.gradients: dict[str, torch.Tensor] = {}

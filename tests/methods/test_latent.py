@@ -13,7 +13,7 @@ from d2o.data.images import open_images
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
-from d2o.features.load import load_extractor
+from d2o.features import load_features
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.methods.autoencoder import AutoencoderOptions
@@ -223,7 +223,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def test_the_shipped_tiny_sd_draws_what_it_is_asked_for():
     from d2o.export.folder import open_pipeline
 
-    pipeline, extractor, n = open_pipeline(asset("tiny-sd")), load_extractor("digits"), 60
+    pipeline, extractor, n = open_pipeline(asset("tiny-sd")), load_features("digits"), 60
     pipeline.set_progress_bar_config(disable=True)
     labels = torch.arange(n) % 10
 

@@ -45,7 +45,7 @@ class OneStep:
     """A loop that only records."""
 
     def __init__(self, method, batch):
-        self.networks, self.batch, self.losses, self.updated = method.networks(), batch, [], []
+        self.networks, self.batch, self.losses, self.updated = method.players(), batch, [], []
 
     def micro_batches(self, batch, turn=0):
         n = len(batch.condition.labels)

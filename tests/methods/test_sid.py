@@ -400,14 +400,15 @@ def test_the_one_switch_of_older_recipes_is_both():
     assert "force_wn" not in recipe.resolved()["sid"]
 
 
-def test_latent_teachers_encode_the_real_images():
-    teacher = Teacher(tiny_network(), replace(SPEC, space="latent"))
+def test_latent_teachers_encode_the_real_images(monkeypatch):
+    latent = replace(SPEC, space="edm2")
     images = Images()
     images.shape = (3, 64, 64)
-    with pytest.raises(UserError, match="works on latents and has no encoder"):
-        sid(teacher, images=images, **ADVERSARIAL)
+    with pytest.raises(UserError, match="does not say how they become images"):
+        sid(Teacher(tiny_network(), replace(SPEC, space="unnamed")), images=images, **ADVERSARIAL)
     asked = []
-    teacher.latents = lambda images, noise: (asked.append(images.shape), noise)[1]
+    teacher = Teacher(tiny_network(), latent)
+    monkeypatch.setattr(teacher.space, "encode", lambda images, noise: (asked.append(images.shape), noise)[1])
     with pytest.raises(UserError, match="makes images of 3 x 64 x 64, images has 1 x 8 x 8"):
         sid(teacher, **ADVERSARIAL)
     run(

@@ -257,7 +257,7 @@ def test_every_switch_trains_both_networks(options: dict) -> None:
     loop = OneStep(method, data)
     scalars = method.step(loop, data, 0)
     assert all(torch.isfinite(value) for value in scalars.values())
-    for name, network in method.networks().items():
+    for name, network in method.players().items():
         got = [p for p in network.parameters() if p.grad is not None and float(p.grad.abs().max()) > 0]
         assert len(got) > 0.7 * len(list(network.parameters())), name
 
@@ -298,7 +298,7 @@ def test_the_mean_style_is_tracked_at_t_1() -> None:
         ({"update_mode": "joint", "ivp": "incremental_detach"}, "does not go with update_mode joint"),
         ({"network": {**NETWORK, "img_resolution": 16}}, "of the data's 1 x 8 x 8 pixels"),
         ({"network": {"arch": "ddpmpp"}}, "style_generator"),
-        ({"start": tiny_student()}, "continues students of spi-gan"),
+        ({"start": tiny_student()}, "goes on with students of kind style"),
     ],
 )
 def test_mistakes(options: dict, words: str) -> None:

@@ -11,10 +11,10 @@ import pytest
 from d2o.cli.app import main
 from d2o.errors import UserError
 from d2o.interop.assets import asset
+from d2o.interop.catalogue import names
 from d2o.methods.base import get_method, method_names
 from d2o.methods.teachers import check_kind, check_teacher, takes, why_not
 from d2o.teachers.base import Teacher
-from d2o.teachers.catalogue import names
 from d2o.teachers.kinds import kind_of, look
 from d2o.teachers.registry import load_teacher
 from tests.helpers import tiny_network, tiny_teacher
@@ -29,7 +29,7 @@ def run(*arguments: object) -> int:
 
 
 def test_methods_that_distil():
-    assert DISTILLING == ["consistency", "dmd", "ode", "sid"]
+    assert DISTILLING == ["cd", "ctm", "dmd", "ode", "pd", "sid"]
 
 
 @pytest.fixture
@@ -67,7 +67,10 @@ def test_a_refusal_says_why_and_what_can_be_done(ddpm):
 def test_what_each_method_takes_of_the_published_teachers():
     taken = {method: {name for name in names() if takes(method, look(name))} for method in DISTILLING}
     edm, edm2 = ({name for name in names() if name.startswith(start)} for start in ("edm-", "edm2-"))
-    assert taken == {"consistency": edm, "dmd": edm | edm2, "ode": edm | edm2, "sid": edm | edm2}
+    assert taken == {
+        **dict.fromkeys(("cd", "ctm", "pd"), edm),
+        **dict.fromkeys(("dmd", "ode", "sid"), edm | edm2),
+    }
 
 
 def test_files_say_what_they_hold_and_loaded_teachers_are_of_the_same_kind(tmp_path):
@@ -80,16 +83,16 @@ def test_files_say_what_they_hold_and_loaded_teachers_are_of_the_same_kind(tmp_p
     assert kind_of(load_teacher("digits")) == look("digits")
     assert look(str(tmp_path / "nowhere.safetensors")) is None and look("digitz") is None
     (tmp_path / "x.pkl").write_bytes(b"")
-    assert look(str(tmp_path / "x.pkl")).precond is None and takes("consistency", look(str(tmp_path / "x.pkl")))
+    assert look(str(tmp_path / "x.pkl")).precond is None and takes("ctm", look(str(tmp_path / "x.pkl")))
 
 
 def test_another_preconditioning_is_not_consistencys():
     network, spec = tiny_network(), load_teacher("digits").spec
     network.precond = "vp"
     teacher = Teacher(network, spec)
-    assert takes("ode", kind_of(teacher)) and not takes("consistency", kind_of(teacher))
+    assert takes("ode", kind_of(teacher)) and not takes("ctm", kind_of(teacher))
     with pytest.raises(UserError, match="is in preconditioning vp") as caught:
-        check_teacher("consistency", teacher)
+        check_teacher("pd", teacher)
     assert "methods that take this teacher: dmd, ode, sid" in caught.value.hint
 
 

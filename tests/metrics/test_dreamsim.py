@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from d2o.errors import UserError
-from d2o.features.dreamsim import DINO, load, resize
+from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.resizing import rounded_bicubic
+from d2o.features.dreamsim import DINO
 from d2o.interop import torchvision_compat
 from d2o.metrics.diversity import dream_diversity, dreamsim_distance
 
@@ -77,11 +79,11 @@ def images():
 
 def test_embedding_and_distance_are_the_packages(package, images):
     model, folder = package
-    extractor = load("dreamsim", folder)
+    extractor = load_extractor("dreamsim", weights=folder)
     found = extractor.features(images)
     with torch.no_grad():
-        expected = model.embed(resize(images) / 255)
-        distance = model(resize(images[:1]) / 255, resize(images[1:2]) / 255)
+        expected = model.embed(rounded_bicubic(images, 224) / 255)
+        distance = model(rounded_bicubic(images[:1], 224) / 255, rounded_bicubic(images[1:2], 224) / 255)
     assert found.shape == (3, extractor.dim) == (3, 64 + 32 + 32)
     assert (expected[0] - expected[1]).abs().max() > 0.01
     assert torch.allclose(found, expected, atol=1e-5)
@@ -93,7 +95,7 @@ def test_adapters_count(package, images, tmp_path):
     shutil.copytree(package[1], tmp_path / "release")
     file = tmp_path / "release" / "ensemble_lora" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 0.0}))
-    without, adapted = load("dreamsim", tmp_path / "release"), load("dreamsim", package[1])
+    without, adapted = (load_extractor("dreamsim", weights=at) for at in (tmp_path / "release", package[1]))
     assert (without.features(images) - adapted.features(images)).abs().max() > 1e-3
     assert without.sha256 != adapted.sha256
 
@@ -106,7 +108,7 @@ def test_the_archive_is_the_folder(package, images, tmp_path):
                 file.write(path, path.relative_to(package[1]))
     (tmp_path / "checkpoints").mkdir()  # where torch.hub puts it for the package
     shutil.copy(package[1] / DINO, tmp_path / "checkpoints")
-    packed, unpacked = load("dreamsim", archive), load("dreamsim", package[1])
+    packed, unpacked = load_extractor("dreamsim", weights=archive), load_extractor("dreamsim", weights=package[1])
     assert packed.sha256 == unpacked.sha256
     assert torch.equal(packed.features(images), unpacked.features(images))
 
@@ -115,13 +117,13 @@ def test_what_is_missing_or_foreign_is_named(package, tmp_path, monkeypatch):
     monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("D2O_OFFLINE", "1")
     with pytest.raises(UserError, match="dreamsim_ensemble_checkpoint.zip"):
-        load("dreamsim")
+        load_extractor("dreamsim")
     folder = tmp_path / "release"
     shutil.copytree(package[1], folder)
 
     def refused(words):
         with pytest.raises(UserError, match=words):
-            load("dreamsim", folder)
+            load_extractor("dreamsim", weights=folder)
 
     (folder / DINO).rename(folder / "elsewhere")
     refused(f"needs the weights of DINO(.|\n)*put it at {folder / DINO}")
@@ -140,14 +142,14 @@ def test_what_is_missing_or_foreign_is_named(package, tmp_path, monkeypatch):
     (tmp_path / DINO).write_bytes(b"")
     (tmp_path / "no.zip").write_bytes(b"PK\3\4")
     with pytest.raises(UserError, match="no zip archive"):
-        load("dreamsim", tmp_path / "no.zip")
+        load_extractor("dreamsim", weights=tmp_path / "no.zip")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (211, 300), (224, 224), (512, 512)])
 def test_resize_is_pillows(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(np.float32)
-    found = resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    found = rounded_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 224)[0].permute(1, 2, 0).numpy()
     assert np.abs(found - expected).max() <= 1
     assert (found != expected).mean() < 0.01
 

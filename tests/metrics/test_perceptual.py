@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.pair_distances import PAIR_DISTANCES, load_pair_distance
-from d2o.features.perceptual import AT_ONCE
+from d2o.evaluation.pair_distances import AT_ONCE, PAIR_DISTANCES, load_pair_distance
 from d2o.interop import torchvision_compat
-from d2o.losses.latent_lpips import SPACES, LatentLPIPS
+from d2o.losses.latent_lpips import RELEASED, LatentLPIPS
+from d2o.spaces.load import SPACES
 
 torchvision_compat.ensure()
 
@@ -100,7 +100,7 @@ def test_another_networks_weights_and_none(trunks, tmp_path):
 
 
 def test_latent_lpips_of_pairs(tmp_path):
-    assert {f"latent-lpips-{space}" for space in SPACES} <= set(PAIR_DISTANCES)
+    assert {f"latent-lpips-{space}" for space in RELEASED} <= set(PAIR_DISTANCES)
     torch.manual_seed(0)
     network = LatentLPIPS(SPACES["sd15"], l1=1.0)
     torch.save(network.state_dict(), tmp_path / "tuned.pth")

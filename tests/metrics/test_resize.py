@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from d2o.features.resize import clean_pil, clean_torch, tf_bilinear, torch_bilinear
+from d2o.evaluation.resizing import clean_pil, clean_torch, torch_bilinear
+from d2o.features.resize import tf_bilinear
 from d2o.interop.torchvision_compat import ensure
 
 ensure()

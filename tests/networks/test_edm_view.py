@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.levels import levels_of
 from d2o.diffusion.schedules import DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError
@@ -28,7 +29,9 @@ def teachers(tmp_path_factory):
 def given(teacher, n=3):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, *teacher.spec.shape, generator=generator)
-    prompts = teacher.encode(["a cat", "", "two dogs"][:n]) if teacher.spec.condition == "text" else None
+    prompts = (
+        teacher.embed(Condition.of_prompts(["a cat", "", "two dogs"][:n])) if teacher.spec.condition == "text" else None
+    )
     return x, torch.arange(n) % teacher.spec.classes if teacher.spec.classes else prompts
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d2o.critics.style import StyleCritic
 from d2o.errors import UserError
 from d2o.networks.build import count_parameters
 from d2o.networks.fir import up2
@@ -24,11 +23,6 @@ def synthesis(seed=0, noise=0.5, **more):
         if "noise_strength" in name:
             p.data.fill_(noise)
     return network
-
-
-def critic(**more):
-    torch.manual_seed(0)
-    return StyleCritic(8, 1, **{**TINY, "time_dim": 8, "cmap_dim": 6, "mbstd_group": 2, **more})
 
 
 @pytest.mark.parametrize("lr_mult", [1.0, 0.01])
@@ -151,10 +145,6 @@ def test_channel_tables():
 def test_published_sizes():
     with torch.device("meta"):
         small, large = StyleSynthesis(32, 3), StyleSynthesis(256, 3, base=16384)
-        plain, residual = (
-            StyleCritic(32, 3, time="none"),
-            StyleCritic(256, 3, "resnet", 16384, mbstd_group=8, time="none"),
-        )
     assert (small.num_ws, large.num_ws, StyleSynthesis(8, 1, **TINY).num_ws) == (8, 14, 4)
     affine = lambda channels: 512 * channels + channels  # noqa: E731
     conv = lambda a, b, k=3: a * b * k * k  # noqa: E731
@@ -164,10 +154,6 @@ def test_published_sizes():
     widths = [512, 512, 512, 512, 256, 128, 64]
     tower = sum(style(a, b) + style(b, b) for a, b in pairwise(widths))
     assert count_parameters(large) == 512 * 16 + style(512, 512) + tower + sum(map(image, widths))
-    tail = conv(513, 512) + 512 + (8192 * 512 + 512) + 513
-    assert count_parameters(plain) == 4 * 512 + 6 * (conv(512, 512) + 512) + tail == 20_720_641
-    blocks = sum(conv(b, b) + b + conv(b, a) + a + conv(b, a, 1) for a, b in pairwise(widths))
-    assert count_parameters(residual) == 4 * 64 + blocks + tail
 
 
 def test_noise_modes():
@@ -196,18 +182,6 @@ def test_noise_comes_after_demodulation_and_before_bias_and_activation():
     layer.bias.data.normal_()
     by_hand = F.leaky_relu(layer.conv(x, w) + 0.3 * noise + layer.bias[:, None, None], 0.2) * math.sqrt(2)
     assert torch.allclose(layer(x, w, noise), by_hand, atol=1e-6)
-
-
-def test_residual_block_halves_the_power_of_both_branches():
-    block, x, emb = critic(blocks="resnet").blocks[0], torch.randn(2, 6, 8, 8), torch.randn(2, 8)
-    y = block.conv1(block.conv0(x, block.time(emb)))
-    assert torch.allclose(block(x, emb), (y + block.skip(x)) / math.sqrt(2), atol=1e-5)
-    # The time is added to the bias, before the activation.
-    conv = block.conv0
-    by_hand = F.leaky_relu(
-        F.conv2d(x, conv.weight * conv.gain, padding=1) + block.time(emb)[:, :, None, None], 0.2
-    ) * math.sqrt(2)
-    assert torch.allclose(conv(x, block.time(emb)), by_hand, atol=1e-5)
 
 
 def test_every_style_input_counts_and_gradients_reach_each():
@@ -277,60 +251,13 @@ def test_synthesis_refuses_what_does_not_fit():
         network(torch.randn(2, 4, 5), noises=[torch.randn(2, 1, 4, 4)])
 
 
-@pytest.mark.parametrize("blocks", ["orig", "resnet"])
-@pytest.mark.parametrize("time", ["block_add", "cmap"])
-def test_critic_depends_on_time(blocks, time):
-    network, x = critic(blocks=blocks, time=time), torch.randn(4, 1, 8, 8)
-    early = network(x, 0.1)
-    assert early.shape == (4,)
-    assert torch.equal(early, network(x, torch.full((4,), 0.1))) and torch.equal(early, network(x, torch.tensor(0.1)))
-    assert (network(x, 0.9) - early).abs().max() > 1e-3
-    assert (network(x, 0.101) - early).abs().max() > 1e-4  # high frequencies are alive
-    with pytest.raises(UserError, match="needs t"):
-        network(x)
-
-
-def test_critic_without_time_ignores_it():
-    network, x = critic(time="none"), torch.randn(4, 1, 8, 8)
-    assert torch.equal(network(x), network(x, 0.3))
-
-
-def test_critic_with_classes():
-    for time in ("none", "cmap", "block_add"):
-        network, x = critic(time=time, label_dim=3), torch.randn(4, 1, 8, 8)
-        labels = torch.tensor([0, 1, 2, -1])
-        same = network(x, 0.5, labels)
-        assert (network(x, 0.5, labels.flip(0)) - same).abs().min() > 1e-5
-        assert (same[3] == 0) == (time != "cmap")
-        with pytest.raises(UserError, match="3 classes"):
-            network(x, 0.5)
-
-
-def test_critic_sees_a_lack_of_variety_only_with_minibatch_std():
-    x = torch.randn(1, 1, 8, 8)
-    others = torch.randn(3, 1, 8, 8)
-    for group, sees in ((4, True), (None, True), (0, False)):
-        network = critic(mbstd_group=group, time="none")
-        alone, among = network(x.expand(4, -1, -1, -1))[0], network(torch.cat([x, others]))[0]
-        assert torch.allclose(alone, among, atol=1e-5) != sees
-
-
 def test_networks_say_how_they_were_built():
-    for network in (synthesis(), critic(blocks="resnet", time="cmap", label_dim=2)):
-        config = dict(network.config)
-        assert config.pop("arch") in ("style_synthesis", "style_critic")
-        again = type(network)(**config)
-        again.load_state_dict(network.state_dict())
-        assert again.config == network.config
-
-
-def test_critic_refuses_unknown_switches():
-    with pytest.raises(UserError, match=r"network\.blocks"):
-        critic(blocks="residual")
-    with pytest.raises(UserError, match=r"network\.time"):
-        critic(time="add")
-    with pytest.raises(UserError, match="time_dim"):
-        critic(time_dim=3)
+    network = synthesis()
+    config = dict(network.config)
+    assert config.pop("arch") == "style_synthesis"
+    again = type(network)(**config)
+    again.load_state_dict(network.state_dict())
+    assert again.config == network.config
 
 
 def double(module):
@@ -346,13 +273,6 @@ def test_modulated_convolution_is_twice_differentiable(how, up):
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 3, 3), (2, 2, 3, 3), (2, 2))
     )
     assert torch.autograd.gradgradcheck(lambda *a: modulated_conv(*a, up=up, how=how), (x, weight, styles))
-
-
-@pytest.mark.parametrize("blocks", ["orig", "resnet"])
-def test_critic_is_twice_differentiable(blocks):
-    network = double(critic(blocks=blocks, base=16, max_channels=2))
-    x = torch.randn(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: network(x, 0.4).square(), (x,))
 
 
 def test_synthesis_is_twice_differentiable():

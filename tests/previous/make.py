@@ -29,7 +29,7 @@ STYLE = (
 )
 DDGAN = (
     "network.nf=8 network.channel_mult=[1] network.attn_resolutions=[] network.nz=8 network.zdim=8"
-    " dd_gan.steps=2 dd_gan.critic_width=8 dd_gan.critic_temb=8 data.limit=64"
+    " dd_gan.steps=2 dd_gan.critic_width=8 dd_gan.critic_temb=8 data.limit=64 optim.lr=0.05"
 )
 TEACHER = "teacher=teacher.safetensors"
 STUDENTS = {
@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         d2o(f"train {recipe} --out {name}", f"{SHORT} {sets} images=8")
         Path(f"{name}/checkpoints/last.safetensors").rename(f"{name}.safetensors")
         shutil.rmtree(name)
-    short = f"{SHORT} optim.schedule=constant log_every=2"  # the rate is constant, so that a run may be made longer
+    short = f"{SHORT} optim.schedule=constant log_every=1"  # the rate is constant, so that a run may be made longer
     for name, (recipe, sets) in RUNS.items():
         d2o(f"train {recipe} --out whole", f"{short} {sets} images=40")
         Path("whole/metrics.jsonl").rename(f"whole_{name}.jsonl")

@@ -120,11 +120,7 @@ def test_cd_i_and_its_twin_differ_in_freeze_alone():
             ]
     recipe = load_recipe("cd_cifar10:cd_i")
     assert (recipe.precision, recipe.data.xflip, recipe.options.i_min, recipe.options.form) == ("bf16", False, 2, "F")
-    assert (
-        load_recipe("ctm_digits").options.i_min
-        == load_recipe("ctm_digits", ["consistency.i_min=null"]).options.lowest
-        == 2
-    )
+    assert load_recipe("ctm_digits").options.i_min == load_recipe("ctm_digits", ["ctm.i_min=null"]).options.i_min == 2
 
 
 # ---- SiDA (arXiv 2410.14919) -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 import d2o
 from d2o.cli.app import main
-from d2o.features.load import load_extractor
+from d2o.evaluation.extractors import load_extractor
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import read_meta
 from d2o.recipes.find import find_recipe, recipe_names
@@ -44,7 +44,13 @@ def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini, monkeypatch
     recipe = load_recipe(name, mini=mini)
     plan = make_plan(recipe, teachers=TEACHERS)
     assert recipe.name in (name.replace(":", "_"), RUNS.get(name)) and sum(plan.networks.values()) > 1000
-    if recipe.method in ("sid", "dmd", "consistency"):  # a GAN's batch is divided among GPUs, not into micro-batches
+    if recipe.method in (
+        "sid",
+        "dmd",
+        "cd",
+        "pd",
+        "ctm",
+    ):  # a GAN's batch is divided among GPUs, not into micro-batches
         assert sum(plan.memory.values()) < 80e9
     teacher = f"teacher {recipe.teacher} is not on this machine"
     published = (teacher, "the weights 'inception' are not on this machine; training fetches them", "reference edm")

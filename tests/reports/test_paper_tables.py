@@ -8,7 +8,8 @@ import pytest
 
 from d2o.errors import UserError
 from d2o.evaluation.catalogue import parse_metrics
-from d2o.evaluation.presets import PRESETS, apply_preset
+from d2o.evaluation.paper_protocols import PRESETS
+from d2o.evaluation.presets import apply_preset
 from d2o.evaluation.protocol import Settings
 from d2o.recipes.find import find_recipe, recipe_names
 from d2o.recipes.layers import read_recipe

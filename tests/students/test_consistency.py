@@ -104,7 +104,7 @@ def test_estimates_are_clamped_at_every_call(form, steps):
     model, free, latent = (
         student(form, steps, True),
         student(form, steps, False),
-        student(form, steps, True, replace(SPEC, space="latent")),
+        student(form, steps, True, replace(SPEC, space="unnamed")),
     )
     for each in (model, free, latent):
         loud(each.network)

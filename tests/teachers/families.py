@@ -29,16 +29,18 @@ def tiny(name: str, tmp_path: Path) -> Teacher:
         unet = pipelines.unconditional(num_class_embeds=classes or None).unet
         spec = Spec(name, SHAPE, condition="label" if classes else "none", classes=classes, solver="ddim")
         return UNet2DTeacher(unet, DDPM, spec, clip=None if classes else 1.0)
-    spec = Spec(name, LATENTS, space="latent", condition="text", solver="euler" if name == "sd3" else "ddim")
+    from d2o.spaces.base import LatentSpace
+    from d2o.teachers.text import clip_and_t5_text, clip_text
+
+    spec = Spec(name, LATENTS, condition="text", solver="euler" if name == "sd3" else "ddim")
     if name == "sd3":
         from d2o.teachers.flow import StableDiffusion3Teacher
 
         pipe = pipelines.stable_diffusion_3(tmp_path)
         encoders = [pipe.text_encoder, pipe.text_encoder_2, None]
         tokenizers = [pipe.tokenizer, pipe.tokenizer_2, None]
-        return StableDiffusion3Teacher(
-            pipe.transformer, pipe.vae, encoders, tokenizers, FlowSchedule(3.0), spec, t5_length=4
-        )
+        text = clip_and_t5_text(name, encoders, tokenizers, pipe.transformer.config.joint_attention_dim, t5_length=4)
+        return StableDiffusion3Teacher(pipe.transformer, LatentSpace.of(name, pipe.vae), text, FlowSchedule(3.0), spec)
     from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 
     xl = name == "sdxl"
@@ -47,9 +49,8 @@ def tiny(name: str, tmp_path: Path) -> Teacher:
     tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if xl else [pipe.tokenizer]
     return StableDiffusionTeacher(
         pipe.unet,
-        pipe.vae,
-        encoders,
-        tokenizers,
+        LatentSpace.of(name, pipe.vae),
+        clip_text(name, encoders, tokenizers),
         DiscreteSchedule.scaled_linear(),
         spec,
         prediction="v_prediction" if name == "sd-v" else "epsilon",

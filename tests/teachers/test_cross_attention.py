@@ -6,9 +6,11 @@ import torch
 
 from d2o.condition import Condition
 from d2o.diffusion.schedules import DiscreteSchedule
+from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.cross_attention import Prepared, shared_layers, text_attentions
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
+from d2o.teachers.text import clip_text
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", "", "nine of hearts"]
@@ -18,10 +20,9 @@ ASKED = Condition.of_prompts(PROMPTS)
 def teacher_of(pipe, unet=None):
     second = getattr(pipe, "text_encoder_2", None)
     encoders, tokenizers = [pipe.text_encoder, *([second] if second else [])], [pipe.tokenizer] * (2 if second else 1)
-    spec = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="ddim", steps=4)
-    return StableDiffusionTeacher(
-        unet or pipe.unet, pipe.vae, encoders, tokenizers, DiscreteSchedule.scaled_linear(), spec
-    )
+    spec = Spec("tiny", (4, 8, 8), condition="text", solver="ddim", steps=4)
+    space, text = LatentSpace.of("tiny", pipe.vae), clip_text("tiny", encoders, tokenizers)
+    return StableDiffusionTeacher(unet or pipe.unet, space, text, DiscreteSchedule.scaled_linear(), spec)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,9 @@ def test_a_folder_gives_the_pipelines_samples_and_says_nothing(folders, capfd, n
         (4, 8, 8),
         solver,
     )
-    assert (teacher.spec.space, teacher.spec.condition, teacher.spec.guidable) == ("latent", "text", True)
+    where = str((folders / name).resolve())
+    assert (teacher.spec.space, teacher.spec.text, teacher.spec.condition) == (where, where, "text")
+    assert teacher.spec.guidable and teacher.spec.latent
     assert teacher.meta["pipeline"] == f"{kind}Pipeline" and is_diffusers_folder(folders / name)
     pipe = getattr(diffusers, f"{kind}Pipeline").from_pretrained(folders / name)
     pipe.set_progress_bar_config(disable=True)
@@ -77,7 +79,7 @@ def test_a_ddpm_folder_old_or_new(folders, tmp_path):
     teacher = load_diffusers(folders / "ddpm", "ddpm")
     assert (teacher.spec.shape, teacher.spec.space, teacher.spec.condition, teacher.clip) == (
         (3, 8, 8),
-        "pixel",
+        "pixels",
         "none",
         1.0,
     )

@@ -4,29 +4,24 @@ import torch
 from d2o.condition import Condition, Text
 from d2o.diffusion.schedules import FlowSchedule
 from d2o.errors import UserError
+from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Spec
 from d2o.teachers.flow import StableDiffusion3Teacher
+from d2o.teachers.text import clip_and_t5_text
 from tests.teachers import pipelines
 
 PROMPTS = ["a handwritten seven", "", "nine of hearts"]
 ASKED = Condition.of_prompts(PROMPTS)
 OTHER = Condition.of_prompts(PROMPTS[::-1])
-SPEC = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="euler", steps=28)
+SPEC = Spec("tiny", (4, 8, 8), condition="text", solver="euler", steps=28)
 
 
 def teacher_of(pipe, **options):
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
-    return StableDiffusion3Teacher(
-        pipe.transformer,
-        pipe.vae,
-        encoders,
-        [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3],
-        FlowSchedule(pipe.scheduler.config.shift),
-        SPEC,
-        scaling_factor=pipe.vae.config.scaling_factor,
-        shift_factor=pipe.vae.config.shift_factor,
-        **options,
-    )
+    tokenizers = [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3]
+    text = clip_and_t5_text("tiny", encoders, tokenizers, pipe.transformer.config.joint_attention_dim, **options)
+    space = LatentSpace.of("tiny", pipe.vae)
+    return StableDiffusion3Teacher(pipe.transformer, space, text, FlowSchedule(pipe.scheduler.config.shift), SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -78,4 +73,4 @@ def test_conditions_and_components_that_do_not_fit_are_refused(pipe, noise):
     with pytest.raises(UserError, match="spacing"):
         teacher.schedule.grid(5, "leading")
     with pytest.raises(UserError, match="two CLIP text encoders"):
-        StableDiffusion3Teacher(pipe.transformer, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], FlowSchedule(), SPEC)
+        clip_and_t5_text("tiny", [pipe.text_encoder], [pipe.tokenizer], 80)

@@ -9,8 +9,8 @@ import torch
 
 from d2o.data.pair_settings import PairSettings
 from d2o.errors import UserError
+from d2o.interop import catalogue
 from d2o.interop.nvidia_pickle import NvidiaNetwork
-from d2o.teachers import catalogue
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.registry import load_teacher, stated_licence, teacher_names
@@ -84,7 +84,7 @@ def test_edm2_decodes_by_the_autoencoder_of_its_latents(home, monkeypatch):
     monkeypatch.setitem(catalogue.AUTOENCODERS, "sd-vae-ft-mse", entry)
     monkeypatch.setattr(NvidiaNetwork, "space", "latent")  # the golden file is of a network of pixels
     teacher = load_teacher(GOLDEN / "edm2-tiny.pkl")
-    assert (teacher.spec.space, teacher.spec.steps, teacher.spec.classes) == ("latent", 32, 10)
+    assert (teacher.spec.space, teacher.spec.steps, teacher.spec.classes) == ("edm2", 32, 10)
     x = teacher.sample(torch.randn(2, *teacher.spec.shape), torch.tensor([1, 2]), steps=2)
     images = teacher.decode(x)
     assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1 and images.std() > 0

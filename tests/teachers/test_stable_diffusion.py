@@ -8,10 +8,11 @@ from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.torchvision_compat import ensure
-from d2o.teachers import vae
+from d2o.spaces import base as spaces
+from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Spec
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
-from d2o.teachers.text import PromptCache
+from d2o.teachers.text import PromptCache, clip_text
 from d2o.teachers.unet_configs import SD15_UNET, SDXL_UNET
 from tests.teachers import pipelines
 
@@ -19,7 +20,7 @@ PROMPTS = ["a handwritten seven", "", "nine of hearts"]
 ASKED = Condition.of_prompts(PROMPTS)
 OTHER = Condition.of_prompts(PROMPTS[::-1])
 NEAR = 2e-5  # of the largest value: diffusers computes in float32 throughout, d2o in float64 between the network calls
-SPEC = Spec("tiny", (4, 8, 8), space="latent", condition="text", solver="ddim", steps=50)
+SPEC = Spec("tiny", (4, 8, 8), condition="text", solver="ddim", steps=50)
 
 
 def teacher_of(pipe, **options):
@@ -28,13 +29,11 @@ def teacher_of(pipe, **options):
     schedule = DiscreteSchedule.from_config(dict(pipe.scheduler.config))
     return StableDiffusionTeacher(
         pipe.unet,
-        pipe.vae,
-        encoders,
-        tokenizers,
+        LatentSpace.of("tiny", pipe.vae),
+        clip_text("tiny", encoders, tokenizers),
         schedule,
         options.pop("spec", SPEC),
         prediction=pipe.scheduler.config.prediction_type,
-        scaling_factor=pipe.vae.config.scaling_factor,
         **options,
     )
 
@@ -238,7 +237,7 @@ def test_latents_are_decoded_a_few_at_a_time(pipe, teacher, noise, monkeypatch):
     assert images.shape == (3, 3, 16, 16) and float(images.abs().max()) <= 1
     assert torch.allclose(images, theirs * 2 - 1, atol=1e-5)
     sizes = []
-    monkeypatch.setattr(vae, "PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr(spaces, "AT_ONCE", 2 * 16 * 16)
     real = pipe.vae.decode
     monkeypatch.setattr(pipe.vae, "decode", lambda z, **options: (sizes.append(len(z)), real(z, **options))[1])
     assert torch.allclose(teacher.decode(x), images, atol=1e-6) and sizes == [2, 1]
@@ -266,15 +265,14 @@ def test_conditions_that_do_not_fit_are_refused(teacher, pipe_xl, noise):
 
 
 def test_components_that_do_not_fit_are_refused(pipe, pipe_xl):
-    schedule = DiscreteSchedule.scaled_linear()
+    schedule, space = DiscreteSchedule.scaled_linear(), LatentSpace.of("tiny", pipe.vae)
+    text = clip_text("tiny", [pipe.text_encoder], [pipe.tokenizer])
     with pytest.raises(UserError, match="Stable Diffusion XL with 1 text encoders"):
-        StableDiffusionTeacher(pipe_xl.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC)
+        StableDiffusionTeacher(pipe_xl.unet, space, text, schedule, SPEC)
     with pytest.raises(UserError, match="did you mean 'epsilon'"):
-        StableDiffusionTeacher(
-            pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC, prediction="epsilom"
-        )
+        StableDiffusionTeacher(pipe.unet, space, text, schedule, SPEC, prediction="epsilom")
     with pytest.raises(UserError, match="4 channels with an autoencoder of 8"):
-        StableDiffusionTeacher(pipe.unet, pipelines.vae(8), [pipe.text_encoder], [pipe.tokenizer], schedule, SPEC)
+        StableDiffusionTeacher(pipe.unet, LatentSpace.of("wide", pipelines.vae(8)), text, schedule, SPEC)
     with pytest.raises(UserError, match="unknown sdxl_uncond"):
         teacher_of(pipe_xl, sdxl_uncond="nothing")
 
@@ -286,13 +284,7 @@ def test_the_fingerprint_covers_all_that_samples_depend_on(pipe):
     words.text_encoder = pipelines.clip()
     assert teacher_of(words).fingerprint != teacher.fingerprint
     other = StableDiffusionTeacher(
-        pipe.unet,
-        pipe.vae,
-        [pipe.text_encoder],
-        [pipe.tokenizer],
-        teacher.schedule,
-        SPEC,
-        prediction="v_prediction",
+        pipe.unet, teacher.space, teacher.text, teacher.schedule, SPEC, prediction="v_prediction"
     )
     assert other.fingerprint != teacher.fingerprint
 

@@ -1,36 +1,58 @@
 """Trains the tiny recipes of test_processes.py, alone or as one of several processes: python -m
-tests.training.processes OUT RECIPE..."""
+tests.training.processes OUT JOBS, a file of JSON."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 import d2o.critics.dd_gan as ddgan_critic
 from d2o.interop.safetensors_io import atomic_write
 from d2o.recipes.load import load_recipe
-from d2o.runtime import StopFlag
+from d2o.runtime import StopFlag, Stopped
 from d2o.training.distributed import process_group
 from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
 
 
-def main(out: Path, recipes: list[str]) -> None:
+class Job(TypedDict):
+    """A recipe's file, what is set in it, the run's folder, and the iteration after which a signal comes (0: none)."""
+
+    recipe: str
+    changes: list[str]
+    run: str
+    stop: int
+
+
+def main(out: Path, jobs: list[Job]) -> None:
+    """Train, or go on with, each of them."""
     ddgan_critic.GROUP = 1  # the spread within a group of samples is of those that a process has
     device = torch.device("cpu")
     with process_group(device) as (rank, world):
-        for path in recipes:
-            recipe = load_recipe(path)
-            folder = out / recipe.name
-            trainer = Trainer(
-                recipe, prepare(recipe, device, None, print, lambda *_: None, StopFlag()), folder, rank, world
-            )  # type: ignore[arg-type]
+        for job in jobs:
+            recipe = load_recipe(job["recipe"], job["changes"])
+            folder, stop = out / job["run"], StopFlag()
+            trainer = Trainer(recipe, prepare(recipe, device, None, print, lambda *_: None, stop), folder, rank, world)  # type: ignore[arg-type]
+            trainer.resume()
             if rank == 0:
                 atomic_write(folder / "recipe.yaml", recipe.to_yaml())
-            trainer.run(lambda done, note: None, StopFlag())
+            step = trainer.method.step
+
+            def stopping(loop, batch, iteration, job=job, stop=stop, step=step):
+                if iteration + 1 == job["stop"]:
+                    stop.received = 15
+                return step(loop, batch, iteration)
+
+            trainer.method.step = stopping  # type: ignore[method-assign]
+            try:
+                trainer.run(lambda done, note: None, stop)
+            except Stopped:
+                assert trainer.iteration == job["stop"]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2o.cli.app import main
-from d2o.evaluation import presets
+from d2o.evaluation import paper_protocols
 from d2o.evaluation.presets import Preset
 from d2o.evaluation.quick import FrechetEvaluator
 from d2o.interop.safetensors_io import read_meta
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = {"n": 40, "resize": "none", "quantize": "dmd_trunc", "labels": "balanced", "repeats": 3, "seed": 0}
     for name, count in (("tiny", 1797), ("other", 50_000)):
         preset = Preset(name, "a paper", "digits", ("is", "fd"), settings, "real:digits", count, "digits", "d2o")
-        monkeypatch.setitem(presets.PRESETS, name, preset)
+        monkeypatch.setitem(paper_protocols.PRESETS, name, preset)
     return tiny_recipe(tmp_path, RECIPE)
 
 
@@ -152,7 +152,7 @@ def test_a_recipe_is_scored_against_its_own_images(tmp_path, capsys, monkeypatch
             (),
             {"against": "the digits"},
         )
-        monkeypatch.setitem(presets.PRESETS, preset.name, preset)
+        monkeypatch.setitem(paper_protocols.PRESETS, preset.name, preset)
         changes = [
             f"eval={{every: 16, protocol: own{count}, reference: data, n: 60}}",
             "images=16",

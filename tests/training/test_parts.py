@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from d2o.data.order import mix
 from d2o.errors import UserError
 from d2o.methods.base import Draws
-from d2o.training.batches import Batches, mix
+from d2o.training.batches import open_batches
 from d2o.training.ema import EMA
 from d2o.training.optim import OPTIMIZERS, GradientGuard, clip, learning_rate
 from d2o.training.player import Player
@@ -196,22 +197,22 @@ def seen(batches, iterations):
 
 
 def test_batches_visit_everything_once_an_epoch_and_are_a_function_of_the_iteration():
-    batches = Batches(Source(10), 4, 0, (0, 4), CPU)
+    batches = open_batches(Source(10), 4, 0, (0, 4), CPU)
     first = seen(batches, range(10))
     batches.close()
     flat = [i for batch in first for i in batch]
     for epoch in range(4):
         assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
     assert flat[:10] != flat[10:20]
-    again = Batches(Source(10), 4, 0, (0, 4), CPU)
+    again = open_batches(Source(10), 4, 0, (0, 4), CPU)
     assert seen(again, [7, 3, 9]) == [first[7], first[3], first[9]]
-    halves = [seen(Batches(Source(10), 4, 0, share, CPU), [5])[0] for share in ((0, 2), (2, 4))]
+    halves = [seen(open_batches(Source(10), 4, 0, share, CPU), [5])[0] for share in ((0, 2), (2, 4))]
     assert halves[0] + halves[1] == first[5]
-    assert seen(Batches(Source(10), 4, 1, (0, 4), CPU), range(10)) != first
+    assert seen(open_batches(Source(10), 4, 1, (0, 4), CPU), range(10)) != first
 
 
 def test_batches_can_be_bound_to_some_images_and_flipped():
-    only = Batches(Source(10), 4, 0, (0, 4), CPU, indices=torch.tensor([2, 3, 5]))
+    only = open_batches(Source(10), 4, 0, (0, 4), CPU, indices=torch.tensor([2, 3, 5]))
     assert {i for batch in seen(only, range(6)) for i in batch} == {2, 3, 5}
 
     class Sided(Source):
@@ -220,7 +221,7 @@ def test_batches_can_be_bound_to_some_images_and_flipped():
             x[..., 1] = 255
             return x
 
-    flipped = Batches(Sided(50), 50, 0, (0, 50), CPU, xflip=True).get(0).images[:, 0, 0, 0]
+    flipped = open_batches(Sided(50), 50, 0, (0, 50), CPU, xflip=True).get(0).images[:, 0, 0, 0]
     assert 10 < int((flipped > 0).sum()) < 40
 
 

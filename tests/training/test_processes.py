@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
+from d2o.training.checkpoint import read_state
 from tests.helpers import tiny_teacher
-from tests.training.processes import main
+from tests.training.processes import Job, main
 
 COMMON = """
 data: {path: real:digits, limit: 40}
@@ -59,40 +62,58 @@ optim: {{name: sgd, lr: 1.0e-6, betas: [0.0, 0.9]}}
 """
 
 
+NAMES = ("dd", "spi", "sida")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Folders of one process and of two, and what the two wrote to stderr."""
+    """Folders of runs of one process and of two, and what the two wrote to stderr."""
     folder = tmp_path_factory.mktemp("processes")
-    recipes = []
     tiny_teacher(folder / "teacher.safetensors")
-    for name, text in (("dd", DDGAN), ("spi", SPIGAN), ("sida", SIDA.format(teacher=folder / "teacher.safetensors"))):
+    for name, text in zip(NAMES, (DDGAN, SPIGAN, SIDA.format(teacher=folder / "teacher.safetensors")), strict=True):
         (folder / f"{name}.yaml").write_text(text + COMMON)
-        recipes.append(str(folder / f"{name}.yaml"))
+
+    def job(name: str, run: str, *changes: str, stop: int = 0) -> Job:
+        return {"recipe": str(folder / f"{name}.yaml"), "changes": list(changes), "run": run, "stop": stop}
+
+    here = [job(name, name) for name in NAMES] + [job("dd", "../two/dd_later", "eval=null", stop=2)]
+    there = [
+        *(job(name, name) for name in NAMES),
+        job("dd", "dd_later", "strategy=shard"),  # begun by one process
+        job("sida", "sida_half", "strategy=shard", "eval=null", stop=2),  # to be continued by one
+    ]
     group = sys.modules["d2o.critics.dd_gan"].GROUP  # type: ignore[attr-defined]
     try:
-        main(folder / "one", recipes)
+        main(folder / "one", here)
+        (folder / "jobs.json").write_text(json.dumps(there))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        done = subprocess.run(
+            [*torchrun, "-m", "tests.training.processes", str(folder / "two"), str(folder / "jobs.json")],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        shutil.copytree(folder / "two" / "sida_half", folder / "two" / "sida_whole")
+        main(folder / "two", [job("sida", "sida_whole", "eval=null")])
     finally:
         sys.modules["d2o.critics.dd_gan"].GROUP = group  # type: ignore[attr-defined]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.training.processes", str(folder / "two"), *recipes],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two", done.stderr
+
+
+def product(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "last.safetensors")[0]
 
 
 def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["dd", "spi", "sida"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_end_with_the_weights_buffers_and_controllers_of_one(runs, name):
     one, two = (load_file(run / name / "checkpoints" / "state.safetensors")[0] for run in runs[:2])
     assert one.keys() == two.keys()
@@ -104,12 +125,45 @@ def test_two_processes_end_with_the_weights_buffers_and_controllers_of_one(runs,
     )  # the optimisers' moments too
 
 
-@pytest.mark.parametrize("name", ["dd", "spi", "sida"])
+@pytest.mark.parametrize("name", NAMES)
 def test_processes_share_the_evaluation_and_choose_the_same_best(runs, name):
     one, two = ([line["eval"] for line in log(run / name) if "eval" in line] for run in runs[:2])
     assert len(one) == 2 and one == [pytest.approx(scores, rel=1e-3) for scores in two]
     assert (runs[1] / name / "checkpoints" / "best.safetensors").exists()
     assert not (runs[1] / name / "evaluation").exists()  # the work that they shared is gone
+
+
+@pytest.mark.parametrize("name, run", [("dd", "dd_later"), ("sida", "sida_whole")])
+def test_runs_go_on_sharded_and_with_another_number_of_processes(runs, name, run):
+    """One: begun by one process, ended by two (R1's second backward pass, evaluation). The other: the other way round
+    (gradients through a network that is held fixed)."""
+    one, other = product(runs[0] / name), product(runs[1] / run)
+    assert one.keys() == other.keys() and len(one) > 20
+    assert max((one[key].float() - other[key].float()).abs().max().item() for key in one) < 1e-5
+    assert [line["iteration"] for line in log(runs[1] / run) if "eval" not in line] == [1, 2, 3, 4]
+
+
+def test_what_is_on_the_disk_of_a_sharded_run(runs):
+    scores, sharded = (
+        [line["eval"] for line in log(run) if "eval" in line][-1] for run in (runs[0] / "dd", runs[1] / "dd_later")
+    )
+    assert sharded == pytest.approx(scores, rel=1e-3)
+    files = sorted(path.name for path in (runs[1] / "dd_later" / "checkpoints").rglob("*.safetensors"))
+    parts = [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+    assert files == ["best.safetensors", "last.safetensors", *parts, "state.safetensors"]
+    assert not list((runs[1] / "sida_whole" / "checkpoints").glob("state-*"))  # the parts of the two processes are gone
+
+
+def test_damaged_parts_of_a_state_are_refused(runs, tmp_path):
+    run = shutil.copytree(runs[1] / "sida_half", tmp_path / "run")
+    assert read_state(run) is not None
+    path = sorted(run.rglob("shard-*"))[1]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="part of the training state, has changed"):
+        read_state(run)
+    path.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        read_state(run)
 
 
 def test_nothing_warns(runs):

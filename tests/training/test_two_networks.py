@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2o.interop.safetensors_io import read_meta
+from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.methods.base import METHODS, Batch, Loop, Method, Setup
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
@@ -202,3 +203,13 @@ def test_in_bf16_what_comes_after_an_update_sees_the_new_weights(recipe, tmp_pat
     sys.modules["tests.tiny_gan_method"].METHOD = Watched
     train(recipe("precision=bf16", "images=640"), tmp_path / "run")
     assert len(seen) == 10 and all(torch.equal(mine, fresh) for mine, fresh in seen)
+
+
+def test_a_run_of_the_previous_version_goes_on(recipe, tmp_path):
+    """Begun by d2o before players (after 23 of 40 iterations; optimisers' tensors numbered), ended as it would have."""
+    fixture = Path(__file__).parent.parent / "fixtures" / "previous_state"
+    run = shutil.copytree(fixture, tmp_path / "run")
+    trainer = train(load_recipe(run / "recipe.yaml"), run)
+    whole, _ = load_file(fixture / "whole.safetensors")
+    assert trainer.iteration == 40
+    torch.testing.assert_close(load_file(run / "checkpoints" / "last.safetensors")[0], whole, rtol=1e-5, atol=1e-6)

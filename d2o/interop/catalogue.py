@@ -26,11 +26,11 @@ class Published:
 
     `kind`: "nvidia" (`source` is the URL of a pickle that `interop.nvidia_pickle` reads) or "diffusers" (`source` is a
     repository of the hub, at `revision`). `solver`, `steps`, `cfg`: deterministic sampling as published. `parameters`
-    of the denoiser; `resolution` of the
-    images in pixels. `vae`: name of the autoencoder in `AUTOENCODERS` whose latents it makes, where the teacher does
-    not bring its own. `network` is what `build_network` makes the denoiser of, for plans without the file; None where
-    only the file says it. `sha256` and `bytes` of the file (of the hub: of its one weights file) are None where no
-    trustworthy source states them.
+    of the denoiser; `resolution` of the images in pixels. `vae`: name of the autoencoder in `AUTOENCODERS` whose
+    latents it makes, where the teacher does not bring its own; `space` that of its samples (`d2o.spaces`). `network`
+    is what `build_network` makes the denoiser of, for plans without the file; None where only the file says it.
+    `sha256` and `bytes` of the file (of the hub: of its one weights file) are None where no trustworthy source states
+    them.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Published:
     bytes: int | None = None
     revision: str | None = None
     vae: str | None = None
+    space: str = "pixels"
     network: dict[str, Any] | None = None
 
     @property
@@ -96,6 +97,7 @@ def _edm2(size: str, snapshot: str, parameters: int) -> Published:
         512,
         parameters,
         vae=vae,
+        space="edm2",
         network=network,
     )
 
@@ -159,6 +161,7 @@ TEACHERS = {
             512,
             859_520_964,
             revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            space="sd15",
         ),
         Published(
             "sdxl",
@@ -173,6 +176,7 @@ TEACHERS = {
             1024,
             2_567_463_684,
             revision="462165984030d82259a11f4367a4eed129e94a7b",
+            space="sdxl",
         ),
         Published(
             "sd3-medium",
@@ -187,6 +191,7 @@ TEACHERS = {
             1024,
             2_028_328_000,
             revision="ea42f8cef0f178587cf766dc8129abd379c90671",
+            space="sd3",
         ),
     )
 }

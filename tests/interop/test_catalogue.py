@@ -8,9 +8,8 @@ import re
 import pytest
 
 from d2o.errors import UserError
-from d2o.interop import download
-from d2o.teachers import catalogue
-from d2o.teachers.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
+from d2o.interop import catalogue, download
+from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
 from d2o.teachers.registry import planned_teacher
 
 EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [
@@ -79,7 +78,7 @@ def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
     assert all(p.device.type == "meta" and not p.requires_grad for p in teacher.network.parameters())
     spec = teacher.spec
     assert (spec.space, spec.classes, spec.steps) == (
-        "latent" if name in EDM2 else "pixel",
+        "edm2" if name in EDM2 else "pixels",
         {"cond": 10, "uncond": 0}.get(name.split("-")[2], 0 if "hq" in name else 1000),
         published.steps,
     )

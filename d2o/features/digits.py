@@ -1,0 +1,77 @@
+"""Small classifiers of d2o's own as features: `digits`, which ships, and those that `d2o train` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2o.errors import UserError
+from d2o.features.base import Features
+from d2o.interop.assets import asset
+from d2o.interop.checkpoint_record import check_checkpoint
+from d2o.interop.safetensors_io import file_sha256, load_file
+from d2o.networks.classifier import Classifier
+from d2o.networks.load import load_weights
+
+NAMES = ("digits",)
+
+
+class ClassifierFeatures(Features):
+    """Vector: the penultimate activations. Maps: those of each stage. Takes images of one shape."""
+
+    network: Classifier
+
+    def __init__(self, name: str, network: Classifier, sha256: str = ""):
+        config: dict[str, Any] = network.config
+        shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
+        super().__init__(
+            name,
+            network,
+            config["feature_dim"],
+            sha256,
+            shape=shape,
+            classes=config["classes"],
+            outputs=("features", "logits"),
+        )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return images
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        return self.network.maps(x)
+
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        features = self.network.features(x)
+        return {name: features if name == "features" else self.network.output(features) for name in wanted}
+
+
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+    """The classifier that ships, or another in its place. UserError: it is missing, or as `read_classifier`."""
+    path = weights or asset("classifier_digits.safetensors")
+    if not path.exists():
+        raise UserError(
+            "the weights of the extractor 'digits' are missing (d2o/assets/classifier_digits.safetensors)",
+            "re-install d2o, or train them: d2o train recipes/classifier_digits.yaml, then --extractor PATH",
+        )
+    return read_classifier("digits", path, device)
+
+
+def read_classifier(name: str, path: Path, device: str | torch.device = "cpu") -> ClassifierFeatures:
+    """The classifier in a checkpoint of kind "extractor". UserError: missing, truncated or foreign file, or of another
+    kind."""
+    tensors, meta = load_file(path)
+    if meta.get("kind") != "extractor":
+        raise UserError(
+            f"{path} holds a {meta.get('kind', 'foreign object')}, not a feature extractor",
+            "`d2o train recipes/classifier_digits.yaml` makes one",
+        )
+    network = load_weights(check_checkpoint(meta, path)["network"], tensors, path)
+    if not isinstance(network, Classifier):
+        raise UserError(f"{path}: a {type(network).__name__} has no features; an extractor is a classifier")
+    features = ClassifierFeatures(name, network, file_sha256(path))
+    features.to(device, torch.float32)
+    return features

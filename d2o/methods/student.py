@@ -1,0 +1,117 @@
+"""What all methods that train a student share: how the student begins, which conditions it is asked for, and what its
+checkpoints say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from d2o.condition import Condition
+from d2o.errors import UserError
+from d2o.methods.base import Batch, Draws, Method, O, Setup
+from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.students.base import Student, make_student
+from d2o.teachers.base import Spec, Teacher
+
+
+class StudentMethod(Method[O]):
+    """Trains a student: from a teacher, or (GANs) from images alone.
+
+    What is trained under the name `product` is the student itself, or its network where `made` makes the student of
+    it.
+    """
+
+    product = "student"
+    continues: ClassVar[tuple[str, ...]] = ("denoiser",)  # kinds of students that `d2o finetune --from` may start from
+    teacher: Teacher | None = None
+    labels_of_data: Tensor | None = None  # classes to draw from, [n]; None: all are equally likely
+    _spec: Spec  # of what the student makes
+
+    # How it begins ----------------------------------------------------------------------------------------------------
+
+    def begin(self, setup: Setup[O], spec: Spec, own: Mapping[str, Any] | None = None) -> nn.Module:
+        """The student's network as training begins, all of it to be trained: a copy of that of `setup.start`, of the
+        teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
+        `own` (default: the teacher's) the recipe's `network:` changes. UserError: `setup.start` does not fit."""
+        teacher = None if self.teacher is None else self.teacher.network
+        if setup.start is not None:
+            self.check_start(setup, setup.start, spec)
+            network = self.copied(setup.start.network, setup.start)
+        elif teacher is not None and setup.student.init == "teacher":
+            network = self.copied(teacher)
+        else:
+            given = own if teacher is None else network_config(teacher)
+            network = self.scratch({**(given or {}), **(setup.network or {})})
+        if setup.student.dropout is not None:
+            set_dropout(network, setup.student.dropout)
+        return network.requires_grad_(True).train()
+
+    def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
+        """`begin`, as a student: called at `student.sigma`, or of the kind and as the one that it starts from."""
+        network, start = self.begin(setup, spec), setup.start
+        if start is not None:
+            return make_student(network, start.spec, start.record)
+        return Student(network, spec, setup.student.sigma)
+
+    def copied(self, network: nn.Module, start: Student | None = None) -> nn.Module:
+        """A copy of the teacher's network, or of that of the student `start`, in the form that is trained."""
+        return copy.deepcopy(network)
+
+    def scratch(self, config: dict[str, Any]) -> nn.Module:
+        """A network of this configuration with random weights, in the form that is trained."""
+        return build_network(config)
+
+    def check_start(self, setup: Setup[O], start: Student, spec: Spec) -> None:
+        """UserError: this method cannot go on with that student, or it makes something else."""
+        if (kind := start.record["kind"]) not in self.continues:
+            known = " and ".join(self.continues)
+            raise UserError(
+                f"method {self.name} goes on with students of kind {known}; the one to start from is of kind {kind}"
+            )
+        if (start.spec.shape, start.spec.classes) != (spec.shape, spec.classes):
+            theirs = f"{start.spec.shape} with {start.spec.classes} classes"
+            who = "the data has" if self.teacher is None else f"teacher {spec.name!r} makes"
+            raise UserError(f"the student to start from makes {theirs}, {who} other images")
+
+    # What it is asked for ---------------------------------------------------------------------------------------------
+
+    def draw_condition(self, draw: Draws) -> Tensor | None:
+        """Classes of a micro-batch: all equally likely, or as they occur in the data; None where there are none."""
+        if not self._spec.classes:
+            return None
+        if self.labels_of_data is None:
+            return draw.randint(0, self._spec.classes)
+        return self.labels_of_data[draw.randint(0, len(self.labels_of_data))]
+
+    def condition_of(self, micro: Batch) -> Tensor | None:
+        """The classes of the images, for a student that takes them; a plan without its images has none, and counts
+        with 0."""
+        assert micro.images is not None
+        if not self._spec.classes:
+            return None
+        zeros = micro.images.new_zeros
+        return zeros(len(micro.images)).long() if micro.condition.labels is None else micro.condition.labels
+
+    # The product ------------------------------------------------------------------------------------------------------
+
+    def made(self, product: nn.Module) -> Student:
+        """The student of which `product`, the trained network or its average, is the network."""
+        return cast(Student, product)
+
+    def describe(self) -> dict[str, Any]:
+        student = self.made(self.players()[self.product])
+        network = network_config(student.network)
+        return {"kind": "student", "network": network, "spec": student.spec, "student": student.record}
+
+    def spec(self) -> Spec:
+        return self._spec
+
+    def nfe(self) -> int:
+        return self.made(self.players()[self.product]).nfe
+
+    def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
+        student = self.made(product)
+        return student.decode(student(noise, condition))

@@ -1,0 +1,1 @@
+"""The spaces that diffusion models work in: pixels, and the latents of autoencoders."""

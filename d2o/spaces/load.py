@@ -1,0 +1,103 @@
+"""Latent spaces by name, each once per process and device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from d2o.errors import UserError, nearest
+from d2o.interop import catalogue
+from d2o.interop.assets import asset
+from d2o.interop.hub import hub_snapshot, is_repository
+from d2o.networks.latent import load_autoencoder, load_text_to_image
+from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace, Numbers, Pixels
+
+TINY_SD, EDM2 = "tiny-sd", "edm2"
+MEAN = (5.81, 3.25, 0.12, -2.15)
+STD = (4.17, 4.62, 3.71, 3.28)
+SIGMA_DATA = 0.5
+
+SPACES = {
+    "sd15": Numbers(4, 0.18215),
+    "sd21": Numbers(4, 0.18215),
+    "sdxl": Numbers(4, 0.13025),
+    "sd3": Numbers(16, 1.5305, 0.0609),
+    "flux": Numbers(16, 0.3611, 0.1159),
+    # EDM2 (Karras et al. 2024): sd-vae-ft-mse on pixels in [0, 1], standardised per channel over ImageNet, with a
+    # standard deviation of 0.5; the autoencoder's own scaling factor (0.18215) plays no part.
+    EDM2: Numbers(4, tuple(SIGMA_DATA / std for std in STD), MEAN, low=0.0),
+}
+"""The latent spaces of published models."""
+SOURCES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", EDM2: "sd-vae-ft-mse"}
+"""Those whose autoencoder is fetched -> the entry of the catalogue that has it."""
+
+_spaces: WeakValueDictionary[tuple[str, str], LatentSpace] = WeakValueDictionary()
+
+
+def load_space(name: str, device: str | torch.device = "cpu") -> LatentSpace:
+    """The space of that name: "pixels", one of `SPACES`, "tiny-sd", or where an autoencoder lies (a diffusers folder, a
+    checkpoint of `d2o train`, owner/name on the hub). The same object for all who ask in this process, as long as one
+    of them keeps it. UserError: nothing of that name."""
+    return kept_space(name, device) or keep_space(_open(name, device))
+
+
+def keep_space(space: LatentSpace) -> LatentSpace:
+    """The space, which `load_space` gives from now on for its name and device."""
+    if space.name != UNNAMED:
+        _spaces[(space.name, device_name(space.device))] = space
+    return space
+
+
+def kept_space(name: str, device: str | torch.device) -> LatentSpace | None:
+    """The space of that name that somebody in this process keeps on that device; None if nobody does."""
+    return _spaces.get((name, device_name(device)))
+
+
+def device_name(device: str | torch.device) -> str:
+    """With its number, as tensors on it say it."""
+    return str(torch.empty(0, device=device).device)
+
+
+def _open(name: str, device: str | torch.device) -> LatentSpace:
+    if name == PIXELS:
+        return Pixels()
+    if name == UNNAMED:
+        raise UserError("these are latents, and the file that they are from does not say how they become images")
+    if name in SPACES:
+        source = SOURCES.get(name, "")
+        entry = catalogue.AUTOENCODERS.get(source) or catalogue.find(source)
+        revision = entry.revision if entry else None
+        return LatentSpace(name, SPACES[name], lambda: _fetched(name), device, revision, published=True)
+    path = Path(name)
+    if name == TINY_SD:
+        path = asset(TINY_SD)
+    elif not path.exists():
+        if not is_repository(name):
+            near = nearest(name, [PIXELS, TINY_SD, *SPACES])
+            raise UserError(
+                f"unknown latent space {name!r}" + (f": did you mean {near!r}?" if near else ""),
+                f"known: {', '.join([PIXELS, TINY_SD, *SPACES])}; or the folder of an autoencoder",
+            )
+        path = hub_snapshot(name)
+    return LatentSpace.of(name, autoencoder_in(path), device)
+
+
+def _fetched(name: str) -> Any:
+    if name not in SOURCES:
+        raise UserError(f"the autoencoder of latent space {name} is not one that d2o fetches")
+    entry = catalogue.AUTOENCODERS.get(SOURCES[name]) or catalogue.TEACHERS[SOURCES[name]]
+    return autoencoder_in(catalogue.fetch(entry))
+
+
+def autoencoder_in(path: Path) -> Any:
+    """The AutoencoderKL in a diffusers folder (its own, or a pipeline's), or in a checkpoint of `d2o train`. UserError:
+    there is none, or it is damaged."""
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        return load_autoencoder(path).vae
+    try:
+        return load_autoencoder(path).vae
+    except UserError:
+        return load_text_to_image(path)[0].vae
