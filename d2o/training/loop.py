@@ -24,6 +24,7 @@ from d2o.training.batches import open_batches
 from d2o.training.choices import choose
 from d2o.training.divergence import BAD, check_finite
 from d2o.training.ema import EMA
+from d2o.training.gather import gather_pools
 from d2o.training.journal import Journal, Progress
 from d2o.training.parts import Parts
 from d2o.training.player import Player
@@ -68,6 +69,7 @@ class Trainer:
         networks = {name: net.to(self.device).train() for name, net in self.method.players().items()}
         self.strategy = make_strategy(recipe, self.device, world)
         self.recipe = recipe = choose(recipe, networks[self.method.product], self.device, say, self.strategy.shards)
+        gather_pools(networks.values(), rank, world)
         freeze(networks[self.method.product], recipe.student.freeze)
         if recipe.checkpointing:
             checkpointed(recipe, networks, setup.teacher)
