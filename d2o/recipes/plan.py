@@ -40,6 +40,7 @@ from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
+from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
@@ -331,7 +332,11 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
         plan.networks[name] = sum(p.numel() for p in network.parameters() if p.requires_grad)
         if held := count_parameters(network) - plan.networks[name]:
             plan.networks[f"{name} (frozen part)"] = held
-    frozen = plan.memory  # the teacher's weights, which every process has
+    for name, count in count_frozen(method).items():
+        if name != "teacher":  # that one is counted with what is done before training
+            plan.networks[f"{name} (frozen)"] = count
+            plan.memory[f"{name} weights"] = 4 * count
+    frozen = plan.memory  # what is only called, which every process has whole
     if not _passes(plan.refused, lambda: check_players(recipe, method, players, plan.processes)):
         return
     whole = memory_of(recipe, method, players, 1, shard=False)
