@@ -1,6 +1,7 @@
 """Strategy `shard`: do several processes end with the weights of one, and how much memory does each need?
 
-    python benchmarks/shard.py equal [--processes 2 4] [--only NAME] [--out results/shard.json]
+    python benchmarks/shard.py equal [--processes 2 4] [--only NAME] [--eps calm] [--strategies shard]
+                                      [--out benchmarks/results/shard.json]
     python benchmarks/shard.py memory [--millions 200]      peak of each of 2 processes, shard : replicate
 
 `equal` trains each method's digits recipe (`--mini`), 20 iterations, and compares the products. Adam divides a gradient
@@ -26,7 +27,7 @@ from typing import Any
 
 ITERATIONS, LIMIT, PRODUCT = 20, 1e-5, "checkpoints/last.safetensors"
 RECIPES: dict[str, list[str]] = {
-    "quickstart": [],
+    "quickstart": ["pairs.n=256", f"pairs.path={tempfile.gettempdir()}/d2o_shard_pairs"],
     "sid_digits": [],
     "sida_digits": ["sid.batch_pool=4", "sid.start_g_nimg=0", "sid.start_adv_nimg=256"],
     "dmd_digits": [],
@@ -87,13 +88,19 @@ def train(out: Path, eps: str, how: str, recipes: list[str]) -> None:
                 print(f"{name}: {eps}, {world} processes, {how}", file=sys.stderr, flush=True)
 
 
-def equal(processes: list[int], recipes: list[str], out: Path | None) -> bool:
+def equal(
+    processes: list[int], recipes: list[str], strategies: list[str], settings: list[str], out: Path | None
+) -> bool:
     from d2o.interop.safetensors_io import load_file
 
-    table: dict[str, dict[str, Any]] = {name: {} for name in recipes}
-    shared = [(n, how) for n in processes for how in ("shard", "replicate")]
+    table: dict[str, dict[str, Any]] = {}  # of what was measured before, the rest stays
+    if out is not None and out.exists():
+        table = json.loads(out.read_text())["recipes"]
+    table |= {name: table.get(name, {}) for name in recipes}
+    shared = [(n, how) for n in processes for how in strategies]
     with tempfile.TemporaryDirectory() as folder:
-        for eps, runs in (("calm", shared), ("own", [(1, "micro"), *((n, "shard") for n in processes)])):
+        for eps in settings:
+            runs = [(1, "micro"), *shared] if eps == "own" else shared
             alone = Path(folder) / f"{eps}_one"
             launch(1, ["train", str(alone), eps, "one", *recipes])
             for n, how in runs:
@@ -112,7 +119,8 @@ def equal(processes: list[int], recipes: list[str], out: Path | None) -> bool:
                     print(f"{name:<24}{eps:>6}{n:>3} {how:<10}{most:>10.1e}{above:>10.1e}", flush=True)
                 if out is not None:
                     out.write_text(json.dumps({"iterations": ITERATIONS, "limit": LIMIT, "recipes": table}, indent=1))
-    return all(row[f"calm, {n} {how}"]["largest"] <= LIMIT for row in table.values() for n, how in shared)
+    calm = shared if "calm" in settings else []
+    return all(table[name][f"calm, {n} {how}"]["largest"] <= LIMIT for name in recipes for n, how in calm)
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
@@ -173,10 +181,6 @@ def memory(millions: int) -> bool:
     return ratio <= 0.65
 
 
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""So that glibc gives freed memory back at once: the peak is then what was asked for, not how it was cut up."""
-
-
 def launch(processes: int, arguments: list[str]) -> None:
     """This file as so many processes; SystemExit where one fails."""
     with socket.socket() as free:
@@ -186,7 +190,7 @@ def launch(processes: int, arguments: list[str]) -> None:
     running = [
         subprocess.Popen(
             [sys.executable, __file__, *arguments],
-            env={**os.environ, **RETURNED, **common, "RANK": str(i), "LOCAL_RANK": str(i)},
+            env={**os.environ, **common, "RANK": str(i), "LOCAL_RANK": str(i)},
         )
         for i in range(processes)
     ]
@@ -205,11 +209,15 @@ def main() -> None:
     parser.add_argument("what", choices=("equal", "memory"))
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", nargs="+", default=list(RECIPES))
+    parser.add_argument("--eps", nargs="+", choices=("calm", "own"), default=["calm", "own"])
+    parser.add_argument("--strategies", nargs="+", choices=("shard", "replicate"), default=["shard", "replicate"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--millions", type=int, default=200)
     asked = parser.parse_args()
     same = asked.what == "equal"
-    good = equal(asked.processes, asked.only, asked.out) if same else memory(asked.millions)
+    good = (
+        equal(asked.processes, asked.only, asked.strategies, asked.eps, asked.out) if same else memory(asked.millions)
+    )
     raise SystemExit(0 if good else 1)
 
 
