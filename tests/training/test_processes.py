@@ -62,6 +62,15 @@ optim: {{name: sgd, lr: 1.0e-6, betas: [0.0, 0.9]}}
 """
 
 
+OPTIONS = (
+    "eval=null",
+    "checkpointing=true",
+    "student.freeze=conv",
+    "optim.clip_norm=1000",
+    "optim.weight_decay=0.1",
+    'optim.no_decay=["*bias"]',
+    "bad_gradients=skip",
+)
 NAMES = ("dd", "spi", "sida")
 
 
@@ -76,10 +85,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     def job(name: str, run: str, *changes: str, stop: int = 0) -> Job:
         return {"recipe": str(folder / f"{name}.yaml"), "changes": list(changes), "run": run, "stop": stop}
 
-    here = [job(name, name) for name in NAMES] + [job("dd", "../two/dd_later", "eval=null", stop=2)]
+    here = (
+        [job(name, name) for name in NAMES]
+        + [job("sida", "sida_options", *OPTIONS)]
+        + [job("dd", "../two/dd_later", "eval=null", stop=2)]
+    )
     there = [
         *(job(name, name) for name in NAMES),
         job("dd", "dd_later", "strategy=shard"),  # begun by one process
+        job("sida", "sida_options", "strategy=shard", *OPTIONS),
         job("spi", "spi_shard", "strategy=shard", "eval=null"),  # the critic's groups reach over both
         job("sida", "sida_half", "strategy=shard", "eval=null", stop=2),  # to be continued by one
     ]
@@ -98,6 +112,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     )
     assert done.returncode == 0, done.stderr
     shutil.copytree(folder / "two" / "sida_half", folder / "two" / "sida_whole")
+    killed = folder / "two" / "sida_whole" / "checkpoints" / "state-b"  # what kill -9 leaves of the next save
+    killed.mkdir()
+    for path in (killed.with_name("state-a")).iterdir():
+        (killed / path.name).write_bytes(path.read_bytes()[:-100])
     main(folder / "two", [job("sida", "sida_whole", "eval=null")])
     return folder / "one", folder / "two", done.stderr
 
@@ -130,11 +148,14 @@ def test_processes_share_the_evaluation_and_choose_the_same_best(runs, name):
     assert not (runs[1] / name / "evaluation").exists()  # the work that they shared is gone
 
 
-@pytest.mark.parametrize("name, run", [("dd", "dd_later"), ("spi", "spi_shard"), ("sida", "sida_whole")])
+@pytest.mark.parametrize(
+    "name, run", [("dd", "dd_later"), ("spi", "spi_shard"), ("sida", "sida_options"), ("sida", "sida_whole")]
+)
 def test_runs_go_on_sharded_and_with_another_number_of_processes(runs, name, run):
     """One: begun by one process, ended by two (R1's second backward pass, evaluation). The other: the other way round
-    (gradients through a network that is held fixed)."""
-    one, other = product(runs[0] / name), product(runs[1] / run)
+    (gradients through a network that is held fixed), with a save that was killed halfway. And sharded with layers that
+    are not trained, recomputed activations, clipping, weights spared decay."""
+    one, other = product(runs[0] / (run if run == "sida_options" else name)), product(runs[1] / run)
     assert one.keys() == other.keys() and len(one) > 20
     assert max((one[key].float() - other[key].float()).abs().max().item() for key in one) < 1e-5
     assert [line["iteration"] for line in log(runs[1] / run) if "eval" not in line] == [1, 2, 3, 4]
