@@ -61,11 +61,13 @@ def check_input(path: str | os.PathLike[str], expected: str = "a file") -> int:
     if stat.S_ISDIR(about.st_mode):
         raise UserError(f"{os.fspath(path)} is a folder; expected {expected}")
     if not stat.S_ISREG(about.st_mode):
-        raise UserError(f"{os.fspath(path)} is {kind_of(about.st_mode)}; expected {expected}", "copy it into a file")
+        raise UserError(
+            f"{os.fspath(path)} is {special_kind(about.st_mode)}; expected {expected}", "copy it into a file"
+        )
     return about.st_size
 
 
-def kind_of(mode: int) -> str:
+def special_kind(mode: int) -> str:
     """What a path is that is neither a file nor a folder."""
     kinds = (
         (stat.S_ISFIFO, "a named pipe"),

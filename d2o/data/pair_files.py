@@ -25,7 +25,7 @@ from d2o.work.remote import open_folder
 
 
 @dataclass
-class Made:
+class ShardContent:
     """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype,
     what they were asked to be, and `image` uint8 [n, 3, H, W] if decoded."""
 
@@ -69,7 +69,7 @@ def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
     return {"format": FORMAT + "-shard", "version": 1, **made}
 
 
-def write_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, made: Made) -> dict[str, Any]:
+def write_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, made: ShardContent) -> dict[str, Any]:
     """Write the shard; returns its entry for the manifest."""
     tensors = {"target": made.target}
     if made.condition.labels is not None:
@@ -119,6 +119,6 @@ def noise_sha256(noise: Tensor) -> str:
     return hashlib.sha256(noise.contiguous().numpy().data).hexdigest()
 
 
-def prompts_of(tensors: dict[str, Tensor], rows: Tensor | None = None) -> list[str]:
+def shard_prompts(tensors: dict[str, Tensor], rows: Tensor | None = None) -> list[str]:
     """The prompts of a shard's rows (all by default)."""
     return unpack(tensors, torch.arange(len(tensors["prompt_ends"])) if rows is None else rows)

@@ -47,7 +47,7 @@ class SettingsRecord(Record):
         return self
 
 
-class TeacherRecord(Record):
+class PairTeacherRecord(Record):
     name: str
     sha256: str
     licence: str = "unstated"
@@ -72,7 +72,7 @@ class PromptsRecord(Record):
     count: Annotated[int, Field(ge=1, le=2**27)]
 
 
-class Shard(Record):
+class ShardRecord(Record):
     file: Annotated[str, Field(pattern=r"^shard-\d{5,}\.safetensors$")]
     start: Annotated[int, Field(ge=0, le=MAX_SEED)]
     n: Count
@@ -91,11 +91,11 @@ class Manifest(Record):
     version: Literal[1]
     d2o: str
     settings: SettingsRecord
-    teacher: TeacherRecord
+    teacher: PairTeacherRecord
     spec: SpecRecord
     compute: ComputeRecord
     noise_probe: Annotated[list[Finite], Field(max_length=8)]
-    shards: Annotated[list[Shard], Field(max_length=MAX_SHARDS)]
+    shards: Annotated[list[ShardRecord], Field(max_length=MAX_SHARDS)]
     prompts: PromptsRecord | None = None
 
     @model_validator(mode="after")

@@ -247,13 +247,13 @@ def new_manifest(
         "teacher": teacher,
         "spec": spec,
         "compute": compute,
-        "noise_probe": probe(settings.seed, spec["shape"]),
+        "noise_probe": noise_probe(settings.seed, spec["shape"]),
         "shards": [],
     }
     return record if prompts is None else {**record, "prompts": prompts}
 
 
-def probe(seed: int, shape: Sequence[int]) -> list[float]:
+def noise_probe(seed: int, shape: Sequence[int]) -> list[float]:
     """The first few numbers of the first sample's noise."""
     return noise_for_seeds([seed], shape).flatten()[:8].tolist()
 
@@ -262,7 +262,7 @@ def check_probe(manifest: dict[str, Any], path: str | Path) -> None:
     """UserError when this torch draws other random numbers than the one that made the store. Rounding (another
     processor) is no matter."""
     settings = PairSettings.from_manifest(manifest)
-    now = probe(settings.seed, manifest["spec"]["shape"])
+    now = noise_probe(settings.seed, manifest["spec"]["shape"])
     if not settings.store_noise and not np.allclose(now, manifest["noise_probe"], rtol=0, atol=1e-4):
         maker = manifest["compute"]["torch"]
         raise UserError(

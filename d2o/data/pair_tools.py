@@ -20,7 +20,7 @@ from d2o.work.folder import Unit
 ShardProgress = Callable[[int, int, str], None]
 
 
-def verify(path: str | Path, progress: ShardProgress | None = None) -> list[str]:
+def verify_store(path: str | Path, progress: ShardProgress | None = None) -> list[str]:
     """Read everything and compare it with the manifest's checksums. Returns one line per problem, beginning with the
     shard's name.
 
@@ -118,7 +118,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     return report
 
 
-def merge(sources: Sequence[str | Path], out: str | Path, progress: ShardProgress | None = None) -> int:
+def merge_stores(sources: Sequence[str | Path], out: str | Path, progress: ShardProgress | None = None) -> int:
     """Join stores into a new one; returns its number of pairs.
 
     Either parts of one store, made with equal settings (each worker's own share on a machine of its own), or finished

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from d2o.condition import Condition
-from d2o.data.pair_files import open_store, prompts_of
+from d2o.data.pair_files import open_store, shard_prompts
 from d2o.data.pair_reading import read_shard
 from d2o.data.pair_settings import check_probe
-from d2o.data.pair_tools import verify
+from d2o.data.pair_tools import verify_store
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
 
@@ -88,7 +88,9 @@ class PairStore:
         found: dict[int, str] = {}
         for number in (index // self.settings.shard_size).unique().tolist():
             mine = index[index // self.settings.shard_size == number]
-            found |= dict(zip(mine.tolist(), prompts_of(self.shard(number), mine - number * self.settings.shard_size)))
+            found |= dict(
+                zip(mine.tolist(), shard_prompts(self.shard(number), mine - number * self.settings.shard_size))
+            )
         return [found[i] for i in index.tolist()]
 
     def images(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
@@ -117,7 +119,7 @@ class PairStore:
 
     def verify(self) -> list[str]:
         """Check everything on disk against the checksums; one line per problem."""
-        return verify(self.path)
+        return verify_store(self.path)
 
     def _index(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         index = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)

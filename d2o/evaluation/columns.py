@@ -81,7 +81,7 @@ class FolderColumns(Columns):
         self.folder, self.units, self.n, self.batch = folder, list(units), n, batch
         recorded = folder.recorded()
         for unit in self.units:
-            if unit.file not in checked and not intact(folder, recorded[unit.file]):
+            if unit.file not in checked and not column_intact(folder, recorded[unit.file]):
                 raise UserError(
                     f"{folder.path / unit.file} is damaged: its bytes are not those that were written",
                     "the same command makes it again",
@@ -117,11 +117,11 @@ def chunks(n: int, size: int) -> list[Unit]:
     return cut(n, size, "part-{:06d}.safetensors")
 
 
-def intact(folder: WorkFolder, entry: dict[str, Any]) -> bool:
+def column_intact(folder: WorkFolder, entry: dict[str, Any]) -> bool:
     """Whether the file has the bytes that were written. UserError: it cannot be read."""
     return trusting() or folder.sha256(entry["file"]) == entry["sha256"]
 
 
-def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def join_columns(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of several batches one after the other, contiguous and on the CPU."""
     return {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.extractor import Device, Extractor
 from d2o.evaluation.neighbours import neighbours_record
 from d2o.evaluation.passes import generate
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference
 from d2o.evaluation.sides import Measured, Side
-from d2o.evaluation.subjects import Device, Generator, Pictures
+from d2o.evaluation.subjects import Generator, Pictures
 
 SEARCHED = 512
 """Samples that are looked up: the first ones."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_finite, clock
-from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_images, clock
+from d2o.evaluation.extractor import Device, Extractor
 from d2o.evaluation.prepare import quantize
 from d2o.evaluation.probes import FeatureProbe, LabelProbe
 from d2o.evaluation.protocol import Settings, noise_for
-from d2o.evaluation.subjects import Device, Generator, Pictures
+from d2o.evaluation.subjects import Generator, Pictures
 
 Outputs = dict[str, tuple[Extractor, set[str]]]
 """Extractor's name -> what is wanted of it."""
@@ -62,7 +62,7 @@ def generate(
         made = x.sample(noise, condition)
         floats = x.decode(made)
     seconds = clock(device) - start
-    check_finite(floats, seeds, x.name)
+    check_images(floats, seeds, x.name)
     images = settings.preparation.apply(quantize(floats, settings.quantize))
     prompts = None if condition.prompts is None else list(condition.prompts)
     latents = made if x.spec.latent else None

@@ -8,7 +8,7 @@ from typing import Any
 from d2o.errors import UserError
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.prepare import parse_preparation
-from d2o.evaluation.presets import Preset, written
+from d2o.evaluation.presets import Preset, as_written
 from d2o.interop.weights import WEIGHTS
 
 _WHERE = {"n": "n_gen", "seed": "seeds", "against": "ref"}
@@ -57,7 +57,7 @@ def _wrong_networks(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
     stated = protocol.get("features")
     names = [] if stated in _UNSTATED else [part.partition("/")[0] for part in str(stated).split(", ")]
     found = [
-        f"features: {name}, the protocol has {written(sorted(preset.extractors))}"
+        f"features: {name}, the protocol has {as_written(sorted(preset.extractors))}"
         for name in names
         if name not in preset.extractors
     ]
@@ -67,7 +67,7 @@ def _wrong_networks(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
         if sha and known and sha not in known:
             found.append(
                 f"weights of {name}: sha256 {sha[:12]}... is no published file of this network (known:"
-                f" {written([k[:12] for k in known])})"
+                f" {as_written([k[:12] for k in known])})"
             )
     return found
 
@@ -90,4 +90,4 @@ def _prepared(wanted: str, value: str) -> bool:
 
 
 def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else written(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else as_written(value)

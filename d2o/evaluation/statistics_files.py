@@ -23,8 +23,7 @@ from d2o.errors import UserError
 from d2o.evaluation.statistics import Statistics
 from d2o.inputs import check_input
 from d2o.interop.npz import npz_names, read_npz
-from d2o.interop.numpy_pickle import keys as pickled_keys
-from d2o.interop.numpy_pickle import read_pickled
+from d2o.interop.numpy_pickle import pickled_keys, read_pickled
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.frechet import Moments
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.condition import Condition
+from d2o.condition import Condition, Generate
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
-from d2o.evaluation.extractor import Extractor, check_shape
+from d2o.evaluation.extractor import Device, Extractor, check_images_fit
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.statistics import Statistics
@@ -31,10 +31,6 @@ from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, load_teacher, teacher_names
-
-Device = str | torch.device
-Generate = Callable[[Tensor, Condition], Tensor]
-"""(noise [b, C, H, W], condition of b) -> [b, C, H, W] float32."""
 
 
 @dataclass
@@ -394,7 +390,7 @@ def pictures(found: ImageSet, text: str, resize: str = "none") -> Pictures:
     )
 
 
-def shape_of(subject: Subject) -> tuple[int, ...] | None:
+def image_shape(subject: Subject) -> tuple[int, ...] | None:
     """(C, H, W) of the images; None for statistics."""
     return None if isinstance(subject, Numbers) else tuple(subject.shape)
 
@@ -403,6 +399,6 @@ def check_subject(subject: Subject, extractor: Extractor) -> None:
     """UserError unless the extractor can take the subject's images."""
     if isinstance(subject, Generator) and subject.spec.latent:
         return  # decoded images have another size; the extractor checks them
-    shape = shape_of(subject)
+    shape = image_shape(subject)
     if shape is not None:
-        check_shape(shape, extractor, of=f"the images of {subject.source}")
+        check_images_fit(shape, extractor, of=f"the images of {subject.source}")

@@ -9,10 +9,9 @@ from typing import Any
 
 from d2o.errors import UserError, unknown
 from d2o.evaluation.clip_scorer import ClipScore
-from d2o.evaluation.extractor import Extractor
-from d2o.evaluation.extractors import EXTRACTORS, load_extractor
+from d2o.evaluation.extractor import Device, Extractor
+from d2o.evaluation.named_extractors import EXTRACTORS, load_extractor
 from d2o.evaluation.pair_distances import PAIR_DISTANCES, PairDistance, load_pair_distance
-from d2o.evaluation.subjects import Device
 
 
 class Tools:

@@ -20,11 +20,11 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import Pass, Say, Tick, collect
+from d2o.evaluation.collect import Pass, Tick, collect
 from d2o.evaluation.columns import KIND, Columns, begin
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
-from d2o.runtime import StopFlag, Stopped, worker
+from d2o.runtime import Say, StopFlag, Stopped, worker
 from d2o.work.folder import LOCKS, MANIFEST, Claim, WorkFolder
 
 OLD = 14 * 86400

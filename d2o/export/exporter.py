@@ -14,12 +14,12 @@ import torch
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
-from d2o.export.loaded import Loaded, find_checkpoint, for_graph, open_source, stated
+from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, stated
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
+from d2o.export.smaller import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.export.student_folder import write_student
-from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, read_meta
 from d2o.teachers.base import UNSTATED
@@ -93,7 +93,7 @@ def export_checkpoint(
                 "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
             )
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
-    source = open_source(checkpoint, student_sigma)
+    source = load_exportable(checkpoint, student_sigma)
     target = _target(source, checkpoint, file_format, precision, out)
     if file_format in ("onnx", "program"):
         for_graph(source)
@@ -132,7 +132,7 @@ def _diffusers(
     check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
-        source = open_source(given, text=True)
+        source = load_exportable(given, text=True)
         parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
         return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)

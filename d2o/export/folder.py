@@ -14,7 +14,7 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, file_sha256, write_error
 from d2o.interop.temporary import sweep, temporary_folder
-from d2o.teachers.diffusers_parts import quiet, read_json
+from d2o.teachers.diffusers_parts import quiet, read_config
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,7 +33,7 @@ def open_pipeline(folder: Path) -> Any:
         import diffusers
 
         # Stable Diffusion 3 without its T5: diffusers wants to be told what the folder says.
-        absent = [name for name, part in read_json(folder / "model_index.json").items() if part == [None, None]]
+        absent = [name for name, part in read_config(folder / "model_index.json").items() if part == [None, None]]
         given = {name: None for name in absent if name.endswith("_3")}
         pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **given)
     pipeline.set_progress_bar_config(disable=True)

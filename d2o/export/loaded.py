@@ -116,7 +116,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return resolve_checkpoint(path)
 
 
-def open_source(path: str | Path, student_sigma: float | None = None, text: bool = False) -> Loaded:
+def load_exportable(path: str | Path, student_sigma: float | None = None, text: bool = False) -> Loaded:
     """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step
     student, called at that noise level. UserError: missing, truncated or foreign file, another kind,
     text-conditioned (unless `text`)."""

@@ -67,7 +67,7 @@ def open_program(path: Path) -> Runner:
     return lambda inputs: module(*inputs)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
+def program_record(path: str | Path) -> dict[str, Any]:
     """The metadata that `write_program` stored."""
     extra: dict[str, Any] = {RECORD: ""}
     torch.export.load(io.BytesIO(Path(path).read_bytes()), extra_files=extra)

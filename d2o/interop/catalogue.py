@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
-from d2o.interop.download import Received, download, home, verify
+from d2o.interop.download import Received, download, home, verify_file
 from d2o.interop.hub import cached_snapshot, hub_snapshot, missing_files
 from d2o.interop.safetensors_io import atomic_write
 
@@ -223,7 +223,7 @@ def find(name: str) -> Published | None:
     return TEACHERS.get(name)
 
 
-def local_path(published: Published) -> Path | None:
+def path_if_here(published: Published) -> Path | None:
     """Its file or folder if it is on this machine (put there by hand, downloaded, or in the hub's cache) and all there,
     else None."""
     place = published.place
@@ -247,9 +247,9 @@ def fetch(published: Published, progress: Received | None = None, say: Callable[
     if published.kind == "nvidia":
         path = download(published.source, published.place, published.sha256, published.bytes, progress)
     else:
-        path = local_path(published) or _from_hub(published)
+        path = path_if_here(published) or _from_hub(published)
         if published.sha256:
-            verify(path / "diffusion_pytorch_model.safetensors", published.sha256, published.bytes)
+            verify_file(path / "diffusion_pytorch_model.safetensors", published.sha256, published.bytes)
     if show:
         # A machine whose $D2O_HOME cannot be written (a shared, read-only one) shows the line again: no reason to fail.
         with contextlib.suppress(UserError):

@@ -60,7 +60,7 @@ def read_pickled(path: str | Path) -> Any:
             raise UserError(f"{path} {error}", HINT) from error
 
 
-def keys(path: str | Path) -> set[str]:
+def pickled_keys(path: str | Path) -> set[str]:
     """The keys of the dict in such a file, without reading its arrays; none where it holds no dict or cannot be
     read."""
     with contextlib.suppress(UserError, Malformed), _mapped(Path(path)) as data:

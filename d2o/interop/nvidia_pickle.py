@@ -20,7 +20,7 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.inputs import check_input
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
-from d2o.interop.nvidia_config import EDM2_CLASSES, network_config
+from d2o.interop.nvidia_config import EDM2_CLASSES, config_from_pickle
 
 RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -116,7 +116,7 @@ class NvidiaNetwork:
         """What `d2o.networks.build.build_network` takes. UserError: a class, or an option of one, that d2o has no
         network for."""
         try:
-            return network_config(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
+            return config_from_pickle(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
         except Malformed as error:
             hint = (
                 "d2o runs the denoisers of EDM (SongUNet and DhariwalUNet in any of its preconditionings) and EDM2, and"

@@ -141,7 +141,7 @@ def _record(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: its {META_KEY!r} metadata is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: its {META_KEY!r} metadata is not a record (a JSON object)")
-    seal.check_size(path, record)
+    seal.check_sealed_size(path, record)
     return record
 
 

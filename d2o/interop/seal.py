@@ -38,7 +38,7 @@ def sealed(data: bytes) -> list[bytes | memoryview]:
     return [bytes(header), tensors]
 
 
-def check_size(path: str | os.PathLike, record: dict[str, Any]) -> None:
+def check_sealed_size(path: str | os.PathLike, record: dict[str, Any]) -> None:
     """UserError: the file is longer or shorter than its record says, or its seal is broken. Reads nothing."""
     if (BYTES in record) != (SHA256 in record):
         raise damaged(path, "a part of its seal is missing")

@@ -59,7 +59,7 @@ class Part:
         self.total: int | None = None
 
     def __enter__(self) -> Part:
-        note = read_json(self.note) or {}
+        note = read_object(self.note) or {}
         try:
             if note.get("url") == self.url and note.get("validator") and self.path.is_file():
                 self.file = open(self.path, "r+b", buffering=0)
@@ -367,7 +367,7 @@ def feed(digest: Any, file: BinaryIO) -> int:
     return count
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None: there is none."""
     try:
         record = parse_json(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES else None

@@ -15,7 +15,7 @@ from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import l1 as mean_absolute
 from d2o.networks.fill import fill_network
 from d2o.networks.latent_vgg import STAGES, LatentVGG
-from d2o.spaces.base import Numbers
+from d2o.spaces.base import SpaceNumbers
 from d2o.spaces.load import SPACES
 
 RELEASED = ("sd15", "sd21", "sdxl", "sd3", "flux")
@@ -44,7 +44,7 @@ class LatentLPIPS(nn.Module):
     files.
     """
 
-    def __init__(self, space: Numbers, l1: float = 0.0):
+    def __init__(self, space: SpaceNumbers, l1: float = 0.0):
         super().__init__()
         self.space, self.l1 = space, float(l1)
         self.net = LatentVGG(space.channels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Embedded, join_embedded
-from d2o.data.latents import LatentSet
+from d2o.data.stored_latents import LatentSet
 from d2o.errors import UserError
 from d2o.methods.base import O, Setup
 from d2o.methods.student import StudentMethod

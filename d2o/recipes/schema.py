@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
-from d2o.recipes.former import FORMER, GOES, KINDS, is_former, renewed, written
+from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
 from d2o.recipes.sections import (
     Batch,
     Checkpoint,
@@ -180,7 +180,7 @@ def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         recipe, problems = _check(renewed(data))
         if recipe is not None:
             recipe._notes.append(f"method: {FORMER} is {', '.join(KINDS)} now, this one {recipe.method}; {GOES}")
-        return recipe, [Problem(written(data, problem.path), problem.text) for problem in problems]
+        return recipe, [Problem(place_as_written(data, problem.path), problem.text) for problem in problems]
     return _check(data)
 
 

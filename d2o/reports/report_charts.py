@@ -10,7 +10,7 @@ from d2o.reports.cells import Entry, Result, comparable, error_of, heading, numb
 from d2o.reports.charts import COLOURS, Dot, Series, dot_chart, line_chart
 from d2o.reports.comparison import metric_columns
 from d2o.reports.curves import Curves
-from d2o.reports.report_pictures import legend, scroll, section
+from d2o.reports.report_pictures import colour_legend, scroll, section
 
 COMPARED = 3  # rows that make a chart worth its place
 KINDS = {"student": 0, "teacher": 1, "images": 2, "pairs": 3, "statistics": 4}
@@ -58,7 +58,7 @@ def comparison(records: Sequence[Result]) -> str:
         return ""
     entries = [(f"s{KINDS.get(kind, 5)} dot", kind) for kind in kinds] + [("mark", "printed by the paper")] * papers
     lead = "Rows of one protocol only. Lines through the dots are the errors that the table gives after ±."
-    return section("Side by side", lead, f'{legend(entries)}<div class="charts">{"".join(charts)}</div>')
+    return section("Side by side", lead, f'{colour_legend(entries)}<div class="charts">{"".join(charts)}</div>')
 
 
 def _dot(record: Result, key: str, metric: Entry) -> Dot:
@@ -146,7 +146,7 @@ def _lines(title: str, what: str, series: Sequence[Series], y_label: str, log: b
     svg = line_chart(series, "images seen", y_label, log_y=log)
     if not svg:
         return ""
-    keys = legend((f"s{i % COLOURS}", s.name) for i, s in enumerate(series)) if len(series) > 1 else ""
+    keys = colour_legend((f"s{i % COLOURS}", s.name) for i, s in enumerate(series)) if len(series) > 1 else ""
     about = f"{escape(what)}{' Logarithmic axis.' if log else ''}"
     return f'<div class="card chart"><h3>{escape(title)}</h3><p>{about}</p>{keys}{scroll(title, svg, "plot ")}</div>'
 

@@ -21,7 +21,7 @@ def scroll(label: str, body: str, kind: str = "card ") -> str:
     return f'<div class="{kind}scroll" tabindex="0" role="region" aria-label="{escape(label)}">{body}</div>'
 
 
-def legend(entries: Iterable[tuple[str, str]]) -> str:
+def colour_legend(entries: Iterable[tuple[str, str]]) -> str:
     """(class of the style sheet, name) of each colour."""
     return (
         '<ul class="legend">'
@@ -138,7 +138,7 @@ def _neighbours(record: Result) -> str:
     chart = line_chart(series, "distance to the nearest training image, 1 = usual", "share that is nearer")
     curve = ""
     if chart:
-        lines = legend([("s0", "samples"), ("s1", "training images")])
+        lines = colour_legend([("s0", "samples"), ("s1", "training images")])
         what = (
             "Share of images (upwards) with a training image nearer than the distance below. Samples far to the left of"
             " training images: copying. To the right: images unlike those of the training."

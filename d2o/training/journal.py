@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from d2o.runtime import Say
 from d2o.training.divergence import Divergence
+from d2o.training.due import Due
 from d2o.training.logging import RunLog
 from d2o.training.scalars import Row, Scalars, means
-from d2o.training.schedule import Due
-from d2o.training.scoring import Say
 from d2o.training.tracker import Log, tracked
 from d2o.training.watch import Watch
 

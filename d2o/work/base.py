@@ -204,7 +204,7 @@ class SharedFolder(ABC):
             raise UserError(what, "choose an empty or new folder")
 
 
-def dump(manifest: dict[str, Any]) -> str:
+def dump_manifest(manifest: dict[str, Any]) -> str:
     """A manifest as it is written, with its digest: equal content gives equal bytes."""
     return json.dumps({**manifest, SHA256: content_sha256(manifest)}, indent=1, sort_keys=True) + "\n"
 

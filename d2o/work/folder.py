@@ -26,7 +26,19 @@ from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, file_sha256, to_bytes, write_error
 from d2o.interop.temporary import sweep
 from d2o.runtime import StopFlag
-from d2o.work.base import MANIFEST, POLL, TIMING, Claim, SharedFolder, Unit, Vanished, cut, dump, note_file, read_notes
+from d2o.work.base import (
+    MANIFEST,
+    POLL,
+    TIMING,
+    Claim,
+    SharedFolder,
+    Unit,
+    Vanished,
+    cut,
+    dump_manifest,
+    note_file,
+    read_notes,
+)
 
 __all__ = ["MANIFEST", "POLL", "Claim", "SharedFolder", "Unit", "Vanished", "Ahead", "WorkFolder", "cut", "fill"]
 
@@ -140,7 +152,7 @@ class WorkFolder(SharedFolder):
         )
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        atomic_write(self.path / MANIFEST, dump(manifest))
+        atomic_write(self.path / MANIFEST, dump_manifest(manifest))
 
 
 def fill(

@@ -36,7 +36,7 @@ from d2o.work.base import (
     SharedFolder,
     Unit,
     content_sha256,
-    dump,
+    dump_manifest,
     intact,
     note_file,
     read_notes,
@@ -113,7 +113,7 @@ class RemoteFolder(SharedFolder):
         manifest = self.manifest()
         if manifest is None:
             self._refuse(names - {MANIFEST, CLAIMS, ENTRIES, TIMING})
-            self.objects.put(MANIFEST, dump(record).encode())
+            self.objects.put(MANIFEST, dump_manifest(record).encode())
             time.sleep(self.settle)  # if another worker does the same, both go on with what was written last
             manifest = self.present()
         self._begun = _settings(manifest, self.entries)
@@ -130,7 +130,7 @@ class RemoteFolder(SharedFolder):
         that it does."""
         manifest = self.present()
         while (wanted := how(manifest)) != manifest:
-            self.objects.put(MANIFEST, dump(wanted).encode())
+            self.objects.put(MANIFEST, dump_manifest(wanted).encode())
             self._begun = None
             time.sleep(self.settle)
             manifest = self.present()
@@ -142,7 +142,7 @@ class RemoteFolder(SharedFolder):
         if manifest is None or not finished(manifest):
             return
         if entries:
-            self.objects.put(MANIFEST, dump(manifest).encode())
+            self.objects.put(MANIFEST, dump_manifest(manifest).encode())
             back = self._present_entries()
             for name, entry in entries.items():
                 if entry is None or entry in back:
