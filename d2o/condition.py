@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 
 NO_CLASS = -1
 """The label of a sample that is of no class in particular."""
@@ -127,18 +128,18 @@ class Condition:
             self.cfg,
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As it is written into a file; `from_record` reads it again."""
-        found: dict[str, Any] = {"n": self.n}
+        found: JsonObject = {"n": self.n}
         found |= {} if self.labels is None else {"labels": self.labels.tolist()}
         found |= {} if self.prompts is None else {"prompts": list(self.prompts)}
         return found | ({} if self.cfg is None else {"cfg": self.cfg.tolist()})
 
     @classmethod
-    def from_record(cls, record: Any) -> Condition:
+    def from_record(cls, record: object) -> Condition:
         """From `record`. UserError: not as it writes it."""
         n = record.get("n") if isinstance(record, dict) else None
-        if type(n) is not int or n < 0 or set(record) - set(_TYPES):
+        if not isinstance(record, dict) or type(n) is not int or n < 0 or set(record) - set(_TYPES):
             raise UserError("a condition is damaged: expected n, and labels or prompts, and cfg")
         for name, kind in _TYPES.items():
             values = record.get(name, [])

@@ -16,14 +16,20 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from d2o.errors import UserError
 from d2o.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, special_kind
 from d2o.interop.zips import zip_members
 
 _PREAD = hasattr(os, "pread")  # not on Windows
-_UNPACKERS: dict[int, Callable[[], Any]] = {
+
+
+class Decompressor(Protocol):
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+_UNPACKERS: dict[int, Callable[[], Decompressor]] = {
     zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15),
     zipfile.ZIP_BZIP2: bz2.BZ2Decompressor,
 }

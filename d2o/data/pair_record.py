@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from d2o.inputs import JsonObject
 from d2o.interop.records import MAX_SEED, Finite, Record, Sha256, SpecRecord, check_record
 
 MAX_SHARDS = 2**20
@@ -126,6 +127,6 @@ class Manifest(Record):
         return self
 
 
-def check_manifest(manifest: dict[str, Any], where: str) -> None:
+def check_manifest(manifest: JsonObject, where: str) -> None:
     """UserError, naming `where` and the key: the manifest of a pair store is not as d2o writes it."""
     check_record(Manifest, manifest, f"{where} is damaged", "move it away and make the store again, or copy it again")

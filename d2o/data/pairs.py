@@ -18,7 +18,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from d2o.data.pair_settings import check_probe
 from d2o.data.pair_tools import verify_store
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 
 
 class PairStore:
@@ -54,7 +54,7 @@ class PairStore:
             hint = f"continue it: {self.settings.command(path)}"
             raise UserError(f"{path} is not finished: {len(left)} of {len(self.units)} shards are missing", hint)
         check_probe(self.manifest, path)
-        self.spec: dict[str, Any] = self.manifest["spec"]
+        self.spec: JsonObject = self.manifest["spec"]
         self.shape = tuple(self.spec["shape"])
         self.has_prompts = self.settings.labels == "text"
         self._entries = {entry["file"]: entry for entry in self.manifest["shards"]}

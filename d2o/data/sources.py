@@ -33,7 +33,7 @@ from d2o.data.layouts import LAYOUTS, MAX_CLASSES, ImageSource, Reason, wrong_la
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
-from d2o.inputs import check_input, parse_json
+from d2o.inputs import JsonObject, check_input, json_object, parse_json
 
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
 SIDE_SUFFIXES = {
@@ -160,7 +160,7 @@ class Files(ImageSource):
 
     def _from_table(self, images: list[ArchiveMember], root: str, table: ArchiveMember) -> list[Any] | None:
         try:
-            rows = parse_json(self._container.read(table))["labels"]
+            rows = json_object(parse_json(self._container.read(table)), "it")["labels"]
             pairs = list(rows.items() if isinstance(rows, dict) else rows or [])
             pairs = [(posixpath.normpath(str(name).replace("\\", "/")), label) for name, label in pairs]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -172,7 +172,7 @@ class Files(ImageSource):
         if rows is None:
             self.notes.append(f"unlabelled, as {table.name} says")
             return None
-        labels: dict[str, Any] = {}
+        labels: JsonObject = {}
         for name, label in pairs:
             labels[name] = (
                 label if labels.get(name, label) == label else Reason(f"two labels: {labels[name]} and {label}")
@@ -218,8 +218,9 @@ class Files(ImageSource):
             text = self._container.read(field).decode("utf-8").strip()
             if field.path.endswith(".json"):
                 value = parse_json(text)
-                held = isinstance(value, dict) and "label" in value
-                return (value["label"] if held else None), held
+                if isinstance(value, dict) and "label" in value:
+                    return value["label"], True
+                return None, False
             return (int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text), True
         except (OSError, ValueError) as error:
             return Reason(f"its label cannot be read from {field.name}: {error}"), True

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.evaluation.columns import Columns, FolderColumns, MemoryColumns, begin, chunks, column_intact, join_columns
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import write_error
 from d2o.runtime import Say, StopFlag, Stopped
 from d2o.version import __version__
@@ -60,7 +61,7 @@ class ImageBatch:
 class Probe(Protocol):
     """Something that is asked of every image. `identity`: what its answers depend on."""
 
-    identity: dict[str, Any]
+    identity: JsonObject
 
     def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         """{column: [k, ...]}."""
@@ -75,10 +76,10 @@ class Pass:
     batch: int
     make: Callable[[range], ImageBatch]
     probes: Sequence[Probe]
-    identity: dict[str, Any]
+    identity: JsonObject
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         probes = [probe.identity for probe in self.probes]
         return {
             "images": self.identity,
@@ -138,7 +139,7 @@ def collect(
             show(before + start + len(part[next(iter(part))]) - unit.start)
         return join_columns(parts), seconds
 
-    def write(unit: Unit, made: tuple[dict[str, Tensor], list[float]]) -> dict[str, Any]:
+    def write(unit: Unit, made: tuple[dict[str, Tensor], list[float]]) -> JsonObject:
         try:
             saved = folder.save(unit.file, made[0], {"start": unit.start, "n": unit.n, "seconds": made[1]})
         except OSError as error:

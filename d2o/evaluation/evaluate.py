@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from d2o.evaluation.account import doubts, has, protocol_of
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.checks import check_task, told
-from d2o.evaluation.collect import OpenMeter, silent
+from d2o.evaluation.collect import OpenMeter, Probe, silent
 from d2o.evaluation.columns import Columns
 from d2o.evaluation.extractor import Device
 from d2o.evaluation.known_metrics import Want, combine
@@ -26,6 +25,7 @@ from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.subjects import Generator, Numbers, Pictures, Subject, check_subject
 from d2o.evaluation.task import Task
 from d2o.evaluation.workplace import Workplace
+from d2o.inputs import JsonObject
 from d2o.runtime import worker
 from d2o.version import __version__
 
@@ -36,7 +36,7 @@ FORMAT = {"format": "d2o-eval", "version": 1}
 class Evaluation:
     """`record` is the JSON result; `statistics` those of X's first run over the main extractor, where it has any."""
 
-    record: dict[str, Any]
+    record: JsonObject
     statistics: Statistics | None
 
 
@@ -66,7 +66,7 @@ def evaluate_one(
     if worker()[0] != 0:
         return None
     sources = {"teacher": teacher_reference, "statistics": reference, "rows": reference}
-    metrics: dict[str, Any] = {}
+    metrics: JsonObject = {}
     for want in plan.wants:
         place.check_stop(f"{want.metric.name} of {x.name}")
         extractor, kind = plan.extractor(want), want.metric.reference
@@ -193,7 +193,7 @@ def _pair_pass(
         return None
     if not wanted and (not plan.distance or plan.main is None):
         return None
-    probes: list[Any] = []
+    probes: list[Probe] = []
     if plan.distance and plan.main is not None:
         probes.append(DistanceProbe(plan.main))
     for key in wanted:
@@ -205,7 +205,7 @@ def _pair_pass(
         return Measured(place.collect(pair_pass(x, plan.teacher, settings, probes, device), progress))
 
 
-def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[str, Any]:
+def _distance(columns: Columns, teacher: Generator, settings: Settings) -> JsonObject:
     """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values
     in [-1, 1]) and the mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
     made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics as stats
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from d2o.errors import UserError, unknown
 from d2o.evaluation import measures
@@ -13,6 +12,7 @@ from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.labels import label
 from d2o.evaluation.measures import Score, Sides
 from d2o.evaluation.protocol import Settings
+from d2o.inputs import JsonObject
 
 LOWER, HIGHER = "lower", "higher"
 
@@ -221,7 +221,7 @@ def parse_metrics(names: Sequence[str]) -> list[Want]:
 
 def combine(
     want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Score]], settings: Settings
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """The entries of a result's "metrics": over several runs the mean with its deviation, or (report "min") the
     least."""
     entries = {}

@@ -10,7 +10,6 @@ Generative Models", 2020, compare the same two distributions); one that copies m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from d2o.data.pictures import to_png
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.metrics.prdc import nearest_rows
 
 REAL_QUERIES = 2000  # training images whose own nearest neighbour is looked up: enough for a median
@@ -34,7 +34,7 @@ def neighbours_record(
     k: int = 3,
     rows: int = 16,
     extractor: str = "",
-) -> dict[str, Any]:
+) -> JsonObject:
     """What `record["neighbours"]` holds, JSON-able.
 
     `samples` uint8 [n, C, H, W], `sample_features` [n, d], `reference_features` [m, d]; `reference_images(indices)` ->
@@ -68,7 +68,7 @@ def neighbours_record(
     spaced = torch.linspace(0, len(samples) - 1, min(half, len(samples))).long()
     closest = torch.argsort(own, stable=True)[:half]
 
-    def sheet(chosen: Tensor) -> dict[str, Any]:
+    def sheet(chosen: Tensor) -> JsonObject:
         return {
             "png": _sheet(samples[chosen], reference_images(indices[chosen].flatten().tolist()), k),
             "samples": chosen.tolist(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from d2o.evaluation.prepare import quantize
 from d2o.evaluation.probes import FeatureProbe, LabelProbe
 from d2o.evaluation.protocol import Settings, noise_for
 from d2o.evaluation.subjects import Generator, Pictures
+from d2o.inputs import JsonObject
 
 Outputs = dict[str, tuple[Extractor, set[str]]]
 """Extractor's name -> what is wanted of it."""
@@ -97,7 +97,7 @@ def pictures_pass(x: Pictures, settings: Settings, probes: Sequence[Probe]) -> P
     return Pass(x.name, x.n, min(settings.batch, x.n), make, [LabelProbe(), *probes], identity)
 
 
-def generator_identity(x: Generator, settings: Settings, first: int, per_prompt: int, device: Device) -> dict[str, Any]:
+def generator_identity(x: Generator, settings: Settings, first: int, per_prompt: int, device: Device) -> JsonObject:
     """What the images of `x` depend on."""
     keys = ("sha256", "solver", "steps", "cfg")
     return {

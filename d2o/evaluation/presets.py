@@ -3,7 +3,7 @@ papers are in `paper_protocols`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class Preset:
         return [want.extractor or self.extractor for want in wants if want.metric.output == "features"]
 
 
-def contradictions(preset: Preset, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+def contradictions(preset: Preset, given: Mapping[str, object]) -> list[tuple[str, str]]:
     """The options in `given` that contradict the protocol, each with what it has instead: ("--n 10000", "n 50000").
 
     Some of the protocol's metrics, instead of all, contradict nothing. What it does not settle (batch, device, solver)
@@ -70,7 +70,7 @@ def contradictions(preset: Preset, given: Mapping[str, Any]) -> list[tuple[str, 
     return found
 
 
-def apply_preset(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
+def apply_preset(preset: Preset, given: Mapping[str, object]) -> dict[str, Any]:
     """`given` (only what the user gave explicitly, by the name of the option) with all that the protocol settles.
 
     UserError: options that contradict it, all of them; options that it needs (`needs`) and that are not there.
@@ -90,11 +90,11 @@ def apply_preset(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**preset.fixed, **given}
 
 
-def _agree(name: str, wanted: Any, value: Any) -> bool:
-    if name == "metrics":
+def _agree(name: str, wanted: object, value: object) -> bool:
+    if name == "metrics" and isinstance(wanted, Sequence) and isinstance(value, Sequence):
         return set(value) <= set(wanted)
     return wanted == value
 
 
-def as_written(value: Any) -> str:
+def as_written(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

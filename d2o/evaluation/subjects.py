@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2o.condition import Condition, Generate
+from d2o.condition import Condition, Embedded, Generate
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
@@ -20,7 +19,7 @@ from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import is_statistics, load_statistics
-from d2o.inputs import check_input, read_json
+from d2o.inputs import JsonObject, check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import count_parameters
@@ -47,11 +46,11 @@ class Generator:
     sample: Generate
     decode: Callable[[Tensor], Tensor]
     teacher: str | None  # whose distillate, or which, it is
-    record: dict[str, Any]
+    record: JsonObject
     notes: list[str] = field(default_factory=list)
     prompts: Prompts | None = None
-    embed: Callable[[Condition], Any] | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
+    embed: Callable[[Condition], Embedded] | None = None
+    recipe: JsonObject = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +76,7 @@ class Pictures:
     batch: Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
     labelled: bool
     classes: int | None
-    record: dict[str, Any]
+    record: JsonObject
     teacher: str | None = None
     resize: str = "none"
     notes: list[str] = field(default_factory=list)
@@ -94,7 +93,7 @@ class Numbers:
     read: Callable[[str | None], Statistics]
     kind: str = "statistics"
     teacher: str | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: JsonObject = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -192,7 +191,7 @@ def reference_teacher(
     return teacher, []
 
 
-def _takes(spec: Spec) -> tuple[Any, ...]:
+def _takes(spec: Spec) -> tuple[object, ...]:
     return spec.shape, spec.condition, spec.classes
 
 

@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
 from d2o.export.smaller import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.export.student_folder import write_student
+from d2o.inputs import JsonObject
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, read_meta
 from d2o.teachers.base import UNSTATED
@@ -148,7 +148,7 @@ def _diffusers(
 
 
 def _write(
-    source: Loaded, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
+    source: Loaded, path: Path, file_format: str, record: JsonObject, opset: int, dtype: str
 ) -> tuple[Runner, str]:
     """Write the file and open it again: (the file as a function, what runs it)."""
     torch_version = f"torch {torch.__version__} on the CPU"
@@ -165,7 +165,7 @@ def _write(
     )
 
 
-def _record(source: Loaded, file_format: str, detail: str) -> dict[str, Any]:
+def _record(source: Loaded, file_format: str, detail: str) -> JsonObject:
     """The checkpoint's metadata, with this export as the last step of its provenance."""
     step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
     before = source.meta.get("provenance")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -15,6 +15,9 @@ from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, file_sha256, write_error
 from d2o.interop.temporary import sweep, temporary_folder
 from d2o.teachers.diffusers_parts import quiet, read_config
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -27,7 +30,7 @@ def save_part(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
     atomic_write(path, save(cast, {"format": "pt"}))
 
 
-def open_pipeline(folder: Path) -> Any:
+def open_pipeline(folder: Path) -> DiffusionPipeline:
     """The folder as the pipeline that it names, in float32, without a word about progress or missing accelerators."""
     with quiet():
         import diffusers

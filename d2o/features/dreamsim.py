@@ -22,7 +22,7 @@ from d2o.errors import UserError
 from d2o.features import clip
 from d2o.features.base import Features, placed
 from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, bicubic, standardise, token_map, watch
-from d2o.inputs import check_unpacked, read_json
+from d2o.inputs import check_unpacked, json_object, read_json
 from d2o.interop import torchvision_compat
 from d2o.interop.npz import DAMAGED
 from d2o.interop.safetensors_io import tensors_sha256
@@ -205,7 +205,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     UserError: missing or damaged, or an adapter of another kind than a plain LoRA.
     """
     try:
-        config = read_json(folder / "adapter_config.json")
+        config = json_object(read_json(folder / "adapter_config.json"), "it")
         scale = float(config["lora_alpha"]) / int(config["r"])
     except (UserError, ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(

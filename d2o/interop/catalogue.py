@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.download import Received, download, home, verify_file
 from d2o.interop.hub import cached_snapshot, hub_snapshot, missing_files
 from d2o.interop.safetensors_io import atomic_write
@@ -49,7 +49,7 @@ class Published:
     revision: str | None = None
     vae: str | None = None
     space: str = "pixels"
-    network: dict[str, Any] | None = None
+    network: JsonObject | None = None
 
     @property
     def place(self) -> Path:
@@ -59,7 +59,7 @@ class Published:
 
 def _edm(name: str, file: str, about: str, steps: int, resolution: int, parameters: int) -> Published:
     arch = {"adm": "adm", "-vp": "ddpmpp", "-ve": "ncsnpp"}[name[-3:]]
-    network: dict[str, Any] = {"arch": arch, "img_resolution": resolution, "img_channels": 3}
+    network: JsonObject = {"arch": arch, "img_resolution": resolution, "img_channels": 3}
     network["label_dim"] = 1000 if arch == "adm" else 10 if "-cond" in name else 0
     if arch != "adm":
         network |= {"channel_mult": [2, 2, 2] if resolution == 32 else [1, 2, 2, 2], "augment_dim": 9}
@@ -77,7 +77,7 @@ def _edm2(size: str, snapshot: str, parameters: int) -> Published:
     )
     url = f"{EDM2_URL}edm2-img512-{size}-{snapshot}.pkl"
     licence = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL)
-    network: dict[str, Any] = {
+    network: JsonObject = {
         "arch": "edm2",
         "preset": size,
         "img_resolution": 64,

@@ -17,11 +17,11 @@ import re
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.content import check_content
 from d2o.interop.safetensors_io import atomic_write, write_error
 from d2o.interop.transfer import Part, Received, failed, feed, fetch_fsspec, fetch_http, read_object
@@ -116,7 +116,7 @@ def verify_file(path: str | os.PathLike, sha256: str | None = None, size: int | 
     return path
 
 
-def download_record(path: str | os.PathLike) -> dict[str, Any] | None:
+def download_record(path: str | os.PathLike) -> JsonObject | None:
     """What was written down when `path` was downloaded, or None: it was not, or the record is no JSON. UserError: it
     has been changed."""
     beside = _beside(Path(path))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from typing import Any
 
+from d2o.inputs import JsonObject
 from d2o.interop.inert_pickle import Malformed
 
 EDM_CLASSES = {
@@ -94,7 +94,7 @@ IGNORED = {"model_type", "use_fp16", "label_dropout", "force_normalization", "us
 """How it is trained or run; not part of the network."""
 
 
-def config_from_pickle(class_name: str, kwargs: dict[str, Any], has_head: bool) -> dict[str, Any]:
+def config_from_pickle(class_name: str, kwargs: JsonObject, has_head: bool) -> JsonObject:
     """`class_name` and arguments of the outermost module; `has_head`: the file holds EDM2's uncertainty head. Raises
     Malformed."""
     if class_name in EDM2_CLASSES:
@@ -116,9 +116,7 @@ def config_from_pickle(class_name: str, kwargs: dict[str, Any], has_head: bool) 
     return {**config, **_translate(unet, kwargs, options)}
 
 
-def _translate(
-    kind: str, kwargs: dict[str, Any], options: KnownOptions, may_be_none: Set[str] = frozenset()
-) -> dict[str, Any]:
+def _translate(kind: str, kwargs: JsonObject, options: KnownOptions, may_be_none: Set[str] = frozenset()) -> JsonObject:
     for key in ("img_resolution", "img_channels"):
         if key not in kwargs:
             raise Malformed(f"holds a {kind} without {key!r}")
@@ -136,7 +134,7 @@ def _translate(
     return config
 
 
-def _allowed(value: Any, allowed: tuple) -> bool:
+def _allowed(value: object, allowed: tuple) -> bool:
     kind, *bounds = allowed
     if kind is list:
         return isinstance(value, list) and len(value) <= 8 and all(_allowed(v, (int, *bounds)) for v in value)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+
+from d2o.inputs import JsonObject
 
 NONE = "–"
 SMALL_N = "†"
@@ -35,14 +36,14 @@ ORDER = (
     "dreamdiv",
     "accuracy",
 )
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, JsonObject] = {
     "fd": {"better": "lower"},
     "accuracy": {"label": "accuracy", "better": "higher", "percent": True},
 }
 """What results of d2o 0.1.0 do not say of their metrics."""
 
-Result = dict[str, Any]
-Entry = dict[str, Any]
+Result = JsonObject
+Entry = JsonObject
 
 
 def metrics(record: Result) -> Iterator[tuple[str, Entry]]:
@@ -135,7 +136,7 @@ def printed_decimals(value: float) -> int:
     return len(f"{value:.10g}".partition(".")[2])
 
 
-def quoted(name: str, paper: dict[str, Any], source: str) -> Result:
+def quoted(name: str, paper: JsonObject, source: str) -> Result:
     """A row that was not measured: only what a paper prints."""
     return {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": []}
 
