@@ -17,10 +17,10 @@ from d2o.interop.safetensors_io import atomic_write
 def save_records(path: str | Path, records: Sequence[JsonObject]) -> None:
     """Write one record as an object, several as a list (atomically)."""
     check_json_target(path)
-    atomic_write(path, as_json(records))
+    atomic_write(path, results_json(records))
 
 
-def as_json(records: Sequence[JsonObject]) -> str:
+def results_json(records: Sequence[JsonObject]) -> str:
     """The content of such a file."""
     data = records[0] if len(records) == 1 else list(records)
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -24,7 +24,7 @@ from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.interop.content import check_content
 from d2o.interop.safetensors_io import atomic_write, write_error
-from d2o.interop.transfer import Part, Received, failed, feed, fetch_fsspec, fetch_http, read_object
+from d2o.interop.transfer import PartFile, Received, failed, feed, fetch_fsspec, fetch_http, read_object
 
 LOCAL = ("file", "local", "memory")
 """Protocols that need no network."""
@@ -68,7 +68,7 @@ def download(
     with _locked(path):
         if path.exists():  # another process was faster
             return verify_file(path, sha256, size)
-        with Part(path, url, sha256 is not None) as part:
+        with PartFile(path, url, sha256 is not None) as part:
             (fetch_http if protocol in ("http", "https") else fetch_fsspec)(part, url, path, size, progress)
             _check(part, url, path, sha256)
             part.finish()
@@ -135,7 +135,7 @@ def download_record(path: str | os.PathLike) -> JsonObject | None:
     return record
 
 
-def _check(part: Part, url: str, path: Path, sha256: str | None) -> None:
+def _check(part: PartFile, url: str, path: Path, sha256: str | None) -> None:
     """UserError, and the part is gone, unless it has the published sha256, or the one that the same URL gave before;
     where neither is known, unless it is whole and of the kind that its name says."""
     earlier = download_record(path) or {}

@@ -44,7 +44,7 @@ class Interrupted(Exception):
     """The transfer stopped for a reason that may pass; what came is kept."""
 
 
-class Part:
+class PartFile:
     """`NAME.part`: the first `position` bytes of the file, with their running sha256.
 
     `validator` is the server's strong ETag (else its Last-Modified), without which bytes of two requests are never
@@ -61,7 +61,7 @@ class Part:
         self.validator: str | None = None
         self.total: int | None = None
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> PartFile:
         note = read_object(self.note) or {}
         try:
             if note.get("url") == self.url and note.get("validator") and self.path.is_file():
@@ -132,7 +132,7 @@ class Part:
         self.note.unlink(missing_ok=True)
 
 
-def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
+def fetch_http(part: PartFile, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Bring `part` to the whole file; what came before is continued where the server still has the same file.
     UserError: it cannot be had."""
     import requests  # type: ignore[import-untyped]
@@ -157,7 +157,7 @@ def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Rec
 
 
 def _request(
-    session: requests.Session, part: Part, url: str, path: Path, size: int | None, progress: Received | None
+    session: requests.Session, part: PartFile, url: str, path: Path, size: int | None, progress: Received | None
 ) -> None:
     """Ask once for what is missing and append it. Interrupted or requests' own errors: ask again."""
     from d2o.version import __version__
@@ -255,7 +255,7 @@ def _blocks(response: requests.Response) -> Iterator[bytes]:
         raise Interrupted(_reason(error)) from error
 
 
-def _continues(response: requests.Response, part: Part) -> bool:
+def _continues(response: requests.Response, part: PartFile) -> bool:
     """Whether a partial answer continues our part: from its end, of a file with the same length and the same ETag."""
     unit, _, spans = response.headers.get("Content-Range", "").partition(" ")
     span, _, total = spans.partition("/")
@@ -280,7 +280,7 @@ def _length(response: requests.Response) -> int | None:
     )
 
 
-def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
+def fetch_fsspec(part: PartFile, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Any protocol that fsspec knows, from the first byte."""
     import fsspec  # type: ignore[import-untyped]
 

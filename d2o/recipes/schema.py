@@ -25,10 +25,10 @@ from d2o.recipes.sections import (
     Eval,
     Optim,
     Pairs,
-    Preview,
+    PreviewSection,
     Section,
     Seed,
-    Student,
+    StudentSection,
     Text,
     Threads,
     TrackerSection,
@@ -65,7 +65,7 @@ class Recipe(Section):
     network: dict[str, Any] | None = field(
         None, "architecture, for what is trained from scratch: `arch` and that network's arguments"
     )
-    student: Student = Field(Student(), description="how the one-step generator starts")
+    student: StudentSection = Field(StudentSection(), description="how the one-step generator starts")
     pairs: Pairs | None = field(None, "teacher's samples to train on")
     prompts: Text | None = field(
         None,
@@ -117,7 +117,7 @@ class Recipe(Section):
     tracker: TrackerSection | None = field(
         None, "where the log goes besides metrics.jsonl and TensorBoard: wandb or mlflow, or a section"
     )
-    preview: Preview | None = field(None, "grids of samples on the way")
+    preview: PreviewSection | None = field(None, "grids of samples on the way")
     checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
     _options: Any = PrivateAttr(None)

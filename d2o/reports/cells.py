@@ -43,10 +43,10 @@ DEFAULTS: dict[str, JsonObject] = {
 """What results of d2o 0.1.0 do not say of their metrics."""
 
 Result = JsonObject
-Entry = JsonObject
+MetricEntry = JsonObject
 
 
-def metrics(record: Result) -> Iterator[tuple[str, Entry]]:
+def metrics(record: Result) -> Iterator[tuple[str, MetricEntry]]:
     """(key, metric) of everything in a record that is one number; not speed and distance, which are several. Well-known
     ones first."""
     found = {}
@@ -64,7 +64,7 @@ def rank(key: str) -> int:
     return ORDER.index(base) if base in ORDER else len(ORDER)
 
 
-def heading(metric: Entry) -> str:
+def heading(metric: MetricEntry) -> str:
     """FID-50k ↓"""
     return " ".join([metric["label"], *filter(None, [ARROWS.get(metric["better"])])])
 
@@ -73,12 +73,12 @@ VALUES = ("value", "runs", "std", "mean", "best", "per_class", "small_n")
 WORDING = ("label", "better", "percent", "error", "report", "trace")
 
 
-def settings(metric: Entry) -> dict[str, str | int]:
+def settings(metric: MetricEntry) -> dict[str, str | int]:
     """How this one number was made, beyond its record's protocol: n, k, subsets, dtype, ..."""
     return {k: v for k, v in metric.items() if k not in (*VALUES, *WORDING) and isinstance(v, (str, int))}
 
 
-def comparable(record: Result, key: str, metric: Entry) -> str:
+def comparable(record: Result, key: str, metric: MetricEntry) -> str:
     """Equal for numbers that may be compared: same label, same protocol in every field, same settings of the metric."""
     protocol = {k: v for k, v in (record.get("protocol") or {}).items() if v is not None}
     return json.dumps(
@@ -86,12 +86,12 @@ def comparable(record: Result, key: str, metric: Entry) -> str:
     )
 
 
-def error_of(metric: Entry) -> float | None:
+def error_of(metric: MetricEntry) -> float | None:
     """What stands after ±. A minimum of runs has none: their deviation is not its uncertainty."""
     return None if metric.get("report") == "min" else metric["std"]
 
 
-def value_text(metric: Entry, decimals: int = 0, mark: bool = True) -> str:
+def value_text(metric: MetricEntry, decimals: int = 0, mark: bool = True) -> str:
     """1.42, or 1.420 ± 0.031 (two digits of the deviation), or 97.5 %; at least `decimals` decimals, to stand beside a
     printed number."""
     percent = bool(metric.get("percent"))

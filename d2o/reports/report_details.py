@@ -8,7 +8,7 @@ from html import escape
 from d2o.evaluation.protocol import protocol_line
 from d2o.inputs import JsonObject
 from d2o.reports.cells import (
-    Entry,
+    MetricEntry,
     Result,
     has_protocol,
     heading,
@@ -66,7 +66,7 @@ def _preset(preset: JsonObject) -> str:
     return " · ".join(str(part) for part in (preset.get("name"), preset.get("paper"), *rest) if part)
 
 
-def _metric(m: Entry, paper: tuple[float, float | None] | None) -> str:
+def _metric(m: MetricEntry, paper: tuple[float, float | None] | None) -> str:
     parts = [value_text(m)]
     runs = m["runs"]
     if len(runs) > 1:
