@@ -8,7 +8,7 @@ import typer
 
 from d2o.cli import complete, console
 from d2o.cli.numbers import Command
-from d2o.cli.train import MINI, RECIPE, SET, VARIANT, named
+from d2o.cli.recipe_options import MINI, RECIPE, SET, VARIANT, named
 from d2o.errors import UserError
 
 recipes = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
