@@ -34,6 +34,8 @@ SUBJECTS = {
 }
 """Names of modules that two floors share because both are about the one thing."""
 
+PACKAGES = {f"d2o.{path.stem}" for path in ROOT.iterdir()}
+
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
     """(module, its tree) of all modules but those of the command line, whose functions are named as what a user types;
@@ -97,6 +99,16 @@ def test_no_module_differs_from_another_by_a_plural(trees):
 def test_every_exception_is_still_needed(trees):
     names = [name.rpartition(".")[2] for name in trees]
     assert {name for name in {*ROLES, *SUBJECTS} if names.count(name) < 2} == set()
+
+
+def test_nothing_imports_the_package_that_it_is_a_part_of(trees):
+    """Else every module of d2o were in a circle with `d2o/__init__.py`."""
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert "d2o" not in {alias.name for alias in node.names}, module
+            if isinstance(node, ast.ImportFrom):
+                assert node.module != "d2o" or all(f"d2o.{alias.name}" in PACKAGES for alias in node.names), module
 
 
 def test_a_second_one_is_found():
