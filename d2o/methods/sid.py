@@ -4,7 +4,9 @@
 A student makes images in one call at the noise level sigma_init (`student.sigma`, 2.5 in the papers). A score network,
 which starts as the teacher, learns the score of these images; the student learns to make the two scores agree at all
 noise levels. SiD needs no data. SiDA (`adversarial`) also has the score network's encoder tell real images from the
-student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`).
+student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`). Of teachers that can be
+guided, `cfg` and `score_cfg` guide the two scores: long and short guidance (SiD-LSG, Zhou et al. 2024, arXiv
+2406.01561).
 """
 
 from __future__ import annotations
@@ -64,15 +66,16 @@ class SiDOptions(Options):
         " has it; the published runs: on for SiD, off for SiDA and SiD2A)",
     )
     cfg: float = Field(
-        1.0, ge=0, description="guidance of the true score (the long one of long-short guidance); 1: none"
+        1.0,
+        ge=0,
+        description="guidance of the true score in the student's step, D_u + cfg (D_c - D_u) (kappa_4 of SiD-LSG, Zhou"
+        " et al. 2024, arXiv 2406.01561); 1: none",
     )
     score_cfg: float = Field(
         1.0,
         ge=0,
-        description=(
-            "guidance of the score network, where it is trained and where it is asked (the short one; Zhou et al."
-            " 2024, arXiv 2406.01561, have it as cfg); 1: none"
-        ),
+        description="guidance of the score network, both where it is trained and in the student's step (kappa_1 ="
+        " kappa_2 = kappa_3; long-short guidance: as cfg, 1.5 or 2 for SD 1.5); 1: none",
     )
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="precision of the true score (default none: as the rest)"
