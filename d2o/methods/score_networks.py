@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d2o.augment import edm
 from d2o.condition import Embedded, join_embedded
 from d2o.data.latents import LatentSet
+from d2o.diffusion.guidance import guide
 from d2o.errors import UserError
 from d2o.methods.base import Draws, O, Setup
 from d2o.methods.student import StudentMethod
@@ -116,7 +117,7 @@ def look(
         told = None if augment_labels is None else torch.cat([augment_labels, augment_labels])
         denoised, features, _ = look(net, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both, part, told)
         d_c, d_u = denoised.chunk(2)
-        return torch.lerp(d_u, d_c, cfg), None if features is None else features[: len(x_t)], None
+        return guide(d_c, d_u, cfg), None if features is None else features[: len(x_t)], None
     asked: dict[str, Any] = {} if part == "decoder" else {"part": part}
     if augment_labels is not None:
         asked["augment_labels"] = augment_labels
