@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +12,9 @@ from d2o.cli.opening import open_device
 from d2o.cli.recipe_options import MINI, RECIPE, SET, VARIANT, named
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
+
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
 
 OUT = typer.Option(
     None,
@@ -224,7 +227,7 @@ def _run(
 
 
 def _plan(
-    recipe: Any,
+    recipe: Recipe,
     folder: Path,
     resume: bool,
     data: str | None,

@@ -89,13 +89,13 @@ def _owner(model: type[BaseModel], path: list[str]) -> tuple[type[BaseModel], st
     if found is None:
         return None
     if len(path) == 1:
-        return model, path[0]
+        return next(base for base in model.__mro__ if path[0] in inspect.get_annotations(base)), path[0]
     inner = (_owner(below, path[1:]) for below in _models(found.annotation))
     return next((place for place in inner if place is not None), None)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in a type: of `Optim | None`, Optim."""
+    """The models in a type: of `OptimSection | None`, OptimSection."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):

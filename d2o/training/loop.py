@@ -293,8 +293,9 @@ class Trainer:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
         that knows of it."""
         check_weights({"the average": self.ema.network}, self.iteration, self.saved, self.strategy.agreed)
+        assert self.recipe.eval is not None
         network, metric = self.product.averaged(), self.recipe.eval.metric
-        scores = self.evaluation.scores(network, self.generator(network), self.iteration)
+        scores = self.evaluation.scores(self.recipe.eval, network, self.generator(network), self.iteration)
         if self.rank == 0:
             self.journal.write(self.iteration, self.images, eval=scores)
             self.scores = scores
