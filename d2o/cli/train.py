@@ -103,7 +103,7 @@ DEVICE = typer.Option(
 
 def train(
     recipe: str = RECIPE,
-    variant: str = VARIANT,
+    variant: list[str] = VARIANT,
     set_: list[str] = SET,
     out: Path = OUT,
     resume: bool = RESUME,
@@ -131,7 +131,7 @@ def train(
 
 def finetune(
     recipe: str = RECIPE,
-    variant: str = VARIANT,
+    variant: list[str] = VARIANT,
     from_: Path = typer.Option(
         ..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False
     ),

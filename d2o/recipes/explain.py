@@ -66,6 +66,8 @@ def _explanation(key: str, expected: str, text: str, values: list[tuple[str, dic
 
 def _default(model: type[BaseModel], name: str) -> str | None:
     """Of a key whose description leaves it out."""
+    if not name:
+        return "as its keys say"
     field = model.model_fields[name]
     if field.is_required():
         return None
@@ -74,13 +76,14 @@ def _default(model: type[BaseModel], name: str) -> str | None:
 
 
 def owner(key: str) -> tuple[type[BaseModel], str] | None:
-    """The model that declares a key, and its field there; None for what only the loader knows (`extends`)."""
+    """The model that declares a key, and its field there ("" for a method's whole section); None for what only the
+    loader knows (`extends`)."""
     first, *rest = key.split(".")
     sections = {section_key(name): get_method(name).Options for name in method_names()}
     if first in LOADER_KEYS:
         return None
     if first in sections and first not in Recipe.model_fields:
-        return _owner(sections[first], rest) if rest else (sections[first], next(iter(sections[first].model_fields)))
+        return _owner(sections[first], rest) if rest else (sections[first], "")
     return _owner(Recipe, [first, *rest])
 
 

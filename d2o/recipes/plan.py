@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,8 @@ from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -121,22 +123,22 @@ def make_plan(
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
     if needs == "images":
-        if recipe.data is None:
+        if (data := recipe.data) is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
-            setup.images = _attempt(plan.missing, lambda: _images(plan, recipe.data, method_class))
+            setup.images = _attempt(plan.missing, lambda: _images(plan, data, method_class))
     if needs == "pairs" and (recipe.pairs is None or recipe.teacher is None):
         plan.missing.append(f"pairs: method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
     asked = recipe.eval.distance if recipe.eval else None
     evaluator = None if asked is None else _evaluator(plan, recipe, asked)
-    if setup.teacher is not None:
-        plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
+    if (teacher := setup.teacher) is not None:
+        plan.networks["teacher (frozen)"] = count_parameters(teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
-        if isinstance(setup.teacher, TextTeacher):
-            plan.networks["text encoders (frozen)"] = sum(map(count_parameters, setup.teacher.text.encoders))
+        if isinstance(teacher, TextTeacher):
+            plan.networks["text encoders (frozen)"] = sum(map(count_parameters, teacher.text.encoders))
             plan.memory["text encoders"] = 4 * plan.networks["text encoders (frozen)"]
         if name and (pairs := recipe.pairs):
-            _attempt(plan.refused, lambda: _plan_pairs(plan, name, pairs, setup.teacher))
+            _attempt(plan.refused, lambda: _plan_pairs(plan, name, pairs, teacher))
     lacking = (recipe.teacher or needs == "none") and setup.teacher is None, needs == "images" and setup.images is None
     if any(lacking) or (start is not None and setup.start is None):
         return plan
@@ -184,7 +186,7 @@ def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:
         return SimpleNamespace(shape=shape, classes=0, class_names=[], labels=None, name=Path(data.path).name)
 
 
-def _attempt(lacking: list[str], make: Any) -> Any:
+def _attempt(lacking: list[str], make: Callable[[], T]) -> T | None:
     try:
         return make()
     except UserError as error:
