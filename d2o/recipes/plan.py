@@ -39,7 +39,9 @@ from d2o.recipes.memory import memory_of
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.kinds import look
-from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
+from d2o.teachers.planned import planned_teacher
+from d2o.teachers.registry import BUILTIN, load_teacher
+from d2o.teachers.stable_diffusion import TextTeacher
 from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
@@ -125,6 +127,9 @@ def make_plan(
     if setup.teacher is not None:
         plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
+        if isinstance(setup.teacher, TextTeacher):
+            plan.networks["text encoders (frozen)"] = sum(map(count_parameters, setup.teacher.text.encoders))
+            plan.memory["text encoders"] = 4 * plan.networks["text encoders (frozen)"]
         if recipe.pairs:
             _attempt(plan.refused, lambda: _plan_pairs(plan, recipe, setup.teacher))
     lacking = (recipe.teacher or needs == "none") and setup.teacher is None, needs == "images" and setup.images is None

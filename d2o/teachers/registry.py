@@ -18,7 +18,6 @@ from d2o.interop.download import Received, verify
 from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint
-from d2o.networks.build import build_network
 from d2o.networks.latent import TextToImage
 from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
@@ -159,28 +158,10 @@ def _nvidia(
     assert isinstance(network, Denoiser)
     name, steps = (published.name, published.steps) if published else (path.stem, found.steps)
     space = PIXELS if found.space == "pixel" else EDM2
-    return _edm_family(network, config, name, steps, space, device, dtype)
+    return edm_family(network, config, name, steps, space, device, dtype)
 
 
-def planned_teacher(published: Published) -> Teacher:
-    """A published teacher without its weights, on the meta device: what a plan needs of it. Its `network` must be
-    known."""
-    assert published.network is not None
-    with torch.device("meta"):
-        network = build_network(published.network)
-    assert isinstance(network, Denoiser)
-    return _edm_family(
-        network.eval().requires_grad_(False),
-        published.network,
-        published.name,
-        published.steps,
-        published.space,
-        "meta",
-        None,
-    )
-
-
-def _edm_family(
+def edm_family(
     network: Denoiser,
     config: dict[str, Any],
     name: str,
@@ -189,6 +170,7 @@ def _edm_family(
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> Teacher:
+    """One of EDM's or EDM2's published networks, built of `config`, as its paper samples from it."""
     size, classes = config["img_resolution"], config.get("label_dim", 0)
     spec = Spec(
         name,

@@ -148,7 +148,8 @@ class StableDiffusionTeacher(TextTeacher):
         _, height, width = space.image_shape(spec.shape)
         # XL is told the size of the image that it was cut from, where it was cut, and its own size: a full image at the
         # usual resolution.
-        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
+        self.sizes = [float(number) for number in (height, width, 0, 0, height, width)]
+        self.time_ids = torch.tensor([self.sizes], dtype=torch.float32, device=self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Text | Prepared) -> Tensor:
         text = condition.text if isinstance(condition, Prepared) else condition
@@ -180,7 +181,7 @@ class StableDiffusionTeacher(TextTeacher):
         return guide(d_c, d_u, cfg)
 
     def edm_view(self) -> EDMView:
-        ids = self.time_ids[0].tolist() if self.xl else None
+        ids = self.sizes if self.xl else None
         return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA, time_ids=ids)
 
     def check_condition(self, text: Any, batch: int) -> Any:

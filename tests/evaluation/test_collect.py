@@ -97,7 +97,8 @@ def test_killed_evaluations_end_with_the_same_numbers_as_one_that_was_not(tmp_pa
     tiny_student(tmp_path / "student.safetensors")
     make_extractor(tmp_path / "net.safetensors")
     home, logs = tmp_path / "home", [tmp_path / f"log{rank}" for rank in (0, 1)]
-    words = "--against real:digits/a --metrics fd,kid --n 1500 --batch 50 --seed 5 --no-teacher-distance --device cpu"
+    words = "--against real:digits/a --metrics fd,kid --kid-size 500 --n 1500 --batch 50 --seed 5"
+    words += " --no-teacher-distance --device cpu"
     command = ["eval", tmp_path / "student.safetensors", "--extractor", tmp_path / "net.safetensors", *words.split()]
 
     def begin(results: str, log: Path, **more: Any):

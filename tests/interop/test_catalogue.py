@@ -6,11 +6,13 @@ import pickle
 import re
 
 import pytest
+import torch
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.interop import catalogue, download
 from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
-from d2o.teachers.registry import planned_teacher
+from d2o.teachers.planned import planned_teacher
 
 EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [
     f"edm-{d}-{v}" for d in ("ffhq", "afhqv2") for v in ("vp", "ve")
@@ -83,6 +85,26 @@ def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
         published.steps,
     )
     assert spec.shape[1] == published.resolution // (8 if name in EDM2 else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "encoders"),
+    [
+        ("sd15", (4, 64, 64), [123_060_480]),
+        ("sdxl", (4, 128, 128), [123_060_480, 694_659_840]),
+        ("sd3-medium", (16, 128, 128), [123_650_304, 694_659_840, 4_762_310_656]),
+    ],
+)
+def test_a_plan_knows_text_teachers_without_their_files(name, shape, encoders):
+    published = find(name)
+    teacher = planned_teacher(published)
+    assert sum(p.numel() for p in teacher.network.parameters()) == published.parameters
+    assert [sum(p.numel() for p in e.parameters()) for e in teacher.text.encoders] == encoders
+    assert all(p.device.type == "meta" for e in (teacher.network, *teacher.text.encoders) for p in e.parameters())
+    spec = teacher.spec
+    assert (spec.shape, spec.space, spec.text, spec.steps) == (shape, published.space, name, published.steps)
+    x = teacher.denoise(torch.empty(2, *shape, device="meta"), 0.5, Condition.of_prompts(["a", "b"]))
+    assert x.shape == (2, *shape)
 
 
 def test_a_file_put_there_by_hand_is_taken(home):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -59,10 +60,10 @@ def test_the_teacher_and_students_of_every_kind_make_what_they_made() -> None:
 def test_a_store_of_classes_is_read_and_grows(previous: Path) -> None:
     store = PairStore("pairs")
     assert len(store) == 12 and store.verify() == []
-    noise, labels, target = store.batch(range(12))
-    assert labels is not None and labels.unique().numel() > 3
+    noise, condition, target = store.batch(range(12))
+    assert condition.labels is not None and condition.labels.unique().numel() > 3
     teacher = load_teacher("teacher.safetensors")
-    torch.testing.assert_close(teacher.sample(noise, labels, "heun", 3), target, **CLOSE)
+    torch.testing.assert_close(teacher.sample(noise, condition, "heun", 3), target, **CLOSE)
     settings = PairSettings("teacher.safetensors", 20, solver="heun", steps=3, shard_size=8)
     grown = make_pairs(settings, "pairs", compute=Compute(4, 1))
     assert grown is not None and len(grown) == 20 and grown.verify() == []
@@ -76,7 +77,8 @@ def test_a_store_of_prompts_is_read_and_is_what_the_command_still_makes(previous
     store = PairStore("text_pairs")
     assert store.verify() == [] and store.prompts([0, 1]) == ["a handwritten seven", "somebody wrote the numeral two"]
     with PairStream(store, 2) as stream:
-        assert sum(len(batch[0]) for batch in stream) == 4
+        asked = {prompt for pairs in itertools.islice(stream, 2) for prompt in pairs.condition.prompts or ()}
+        assert asked == set(store.prompts(range(4)))
     text = "--teacher tiny-sd --cfg 3 --prompts prompts.txt -n 4 --steps 5 --threads 1 --batch 4 --device cpu"
     d2o("pairs", *text.split(), "--out", "again")
     torch.testing.assert_close(PairStore("again").batch(range(4))[2], store.batch(range(4))[2], rtol=1e-3, atol=1e-3)
