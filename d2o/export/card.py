@@ -9,7 +9,7 @@ import yaml
 
 from d2o.export import snippets
 from d2o.export.loaded import Loaded, stated
-from d2o.export.parity import Parity
+from d2o.export.parity import Parity, limit
 from d2o.inputs import JsonObject
 from d2o.teachers.base import UNSTATED
 from d2o.version import __version__
@@ -187,7 +187,8 @@ def _provenance(meta: JsonObject) -> str:
 def _parity(parity: Parity) -> str:
     record = {
         "max_abs_difference": float(f"{parity.difference:.3g}"),
-        "tolerance": parity.tolerance,
+        **({} if parity.unrounded is None else {"before_rounding": float(f"{parity.unrounded:.3g}")}),
+        "tolerance": float(f"{limit(parity.tolerance, parity.largest):.3g}"),
         "largest_output": float(f"{parity.largest:.3g}"),
         "batch_sizes": list(parity.batch_sizes),
         "compared_in": parity.runtime,

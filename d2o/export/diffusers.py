@@ -13,7 +13,7 @@ from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
 from d2o.export.folder import beside, check_target, keep, open_pipeline
 from d2o.export.loaded import stated
-from d2o.export.parity import Parity
+from d2o.export.parity import Parity, limit
 from d2o.export.pipeline import write_index, write_network, write_text_encoder
 from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import atomic_write, resolve_checkpoint
@@ -81,10 +81,10 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
         found = [pipeline.unet(x, t, states).sample, pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample]
         for a, b in zip(found, expected):
             worst, largest = max(worst, float((a - b).abs().max())), max(largest, float(b.abs().max()))
-    if not worst <= tolerance:
+    if not worst <= limit(tolerance, largest):
         text = (
-            f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance {tolerance:g}; it"
-            " is not kept"
+            f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance"
+            f" {limit(tolerance, largest):.3g}; it is not kept"
         )
         raise UserError(text, "--tolerance sets what is accepted, --dtype fp32 rounds nothing")
     import diffusers
