@@ -21,9 +21,9 @@ from d2o.interop.temporary import sweep as clear
 from d2o.runtime import Stopped, stop_flag
 
 if TYPE_CHECKING:
+    from d2o.inputs import JsonObject
     from d2o.recipes.plan import Plan
     from d2o.recipes.sweep import Member, Sweep
-    from d2o.recipes.sweep_record import Record
     from d2o.teachers.base import Teacher
 
 
@@ -163,7 +163,7 @@ def _cells(member: Member, plan: Plan) -> list[str]:
     ]
 
 
-def show(record: Record, folder: Path) -> None:
+def show(record: JsonObject, folder: Path) -> None:
     """The members as a table, the best one marked."""
     from d2o.recipes.sweep_record import rows
 
