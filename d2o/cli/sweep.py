@@ -23,7 +23,7 @@ from d2o.runtime import Stopped, stop_flag
 if TYPE_CHECKING:
     from d2o.recipes.plan import Plan
     from d2o.recipes.sweep import Member, Sweep
-    from d2o.recipes.sweep_record import Record
+    from d2o.recipes.sweep_record import JsonObject
     from d2o.teachers.base import Teacher
 
 
@@ -48,7 +48,7 @@ def run_sweep(
     from d2o.recipes.sweep import check_folder, plan_sweep
     from d2o.recipes.sweep_record import check_same, update
     from d2o.training.distributed import barrier, first_process, process_group
-    from d2o.training.folder import locked
+    from d2o.training.run_folder import locked
 
     sweep = plan_sweep(name, overrides, sweeps, mini)
     for note in sweep.base.notes:
@@ -163,7 +163,7 @@ def _cells(member: Member, plan: Plan) -> list[str]:
     ]
 
 
-def show(record: Record, folder: Path) -> None:
+def show(record: JsonObject, folder: Path) -> None:
     """The members as a table, the best one marked."""
     from d2o.recipes.sweep_record import rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, field_validator
 
@@ -11,7 +11,7 @@ from d2o.settings.section import Count, Resolution, Section, Text, field
 from d2o.settings.wording import show
 
 
-def _exact_integer(value: Any) -> Any:
+def _exact_integer(value: object) -> object:
     if isinstance(value, (bool, float)):  # Literal[1, 3] would take true and 3.0
         raise ValueError(f"expected 1 or 3, got {show(value)}")
     return value

@@ -9,7 +9,7 @@ from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe
 
 
-def check_file(name: str) -> list[Recipe]:
+def check_runs(name: str) -> list[Recipe]:
     """The runs that a recipe describes (itself, if it has a name, and its variants), all of them sound.
 
     UserError: a line for every problem, each once, with file, line and key.

@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from d2o.data.data_section import DataSection
 from d2o.data.pairs_section import PairsSection
 from d2o.errors import UserError, unknown
-from d2o.recipes.former import FORMER, GOES, KINDS, is_former, renewed, written
+from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
 from d2o.settings.section import Section, Seed, Text, field
 from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, word
 from d2o.settings.yaml_text import dump
@@ -36,7 +36,7 @@ LOADER_KEYS = {
 """Top-level keys that the loader uses up: they are in files, never in a `Recipe`."""
 
 
-class Subject(Section):
+class Ingredients(Section):
     """What is trained, and from what."""
 
     name: str = field(
@@ -62,7 +62,7 @@ class Subject(Section):
     )
 
 
-class Recipe(TrainSection, Subject):
+class Recipe(TrainSection, Ingredients):
     """One run. `options` holds the method's own section, validated by that method's `Options`."""
 
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
@@ -119,7 +119,7 @@ def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         recipe, problems = _check(renewed(data))
         if recipe is not None:
             recipe._notes.append(f"method: {FORMER} is {', '.join(KINDS)} now, this one {recipe.method}; {GOES}")
-        return recipe, [Problem(written(data, problem.path), problem.text) for problem in problems]
+        return recipe, [Problem(place_as_written(data, problem.path), problem.text) for problem in problems]
     return _check(data)
 
 

@@ -23,9 +23,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
-from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
-from d2o.evaluation.presets import differences
+from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.section import Section
@@ -223,7 +223,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
             if base not in known:
                 yield ("rows", i, "paper", name), _words(unknown("number", base, known))
         if preset is not None:
-            for flag, wanted in differences(preset, table.options_of(row)):
+            for flag, wanted in contradictions(preset, table.options_of(row)):
                 yield (
                     ("rows", i, "options") if _given(row.options) else ("options",),
                     f"{flag} is not the protocol {preset.name} ({wanted})",

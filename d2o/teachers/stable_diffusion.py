@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded, Text
+from d2o.diffusion.guidance import guide
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
@@ -177,7 +178,7 @@ class StableDiffusionTeacher(TextTeacher):
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
         both = cast("Embedded", condition.guided(self.empty))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return torch.lerp(d_u, d_c, cfg)
+        return guide(d_c, d_u, cfg)
 
     def edm_view(self) -> EDMView:
         ids = self.sizes if self.xl else None
