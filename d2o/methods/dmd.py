@@ -81,10 +81,7 @@ class DMDOptions(Options):
         None, description="both losses over the values of a sample; null: mean, diff_instruct sum"
     )
     order: Literal["generator_first", "score_first"] | None = Field(
-        None,
-        description=(
-            "which network's step comes first in an iteration; null: generator_first, diff_instruct score_first"
-        ),
+        None, description="whose step comes first in an iteration; null: generator_first, diff_instruct score_first"
     )
     samples: Literal["same", "fresh"] | None = Field(
         None,
@@ -280,13 +277,11 @@ def check(options: DMDOptions) -> DMDOptions:
     if not 0 <= options.t_range[0] <= options.t_range[1] <= 1:
         raise UserError(f"dmd.t_range: [{options.t_range[0]:g}, {options.t_range[1]:g}] is no part of [0, 1]")
     if options.samples == "same" and options.order == "score_first":
-        raise UserError(
-            "dmd.samples: with order score_first there are no samples yet for the score network", "set samples: fresh"
-        )
+        what = "dmd.samples: with order score_first there are no samples yet for the score network"
+        raise UserError(what, "set samples: fresh")
     if options.lambda_reg and options.regression == "perceptual" and options.extractor is None:
-        raise UserError(
-            "dmd.extractor: the perceptual distance needs a feature extractor", "for example `dmd.extractor: digits`"
-        )
+        what = "dmd.extractor: the perceptual distance needs a feature extractor"
+        raise UserError(what, "for example `dmd.extractor: digits`")
     return options
 
 
