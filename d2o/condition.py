@@ -6,7 +6,7 @@ and students look into it: their `embed` makes of it what their network takes (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,3 +136,7 @@ def join_embedded(first: Embedded, second: Embedded) -> Embedded:
         return None
     assert isinstance(second, Tensor)
     return torch.cat([first, second])
+
+
+Generate = Callable[[Tensor, Condition], Tensor]
+"""(noise [b, C, H, W], condition of b) -> [b, C, H, W] float32."""

@@ -96,10 +96,10 @@ class Targets:
 
     def write(self, records: list[Result]) -> None:
         if self.json:
-            from d2o.evaluation.results import as_json, save_records
+            from d2o.evaluation.results import results_json, save_records
 
             if self.piped:
-                console.out.file.write(as_json(records))
+                console.out.file.write(results_json(records))
                 console.out.file.flush()
             else:
                 save_records(self.json, records)

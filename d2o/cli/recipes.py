@@ -8,7 +8,7 @@ import typer
 
 from d2o.cli import complete, console
 from d2o.cli.numbers import Command
-from d2o.cli.train import MINI, RECIPE, SET, VARIANT, named
+from d2o.cli.recipe_options import MINI, RECIPE, SET, VARIANT, named
 from d2o.errors import UserError
 
 recipes = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,9 +82,9 @@ def check(recipe: str = RECIPE, variant: str = VARIANT) -> None:
 
     What it needs, and whether that is on this machine, is told by `d2o train FILE --plan`.
     """
-    from d2o.recipes.checking import check_file
+    from d2o.recipes.checking import check_runs
 
-    runs = check_file(named(recipe, variant))
+    runs = check_runs(named(recipe, variant))
     console.out.print(f"sound: {', '.join(runs)}", markup=False)
 
 

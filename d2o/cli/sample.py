@@ -215,9 +215,9 @@ def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, te
     words = [f"d2o sample {checkpoint}"]
     text = False
     if teacher is not None:
-        from d2o.teachers.kinds import look
+        from d2o.teachers.kinds import expected_kind
 
-        kind = look(teacher)
+        kind = expected_kind(teacher)
         text = kind is not None and kind.text
         words = [f"d2o sample --teacher {teacher}"]
     elif checkpoint is not None and checkpoint.exists():

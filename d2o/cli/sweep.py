@@ -46,7 +46,7 @@ def run_sweep(
     from d2o.recipes.sweep import check_folder, plan_sweep
     from d2o.recipes.sweep_record import check_same, update
     from d2o.training.distributed import barrier, first_process, process_group
-    from d2o.training.folder import locked
+    from d2o.training.run_folder import locked
 
     sweep = plan_sweep(name, overrides, sweeps, mini)
     plans = _plan_all(sweep, data, start)

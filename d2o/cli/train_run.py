@@ -82,8 +82,8 @@ def opened(
     from d2o.interop.temporary import sweep
     from d2o.training.checkpoint import settle
     from d2o.training.distributed import any_process, first_process
-    from d2o.training.folder import locked, tidy
     from d2o.training.products import Products
+    from d2o.training.run_folder import locked, tidy
 
     with ExitStack() as held:
 
@@ -127,10 +127,10 @@ def begin_run(
     """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for
     what is missing."""
     from d2o.training.choices import as_begun
+    from d2o.training.cpu_threads import settle_threads
     from d2o.training.distributed import barrier
     from d2o.training.loop import Trainer
     from d2o.training.setup import prepare, provenance_of
-    from d2o.training.threads import settle_threads
     from d2o.training.tracker import check_tracker
 
     recipe = as_begun(recipe, begun_recipe(folder))

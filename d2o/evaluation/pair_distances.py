@@ -14,11 +14,11 @@ from torch import Tensor
 
 from d2o.data.images import to_float
 from d2o.errors import UserError, unknown
+from d2o.evaluation.extractor import Device
 from d2o.features.lpips import LEAST, TITLES
 from d2o.losses.latent_lpips import RELEASED, load_latent_lpips
 from d2o.losses.perceptual import Trunk, load_lpips
 
-Device = str | torch.device
 AT_ONCE = 16  # pairs in one pass of the network, which bounds its memory
 
 
@@ -70,7 +70,7 @@ class PairDistance(ABC):
         return to_float(x.expand(-1, 3, -1, -1)) if self.space == "pixel" else x.float()
 
 
-class LPIPS(PairDistance):
+class LpipsDistance(PairDistance):
     """LPIPS v0.1 as the package `lpips` computes it, with its linear heads, at the images' own size."""
 
     def __init__(self, trunk: Trunk, weights: Path | None = None, device: Device = "cpu"):
@@ -110,9 +110,9 @@ class LatentDistance(PairDistance):
 
 
 PAIR_DISTANCES: dict[str, Callable[[Path | None, Device], PairDistance]] = {
-    "lpips": partial(LPIPS, "alex"),
-    "lpips-alex": partial(LPIPS, "alex"),
-    "lpips-vgg": partial(LPIPS, "vgg"),
+    "lpips": partial(LpipsDistance, "alex"),
+    "lpips-alex": partial(LpipsDistance, "alex"),
+    "lpips-vgg": partial(LpipsDistance, "vgg"),
     **{f"latent-lpips-{space}": partial(LatentDistance, space) for space in RELEASED},
 }
 

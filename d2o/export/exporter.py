@@ -7,19 +7,19 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
-from d2o.export.loaded import Loaded, find_checkpoint, for_graph, open_source, stated
+from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, stated
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
+from d2o.export.smaller import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.export.student_folder import write_student
-from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
+from d2o.inputs import JsonObject
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, read_meta
 from d2o.teachers.base import UNSTATED
@@ -93,7 +93,7 @@ def export_checkpoint(
                 "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
             )
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
-    source = open_source(checkpoint, student_sigma)
+    source = load_exportable(checkpoint, student_sigma)
     target = _target(source, checkpoint, file_format, precision, out)
     if file_format in ("onnx", "program"):
         for_graph(source)
@@ -132,7 +132,7 @@ def _diffusers(
     check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
-        source = open_source(given, text=True)
+        source = load_exportable(given, text=True)
         parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
         return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
@@ -148,7 +148,7 @@ def _diffusers(
 
 
 def _write(
-    source: Loaded, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
+    source: Loaded, path: Path, file_format: str, record: JsonObject, opset: int, dtype: str
 ) -> tuple[Runner, str]:
     """Write the file and open it again: (the file as a function, what runs it)."""
     torch_version = f"torch {torch.__version__} on the CPU"
@@ -165,7 +165,7 @@ def _write(
     )
 
 
-def _record(source: Loaded, file_format: str, detail: str) -> dict[str, Any]:
+def _record(source: Loaded, file_format: str, detail: str) -> JsonObject:
     """The checkpoint's metadata, with this export as the last step of its provenance."""
     step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
     before = source.meta.get("provenance")

@@ -15,7 +15,7 @@ from d2o.export.loaded import Loaded
 from d2o.export.one_call import OneCall, one_call, unclamped
 from d2o.export.parity import Parity, compare
 from d2o.export.pipeline import numbered, rescaled, write_index, write_network, write_text_encoder
-from d2o.export.weights import TOLERANCE
+from d2o.export.smaller import TOLERANCE
 from d2o.interop.safetensors_io import atomic_write
 from d2o.students.base import Student
 

@@ -12,7 +12,7 @@ from d2o.errors import UserError, unknown
 from d2o.features.latent_vgg import LEAST, NAMES, PREFIX, LatentVggFeatures, load
 from d2o.losses.perceptual import perceptual
 from d2o.losses.regression import l1 as mean_absolute
-from d2o.spaces.base import Numbers
+from d2o.spaces.base import SpaceNumbers
 from d2o.spaces.load import SPACES
 
 RELEASED = tuple(name.removeprefix(PREFIX) for name in NAMES)
@@ -26,7 +26,7 @@ class LatentLPIPS(nn.Module):
     b| (the authors' code adds it with weight 1, their paper has none).
     """
 
-    def __init__(self, features: LatentVggFeatures, space: Numbers, l1: float = 0.0):
+    def __init__(self, features: LatentVggFeatures, space: SpaceNumbers, l1: float = 0.0):
         super().__init__()
         self.features, self.space, self.l1 = features, space, float(l1)
 

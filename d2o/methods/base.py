@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from d2o.condition import Condition
 from d2o.data.images import ImageSet
-from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
+from d2o.data.stored_latents import LatentSet
 from d2o.errors import UserError, unknown
 from d2o.students.base import Student
 from d2o.teachers.base import UNSTATED, Spec, Teacher
@@ -213,7 +213,7 @@ class Method(ABC, Generic[O]):
     name: ClassVar[str]  # as recipes have it
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
-    stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
+    stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.stored_latents`)
     takes: ClassVar[str] = (
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
@@ -286,6 +286,3 @@ class Method(ABC, Generic[O]):
     def validate(self, product: nn.Module) -> dict[str, float]:
         """Numbers about the product that need no generated images."""
         return {}
-
-
-Generate = Callable[[Tensor, Condition], Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2o.augment import edm
 from d2o.condition import Embedded, join_embedded
-from d2o.data.latents import LatentSet
+from d2o.data.stored_latents import LatentSet
 from d2o.diffusion.guidance import guide
 from d2o.errors import UserError
 from d2o.methods.base import Draws, O, Setup

@@ -8,7 +8,7 @@ from d2o.recipes.layers import variants_of
 from d2o.recipes.load import load_recipe
 
 
-def check_file(name: str) -> list[str]:
+def check_runs(name: str) -> list[str]:
     """The runs that a recipe describes (itself, if it has a name, and its variants), all of them sound.
 
     UserError: a line for every problem, each once, with file, line and key.

@@ -14,7 +14,6 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-import d2o
 from d2o.errors import UserError, nearest
 from d2o.methods.base import get_method, method_names
 from d2o.recipes.find import find_recipe, recipe_names
@@ -105,7 +104,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _file(model: type[BaseModel]) -> str:
     file = Path(inspect.getfile(model))
-    package = Path(d2o.__file__).parent.parent
+    package = Path(__file__).parents[2]
     return str(file.relative_to(package)) if file.is_relative_to(package) else str(file)
 
 

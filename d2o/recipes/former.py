@@ -36,7 +36,7 @@ def renewed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "method": kind, kind: {key: value for key, value in given.items() if not _void(kind, key, value)}}
 
 
-def written(data: Mapping[str, Any], path: KeyPath) -> KeyPath:
+def place_as_written(data: Mapping[str, Any], path: KeyPath) -> KeyPath:
     """Where in the recipe as it was written stands what `path` names in the renewed one."""
     moved = path and path[0] in KINDS and FORMER in data and path[0] not in data
     return (FORMER, *path[1:]) if moved else path

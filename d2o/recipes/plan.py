@@ -19,8 +19,8 @@ from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
-from d2o.evaluation.extractor import Extractor, check_shape
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.extractor import Extractor, check_images_fit
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
@@ -38,7 +38,7 @@ from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.recipes.memory import memory_of
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
-from d2o.teachers.kinds import look
+from d2o.teachers.kinds import expected_kind
 from d2o.teachers.planned import planned_teacher
 from d2o.teachers.registry import BUILTIN, load_teacher
 from d2o.teachers.stable_diffusion import TextTeacher
@@ -148,7 +148,7 @@ def make_plan(
 
 def _fits(plan: Plan, recipe: Any) -> bool:
     """Whether the method takes the teacher, as far as its name or file says it."""
-    kind = look(recipe.teacher)
+    kind = expected_kind(recipe.teacher)
     before = len(plan.refused)
     if kind is not None:
         _attempt(plan.refused, lambda: check_kind(recipe.method, kind))
@@ -252,12 +252,12 @@ def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> N
             "eval.metric: fd measures it",
         )
     if spec is not None and extractor is not None and not spec.latent:
-        check_shape(spec.shape, extractor, of="the student's images")
+        check_images_fit(spec.shape, extractor, of="the student's images")
 
 
 def _teacher(plan: Plan, name: str) -> Teacher:
     published = catalogue.find(name)
-    if published is not None and not Path(name).exists() and catalogue.local_path(published) is None:
+    if published is not None and not Path(name).exists() and catalogue.path_if_here(published) is None:
         plan.fetched(
             f"teacher {name} is not on this machine; it is fetched from {published.source} when it is needed"
             f" ({published.licence})"

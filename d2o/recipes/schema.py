@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, unknown
-from d2o.recipes.former import FORMER, GOES, KINDS, is_former, renewed, written
+from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
 from d2o.recipes.sections import (
     Batch,
     Checkpoint,
@@ -25,10 +25,10 @@ from d2o.recipes.sections import (
     Eval,
     Optim,
     Pairs,
-    Preview,
+    PreviewSection,
     Section,
     Seed,
-    Student,
+    StudentSection,
     Text,
     Threads,
     TrackerSection,
@@ -65,7 +65,7 @@ class Recipe(Section):
     network: dict[str, Any] | None = field(
         None, "architecture, for what is trained from scratch: `arch` and that network's arguments"
     )
-    student: Student = Field(Student(), description="how the one-step generator starts")
+    student: StudentSection = Field(StudentSection(), description="how the one-step generator starts")
     pairs: Pairs | None = field(None, "teacher's samples to train on")
     prompts: Text | None = field(
         None,
@@ -117,7 +117,7 @@ class Recipe(Section):
     tracker: TrackerSection | None = field(
         None, "where the log goes besides metrics.jsonl and TensorBoard: wandb or mlflow, or a section"
     )
-    preview: Preview | None = field(None, "grids of samples on the way")
+    preview: PreviewSection | None = field(None, "grids of samples on the way")
     checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
     _options: Any = PrivateAttr(None)
@@ -180,7 +180,7 @@ def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         recipe, problems = _check(renewed(data))
         if recipe is not None:
             recipe._notes.append(f"method: {FORMER} is {', '.join(KINDS)} now, this one {recipe.method}; {GOES}")
-        return recipe, [Problem(written(data, problem.path), problem.text) for problem in problems]
+        return recipe, [Problem(place_as_written(data, problem.path), problem.text) for problem in problems]
     return _check(data)
 
 

@@ -95,7 +95,7 @@ class Data(Section):
         return value
 
 
-class Student(Section):
+class StudentSection(Section):
     """How the one-step generator starts."""
 
     sigma: Positive = field(80.0, "noise level at which it is called, in units of the data's [-1, 1] range")
@@ -309,7 +309,7 @@ def _named(value: Any) -> Any:
 TrackerSection = Annotated[Tracker, BeforeValidator(_named)]
 
 
-class Preview(Section):
+class PreviewSection(Section):
     """Grids of samples from the same noises every time."""
 
     every: Count = field(..., "images between two grids")

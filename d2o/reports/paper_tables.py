@@ -23,9 +23,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
-from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
-from d2o.evaluation.presets import differences
+from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
@@ -42,7 +42,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
-class Section(BaseModel):
+class TableSection(BaseModel):
     """No unknown keys, no silent conversions, no changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -56,7 +56,7 @@ def _optional(cls: type) -> dict[str, Any]:
 
 RowOptions = create_model(
     "Options",
-    __base__=Section,
+    __base__=TableSection,
     metrics=(list[NonEmpty], None),
     extractor=(NonEmpty, None),
     teacher=(NonEmpty, None),
@@ -65,7 +65,7 @@ RowOptions = create_model(
 """Options of `d2o eval` as a table gives them: the names of the command line with `_` for `-`."""
 
 
-class PaperRow(Section):
+class PaperRow(TableSection):
     """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
     standard deviation].
 
@@ -95,7 +95,7 @@ class PaperRow(Section):
         return f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
 
 
-class PaperTable(Section):
+class PaperTable(TableSection):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
     names one."""
 
@@ -228,7 +228,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
             if base not in known:
                 yield ("rows", i, "paper", name), _words(unknown("number", base, known))
         if preset is not None:
-            for flag, wanted in differences(preset, table.options_of(row)):
+            for flag, wanted in contradictions(preset, table.options_of(row)):
                 yield (
                     ("rows", i, "options") if _given(row.options) else ("options",),
                     f"{flag} is not the protocol {preset.name} ({wanted})",

@@ -65,7 +65,7 @@ def norm(gradients: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
-def finite(gradients: list[Tensor]) -> Tensor:
+def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all numbers are finite: a truth value that stays on the device."""
     return torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
 
@@ -83,7 +83,9 @@ class GradientGuard:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.first = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
 
-    def admit(self, gradients: list[Tensor], iteration: int, finite: Callable[[list[Tensor]], Tensor] = finite) -> bool:
+    def admit(
+        self, gradients: list[Tensor], iteration: int, finite: Callable[[list[Tensor]], Tensor] = all_finite
+    ) -> bool:
         """Look at (and for "zero" mend) the gradients of one step; False: leave the step out. `finite`: as this
         module's, of processes that hold parts of the gradients for all of them together."""
         if not gradients:

@@ -4,23 +4,23 @@ images."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from d2o.condition import Generate
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.evaluation.quick import FrechetEvaluator
 from d2o.evaluation.workplace import Workplace
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
-from d2o.methods.base import Generate, Method
+from d2o.methods.base import Method
+from d2o.runtime import Say
 from d2o.training import distributed
 
-Say = Callable[[str], None]
 OWN_IMAGES = "data"
 """Reference of an `eval:` section: the recipe's own images."""
 

@@ -11,26 +11,24 @@ import torch
 
 from d2o.data.images import ImageSet
 from d2o.data.known import GET
-from d2o.data.latents import LatentSet, open_set
 from d2o.data.pair_settings import PairSettings
 from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.stored_latents import LatentSet, open_set
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
 from d2o.networks.freeze import freeze
-from d2o.runtime import StopFlag, worker
+from d2o.runtime import Say, StopFlag, worker
 from d2o.students.base import load_student
 from d2o.teachers.base import UNSTATED, Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
-from d2o.teachers.kinds import look
+from d2o.teachers.kinds import expected_kind
 from d2o.teachers.registry import load_teacher
 from d2o.training.player import check_players
 from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
-
-Report = Callable[[str], None]
 
 
 def pair_folder(recipe: Any) -> Path | str:
@@ -126,7 +124,7 @@ def prepare(
     recipe: Any,
     device: torch.device,
     start: str | Path | None,
-    say: Report,
+    say: Say,
     progress: Callable[[int, int, str], None],
     stop: StopFlag,
 ) -> Setup:
@@ -149,7 +147,7 @@ def prepare(
             f"method {recipe.method} learns from a teacher alone, and the recipe has no `teacher:`",
             "d2o teachers lists some",
         )
-    kind = None if recipe.teacher is None else look(recipe.teacher)
+    kind = None if recipe.teacher is None else expected_kind(recipe.teacher)
     if kind is not None:
         check_kind(recipe.method, kind)
         setup.prompts = prompts_of(recipe, kind.text)

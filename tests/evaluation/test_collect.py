@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import ImageBatch, Pass, check_finite, collect
+from d2o.evaluation.collect import ImageBatch, Pass, check_images, collect
 from d2o.runtime import StopFlag, Stopped
 from tests.helpers import tiny_student
 from tests.samples import make_extractor
@@ -86,7 +86,7 @@ def test_images_that_are_not_finite_are_counted_and_named() -> None:
     images = torch.zeros(4, 1, 2, 2)
     images[2] = float("inf")
     with pytest.raises(UserError, match=r"the student: 1 of 4 images \(seeds 10 to 13\)"):
-        check_finite(images, range(10, 14), "the student")
+        check_images(images, range(10, 14), "the student")
 
 
 def metrics(path: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.interop import catalogue, download
-from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
+from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, names, path_if_here
 from d2o.teachers.planned import planned_teacher
 
 EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [
@@ -110,9 +110,9 @@ def test_a_plan_knows_text_teachers_without_their_files(name, shape, encoders):
 def test_a_file_put_there_by_hand_is_taken(home):
     entry = find("edm-cifar10-cond-vp")
     path = home / "teachers" / "edm-cifar10-32x32-cond-vp.pkl"
-    assert entry.place == path and local_path(entry) is None
+    assert entry.place == path and path_if_here(entry) is None
     put(path)
-    assert local_path(entry) == path == fetch(entry)
+    assert path_if_here(entry) == path == fetch(entry)
 
 
 def test_offline_says_which_file_to_put_where(home):
@@ -139,7 +139,7 @@ def test_downloaded_then_checked_at_every_load(home, tmp_path, monkeypatch):
     )
     path = fetch(entry)
     assert path == home / "teachers" / "net.pkl"
-    assert download.read_record(path)["sha256"] == hashlib.sha256(content).hexdigest()
+    assert download.download_record(path)["sha256"] == hashlib.sha256(content).hexdigest()
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(UserError, match="damaged or another file"):
         fetch(entry)
@@ -191,11 +191,11 @@ def test_a_pipeline_put_there_by_hand(home):
         json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}).encode(),
     )
     put(folder / "unet" / "config.json", b"{}")
-    assert local_path(entry) is None
+    assert path_if_here(entry) is None
     with pytest.raises(UserError, match=r"sd15 lacks unet/\*.safetensors"):
         fetch(entry)
     put(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    assert local_path(entry) == folder == fetch(entry)
+    assert path_if_here(entry) == folder == fetch(entry)
 
 
 def test_the_autoencoder_of_edm2(home):
