@@ -241,7 +241,7 @@ def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -
 class _Timing:
     """How fast this worker is, for `d2o pairs --stats`: kept beside the store, and no part of what it holds."""
 
-    def __init__(self, folder: Any, teacher: Teacher):
+    def __init__(self, folder: SharedFolder, teacher: Teacher):
         self.folder, self.begun, self.pairs = folder, time.perf_counter(), 0
         device = torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else teacher.device.type
         self.name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"

@@ -32,7 +32,7 @@ from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.scoring import Scoring
-from d2o.training.setup import first_prompts, learned_solver
+from d2o.training.setup import first_prompts, learned_cfg, learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -279,7 +279,7 @@ class Trainer:
             solver,
             self.device,
             first_prompts(self.setup, recipe.preview.n),
-            recipe.pairs.cfg if recipe.pairs else 1.0,
+            learned_cfg(recipe),
         )
 
     def show(self, preview: Preview | None) -> None:

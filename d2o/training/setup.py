@@ -61,6 +61,11 @@ def learned_solver(recipe: Recipe, teacher: Teacher | None) -> Solver | None:
     return own if pairs.stochastic else pairs
 
 
+def learned_cfg(recipe: Recipe) -> float:
+    """The teacher's guidance in what the student learns: that of its pairs, else the method's own; 1: none."""
+    return recipe.pairs.cfg if recipe.pairs is not None else getattr(recipe.options, "cfg", 1.0)
+
+
 def open_data(data: DataSection, method: type[Method]) -> ImageSet | LatentSet:
     """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is
     at the path; UserError as
