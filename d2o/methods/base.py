@@ -190,6 +190,9 @@ class Method(ABC, Generic[O]):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.stored_latents`)
+    pools_across: ClassVar[bool] = (
+        False  # whether processes can take samples together, if each has few (not micro-batches)
+    )
     takes: ClassVar[str] = (
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
@@ -203,9 +206,9 @@ class Method(ABC, Generic[O]):
         return cls.data
 
     @classmethod
-    def micro_multiple(cls, options: O) -> int:
-        """Micro-batches are of a multiple of so many samples: those that a loss takes together (see
-        `d2o.training.share.divide`)."""
+    def micro_multiple(cls, options: O, batch: int) -> int:
+        """Micro-batches are of a multiple of so many samples: those of an iteration's `batch` that a loss or a critic
+        takes together (see `d2o.training.share.divide`)."""
         return 1
 
     @abstractmethod

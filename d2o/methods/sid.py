@@ -149,8 +149,8 @@ class SiD(ScoreMethod[SiDOptions]):
         return "images" if options.adversarial or options.labels == "data" else "none"
 
     @classmethod
-    def micro_multiple(cls, options: SiDOptions) -> int:
-        return (options.batch_pool or 1) if options.adversarial else 1
+    def micro_multiple(cls, options: SiDOptions, batch: int) -> int:
+        return (options.batch_pool or batch) if options.adversarial else 1
 
     def __init__(self, setup: Setup[SiDOptions]):
         self.options = setup.options

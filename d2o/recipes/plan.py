@@ -47,6 +47,7 @@ from d2o.teachers.planned import planned_teacher
 from d2o.teachers.registry import BUILTIN, load_teacher
 from d2o.teachers.stable_diffusion import TextTeacher
 from d2o.training.eval_section import Distance
+from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
@@ -340,7 +341,11 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
         plan.networks[name] = sum(p.numel() for p in network.parameters() if p.requires_grad)
         if held := count_parameters(network) - plan.networks[name]:
             plan.networks[f"{name} (frozen part)"] = held
-    frozen = plan.memory  # the teacher's weights, which every process has
+    for name, count in count_frozen(method).items():
+        if name != "teacher":  # that one is counted with what is done before training
+            plan.networks[f"{name} (frozen)"] = count
+            plan.memory[f"{name} weights"] = 4 * count
+    frozen = plan.memory  # what is only called, which every process has whole
     if not _passes(plan.refused, lambda: check_players(recipe, method, players, plan.processes)):
         return
     whole = memory_of(recipe, method, players, 1, shard=False)

@@ -25,6 +25,8 @@ from d2o.training.choices import choose
 from d2o.training.divergence import BAD, check_weights
 from d2o.training.due import Calendar, Due
 from d2o.training.ema import EMA
+from d2o.training.frozen import hold_frozen
+from d2o.training.gather import gather_pools
 from d2o.training.journal import Journal, Progress
 from d2o.training.parts import Parts
 from d2o.training.player import Player
@@ -65,9 +67,11 @@ class Trainer:
         self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
+        hold_frozen(self.method, self.device)
         networks = {name: net.to(self.device).train() for name, net in self.method.players().items()}
         self.strategy = make_strategy(recipe, self.device, world)
         self.recipe = recipe = choose(recipe, networks[self.method.product], self.device, say, self.strategy.shards)
+        gather_pools(networks.values(), rank, world)
         freeze(networks[self.method.product], recipe.student.freeze)
         if recipe.checkpointing:
             checkpointed(recipe, networks, setup.teacher)

@@ -22,7 +22,8 @@ def divide(recipe: Recipe, rank: int = 0, world: int = 1) -> tuple[tuple[int, in
     """(start, stop) of this process's part of the global batch, and the size of its micro-batches.
 
     Micro-batches are contiguous and begin at multiples of their size, so that what a loss takes together
-    (`Method.micro_multiple` samples in a row) is the same on any machine. UserError: a batch that does not divide like
+    (`Method.micro_multiple` samples in a row) is the same on any machine; or the processes take it together
+    (`Method.pools_across`), each its share at once. UserError: a batch that does not divide like
     this.
     """
     batch = recipe.batch
@@ -32,8 +33,10 @@ def divide(recipe: Recipe, rank: int = 0, world: int = 1) -> tuple[tuple[int, in
     micro = min(recipe.micro_batch or size, size)
     if size % micro:
         raise UserError(f"micro_batch: {micro} does not divide the {size} samples of each process")
-    together = get_method(recipe.method).micro_multiple(recipe.options)
-    if micro % together:
+    method = get_method(recipe.method)
+    together = method.micro_multiple(recipe.options, batch)
+    across = method.pools_across and micro == size and batch % together == 0  # the processes take them together
+    if micro % together and not across:
         what = f"method {recipe.method} takes {together} samples in a row together"
         if recipe.micro_batch is not None and micro == recipe.micro_batch:
             raise UserError(
