@@ -34,7 +34,7 @@ from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
 from d2o.teachers.base import Spec
 
-Levels = Literal["karras_index", "karras_uniform", "lognormal"]
+LevelChoice = Literal["karras_index", "karras_uniform", "lognormal"]
 
 KINDS: dict[str, dict[str, Any]] = {
     "dmd": {
@@ -61,7 +61,7 @@ class DMDOptions(Options):
     kind: Literal["dmd", "diff_instruct"] = Field(
         "dmd", description="the paper that the options below follow where they are null"
     )
-    t_dist: Levels | None = Field(
+    t_dist: LevelChoice | None = Field(
         None, description="noise levels at which samples are compared; null: karras_index, diff_instruct lognormal"
     )
     t_index: tuple[int, int] = Field(
@@ -97,7 +97,7 @@ class DMDOptions(Options):
             " null: by kind"
         ),
     )
-    score_t_dist: Levels | None = Field(
+    score_t_dist: LevelChoice | None = Field(
         None,
         description=(
             "noise levels of the score network's loss, the whole range of them; null: karras_index, diff_instruct"
@@ -157,7 +157,7 @@ class DMD(ScoreMethod[DMDOptions]):
         return "pairs" if options.lambda_reg > 0 else "none"
 
     def __init__(self, setup: Setup[DMDOptions]):
-        self.options = check(setup.options.filled())
+        self.options = checked_options(setup.options.filled())
         self.teacher = check_teacher("dmd", setup.teacher)
         self.teacher.check_cfg(self.options.cfg)
         if self.options.lambda_reg:
@@ -281,7 +281,7 @@ class DMD(ScoreMethod[DMDOptions]):
             network.eval()
 
 
-def check(options: DMDOptions) -> DMDOptions:
+def checked_options(options: DMDOptions) -> DMDOptions:
     """The options if they fit together. UserError otherwise."""
     low, high = options.t_index
     if not 0 <= low <= high < LEVELS:

@@ -15,7 +15,7 @@ from d2o.networks.budget import check_numbers
 from d2o.spaces.base import LatentSpace
 from d2o.spaces.load import kept_space
 from d2o.teachers.base import UNSTATED, Spec, Teacher
-from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_json, words
+from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_config, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
@@ -79,7 +79,7 @@ def load_diffusers(
     file, a scheduler that d2o does not have.
     """
     path = Path(path)
-    index = read_json(path / INDEX)
+    index = read_config(path / INDEX)
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in CLASSES:
         why = next((why for word, why in NOT_TEACHERS.items() if word in str(kind)), None)
@@ -184,7 +184,7 @@ def _stable_diffusion(
 
 def text_of(path: Path, origin: str, device: str | torch.device) -> TextEncoders:
     """The text encoders of a diffusers folder alone. UserError as `load_diffusers`, or it takes no prompts."""
-    index = read_json(path / INDEX)
+    index = read_config(path / INDEX)
     if CLASSES.get(str(index.get("_class_name")), DDPM) is DDPM:
         raise UserError(f"{path} holds no model that takes prompts")
     with quiet():

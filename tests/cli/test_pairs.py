@@ -192,7 +192,7 @@ def test_without_out_the_store_is_where_training_looks_for_it(run, tmp_path):
     code, _, err = run("--teacher", "digits", "--n", 4, "--steps", 3, "--labels", "1,2")
     assert code == 0 and "the store is runs/pairs/digits-heun3-1_2-n4-seed0" in err
     recipe = load_recipe("quickstart", ["pairs.n=4", "pairs.steps=3", "pairs.labels='1,2'"])
-    assert PairStore(pair_folder(recipe)).settings.n == 4
+    assert PairStore(pair_folder(recipe.teacher, recipe.pairs)).settings.n == 4
     (tmp_path / "p.txt").write_text("a\nb\n")
     code, _, err = run("--teacher", "tiny-sd", "--prompts", "p.txt", "--steps", 1)
     assert code == 0
