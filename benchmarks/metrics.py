@@ -197,7 +197,7 @@ def bare_rate(extractor: Any, images: Tensor, duration: float) -> float:
 
 def end_to_end(quick: bool) -> dict[str, Any]:
     from d2o.data.images import save_png_bytes
-    from d2o.evaluation.extractors import load_extractor
+    from d2o.evaluation.named_extractors import load_extractor
 
     name, batch, size, rounds_, duration = "lite0", 50, 64, 3, 4.0 if quick else 20.0
     extractor = load_extractor(name)

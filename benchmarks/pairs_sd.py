@@ -107,7 +107,7 @@ def random_folder(kind: str, folder: Path) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from d2o.teachers.unet_configs import SD15_UNET
+    from d2o.teachers.published_configs import SD15_UNET
 
     if kind != "sd15":
         raise SystemExit(f"--random {kind}: only sd15 is known")

@@ -136,8 +136,9 @@ def player(strategy: str, millions: int, out: Path) -> None:
     import torch
 
     from d2o.networks.build import build_network, count_parameters
-    from d2o.recipes.sections import Ema, Optim
     from d2o.training.distributed import process_group
+    from d2o.training.ema_section import EmaSection
+    from d2o.training.optim_section import OptimSection
     from d2o.training.player import Player
     from d2o.training.precision import LossScale
     from d2o.training.strategy import Replicate, Shard
@@ -148,7 +149,7 @@ def player(strategy: str, millions: int, out: Path) -> None:
         width = 32 * round(9.3 * (millions / 200) ** 0.5)  # a multiple of the groups of its norms
         network = build_network({"arch": "ddpmpp", "model_channels": width, "attn_resolutions": [8], **shape})
         placed = (Shard if strategy == "shard" else Replicate)(torch.device("cpu"), world)
-        trained = Player("student", network, Optim(lr=1e-4), placed, average=Ema(half_life=1000))
+        trained = Player("student", network, OptimSection(lr=1e-4), placed, average=EmaSection(half_life=1000))
         built = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         x, sigma = torch.randn(1, 3, 8, 8), torch.ones(1)
         for i in range(3):

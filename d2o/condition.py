@@ -1,5 +1,4 @@
-"""What a batch of samples is asked to be: nothing, class labels or prompts, and the guidance scale that a student is
-told.
+"""What a batch of samples is asked to be: nothing, class labels or prompts.
 
 One value that travels whole through pairs, training batches, students, previews, sampling and evaluation. Only teachers
 and students look into it: their `embed` makes of it what their network takes (`Embedded`).
@@ -7,9 +6,9 @@ and students look into it: their `embed` makes of it what their network takes (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,18 +44,17 @@ Embedded = Tensor | Text | None
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Of `n` samples: `labels` [n] int64 (-1: no class), or `prompts`, or neither; `cfg` [n] float32, the guidance
-    scale that a student is told, where it is told one. ValueError: both, or another number of them."""
+    """Of `n` samples: `labels` [n] int64 (-1: no class), or `prompts`, or neither. ValueError: both, or another number
+    of them."""
 
     n: int
     labels: Tensor | None = None
     prompts: tuple[str, ...] | None = None
-    cfg: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.prompts is not None:
             raise ValueError("a condition is of labels or of prompts, not of both")
-        for name, values in (("labels", self.labels), ("prompts", self.prompts), ("cfg", self.cfg)):
+        for name, values in (("labels", self.labels), ("prompts", self.prompts)):
             if values is not None and len(values) != self.n:
                 raise ValueError(f"{len(values)} {name} for {self.n} samples")
 
@@ -81,15 +79,15 @@ class Condition:
     @classmethod
     def join(cls, parts: Sequence[Condition]) -> Condition:
         """One after the other. ValueError: they are of different kinds."""
-        first = parts[0]
-        if {(part.kind, part.cfg is None) for part in parts} != {(first.kind, first.cfg is None)}:
-            raise ValueError(f"conditions of kinds {', '.join(sorted({part.kind for part in parts}))} cannot be joined")
-        labels, cfg = ([getattr(part, name) for part in parts] for name in ("labels", "cfg"))
+        kinds = sorted({part.kind for part in parts})
+        if len(kinds) > 1:
+            raise ValueError(f"conditions of kinds {', '.join(kinds)} cannot be joined")
+        labels = [part.labels for part in parts if part.labels is not None]
+        prompts = [text for part in parts for text in part.prompts or ()]
         return cls(
             sum(part.n for part in parts),
-            None if first.labels is None else torch.cat(labels),
-            None if first.prompts is None else tuple(text for part in parts for text in part.prompts or ()),
-            None if first.cfg is None else torch.cat(cfg),
+            torch.cat(labels) if kinds == ["labels"] else None,
+            tuple(prompts) if kinds == ["prompts"] else None,
         )
 
     @property
@@ -106,13 +104,12 @@ class Condition:
             len(rows),
             None if self.labels is None else self.labels[index],
             None if self.prompts is None else tuple(self.prompts[i] for i in rows),
-            None if self.cfg is None else self.cfg[index],
         )
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Condition:
-        """With its tensors on that device."""
-        labels, cfg = (None if t is None else t.to(device, non_blocking=non_blocking) for t in (self.labels, self.cfg))
-        return Condition(self.n, labels, self.prompts, cfg)
+        """With its labels on that device."""
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=non_blocking)
+        return Condition(self.n, labels, self.prompts)
 
     def repeat(self, k: int) -> Condition:
         """All of it k times, one after the other."""
@@ -124,39 +121,7 @@ class Condition:
             self.n,
             None if self.labels is None else torch.full_like(self.labels, NO_CLASS),
             None if self.prompts is None else ("",) * self.n,
-            self.cfg,
         )
-
-    def record(self) -> dict[str, Any]:
-        """As it is written into a file; `from_record` reads it again."""
-        found: dict[str, Any] = {"n": self.n}
-        found |= {} if self.labels is None else {"labels": self.labels.tolist()}
-        found |= {} if self.prompts is None else {"prompts": list(self.prompts)}
-        return found | ({} if self.cfg is None else {"cfg": self.cfg.tolist()})
-
-    @classmethod
-    def from_record(cls, record: Any) -> Condition:
-        """From `record`. UserError: not as it writes it."""
-        n = record.get("n") if isinstance(record, dict) else None
-        if type(n) is not int or n < 0 or set(record) - set(_TYPES):
-            raise UserError("a condition is damaged: expected n, and labels or prompts, and cfg")
-        for name, kind in _TYPES.items():
-            values = record.get(name, [])
-            if name != "n" and not (isinstance(values, list) and all(type(value) is kind for value in values)):
-                raise UserError(f"a condition is damaged: {name} is no list of {kind.__name__}")
-        labels, prompts, cfg = (record.get(name) for name in ("labels", "prompts", "cfg"))
-        try:
-            return cls(
-                n,
-                None if labels is None else torch.tensor(labels, dtype=torch.int64),
-                None if prompts is None else tuple(prompts),
-                None if cfg is None else torch.tensor(cfg, dtype=torch.float32),
-            )
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"a condition is damaged: {error}") from error
-
-
-_TYPES = {"n": int, "labels": int, "prompts": str, "cfg": float}
 
 
 def join_embedded(first: Embedded, second: Embedded) -> Embedded:
@@ -171,3 +136,7 @@ def join_embedded(first: Embedded, second: Embedded) -> Embedded:
         return None
     assert isinstance(second, Tensor)
     return torch.cat([first, second])
+
+
+Generate = Callable[[Tensor, Condition], Tensor]
+"""(noise [b, C, H, W], condition of b) -> [b, C, H, W] float32."""

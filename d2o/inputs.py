@@ -28,6 +28,11 @@ UNPACKED_FREELY, MAX_RATIO = 2**30, 100
 """What is packed may unpack to 1 GiB; to more only up to so many times its packed size (images and features shrink at
 most to a few tenths)."""
 
+JsonObject = dict[str, Any]
+"""An object of a JSON text or of a file's metadata. What it must hold, its reader checks (`interop.records`)."""
+Json = JsonObject | list[Any] | str | float | bool | None
+"""A value of a JSON text."""
+
 
 class TooLarge(ValueError):
     """A declared size beyond its limit; the text says which and what the limit is, without the file's name."""
@@ -61,11 +66,13 @@ def check_input(path: str | os.PathLike[str], expected: str = "a file") -> int:
     if stat.S_ISDIR(about.st_mode):
         raise UserError(f"{os.fspath(path)} is a folder; expected {expected}")
     if not stat.S_ISREG(about.st_mode):
-        raise UserError(f"{os.fspath(path)} is {kind_of(about.st_mode)}; expected {expected}", "copy it into a file")
+        raise UserError(
+            f"{os.fspath(path)} is {special_kind(about.st_mode)}; expected {expected}", "copy it into a file"
+        )
     return about.st_size
 
 
-def kind_of(mode: int) -> str:
+def special_kind(mode: int) -> str:
     """What a path is that is neither a file nor a folder."""
     kinds = (
         (stat.S_ISFIFO, "a named pipe"),
@@ -88,7 +95,7 @@ def read_file(path: str | os.PathLike[str], limit: int, expected: str = "a file"
         raise UserError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
 
 
-def parse_json(data: bytes | str, limit: int = MAX_JSON_BYTES) -> Any:
+def parse_json(data: bytes | str, limit: int = MAX_JSON_BYTES) -> Json:
     """The value of a JSON text. ValueError, whatever is wrong with it: not UTF-8, not JSON, too long, nested too
     deeply."""
     if len(data) > limit:
@@ -99,9 +106,16 @@ def parse_json(data: bytes | str, limit: int = MAX_JSON_BYTES) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> Json:
     """The value in a JSON file. UserError: as `read_file`, or not JSON."""
     try:
         return parse_json(read_file(path, limit, "a JSON file"), limit)
     except ValueError as error:
         raise UserError(f"{Path(path)} is not a readable JSON file ({error})") from error
+
+
+def json_object(value: object, what: str) -> JsonObject:
+    """The value, if it is an object of JSON. ValueError, naming `what`, for any other."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no JSON object")
+    return value

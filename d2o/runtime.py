@@ -8,7 +8,10 @@ import fcntl
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+Say = Callable[[str], None]
+"""Where a long command's news go: a line at a time."""
 
 
 class Stopped(Exception):

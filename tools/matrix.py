@@ -7,7 +7,7 @@ from pathlib import Path
 
 from d2o.methods.base import get_method, method_names
 from d2o.methods.teachers import why_not
-from d2o.teachers.kinds import FAMILIES, TEXT, Kind
+from d2o.teachers.kinds import FAMILIES, TEXT, TeacherKind
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods-and-teachers.md"
 HEAD = """# Which method learns from which teacher
@@ -43,7 +43,7 @@ def page() -> str:
     lines = [f"- **{family}**: {words}" for family, words in FAMILIES.items()]
     lines += ["", "## Methods", "", "| | " + " | ".join(FAMILIES) + " |", "|---|" + ":-:|" * len(FAMILIES)]
     for method in rows:
-        whys = [why_not(method, Kind("", family, text=family in TEXT)) for family in FAMILIES]
+        whys = [why_not(method, TeacherKind("", family, text=family in TEXT)) for family in FAMILIES]
         cells = [f"no ({notes.setdefault(why, len(notes) + 1)})" if why else "yes" for why in whys]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {why}" for why, number in notes.items())]

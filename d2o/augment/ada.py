@@ -27,7 +27,7 @@ paper's choice)."""
 SMALLEST = 4  # pixels a side
 POWER = (10, 1, 1, 1)  # of the octave bands in a natural image, over 13
 
-Numbers = Callable[..., Tensor]
+RandomNumbers = Callable[..., Tensor]
 """(*shape) -> random numbers [B, *shape], as `Draws.rand` and `Draws.randn` give them."""
 
 
@@ -70,7 +70,7 @@ def p_rotation(p: Tensor) -> Tensor:
     return 1 - (1 - p).sqrt()
 
 
-def sample(p: Tensor | float, randn: Numbers, rand: Numbers, kinds: tuple[str, ...] = KINDS) -> Strengths:
+def sample(p: Tensor | float, randn: RandomNumbers, rand: RandomNumbers, kinds: tuple[str, ...] = KINDS) -> Strengths:
     """Strengths of one batch (ADA, appendix B), with the probability p of each transform of these kinds; the other
     kinds do nothing.
 
@@ -157,7 +157,7 @@ class AdaPipeline(nn.Module):
             raise unknown("categories of ADA", categories, PIPES)
         self.categories, self.kinds = categories, PIPES[categories]
 
-    def forward(self, images: Tensor, p: Tensor | float, randn: Numbers, rand: Numbers) -> Tensor:
+    def forward(self, images: Tensor, p: Tensor | float, randn: RandomNumbers, rand: RandomNumbers) -> Tensor:
         strengths = sample(p, randn, rand, self.kinds)
         noise = randn(*images.shape[1:]) if "noise" in self.kinds else None
         return self.transform(images, strengths, noise)
@@ -232,7 +232,7 @@ def _move(x: Tensor, s: Strengths, warped: bool) -> Tensor:
     return _where(done, geometry.warp, x, map, otherwise=blitted)
 
 
-def numbers(batch: int, generator: torch.Generator) -> tuple[Numbers, Numbers]:
+def numbers(batch: int, generator: torch.Generator) -> tuple[RandomNumbers, RandomNumbers]:
     """(randn, rand) for a batch, from a generator and on its device."""
 
     def randn(*shape: int) -> Tensor:
@@ -250,7 +250,7 @@ def at_percentile(q: float, batch: int, device: torch.device | str = "cpu") -> S
         raise UserError(f"a quantile lies between 0 and 1, not at {q}")
     normal = math.sqrt(2) * float(torch.tensor(2 * q - 1, dtype=torch.float64).erfinv())
 
-    def always(value: float) -> Numbers:
+    def always(value: float) -> RandomNumbers:
         return lambda *shape: torch.full((batch, *shape), value, device=device)
 
     return sample(1.0, always(normal), always(q))

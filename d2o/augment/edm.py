@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2o.augment import geometry
-from d2o.augment.ada import Numbers
+from d2o.augment.ada import RandomNumbers
 
 LABELS = 9
 SCALE, STRETCH = 0.2, 0.2  # standard deviations of log2
@@ -23,7 +23,7 @@ SHIFT = 0.125  # standard deviation, of the image's side
 TURNED = 0.5  # probability that the stretching has a direction of its own
 
 
-def augment(images: Tensor, p: float, randn: Numbers, rand: Numbers) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, p: float, randn: RandomNumbers, rand: RandomNumbers) -> tuple[Tensor, Tensor]:
     """images [B, C, R, R] in [-1, 1] -> (images, labels [B, 9]), float32.
 
     Half of the images are mirrored left to right whatever p > 0 is; each other transform happens with probability p

@@ -220,7 +220,7 @@ def _teachers() -> dict[str, str]:
     from d2o.interop import catalogue
 
     here = {
-        name: catalogue.local_path(published)
+        name: catalogue.path_if_here(published)
         for name in catalogue.names()
         if (published := catalogue.find(name)) is not None
     }

@@ -282,9 +282,9 @@ def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: f
     """UserError: what cannot be done without is missing; all of it, with an example for this teacher. Says what nothing
     can be trained on."""
     from d2o.methods.teachers import methods_for
-    from d2o.teachers.kinds import look
+    from d2o.teachers.kinds import expected_kind
 
-    kind = None if teacher is None else look(teacher)
+    kind = None if teacher is None else expected_kind(teacher)
     text = kind is not None and kind.text
     lacking = [("--teacher", "any that `d2o teachers` lists, or the path of one")] if teacher is None else []
     lacking += [("--n", "how many pairs" + (" (without it one for every prompt)" if text else ""))] if n is None else []
@@ -323,10 +323,10 @@ def _check_folder(out: str) -> None:
 
 def _verify(path: str) -> None:
     from d2o.data.pair_files import open_store
-    from d2o.data.pair_tools import verify
+    from d2o.data.pair_tools import verify_store
 
     with console.progress_bar("verify", "pairs") as progress:
-        problems = verify(path, progress)
+        problems = verify_store(path, progress)
     settings = open_store(path)[2]
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
@@ -345,10 +345,10 @@ def _stats(path: str) -> None:
 
 
 def _merge(sources: list[str], out: str | None) -> None:
-    from d2o.data.pair_tools import merge
+    from d2o.data.pair_tools import merge_stores
 
     if out is None:
         raise UserError("--out is missing", "for example: d2o pairs --merge part1/ --merge part2/ --out whole/")
     with console.progress_bar("merge", "pairs") as progress:
-        n = merge(sources, out, progress)
+        n = merge_stores(sources, out, progress)
     console.say(f"{out}: {n:,} pairs")

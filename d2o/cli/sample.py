@@ -209,15 +209,15 @@ def sample(
     console.say(f"{out}: {n:,} images, {made['nfe']} network {'call' if made['nfe'] == 1 else 'calls'}{passes} each")
 
 
-def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, texts: Any) -> None:
+def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, texts: object) -> None:
     """UserError: what cannot be done without is missing; all of it, with an example for this checkpoint or teacher."""
     lacking = ["--n"] if n is None else []
     words = [f"d2o sample {checkpoint}"]
     text = False
     if teacher is not None:
-        from d2o.teachers.kinds import look
+        from d2o.teachers.kinds import expected_kind
 
-        kind = look(teacher)
+        kind = expected_kind(teacher)
         text = kind is not None and kind.text
         words = [f"d2o sample --teacher {teacher}"]
     elif checkpoint is not None and checkpoint.exists():

@@ -35,7 +35,7 @@ def teachers(
             table.add_row(known, "", "CC-BY-4.0", "ships with d2o")
         else:
             table.add_row(
-                known, f"{entry.parameters:,}", entry.licence, "yes" if catalogue.local_path(entry) else "on demand"
+                known, f"{entry.parameters:,}", entry.licence, "yes" if catalogue.path_if_here(entry) else "on demand"
             )
     console.out.print(table)
 
@@ -61,7 +61,7 @@ def _one(name: str) -> None:
             f"{published.solver}, {published.steps} steps" + (f", cfg {published.cfg:g}" if published.cfg != 1 else "")
         ),
         "resolution": f"{published.resolution} px",
-        "here": catalogue.local_path(published) or f"no; fetched on demand, or put it at {published.place}",
+        "here": catalogue.path_if_here(published) or f"no; fetched on demand, or put it at {published.place}",
     }
     for key, value in lines.items():
         if value is not None:

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from d2o.cli import complete, console
 from d2o.cli.opening import open_device
+from d2o.cli.recipe_options import MINI, RECIPE, SET, VARIANT, named
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
-from d2o.settings.recipe_names import parted, renamed
 
-RECIPE = typer.Argument(
-    help=(
-        "A recipe file, or the name of one that ships with d2o (such as quickstart), with :VARIANT behind if it has"
-        " variants. `d2o recipes` lists them."
-    ),
-    show_default=False,
-    autocompletion=complete.recipes,
-)
-VARIANT = typer.Option(
-    None,
-    "--variant",
-    metavar="NAME",
-    help="One of the recipe's variants: RECIPE --variant xs is RECIPE:xs.",
-    show_default=False,
-    autocompletion=complete.variants,
-)
-SET = typer.Option(
-    [],
-    "--set",
-    metavar="KEY=VALUE",
-    help="Override a recipe value, e.g. --set optim.lr=2e-4. Repeatable.",
-    show_default=False,
-    autocompletion=complete.keys,
-)
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
+
 OUT = typer.Option(
     None,
     "--out",
@@ -67,9 +46,6 @@ ON_BAD = typer.Option(
     help="Corrupt images: refuse (default) or skip; either way they are named.",
     show_default=False,
     autocompletion=complete.among("refuse", "skip"),
-)
-MINI = typer.Option(
-    False, "--mini", help="The recipe's small version: the same code on `digits`, about two minutes on a CPU."
 )
 PROCESSES = typer.Option(
     None,
@@ -127,7 +103,7 @@ DEVICE = typer.Option(
 
 def train(
     recipe: str = RECIPE,
-    variant: str = VARIANT,
+    variant: list[str] = VARIANT,
     set_: list[str] = SET,
     out: Path = OUT,
     resume: bool = RESUME,
@@ -155,7 +131,7 @@ def train(
 
 def finetune(
     recipe: str = RECIPE,
-    variant: str = VARIANT,
+    variant: list[str] = VARIANT,
     from_: Path = typer.Option(
         ..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False
     ),
@@ -178,18 +154,6 @@ def finetune(
     _run(
         name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, processes, sweep, device, from_
     )
-
-
-def named(recipe: str, variant: str | None) -> str:
-    """RECIPE:VARIANT, with a note where the recipe is called otherwise since the last release."""
-    if not Path(recipe).is_file() and (new := renamed(recipe)) is not None:
-        console.say(f"{recipe} is called {new} now; the old name goes with the next release")
-        recipe = new
-    if variant is None:
-        return recipe
-    if (twice := parted(recipe).variant) is not None and not Path(recipe).is_file():
-        raise UserError(f"--variant {variant}: {recipe} names a variant already ({twice})", "give one of the two")
-    return f"{recipe}:{variant}"
 
 
 def _with(overrides: list[str], seed: int | None, precision: str | None) -> list[str]:
@@ -263,7 +227,7 @@ def _run(
 
 
 def _plan(
-    recipe: Any,
+    recipe: Recipe,
     folder: Path,
     resume: bool,
     data: str | None,

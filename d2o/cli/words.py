@@ -17,8 +17,8 @@ FILE = Path(str(resources.files("d2o") / "assets" / "words.json"))
 
 def collect() -> dict[str, Any]:
     """The words as d2o knows them now. `keys`: of recipes, "" those of all, else by method."""
-    from d2o.evaluation.catalogue import METRICS
-    from d2o.evaluation.extractors import EXTRACTORS
+    from d2o.evaluation.known_metrics import METRICS
+    from d2o.evaluation.named_extractors import EXTRACTORS
     from d2o.evaluation.named_references import REFERENCES
     from d2o.evaluation.paper_protocols import PRESETS
     from d2o.methods.base import method_names

@@ -43,7 +43,7 @@ def critic_widths(img_resolution: int, kind: str, width: int) -> list[tuple[int,
     return blocks + [(4 * width if i == 0 else 8 * width, True) for i in range(halvings)]
 
 
-class CriticBlock(nn.Module):
+class DownBlock(nn.Module):
     """Leaky ReLU, conv, + time, leaky ReLU, (halving), conv; plus a 1x1 shortcut of x; over sqrt 2. x [B, in, H, W],
     temb [B, E]."""
 
@@ -103,7 +103,7 @@ class DDGANCritic(nn.Module):
         self.input = conv(2 * img_channels, 2 * width, 1)
         channels, blocks = 2 * width, []
         for outputs, down in critic_widths(img_resolution, kind, width):
-            blocks.append(CriticBlock(channels, outputs, temb, down))
+            blocks.append(DownBlock(channels, outputs, temb, down))
             channels = outputs
         self.blocks = nn.ModuleList(blocks)
         self.spread = MinibatchStd(GROUP)

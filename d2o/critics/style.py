@@ -11,7 +11,7 @@ from d2o.errors import UserError, unknown
 from d2o.networks.edm_blocks import PositionalEmbedding
 from d2o.networks.minibatch_std import MinibatchStd
 from d2o.networks.style import channel_table
-from d2o.networks.style_layers import Conv2d, Linear
+from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear
 
 CRITIC_BLOCKS = ("orig", "resnet")
 MBSTD_GROUP = 32
@@ -19,16 +19,18 @@ MBSTD_GROUP = 32
 CRITIC_TIMES = ("none", "block_add", "cmap")
 
 
-class CriticBlock(nn.Module):
+class StyleCriticBlock(nn.Module):
     """Two 3x3 convolutions, the second to half the size; "resnet" adds a 1x1 shortcut, both branches times
     sqrt(1/2)."""
 
     def __init__(self, in_channels: int, out_channels: int, residual: bool, time_dim: int):
         super().__init__()
-        self.conv0 = Conv2d(in_channels, in_channels, 3)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, down=True)
-        self.skip = Conv2d(in_channels, out_channels, 1, down=True, bias=False, activate=False) if residual else None
-        self.time = Linear(time_dim, in_channels) if time_dim else None
+        self.conv0 = EqualizedConv2d(in_channels, in_channels, 3)
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, down=True)
+        self.skip = (
+            EqualizedConv2d(in_channels, out_channels, 1, down=True, bias=False, activate=False) if residual else None
+        )
+        self.time = EqualizedLinear(time_dim, in_channels) if time_dim else None
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         y = self.conv0(x, None if self.time is None else self.time(emb))
@@ -94,21 +96,21 @@ class StyleCritic(nn.Module):
         self.projection = cmap_dim if label_dim or time == "cmap" else 0
         if time != "none":
             self.time_embedding = PositionalEmbedding(time_dim, endpoint=True)
-            self.time_layer0 = Linear(time_dim, time_dim, activate=True)
-            self.time_layer1 = Linear(time_dim, cmap_dim if time == "cmap" else time_dim)
-        self.label_layer = Linear(label_dim, cmap_dim, bias=False) if label_dim else None
-        self.from_image = Conv2d(img_channels, self.channels[img_resolution], 1)
+            self.time_layer0 = EqualizedLinear(time_dim, time_dim, activate=True)
+            self.time_layer1 = EqualizedLinear(time_dim, cmap_dim if time == "cmap" else time_dim)
+        self.label_layer = EqualizedLinear(label_dim, cmap_dim, bias=False) if label_dim else None
+        self.from_image = EqualizedConv2d(img_channels, self.channels[img_resolution], 1)
         self.blocks = nn.ModuleList(
-            CriticBlock(
+            StyleCriticBlock(
                 self.channels[res], self.channels[res // 2], blocks == "resnet", time_dim if time == "block_add" else 0
             )
             for res in sorted(self.channels, reverse=True)[:-1]
         )
         last = self.channels[4]
         self.spread = MinibatchStd(mbstd_group)
-        self.conv = Conv2d(last + (mbstd_group != 0), last, 3)
-        self.hidden = Linear(last * 16, last, activate=True)
-        self.output = Linear(last, self.projection or 1)
+        self.conv = EqualizedConv2d(last + (mbstd_group != 0), last, 3)
+        self.hidden = EqualizedLinear(last * 16, last, activate=True)
+        self.output = EqualizedLinear(last, self.projection or 1)
 
     def forward(self, x: Tensor, t: Tensor | float | None = None, labels: Tensor | None = None) -> Tensor:
         """`t` [B], or one value for all; `labels` int64 [B], -1 for no label."""

@@ -23,14 +23,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from d2o.data.images import save_png_bytes
 from d2o.errors import UserError, unknown
-from d2o.inputs import check_size, parse_json, read_json
+from d2o.inputs import JsonObject, check_size, json_object, parse_json, read_json
 from d2o.interop.npz import read_npz
 
 Part = dict[str, torch.Tensor]
@@ -68,13 +67,13 @@ class Archive:
         parts: Callable[[], Iterator[Part]],
         labels: torch.Tensor | None,
         n: int,
-        record: dict[str, Any],
+        record: JsonObject,
     ) -> None:
         """Write the file that becomes `out` (in place: its record) to `target`. `parts()` yields all in order; labels
         int64 [n] or None."""
         raise NotImplementedError
 
-    def read_record(self) -> dict[str, Any] | None:
+    def read_record(self) -> JsonObject | None:
         """The record in `out`; None if it holds none. Any exception: not a file of this format."""
         raise NotImplementedError
 
@@ -97,7 +96,7 @@ class ZipArchive(Archive):
         parts: Callable[[], Iterator[Part]],
         labels: torch.Tensor | None,
         n: int,
-        record: dict[str, Any],
+        record: JsonObject,
     ) -> None:
         directory: list[bytes] = []
         offset = 0
@@ -119,12 +118,12 @@ class ZipArchive(Archive):
             listing = b"".join(directory)
             file.write(listing + _zip_end(len(directory), len(listing), offset))
 
-    def read_record(self) -> dict[str, Any] | None:
+    def read_record(self) -> JsonObject | None:
         with zipfile.ZipFile(self.out) as file:
             if RECORD not in file.namelist():
                 return None
             check_size(RECORD, file.getinfo(RECORD).file_size, MAX_RECORD)
-            return parse_json(file.read(RECORD))
+            return json_object(parse_json(file.read(RECORD)), RECORD)
 
 
 class TarArchive(Archive):
@@ -142,7 +141,7 @@ class TarArchive(Archive):
         parts: Callable[[], Iterator[Part]],
         labels: torch.Tensor | None,
         n: int,
-        record: dict[str, Any],
+        record: JsonObject,
     ) -> None:
         with open(target, "wb") as file:
             # First, where it is found at once; with a dot, since WebDataset readers take every other name for a sample.
@@ -151,11 +150,11 @@ class TarArchive(Archive):
                 file.write(part["body"].numpy().data)
             file.write(bytes(2 * tarfile.BLOCKSIZE))
 
-    def read_record(self) -> dict[str, Any] | None:
+    def read_record(self) -> JsonObject | None:
         with tarfile.open(self.out, "r:") as file:
             first = file.next()
             content = file.extractfile(first) if first is not None and first.name == "." + RECORD else None
-            return None if content is None else parse_json(content.read(MAX_RECORD))
+            return None if content is None else json_object(parse_json(content.read(MAX_RECORD)), RECORD)
 
 
 class Npz(Archive):
@@ -169,7 +168,7 @@ class Npz(Archive):
         parts: Callable[[], Iterator[Part]],
         labels: torch.Tensor | None,
         n: int,
-        record: dict[str, Any],
+        record: JsonObject,
     ) -> None:
         shape = (n, *next(parts())["shape"][0].tolist())
         more = {"samples": np.array(_record_json(record).decode())}
@@ -184,9 +183,9 @@ class Npz(Archive):
                 with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, more[name], allow_pickle=False)
 
-    def read_record(self) -> dict[str, Any] | None:
+    def read_record(self) -> JsonObject | None:
         arrays = read_npz(self.out, lambda name: name == "samples")
-        return parse_json(str(arrays["samples"])) if arrays else None
+        return json_object(parse_json(str(arrays["samples"])), RECORD) if arrays else None
 
 
 class FolderArchive(Archive):
@@ -212,7 +211,7 @@ class FolderArchive(Archive):
         parts: Callable[[], Iterator[Part]],
         labels: torch.Tensor | None,
         n: int,
-        record: dict[str, Any],
+        record: JsonObject,
     ) -> None:
         for hidden in sorted(self.out.glob(f"*/.img*{PARTIAL}")):
             os.replace(hidden, hidden.with_name(hidden.name[1:].removesuffix(PARTIAL)))
@@ -221,9 +220,9 @@ class FolderArchive(Archive):
         os.replace(listing, self.out / "dataset.json")
         target.write_bytes(_record_json(record))
 
-    def read_record(self) -> dict[str, Any] | None:
+    def read_record(self) -> JsonObject | None:
         path = self.out / RECORD
-        return read_json(path, MAX_RECORD) if path.exists() else None
+        return json_object(read_json(path, MAX_RECORD), RECORD) if path.exists() else None
 
 
 FORMATS: dict[str, type[Archive]] = {"": FolderArchive, ".zip": ZipArchive, ".tar": TarArchive, ".npz": Npz}
@@ -244,7 +243,7 @@ def join_pieces(pieces: list[Part]) -> Part:
     return {name: torch.from_numpy(np.concatenate([piece[name].numpy() for piece in pieces])) for name in pieces[0]}
 
 
-def check_free(archive: Archive) -> dict[str, Any] | None:
+def check_free(archive: Archive) -> JsonObject | None:
     """None when `out` is free; the record of a finished archive of ours there. UserError: something else is in the
     way."""
     out = archive.out
@@ -287,7 +286,7 @@ def _dataset_json(labels: torch.Tensor | None) -> bytes:
     return json.dumps({"labels": rows}).encode()
 
 
-def _record_json(record: dict[str, Any]) -> bytes:
+def _record_json(record: JsonObject) -> bytes:
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from d2o.data import decode
-from d2o.data.containers import Container, Member, printable
+from d2o.data.containers import ArchiveMember, Container, printable
 from d2o.data.layouts import LAYOUTS, ImageSource, wrong_label
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Malformed
@@ -155,7 +155,7 @@ def open_cifar(container: Container, path: str) -> Arrays | None:
     return source
 
 
-def _cifar_batch(container: Container, member: Member) -> tuple[np.ndarray, list[int]]:
+def _cifar_batch(container: Container, member: ArchiveMember) -> tuple[np.ndarray, list[int]]:
     values = _unpickled(container, member)
     pixels, labels = values.get("data"), values.get("labels")
     if not (
@@ -174,7 +174,7 @@ def _cifar_batch(container: Container, member: Member) -> tuple[np.ndarray, list
     return pixels, labels
 
 
-def _unpickled(container: Container, member: Member) -> dict[Any, Any]:
+def _unpickled(container: Container, member: ArchiveMember) -> dict[Any, Any]:
     try:
         values = loads(container.read(member), python2=True)
     except OSError as error:

@@ -16,21 +16,27 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from d2o.errors import UserError
-from d2o.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, kind_of
-from d2o.interop.zips import listed
+from d2o.inputs import MAX_IMAGE_BYTES, MAX_RATIO, UNPACKED_FREELY, check_input, special_kind
+from d2o.interop.zips import zip_members
 
 _PREAD = hasattr(os, "pread")  # not on Windows
-_UNPACKERS: dict[int, Callable[[], Any]] = {
+
+
+class Decompressor(Protocol):
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+_UNPACKERS: dict[int, Callable[[], Decompressor]] = {
     zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15),
     zipfile.ZIP_BZIP2: bz2.BZ2Decompressor,
 }
 """What unpacks a member to a given length and no further. Not LZMA's: it takes the memory that the file asks for."""
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     name: str  # what reports show and what is sorted: the path, behind its shard's name where there are several
     path: str  # "/"-separated, inside the container
     size: int  # bytes, uncompressed
@@ -41,25 +47,25 @@ class Container:
     """`members`: files only, in no particular order. `bad`: (name, why) of those that cannot be read at all. `path`:
     where it lies."""
 
-    members: list[Member]
+    members: list[ArchiveMember]
 
     def __init__(self, path: str) -> None:
         self.path, self.members = path, []
         self.bad: list[tuple[str, str]] = []
         self.notes: list[str] = []
 
-    def read(self, member: Member, limit: int | None = None, most: int = MAX_IMAGE_BYTES) -> bytes:
+    def read(self, member: ArchiveMember, limit: int | None = None, most: int = MAX_IMAGE_BYTES) -> bytes:
         """The member's bytes, checked; with a limit about that many of the first ones, unchecked. OSError if they
         cannot be had, or if it says that it has more than `most`."""
         if member.size > most:
             raise OSError(f"it says that it has {member.size:,} bytes; the limit is {most:,}")
         return self._read(member, limit)
 
-    def place(self, member: Member) -> str:
+    def place(self, member: ArchiveMember) -> str:
         """The member, for messages."""
         return f"{member.name} in {self.path}"
 
-    def _read(self, member: Member, limit: int | None) -> bytes:
+    def _read(self, member: ArchiveMember, limit: int | None) -> bytes:
         raise NotImplementedError
 
 
@@ -93,13 +99,13 @@ class FolderContainer(Container):
                     else:
                         self._walk(entry.path, name + "/", above | {me})
                 elif stat.S_ISREG(about.st_mode):
-                    self.members.append(Member(name, name, about.st_size, entry.path))
+                    self.members.append(ArchiveMember(name, name, about.st_size, entry.path))
                 else:
-                    self.bad.append((name, f"{kind_of(about.st_mode)}, not a regular file"))
+                    self.bad.append((name, f"{special_kind(about.st_mode)}, not a regular file"))
         if not found and prefix:
             self.empty.append(prefix.rstrip("/"))
 
-    def _read(self, member: Member, limit: int | None) -> bytes:
+    def _read(self, member: ArchiveMember, limit: int | None) -> bytes:
         with open(member.where, "rb") as file:
             size = min(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES)  # it may have changed since it was listed
             return file.read(size if limit is None else min(limit, size))
@@ -110,7 +116,7 @@ class ZipContainer(Container):
         super().__init__(path)
         try:
             with zipfile.ZipFile(path) as archive:
-                members = listed(archive)
+                members = zip_members(archive)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise UserError(
                 f"{path} is not a readable zip: {error}", "it may be cut off: compare its size with the original's"
@@ -124,9 +130,9 @@ class ZipContainer(Container):
             if name in last:
                 self.bad.append((name, "a second member of this name (the last one counts)"))
             last[name] = info
-        self.members = [Member(name, name, info.file_size, info) for name, info in last.items()]
+        self.members = [ArchiveMember(name, name, info.file_size, info) for name, info in last.items()]
 
-    def _read(self, member: Member, limit: int | None) -> bytes:
+    def _read(self, member: ArchiveMember, limit: int | None) -> bytes:
         info: zipfile.ZipInfo = member.where
         if info.flag_bits & 1:
             raise OSError("encrypted")
@@ -169,7 +175,7 @@ class TarContainer(Container):
             raise UserError(
                 f"{path} is not a readable tar: {error}", "it may be cut off: compare its size with the original's"
             ) from error
-        last: dict[str, Member] = {}
+        last: dict[str, ArchiveMember] = {}
         while True:
             try:
                 info = archive.next()
@@ -188,7 +194,7 @@ class TarContainer(Container):
                 continue
             if inside in last:
                 self.bad.append((prefix + inside, "a second member of this name (the last one counts)"))
-            last[inside] = Member(prefix + inside, inside, info.size, (shared, info.offset_data))
+            last[inside] = ArchiveMember(prefix + inside, inside, info.size, (shared, info.offset_data))
         self.members.extend(last.values())
 
     def _plain(self, shard: str, path: str) -> IO[bytes]:
@@ -240,7 +246,7 @@ class TarContainer(Container):
                 )
                 return
 
-    def _read(self, member: Member, limit: int | None) -> bytes:
+    def _read(self, member: ArchiveMember, limit: int | None) -> bytes:
         file, begin = member.where
         wanted = member.size if limit is None else min(limit, member.size)
         data: bytes = file.read(begin, wanted)

@@ -121,7 +121,9 @@ def decode(
     picture = _eight_bit(picture, "L" if channels == 1 else "RGB")
     if resolution is not None and picture.size != (resolution, resolution):
         picture = (
-            fit(picture, resolution, resize) if order == "resize_crop" else crop_first(picture, resolution, resize)
+            fit_square(picture, resolution, resize)
+            if order == "resize_crop"
+            else crop_first(picture, resolution, resize)
         )
     pixels = np.asarray(picture)
     if pixels.ndim == 3:
@@ -129,7 +131,7 @@ def decode(
     return np.broadcast_to(pixels, (channels, *pixels.shape))
 
 
-def fit(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
+def fit_square(picture: Image.Image, resolution: int, resize: str) -> Image.Image:
     """Short side to `resolution`, the other in proportion (rounded), then the centre square (left and top rounded
     down)."""
     width, height = picture.size

@@ -21,7 +21,7 @@ class Finished:
 
     def __init__(self, archive: Archive, n: int):
         self.archive, self.n = archive, n
-        self.source: Any = None
+        self.source: Any = None  # the opened archive, of any of three kinds
         if isinstance(archive, ZipArchive):
             self.source = zipfile.ZipFile(archive.out)
         elif isinstance(archive, TarArchive):

@@ -289,13 +289,13 @@ class ImageSet:
 
     def _bad_files(self, bad: list[tuple[str, str]]) -> UserError:
         total = len(self._source) + len(self._source.bad)
-        text = f"{len(bad)} bad {'file' if len(bad) == 1 else 'files'} of {total} in {self.name}:{listed(bad)}"
+        text = f"{len(bad)} bad {'file' if len(bad) == 1 else 'files'} of {total} in {self.name}:{list_bad(bad)}"
         return UserError(text, "" if self._skip else "--on-bad skip leaves them out")
 
     def _refuse_empty(self) -> None:
         bad = sorted(set(self._bad_at_opening))
         if bad:
-            raise UserError(f"no good image in {self.name}:{listed(bad)}", LAYOUTS)
+            raise UserError(f"no good image in {self.name}:{list_bad(bad)}", LAYOUTS)
         raise UserError(f"no images in {self.name}" + "".join(f"; {note}" for note in self._source.notes), LAYOUTS)
 
     def _conversions(self, heads: list[decode.ImageHead]) -> list[str]:
@@ -337,7 +337,7 @@ def save_png_bytes(image: Tensor) -> bytes:
     )
 
 
-def listed(bad: list[tuple[str, str]]) -> str:
+def list_bad(bad: list[tuple[str, str]]) -> str:
     """(name, why) of files, a line each: the first ten, and how many more."""
     lines = [f"\n  {name}: {why}" for name, why in bad[:10]]
     return "".join(lines) + (f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else "")

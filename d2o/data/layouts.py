@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from PIL import Image
 
@@ -59,7 +58,7 @@ class ImageSource:
         raise NotImplementedError
 
 
-def wrong_label(label: Any) -> str | None:
+def wrong_label(label: object) -> str | None:
     """Why this is no label, or None."""
     if label is None:
         return "no label"

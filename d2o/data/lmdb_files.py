@@ -10,8 +10,8 @@ import math
 import mmap
 import os
 
-from d2o.data.containers import Container, Member, SharedFile, printable
-from d2o.data.lmdb_pages import Damaged, entries
+from d2o.data.containers import ArchiveMember, Container, SharedFile, printable
+from d2o.data.lmdb_pages import Damaged, key_places
 from d2o.errors import UserError
 from d2o.inputs import check_input
 
@@ -36,15 +36,15 @@ class LmdbFiles(Container):
                 raise Damaged("it is empty")
             self._file = SharedFile(open(file, "rb"))  # noqa: SIM115  # closed by it
             with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                for key, begin, count in entries(data):
+                for key, begin, count in key_places(data):
                     name = printable(key.decode("utf-8", "backslashreplace")) + _suffix(data[begin : begin + 4], count)
-                    self.members.append(Member(name, name, count, begin))
+                    self.members.append(ArchiveMember(name, name, count, begin))
         except (Damaged, OSError) as error:
             raise UserError(
                 f"{path} is not a readable LMDB: {error}", "it may be cut off: compare its size with the original's"
             ) from error
 
-    def _read(self, member: Member, limit: int | None) -> bytes:
+    def _read(self, member: ArchiveMember, limit: int | None) -> bytes:
         data = self._file.read(member.where, member.size if limit is None else min(limit, member.size))
         if not member.name.endswith(".ppm"):
             return data

@@ -26,7 +26,7 @@ class Damaged(Exception):
     """No LMDB file, or one whose pages do not fit each other; the text says why."""
 
 
-def entries(data: mmap.mmap | bytes) -> Iterator[tuple[bytes, int, int]]:
+def key_places(data: mmap.mmap | bytes) -> Iterator[tuple[bytes, int, int]]:
     """(key, where its value begins, its length) in the order of the keys. Raises Damaged."""
     size, root, count = _head(data)
     seen = found = 0

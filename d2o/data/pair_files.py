@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from d2o.data.pair_settings import FORMAT, PairSettings
 from d2o.data.prompts import pack, unpack
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import load_file
 from d2o.work.base import SharedFolder
 from d2o.work.folder import MANIFEST, Unit
@@ -25,7 +25,7 @@ from d2o.work.remote import open_folder
 
 
 @dataclass
-class Made:
+class ShardContent:
     """The content of a shard of n pairs: `noise` [n, C, H, W] float32, `target` [n, C, H, W] in the store's dtype,
     what they were asked to be, and `image` uint8 [n, 3, H, W] if decoded."""
 
@@ -35,11 +35,11 @@ class Made:
     image: Tensor | None = None
 
 
-def store_folder(path: Any) -> SharedFolder:
+def store_folder(path: object) -> SharedFolder:
     return open_folder(str(path), FORMAT, "shards")
 
 
-def open_store(path: str | Path) -> tuple[SharedFolder, dict[str, Any], PairSettings]:
+def open_store(path: str | Path) -> tuple[SharedFolder, JsonObject, PairSettings]:
     """(folder, manifest, settings) of a store, finished or not. UserError: no store there, or its manifest is
     damaged."""
     folder = store_folder(path)
@@ -52,11 +52,11 @@ def open_store(path: str | Path) -> tuple[SharedFolder, dict[str, Any], PairSett
     return folder, manifest, PairSettings.from_manifest(manifest)
 
 
-def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
+def shard_record(manifest: JsonObject, unit: Unit) -> JsonObject:
     """The metadata of a shard: what its content depends on, nothing else (not the teacher's path, nor how many pairs
     follow)."""
     settings, compute = PairSettings.from_manifest(manifest), manifest["compute"]
-    made: dict[str, Any] = {"solver": settings.ode.to_dict()}
+    made: JsonObject = {"solver": settings.ode.to_dict()}
     made |= {
         name: getattr(settings, name) for name in ("seed", "cfg", "labels", "rewire", "dtype", "store_noise", "decode")
     }
@@ -69,7 +69,7 @@ def shard_record(manifest: dict[str, Any], unit: Unit) -> dict[str, Any]:
     return {"format": FORMAT + "-shard", "version": 1, **made}
 
 
-def write_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, made: Made) -> dict[str, Any]:
+def write_shard(folder: SharedFolder, manifest: JsonObject, unit: Unit, made: ShardContent) -> JsonObject:
     """Write the shard; returns its entry for the manifest."""
     tensors = {"target": made.target}
     if made.condition.labels is not None:
@@ -83,7 +83,7 @@ def write_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, made
     return _entry(unit, folder.save(unit.file, tensors, shard_record(manifest, unit)), made.noise)
 
 
-def adopt_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit) -> dict[str, Any] | None:
+def adopt_shard(folder: SharedFolder, manifest: JsonObject, unit: Unit) -> JsonObject | None:
     """The entry of a shard whose file is there but not recorded (its worker was killed in between); None if missing or
     not trusted."""
     if folder.size(unit.file) < 0:
@@ -105,11 +105,11 @@ def adopt_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit) -> d
     return _entry(unit, {"bytes": path.stat().st_size, "sha256": folder.sha256(unit.file)}, noise)
 
 
-def _entry(unit: Unit, saved: dict[str, Any], noise: Tensor) -> dict[str, Any]:
+def _entry(unit: Unit, saved: JsonObject, noise: Tensor) -> JsonObject:
     return {"file": unit.file, "start": unit.start, "n": unit.n, **saved, "noise_sha256": noise_sha256(noise)}
 
 
-def unit_noise(manifest: dict[str, Any], unit: Unit) -> Tensor:
+def unit_noise(manifest: JsonObject, unit: Unit) -> Tensor:
     """The noise of the unit's pairs, derived from their seeds."""
     first = manifest["settings"]["seed"] + unit.start
     return noise_for_seeds(range(first, first + unit.n), manifest["spec"]["shape"])
@@ -119,6 +119,6 @@ def noise_sha256(noise: Tensor) -> str:
     return hashlib.sha256(noise.contiguous().numpy().data).hexdigest()
 
 
-def prompts_of(tensors: dict[str, Tensor], rows: Tensor | None = None) -> list[str]:
+def shard_prompts(tensors: dict[str, Tensor], rows: Tensor | None = None) -> list[str]:
     """The prompts of a shard's rows (all by default)."""
     return unpack(tensors, torch.arange(len(tensors["prompt_ends"])) if rows is None else rows)

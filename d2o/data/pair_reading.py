@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from d2o.data.pair_settings import DTYPES, PairSettings
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import load_file
 from d2o.interop.seal import check_against
 from d2o.work.base import MANIFEST, SharedFolder
@@ -28,8 +28,8 @@ _finite: set[tuple[str, str]] = set()
 
 
 def read_shard(
-    folder: SharedFolder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    folder: SharedFolder, manifest: JsonObject, unit: Unit, entry: JsonObject
+) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors (mapped) and the record of a shard that the manifest lists as `entry`, with at least the unit's
     pairs.
 
@@ -53,9 +53,7 @@ def read_shard(
     return tensors, record
 
 
-def _as_written(
-    folder: SharedFolder, manifest: dict[str, Any], unit: Unit, path: Path, entry: dict[str, Any]
-) -> dict[str, Any]:
+def _as_written(folder: SharedFolder, manifest: JsonObject, unit: Unit, path: Path, entry: JsonObject) -> JsonObject:
     """The entry that the file's bytes agree with: this one, or a later one of a store that has grown meanwhile."""
     for look in range(PATIENCE):
         if check_against(path, entry["sha256"]):
@@ -66,13 +64,13 @@ def _as_written(
     raise bad_shard(manifest, folder, unit, f"its checksum (sha256) differs from that in {MANIFEST}")
 
 
-def bad_shard(manifest: dict[str, Any], folder: SharedFolder, unit: Unit, why: str) -> UserError:
+def bad_shard(manifest: JsonObject, folder: SharedFolder, unit: Unit, why: str) -> UserError:
     """The refusal of a shard, and how it is made again."""
     command = PairSettings.from_manifest(manifest).command(folder.url)
     return UserError(f"{folder.url}/{unit.file} is damaged: {why}", f"to repair: delete it, and run: {command}")
 
 
-def misfit(manifest: dict[str, Any], tensors: dict[str, Tensor], n: int) -> str | None:
+def misfit(manifest: JsonObject, tensors: dict[str, Tensor], n: int) -> str | None:
     """What of a shard of n pairs is not as the store's settings say; None if nothing is."""
     settings, spec = manifest["settings"], manifest["spec"]
     shape = (n, *spec["shape"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from d2o.inputs import JsonObject
 from d2o.interop.records import MAX_SEED, Finite, Record, Sha256, SpecRecord, check_record
 
 MAX_SHARDS = 2**20
@@ -47,7 +48,7 @@ class SettingsRecord(Record):
         return self
 
 
-class TeacherRecord(Record):
+class PairTeacherRecord(Record):
     name: str
     sha256: str
     licence: str = "unstated"
@@ -72,7 +73,7 @@ class PromptsRecord(Record):
     count: Annotated[int, Field(ge=1, le=2**27)]
 
 
-class Shard(Record):
+class ShardRecord(Record):
     file: Annotated[str, Field(pattern=r"^shard-\d{5,}\.safetensors$")]
     start: Annotated[int, Field(ge=0, le=MAX_SEED)]
     n: Count
@@ -91,11 +92,11 @@ class Manifest(Record):
     version: Literal[1]
     d2o: str
     settings: SettingsRecord
-    teacher: TeacherRecord
+    teacher: PairTeacherRecord
     spec: SpecRecord
     compute: ComputeRecord
     noise_probe: Annotated[list[Finite], Field(max_length=8)]
-    shards: Annotated[list[Shard], Field(max_length=MAX_SHARDS)]
+    shards: Annotated[list[ShardRecord], Field(max_length=MAX_SHARDS)]
     prompts: PromptsRecord | None = None
 
     @model_validator(mode="after")
@@ -126,6 +127,6 @@ class Manifest(Record):
         return self
 
 
-def check_manifest(manifest: dict[str, Any], where: str) -> None:
+def check_manifest(manifest: JsonObject, where: str) -> None:
     """UserError, naming `where` and the key: the manifest of a pair store is not as d2o writes it."""
     check_record(Manifest, manifest, f"{where} is damaged", "move it away and make the store again, or copy it again")

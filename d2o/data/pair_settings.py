@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from d2o.data.pair_record import MAX_SHARDS
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 from d2o.version import __version__
 from d2o.work.folder import Unit, cut
 
@@ -116,11 +116,11 @@ class PairSettings:
         """Network passes for one pair: a guided evaluation makes two."""
         return self.ode.forwards(self.cfg)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {**asdict(self), "nfe": self.nfe, "forwards": self.forwards}
 
     @classmethod
-    def from_manifest(cls, manifest: dict[str, Any]) -> PairSettings:
+    def from_manifest(cls, manifest: JsonObject) -> PairSettings:
         """The settings that a store was made with; an older one's lack what was the default then and is now. KeyError:
         not settings."""
         recorded = manifest["settings"]
@@ -206,7 +206,7 @@ def _permutation(n: int, seed: int) -> np.ndarray:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: JsonObject, new: JsonObject) -> list[str]:
     """What differs between two manifests that matters: other settings, another teacher, or other prompts."""
     found = PairSettings.from_manifest(old).differences(PairSettings.from_manifest(new))
     was, now = old["teacher"], new["teacher"]
@@ -224,18 +224,18 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def with_n(manifest: dict[str, Any], n: int) -> dict[str, Any]:
+def with_n(manifest: JsonObject, n: int) -> JsonObject:
     """The manifest of a store of n pairs."""
     return {**manifest, "settings": {**manifest["settings"], "n": n}}
 
 
 def new_manifest(
     settings: PairSettings,
-    teacher: dict[str, Any],
-    spec: dict[str, Any],
-    compute: dict[str, Any],
-    prompts: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    teacher: JsonObject,
+    spec: JsonObject,
+    compute: JsonObject,
+    prompts: JsonObject | None = None,
+) -> JsonObject:
     """The manifest of a store without any shards yet. `teacher`: name, sha256, licence; `prompts`: path, sha256,
     count."""
     labels = "text" if spec["condition"] == "text" else label_mode(settings.labels, spec["classes"], teacher["name"])
@@ -247,22 +247,22 @@ def new_manifest(
         "teacher": teacher,
         "spec": spec,
         "compute": compute,
-        "noise_probe": probe(settings.seed, spec["shape"]),
+        "noise_probe": noise_probe(settings.seed, spec["shape"]),
         "shards": [],
     }
     return record if prompts is None else {**record, "prompts": prompts}
 
 
-def probe(seed: int, shape: Sequence[int]) -> list[float]:
+def noise_probe(seed: int, shape: Sequence[int]) -> list[float]:
     """The first few numbers of the first sample's noise."""
     return noise_for_seeds([seed], shape).flatten()[:8].tolist()
 
 
-def check_probe(manifest: dict[str, Any], path: str | Path) -> None:
+def check_probe(manifest: JsonObject, path: str | Path) -> None:
     """UserError when this torch draws other random numbers than the one that made the store. Rounding (another
     processor) is no matter."""
     settings = PairSettings.from_manifest(manifest)
-    now = probe(settings.seed, manifest["spec"]["shape"])
+    now = noise_probe(settings.seed, manifest["spec"]["shape"])
     if not settings.store_noise and not np.allclose(now, manifest["noise_probe"], rtol=0, atol=1e-4):
         maker = manifest["compute"]["torch"]
         raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from d2o.data.pair_files import noise_sha256, open_store, shard_record, store_fo
 from d2o.data.pair_reading import first_not_finite, misfit, read_shard
 from d2o.data.pair_settings import PairSettings, differences
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import load_file
 from d2o.work.base import SharedFolder
 from d2o.work.folder import Unit
@@ -20,7 +20,7 @@ from d2o.work.folder import Unit
 ShardProgress = Callable[[int, int, str], None]
 
 
-def verify(path: str | Path, progress: ShardProgress | None = None) -> list[str]:
+def verify_store(path: str | Path, progress: ShardProgress | None = None) -> list[str]:
     """Read everything and compare it with the manifest's checksums. Returns one line per problem, beginning with the
     shard's name.
 
@@ -40,7 +40,7 @@ def verify(path: str | Path, progress: ShardProgress | None = None) -> list[str]
     return problems
 
 
-def _problem(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, entry: dict[str, Any]) -> str | None:
+def _problem(folder: SharedFolder, manifest: JsonObject, unit: Unit, entry: JsonObject) -> str | None:
     size = folder.size(unit.file)
     if size < 0:
         return "missing"
@@ -62,7 +62,7 @@ def _problem(folder: SharedFolder, manifest: dict[str, Any], unit: Unit, entry: 
     return None
 
 
-def stats(path: str | Path) -> dict[str, Any]:
+def stats(path: str | Path) -> JsonObject:
     """What a store, finished or not, holds and took: pairs, bytes, network evaluations, speed by worker, and how its
     conditions are covered.
 
@@ -77,7 +77,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     pairs, notes = sum(unit.n for unit in units), folder.notes()
     timed, seconds = sum(note["pairs"] for note in notes), sum(note["seconds"] for note in notes)
     size = sum(recorded[unit.file]["bytes"] for unit in units)
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "pairs": pairs,
         "of": settings.n,
         "shards": len(units),
@@ -118,7 +118,7 @@ def stats(path: str | Path) -> dict[str, Any]:
     return report
 
 
-def merge(sources: Sequence[str | Path], out: str | Path, progress: ShardProgress | None = None) -> int:
+def merge_stores(sources: Sequence[str | Path], out: str | Path, progress: ShardProgress | None = None) -> int:
     """Join stores into a new one; returns its number of pairs.
 
     Either parts of one store, made with equal settings (each worker's own share on a machine of its own), or finished
@@ -164,16 +164,16 @@ def merge(sources: Sequence[str | Path], out: str | Path, progress: ShardProgres
     return settings.n
 
 
-Opened = tuple[SharedFolder, dict[str, Any], PairSettings]
-Move = tuple[SharedFolder, Unit, dict[str, Any]]
+Opened = tuple[SharedFolder, JsonObject, PairSettings]
+Move = tuple[SharedFolder, Unit, JsonObject]
 
 
-def _same(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[dict[str, Any], list[Move]]:
+def _same(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[JsonObject, list[Move]]:
     """The manifest of the whole, and for each of its shards where it lies."""
     _, manifest, settings = stores[0]
     for path, (_, theirs, _) in zip(paths[1:], stores[1:]):
         _agree(paths[0], manifest, path, theirs)
-    found: dict[str, tuple[SharedFolder, dict[str, Any]]] = {}
+    found: dict[str, tuple[SharedFolder, JsonObject]] = {}
     for folder, _, _ in stores:
         for name, entry in folder.recorded().items():
             other = found.setdefault(name, (folder, entry))
@@ -191,7 +191,7 @@ def _same(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[dict[s
     return manifest, [(found[unit.file][0], unit, found[unit.file][1]) for unit in units]
 
 
-def _following(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[dict[str, Any], list[Move]]:
+def _following(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[JsonObject, list[Move]]:
     order = sorted(range(len(stores)), key=lambda i: stores[i][2].seed)
     paths, stores = [paths[i] for i in order], [stores[i] for i in order]
     _, manifest, first = stores[0]
@@ -227,7 +227,7 @@ def _following(paths: Sequence[str | Path], stores: Sequence[Opened]) -> tuple[d
     return {**manifest, "settings": {**whole.to_dict(), "labels": first.labels}}, moves
 
 
-def _agree(path: str | Path, manifest: dict[str, Any], other: str | Path, theirs: dict[str, Any]) -> None:
+def _agree(path: str | Path, manifest: JsonObject, other: str | Path, theirs: JsonObject) -> None:
     different = differences(manifest, theirs)
     for name in sorted({*manifest["compute"], *theirs["compute"]} - {"torch", "processor"}):
         if manifest["compute"].get(name) != theirs["compute"].get(name):

@@ -18,19 +18,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2o.condition import Condition
-from d2o.data.pair_files import open_store, prompts_of
+from d2o.data.pair_files import open_store, shard_prompts
 from d2o.data.pair_reading import read_shard
 from d2o.data.pair_settings import check_probe
-from d2o.data.pair_tools import verify
+from d2o.data.pair_tools import verify_store
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 
 
 class PairStore:
@@ -54,7 +54,7 @@ class PairStore:
             hint = f"continue it: {self.settings.command(path)}"
             raise UserError(f"{path} is not finished: {len(left)} of {len(self.units)} shards are missing", hint)
         check_probe(self.manifest, path)
-        self.spec: dict[str, Any] = self.manifest["spec"]
+        self.spec: JsonObject = self.manifest["spec"]
         self.shape = tuple(self.spec["shape"])
         self.has_prompts = self.settings.labels == "text"
         self._entries = {entry["file"]: entry for entry in self.manifest["shards"]}
@@ -88,7 +88,9 @@ class PairStore:
         found: dict[int, str] = {}
         for number in (index // self.settings.shard_size).unique().tolist():
             mine = index[index // self.settings.shard_size == number]
-            found |= dict(zip(mine.tolist(), prompts_of(self.shard(number), mine - number * self.settings.shard_size)))
+            found |= dict(
+                zip(mine.tolist(), shard_prompts(self.shard(number), mine - number * self.settings.shard_size))
+            )
         return [found[i] for i in index.tolist()]
 
     def images(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
@@ -117,7 +119,7 @@ class PairStore:
 
     def verify(self) -> list[str]:
         """Check everything on disk against the checksums; one line per problem."""
-        return verify(self.path)
+        return verify_store(self.path)
 
     def _index(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         index = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)

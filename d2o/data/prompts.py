@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from torch import Tensor
 
 from d2o.data.containers import printable
 from d2o.errors import UserError
-from d2o.inputs import check_input, check_size, check_unpacked, parse_json
+from d2o.inputs import JsonObject, check_input, check_size, check_unpacked, parse_json
 from d2o.interop.download import download, home
 from d2o.interop.safetensors_io import file_sha256
 from d2o.work.objects import filesystem, local_path, whole_url
+
+if TYPE_CHECKING:
+    from pyarrow import ChunkedArray, Schema
 
 COLUMNS = ("prompt", "text", "caption")
 """Where .jsonl and .parquet files have their prompts: the first of these that the first line, or the table, has."""
@@ -68,7 +71,7 @@ class Prompts(ABC):
         for first in range(0, len(self), 1024):
             yield from self.many(range(first, min(first + 1024, len(self))))
 
-    def __reduce__(self) -> tuple[Callable[..., Prompts], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Prompts], tuple[object, ...]]:
         return open_prompts, (str(self.path),)
 
     def _numbers(self, indices: Iterable[int]) -> list[int]:
@@ -197,7 +200,7 @@ class _JsonLines(_Lines):
         for i in range(len(self)):
             self._prompt(i)
 
-    def _record(self, i: int) -> dict[str, Any]:
+    def _record(self, i: int) -> JsonObject:
         text = self._text(i)
         try:
             record = parse_json(text)
@@ -237,7 +240,7 @@ class _Table(Prompts):
             raise UserError(f"{path} is truncated or not a parquet file ({error})") from error
         rows = self._declared()
         self._starts = [0, *np.cumsum(rows, dtype=np.int64).tolist()]
-        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._groups: OrderedDict[int, ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
         if not len(self):
             raise UserError(f"{path} holds no prompts: it has no rows")
@@ -261,7 +264,7 @@ class _Table(Prompts):
             rows.append(group.num_rows)
         return rows
 
-    def _check(self, values: Any, start: int, rows: int) -> None:
+    def _check(self, values: ChunkedArray, start: int, rows: int) -> None:
         """UserError: a row without a prompt, with one that is not UTF-8 or too long; fewer rows than the file says."""
         import pyarrow
         import pyarrow.compute
@@ -282,7 +285,7 @@ class _Table(Prompts):
         if longest > MAX_PROMPT_BYTES:
             self._many([*range(len(values))], values, start)
 
-    def _many(self, rows: list[int], values: Any, start: int) -> list[str]:
+    def _many(self, rows: list[int], values: ChunkedArray, start: int) -> list[str]:
         """The prompts of these rows of a group. UserError: not UTF-8, or too long."""
         found = []
         for row in rows:
@@ -309,7 +312,7 @@ class _Table(Prompts):
                 found[place] = text
         return found
 
-    def _values(self, group: int) -> Any:
+    def _values(self, group: int) -> ChunkedArray:
         with self._lock:
             if group not in self._groups:
                 import pyarrow
@@ -324,7 +327,7 @@ class _Table(Prompts):
             return self._groups[group]
 
 
-def _text_column(path: Path, schema: Any) -> str:
+def _text_column(path: Path, schema: Schema) -> str:
     """The name of the table's column of prompts. UserError: it has none, or one of something else."""
     from pyarrow import types
 
@@ -356,7 +359,7 @@ class _Listed(Prompts):
     def many(self, indices: Iterable[int]) -> list[str]:
         return unpack(self._tensors, self._numbers(indices))
 
-    def __reduce__(self) -> tuple[Callable[..., Prompts], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Prompts], tuple[object, ...]]:
         return Prompts.from_list, (list(self),)
 
 

@@ -28,12 +28,12 @@ from PIL import Image
 
 from d2o.data import decode
 from d2o.data.arrays import Arrays, open_cifar, open_npz
-from d2o.data.containers import Container, FolderContainer, Member, TarContainer, ZipContainer
+from d2o.data.containers import ArchiveMember, Container, FolderContainer, TarContainer, ZipContainer
 from d2o.data.layouts import LAYOUTS, MAX_CLASSES, ImageSource, Reason, wrong_label
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
-from d2o.inputs import check_input, parse_json
+from d2o.inputs import JsonObject, check_input, json_object, parse_json
 
 REAL = ("real:digits", "real:digits/a", "real:digits/b")
 SIDE_SUFFIXES = {
@@ -92,7 +92,7 @@ class Files(ImageSource):
     def _found(self) -> str:
         return self._fingerprint
 
-    def _sort_out(self, members: list[Member]) -> tuple[list[Member], dict[str, Member]]:
+    def _sort_out(self, members: list[ArchiveMember]) -> tuple[list[ArchiveMember], dict[str, ArchiveMember]]:
         """Images in order, and the other members that labels may be in, by path. The rest is noted, or bad."""
         images, side, odd = [], [], []
         for member in members:
@@ -118,7 +118,7 @@ class Files(ImageSource):
         return images, {member.name: member for member in side}
 
     def _label(
-        self, images: list[Member], fields: dict[str, Member]
+        self, images: list[ArchiveMember], fields: dict[str, ArchiveMember]
     ) -> tuple[list[int] | None, list[str], dict[int, str]]:
         """(labels or None, class names, {index: why it has no valid label})."""
         found: list[Any] | None
@@ -158,9 +158,9 @@ class Files(ImageSource):
             class_names = [str(c) for c in range(max(labels, default=-1) + 1)]
         return labels, class_names, problems
 
-    def _from_table(self, images: list[Member], root: str, table: Member) -> list[Any] | None:
+    def _from_table(self, images: list[ArchiveMember], root: str, table: ArchiveMember) -> list[Any] | None:
         try:
-            rows = parse_json(self._container.read(table))["labels"]
+            rows = json_object(parse_json(self._container.read(table)), "it")["labels"]
             pairs = list(rows.items() if isinstance(rows, dict) else rows or [])
             pairs = [(posixpath.normpath(str(name).replace("\\", "/")), label) for name, label in pairs]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -172,7 +172,7 @@ class Files(ImageSource):
         if rows is None:
             self.notes.append(f"unlabelled, as {table.name} says")
             return None
-        labels: dict[str, Any] = {}
+        labels: JsonObject = {}
         for name, label in pairs:
             labels[name] = (
                 label if labels.get(name, label) == label else Reason(f"two labels: {labels[name]} and {label}")
@@ -185,7 +185,7 @@ class Files(ImageSource):
         return [labels.get(member.path[len(root) :]) for member in images]
 
     def _from_fields(
-        self, images: list[Member], fields: dict[str, Member], used: set[str], problems: dict[int, str]
+        self, images: list[ArchiveMember], fields: dict[str, ArchiveMember], used: set[str], problems: dict[int, str]
     ) -> list[Any] | None:
         """Labels of a WebDataset: a sample's key is its path up to the first dot of the file's name (or the last one,
         if that fits)."""
@@ -212,14 +212,15 @@ class Files(ImageSource):
         self.notes.append("labels from the .cls or .json beside each image")
         return found
 
-    def _from_field(self, field: Member) -> tuple[Any, bool]:
+    def _from_field(self, field: ArchiveMember) -> tuple[Any, bool]:
         """(label, whether the field holds one)."""
         try:
             text = self._container.read(field).decode("utf-8").strip()
             if field.path.endswith(".json"):
                 value = parse_json(text)
-                held = isinstance(value, dict) and "label" in value
-                return (value["label"] if held else None), held
+                if isinstance(value, dict) and "label" in value:
+                    return value["label"], True
+                return None, False
             return (int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text), True
         except (OSError, ValueError) as error:
             return Reason(f"its label cannot be read from {field.name}: {error}"), True

@@ -54,7 +54,7 @@ class Shards(Protocol):
     def forget(self, number: int) -> None: ...
 
 
-class Pairs(NamedTuple):
+class PairBatch(NamedTuple):
     """Some of a store's pairs: `noise` [B, ...] and `target` [B, ...] float32, and what they were asked to be."""
 
     noise: Tensor
@@ -132,7 +132,7 @@ class PairStream:
         self.pairs = sum(unit.n for unit in store.units)
         self._position = 0
         self._whole: _Rows | None = None  # a store that is one group
-        self._running: Ahead[list[_Piece], Pairs] | None = None  # the batches that come next
+        self._running: Ahead[list[_Piece], PairBatch] | None = None  # the batches that come next
         self._loading: Ahead[_Group, _Rows] | None = None  # the groups that they are made from
 
     @property
@@ -148,10 +148,10 @@ class PairStream:
             self.close()
             self._position = position
 
-    def __iter__(self) -> Iterator[Pairs]:
+    def __iter__(self) -> Iterator[PairBatch]:
         return self
 
-    def __next__(self) -> Pairs:
+    def __next__(self) -> PairBatch:
         if self._running is None:
             self._running = Ahead(self._make, self._pieces(self._position), self.prefetch)
         try:
@@ -260,7 +260,7 @@ class PairStream:
             self.store.forget(shard)
         return found
 
-    def _make(self, pieces: list[_Piece]) -> Pairs:
+    def _make(self, pieces: list[_Piece]) -> PairBatch:
         noise = torch.empty(self.batch, *self.store.shape)
         target = np.empty((self.batch, *self.store.shape), np.float32)
         labels, prompts = np.empty(self.batch, np.int64), list[str]()
@@ -286,7 +286,7 @@ class PairStream:
             torch.from_numpy(labels) if has_labels else None,
             tuple(prompts) if has_prompts else None,
         )
-        return Pairs(noise, condition, torch.from_numpy(target))
+        return PairBatch(noise, condition, torch.from_numpy(target))
 
 
 def _shards_at_once(store: Shards) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from d2o.data.draws import label_mode
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.protocol import Settings
@@ -11,6 +9,7 @@ from d2o.evaluation.reference import Reference
 from d2o.evaluation.sides import Measured, Side
 from d2o.evaluation.subjects import Generator, Numbers, Pictures, Subject
 from d2o.evaluation.task import Task
+from d2o.inputs import JsonObject
 
 
 def has(side: Side, extractor: Extractor) -> bool:
@@ -49,7 +48,7 @@ def doubts(x: Subject, run: Side, reference: Reference | None, plan: Task) -> li
     return notes
 
 
-def protocol_of(x: Subject, run: Side, reference: Reference | None, plan: Task, settings: Settings) -> dict[str, Any]:
+def protocol_of(x: Subject, run: Side, reference: Reference | None, plan: Task, settings: Settings) -> JsonObject:
     """Everything that a number depends on, besides x's weights."""
     extractors = {e.name: e for want in plan.wants if (e := plan.extractor(want)) is not None}
     main = next(iter(extractors.values()), plan.main)
@@ -61,7 +60,7 @@ def protocol_of(x: Subject, run: Side, reference: Reference | None, plan: Task, 
         if main is not None and (isinstance(x, Numbers) or has(run, main))
         else settings.preparation.describe()
     )
-    protocol: dict[str, Any] = {
+    protocol: JsonObject = {
         "n_gen": run.n,
         "seeds": None,
         "repeats": 1,

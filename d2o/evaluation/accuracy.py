@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import statistics as stats
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Generator, Pictures, Subject
+from d2o.inputs import JsonObject
 
 
-def accuracy(runs: Sequence[Measured], x: Subject, extractor: Extractor | None) -> dict[str, Any]:
+def accuracy(runs: Sequence[Measured], x: Subject, extractor: Extractor | None) -> JsonObject:
     """{"accuracy": entry} over the runs, by class, or {} where the labels mean nothing to the extractor.
 
     Labels (-1: none) count if x has as many classes as the extractor; a set of images whose classes are called by

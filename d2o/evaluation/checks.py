@@ -14,7 +14,7 @@ from d2o.evaluation.subjects import Generator, Numbers, Pictures, Subject, check
 from d2o.evaluation.task import Task
 
 
-def check(x: Subject, reference: Reference | None, plan: Task, settings: Settings) -> None:
+def check_task(x: Subject, reference: Reference | None, plan: Task, settings: Settings) -> None:
     """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of
     another extractor, a network that is not here. `reference` may be opened only."""
     if isinstance(x, Generator) and x.spec.condition != "text":

@@ -3,7 +3,7 @@ DMD2 and Diffusion2GAN share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from d2o.errors import unknown
 from d2o.evaluation.resizing import clip_input, crop_square, each_image
-from d2o.features.clip import full_name, load_clip
-from d2o.features.common import CHUNK, at_once, package
+from d2o.features.clip import full_name, load_clip, tokenizer
+from d2o.features.common import CHUNK, at_once
 from d2o.metrics.clip_score import clip_score
 
 LENGTH = 77
@@ -77,12 +77,12 @@ class ClipScore:
         return tokens if self.template == "none" else insert_tokens(tokens, self.tokenizer([PREFIX], LENGTH)[0, 1:4])
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Callable[[list[str], int], Tensor]:
         """OpenAI's byte-pair encoding, which open_clip brings."""
-        return package("open_clip.tokenizer").SimpleTokenizer()
+        return tokenizer()  # the module's
 
     @staticmethod
-    def _unit(parts: Any) -> Tensor:
+    def _unit(parts: Iterable[Tensor]) -> Tensor:
         return F.normalize(torch.cat(list(parts)).float(), dim=1)
 
 

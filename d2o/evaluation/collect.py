@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.evaluation.columns import Columns, FolderColumns, MemoryColumns, begin, chunks, intact, join
+from d2o.evaluation.columns import Columns, FolderColumns, MemoryColumns, begin, chunks, column_intact, join_columns
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import write_error
-from d2o.runtime import StopFlag, Stopped
+from d2o.runtime import Say, StopFlag, Stopped
 from d2o.version import __version__
 from d2o.work.folder import Unit, WorkFolder, fill
 
@@ -31,8 +32,7 @@ CHUNK = 256
 """Images that a kill can lose, at least; a chunk is made of whole batches."""
 Tick = Callable[[int], None]
 """Called with the number of images just done."""
-Say = Callable[[str], None]
-Meter = Callable[[str, int], AbstractContextManager[Tick]]
+OpenMeter = Callable[[str, int], AbstractContextManager[Tick]]
 """meter(what is being worked on, images in all) -> the progress of that work."""
 
 
@@ -61,7 +61,7 @@ class ImageBatch:
 class Probe(Protocol):
     """Something that is asked of every image. `identity`: what its answers depend on."""
 
-    identity: dict[str, Any]
+    identity: JsonObject
 
     def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         """{column: [k, ...]}."""
@@ -76,10 +76,10 @@ class Pass:
     batch: int
     make: Callable[[range], ImageBatch]
     probes: Sequence[Probe]
-    identity: dict[str, Any]
+    identity: JsonObject
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         probes = [probe.identity for probe in self.probes]
         return {
             "images": self.identity,
@@ -112,7 +112,7 @@ def collect(
         memory = MemoryColumns(work.n, work.batch)
         for start in range(0, work.n, work.batch):
             part, seconds = _measure(work, range(start, min(start + work.batch, work.n)))
-            memory.parts.append(join([part]))
+            memory.parts.append(join_columns([part]))
             memory.seconds += seconds
             progress(len(part[next(iter(part))]))
         return memory
@@ -137,9 +137,9 @@ def collect(
             parts.append(part)
             seconds += took
             show(before + start + len(part[next(iter(part))]) - unit.start)
-        return join(parts), seconds
+        return join_columns(parts), seconds
 
-    def write(unit: Unit, made: tuple[dict[str, Tensor], list[float]]) -> dict[str, Any]:
+    def write(unit: Unit, made: tuple[dict[str, Tensor], list[float]]) -> JsonObject:
         try:
             saved = folder.save(unit.file, made[0], {"start": unit.start, "n": unit.n, "seconds": made[1]})
         except OSError as error:
@@ -165,7 +165,7 @@ def _checked(folder: WorkFolder, units: Sequence[Unit], say: Say) -> set[str]:
     for unit in units:
         if unit.file in left:
             continue
-        if intact(folder, recorded[unit.file]):
+        if column_intact(folder, recorded[unit.file]):
             good.add(unit.file)
         else:
             say(f"{folder.path / unit.file} was damaged; its {unit.n:,} images are measured again")
@@ -182,12 +182,12 @@ def _measure(work: Pass, numbers: range) -> tuple[dict[str, Tensor], list[float]
     return columns, [batch.seconds] if whole and batch.seconds is not None else []
 
 
-def blocks(numbers: range, size: int) -> Iterator[range]:
+def pieces_of(numbers: range, size: int) -> Iterator[range]:
     """`numbers` in pieces of `size`; the last may be smaller, none is dropped."""
     return (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
-def check_finite(images: Tensor, seeds: Sequence[int], who: str) -> None:
+def check_images(images: Tensor, seeds: Sequence[int], who: str) -> None:
     """UserError that counts the images with NaN or infinite values, as a collapsed student makes them."""
     bad = int((~torch.isfinite(images).flatten(1).all(1)).sum())
     if bad:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.interop.temporary import sweep
 from d2o.runtime import trusting
@@ -81,7 +81,7 @@ class FolderColumns(Columns):
         self.folder, self.units, self.n, self.batch = folder, list(units), n, batch
         recorded = folder.recorded()
         for unit in self.units:
-            if unit.file not in checked and not intact(folder, recorded[unit.file]):
+            if unit.file not in checked and not column_intact(folder, recorded[unit.file]):
                 raise UserError(
                     f"{folder.path / unit.file} is damaged: its bytes are not those that were written",
                     "the same command makes it again",
@@ -104,7 +104,7 @@ class FolderColumns(Columns):
             return {name: file.get_tensor(name)}
 
 
-def begin(path: Path, record: dict[str, Any]) -> WorkFolder:
+def begin(path: Path, record: JsonObject) -> WorkFolder:
     """Begin or join the folder of a pass. What killed writers left in it goes."""
     sweep(path)
     folder = WorkFolder(path, KIND, "parts")
@@ -117,11 +117,11 @@ def chunks(n: int, size: int) -> list[Unit]:
     return cut(n, size, "part-{:06d}.safetensors")
 
 
-def intact(folder: WorkFolder, entry: dict[str, Any]) -> bool:
+def column_intact(folder: WorkFolder, entry: JsonObject) -> bool:
     """Whether the file has the bytes that were written. UserError: it cannot be read."""
     return trusting() or folder.sha256(entry["file"]) == entry["sha256"]
 
 
-def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def join_columns(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of several batches one after the other, contiguous and on the CPU."""
     return {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from d2o.evaluation.account import doubts, has, protocol_of
 from d2o.evaluation.accuracy import accuracy
-from d2o.evaluation.catalogue import Want, combine
-from d2o.evaluation.checks import check, told
-from d2o.evaluation.collect import Meter, silent
+from d2o.evaluation.checks import check_task, told
+from d2o.evaluation.collect import OpenMeter, Probe, silent
 from d2o.evaluation.columns import Columns
-from d2o.evaluation.grids import sample_grid
+from d2o.evaluation.extractor import Device
+from d2o.evaluation.known_metrics import Want, combine
 from d2o.evaluation.leaks import leak_notes
+from d2o.evaluation.measures import Score, Sides
 from d2o.evaluation.passes import feature_probes, generator_pass, pair_pass, pictures_pass
 from d2o.evaluation.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
 from d2o.evaluation.protocol import Settings, hardware
 from d2o.evaluation.reference import Reference, generated_reference, measure_reference
-from d2o.evaluation.scores import Score, Sides
+from d2o.evaluation.sample_grid import sample_grid
 from d2o.evaluation.sides import Given, Measured, Side
 from d2o.evaluation.speed import latency, throughput
 from d2o.evaluation.statistics import Statistics
-from d2o.evaluation.subjects import Device, Generator, Numbers, Pictures, Subject, check_subject
+from d2o.evaluation.subjects import Generator, Numbers, Pictures, Subject, check_subject
 from d2o.evaluation.task import Task
 from d2o.evaluation.workplace import Workplace
+from d2o.inputs import JsonObject
 from d2o.runtime import worker
 from d2o.version import __version__
 
@@ -35,7 +36,7 @@ FORMAT = {"format": "d2o-eval", "version": 1}
 class Evaluation:
     """`record` is the JSON result; `statistics` those of X's first run over the main extractor, where it has any."""
 
-    record: dict[str, Any]
+    record: JsonObject
     statistics: Statistics | None
 
 
@@ -48,7 +49,7 @@ def evaluate_one(
     name: str | None = None,
     device: Device = "cpu",
     place: Workplace | None = None,
-    meter: Meter = silent,
+    meter: OpenMeter = silent,
 ) -> Evaluation | None:
     """Measure `x`; None for a worker that is not the first, which only helps. Global random state is neither used nor
     changed.
@@ -57,7 +58,7 @@ def evaluate_one(
     """
     started = time.perf_counter()
     place = place or Workplace(memory=True)
-    check(x, reference, plan, settings)
+    check_task(x, reference, plan, settings)
     runs = _main_passes(x, plan, settings, device, place, meter)
     teacher_reference = _teacher_reference(x, plan, settings, device, place, meter)
     diversity = _diversity_pass(x, plan, settings, device, place, meter)
@@ -65,7 +66,7 @@ def evaluate_one(
     if worker()[0] != 0:
         return None
     sources = {"teacher": teacher_reference, "statistics": reference, "rows": reference}
-    metrics: dict[str, Any] = {}
+    metrics: JsonObject = {}
     for want in plan.wants:
         place.check_stop(f"{want.metric.name} of {x.name}")
         extractor, kind = plan.extractor(want), want.metric.reference
@@ -127,7 +128,7 @@ def _score(want: Want, sides: Sides, settings: Settings) -> dict[str, Score]:
 
 
 def _main_passes(
-    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
 ) -> list[Side]:
     """X's own images, once for each run."""
     if isinstance(x, Numbers):
@@ -158,7 +159,7 @@ def _main_passes(
 
 
 def _teacher_reference(
-    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
 ) -> Reference | None:
     """The teacher's images of the same seeds, for rel-FID (GDD)."""
     outputs = plan.outputs("teacher")
@@ -170,7 +171,7 @@ def _teacher_reference(
 
 
 def _diversity_pass(
-    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
 ) -> Measured | None:
     outputs = plan.outputs("diversity")
     if not outputs:
@@ -185,14 +186,14 @@ def _diversity_pass(
 
 
 def _pair_pass(
-    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: Meter
+    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
 ) -> Measured | None:
     wanted = [want.metric.name for want in plan.wants if want.metric.reference == "pair"]
     if not isinstance(x, Generator) or plan.teacher is None:
         return None
     if not wanted and (not plan.distance or plan.main is None):
         return None
-    probes: list[Any] = []
+    probes: list[Probe] = []
     if plan.distance and plan.main is not None:
         probes.append(DistanceProbe(plan.main))
     for key in wanted:
@@ -204,7 +205,7 @@ def _pair_pass(
         return Measured(place.collect(pair_pass(x, plan.teacher, settings, probes, device), progress))
 
 
-def _distance(columns: Columns, teacher: Generator, settings: Settings) -> dict[str, Any]:
+def _distance(columns: Columns, teacher: Generator, settings: Settings) -> JsonObject:
     """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values
     in [-1, 1]) and the mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
     made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}

@@ -11,6 +11,8 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.features.base import check_fit
 
+Device = str | torch.device
+
 
 class Extractor(ABC):
     """A frozen network with features. Always float32, without TF32, in eval mode; deterministic.
@@ -51,7 +53,7 @@ class Extractor(ABC):
             raise UserError(
                 f"the extractor {self.name!r} has no {' or '.join(missing)}", f"it has {', '.join(self.has)}"
             )
-        check_shape(tuple(images.shape[1:]), self)
+        check_images_fit(tuple(images.shape[1:]), self)
         if self.shape is None and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
@@ -66,6 +68,6 @@ class Extractor(ABC):
         return self.outputs(images, ("logits",))["logits"]
 
 
-def check_shape(shape: tuple[int, ...], extractor: Extractor, of: str = "the images") -> None:
+def check_images_fit(shape: tuple[int, ...], extractor: Extractor, of: str = "the images") -> None:
     """UserError unless images of `shape` (C, H, W) fit the extractor."""
     check_fit(shape, extractor.name, extractor.shape, of)

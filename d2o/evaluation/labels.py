@@ -30,22 +30,22 @@ def label(key: str, extractor: Extractor | None, settings: Settings, n: int | No
     always with its n: FID-50k takes 50,000 generated images."""
     if key.startswith(("fd", "fid", "clip-fid", "rel-f")) and key != "fd-class" and extractor is not None:
         name = FRECHET.get(extractor.name, f"FD({extractor.name})")
-        return ("rel-" if key.startswith("rel") else "") + (name + size(n) if name in FRECHET.values() else name)
+        return ("rel-" if key.startswith("rel") else "") + (name + size_words(n) if name in FRECHET.values() else name)
     if key == "sfid":
-        return "sFID" + size(n)
+        return "sFID" + size_words(n)
     if key == "clip-score":
-        return f"CLIP score{size(n)} ({settings.clip_model.removeprefix('clip-')})"
+        return f"CLIP score{size_words(n)} ({settings.clip_model.removeprefix('clip-')})"
     name = WORDS.get(key, key)
     if key.startswith("latent-lpips-"):
         return f"LatentLPIPS({key.removeprefix('latent-lpips-')})"
     if key in ("dreamsim", "dreamdiv"):
-        return name + size(n)
+        return name + size_words(n)
     if extractor is None or (extractor.name == "inception" and key == "is"):
-        return name + (size(n) if key == "is" else "")
+        return name + (size_words(n) if key == "is" else "")
     return f"{name}({extractor.name})"
 
 
-def size(n: int | None) -> str:
+def size_words(n: int | None) -> str:
     """The n behind a number, as the papers write it: -50k, -5k; spelt out where it is not of whole thousands."""
     if n is None:
         return " (n not stated)"

@@ -4,7 +4,8 @@ section 5)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+
+from d2o.inputs import JsonObject
 
 FAMILIES = {
     "lite0": ("lite0",),
@@ -33,7 +34,7 @@ NETWORKS = (
 """Keys of a recipe whose value names a network that the student was trained against."""
 
 
-def leak_notes(source: str, recipe: dict[str, Any], extractors: list[str]) -> list[str]:
+def leak_notes(source: str, recipe: JsonObject, extractors: list[str]) -> list[str]:
     """A note for each extractor of the metrics that shares a backbone, or ImageNet's labels, with the training that
     `recipe` describes."""
     options = recipe.get(str(recipe.get("method")))
@@ -57,7 +58,7 @@ def leak_notes(source: str, recipe: dict[str, Any], extractors: list[str]) -> li
     return notes
 
 
-def _names(value: Any, named: bool = False) -> Iterator[str]:
+def _names(value: object, named: bool = False) -> Iterator[str]:
     """Every text under a key that names a network."""
     if isinstance(value, dict):
         for key, item in value.items():
@@ -69,7 +70,7 @@ def _names(value: Any, named: bool = False) -> Iterator[str]:
         yield value
 
 
-def _idle(options: dict[str, Any], name: str) -> bool:
+def _idle(options: JsonObject, name: str) -> bool:
     """The extractor of a loss that is not the perceptual one is not used."""
     return options.get("extractor") == name and options.get("loss") not in (None, "perceptual")
 

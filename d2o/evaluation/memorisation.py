@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.extractor import Device, Extractor
 from d2o.evaluation.neighbours import neighbours_record
 from d2o.evaluation.passes import generate
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference
 from d2o.evaluation.sides import Measured, Side
-from d2o.evaluation.subjects import Device, Generator, Pictures
+from d2o.evaluation.subjects import Generator, Pictures
+from d2o.inputs import JsonObject
 
 SEARCHED = 512
 """Samples that are looked up: the first ones."""
@@ -27,7 +26,7 @@ def nearest_images(
     k: int,
     settings: Settings,
     device: Device,
-) -> dict[str, Any]:
+) -> JsonObject:
     """`record["neighbours"]`: the first samples of x beside the k images of the reference (a set of images) whose
     features are nearest."""
     images, side = reference.subject, reference.side

@@ -10,7 +10,6 @@ Generative Models", 2020, compare the same two distributions); one that copies m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch.nn import functional as F
 
 from d2o.data.pictures import to_png
 from d2o.errors import UserError
-from d2o.metrics.prdc import nearest
+from d2o.inputs import JsonObject
+from d2o.metrics.prdc import nearest_rows
 
 REAL_QUERIES = 2000  # training images whose own nearest neighbour is looked up: enough for a median
 TILE = 128  # pixels of a picture at most
@@ -34,7 +34,7 @@ def neighbours_record(
     k: int = 3,
     rows: int = 16,
     extractor: str = "",
-) -> dict[str, Any]:
+) -> JsonObject:
     """What `record["neighbours"]` holds, JSON-able.
 
     `samples` uint8 [n, C, H, W], `sample_features` [n, d], `reference_features` [m, d]; `reference_images(indices)` ->
@@ -60,7 +60,7 @@ def neighbours_record(
             f"{k} nearest training images need at least {k + 1} reference images, not {m}",
             "give a larger reference, or a smaller k",
         )
-    distances, indices = (t.cpu() for t in nearest(sample_features, reference_features, k))
+    distances, indices = (t.cpu() for t in nearest_rows(sample_features, reference_features, k))
     own, real = distances[:, 0].double(), _among_reference(reference_features)
     median_real = float(real.median())
     scale = median_real or 1.0
@@ -68,7 +68,7 @@ def neighbours_record(
     spaced = torch.linspace(0, len(samples) - 1, min(half, len(samples))).long()
     closest = torch.argsort(own, stable=True)[:half]
 
-    def sheet(chosen: Tensor) -> dict[str, Any]:
+    def sheet(chosen: Tensor) -> JsonObject:
         return {
             "png": _sheet(samples[chosen], reference_images(indices[chosen].flatten().tolist()), k),
             "samples": chosen.tolist(),
@@ -96,7 +96,7 @@ def neighbours_record(
 def _among_reference(features: Tensor) -> Tensor:
     """The distance of evenly spaced reference images to their nearest other one, float64."""
     chosen = torch.linspace(0, len(features) - 1, min(len(features), REAL_QUERIES)).long()
-    distances, indices = (t.cpu() for t in nearest(features[chosen.to(features.device)], features, 2))
+    distances, indices = (t.cpu() for t in nearest_rows(features[chosen.to(features.device)], features, 2))
     first_is_itself = indices[:, 0] == chosen  # not so where an exact double comes before it
     return torch.where(first_is_itself, distances[:, 1], distances[:, 0]).double()
 

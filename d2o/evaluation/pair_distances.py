@@ -14,13 +14,11 @@ from torch import Tensor
 
 from d2o.data.images import to_float
 from d2o.errors import UserError, unknown
+from d2o.evaluation.extractor import Device
 from d2o.features.lpips import LEAST, TITLES
-from d2o.interop.safetensors_io import file_sha256
-from d2o.interop.weights import find_weights
-from d2o.losses.latent_lpips import RELEASED, LatentLPIPS, load_latent_lpips
+from d2o.losses.latent_lpips import RELEASED, load_latent_lpips
 from d2o.losses.perceptual import Trunk, load_lpips
 
-Device = str | torch.device
 AT_ONCE = 16  # pairs in one pass of the network, which bounds its memory
 
 
@@ -72,7 +70,7 @@ class PairDistance(ABC):
         return to_float(x.expand(-1, 3, -1, -1)) if self.space == "pixel" else x.float()
 
 
-class LPIPS(PairDistance):
+class LpipsDistance(PairDistance):
     """LPIPS v0.1 as the package `lpips` computes it, with its linear heads, at the images' own size."""
 
     def __init__(self, trunk: Trunk, weights: Path | None = None, device: Device = "cpu"):
@@ -103,18 +101,18 @@ class LatentDistance(PairDistance):
 
     def __init__(self, space: str, weights: Path | None = None, device: Device = "cpu"):
         """`weights`: the released "tuned" file; None: it is looked for. UserError: not there, or another space's."""
-        path = find_weights(f"latent-lpips-{space}", weights)
-        super().__init__(f"latent-lpips-{space}", f"LatentLPIPS ({space})", file_sha256(path), "latent", device)
-        self.network: LatentLPIPS = load_latent_lpips(space, path).to(self.device)
+        self.network = load_latent_lpips(space, weights, device=device)
+        sha256 = self.network.features.sha256
+        super().__init__(f"latent-lpips-{space}", f"LatentLPIPS ({space})", sha256, "latent", device)
 
     def run(self, a: Tensor, b: Tensor) -> Tensor:
         return self.network(a, b)
 
 
 PAIR_DISTANCES: dict[str, Callable[[Path | None, Device], PairDistance]] = {
-    "lpips": partial(LPIPS, "alex"),
-    "lpips-alex": partial(LPIPS, "alex"),
-    "lpips-vgg": partial(LPIPS, "vgg"),
+    "lpips": partial(LpipsDistance, "alex"),
+    "lpips-alex": partial(LpipsDistance, "alex"),
+    "lpips-vgg": partial(LpipsDistance, "vgg"),
     **{f"latent-lpips-{space}": partial(LatentDistance, space) for space in RELEASED},
 }
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_finite, clock
-from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.collect import ImageBatch, Pass, Probe, check_images, clock
+from d2o.evaluation.extractor import Device, Extractor
 from d2o.evaluation.prepare import quantize
 from d2o.evaluation.probes import FeatureProbe, LabelProbe
 from d2o.evaluation.protocol import Settings, noise_for
-from d2o.evaluation.subjects import Device, Generator, Pictures
+from d2o.evaluation.subjects import Generator, Pictures
+from d2o.inputs import JsonObject
 
 Outputs = dict[str, tuple[Extractor, set[str]]]
 """Extractor's name -> what is wanted of it."""
@@ -62,7 +62,7 @@ def generate(
         made = x.sample(noise, condition)
         floats = x.decode(made)
     seconds = clock(device) - start
-    check_finite(floats, seeds, x.name)
+    check_images(floats, seeds, x.name)
     images = settings.preparation.apply(quantize(floats, settings.quantize))
     prompts = None if condition.prompts is None else list(condition.prompts)
     latents = made if x.spec.latent else None
@@ -97,7 +97,7 @@ def pictures_pass(x: Pictures, settings: Settings, probes: Sequence[Probe]) -> P
     return Pass(x.name, x.n, min(settings.batch, x.n), make, [LabelProbe(), *probes], identity)
 
 
-def generator_identity(x: Generator, settings: Settings, first: int, per_prompt: int, device: Device) -> dict[str, Any]:
+def generator_identity(x: Generator, settings: Settings, first: int, per_prompt: int, device: Device) -> JsonObject:
     """What the images of `x` depend on."""
     keys = ("sha256", "solver", "steps", "cfg")
     return {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from d2o.errors import UserError
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.prepare import parse_preparation
-from d2o.evaluation.presets import Preset, written
+from d2o.evaluation.presets import Preset, as_written
+from d2o.inputs import JsonObject
 from d2o.interop.weights import WEIGHTS
 
 _WHERE = {"n": "n_gen", "seed": "seeds", "against": "ref"}
@@ -18,7 +18,7 @@ _UNSTATED = (None, "own", "as stored", "not stated")
 """Of images that were made elsewhere this is all that is known; it contradicts nothing."""
 
 
-def check_result(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
+def check_result(preset: Preset, protocol: JsonObject) -> list[str]:
     """What in a record's `protocol`, as far as it is known, is not the preset's; empty: comparable. Keys that are
     absent or None are passed over, so that it can be asked before anything is generated as well as at the end."""
     found = []
@@ -35,7 +35,7 @@ def check_result(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
 
 def hold_to(preset: Preset, extractors: Sequence[Extractor], reference: str | None, n_ref: int | None) -> None:
     """Refuse before hours of work what is known not to be the protocol."""
-    known: dict[str, Any] = {
+    known: JsonObject = {
         "features": ", ".join(f"{e.name}/{e.dim}" for e in extractors) or None,
         "ref": reference,
         "n_ref": n_ref,
@@ -52,12 +52,12 @@ def refuse(preset: Preset, differences: Sequence[str]) -> None:
         )
 
 
-def _wrong_networks(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
+def _wrong_networks(preset: Preset, protocol: JsonObject) -> list[str]:
     """Feature networks that are not the protocol's, or whose weights are not those that were published."""
     stated = protocol.get("features")
     names = [] if stated in _UNSTATED else [part.partition("/")[0] for part in str(stated).split(", ")]
     found = [
-        f"features: {name}, the protocol has {written(sorted(preset.extractors))}"
+        f"features: {name}, the protocol has {as_written(sorted(preset.extractors))}"
         for name in names
         if name not in preset.extractors
     ]
@@ -67,7 +67,7 @@ def _wrong_networks(preset: Preset, protocol: Mapping[str, Any]) -> list[str]:
         if sha and known and sha not in known:
             found.append(
                 f"weights of {name}: sha256 {sha[:12]}... is no published file of this network (known:"
-                f" {written([k[:12] for k in known])})"
+                f" {as_written([k[:12] for k in known])})"
             )
     return found
 
@@ -89,5 +89,5 @@ def _prepared(wanted: str, value: str) -> bool:
     return value == before or value.startswith(f"{before}+")
 
 
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else written(value)
+def _count(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else as_written(value)

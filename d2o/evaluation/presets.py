@@ -3,13 +3,13 @@ papers are in `paper_protocols`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2o.errors import UserError
-from d2o.evaluation import scores
-from d2o.evaluation.catalogue import parse_metrics
+from d2o.evaluation import measures
+from d2o.evaluation.known_metrics import parse_metrics
 from d2o.evaluation.protocol import option
 
 
@@ -52,12 +52,12 @@ class Preset:
         wants = [
             want
             for want in parse_metrics(self.metrics)
-            if want.metric.compute is scores.frechet and want.metric.reference == "statistics"
+            if want.metric.compute is measures.frechet and want.metric.reference == "statistics"
         ]
         return [want.extractor or self.extractor for want in wants if want.metric.output == "features"]
 
 
-def differences(preset: Preset, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+def contradictions(preset: Preset, given: Mapping[str, object]) -> list[tuple[str, str]]:
     """The options in `given` that contradict the protocol, each with what it has instead: ("--n 10000", "n 50000").
 
     Some of the protocol's metrics, instead of all, contradict nothing. What it does not settle (batch, device, solver)
@@ -66,16 +66,16 @@ def differences(preset: Preset, given: Mapping[str, Any]) -> list[tuple[str, str
     found = []
     for name, value in given.items():
         if name in preset.fixed and not _agree(name, preset.fixed[name], value):
-            found.append((f"{option(name)} {written(value)}", f"{name} {written(preset.fixed[name])}"))
+            found.append((f"{option(name)} {as_written(value)}", f"{name} {as_written(preset.fixed[name])}"))
     return found
 
 
-def apply_preset(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
+def apply_preset(preset: Preset, given: Mapping[str, object]) -> dict[str, Any]:
     """`given` (only what the user gave explicitly, by the name of the option) with all that the protocol settles.
 
     UserError: options that contradict it, all of them; options that it needs (`needs`) and that are not there.
     """
-    if wrong := differences(preset, given):
+    if wrong := contradictions(preset, given):
         what = (
             f"{', '.join(flag for flag, _ in wrong)} {'is' if len(wrong) == 1 else 'are'} not the protocol"
             f" {preset.name}"
@@ -90,11 +90,11 @@ def apply_preset(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**preset.fixed, **given}
 
 
-def _agree(name: str, wanted: Any, value: Any) -> bool:
-    if name == "metrics":
+def _agree(name: str, wanted: object, value: object) -> bool:
+    if name == "metrics" and isinstance(wanted, Sequence) and isinstance(value, Sequence):
         return set(value) <= set(wanted)
     return wanted == value
 
 
-def written(value: Any) -> str:
+def as_written(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

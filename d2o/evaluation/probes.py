@@ -4,7 +4,6 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from d2o.evaluation.clip_scorer import ClipScore
 from d2o.evaluation.collect import ImageBatch
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.pair_distances import PairDistance
+from d2o.inputs import JsonObject
 
 
 class FeatureProbe:
@@ -37,7 +37,7 @@ class FeatureProbe:
 class LabelProbe:
     """The class asked for, -1 where there is none."""
 
-    identity: dict[str, Any] = {"labels": True}
+    identity: JsonObject = {"labels": True}
 
     def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         labels = batch.labels if batch.labels is not None else torch.full((len(batch.images),), -1)

@@ -6,7 +6,6 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from d2o.data.prompts import Prompts
 from d2o.diffusion.solvers import get_solver
 from d2o.errors import UserError
 from d2o.evaluation.prepare import Preparation, parse_preparation
+from d2o.inputs import JsonObject
 from d2o.teachers.base import Spec
 
 QUANTIZE = ("edm_round", "dmd_trunc")
@@ -121,7 +121,7 @@ def noise_for(
     return noise, Condition(len(seeds), found)
 
 
-def protocol_line(protocol: dict[str, Any]) -> str:
+def protocol_line(protocol: JsonObject) -> str:
     """A record's protocol in one line, for footers."""
     stated = {
         key: "not stated" if protocol[key] in (None, "") else protocol[key]
@@ -147,9 +147,9 @@ def _count(n: int | str) -> str:
     return f"{n:,}" if isinstance(n, int) else n
 
 
-def hardware(device: str | torch.device = "cpu") -> dict[str, Any]:
+def hardware(device: str | torch.device = "cpu") -> JsonObject:
     """What the measurement ran on."""
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "device": torch.device(device).type,
         "cpu": _cpu_model(),
         "cores": _cores(),

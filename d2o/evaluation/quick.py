@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from d2o.condition import Condition
-from d2o.data.latents import LatentSet, open_set
+from d2o.data.data_section import DataSection
 from d2o.data.prompts import Prompts
+from d2o.data.stored_latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
-from d2o.evaluation.extractor import Extractor, check_shape
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.extractor import Device, Extractor, check_images_fit
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.paper_protocols import find_preset
 from d2o.evaluation.passes import feature_probes, generator_pass
 from d2o.evaluation.preset_check import hold_to
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import Reference, generated_reference, load_reference, measure_reference
 from d2o.evaluation.sides import Measured
-from d2o.evaluation.subjects import Device, Generator, Pictures, pictures
+from d2o.evaluation.subjects import Generator, Pictures, pictures
 from d2o.evaluation.workplace import Workplace
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
@@ -34,7 +35,7 @@ IMAGES = ("labels", "quantize", "resize")
 
 @lru_cache(maxsize=4)
 def cached(
-    extractor: str, reference: str, device: str, protocol: str | None, data: Any = None
+    extractor: str, reference: str, device: str, protocol: str | None, data: DataSection | None = None
 ) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
     settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
@@ -49,7 +50,7 @@ def cached(
     return network, found
 
 
-def training_images(data: Any) -> Pictures:
+def training_images(data: DataSection) -> Pictures:
     """The images of a recipe's `data:` section as training reads them, but not mirrored. UserError: stored latents,
     which no network here takes."""
     found = open_set(
@@ -81,7 +82,12 @@ class FrechetEvaluator:
     """
 
     def __init__(
-        self, extractor: str, reference: str, device: Device = "cpu", protocol: str | None = None, data: Any = None
+        self,
+        extractor: str,
+        reference: str,
+        device: Device = "cpu",
+        protocol: str | None = None,
+        data: DataSection | None = None,
     ):
         self.device, self.settings = device, images_of(protocol)
         self.extractor, self.reference = cached(extractor, reference, str(device), protocol, data)
@@ -89,7 +95,7 @@ class FrechetEvaluator:
     def check(self, spec: Spec) -> None:
         """UserError unless the extractor takes the images of that spec."""
         if not spec.latent:  # decoded latents have another size; the extractor checks them
-            check_shape(spec.shape, self.extractor, of="the student's images")
+            check_images_fit(spec.shape, self.extractor, of="the student's images")
 
     def score(
         self,

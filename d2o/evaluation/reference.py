@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import Meter, silent
+from d2o.evaluation.collect import OpenMeter, silent
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.named_references import REFERENCES, find_reference, is_named, load_reference_statistics
 from d2o.evaluation.passes import Outputs, feature_probes, generator_pass, pictures_pass
@@ -82,7 +82,7 @@ def load_reference(
     device: Device = "cpu",
     on_bad: str = "refuse",
     place: Workplace | None = None,
-    meter: Meter = silent,
+    meter: OpenMeter = silent,
     main: Extractor | None = None,
 ) -> Reference:
     """REF, with the `outputs` that are needed of it; `rows`: of every image, else statistics are enough. A generator as
@@ -150,7 +150,7 @@ def generated_reference(text: str, subject: Generator | Pictures, outputs: Outpu
 
 
 def measure_reference(
-    reference: Reference, outputs: Outputs, settings: Settings, device: Device, place: Workplace, meter: Meter
+    reference: Reference, outputs: Outputs, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
 ) -> Reference:
     """The reference with what is needed of its images; as it is where that is known."""
     subject = reference.subject

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from d2o.evaluation.extractor import Device
 from d2o.evaluation.presets import Preset
 from d2o.evaluation.protocol import Settings, option
 from d2o.evaluation.reference import Reference
-from d2o.evaluation.subjects import Device
 
 
 @dataclass(frozen=True)

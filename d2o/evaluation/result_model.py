@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from d2o.inputs import JsonObject
+
 Count = Annotated[int, Field(ge=0, le=2**63)]
 M = TypeVar("M")
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -143,7 +145,7 @@ class _Row(_Model):
     metrics: dict[str, _Metric]
     notes: list[str]
     paper: dict[str, FiniteFloat | list[FiniteFloat | None] | None] | None = None
-    preset: dict[str, Any] | None = None
+    preset: JsonObject | None = None
 
 
 class _Quoted(_Row):
@@ -163,7 +165,7 @@ class _Measured(_Row):
     neighbours: _Neighbours = Field(default=None)  # type: ignore[assignment]
 
 
-def mistake(record: dict[str, Any]) -> str | None:
+def mistake(record: JsonObject) -> str | None:
     """What is wrong with a result, in a line; None: nothing."""
     x = record.get("x")
     model = _Quoted if isinstance(x, dict) and x.get("kind") == "quoted" else _Measured

@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
 from d2o.evaluation.evaluate import FORMAT
 from d2o.evaluation.result_model import mistake
-from d2o.inputs import MAX_JSON_BYTES, parse_json, read_file
+from d2o.inputs import MAX_JSON_BYTES, JsonObject, parse_json, read_file
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 
 
-def save_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+def save_records(path: str | Path, records: Sequence[JsonObject]) -> None:
     """Write one record as an object, several as a list (atomically)."""
     check_json_target(path)
-    atomic_write(path, as_json(records))
+    atomic_write(path, results_json(records))
 
 
-def as_json(records: Sequence[dict[str, Any]]) -> str:
+def results_json(records: Sequence[JsonObject]) -> str:
     """The content of such a file."""
     data = records[0] if len(records) == 1 else list(records)
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def load_records(path: str | Path) -> list[dict[str, Any]]:
+def load_records(path: str | Path) -> list[JsonObject]:
     """The results in a JSON file, or in the eval.json of a run folder. UserError: missing, damaged, or not such a
     file."""
     path = Path(path)
@@ -46,19 +45,20 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _parse(path: Path) -> list[dict[str, Any]] | None:
+def _parse(path: Path) -> list[JsonObject] | None:
     """The records, or None when the file holds something else. UserError when it can't be read."""
     data = read_file(path, MAX_JSON_BYTES, "a file of results")
     try:
-        data = parse_json(data)
+        content = parse_json(data)
     except ValueError:
         return None
-    records = data if isinstance(data, list) else [data]
-    ours = all(
-        isinstance(r, dict) and r.get("format") == FORMAT["format"] and isinstance(r.get("version"), int)
-        for r in records
-    )
-    return records if records and ours else None
+    found = content if isinstance(content, list) else [content]
+    records = [
+        r
+        for r in found
+        if isinstance(r, dict) and r.get("format") == FORMAT["format"] and isinstance(r.get("version"), int)
+    ]
+    return records if records and len(records) == len(found) else None
 
 
 def check_json_target(path: str | Path) -> None:

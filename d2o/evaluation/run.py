@@ -8,12 +8,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from d2o.errors import UserError
-from d2o.evaluation.catalogue import Want, parse_metrics
-from d2o.evaluation.checks import check
-from d2o.evaluation.collect import Meter, silent
+from d2o.evaluation.checks import check_task
+from d2o.evaluation.collect import OpenMeter, silent
 from d2o.evaluation.evaluate import Evaluation, evaluate_one
 from d2o.evaluation.extractor import Extractor
-from d2o.evaluation.extractors import EXTRACTORS, default_extractor
+from d2o.evaluation.known_metrics import Want, parse_metrics
+from d2o.evaluation.named_extractors import EXTRACTORS, default_extractor
 from d2o.evaluation.preset_check import check_result, hold_to, refuse
 from d2o.evaluation.presets import Preset
 from d2o.evaluation.protocol import Settings
@@ -46,7 +46,7 @@ class _Ready:
 def evaluate_all(
     request: Request,
     settings: Settings,
-    meter: Meter = silent,
+    meter: OpenMeter = silent,
     stop: StopFlag | None = None,
     place: Workplace | None = None,
 ) -> Iterator[Evaluation]:
@@ -90,7 +90,7 @@ def _evaluate(
     settings: Settings,
     references: dict[str, Reference],
     place: Workplace,
-    meter: Meter,
+    meter: OpenMeter,
 ) -> Evaluation | None:
     reference = None
     if ready.reference is not None:
@@ -168,7 +168,7 @@ class _Preparing:
         reference = self.references[name] if name is not None else None
         if request.preset is not None:
             _hold_to(request.preset, reference, plan)
-        check(x, reference, plan, settings)
+        check_task(x, reference, plan, settings)
         return _Ready(x, plan, name)
 
     def _reference(self, x: Subject, plan: Task) -> str | None:

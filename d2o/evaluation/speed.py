@@ -7,19 +7,19 @@ import contextlib
 import statistics as stats
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from d2o.evaluation.collect import clock
 from d2o.evaluation.protocol import noise_for
 from d2o.evaluation.subjects import Generator
+from d2o.inputs import JsonObject
 
 WARM_UP, TIMED = 10, 50
 DEVICE = str | torch.device
 
 
-def throughput(seconds: Sequence[float], batch: int, device: DEVICE) -> dict[str, Any]:
+def throughput(seconds: Sequence[float], batch: int, device: DEVICE) -> JsonObject:
     """Images/s of generating alone: the median over full batches, without the first (warm-up) where there are
     several."""
     timed = seconds[1:] or seconds
@@ -34,7 +34,7 @@ def throughput(seconds: Sequence[float], batch: int, device: DEVICE) -> dict[str
 
 def latency(
     x: Generator, seed: int, labels: str | None, device: DEVICE, warm_up: int = WARM_UP, timed: int = TIMED
-) -> dict[str, Any]:
+) -> JsonObject:
     """Milliseconds of one image at batch 1, median and 90th percentile of `timed` after `warm_up`; where it has them,
     of encoding the text, of the network calls and of decoding alone; and the highest memory meanwhile, in bytes (of the
     GPU; else the process, where the system tells)."""

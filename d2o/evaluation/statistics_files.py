@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +20,9 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.evaluation.statistics import Statistics
-from d2o.inputs import check_input
+from d2o.inputs import JsonObject, check_input
 from d2o.interop.npz import npz_names, read_npz
-from d2o.interop.numpy_pickle import keys as pickled_keys
-from d2o.interop.numpy_pickle import read_pickled
+from d2o.interop.numpy_pickle import pickled_keys, read_pickled
 from d2o.interop.safetensors_io import atomic_write
 from d2o.metrics.frechet import Moments
 
@@ -83,7 +81,7 @@ def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
     path = Path(path)
     check_input(path, "a file of statistics")
     record = _pick(path, _read(path), feature)
-    about: dict[str, Any] = {key: str(record[key]) for key in TEXTS if key in record}
+    about: JsonObject = {key: str(record[key]) for key in TEXTS if key in record}
     count = next((record[key] for key in ("n", "num_images", "num_items") if key in record), 0)
     n = int(count) if isinstance(count, int | np.integer | np.ndarray) and np.size(count) == 1 else 0
     features = next((_features(path, record[key]) for key in ("features", "feats") if key in record), None)
@@ -104,7 +102,7 @@ def load_statistics(path: str | Path, feature: str | None = None) -> Statistics:
     return Statistics(mu, sigma, n or None, **about, features=features, spatial=spatial)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     """The dict that the file is. Of an npz only what statistics are made of is read; the rest is there by name."""
     try:
         with open(path, "rb") as file:
@@ -135,7 +133,7 @@ def _is_zip(path: Path) -> bool:
         return False
 
 
-def _pick(path: Path, record: dict[str, Any], feature: str | None) -> dict[str, Any]:
+def _pick(path: Path, record: JsonObject, feature: str | None) -> JsonObject:
     """The statistics in a record that holds those of several extractors, or sums of which they are made."""
     if {"raw_mean", "raw_cov", "num_items"} <= set(record):
         return _of_sums(path, record)
@@ -153,7 +151,7 @@ def _pick(path: Path, record: dict[str, Any], feature: str | None) -> dict[str, 
     return {**record[key], "num_images": record.get("num_images", 0), "feature": EDM2[key]}
 
 
-def _of_sums(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _of_sums(path: Path, record: JsonObject) -> JsonObject:
     """StyleGAN's cache: sums of the features and of their outer products. Its covariance is divided by n, and stays
     so."""
     try:
@@ -175,7 +173,7 @@ def _of_sums(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _gaussian(path: Path, record: dict[str, Any], *names: str) -> tuple[Tensor, Tensor]:
+def _gaussian(path: Path, record: JsonObject, *names: str) -> tuple[Tensor, Tensor]:
     """A mean and a covariance, checked."""
     mu, sigma = (torch.from_numpy(_numbers(path, name, record[name], np.float64)) for name in names)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
@@ -196,7 +194,7 @@ def _gaussian(path: Path, record: dict[str, Any], *names: str) -> tuple[Tensor, 
     return mu, sigma
 
 
-def _features(path: Path, value: Any) -> Tensor:
+def _features(path: Path, value: object) -> Tensor:
     features = torch.from_numpy(_numbers(path, "features", value, np.float32))
     if features.ndim != 2 or len(features) < 2 or not bool(torch.isfinite(features).all()):
         raise UserError(
@@ -205,7 +203,7 @@ def _features(path: Path, value: Any) -> Tensor:
     return features
 
 
-def _numbers(path: Path, name: str, value: Any, dtype: type) -> np.ndarray:
+def _numbers(path: Path, name: str, value: object, dtype: type) -> np.ndarray:
     try:
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
             raise TypeError(f"a {getattr(value, 'dtype', type(value).__name__)}")

@@ -6,21 +6,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2o.condition import Condition
+from d2o.condition import Condition, Embedded, Generate
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
-from d2o.evaluation.extractor import Extractor, check_shape
+from d2o.evaluation.extractor import Device, Extractor, check_images_fit
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import is_statistics, load_statistics
-from d2o.inputs import check_input, read_json
+from d2o.inputs import JsonObject, check_input, read_json
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import count_parameters
@@ -31,10 +30,6 @@ from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
 from d2o.teachers.base import Spec
 from d2o.teachers.registry import BUILTIN, load_teacher, teacher_names
-
-Device = str | torch.device
-Generate = Callable[[Tensor, Condition], Tensor]
-"""(noise [b, C, H, W], condition of b) -> [b, C, H, W] float32."""
 
 
 @dataclass
@@ -51,11 +46,11 @@ class Generator:
     sample: Generate
     decode: Callable[[Tensor], Tensor]
     teacher: str | None  # whose distillate, or which, it is
-    record: dict[str, Any]
+    record: JsonObject
     notes: list[str] = field(default_factory=list)
     prompts: Prompts | None = None
-    embed: Callable[[Condition], Any] | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
+    embed: Callable[[Condition], Embedded] | None = None
+    recipe: JsonObject = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,7 +76,7 @@ class Pictures:
     batch: Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
     labelled: bool
     classes: int | None
-    record: dict[str, Any]
+    record: JsonObject
     teacher: str | None = None
     resize: str = "none"
     notes: list[str] = field(default_factory=list)
@@ -98,7 +93,7 @@ class Numbers:
     read: Callable[[str | None], Statistics]
     kind: str = "statistics"
     teacher: str | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: JsonObject = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -196,7 +191,7 @@ def reference_teacher(
     return teacher, []
 
 
-def _takes(spec: Spec) -> tuple[Any, ...]:
+def _takes(spec: Spec) -> tuple[object, ...]:
     return spec.shape, spec.condition, spec.classes
 
 
@@ -394,7 +389,7 @@ def pictures(found: ImageSet, text: str, resize: str = "none") -> Pictures:
     )
 
 
-def shape_of(subject: Subject) -> tuple[int, ...] | None:
+def image_shape(subject: Subject) -> tuple[int, ...] | None:
     """(C, H, W) of the images; None for statistics."""
     return None if isinstance(subject, Numbers) else tuple(subject.shape)
 
@@ -403,6 +398,6 @@ def check_subject(subject: Subject, extractor: Extractor) -> None:
     """UserError unless the extractor can take the subject's images."""
     if isinstance(subject, Generator) and subject.spec.latent:
         return  # decoded images have another size; the extractor checks them
-    shape = shape_of(subject)
+    shape = image_shape(subject)
     if shape is not None:
-        check_shape(shape, extractor, of=f"the images of {subject.source}")
+        check_images_fit(shape, extractor, of=f"the images of {subject.source}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from d2o.evaluation.catalogue import Want
 from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.known_metrics import Want
 from d2o.evaluation.passes import Outputs
 from d2o.evaluation.subjects import Generator
 from d2o.evaluation.tools import Tools

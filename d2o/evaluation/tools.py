@@ -3,16 +3,17 @@ the user named."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from d2o.errors import UserError, unknown
 from d2o.evaluation.clip_scorer import ClipScore
-from d2o.evaluation.extractor import Extractor
-from d2o.evaluation.extractors import EXTRACTORS, load_extractor
+from d2o.evaluation.extractor import Device, Extractor
+from d2o.evaluation.named_extractors import EXTRACTORS, load_extractor
 from d2o.evaluation.pair_distances import PAIR_DISTANCES, PairDistance, load_pair_distance
-from d2o.evaluation.subjects import Device
+
+T = TypeVar("T")
 
 
 class Tools:
@@ -46,7 +47,7 @@ class Tools:
     def pair_distance(self, name: str) -> PairDistance:
         return self._once("pair", name, lambda path: load_pair_distance(name, path, self.device))
 
-    def _once(self, kind: str, name: str, load: Any) -> Any:
+    def _once(self, kind: str, name: str, load: Callable[[Path | None], T]) -> T:
         if (kind, name) not in self._loaded:
             self._loaded[kind, name] = load(self._file(name))
         return self._loaded[kind, name]

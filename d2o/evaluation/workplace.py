@@ -14,17 +14,17 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import Pass, Say, Tick, collect
+from d2o.evaluation.collect import Pass, Tick, collect
 from d2o.evaluation.columns import KIND, Columns, begin
+from d2o.inputs import JsonObject
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
-from d2o.runtime import StopFlag, Stopped, worker
+from d2o.runtime import Say, StopFlag, Stopped, worker
 from d2o.work.folder import LOCKS, MANIFEST, Claim, WorkFolder
 
 OLD = 14 * 86400
@@ -46,7 +46,7 @@ class _Manifest(BaseModel):
 
     format: str
     version: int
-    record: dict[str, Any]
+    record: JsonObject
     parts: list[_Entry]
 
 
@@ -147,7 +147,7 @@ def _living(path: Path) -> bool:
     return False
 
 
-def _damage(path: Path, record: dict[str, Any]) -> str | None:
+def _damage(path: Path, record: JsonObject) -> str | None:
     """What is wrong with a folder that should hold the pass of this record; None: it is one, or not begun."""
     parts = any(
         path.glob("part-*.safetensors")

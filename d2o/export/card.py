@@ -4,13 +4,13 @@ that does not say."""
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 
 from d2o.export import snippets
 from d2o.export.loaded import Loaded, stated
-from d2o.export.parity import Parity
+from d2o.export.parity import Parity, limit
+from d2o.inputs import JsonObject
 from d2o.teachers.base import UNSTATED
 from d2o.version import __version__
 
@@ -69,7 +69,7 @@ def card(source: Loaded, file_name: str, file_format: str, detail: str, parity: 
 
 def _front_matter(source: Loaded, file_format: str) -> str:
     licence = source.licence
-    front: dict[str, Any] = {"license": licence.lower()}
+    front: JsonObject = {"license": licence.lower()}
     if licence == UNSTATED:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:
@@ -140,7 +140,7 @@ def _teacher(source: Loaded) -> str:
     return f"Teacher: {_code(record['name'])}, {digest}.\n\n{licence}"
 
 
-def _images(meta: dict[str, Any]) -> str:
+def _images(meta: JsonObject) -> str:
     """What the recipe says of the images it was trained on; nothing where there were none."""
     recipe = meta.get("recipe")
     data = recipe.get("data") if isinstance(recipe, dict) else None
@@ -150,7 +150,7 @@ def _images(meta: dict[str, Any]) -> str:
     return f"\n\nImages it was trained on: licence {_code(terms) if terms else UNSTATED}."
 
 
-def _metrics(meta: dict[str, Any]) -> str:
+def _metrics(meta: JsonObject) -> str:
     metrics = meta.get("metrics")
     if not isinstance(metrics, dict) or not metrics:
         return "The checkpoint records no metrics."
@@ -173,7 +173,7 @@ def _metrics(meta: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _provenance(meta: dict[str, Any]) -> str:
+def _provenance(meta: JsonObject) -> str:
     chain = meta.get("provenance")
     if not isinstance(chain, list) or not chain:
         return "The checkpoint records no provenance."
@@ -187,7 +187,8 @@ def _provenance(meta: dict[str, Any]) -> str:
 def _parity(parity: Parity) -> str:
     record = {
         "max_abs_difference": float(f"{parity.difference:.3g}"),
-        "tolerance": parity.tolerance,
+        **({} if parity.unrounded is None else {"before_rounding": float(f"{parity.unrounded:.3g}")}),
+        "tolerance": float(f"{limit(parity.tolerance, parity.largest):.3g}"),
         "largest_output": float(f"{parity.largest:.3g}"),
         "batch_sizes": list(parity.batch_sizes),
         "compared_in": parity.runtime,
@@ -232,7 +233,7 @@ def _limitations(source: Loaded, file_format: str) -> str:
     return "\n".join(f"- {point}" for point in points)
 
 
-def _block(data: Any, absent: str) -> str:
+def _block(data: object, absent: str) -> str:
     """YAML in a fence longer than any run of backticks inside, or the sentence that says it is absent."""
     if data in (None, {}, [], ""):
         return absent
@@ -241,12 +242,12 @@ def _block(data: Any, absent: str) -> str:
     return f"{fence}yaml\n{text}\n{fence}"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """One line of table-safe text: what stands in a checkpoint cannot break the card."""
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").replace("<", "&lt;").strip()
 
 
-def _code(value: Any) -> str:
+def _code(value: object) -> str:
     return "`" + re.sub(r"\s+", " ", str(value)).replace("`", "'").replace("|", "\\|").strip() + "`"
 
 

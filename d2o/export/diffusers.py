@@ -4,7 +4,6 @@ card."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -14,8 +13,9 @@ from d2o.errors import UserError
 from d2o.export.card import HUB_LICENCES
 from d2o.export.folder import beside, check_target, keep, open_pipeline
 from d2o.export.loaded import stated
-from d2o.export.parity import Parity
+from d2o.export.parity import Parity, limit
 from d2o.export.pipeline import write_index, write_network, write_text_encoder
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import atomic_write, resolve_checkpoint
 from d2o.networks.latent import SD_SCHEDULER, TextToImage, load_text_to_image
 from d2o.teachers.base import UNSTATED
@@ -27,7 +27,7 @@ PROMPTS = ("", "a photo of a dog")  # any text is a prompt; what the model makes
 
 def write_diffusers(
     checkpoint: str | Path, target: Path, dtype: str, check_n: int, tolerance: float, force: bool
-) -> tuple[Parity, dict[str, Any], bool]:
+) -> tuple[Parity, JsonObject, bool]:
     """Write `checkpoint` (a run folder or .safetensors of method latent-diffusion) as the folder `target`, weights in
     `dtype`.
 
@@ -81,10 +81,10 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
         found = [pipeline.unet(x, t, states).sample, pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample]
         for a, b in zip(found, expected):
             worst, largest = max(worst, float((a - b).abs().max())), max(largest, float(b.abs().max()))
-    if not worst <= tolerance:
+    if not worst <= limit(tolerance, largest):
         text = (
-            f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance {tolerance:g}; it"
-            " is not kept"
+            f"the exported pipeline differs from the checkpoint by {worst:.2e}: above the tolerance"
+            f" {limit(tolerance, largest):.3g}; it is not kept"
         )
         raise UserError(text, "--tolerance sets what is accepted, --dtype fp32 rounds nothing")
     import diffusers
@@ -98,11 +98,11 @@ def _compare(model: TextToImage, folder: Path, n: int, tolerance: float) -> Pari
     )
 
 
-def _card(meta: dict[str, Any], model: TextToImage, name: str, dtype: str, parity: Parity) -> str:
+def _card(meta: JsonObject, model: TextToImage, name: str, dtype: str, parity: Parity) -> str:
     recipe = meta.get("recipe") or {}
     data = str((recipe.get("data") or {}).get("path", "not recorded"))
     licence = stated((meta.get("spec") or {}).get("licence")) or UNSTATED
-    front: dict[str, Any] = {"license": licence.lower()}
+    front: JsonObject = {"license": licence.lower()}
     if licence == UNSTATED:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:

@@ -7,19 +7,19 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
-from d2o.export.loaded import Loaded, find_checkpoint, for_graph, open_source, stated
+from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, stated
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
+from d2o.export.smaller import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.export.student_folder import write_student
-from d2o.export.weights import DTYPES, TOLERANCE, open_weights, write_weights
+from d2o.inputs import JsonObject
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, read_meta
 from d2o.teachers.base import UNSTATED
@@ -69,9 +69,9 @@ def export_checkpoint(
     itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16.
     `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds a one-step student, called at this noise
     level. The file is compared with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute
-    difference of outputs in -1 to 1) is 1e-4 by default, 0.02 for fp16, 0.1 for bf16. UserError: whatever is wrong with
-    the input, a missing package, a difference above the tolerance, or another file of that name (unless `force`);
-    nothing is written then.
+    difference of outputs in -1 to 1, in proportion of larger ones) is that of `TOLERANCE` by default. UserError:
+    whatever is wrong with the input, a missing package, a difference above the tolerance, or another file of that name
+    (unless `force`); nothing is written then.
     """
     if file_format not in FORMATS:
         raise unknown("format", file_format, FORMATS)
@@ -93,7 +93,7 @@ def export_checkpoint(
                 "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
             )
         return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
-    source = open_source(checkpoint, student_sigma)
+    source = load_exportable(checkpoint, student_sigma)
     target = _target(source, checkpoint, file_format, precision, out)
     if file_format in ("onnx", "program"):
         for_graph(source)
@@ -132,7 +132,7 @@ def _diffusers(
     check_output(target, folder=True)
     say(f"exporting {given.name} as a diffusers folder, {dtype}")
     if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
-        source = open_source(given, text=True)
+        source = load_exportable(given, text=True)
         parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
         return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
@@ -148,7 +148,7 @@ def _diffusers(
 
 
 def _write(
-    source: Loaded, path: Path, file_format: str, record: dict[str, Any], opset: int, dtype: str
+    source: Loaded, path: Path, file_format: str, record: JsonObject, opset: int, dtype: str
 ) -> tuple[Runner, str]:
     """Write the file and open it again: (the file as a function, what runs it)."""
     torch_version = f"torch {torch.__version__} on the CPU"
@@ -165,7 +165,7 @@ def _write(
     )
 
 
-def _record(source: Loaded, file_format: str, detail: str) -> dict[str, Any]:
+def _record(source: Loaded, file_format: str, detail: str) -> JsonObject:
     """The checkpoint's metadata, with this export as the last step of its provenance."""
     step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
     before = source.meta.get("provenance")

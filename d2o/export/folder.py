@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -14,7 +14,10 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write, file_sha256, write_error
 from d2o.interop.temporary import sweep, temporary_folder
-from d2o.teachers.diffusers_parts import quiet, read_json
+from d2o.teachers.diffusers_parts import quiet, read_config
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -27,13 +30,13 @@ def save_part(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
     atomic_write(path, save(cast, {"format": "pt"}))
 
 
-def open_pipeline(folder: Path) -> Any:
+def open_pipeline(folder: Path) -> DiffusionPipeline:
     """The folder as the pipeline that it names, in float32, without a word about progress or missing accelerators."""
     with quiet():
         import diffusers
 
         # Stable Diffusion 3 without its T5: diffusers wants to be told what the folder says.
-        absent = [name for name, part in read_json(folder / "model_index.json").items() if part == [None, None]]
+        absent = [name for name, part in read_config(folder / "model_index.json").items() if part == [None, None]]
         given = {name: None for name in absent if name.endswith("_3")}
         pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **given)
     pipeline.set_progress_bar_config(disable=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import network_config
@@ -44,7 +44,7 @@ class DenoiserCall(nn.Module):
         return self.network(noisy, sigma, label)
 
 
-def stated(value: Any) -> str | None:
+def stated(value: object) -> str | None:
     """The licence or name that a record states, None where it states none."""
     return None if value in (None, "", "unstated", UNSTATED) else str(value)
 
@@ -57,7 +57,7 @@ class Loaded:
     path: Path
     kind: str
     spec: Spec
-    meta: dict[str, Any]
+    meta: JsonObject
     network: nn.Module
     fingerprint: str
     call: nn.Module
@@ -92,7 +92,7 @@ class Loaded:
         return stated(self.made_from.get("name")) or UNSTATED
 
     @property
-    def made_from(self) -> dict[str, Any]:
+    def made_from(self) -> JsonObject:
         """The checkpoint's record of its teacher (name, sha256, licence); empty when there is none."""
         record = self.meta.get("teacher")
         return record if isinstance(record, dict) else {}
@@ -116,7 +116,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return resolve_checkpoint(path)
 
 
-def open_source(path: str | Path, student_sigma: float | None = None, text: bool = False) -> Loaded:
+def load_exportable(path: str | Path, student_sigma: float | None = None, text: bool = False) -> Loaded:
     """Load a student or teacher checkpoint on the CPU. `student_sigma`: a pickle of NVIDIA's kind is a one-step
     student, called at that noise level. UserError: missing, truncated or foreign file, another kind,
     text-conditioned (unless `text`)."""
@@ -163,7 +163,7 @@ def for_graph(source: Loaded) -> None:
         student.noise = "const"  # the card says so
 
 
-def _nvidia_meta(path: Path) -> dict[str, Any]:
+def _nvidia_meta(path: Path) -> JsonObject:
     """What a d2o checkpoint of a network in NVIDIA's format says of itself."""
     teacher = load_teacher(path)
     source = {"file": path.name, "sha256": file_sha256(path)}

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,21 @@ from d2o.networks.second_time import second_time
 from d2o.students.base import Student
 from d2o.students.consistency import ConsistencyStudent
 
+if TYPE_CHECKING:
+    from diffusers import EulerDiscreteScheduler, ModelMixin, SchedulerMixin
+
 
 @dataclass(frozen=True)
 class OneCall:
     """`network`: diffusers' own; `scheduler`: likewise; `scale`: latents come out as those of the student over
     `scale`."""
 
-    network: Any
-    scheduler: Any
+    network: ModelMixin
+    scheduler: SchedulerMixin
     scale: float = 1.0
 
 
-def one_call(student: Student, path: Any) -> OneCall:
+def one_call(student: Student, path: str | Path) -> OneCall:
     """UserError, naming `path`: a student of several calls, or of a network that is not diffusers'."""
     view = student.network
     if not isinstance(view, EDMView):
@@ -72,7 +76,7 @@ def _jumps(student: Student) -> bool:
     return isinstance(student, ConsistencyStudent)
 
 
-def _euler(view: EDMView, levels: DiscreteLevels, student: Student) -> Any:
+def _euler(view: EDMView, levels: DiscreteLevels, student: Student) -> EulerDiscreteScheduler:
     import diffusers
 
     last = int(levels.time(torch.tensor(student.sigma, dtype=torch.float64)).round())
@@ -88,7 +92,7 @@ def _euler(view: EDMView, levels: DiscreteLevels, student: Student) -> Any:
     )
 
 
-def _flow(view: EDMView, net: Any, student: Student) -> OneCall:
+def _flow(view: EDMView, net: ModelMixin, student: Student) -> OneCall:
     import diffusers
 
     sigma, low = student.sigma, lowest_level(view)
@@ -108,7 +112,7 @@ def _flow(view: EDMView, net: Any, student: Student) -> OneCall:
     return OneCall(net, diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=1.0), a)
 
 
-def _without_variance(net: Any) -> None:
+def _without_variance(net: ModelMixin) -> None:
     """Keep the channels of the prediction of a network that predicts a variance as well."""
     channels, last = net.config.in_channels, getattr(net, "conv_out", None)
     if last is None or last.out_channels == channels:
@@ -118,7 +122,7 @@ def _without_variance(net: Any) -> None:
     net.register_to_config(out_channels=channels)
 
 
-def _without_second_time(view: EDMView, net: Any, student: Student) -> None:
+def _without_second_time(view: EDMView, net: ModelMixin, student: Student) -> None:
     """A student by trajectories is told where it goes by a term of the time embedding, here always the same."""
     if view.map_augment is None or getattr(student, "form", "") != "ctm":
         return

@@ -8,7 +8,8 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,15 +17,19 @@ from d2o.errors import UserError
 from d2o.export.loaded import Loaded
 from d2o.export.parity import Runner
 from d2o.export.program import cannot, trace
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import META_KEY
 from d2o.version import __version__
+
+if TYPE_CHECKING:
+    from onnx import FunctionProto, GraphProto, ModelProto
 
 OPSET = 18  # the lowest that torch's exporter has native graphs for, so the one that most runtimes read
 MAX_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def need(name: str) -> Any:
+def need(name: str) -> ModuleType:
     """An optional package. UserError tells how to install it."""
     try:
         return importlib.import_module(name)
@@ -50,7 +55,7 @@ def check_onnx(source: Loaded, opset: int) -> None:
         )
 
 
-def write_onnx(source: Loaded, path: Path, record: dict[str, Any], opset: int) -> None:
+def write_onnx(source: Loaded, path: Path, record: JsonObject, opset: int) -> None:
     """Write the checked model with `record` (JSON) and its main facts as metadata. Equal networks give equal bytes.
 
     Always torch's exporter over torch.export graphs (`dynamo=True`, torch >= 2.6); the older TorchScript one is
@@ -104,7 +109,7 @@ def open_onnx(path: Path, names: Iterable[str]) -> Runner:
     return lambda inputs: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})[0])
 
 
-def _tidy(model: Any) -> None:
+def _tidy(model: ModelProto) -> None:
     """Call the batch dimension N, and drop the exporter's notes: they hold stack traces, so paths of this machine."""
     symbol = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     assert symbol, "the exporter froze the batch size"
@@ -116,7 +121,7 @@ def _tidy(model: Any) -> None:
                 dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "N", dim.dim_param)
 
 
-def _drop_notes(part: Any) -> None:
+def _drop_notes(part: GraphProto | FunctionProto) -> None:
     part.ClearField("metadata_props")
     for field in ("input", "output", "value_info", "initializer", "node"):
         for item in getattr(part, field, ()):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
 from d2o.export.folder import save_part
 from d2o.interop.safetensors_io import atomic_write
 
+T = TypeVar("T")
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ModelMixin
+    from transformers import PreTrainedModel
+
 NONE = [None, None]
-TEXT_PIPELINES: dict[str, dict[str, Any]] = {
+TEXT_PIPELINES: dict[str, dict[str, bool | list[None]]] = {
     "StableDiffusionPipeline": {
         "feature_extractor": NONE,
         "image_encoder": NONE,
@@ -36,11 +41,11 @@ TEXT_PIPELINES: dict[str, dict[str, Any]] = {
 """Pipeline -> what its model_index.json says of parts that are not there."""
 
 
-def write_index(folder: Path, pipeline: str, parts: dict[str, Any]) -> None:
+def write_index(folder: Path, pipeline: str, parts: Mapping[str, object]) -> None:
     """model_index.json; `parts`: the component of each name (of `transformers` if it has a vocabulary)."""
     import diffusers
 
-    def named(part: Any) -> list[str]:
+    def named(part: object) -> list[str]:
         library = type(part).__module__.partition(".")[0]
         return [library if library in ("diffusers", "transformers") else "diffusers", type(part).__name__]
 
@@ -49,13 +54,13 @@ def write_index(folder: Path, pipeline: str, parts: dict[str, Any]) -> None:
     atomic_write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_network(network: Any, folder: Path, dtype: str) -> None:
+def write_network(network: ModelMixin, folder: Path, dtype: str) -> None:
     """A network of diffusers', weights in `dtype`. UserError: values that `dtype` cannot hold."""
     network.save_config(folder)
     save_part(network.state_dict(), folder / "diffusion_pytorch_model.safetensors", dtype)
 
 
-def write_text_encoder(encoder: Any, folder: Path, dtype: str) -> None:
+def write_text_encoder(encoder: PreTrainedModel, folder: Path, dtype: str) -> None:
     """A text encoder of transformers'. UserError as `write_network`."""
     kind = type(encoder).__name__
     config = {**json.loads(encoder.config.to_json_string(use_diff=True)), "architectures": [kind]}
@@ -75,12 +80,12 @@ def write_text_encoder(encoder: Any, folder: Path, dtype: str) -> None:
     save_part(named, folder / "model.safetensors", dtype)
 
 
-def numbered(name: str, parts: Sequence[Any]) -> dict[str, Any]:
+def numbered(name: str, parts: Sequence[T | None]) -> dict[str, T]:
     """text_encoder, text_encoder_2, ... of those that are there."""
     return {f"{name}_{i + 1}" if i else name: part for i, part in enumerate(parts) if part is not None}
 
 
-def rescaled(vae: Any, scale: float) -> Any:
+def rescaled(vae: AutoencoderKL, scale: float) -> AutoencoderKL:
     """The autoencoder for latents that come over `scale`."""
     if scale == 1:
         return vae

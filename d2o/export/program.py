@@ -6,13 +6,13 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from d2o.errors import UserError
 from d2o.export.loaded import Loaded
 from d2o.export.parity import Runner
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import META_KEY
 
 RECORD = f"{META_KEY}.json"
@@ -48,7 +48,7 @@ def cannot(what: str, error: Exception) -> UserError:
     )
 
 
-def write_program(source: Loaded, path: Path, record: dict[str, Any]) -> None:
+def write_program(source: Loaded, path: Path, record: JsonObject) -> None:
     """Write a .pt2 with `record` inside. Equal networks give equal contents, and the file names no folder of this
     machine."""
     program = trace(source)
@@ -67,8 +67,8 @@ def open_program(path: Path) -> Runner:
     return lambda inputs: module(*inputs)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
+def program_record(path: str | Path) -> JsonObject:
     """The metadata that `write_program` stored."""
-    extra: dict[str, Any] = {RECORD: ""}
+    extra: JsonObject = {RECORD: ""}
     torch.export.load(io.BytesIO(Path(path).read_bytes()), extra_files=extra)
     return json.loads(extra[RECORD])

@@ -3,7 +3,7 @@ CLIP score."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     UserError: unknown name; no weights to be had; a file of another network; open_clip is not installed.
     """
     name = full_name(name)
-    network, sha256 = filled(name, lambda: build(configuration(name)), partial(read_clip, name), weights, device)
+    network, sha256 = filled(name, lambda: build_clip(configuration(name)), partial(read_clip, name), weights, device)
     return placed(ClipFeatures(name, network, sha256), device)
 
 
@@ -92,6 +92,11 @@ def full_name(name: str) -> str:
     return "clip-vit-b-32" if name == "clip" else name
 
 
+def tokenizer() -> Callable[[list[str], int], Tensor]:
+    """OpenAI's byte-pair encoding, which open_clip brings: (texts, length) -> token ids [n, length]."""
+    return package("open_clip.tokenizer").SimpleTokenizer()
+
+
 def read_clip(name: str, path: Path) -> Any:
     """The network with the weights of OpenAI's TorchScript file or of open_clip's .bin or .safetensors. UserError: as
     `load`."""
@@ -102,7 +107,7 @@ def read_clip(name: str, path: Path) -> Any:
     }
     hint = f"expected {PUBLISHED[name]}; without --weights {name}=PATH, d2o finds or fetches it"
     with torch.device("meta"):
-        network = build(configuration(name))
+        network = build_clip(configuration(name))
     network = fit(network, tensors, path, f"the CLIP network {name}", hint)
     # The one thing in the network that is in no file: each word of a text sees those before it.
     length = network.context_length
@@ -120,6 +125,6 @@ def configuration(name: str) -> dict[str, Any]:
     return package("open_clip").get_model_config(MODELS[name])
 
 
-def build(config: dict[str, Any]) -> Any:
+def build_clip(config: dict[str, Any]) -> Any:
     """open_clip's network of a configuration, untrained."""
     return package("open_clip").CLIP(**config)

@@ -19,7 +19,7 @@ PREFIX_TOKENS, EACH = 2, 3
 """Tokens before those of places (class, distillation); blocks from one tap to the next."""
 
 
-class Tokens(nn.Module):
+class PatchTokens(nn.Module):
     """Prepared images -> tokens with their positions, [n, 2 + places, d]: what comes before timm's blocks."""
 
     def __init__(self, network: Any):
@@ -34,7 +34,7 @@ class Tokens(nn.Module):
         return torch.cat([*first, places], 1) + self.position
 
 
-class Grid(nn.Module):
+class PatchGrid(nn.Module):
     """Tokens [n, 2 + h w, d] -> the map [n, d, h, w] of those of places."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -44,23 +44,23 @@ class Grid(nn.Module):
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Backbone:
     """The backbone with the weights in `weights`, else those that `find_weights` has. Four maps of 768 channels, 14 x
     14. UserError: none to be had, or another network's; timm is not installed."""
-    network, sha256 = filled(name, untrained, read_deit, weights, device)
-    placed(found := backbone(network, sha256), device)
+    network, sha256 = filled(name, untrained_deit, read_deit, weights, device)
+    placed(found := deit_backbone(network, sha256), device)
     return found
 
 
-def backbone(network: Any, sha256: str = "") -> Backbone:
+def deit_backbone(network: Any, sha256: str = "") -> Backbone:
     """A distilled DeiT of timm's, of 12 blocks, as a backbone: maps after the blocks 3, 6, 9 and 12."""
     blocks = list(network.blocks)
     stages = [nn.Sequential(*blocks[i : i + EACH]) for i in range(0, len(blocks), EACH)]
-    stages[0] = nn.Sequential(Tokens(network), *stages[0])
-    taps = [Grid() for _ in stages]
+    stages[0] = nn.Sequential(PatchTokens(network), *stages[0])
+    taps = [PatchGrid() for _ in stages]
     return Backbone(
         stages, [network.embed_dim] * len(stages), IMAGENET_MEAN, IMAGENET_STD, taps=taps, name="deit", sha256=sha256
     )
 
 
-def untrained(model: str = MODEL) -> nn.Module:
+def untrained_deit(model: str = MODEL) -> nn.Module:
     """timm's network."""
     return package("timm").create_model(model, pretrained=False)
 
@@ -69,4 +69,4 @@ def read_deit(path: Path) -> nn.Module:
     """The network with the weights of Meta's file. UserError: as `load`."""
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path).items()}
     hint = "expected deit_base_distilled_patch16_224-df68dfff.pth as Meta published it; without a path, d2o fetches it"
-    return fit(untrained(), tensors, path, "the distilled DeiT", hint)
+    return fit(untrained_deit(), tensors, path, "the distilled DeiT", hint)

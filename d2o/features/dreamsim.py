@@ -22,7 +22,7 @@ from d2o.errors import UserError
 from d2o.features import clip
 from d2o.features.base import Features, placed
 from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, bicubic, standardise, token_map, watch
-from d2o.inputs import check_unpacked, read_json
+from d2o.inputs import check_unpacked, json_object, read_json
 from d2o.interop import torchvision_compat
 from d2o.interop.npz import DAMAGED
 from d2o.interop.safetensors_io import tensors_sha256
@@ -84,10 +84,10 @@ class DreamSim(Features):
         return [token_map(t, 1) for t in tokens]
 
     def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return {"features": normalise(self.network(x))}
+        return {"features": centred_unit(self.network(x))}
 
 
-def normalise(x: Tensor) -> Tensor:
+def centred_unit(x: Tensor) -> Tensor:
     """Embeddings [n, D] less the mean of each, then of length one, as the package's later releases have it. (Its first
     one had the two steps the other way round; the cosine of a pair is the same.)"""
     x = x - x.mean(1, keepdim=True)
@@ -152,7 +152,7 @@ def _load(folder: Path, dino: Path, device: str | torch.device) -> Features:
         if kind != "dino":
             projections.append(tensors.pop("proj").float())
         networks.append(build_trunk(kind, tensors, file))
-        merge(networks[i], adapter, f"extractor_list.{i}.model.", scale)
+        merge_adapter(networks[i], adapter, f"extractor_list.{i}.model.", scale)
     if adapter:
         raise UserError(
             f"{ADAPTER} of DreamSim's weights adapts what the ensemble does not have: {next(iter(adapter))}", HINT
@@ -205,7 +205,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     UserError: missing or damaged, or an adapter of another kind than a plain LoRA.
     """
     try:
-        config = read_json(folder / "adapter_config.json")
+        config = json_object(read_json(folder / "adapter_config.json"), "it")
         scale = float(config["lora_alpha"]) / int(config["r"])
     except (UserError, ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(
@@ -228,7 +228,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     return {name.rpartition("base_model.model.")[2]: value.float() for name, value in read_tensors(file).items()}, scale
 
 
-def merge(network: Any, adapter: dict[str, Tensor], prefix: str, scale: float) -> None:
+def merge_adapter(network: Any, adapter: dict[str, Tensor], prefix: str, scale: float) -> None:
     """Add scale * B A to the query-key-value weights of every block, taking the matrices out of `adapter`. UserError:
     one is missing or misshapen."""
     for i, block in enumerate(network.blocks):

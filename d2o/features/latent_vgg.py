@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2o.errors import UserError
 from d2o.features.base import Features, placed
 from d2o.features.common import filled
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import WEIGHTS
 from d2o.networks.fill import fill_network
-from d2o.networks.latent_vgg import STAGES, LatentVGG
+from d2o.networks.latent_vgg import STAGES, TunedVGG
 from d2o.spaces.load import SPACES
 
 PREFIX = "latent-lpips-"
@@ -25,12 +26,16 @@ LEAST = 4
 
 class LatentVggFeatures(Features):
     """Takes latents as the diffusion model sees them, in place of images in [-1, 1]. Maps: the five of LatentLPIPS.
-    Vector: the mean over places of the last."""
+    Vector: the mean over places of the last. `weights`: the calibrated weight [c] of each channel of each map."""
 
-    network: LatentVGG
+    network: TunedVGG
 
-    def __init__(self, name: str, network: LatentVGG, sha256: str = ""):
-        super().__init__(name, network, STAGES[-1][0], sha256, least=LEAST, takes=(network.channels,))
+    def __init__(self, name: str, network: TunedVGG, sha256: str = ""):
+        super().__init__(name, network, STAGES[-1][0], sha256, least=LEAST, takes=(network.net.channels,))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.network.weights
 
     def prepare(self, images: Tensor) -> Tensor:
         return images
@@ -42,15 +47,21 @@ class LatentVggFeatures(Features):
         return {"features": self.taps(x)[-1].mean((2, 3))}
 
 
-def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> LatentVggFeatures:
     """The features `name` of NAMES with the released "tuned" file; None: it is looked for. UserError: not there, or
     another network's."""
     channels = SPACES[name.removeprefix(PREFIX)].channels
-    network, sha256 = filled(name, partial(LatentVGG, channels), partial(read_trunk, channels), weights, device)
-    return placed(LatentVggFeatures(name, network, sha256), device)
+    network, sha256 = filled(name, partial(TunedVGG, channels), partial(read_tuned, channels), weights, device)
+    placed(found := LatentVggFeatures(name, network, sha256), device)
+    return found
 
 
-def read_trunk(channels: int, path: Path) -> LatentVGG:
-    """The trunk alone of a released file, which also holds the heads of the distance."""
-    tensors = {name.removeprefix("net."): t for name, t in read_tensors(path).items() if name.startswith("net.")}
-    return fill_network(LatentVGG(channels), tensors, path).eval().requires_grad_(False)
+def read_tuned(channels: int, path: Path) -> TunedVGG:
+    """A released file, read strictly. UserError: it is damaged, or another network's."""
+    tensors = read_tensors(path)
+    # They name the heads twice, as modules and as a list of the same modules.
+    twice = {name: tensors.pop(name) for name in [*tensors] if name.startswith("lins.")}
+    for name, tensor in twice.items():
+        if (same := tensors.get(name.replace("lins.", "lin", 1))) is None or not torch.equal(same, tensor):
+            raise UserError(f"{path} is damaged: its {name} is not the same as {name.replace('lins.', 'lin', 1)}")
+    return fill_network(TunedVGG(channels), tensors, path).eval().requires_grad_(False)

@@ -62,14 +62,14 @@ class Lite0(Features):
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
     """The features with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or
     not this network's; timm is not installed."""
-    network, sha256 = filled("lite0", untrained, read_lite0, weights, device)
+    network, sha256 = filled("lite0", untrained_lite0, read_lite0, weights, device)
     return placed(Lite0(network, sha256), device)
 
 
-def load_backbone(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
+def load_as_backbone(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
     """The same network as a backbone of a critic. Errors as `load`."""
-    network, sha256 = filled("lite0", untrained, read_lite0, weights, device)
-    return placed(backbone(network, sha256), device)
+    network, sha256 = filled("lite0", untrained_lite0, read_lite0, weights, device)
+    return placed(lite0_backbone(network, sha256), device)
 
 
 CHANNELS = (24, 40, 112, 320)
@@ -83,14 +83,14 @@ def stages(network: Any) -> list[nn.Sequential]:
     return [nn.Sequential(*part) for part in parts]
 
 
-def backbone(network: Any, sha256: str = "") -> Backbone:
+def lite0_backbone(network: Any, sha256: str = "") -> Backbone:
     """timm's network as a backbone. The published critics take mean and deviation 1/2, and bilinear, where the
     evaluation has what the weights were trained with."""
     half = (0.5, 0.5, 0.5)
     return Backbone(stages(network), CHANNELS, half, half, name="lite0", sha256=sha256)
 
 
-def untrained() -> Any:
+def untrained_lite0() -> Any:
     """ "tf_": padded as TensorFlow pads, with its epsilon in the batch norms."""
     return package("timm").create_model("tf_efficientnet_lite0", pretrained=False)
 
@@ -100,7 +100,7 @@ def read_lite0(path: Path) -> Any:
     tensors = read_tensors(path)
     if "_conv_stem.weight" not in tensors:
         raise UserError(f"{path} is not {WHAT}: it has no '_conv_stem.weight'", HINT)
-    return fit(untrained(), {timm_name(name, path): tensor for name, tensor in tensors.items()}, path, WHAT, HINT)
+    return fit(untrained_lite0(), {timm_name(name, path): tensor for name, tensor in tensors.items()}, path, WHAT, HINT)
 
 
 STAGES = (1, 2, 2, 3, 3, 4, 1)

@@ -29,7 +29,7 @@ MODULES: dict[str, str] = {
 }
 """Name -> the module of d2o.features that loads it, imported when it is needed."""
 
-BACKBONES = {"vgg16_bn": "load", "deit": "load", "lite0": "load_backbone"}
+BACKBONES = {"vgg16_bn": "load", "deit": "load", "lite0": "load_as_backbone"}
 """Of these, what serves as a `Backbone` of a projected critic -> the function of its module."""
 
 

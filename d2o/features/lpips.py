@@ -63,12 +63,12 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     UserError: none to be had, or another network's; lpips or torchvision is not installed.
     """
     trunk = name.removeprefix("lpips-")
-    network, sha256 = filled(name, partial(untrained, trunk), partial(read_lpips, trunk), weights, device)
+    network, sha256 = filled(name, partial(untrained_lpips, trunk), partial(read_lpips, trunk), weights, device)
     placed(found := LpipsFeatures(trunk, network, sha256), device)
     return found
 
 
-def untrained(trunk: str) -> Any:
+def untrained_lpips(trunk: str) -> Any:
     """`lpips.LPIPS` of a trunk; never asked for anything of the network. On the meta device it costs nothing."""
     torchvision_compat.ensure()
     try:
@@ -90,7 +90,7 @@ def heads(trunk: str) -> Path:
 def read_lpips(trunk: str, path: Path) -> Any:
     """`lpips.LPIPS` with its own linear heads and the trunk from torchvision's file. UserError: as `load`."""
     with torch.device("meta"):  # torchvision would draw the 138 million weights of VGG-16 first
-        network = untrained(trunk)
+        network = untrained_lpips(trunk)
     tensors, state = read_tensors(path), read_tensors(heads(trunk))
     for name, value in network.net.state_dict().items():  # slice2.3.weight is torchvision's features.3.weight
         theirs = f"features.{name.partition('.')[2]}"

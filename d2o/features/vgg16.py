@@ -91,7 +91,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     to be had, or not this network's."""
     if name == "vgg16_bn":
         convolutions, sha256 = filled("vgg16_bn", batch_normed, read_vgg_bn, weights, device)
-        return placed(backbone(convolutions, sha256), device)
+        return placed(vgg16_backbone(convolutions, sha256), device)
     network, sha256 = filled("vgg16-fc2", Vgg16, read_vgg, weights, device)
     return placed(Vgg16Features(network, sha256), device)
 
@@ -100,7 +100,7 @@ TAPS = (13, 23, 33, 43)
 """Layers of vgg16_bn up to the activations before its second, third, fourth and fifth pooling."""
 
 
-def backbone(convolutions: nn.Sequential, sha256: str = "") -> Backbone:
+def vgg16_backbone(convolutions: nn.Sequential, sha256: str = "") -> Backbone:
     """vgg16_bn's convolutional layers as a backbone: maps of 128, 256, 512 and 512 channels, 112 pixels and less."""
     stages = [convolutions[i:j] for i, j in zip((0, *TAPS), TAPS)]
     return Backbone(stages, (128, 256, 512, 512), IMAGENET_MEAN, IMAGENET_STD, name="vgg16_bn", sha256=sha256)

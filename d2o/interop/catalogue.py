@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
-from d2o.interop.download import Received, download, home, verify
+from d2o.inputs import JsonObject
+from d2o.interop.download import Received, download, home, verify_file
 from d2o.interop.hub import cached_snapshot, hub_snapshot, missing_files
 from d2o.interop.safetensors_io import atomic_write
 
@@ -49,7 +49,7 @@ class Published:
     revision: str | None = None
     vae: str | None = None
     space: str = "pixels"
-    network: dict[str, Any] | None = None
+    network: JsonObject | None = None
 
     @property
     def place(self) -> Path:
@@ -59,7 +59,7 @@ class Published:
 
 def _edm(name: str, file: str, about: str, steps: int, resolution: int, parameters: int) -> Published:
     arch = {"adm": "adm", "-vp": "ddpmpp", "-ve": "ncsnpp"}[name[-3:]]
-    network: dict[str, Any] = {"arch": arch, "img_resolution": resolution, "img_channels": 3}
+    network: JsonObject = {"arch": arch, "img_resolution": resolution, "img_channels": 3}
     network["label_dim"] = 1000 if arch == "adm" else 10 if "-cond" in name else 0
     if arch != "adm":
         network |= {"channel_mult": [2, 2, 2] if resolution == 32 else [1, 2, 2, 2], "augment_dim": 9}
@@ -77,7 +77,7 @@ def _edm2(size: str, snapshot: str, parameters: int) -> Published:
     )
     url = f"{EDM2_URL}edm2-img512-{size}-{snapshot}.pkl"
     licence = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL)
-    network: dict[str, Any] = {
+    network: JsonObject = {
         "arch": "edm2",
         "preset": size,
         "img_resolution": 64,
@@ -223,7 +223,7 @@ def find(name: str) -> Published | None:
     return TEACHERS.get(name)
 
 
-def local_path(published: Published) -> Path | None:
+def path_if_here(published: Published) -> Path | None:
     """Its file or folder if it is on this machine (put there by hand, downloaded, or in the hub's cache) and all there,
     else None."""
     place = published.place
@@ -247,9 +247,9 @@ def fetch(published: Published, progress: Received | None = None, say: Callable[
     if published.kind == "nvidia":
         path = download(published.source, published.place, published.sha256, published.bytes, progress)
     else:
-        path = local_path(published) or _from_hub(published)
+        path = path_if_here(published) or _from_hub(published)
         if published.sha256:
-            verify(path / "diffusion_pytorch_model.safetensors", published.sha256, published.bytes)
+            verify_file(path / "diffusion_pytorch_model.safetensors", published.sha256, published.bytes)
     if show:
         # A machine whose $D2O_HOME cannot be written (a shared, read-only one) shows the line again: no reason to fail.
         with contextlib.suppress(UserError):

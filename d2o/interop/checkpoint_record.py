@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from d2o.inputs import JsonObject
 from d2o.interop.records import Finite, Record, Sha256, SpecRecord, check_record
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,11 +29,11 @@ class ProductRecord(Record):
     format: Literal["d2o"] = "d2o"
     version: Literal[1] = 1
     kind: str
-    network: dict[str, Any]
+    network: JsonObject
     teacher: MakerRecord | None = None
-    recipe: dict[str, Any] | None = None
-    metrics: dict[str, Any] | None = None
-    provenance: list[dict[str, Any]] | None = None
+    recipe: JsonObject | None = None
+    metrics: JsonObject | None = None
+    provenance: list[JsonObject] | None = None
     images: Whole | None = None
 
 
@@ -99,16 +100,16 @@ class StateRecord(Record):
     version: Literal[1] = 1
     iteration: Whole
     images: Whole
-    best: dict[str, Any] | None = None
+    best: JsonObject | None = None
     scores: dict[str, float] = {}
     bad_gradients: dict[str, Whole] = {}
     products: dict[str, str] = {}
     since: list[list[tuple[str, float]]] = []  # in the order of the log
-    watch: dict[str, Any] | None = None
-    divergence: dict[str, Any] | None = None
+    watch: JsonObject | None = None
+    divergence: JsonObject | None = None
     loss_scale: LossScaleRecord | None = None
     start: str | None = None
-    recipe: dict[str, Any] = {}
+    recipe: JsonObject = {}
 
 
 MODELS: dict[str, type[Record]] = {
@@ -121,7 +122,7 @@ MODELS: dict[str, type[Record]] = {
 """Kind of file -> what its metadata must be."""
 
 
-def check_checkpoint(meta: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+def check_checkpoint(meta: JsonObject, path: str | os.PathLike) -> JsonObject:
     """The metadata itself. UserError, naming file and key: it is not what a file of its kind says. Other kinds are left
     to who knows them."""
     if (model := MODELS.get(str(meta.get("kind")))) is not None:

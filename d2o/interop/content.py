@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from d2o.inputs import parse_json
+from d2o.inputs import json_object, parse_json
 from d2o.interop.inert_pickle import Call, InertPickle, Malformed
 
 START = 512
@@ -83,7 +83,7 @@ def _safetensors(file: BinaryIO, size: int) -> None:
     if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise ValueError(f"it is cut off or no safetensors file: its header says that it has {length:,} bytes")
     try:
-        header = parse_json(file.read(length))
+        header = json_object(parse_json(file.read(length)), "the header")
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError("it is no safetensors file: its header cannot be read") from error

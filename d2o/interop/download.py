@@ -17,14 +17,14 @@ import re
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.content import check_content
 from d2o.interop.safetensors_io import atomic_write, write_error
-from d2o.interop.transfer import Part, Received, failed, feed, fetch_fsspec, fetch_http, read_json
+from d2o.interop.transfer import PartFile, Received, failed, feed, fetch_fsspec, fetch_http, read_object
 
 LOCAL = ("file", "local", "memory")
 """Protocols that need no network."""
@@ -61,14 +61,14 @@ def download(
     """
     path = Path(path)
     if path.exists():
-        return verify(path, sha256, size)
+        return verify_file(path, sha256, size)
     protocol = url.partition("://")[0].lower() if "://" in url else "file"
     if (setting := offline()) and protocol not in LOCAL:
         raise failed(url, path, f"the network is switched off ({setting})", again=False)
     with _locked(path):
         if path.exists():  # another process was faster
-            return verify(path, sha256, size)
-        with Part(path, url, sha256 is not None) as part:
+            return verify_file(path, sha256, size)
+        with PartFile(path, url, sha256 is not None) as part:
             (fetch_http if protocol in ("http", "https") else fetch_fsspec)(part, url, path, size, progress)
             _check(part, url, path, sha256)
             part.finish()
@@ -80,7 +80,7 @@ def download(
     return path
 
 
-def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None = None) -> Path:
+def verify_file(path: str | os.PathLike, sha256: str | None = None, size: int | None = None) -> Path:
     """The path, if the file there is the one that was published, or (where that is not known) the one that was
     downloaded.
 
@@ -90,7 +90,7 @@ def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is {'a folder; expected a file' if path.is_dir() else 'missing'}")
-    record = read_record(path) or {}
+    record = download_record(path) or {}
     # Somebody who replaces a file whose hash nobody published also removes its record; the message says so.
     hint = (
         f"remove {path} and run again"
@@ -116,11 +116,11 @@ def verify(path: str | os.PathLike, sha256: str | None = None, size: int | None 
     return path
 
 
-def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
+def download_record(path: str | os.PathLike) -> JsonObject | None:
     """What was written down when `path` was downloaded, or None: it was not, or the record is no JSON. UserError: it
     has been changed."""
     beside = _beside(Path(path))
-    record = read_json(beside)
+    record = read_object(beside)
     if record is not None:
         sound = (
             isinstance(record.get("sha256"), str)
@@ -135,10 +135,10 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
     return record
 
 
-def _check(part: Part, url: str, path: Path, sha256: str | None) -> None:
+def _check(part: PartFile, url: str, path: Path, sha256: str | None) -> None:
     """UserError, and the part is gone, unless it has the published sha256, or the one that the same URL gave before;
     where neither is known, unless it is whole and of the kind that its name says."""
-    earlier = read_record(path) or {}
+    earlier = download_record(path) or {}
     seen = None if sha256 or earlier.get("url") != url else earlier.get("sha256")
     expected = (sha256 or seen or "").lower()
     if not expected:

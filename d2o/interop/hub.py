@@ -10,7 +10,7 @@ from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.interop.download import offline
-from d2o.interop.transfer import check_reachable, feed, read_json
+from d2o.interop.transfer import check_reachable, feed, read_object
 
 TEXTS = ("*.json", "*.txt", "*.md", "*spiece.model", "*tokenizer.model")
 """Configurations, tokenizers, the licence."""
@@ -141,7 +141,7 @@ def missing_files(folder: str | Path, variant: str | None = None) -> list[str]:
     """What a folder in diffusers' layout lacks of its components, by file name; a folder of a single model is its own
     component."""
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
+    index = read_object(folder / "model_index.json")
     if index is None:
         return _missing_weights(folder, variant) if (folder / "config.json").is_file() else ["model_index.json"]
     missing: list[str] = []
@@ -161,7 +161,7 @@ def _missing_weights(folder: Path, variant: str | None) -> list[str]:
     for stem in ("diffusion_pytorch_model", "model"):
         if (folder / f"{stem}{part}.safetensors").is_file():
             return []
-        index = read_json(folder / f"{stem}.safetensors.index{part}.json")
+        index = read_object(folder / f"{stem}.safetensors.index{part}.json")
         if index is not None and isinstance(index.get("weight_map"), dict):
             return sorted(name for name in set(index["weight_map"].values()) if not (folder / str(name)).is_file())
     return [f"*{part}.safetensors"]

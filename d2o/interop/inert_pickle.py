@@ -12,7 +12,9 @@ import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Malformed(Exception):
@@ -32,14 +34,14 @@ class Call:
 
     name: str
     args: tuple
-    state: Any = None
+    state: object = None
 
 
 @dataclass(slots=True, eq=False)
 class PersistentId:
     """An object that the pickle's writer stored elsewhere."""
 
-    value: Any
+    value: object
 
 
 class InertPickle:
@@ -71,7 +73,7 @@ class InertPickle:
         self.calls: list[Call] = []
         """All records so far, in the order in which their calls were met."""
 
-    def load(self) -> Any:
+    def load(self) -> object:
         """The next pickle's value. Raises Malformed."""
         try:
             return self._run()
@@ -80,7 +82,7 @@ class InertPickle:
         except UnicodeDecodeError as error:
             raise Malformed(f"is damaged: no text before byte {self.position}") from error
 
-    def _run(self) -> Any:
+    def _run(self) -> object:
         stack: list[Any] = []
         marked: list[list[Any]] = []  # the stacks below each mark
         memo: dict[int, Any] = {}
@@ -220,7 +222,7 @@ class InertPickle:
             raise Malformed(f"refers to {full!r}, which has no place in such a file (nothing was executed)")
         return Global(full)
 
-    def call(self, function: Global, args: tuple) -> Any:
+    def call(self, function: Global, args: tuple) -> object:
         kind = self.expected[function.name]
         if kind is dict and not args:
             return {}
@@ -235,13 +237,13 @@ class InertPickle:
         return record
 
 
-def _expect(value: Any, kind: type) -> Any:
+def _expect(value: object, kind: type[T]) -> T:
     if type(value) is not kind:
         raise Malformed(f"is damaged: a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
-def _key(value: Any) -> str | int:
+def _key(value: object) -> str | int:
     if type(value) is str or (type(value) is int and abs(value) < 2**32):
         return value
     raise Malformed(f"has a {type(value).__name__} that is no text and no small number as a key")

@@ -16,7 +16,7 @@ import numpy as np
 
 from d2o.errors import UserError
 from d2o.inputs import MAX_ARRAY_BYTES, check_input, check_size, check_unpacked
-from d2o.interop.zips import listed
+from d2o.interop.zips import zip_members
 
 DAMAGED = (
     ValueError,
@@ -38,7 +38,7 @@ def npz_names(path: str | os.PathLike[str]) -> list[str]:
     try:
         check_input(path)
         with zipfile.ZipFile(path) as file:
-            names = [info.filename for info in listed(file)]
+            names = [info.filename for info in zip_members(file)]
     except (UserError, *DAMAGED):
         return []
     return [name.removesuffix(".npy") for name in names] if all(name.endswith(".npy") for name in names) else []
@@ -51,7 +51,7 @@ def read_npz(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> dic
     arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in listed(archive):
+            for info in zip_members(archive):
                 name = info.filename.removesuffix(".npy")
                 if info.filename == name or not wanted(name):
                     continue

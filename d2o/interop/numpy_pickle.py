@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -45,7 +45,7 @@ HINT = (
 )
 
 
-def read_pickled(path: str | Path) -> Any:
+def read_pickled(path: str | Path) -> object:
     """The value in a file of pickled numpy arrays: a plain pickle, an .npy of objects, or what torch.save made of numpy
     arrays.
 
@@ -60,7 +60,7 @@ def read_pickled(path: str | Path) -> Any:
             raise UserError(f"{path} {error}", HINT) from error
 
 
-def keys(path: str | Path) -> set[str]:
+def pickled_keys(path: str | Path) -> set[str]:
     """The keys of the dict in such a file, without reading its arrays; none where it holds no dict or cannot be
     read."""
     with contextlib.suppress(UserError, Malformed), _mapped(Path(path)) as data:
@@ -76,7 +76,7 @@ def keys(path: str | Path) -> set[str]:
     return set()
 
 
-def loads(data: bytes | memoryview, python2: bool = False) -> Any:
+def loads(data: bytes | memoryview, python2: bool = False) -> object:
     """The value of one pickle, as `read_pickled` gives it; `python2`: one that Python 2 may have written. Raises
     Malformed."""
     data = memoryview(data)
@@ -152,7 +152,7 @@ class _View(io.RawIOBase):
     def tell(self) -> int:
         return self.place
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # all that it is given
         part = self.bytes[self.place : self.place + len(buffer)]
         buffer[: len(part)] = part
         self.place += len(part)
@@ -167,7 +167,7 @@ class _Values:
         self.bytes_left, self.values_left = size, MAX_VALUES
         self.done: dict[int, Any] = {}  # by id; the unpickled root keeps the objects alive
 
-    def value(self, item: Any, depth: int) -> Any:
+    def value(self, item: object, depth: int) -> object:
         if item is None or isinstance(item, bool | int | float | str):
             return item
         if id(item) in self.done:
@@ -178,7 +178,7 @@ class _Values:
         self.done[id(item)] = made = self._make(item, depth + 1)
         return made
 
-    def _make(self, item: Any, depth: int) -> Any:
+    def _make(self, item: object, depth: int) -> object:
         if isinstance(item, dict):
             return {key: self.value(value, depth) for key, value in item.items()}
         if isinstance(item, list | tuple):
@@ -196,7 +196,7 @@ class _Values:
             f"holds a {item.name if isinstance(item, Call | Global) else type(item).__name__}, which is no numpy array"
         )
 
-    def _array(self, item: Call, depth: int) -> Any:
+    def _array(self, item: Call, depth: int) -> object:
         state = item.state
         if not isinstance(state, tuple) or len(state) != 5:
             raise Malformed("holds an array without its values")
@@ -208,7 +208,7 @@ class _Values:
         found = [self.value(value, depth) for value in raw]
         return found if shape else found[0]
 
-    def _numbers(self, raw: Any, dtype: np.dtype, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
+    def _numbers(self, raw: object, dtype: np.dtype, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
         data = self._bytes(raw)
         if dtype == np.dtype("O") or len(data) != math.prod(shape) * dtype.itemsize:
             raise Malformed(
@@ -217,7 +217,7 @@ class _Values:
         array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
         return array.astype(dtype.newbyteorder("="), copy=False)
 
-    def _bytes(self, raw: Any) -> bytes:
+    def _bytes(self, raw: object) -> bytes:
         if _is(raw, {_ENCODE}):
             if len(raw.args) != 2 or type(raw.args[0]) is not str or raw.args[1] != "latin1":
                 raise Malformed("holds bytes in an unknown spelling")
@@ -234,7 +234,7 @@ class _Values:
             raise Malformed("brings all arrays to more bytes than the file has")
         return bytes(raw)
 
-    def _dtype(self, item: Any) -> np.dtype:
+    def _dtype(self, item: object) -> np.dtype:
         if not _is(item, {_DTYPE}) or not item.args or not isinstance(item.args[0], str):
             raise Malformed("holds an array without a type")
         name, state = item.args[0], item.state
@@ -247,7 +247,7 @@ class _Values:
             raise Malformed("is damaged: a type of unknown byte order")
         return np.dtype(name).newbyteorder(order)  # type: ignore[arg-type]
 
-    def _shape(self, shape: Any) -> tuple[int, ...]:
+    def _shape(self, shape: object) -> tuple[int, ...]:
         if (
             not isinstance(shape, tuple)
             or len(shape) > MAX_DIMENSIONS
@@ -257,5 +257,5 @@ class _Values:
         return shape
 
 
-def _is(value: Any, names: set[str]) -> bool:
+def _is(value: object, names: set[str]) -> TypeGuard[Call]:
     return isinstance(value, Call) and value.name in names

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from typing import Any
 
+from d2o.inputs import JsonObject
 from d2o.interop.inert_pickle import Malformed
 
 EDM_CLASSES = {
@@ -37,8 +37,8 @@ UNETS = {
 
 # NVIDIA's argument -> ours ("" if it has only one value that we run), and the values it may take: (type, lowest,
 # highest), or the choices. The bounds keep a damaged file from asking for a network that takes hours to build.
-Options = dict[str, tuple[str, tuple]]
-COMMON: Options = {
+KnownOptions = dict[str, tuple[str, tuple]]
+COMMON: KnownOptions = {
     "img_resolution": ("img_resolution", (int, 1, 4096)),
     "img_channels": ("img_channels", (int, 1, 1024)),
     "label_dim": ("label_dim", (int, 0, 10**6)),
@@ -49,8 +49,8 @@ COMMON: Options = {
     "attn_resolutions": ("attn_resolutions", (list, 0, 4096)),
     "dropout": ("dropout", (float, 0.0, 1.0)),
 }
-EDM_OPTIONS: Options = {**COMMON, "augment_dim": ("augment_dim", (int, 0, 1024))}
-SONG_OPTIONS: Options = {
+EDM_OPTIONS: KnownOptions = {**COMMON, "augment_dim": ("augment_dim", (int, 0, 1024))}
+SONG_OPTIONS: KnownOptions = {
     "embedding_type": ("embedding", ("positional", "fourier")),
     "channel_mult_noise": ("noise_mult", (int, 1, 64)),
     "encoder_type": ("encoder", ("standard", "residual")),
@@ -63,16 +63,19 @@ SONG_DEFAULTS = {
     "encoder_type": "standard",
     "resample_filter": [1, 1],
 }
-RANGE: Options = {"sigma_min": ("sigma_min", (float, 0.0, 1e9)), "sigma_max": ("sigma_max", (float, 0.0, math.inf))}
-SIGMA_DATA: Options = {"sigma_data": ("sigma_data", (float, 1e-6, 1e6))}
-PRECOND_OPTIONS: dict[str, Options] = {
+RANGE: KnownOptions = {
+    "sigma_min": ("sigma_min", (float, 0.0, 1e9)),
+    "sigma_max": ("sigma_max", (float, 0.0, math.inf)),
+}
+SIGMA_DATA: KnownOptions = {"sigma_data": ("sigma_data", (float, 1e-6, 1e6))}
+PRECOND_OPTIONS: dict[str, KnownOptions] = {
     "edm": {**RANGE, **SIGMA_DATA},
     "consistency": {**RANGE, **SIGMA_DATA},
     "vp": {"beta_d": ("", (19.9,)), "beta_min": ("", (0.1,)), "M": ("", (1000,)), "epsilon_t": ("", (1e-5,))},
     "ve": RANGE,
     "iddpm": {"C_1": ("", (0.001,)), "C_2": ("", (0.008,)), "M": ("", (1000,))},
 }
-EDM2_OPTIONS: Options = {
+EDM2_OPTIONS: KnownOptions = {
     **COMMON,
     **SIGMA_DATA,
     "channel_mult_noise": ("noise_mult", (int, 1, 64)),
@@ -91,7 +94,7 @@ IGNORED = {"model_type", "use_fp16", "label_dropout", "force_normalization", "us
 """How it is trained or run; not part of the network."""
 
 
-def network_config(class_name: str, kwargs: dict[str, Any], has_head: bool) -> dict[str, Any]:
+def config_from_pickle(class_name: str, kwargs: JsonObject, has_head: bool) -> JsonObject:
     """`class_name` and arguments of the outermost module; `has_head`: the file holds EDM2's uncertainty head. Raises
     Malformed."""
     if class_name in EDM2_CLASSES:
@@ -113,9 +116,7 @@ def network_config(class_name: str, kwargs: dict[str, Any], has_head: bool) -> d
     return {**config, **_translate(unet, kwargs, options)}
 
 
-def _translate(
-    kind: str, kwargs: dict[str, Any], options: Options, may_be_none: Set[str] = frozenset()
-) -> dict[str, Any]:
+def _translate(kind: str, kwargs: JsonObject, options: KnownOptions, may_be_none: Set[str] = frozenset()) -> JsonObject:
     for key in ("img_resolution", "img_channels"):
         if key not in kwargs:
             raise Malformed(f"holds a {kind} without {key!r}")
@@ -133,7 +134,7 @@ def _translate(
     return config
 
 
-def _allowed(value: Any, allowed: tuple) -> bool:
+def _allowed(value: object, allowed: tuple) -> bool:
     kind, *bounds = allowed
     if kind is list:
         return isinstance(value, list) and len(value) <= 8 and all(_allowed(v, (int, *bounds)) for v in value)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.inputs import check_input
+from d2o.inputs import JsonObject, check_input
 from d2o.interop.inert_pickle import Call, Global, InertPickle, Malformed, PersistentId
-from d2o.interop.nvidia_config import EDM2_CLASSES, network_config
+from d2o.interop.nvidia_config import EDM2_CLASSES, config_from_pickle
 
 RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -107,16 +108,16 @@ class NvidiaNetwork:
 
     path: Path
     class_name: str
-    init_kwargs: dict[str, Any]
+    init_kwargs: JsonObject
     state_dict: dict[str, Tensor]
     root_keys: tuple[str, ...]
     encoder: str | None = None
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """What `d2o.networks.build.build_network` takes. UserError: a class, or an option of one, that d2o has no
         network for."""
         try:
-            return network_config(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
+            return config_from_pickle(self.class_name, self.init_kwargs, "logvar_linear.weight" in self.state_dict)
         except Malformed as error:
             hint = (
                 "d2o runs the denoisers of EDM (SongUNet and DhariwalUNet in any of its preconditionings) and EDM2, and"
@@ -229,7 +230,7 @@ class StateDict:
         self.entries_left = MAX_ENTRIES
         self.add_module(network, "", 0)
 
-    def add_module(self, module: Any, prefix: str, depth: int) -> None:
+    def add_module(self, module: object, prefix: str, depth: int) -> None:
         if _is(module, RECONSTRUCT):
             attributes = _dict(module.args[0]["state"], prefix)
         elif isinstance(module, Call) and module.name.startswith(TORCH_MODULES):
@@ -254,7 +255,7 @@ class StateDict:
             if child is not None:
                 self.add_module(child, f"{prefix}{name}.", depth + 1)
 
-    def add_tensor(self, value: Any, name: str) -> None:
+    def add_tensor(self, value: object, name: str) -> None:
         if value is None:
             return
         if name in self.tensors:
@@ -269,7 +270,7 @@ class StateDict:
         except Malformed as error:
             raise Malformed(f"has a damaged tensor {name!r}: it {error}") from error
 
-    def tensor(self, value: Any) -> Tensor:
+    def tensor(self, value: object) -> Tensor:
         if not _is(value, TENSOR) or len(value.args) < 4:
             raise Malformed("is no tensor")
         storage, offset, size, stride = value.args[:4]
@@ -324,17 +325,17 @@ def read_storage(data: memoryview) -> tuple[memoryview, torch.dtype]:
     return raw, DTYPES[kind.name]
 
 
-def _is(value: Any, name: str) -> bool:
+def _is(value: object, name: str) -> TypeGuard[Call]:
     return isinstance(value, Call) and value.name == name
 
 
-def _dict(value: Any, where: str) -> dict[Any, Any]:
+def _dict(value: object, where: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
         raise Malformed(f"has a damaged module {where!r}")
     return value
 
 
-def _sizes(values: Any) -> bool:
+def _sizes(values: object) -> TypeGuard[Sequence[int]]:
     return (
         isinstance(values, tuple | list)
         and len(values) <= MAX_DIMENSIONS
@@ -342,7 +343,7 @@ def _sizes(values: Any) -> bool:
     )
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _plain(value: object, depth: int = 0) -> object:
     """Configuration values as JSON has them; anything else as the name of its kind."""
     if isinstance(value, str | int | float | None):
         return value

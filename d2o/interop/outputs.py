@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from d2o.errors import UserError
-from d2o.inputs import kind_of
+from d2o.inputs import special_kind
 from d2o.interop.safetensors_io import write_error
 from d2o.interop.temporary import sweep, temporary_file
 
@@ -60,7 +60,7 @@ def _check_kind(path: Path, folder: bool | None) -> None:
         if folder is False:
             raise UserError(f"cannot write {path}: a folder of that name is in the way")
     elif not stat.S_ISREG(mode):
-        raise UserError(f"cannot write {path}: it is {kind_of(mode)}")
+        raise UserError(f"cannot write {path}: it is {special_kind(mode)}")
     elif folder:
         raise UserError(f"{path} is a file; expected a folder", "choose another --out")
 

@@ -8,7 +8,7 @@ type and the limits that it states, or the file is refused with the key and what
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -65,7 +65,7 @@ class SpecRecord(Record):
         return self
 
 
-def check_record(model: type[R], record: Any, where: str, hint: str = "") -> R:
+def check_record(model: type[R], record: object, where: str, hint: str = "") -> R:
     """The record as its model. UserError: a line for each key that is missing or wrong, with `where` in front."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a record (a JSON object)", hint)

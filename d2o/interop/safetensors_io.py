@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as _serialise
 
 from d2o.errors import UserError
-from d2o.inputs import check_input, parse_json
+from d2o.inputs import JsonObject, check_input, parse_json
 from d2o.interop import seal
 from d2o.interop.temporary import temporary_file
 
@@ -87,7 +87,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
         temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
-def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> str:
+def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: JsonObject) -> str:
     """Write tensors and a JSON-able record, and return the file's sha256. Equal content gives equal bytes."""
     pieces = _pieces(tensors, meta)
     digest = hashlib.sha256()
@@ -98,22 +98,22 @@ def save_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: d
     return digest.hexdigest()
 
 
-def to_bytes(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> bytes:
+def to_bytes(tensors: dict[str, torch.Tensor], meta: JsonObject) -> bytes:
     """The bytes of the file that `save_file` writes."""
     return b"".join(_pieces(tensors, meta))
 
 
-def _pieces(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> list[bytes | memoryview]:
+def _pieces(tensors: dict[str, torch.Tensor], meta: JsonObject) -> list[bytes | memoryview]:
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     return seal.sealed(_serialise(plain, {META_KEY: json.dumps({**meta, **seal.BLANK}, sort_keys=True)}))
 
 
-def read_meta(path: str | os.PathLike) -> dict[str, Any]:
+def read_meta(path: str | os.PathLike) -> JsonObject:
     """The JSON record of a file that d2o wrote. UserError: missing, truncated, or not one of ours."""
     return _unsealed(_record(path))
 
 
-def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], JsonObject]:
     """All tensors and the JSON record, after a look at all of the file's bytes. Errors as `read_meta`, or: the bytes
     have changed."""
     record = _record(path)
@@ -127,7 +127,7 @@ def check_file(path: str | os.PathLike) -> None:
     seal.check_digest(path, _record(path))
 
 
-def _record(path: str | os.PathLike) -> dict[str, Any]:
+def _record(path: str | os.PathLike) -> JsonObject:
     with _open(path) as file:
         metadata = file.metadata() or {}
     if META_KEY not in metadata:
@@ -141,11 +141,11 @@ def _record(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: its {META_KEY!r} metadata is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: its {META_KEY!r} metadata is not a record (a JSON object)")
-    seal.check_size(path, record)
+    seal.check_sealed_size(path, record)
     return record
 
 
-def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
+def _unsealed(record: JsonObject) -> JsonObject:
     return {key: value for key, value in record.items() if key not in seal.BLANK}
 
 

@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.runtime import trusting
 
 BYTES, SHA256 = "file_bytes", "file_sha256"
@@ -38,7 +38,7 @@ def sealed(data: bytes) -> list[bytes | memoryview]:
     return [bytes(header), tensors]
 
 
-def check_size(path: str | os.PathLike, record: dict[str, Any]) -> None:
+def check_sealed_size(path: str | os.PathLike, record: JsonObject) -> None:
     """UserError: the file is longer or shorter than its record says, or its seal is broken. Reads nothing."""
     if (BYTES in record) != (SHA256 in record):
         raise damaged(path, "a part of its seal is missing")
@@ -48,7 +48,7 @@ def check_size(path: str | os.PathLike, record: dict[str, Any]) -> None:
         )
 
 
-def check_digest(path: str | os.PathLike, record: dict[str, Any]) -> None:
+def check_digest(path: str | os.PathLike, record: JsonObject) -> None:
     """UserError: its bytes are not those that were written. A file from before there were seals passes; each is read
     once per process."""
     if SHA256 not in record or trusting():

@@ -14,9 +14,9 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -157,7 +157,7 @@ def _saved(path: Path) -> dict[str, Tensor]:
     return _flatten(found)
 
 
-def _flatten(found: Any) -> dict[str, Tensor]:
+def _flatten(found: object) -> dict[str, Tensor]:
     """The tensors in nested dictionaries, in their order."""
     tensors: dict[str, Tensor] = {}
     waiting, seen = [("", found, 0)], 0
@@ -194,7 +194,7 @@ class _Script:
         reader = InertPickle(memoryview(archive.read(f"{root}data.pkl")), expected, MAX_OPCODES, persistent_ids=True)
         self.add(reader.load(), "", 0)
 
-    def add(self, value: Any, name: str, depth: int) -> None:
+    def add(self, value: object, name: str, depth: int) -> None:
         if isinstance(value, Call) and value.name == TENSOR:
             try:
                 self.tensors[name] = self.tensor(value)
@@ -220,7 +220,7 @@ class _Script:
             raise Malformed("reaches beyond its storage")
         return storage.as_strided(size, stride, offset) if math.prod(size) else torch.empty(size, dtype=storage.dtype)
 
-    def storage(self, record: Any) -> Tensor:
+    def storage(self, record: object) -> Tensor:
         """The flat values of ("storage", type, key, device, count). Read once; tensors that share it are views."""
         if not (
             isinstance(record, tuple)
@@ -247,7 +247,7 @@ class _Script:
         return self.storages[key]
 
 
-def _sizes(values: Any) -> bool:
+def _sizes(values: object) -> TypeGuard[Sequence[int]]:
     return (
         isinstance(values, tuple | list) and len(values) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in values)
     )
@@ -281,5 +281,5 @@ def _module_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _is_module(value: Any) -> bool:
+def _is_module(value: object) -> TypeGuard[Call]:
     return isinstance(value, Call) and (value.name == RECONSTRUCT or value.name.startswith(TORCH_MODULES))

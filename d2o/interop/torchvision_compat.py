@@ -68,7 +68,7 @@ def _forget() -> None:
         del sys.modules[name]
 
 
-def _declare() -> Any:
+def _declare() -> object:
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -78,8 +78,8 @@ def _declare() -> Any:
     return library
 
 
-def _unavailable(name: str) -> Any:
-    def operator(*_: Any) -> None:
+def _unavailable(name: str) -> object:
+    def operator(*_: object) -> None:
         raise RuntimeError(
             f"torchvision::{name} is not available: this torchvision was compiled for another torch; install one that"
             " fits"

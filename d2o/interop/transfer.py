@@ -9,12 +9,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from d2o.errors import UserError
-from d2o.inputs import MAX_JSON_BYTES, parse_json
+from d2o.inputs import MAX_JSON_BYTES, JsonObject, parse_json
 from d2o.interop.content import START, wrong_start
 from d2o.interop.safetensors_io import atomic_write, write_error
+
+if TYPE_CHECKING:
+    import requests  # type: ignore[import-untyped]
 
 Received = Callable[[int, "int | None"], None]
 """Called with the bytes that are there and the bytes of the whole file (None: not known)."""
@@ -41,7 +44,7 @@ class Interrupted(Exception):
     """The transfer stopped for a reason that may pass; what came is kept."""
 
 
-class Part:
+class PartFile:
     """`NAME.part`: the first `position` bytes of the file, with their running sha256.
 
     `validator` is the server's strong ETag (else its Last-Modified), without which bytes of two requests are never
@@ -58,8 +61,8 @@ class Part:
         self.validator: str | None = None
         self.total: int | None = None
 
-    def __enter__(self) -> Part:
-        note = read_json(self.note) or {}
+    def __enter__(self) -> PartFile:
+        note = read_object(self.note) or {}
         try:
             if note.get("url") == self.url and note.get("validator") and self.path.is_file():
                 self.file = open(self.path, "r+b", buffering=0)
@@ -129,7 +132,7 @@ class Part:
         self.note.unlink(missing_ok=True)
 
 
-def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
+def fetch_http(part: PartFile, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Bring `part` to the whole file; what came before is continued where the server still has the same file.
     UserError: it cannot be had."""
     import requests  # type: ignore[import-untyped]
@@ -153,7 +156,9 @@ def fetch_http(part: Part, url: str, path: Path, size: int | None, progress: Rec
                 time.sleep(min(30.0, PAUSE * 2 ** (failures - 1)))
 
 
-def _request(session: Any, part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
+def _request(
+    session: requests.Session, part: PartFile, url: str, path: Path, size: int | None, progress: Received | None
+) -> None:
     """Ask once for what is missing and append it. Interrupted or requests' own errors: ask again."""
     from d2o.version import __version__
 
@@ -229,7 +234,7 @@ def _request(session: Any, part: Part, url: str, path: Path, size: int | None, p
             raise Interrupted(f"the connection was closed after {part.position:,} of {total:,} bytes")
 
 
-def _blocks(response: Any) -> Iterator[bytes]:
+def _blocks(response: requests.Response) -> Iterator[bytes]:
     """The body as it comes, in blocks of at most BLOCK bytes. Interrupted: it comes more slowly than SLOWEST.
 
     Not `iter_content`: it waits for a whole block, which from a server that drips never comes.
@@ -250,7 +255,7 @@ def _blocks(response: Any) -> Iterator[bytes]:
         raise Interrupted(_reason(error)) from error
 
 
-def _continues(response: Any, part: Part) -> bool:
+def _continues(response: requests.Response, part: PartFile) -> bool:
     """Whether a partial answer continues our part: from its end, of a file with the same length and the same ETag."""
     unit, _, spans = response.headers.get("Content-Range", "").partition(" ")
     span, _, total = spans.partition("/")
@@ -259,7 +264,7 @@ def _continues(response: Any, part: Part) -> bool:
     return unit == "bytes" and first == str(part.position) and total in ("*", str(part.total)) and same
 
 
-def _validator(response: Any) -> str | None:
+def _validator(response: requests.Response) -> str | None:
     """What If-Range takes: a strong ETag, else the date of the last change."""
     etag = response.headers.get("ETag")
     if etag and not etag.startswith("W/"):
@@ -267,7 +272,7 @@ def _validator(response: Any) -> str | None:
     return response.headers.get("Last-Modified")
 
 
-def _length(response: Any) -> int | None:
+def _length(response: requests.Response) -> int | None:
     """Content-Length, unless the body is encoded (then it counts other bytes)."""
     length = response.headers.get("Content-Length", "")
     return (
@@ -275,7 +280,7 @@ def _length(response: Any) -> int | None:
     )
 
 
-def fetch_fsspec(part: Part, url: str, path: Path, size: int | None, progress: Received | None) -> None:
+def fetch_fsspec(part: PartFile, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Any protocol that fsspec knows, from the first byte."""
     import fsspec  # type: ignore[import-untyped]
 
@@ -358,7 +363,7 @@ def _reason(error: Exception) -> str:
     return str(causes[-1]) or type(causes[-1]).__name__
 
 
-def feed(digest: Any, file: BinaryIO) -> int:
+def feed(digest: hashlib._Hash, file: BinaryIO) -> int:
     """Hash the rest of `file`; the number of bytes."""
     count = 0
     while data := file.read(CHUNK):
@@ -367,7 +372,7 @@ def feed(digest: Any, file: BinaryIO) -> int:
     return count
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> JsonObject | None:
     """The JSON object in a file, or None: there is none."""
     try:
         record = parse_json(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES else None

@@ -11,7 +11,7 @@ TAIL = 2**16 + 22 + 76
 """Bytes that the records at a zip's end take at most: its comment, the end record, and those of zip64."""
 
 
-def listed(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The members. zipfile.BadZipFile: the directory lists more or fewer than the zip's end says."""
     file, members = archive.fp, archive.infolist()
     assert file is not None

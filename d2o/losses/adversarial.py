@@ -40,7 +40,7 @@ def generator_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
         paid = torch.sigmoid(-logits)
     else:
         raise unknown("form of the generator's adversarial loss", kind, GENERATOR_KINDS)
-    return each_image(paid)
+    return mean_per_image(paid)
 
 
 def critic_loss(real: Tensor, fake: Tensor, kind: str = "nonsaturating") -> Tensor:
@@ -50,22 +50,22 @@ def critic_loss(real: Tensor, fake: Tensor, kind: str = "nonsaturating") -> Tens
 
 def real_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
     """The critic's share for real images, logits [B, ...] -> [B]: -log D, or max(0, 1 - logit) for "hinge"."""
-    return each_image(F.softplus(-logits) if check(kind) == "nonsaturating" else F.relu(1 - logits))
+    return mean_per_image(F.softplus(-logits) if check_loss(kind) == "nonsaturating" else F.relu(1 - logits))
 
 
 def fake_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
     """The critic's share for fake images, logits [B, ...] -> [B]: -log(1 - D), or max(0, 1 + logit) for "hinge"."""
-    return each_image(F.softplus(logits) if check(kind) == "nonsaturating" else F.relu(1 + logits))
+    return mean_per_image(F.softplus(logits) if check_loss(kind) == "nonsaturating" else F.relu(1 + logits))
 
 
-def check(kind: str) -> str:
+def check_loss(kind: str) -> str:
     """The kind. UserError: not one of KINDS."""
     if kind not in KINDS:
         raise unknown("form of the critic's loss", kind, KINDS)
     return kind
 
 
-def each_image(values: Tensor) -> Tensor:
+def mean_per_image(values: Tensor) -> Tensor:
     """Values [B, ...] -> [B], the mean of each image's."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 

@@ -10,15 +10,12 @@ distances [B].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from d2o.diffusion.schedules import karras_sigma
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, C, H, W], t [B]) -> x_0 [B, C, H, W]."""
+from d2o.diffusion.solvers import Denoise
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 WEIGHTS = ("uniform", "inverse_gap", "truncated_snr")

@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from d2o.condition import Condition
 from d2o.data.images import ImageSet
-from d2o.data.latents import LatentSet
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
+from d2o.data.stored_latents import LatentSet
 from d2o.errors import UserError, unknown
+from d2o.settings.section import Section
 from d2o.students.base import Student
+from d2o.students.student_section import StudentSection
 from d2o.teachers.base import UNSTATED, Spec, Teacher
 
-METHODS = {
-    "edm": "d2o.methods.edm",
-    "ode": "d2o.methods.ode",
-    "classifier": "d2o.methods.classifier",
-    "autoencoder": "d2o.methods.autoencoder",
-    "latent-diffusion": "d2o.methods.latent_diffusion",
-    "dd-gan": "d2o.methods.dd_gan",
-    "spi-gan": "d2o.methods.spi_gan",
-    "sid": "d2o.methods.sid",
-    "cd": "d2o.methods.cd",
-    "pd": "d2o.methods.pd",
-    "ctm": "d2o.methods.ctm",
-    "dmd": "d2o.methods.dmd",
-}
-"""Name -> module, which has a class `METHOD`."""
 
-
-class Options(BaseModel):
+class Options(Section):
     """A method's own section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(allow_inf_nan=True)  # infinity is a setting of some: no limit
 
 
 O = TypeVar("O", bound=Options)
+
+
+def find_methods() -> dict[str, str]:
+    """Name -> module, of the files beside this one with a line `METHOD = ...`: a method is there when its file is.
+    The file `dd_gan.py` is method `dd-gan`. They are read as text, as importing them all takes seconds."""
+    package = __name__.rpartition(".")[0]
+    files = sorted(path for folder in import_module(package).__path__ for path in Path(folder).glob("*.py"))
+    return {
+        path.stem.replace("_", "-"): f"{package}.{path.stem}"
+        for path in files
+        if re.search(r"^METHOD = ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+
+
+METHODS = find_methods()
 
 
 def method_names() -> list[str]:
@@ -59,32 +62,6 @@ def get_method(name: str) -> type[Method[Any]]:
     return import_module(METHODS[name]).METHOD
 
 
-class Beginning(Protocol):
-    """How a student starts: the recipe's `student:` section."""
-
-    @property
-    def sigma(self) -> float: ...
-
-    @property
-    def init(self) -> str: ...  # "teacher" or "scratch"
-
-    @property
-    def dropout(self) -> float | None: ...
-
-    @property
-    def freeze(self) -> str: ...  # one of `d2o.networks.freeze.FREEZE`
-
-
-@dataclass(frozen=True)
-class AsTeacher:
-    """The teacher's network as it is, called at the highest noise level."""
-
-    sigma: float = 80.0
-    init: str = "teacher"
-    dropout: float | None = None
-    freeze: str = "none"
-
-
 @dataclass
 class Setup(Generic[O]):
     """What a method is built from. `network` and `student` are the recipe's sections of that name; `start` is the
@@ -93,7 +70,7 @@ class Setup(Generic[O]):
     options: O
     teacher: Teacher | None = None
     network: dict[str, Any] | None = None
-    student: Beginning = AsTeacher()
+    student: StudentSection = field(default_factory=StudentSection)
     images: ImageSet | LatentSet | None = None
     pairs: PairStore | None = None
     prompts: Prompts | None = None  # to draw from, for teachers that take text
@@ -212,7 +189,7 @@ class Method(ABC, Generic[O]):
     name: ClassVar[str]  # as recipes have it
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
-    stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.latents`)
+    stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.stored_latents`)
     pools_across: ClassVar[bool] = (
         False  # whether processes can take samples together, if each has few (not micro-batches)
     )
@@ -288,6 +265,3 @@ class Method(ABC, Generic[O]):
     def validate(self, product: nn.Module) -> dict[str, float]:
         """Numbers about the product that need no generated images."""
         return {}
-
-
-Generate = Callable[[Tensor, Condition], Tensor]

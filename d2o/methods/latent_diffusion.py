@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from d2o.condition import Condition
 from d2o.data.captions import Captions, class_names
 from d2o.data.images import ImageSet, to_float, to_uint8
-from d2o.data.latents import LatentSet
+from d2o.data.stored_latents import LatentSet
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver

@@ -4,22 +4,32 @@ checked of real images."""
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from d2o.augment import edm
 from d2o.condition import Embedded, join_embedded
-from d2o.data.latents import LatentSet
+from d2o.data.stored_latents import LatentSet
+from d2o.diffusion.guidance import guide
 from d2o.errors import UserError
-from d2o.methods.base import O, Setup
+from d2o.methods.base import Draws, O, Setup
 from d2o.methods.student import StudentMethod
-from d2o.networks.build import set_dropout
+from d2o.networks.build import network_config, set_dropout
 from d2o.networks.edm2_unet import EDM2Precond, remove_uncertainty
 from d2o.networks.edm_view import called_at
 from d2o.students.base import Student
 from d2o.teachers.base import Spec, Teacher
+
+
+class Guidance(TypedDict, total=False):
+    """Arguments of `look`."""
+
+    cfg: float
+    empty: Embedded
 
 
 class ScoreMethod(StudentMethod[O]):
@@ -61,6 +71,24 @@ class ScoreMethod(StudentMethod[O]):
             remove_uncertainty(score)
         return score.requires_grad_(True).train()
 
+    def check_augment(self, p: float) -> None:
+        """UserError: augmentations with probability p, of which the score network cannot be told."""
+        if p and network_config(self.score).get("augment_dim") != edm.LABELS:
+            raise UserError(
+                f"{self.name}.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}),"
+                " so that the augmentations would come out of the student",
+                f"set {self.name}.augment: 0",
+            )
+
+    def augmented(self, x: Tensor, p: float, draw: Draws) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, H, W] under EDM's augmentations with probability p, and what the score network is told of them
+        [B, 9]; x itself and None for p = 0."""
+        return edm.augment(x, p, draw.randn, draw.rand) if p else (x, None)
+
+    def guidance(self, cfg: float, embedded: Embedded) -> Guidance:
+        """How `look` guides a network by `cfg`: nothing to say of 1, which does not."""
+        return {} if cfg == 1 else {"cfg": cfg, "empty": self.teacher.unconditional(embedded)}
+
     def players(self) -> dict[str, nn.Module]:
         return {"student": self.student, "score": self.score}
 
@@ -90,7 +118,7 @@ def look(
         told = None if augment_labels is None else torch.cat([augment_labels, augment_labels])
         denoised, features, _ = look(net, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both, part, told)
         d_c, d_u = denoised.chunk(2)
-        return torch.lerp(d_u, d_c, cfg), None if features is None else features[: len(x_t)], None
+        return guide(d_c, d_u, cfg), None if features is None else features[: len(x_t)], None
     asked: dict[str, Any] = {} if part == "decoder" else {"part": part}
     if augment_labels is not None:
         asked["augment_labels"] = augment_labels
@@ -123,6 +151,31 @@ def true_score(
             return teacher.network(x_t, sigma.flatten(), embedded)
         empty = teacher.unconditional(embedded)
         return look(teacher.network, x_t, sigma, embedded, cfg=cfg, empty=empty)[0]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def pool_size(method: str, asked: int | None, batch: int, count: int) -> int:
+    """Samples of a pooling group: `asked`, or the whole batch (None). UserError: such groups do not fit in a
+    micro-batch of `count` samples."""
+    size, key = asked or batch, f"{method}.batch_pool"
+    if count % size:
+        groups = f"{size}, the whole batch ({key}: null)," if asked is None else f"{size} ({key})"
+        raise UserError(
+            f"adversarial losses are averaged over groups of {groups} and a forward pass of one process has {count}"
+            " samples",
+            f"make micro_batch, and the share of each process, a multiple of {key}",
+        )
+    return size
 
 
 def labels_of_images(method: str, setup: Setup[O], spec: Spec) -> Tensor | None:

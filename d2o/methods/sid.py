@@ -4,7 +4,9 @@
 A student makes images in one call at the noise level sigma_init (`student.sigma`, 2.5 in the papers). A score network,
 which starts as the teacher, learns the score of these images; the student learns to make the two scores agree at all
 noise levels. SiD needs no data. SiDA (`adversarial`) also has the score network's encoder tell real images from the
-student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`).
+student's, by no weights of its own; SiD2A is SiDA from a student of SiD (`d2o finetune`). Of teachers that can be
+guided, `cfg` and `score_cfg` guide the two scores: long and short guidance (SiD-LSG, Zhou et al. 2024, arXiv
+2406.01561).
 """
 
 from __future__ import annotations
@@ -15,28 +17,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from d2o.augment import edm
-from d2o.condition import Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.losses import score as losses
 from d2o.losses.adversarial import critic_loss
-from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import (
-    ScoreMethod,
-    check_real_images,
-    labels_of_images,
-    look,
-    true_score,
-)
+from d2o.methods.bad_samples import BadSamples, finite
+from d2o.methods.base import Batch, Loop, Options, Setup
+from d2o.methods.score_networks import ScoreMethod, check_real_images, labels_of_images, look, pool_size, true_score
 from d2o.methods.teachers import check_teacher
-from d2o.networks.build import network_config
-from d2o.networks.edm2_unet import EDM2Precond, keep_normalised
+from d2o.networks.edm2_unet import EDM2Precond, force_normalised, keep_normalised
 from d2o.networks.precond import set_disc_map
-
-CHECK_EVERY = 20
-"""Iterations between two looks at the count of bad samples, where looking waits for the device."""
-
 
 ForceWN = Literal["post_step", "pre_forward", "off"]
 
@@ -46,10 +36,7 @@ class SiDOptions(Options):
         1.2, description="weight of the squared difference of the scores (SiD 1.0 or 1.2; SiDA 1.0; SiD2A 1.0 or 1.2)"
     )
     tmax: int = Field(
-        800,
-        ge=1,
-        le=1000,
-        description="the student's noise levels are those of t in [0, tmax / 1000] of the noise schedule",
+        800, ge=1, le=1000, description="the student's noise levels are those of t in [0, tmax / 1000] of the schedule"
     )
     sigma_min: float = Field(0.002, gt=0, description="noise level at t = 0")
     sigma_max: float = Field(80.0, gt=0, description="noise level at t = 1")
@@ -59,15 +46,10 @@ class SiDOptions(Options):
         1.0, ge=0, description="weight of the score network's denoising loss, a sum over pixels"
     )
     p_mean: float = Field(-1.2, description="mean of ln sigma in the score network's training (EDM2: -0.4)")
-    p_std: float = Field(
-        1.2, gt=0, description="standard deviation of ln sigma in the score network's training (EDM2: 1.0)"
-    )
-    augment: float = Field(
-        0.0, ge=0, le=1, description="probability of EDM's augmentations in the score network's training; 0: none"
-    )
+    p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in that training (EDM2: 1.0)")
+    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations in that training; 0: none")
     train_dropout: bool = Field(
-        True,
-        description="dropout of the student in its own step; there is none where it makes images for the score network",
+        True, description="dropout of the student in its own step; there is none in the images for the score network"
     )
     score_dropout: float | None = Field(
         None, ge=0, lt=1, description="dropout of the score network in its own step (default none: the teacher's)"
@@ -76,45 +58,37 @@ class SiDOptions(Options):
         True, description="EDM2: weigh losses by the score network's uncertainty, where it has the head for it"
     )
     student_force_wn: ForceWN | None = Field(
-        None,
-        description=(
-            "EDM2: forced weight normalisation of the student (default none: as the network that it begins from says)"
-        ),
+        None, description="EDM2: forced weight normalisation of the student (default none: as its first network has it)"
     )
     score_force_wn: ForceWN | None = Field(
         None,
-        description=(
-            "EDM2: forced weight normalisation of the score network (default none: as the teacher's network says; the"
-            " published runs have it on for SiD, off for SiDA and SiD2A)"
-        ),
+        description="EDM2: forced weight normalisation of the score network (default none: as the teacher's network"
+        " has it; the published runs: on for SiD, off for SiDA and SiD2A)",
     )
     cfg: float = Field(
-        1.0, ge=0, description="guidance of the true score (the long one of long-short guidance); 1: none"
+        1.0,
+        ge=0,
+        description="guidance of the true score in the student's step, D_u + cfg (D_c - D_u) (kappa_4 of SiD-LSG, Zhou"
+        " et al. 2024, arXiv 2406.01561); 1: none",
     )
     score_cfg: float = Field(
         1.0,
         ge=0,
-        description=(
-            "guidance of the score network, where it is trained and where it is asked (the short one; Zhou et al."
-            " 2024, arXiv 2406.01561, have it as cfg); 1: none"
-        ),
+        description="guidance of the score network, both where it is trained and in the student's step (kappa_1 ="
+        " kappa_2 = kappa_3; long-short guidance: as cfg, 1.5 or 2 for SD 1.5); 1: none",
     )
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="precision of the true score (default none: as the rest)"
     )
     labels: Literal["uniform", "data"] | None = Field(
         None,
-        description=(
-            "classes of the student's images: drawn uniformly, or as they occur in the data (default none: data if"
-            " adversarial)"
-        ),
+        description="classes of the student's images: drawn uniformly, or as they occur in the data (default none: data"
+        " if adversarial)",
     )
     nan: Literal["drop", "raise"] = Field(
         "raise",
-        description=(
-            "a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients: zero:"
-            " as published)"
-        ),
+        description="a sample that is not finite: stop, or leave it out of the losses and count it (with bad_gradients:"
+        " zero: as published)",
     )
     adversarial: bool = Field(
         False, description="SiDA: the score network's encoder tells real images from the student's"
@@ -122,9 +96,7 @@ class SiDOptions(Options):
     start_g_nimg: int | None = Field(
         None,
         ge=0,
-        description=(
-            "images after which the student starts to learn (default none: 100000 if adversarial, else at once)"
-        ),
+        description="images after which the student starts to learn (default none: 100000 if adversarial, else 0)",
     )
     start_adv_nimg: int = Field(
         200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial"
@@ -134,16 +106,13 @@ class SiDOptions(Options):
     batch_pool: int | None = Field(
         None,
         ge=1,
-        description=(
-            "samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one GPU); 1:"
-            " each by itself (default none: the whole batch)"
-        ),
+        description="samples whose adversarial losses are averaged, in a row of the batch (the papers' batch of one"
+        " GPU); 1: each by itself (default none: the whole batch)",
     )
     gen_adv: Literal["nonsat_bce", "linear_fakeness", "saturating"] = Field(
         "nonsat_bce",
-        description=(
-            "the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or log(1 - D)"
-        ),
+        description="the student's adversarial loss: -log D (the published code), 1 - D (the paper's eq. 7), or"
+        " log(1 - D)",
     )
     logit_clamp: float | None = Field(
         10.0, gt=0, description="maps beyond this give the student no gradient; null: all do"
@@ -156,8 +125,7 @@ class SiDOptions(Options):
         description="noise of the real images: the fakes' own, another of the same level, or one of its own level",
     )
     disc_map: Literal["enc_last_mean", "mid_mean"] = Field(
-        "enc_last_mean",
-        description="the map is taken after the encoder's last block, or after the two blocks in the U-Net's middle",
+        "enc_last_mean", description="where the map is taken: after the encoder's last block, or the U-Net's middle"
     )
 
     @model_validator(mode="before")
@@ -196,13 +164,10 @@ class SiD(ScoreMethod[SiDOptions]):
         self.labels_of_data = labels_of_images("sid", setup, self.teacher.spec) if self.needs(o) == "images" else None
         if o.adversarial:
             check_real_images("sid", setup, self.teacher)
-        for network, force_wn in ((self.student.network, o.student_force_wn), (self.score, o.score_force_wn)):
-            if isinstance(network, EDM2Precond):
-                network.force_wn = network.config["force_wn"] = force_wn or network.force_wn
-                if network.force_wn != "off":
-                    network.normalize_weights()
+        force_normalised(self.student.network, o.student_force_wn)
+        force_normalised(self.score, o.score_force_wn)
         self.stepped = False  # whether the student learned in this iteration
-        self.bad = torch.zeros((), device=self.device)  # samples so far that were not finite, under nan: raise
+        self.bad = BadSamples("sid", o.nan, self.device)
 
     def check(self, o: SiDOptions) -> None:
         """UserError: options that do not fit each other, the batch or the network."""
@@ -223,12 +188,7 @@ class SiD(ScoreMethod[SiDOptions]):
         for key in ("student_force_wn", "score_force_wn"):
             if getattr(o, key) and not isinstance(self.score, EDM2Precond):
                 raise UserError(f"sid.{key}: only networks of EDM2 have forced weight normalisation", "leave it away")
-        if o.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
-            raise UserError(
-                f"sid.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that"
-                " the augmentations would come out of the student",
-                "set sid.augment: 0",
-            )
+        self.check_augment(o.augment)
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Algorithm 1: the score network's step, then the student's, each with fresh noises. By the images seen before
@@ -241,23 +201,14 @@ class SiD(ScoreMethod[SiDOptions]):
         if self.stepped:
             self.student_step(loop, batch, log, adversarial=o.adversarial and seen > o.start_adv_nimg)
         scalars = {key: loop.mean(values) for key, values in log.items()}
-        bad = (
-            self.batch * torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars]).sum()
-        )
-        if o.nan == "drop":
-            scalars["nan_samples"] = bad
-        else:
-            self.refuse(bad, iteration)
-        return scalars
+        bad = torch.stack([scalars.pop(key) for key in ("bad_score", "bad_student") if key in scalars])
+        return scalars | self.bad.told(self.batch * bad.sum(), iteration)
 
     def heaviest(self) -> int:
         """One in which both the student learns and its images are compared with real ones."""
-        o = self.options
-        return (
-            (max(o.start_adv_nimg, o.start_g_nimg or 0, 100_000) // self.batch + 1)
-            if o.adversarial
-            else (o.start_g_nimg or 0) // self.batch + 1
-        )
+        begins = [self.options.start_g_nimg or 0]
+        begins += [self.options.start_adv_nimg, 100_000] if self.options.adversarial else []
+        return max(begins) // self.batch + 1
 
     def score_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
         """The score network learns the score of the student's images (Algorithm 1, lines 4-7), and to tell them from
@@ -271,17 +222,17 @@ class SiD(ScoreMethod[SiDOptions]):
             with torch.no_grad():
                 x = loop.net("student")(draw.randn(*self.student.spec.shape), embedded)
             keep = finite(x)
-            x = x if o.nan == "raise" else torch.where(each(keep), x, 0)
-            y, told = self.augment(x, draw)
+            y, told = self.augmented(self.bad.replaced(x, keep, 0), o.augment, draw)
             sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
             normal = draw.randn(*y.shape[1:])
             part = "encoder_decoder" if o.adversarial else "decoder"
-            denoised, fake, u = look(net, y + sigma * normal, sigma, embedded, part, told, **self.short(embedded))
+            short = self.guidance(o.score_cfg, embedded)
+            denoised, fake, u = look(net, y + sigma * normal, sigma, embedded, part, told, **short)
             keep = keep & finite(denoised)
-            score = self.per_sample(losses.denoising_loss(denoised, y, sigma, self.score.sigma_data, u), keep)
+            score = self.bad.summed(losses.denoising_loss(denoised, y, sigma, self.score.sigma_data, u), keep)
             loss = o.lambda_score * score
             if o.adversarial:
-                y, told = self.augment(self.reals(micro, draw), draw)
+                y, told = self.augmented(self.reals(micro, draw), o.augment, draw)
                 real_sigma = sigma
                 if o.real_noise == "independent":
                     real_sigma = losses.lognormal_sigma(draw.randn(1, 1, 1), o.p_mean, o.p_std)
@@ -292,12 +243,12 @@ class SiD(ScoreMethod[SiDOptions]):
                     losses.edm_weight(real_sigma, self.score.sigma_data, real_u),
                     losses.edm_weight(sigma, self.score.sigma_data, u),
                 )
-                loss = loss + o.lambda_d * losses.discriminator_loss(
-                    real, fake, self.pool(draw), *weights, self.dropping(keep)
-                )
-                self.note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=critic_loss(real, fake).mean())
+                pool = pool_size("sid", o.batch_pool, self.batch, draw.count)
+                loss_d = losses.discriminator_loss(real, fake, pool, *weights, self.bad.counting(keep))
+                loss = loss + o.lambda_d * loss_d
+                note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=critic_loss(real, fake).mean())
             loop.backward(loss.mean())
-            self.note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
+            note(log, loss_score=score.mean() / x[0].numel(), bad_score=1 - keep.float().mean())
         loop.update("score")
         keep_normalised(self.score)
 
@@ -316,92 +267,32 @@ class SiD(ScoreMethod[SiDOptions]):
                 x_t = x + sigma * draw.randn(*shape)
                 true = true_score(self.teacher, x_t, sigma, embedded, o.teacher_precision, o.cfg)
                 part = "encoder_decoder" if adversarial else "decoder"
-                fake, logits, u = look(net, x_t, sigma, embedded, part, **self.short(embedded))
+                fake, logits, u = look(net, x_t, sigma, embedded, part, **self.guidance(o.score_cfg, embedded))
                 keep = finite(x, true, fake)
-                if (
-                    o.nan == "drop" and x.requires_grad
-                ):  # what went wrong in a network must not come back as a gradient either
-                    x.register_hook(lambda gradient, keep=keep: torch.where(each(keep), gradient, 0))
-                weight = losses.mean_error(x, true, u)
-                weight = torch.where(each(keep), weight, 1) if o.nan == "drop" else weight
-                sid = self.per_sample(losses.sid_loss(x, true, fake, o.alpha, weight), keep)
+                self.bad.no_gradient(x, keep)
+                weight = self.bad.replaced(losses.mean_error(x, true, u), keep, 1)
+                sid = self.bad.summed(losses.sid_loss(x, true, fake, o.alpha, weight), keep)
                 loss = o.lambda_sid * sid
                 if adversarial:
-                    paid = losses.generator_adversarial(
-                        logits, self.pool(draw), o.gen_adv, o.logit_clamp, self.dropping(keep)
-                    )
-                    gan = self.per_sample(x[0].numel() * paid / weight.flatten(), keep)
+                    pool = pool_size("sid", o.batch_pool, self.batch, draw.count)
+                    counting = self.bad.counting(keep)
+                    paid = losses.generator_adversarial(logits, pool, o.gen_adv, o.logit_clamp, counting)
+                    gan = self.bad.summed(x[0].numel() * paid / weight.flatten(), keep)
                     loss = 0.5 * loss + (0.5 if o.adv_half == "single" else 0.25) * o.lambda_adv * gan
-                    self.note(log, loss_adv=paid.mean())
+                    note(log, loss_adv=paid.mean())
                 loop.backward(loss.mean())
-            delta = self.per_sample((true - fake).abs(), keep).mean() / x[0].numel()
-            self.note(log, loss_g=sid.mean() / x[0].numel(), delta=delta, bad_student=1 - keep.float().mean())
+            delta = self.bad.summed((true - fake).abs(), keep).mean() / x[0].numel()
+            note(log, loss_g=sid.mean() / x[0].numel(), delta=delta, bad_student=1 - keep.float().mean())
         loop.update("student")
 
     def settle(self) -> None:
         if self.stepped:
             keep_normalised(self.student.network)
 
-    # What the steps are made of ---------------------------------------------------------------------------------------
 
-    def short(self, embedded: Embedded) -> dict[str, Any]:
-        """How the score network is guided."""
-        cfg = self.options.score_cfg
-        return {} if cfg == 1 else {"cfg": cfg, "empty": self.teacher.unconditional(embedded)}
-
-    def augment(self, x: Tensor, draw: Draws) -> tuple[Tensor, Tensor | None]:
-        return edm.augment(x, self.options.augment, draw.randn, draw.rand) if self.options.augment else (x, None)
-
-    def pool(self, draw: Draws) -> int:
-        """Samples of a pooling group. UserError: the groups do not fit in a micro-batch."""
-        size = self.options.batch_pool or self.batch
-        if draw.count % size:
-            what = (
-                f"{size}, the whole batch (sid.batch_pool: null),"
-                if self.options.batch_pool is None
-                else f"{size} (sid.batch_pool)"
-            )
-            raise UserError(
-                f"adversarial losses are averaged over groups of {what} and a forward pass of one process has"
-                f" {draw.count} samples",
-                "make micro_batch, and the share of each process, a multiple of sid.batch_pool",
-            )
-        return size
-
-    def per_sample(self, values: Tensor, keep: Tensor) -> Tensor:
-        """The sum over pixels [B], of values [B, ...]; 0 for samples that are dropped."""
-        total = values.flatten(1).sum(1) if values.ndim > 1 else values
-        return torch.where(keep, total, 0) if self.options.nan == "drop" else total
-
-    def dropping(self, keep: Tensor) -> Tensor | None:
-        return keep if self.options.nan == "drop" else None
-
-    def refuse(self, bad: Tensor, iteration: int) -> None:
-        """nan: raise. On a GPU only every so many iterations, as reading the count waits for it; no checkpoint is
-        written meanwhile, as the gradients are not finite either (bad_gradients: raise)."""
-        self.bad = self.bad + bad
-        if self.device.type == "cpu" or (self.device.type != "meta" and (iteration + 1) % CHECK_EVERY == 0):
-            if (count := round(float(self.bad))) > 0:
-                raise UserError(
-                    f"{count} samples were not finite up to iteration {iteration}",
-                    "lower optim.lr, or take sid.nan: drop with "
-                    "bad_gradients: zero, which leave them out; the last checkpoint is from before this",
-                )
-
-    @staticmethod
-    def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:
-        for key, value in values.items():
-            log.setdefault(key, []).append(value.detach())
-
-
-def finite(*outputs: Tensor) -> Tensor:
-    """Which samples [B] hold neither NaN nor infinities in any of these."""
-    return torch.stack([output.detach().isfinite().flatten(1).all(1) for output in outputs]).all(0)
-
-
-def each(what: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1]"""
-    return what[:, None, None, None]
+def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:
+    for key, value in values.items():
+        log.setdefault(key, []).append(value.detach())
 
 
 METHOD = SiD

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from d2o.augment.ada import PIPES, AdaController, AdaPipeline
+from d2o.augment.ada import PIPES, AdaController, AdaPipeline, RandomNumbers
 from d2o.critics.build import build_critic
 from d2o.critics.style import MBSTD_GROUP
 from d2o.diffusion.sde import get_process, perturb
@@ -287,7 +287,7 @@ def _halves(draw: Draws, shape: tuple[int, ...], times: list[float]) -> Tensor:
     return torch.cat([draw.randn(*shape)[::2] for _ in times])
 
 
-def _first(numbers: Any, n: int) -> Any:
+def _first(numbers: RandomNumbers, n: int) -> RandomNumbers:
     """Random numbers for the first n samples of the micro-batch."""
     return lambda *shape: numbers(*shape)[:n]
 

@@ -10,7 +10,7 @@ from d2o.networks.edm_view import EDMView
 from d2o.networks.precond import Denoiser
 from d2o.teachers.base import Teacher
 from d2o.teachers.in_edm import in_edm
-from d2o.teachers.kinds import FAMILIES, Kind, kind_of
+from d2o.teachers.kinds import FAMILIES, TeacherKind, kind_of
 from d2o.teachers.registry import teacher_names
 
 PRECONDITIONING = "it gives the network a preconditioning of its own, in exchange for EDM's and for no other"
@@ -23,7 +23,7 @@ REFUSES: dict[str, dict[str, str]] = {
 """What `Method.takes` may say -> the families that such a method cannot learn from, and why."""
 
 
-def why_not(method: str, kind: Kind) -> str:
+def why_not(method: str, kind: TeacherKind) -> str:
     """Why the method cannot learn from teachers of that kind; "" if it can, or if nothing is known against it."""
     wanted = get_method(method).takes
     if not wanted:
@@ -31,18 +31,18 @@ def why_not(method: str, kind: Kind) -> str:
     return REFUSES[wanted].get(kind.family, "")
 
 
-def takes(method: str, kind: Kind) -> bool:
+def takes(method: str, kind: TeacherKind) -> bool:
     """Whether the method can learn from teachers of that kind; what is not known of it yet does not count against
     it."""
     return not why_not(method, kind)
 
 
-def methods_for(kind: Kind) -> list[str]:
+def methods_for(kind: TeacherKind) -> list[str]:
     """The methods that learn from teachers of that kind."""
     return [name for name in method_names() if takes(name, kind)]
 
 
-def check_kind(method: str, kind: Kind) -> None:
+def check_kind(method: str, kind: TeacherKind) -> None:
     """UserError: the method does not learn from teachers of that kind; with what can be done."""
     why = why_not(method, kind)
     if not why:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.metrics.frechet import factor, frechet_distance
+from d2o.metrics.frechet import ArrayLike, factor, frechet_distance
 
 ROWS = 4096  # features that are in float64 at one time
 
@@ -22,7 +22,7 @@ class Spread(NamedTuple):
     high: float
 
 
-def bootstrap_frechet(features: Tensor, mu: Any, sigma: Any, samples: int, seed: int) -> Spread:
+def bootstrap_frechet(features: Tensor, mu: ArrayLike, sigma: ArrayLike, samples: int, seed: int) -> Spread:
     """Of the Fréchet distance of features [n, d] to a reference (mu [d], sigma [d, d]), which is held fixed.
 
     A resample holds each image as often as n draws with replacement (numpy's RandomState(seed)) hit it. As it knows

@@ -28,7 +28,7 @@ class Points:
     def __init__(self, features: Tensor, dtype: torch.dtype, centre: Tensor, what: str):
         self.raw, self.dtype, self.centre = features.detach(), dtype, centre
         self.n, self.dim = features.shape
-        parts = [self.exact(part).sub_(centre).square_().sum(1) for part in blocks(self.n, PAIRS)]
+        parts = [self.exact(part).sub_(centre).square_().sum(1) for part in row_blocks(self.n, PAIRS)]
         self.norms = torch.cat(parts).sqrt()  # float64
         if not bool(torch.isfinite(self.norms).all()):
             fix = (
@@ -54,12 +54,12 @@ def centre_of(features: Tensor, dtype: torch.dtype) -> Tensor:
     """About the mean [d] of features rounded to `dtype`: float64, but of float32's values, so that float32 blocks are
     centred about the same."""
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for part in blocks(len(features), PAIRS):
+    for part in row_blocks(len(features), PAIRS):
         total += features.detach()[part].to(dtype).to(torch.float64).sum(0)
     return (total / len(features)).to(torch.float32).to(torch.float64)
 
 
-def blocks(n: int, size: int | None = None) -> Iterator[slice]:
+def row_blocks(n: int, size: int | None = None) -> Iterator[slice]:
     size = size or BLOCK
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
@@ -117,8 +117,8 @@ def nearest_in(a: Points, b: Points, k: int, work: torch.dtype) -> tuple[Tensor,
     same = b is a
     keep = min(k + SPARE, b.n - same)
     near = Nearest(a.n, keep, work, a.raw.device)
-    for rows in blocks(a.n):
-        for columns in blocks(b.n):
+    for rows in row_blocks(a.n):
+        for columns in row_blocks(b.n):
             if same and columns.start < rows.start:
                 continue  # the same distances as on the other side of the diagonal
             d = squared(a, rows, b, columns, work)
@@ -132,7 +132,7 @@ def nearest_in(a: Points, b: Points, k: int, work: torch.dtype) -> tuple[Tensor,
     # nothing to look for.
     for rows in (~sure & (distances[:, -1] > 0)).nonzero().flatten().split(BLOCK):
         again = Nearest(len(rows), keep, torch.float64, a.raw.device)
-        for columns in blocks(b.n):
+        for columns in row_blocks(b.n):
             d = squared(a, rows, b, columns, torch.float64)
             if same:
                 inside = ((rows >= columns.start) & (rows < columns.stop)).nonzero().flatten()
@@ -152,7 +152,7 @@ def _settle(
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
     keep = near.columns.shape[1]
     columns = near.columns.sort(dim=1).values
-    for part in blocks(len(rows), max(PAIRS // keep, 1)):
+    for part in row_blocks(len(rows), max(PAIRS // keep, 1)):
         d = b.exact(columns[part]).sub_(a.exact(rows[part])[:, None]).square_().sum(2)
         best = d.argsort(dim=1, stable=True)[:, :k]
         distances[part], indices[part] = d.gather(1, best), columns[part].gather(1, best)

@@ -3,19 +3,20 @@ float64."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
 
+ArrayLike = np.ndarray | Tensor
 TRACE_METHOD = "eigvalsh"
 EPS = float(np.finfo(np.float64).eps)
 
 
-def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any, factor2: np.ndarray | None = None) -> float:
+def frechet_distance(
+    mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike, factor2: np.ndarray | None = None
+) -> float:
     """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), the squared 2-Wasserstein distance of N(mu1, S1) and N(mu2,
     S2) (what FID is).
 
@@ -40,7 +41,7 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any, factor2: np.n
     return max(float(value), 0.0)
 
 
-def factor(sigma: Any) -> np.ndarray:
+def factor(sigma: ArrayLike) -> np.ndarray:
     """L [d, rank] with sigma = L L^T, of a symmetric non-negative matrix [d, d]: Cholesky's where sigma clearly has
     full rank (many times faster), else from the eigenvectors, without the directions that are zero up to rounding."""
     sigma = _array(sigma)
@@ -79,7 +80,7 @@ def _sum_of_roots(product: np.ndarray) -> float | None:
     return float(np.sqrt(values).sum()) if values[0] > len(values) * EPS * values[-1] else None
 
 
-def _array(x: Any) -> np.ndarray:
+def _array(x: ArrayLike) -> np.ndarray:
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
 
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError, unknown
-from d2o.metrics.distances import DTYPES, Points, blocks, centre_of, exact_pairs, nearest_in, slack, squared, work_type
+from d2o.metrics.distances import (
+    DTYPES,
+    Points,
+    centre_of,
+    exact_pairs,
+    nearest_in,
+    row_blocks,
+    slack,
+    squared,
+    work_type,
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ def manifold(
     hit_real = {name: torch.zeros(r.n, dtype=torch.bool, device=real.device) for name in rules}
     hit_fake = {name: torch.zeros(f.n, dtype=torch.bool, device=real.device) for name in rules}
     count = 0
-    for rows in blocks(r.n):
-        for columns in blocks(f.n):
+    for rows in row_blocks(r.n):
+        for columns in row_blocks(f.n):
             for name, (i, j) in _inside(r, rows, f, columns, rules, work).items():
                 hit_real[name][i] = True
                 hit_fake[name][j] = True
@@ -101,7 +111,7 @@ def density_coverage(
     return found.density, found.coverage
 
 
-def nearest(queries: Tensor, base: Tensor, k: int = 1, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+def nearest_rows(queries: Tensor, base: Tensor, k: int = 1, dtype: str = "float32") -> tuple[Tensor, Tensor]:
     """The k nearest features of `base` [n, d] to each of `queries` [m, d] (a generated image's nearest training
     images): Euclidean distances [m, k] float64, ascending, and indices [m, k] into `base`. Exact, in blocks.
 

@@ -382,6 +382,15 @@ def remove_uncertainty(network: nn.Module) -> None:
         network.config["logvar_channels"] = 0
 
 
+def force_normalised(network: nn.Module, force_wn: str | None) -> None:
+    """Set how an EDM2 denoiser's weights are kept normalised (None: as it says itself) and, unless that is "off",
+    normalise them now; nothing for other networks."""
+    if isinstance(network, EDM2Precond):
+        network.force_wn = network.config["force_wn"] = force_wn or network.force_wn
+        if network.force_wn != "off":
+            network.normalize_weights()
+
+
 def keep_normalised(network: nn.Module) -> None:
     """EDM2's forced weight normalisation after an optimiser's step (Karras et al. 2024, section 2.3); nothing for other
     networks. A network whose `force_wn` is "pre_forward" does it itself before the next pass in training mode, and here

@@ -90,7 +90,7 @@ class EDMView(nn.Module):
     def of(cls, module: Any, schedule: dict[str, Any], prediction: str, **options: Any) -> EDMView:
         """The view of a diffusers network that is there already, whose weights it shares."""
         known = inspect.signature(type(module).__init__).parameters
-        given = {key: plain(value) for key, value in module.config.items() if key in known}
+        given = {key: as_json(value) for key, value in module.config.items() if key in known}
         return cls({"class": type(module).__name__, **given}, schedule, prediction, module=module, **options)
 
     def forward(
@@ -225,7 +225,8 @@ def called_at(network: nn.Module, sigma: float) -> float:
             f"a student is called at sigma {sigma:g}, and its network knows noise levels up to {top}",
             f"student.sigma: {top}, or below",
         )
-    return float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
+    with torch.device("cpu"):  # the network may be built without memory
+        return float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
 
 
 def lowest_level(network: nn.Module) -> float:
@@ -238,8 +239,8 @@ class _Enough(Exception):
     """The features that were asked for are there; what follows them is not needed."""
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """As JSON gives it back."""
     if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return {key: plain(part) for key, part in value.items()} if isinstance(value, dict) else value
+        return [as_json(part) for part in value]
+    return {key: as_json(part) for key, part in value.items()} if isinstance(value, dict) else value

@@ -223,7 +223,7 @@ def _from_diffusers(folder: Path) -> Autoencoder:
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} holds no autoencoder that can be read ({error})") from error
     kind = config.get("_class_name", "foreign object") if isinstance(config, dict) else "foreign object"
-    if kind != "AutoencoderKL":
+    if not isinstance(config, dict) or kind != "AutoencoderKL":
         raise UserError(f"{folder} holds a {kind}, not an AutoencoderKL")
     tensors = {f"vae.{name}": tensor.to(torch.float32) for name, tensor in tensors.items()}
     return _described(

@@ -1,9 +1,10 @@
-"""VGG-16 with batch norm for the latents of a diffusion model: the trunk of LatentLPIPS (Kang et al. 2024, section 3.2
-and appendix B.2)."""
+"""VGG-16 with batch norm for the latents of a diffusion model: trunk and heads of LatentLPIPS (Kang et al. 2024,
+section 3.2 and appendix B.2)."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -43,3 +44,31 @@ class LatentVGG(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+
+class Head(nn.Module):
+    """The calibrated non-negative weight of each channel. `model.1`, because dropout stands before it while it is
+    trained."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.model = nn.Sequential(OrderedDict([("1", nn.Conv2d(channels, 1, 1, bias=False))]))
+
+
+class TunedVGG(nn.Module):
+    """The trunk and the heads of its five maps, `net` and `lin0` to `lin4`, as the released files have them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = LatentVGG(channels)
+        for k, (width, _) in enumerate(STAGES):
+            self.add_module(f"lin{k}", Head(width))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """[channels] of each map."""
+        heads = (self.get_submodule(f"lin{k}.model.1") for k in range(len(STAGES)))
+        return [cast(Tensor, head.weight).flatten() for head in heads]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.net(x)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
-from d2o.networks.style_layers import Linear
+from d2o.networks.style_layers import EqualizedLinear
 
 MAPPINGS = ("node", "mlp_t")
 SOLVERS = ("rk4", "dopri5")
 TIME_INPUTS = ("none", "concat")
 
 
-def normalise(x: Tensor) -> Tensor:
+def unit_mean_square(x: Tensor) -> Tensor:
     """x [B, D] with mean square 1 per row."""
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
@@ -34,7 +34,9 @@ class Layers(nn.Module):
         super().__init__()
         self.timed = timed
         widths = [width + timed] + [width] * depth
-        self.layers = nn.ModuleList(Linear(widths[i], width, lr_mult=lr_mult, activate=True) for i in range(depth))
+        self.layers = nn.ModuleList(
+            EqualizedLinear(widths[i], width, lr_mult=lr_mult, activate=True) for i in range(depth)
+        )
 
     def forward(self, h: Tensor, t: float | Tensor) -> Tensor:
         if self.timed:
@@ -105,7 +107,7 @@ class NODEMapping(nn.Module):
         }
         self.shape, self.h_dim, self.mapping, self.w_avg_beta = tuple(shape), h_dim, mapping, w_avg_beta
         self.method, self.step, self.rtol, self.atol = method, step, rtol, atol
-        self.o = Linear(math.prod(shape), h_dim, lr_mult=lr_mult, activate=True)
+        self.o = EqualizedLinear(math.prod(shape), h_dim, lr_mult=lr_mult, activate=True)
         self.r = Layers(h_dim, r_layers, lr_mult, timed=mapping == "mlp_t" or ode_time_input == "concat")
         self.w_avg: Tensor
         self.register_buffer("w_avg", torch.zeros(h_dim))
@@ -118,7 +120,7 @@ class NODEMapping(nn.Module):
         """o(z) = h(0) (for "mlp_t" the input of the network, no style)."""
         if z.shape[1:] != self.shape:
             raise UserError(f"the mapping takes noise [B, {', '.join(map(str, self.shape))}]; this is {[*z.shape]}")
-        return self.o(normalise(z.flatten(1)))
+        return self.o(unit_mean_square(z.flatten(1)))
 
     def at(self, z: Tensor, t: float) -> Tensor:
         return self.path(z, [t])[0]

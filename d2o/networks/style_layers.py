@@ -38,7 +38,7 @@ def lrelu(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
-class Linear(nn.Module):
+class EqualizedLinear(nn.Module):
     """x [B, in] -> [B, out]. The weight is N(0, 1) / lr_mult at first and used times lr_mult / sqrt(in), the bias times
     lr_mult: Adam, whose steps do not depend on the scale of gradients, then trains this layer as with learning rate
     times lr_mult. `bias_init`: the bias in effect.
@@ -66,7 +66,7 @@ class Linear(nn.Module):
         return lrelu(x) if self.activate else x
 
 
-class Conv2d(nn.Module):
+class EqualizedConv2d(nn.Module):
     """x [B, in, H, W] -> [B, out, H, W], or half of H and W with `down`; kernel 1 or 3, weight used times 1 / sqrt(in *
     kernel^2).
 
@@ -174,7 +174,7 @@ class ModulatedConv(nn.Module):
         super().__init__()
         self.up, self.demodulate, self.how = up, demodulate, how
         self.gain = 1.0 if demodulate else 1 / math.sqrt(in_channels * kernel**2)
-        self.affine = Linear(w_dim, in_channels, bias_init=1.0)
+        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
         self.taps: Tensor
         if up:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from d2o.condition import Condition
 from d2o.methods.base import Batch, Draws, Method, Setup
+from d2o.recipes.meta_ops import RememberedShapes
 
 META = torch.device("meta")
 
@@ -69,7 +70,7 @@ class CountingLoop:
             for block in blocks.values()
         ]:
             handles.append(block.register_forward_pre_hook(self._keep))
-        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
+        with RememberedShapes(), torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
             method.step(self, batch, method.heaviest())
         for handle in handles:
             handle.remove()

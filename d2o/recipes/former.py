@@ -36,10 +36,17 @@ def renewed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "method": kind, kind: {key: value for key, value in given.items() if not _void(kind, key, value)}}
 
 
-def written(data: Mapping[str, Any], path: KeyPath) -> KeyPath:
+def place_as_written(data: Mapping[str, Any], path: KeyPath) -> KeyPath:
     """Where in the recipe as it was written stands what `path` names in the renewed one."""
     moved = path and path[0] in KINDS and FORMER in data and path[0] not in data
     return (FORMER, *path[1:]) if moved else path
+
+
+def renewed_key(key: str, data: Mapping[str, Any]) -> str:
+    """What a dotted key of the former method's section is called in the renewed recipe: `consistency.loss` ->
+    `cd.loss`; any other key as it is."""
+    section, dot, rest = key.partition(".")
+    return f"{renewed(data)['method']}.{rest}" if section == FORMER and dot and is_former(data) else key
 
 
 def _void(kind: str, key: str, value: Any) -> bool:

@@ -61,7 +61,7 @@ def _entry(name: str) -> Entry:
     if path and not path.startswith("real:") and not os.path.exists(path):
         missing.append(f"needs {path}")
     published = catalogue.find(teacher) if teacher else None
-    if published is not None and not os.path.exists(teacher) and catalogue.local_path(published) is None:
+    if published is not None and not os.path.exists(teacher) and catalogue.path_if_here(published) is None:
         setting = offline()
         (missing if setting else fetches).append(f"needs its teacher, and {setting}" if setting else "its teacher")
     if keys.get("images", 0) >= LONG and not torch.cuda.is_available():

@@ -58,7 +58,10 @@ def _held(p: nn.Parameter, processes: int) -> int:
 
 def _largest(network: nn.Module, processes: int) -> int:
     """Bytes of the most that is gathered at once: a block, or what is in none."""
-    units = [list(unit.parameters()) for unit in blocks(network)]
-    inside = {p for unit in units for p in unit}
-    rest = [p for p in network.parameters() if p not in inside]
-    return FP32 * max(sum(p.numel() for p in unit if divides(p, processes)) for unit in [*units, rest])
+    inside: set[nn.Parameter] = set()
+    largest = 0
+    for unit in [*blocks(network), network]:  # what lies in a unit of its own comes before what it is a part of
+        own = [p for p in unit.parameters() if p not in inside]
+        inside.update(own)
+        largest = max(largest, sum(p.numel() for p in own if divides(p, processes)))
+    return FP32 * largest

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from d2o.errors import UserError
-from d2o.inputs import read_json
+from d2o.inputs import JsonObject, read_json
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import atomic_write, read_meta
 from d2o.recipes.changes import forbidden
+from d2o.recipes.former import renewed_key
+from d2o.recipes.schema import Recipe
 from d2o.recipes.sweep import Sweep
 from d2o.reports.curves import HIGHER_IS_BETTER, read_curves
 from d2o.reports.sweep_chart import Line, sweep_chart
 
 FORMAT = {"format": "d2o-sweep", "version": 1}
-Record = dict[str, Any]
 
 
 def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
@@ -41,7 +42,7 @@ def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
         raise UserError(what, "restore it, or choose another --out")
 
 
-def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, str]) -> Record:
+def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, str]) -> JsonObject:
     """Write sweep.json and sweep.svg; returns the record. Members of earlier calls, with other values, stay in it."""
     metric = sweep.base.eval.metric if sweep.base.eval else "loss"
     names = [member.name for member in sweep.members]
@@ -76,7 +77,7 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     return record
 
 
-def _read(folder: Path) -> Record | None:
+def _read(folder: Path) -> JsonObject | None:
     path = folder / "sweep.json"
     try:
         record = read_json(path) if path.exists() else None
@@ -86,12 +87,25 @@ def _read(folder: Path) -> Record | None:
         return None
     if not isinstance(record, dict) or record.get("format") != FORMAT["format"]:
         raise UserError(f"{path} is not the record of a sweep", "choose another --out")
-    return record
+    return _renewed(record, path)
+
+
+def _renewed(record: JsonObject, path: Path) -> JsonObject:
+    """The record as this version writes it: settings that have come since at their defaults, keys as they are called
+    now. UserError: the recipe in it is none."""
+    recipe = record["recipe"]
+    settings = [{renewed_key(key, recipe): v for key, v in m["settings"].items()} for m in record["members"]]
+    return {
+        **record,
+        "keys": [renewed_key(key, recipe) for key in record["keys"]],
+        "members": [{**m, "settings": now} for m, now in zip(record["members"], settings, strict=True)],
+        "recipe": Recipe.from_dict(recipe, str(path)).resolved(),
+    }
 
 
 def _member(
     folder: Path, name: str, settings: Mapping[str, Any], images: int, metric: str, failed: Mapping[str, str]
-) -> Record:
+) -> JsonObject:
     """What a member's run folder says of it."""
     run = folder / name
     state, seen, curve = run / "checkpoints" / "state.safetensors", 0, []
@@ -127,7 +141,7 @@ def _order(value: Any) -> tuple[int, Any]:
     return (0, value) if number else (1, str(value))
 
 
-def rows(record: Record) -> Sequence[Sequence[str]]:
+def rows(record: JsonObject) -> Sequence[Sequence[str]]:
     """A table of the members: settings, state, images, last value, best value and when."""
     best = record["best"]["member"] if record["best"] else None
     found = []

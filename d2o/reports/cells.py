@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+
+from d2o.inputs import JsonObject
 
 NONE = "–"
 SMALL_N = "†"
@@ -35,17 +36,17 @@ ORDER = (
     "dreamdiv",
     "accuracy",
 )
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, JsonObject] = {
     "fd": {"better": "lower"},
     "accuracy": {"label": "accuracy", "better": "higher", "percent": True},
 }
 """What results of d2o 0.1.0 do not say of their metrics."""
 
-Result = dict[str, Any]
-Entry = dict[str, Any]
+Result = JsonObject
+MetricEntry = JsonObject
 
 
-def metrics(record: Result) -> Iterator[tuple[str, Entry]]:
+def metrics(record: Result) -> Iterator[tuple[str, MetricEntry]]:
     """(key, metric) of everything in a record that is one number; not speed and distance, which are several. Well-known
     ones first."""
     found = {}
@@ -63,7 +64,7 @@ def rank(key: str) -> int:
     return ORDER.index(base) if base in ORDER else len(ORDER)
 
 
-def heading(metric: Entry) -> str:
+def heading(metric: MetricEntry) -> str:
     """FID-50k ↓"""
     return " ".join([metric["label"], *filter(None, [ARROWS.get(metric["better"])])])
 
@@ -72,12 +73,12 @@ VALUES = ("value", "runs", "std", "mean", "best", "per_class", "small_n")
 WORDING = ("label", "better", "percent", "error", "report", "trace")
 
 
-def settings(metric: Entry) -> dict[str, str | int]:
+def settings(metric: MetricEntry) -> dict[str, str | int]:
     """How this one number was made, beyond its record's protocol: n, k, subsets, dtype, ..."""
     return {k: v for k, v in metric.items() if k not in (*VALUES, *WORDING) and isinstance(v, (str, int))}
 
 
-def comparable(record: Result, key: str, metric: Entry) -> str:
+def comparable(record: Result, key: str, metric: MetricEntry) -> str:
     """Equal for numbers that may be compared: same label, same protocol in every field, same settings of the metric."""
     protocol = {k: v for k, v in (record.get("protocol") or {}).items() if v is not None}
     return json.dumps(
@@ -85,12 +86,12 @@ def comparable(record: Result, key: str, metric: Entry) -> str:
     )
 
 
-def error_of(metric: Entry) -> float | None:
+def error_of(metric: MetricEntry) -> float | None:
     """What stands after ±. A minimum of runs has none: their deviation is not its uncertainty."""
     return None if metric.get("report") == "min" else metric["std"]
 
 
-def value_text(metric: Entry, decimals: int = 0, mark: bool = True) -> str:
+def value_text(metric: MetricEntry, decimals: int = 0, mark: bool = True) -> str:
     """1.42, or 1.420 ± 0.031 (two digits of the deviation), or 97.5 %; at least `decimals` decimals, to stand beside a
     printed number."""
     percent = bool(metric.get("percent"))
@@ -135,7 +136,7 @@ def printed_decimals(value: float) -> int:
     return len(f"{value:.10g}".partition(".")[2])
 
 
-def quoted(name: str, paper: dict[str, Any], source: str) -> Result:
+def quoted(name: str, paper: JsonObject, source: str) -> Result:
     """A row that was not measured: only what a paper prints."""
     return {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": []}
 

@@ -11,7 +11,7 @@ from d2o.evaluation.protocol import protocol_line
 from d2o.reports.cells import (
     DEFAULTS,
     NONE,
-    Entry,
+    MetricEntry,
     Result,
     comparable,
     has_protocol,
@@ -149,16 +149,16 @@ def _column(records: Sequence[Result], kind: str, header: str, cell: Callable[[R
     return Column(kind, header, [cell(r) for r in records])
 
 
-def metric_columns(records: Sequence[Result]) -> dict[tuple[str, str], dict[int, Entry]]:
+def metric_columns(records: Sequence[Result]) -> dict[tuple[str, str], dict[int, MetricEntry]]:
     """(key, label) -> {row: metric}, in the order in which they are shown."""
-    found: dict[tuple[str, str], dict[int, Entry]] = {}
+    found: dict[tuple[str, str], dict[int, MetricEntry]] = {}
     for row, r in enumerate(records):
         for key, metric in metrics(r):
             found.setdefault((key, metric["label"]), {})[row] = metric
     return dict(sorted(found.items(), key=lambda item: rank(item[0][0])))
 
 
-def best_rows(records: Sequence[Result], key: str, column: dict[int, Entry]) -> frozenset[int]:
+def best_rows(records: Sequence[Result], key: str, column: dict[int, MetricEntry]) -> frozenset[int]:
     """The rows of a metric's column that are best among students they may be compared with."""
     groups: dict[str, list[int]] = {}
     for row, metric in column.items():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
-from d2o.inputs import MAX_LOG_BYTES, parse_json, read_file
+from d2o.inputs import MAX_LOG_BYTES, JsonObject, parse_json, read_file
 
 
 @dataclass
@@ -54,7 +53,7 @@ def read_curves(run: str | Path) -> Curves:
     return curves
 
 
-def _collect(into: dict[str, list[tuple[float, float]]], values: dict[str, Any], images: float) -> None:
+def _collect(into: dict[str, list[tuple[float, float]]], values: JsonObject, images: float) -> None:
     for key, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             into.setdefault(key, []).append((float(images), float(value)))

@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.outputs import check_output
 from d2o.interop.safetensors_io import atomic_write
 from d2o.reports.cells import ARROWS, NONE, Result, metrics, paper_of
@@ -112,9 +112,9 @@ def to_csv(records: Sequence[Result]) -> str:
     return out.getvalue()
 
 
-def _flat(record: Result) -> dict[str, Any]:
+def _flat(record: Result) -> JsonObject:
     x, env = record["x"], record.get("env") or {}
-    row: dict[str, Any] = {"name": record["name"], **{field: x.get(field) for field in CSV_FIRST[1:]}}
+    row: JsonObject = {"name": record["name"], **{field: x.get(field) for field in CSV_FIRST[1:]}}
     for key, metric in metrics(record):
         row[key] = metric["value"]
         row |= {f"{key}.{field}": metric.get(field) for field in METRIC_FIELDS if field != "value"}
@@ -128,7 +128,7 @@ def _flat(record: Result) -> dict[str, Any]:
     return row | {"d2o": record.get("d2o"), "command": record.get("command"), "notes": record["notes"] or None}
 
 
-def _csv(value: Any) -> str:
+def _csv(value: object) -> str:
     """Floats with all their digits; lists and records as JSON."""
     if value is None:
         return ""

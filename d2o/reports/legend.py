@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from d2o.inputs import JsonObject
 from d2o.reports.cells import SMALL_N, Result, error_of, has_protocol, machine, metrics, number, paper_of
 
 ERRORS = {
@@ -60,11 +61,11 @@ def _differing(records: Sequence[Result], fields: tuple[str, ...]) -> list[tuple
     return values if len(values) > 1 else []
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def _n(n: Any) -> str:
+def _n(n: object) -> str:
     return f"{n:,}" if isinstance(n, int) else "not stated"
 
 
@@ -138,5 +139,5 @@ def _speeds(records: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _dtype(speed: dict[str, Any]) -> str:
+def _dtype(speed: JsonObject) -> str:
     return f", {speed['dtype']}" if speed.get("dtype") else ""

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
-from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
-from d2o.evaluation.presets import differences
+from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.settings.recipe_names import is_shipped, parted
+from d2o.settings.section import Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
 from d2o.settings.yaml_text import Mark, Problems, build, plain, read
 from d2o.shipped import shown, table_folders
@@ -40,12 +41,6 @@ classes."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
-
-
-class Section(BaseModel):
-    """No unknown keys, no silent conversions, no changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 def _optional(cls: type) -> dict[str, Any]:
@@ -228,7 +223,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
             if base not in known:
                 yield ("rows", i, "paper", name), _words(unknown("number", base, known))
         if preset is not None:
-            for flag, wanted in differences(preset, table.options_of(row)):
+            for flag, wanted in contradictions(preset, table.options_of(row)):
                 yield (
                     ("rows", i, "options") if _given(row.options) else ("options",),
                     f"{flag} is not the protocol {preset.name} ({wanted})",

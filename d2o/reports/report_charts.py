@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from d2o.reports.cells import Entry, Result, comparable, error_of, heading, number, paper_of, value_text
+from d2o.reports.cells import MetricEntry, Result, comparable, error_of, heading, number, paper_of, value_text
 from d2o.reports.charts import COLOURS, Dot, Series, dot_chart, line_chart
 from d2o.reports.comparison import metric_columns
 from d2o.reports.curves import Curves
-from d2o.reports.report_pictures import legend, scroll, section
+from d2o.reports.report_pictures import colour_legend, scroll, section
 
 COMPARED = 3  # rows that make a chart worth its place
 KINDS = {"student": 0, "teacher": 1, "images": 2, "pairs": 3, "statistics": 4}
@@ -58,10 +58,10 @@ def comparison(records: Sequence[Result]) -> str:
         return ""
     entries = [(f"s{KINDS.get(kind, 5)} dot", kind) for kind in kinds] + [("mark", "printed by the paper")] * papers
     lead = "Rows of one protocol only. Lines through the dots are the errors that the table gives after ±."
-    return section("Side by side", lead, f'{legend(entries)}<div class="charts">{"".join(charts)}</div>')
+    return section("Side by side", lead, f'{colour_legend(entries)}<div class="charts">{"".join(charts)}</div>')
 
 
-def _dot(record: Result, key: str, metric: Entry) -> Dot:
+def _dot(record: Result, key: str, metric: MetricEntry) -> Dot:
     scale = 100 if metric.get("percent") else 1
     error, paper = error_of(metric), paper_of(record).get(key, (None,))[0]
     return Dot(
@@ -74,7 +74,7 @@ def _dot(record: Result, key: str, metric: Entry) -> Dot:
     )
 
 
-def _dots(metric: Entry, dots: Sequence[Dot]) -> str:
+def _dots(metric: MetricEntry, dots: Sequence[Dot]) -> str:
     values = [d.value for d in dots]
     log = _wide(values)
     what = [
@@ -146,7 +146,7 @@ def _lines(title: str, what: str, series: Sequence[Series], y_label: str, log: b
     svg = line_chart(series, "images seen", y_label, log_y=log)
     if not svg:
         return ""
-    keys = legend((f"s{i % COLOURS}", s.name) for i, s in enumerate(series)) if len(series) > 1 else ""
+    keys = colour_legend((f"s{i % COLOURS}", s.name) for i, s in enumerate(series)) if len(series) > 1 else ""
     about = f"{escape(what)}{' Logarithmic axis.' if log else ''}"
     return f'<div class="card chart"><h3>{escape(title)}</h3><p>{about}</p>{keys}{scroll(title, svg, "plot ")}</div>'
 
@@ -156,7 +156,7 @@ def by_class(records: Sequence[Result]) -> str:
     return "".join(_by_class(records, key, column) for (key, _), column in metric_columns(records).items())
 
 
-def _by_class(records: Sequence[Result], key: str, column: dict[int, Entry]) -> str:
+def _by_class(records: Sequence[Result], key: str, column: dict[int, MetricEntry]) -> str:
     scored = {row: m for row, m in column.items() if m.get("per_class")}
     classes = list(dict.fromkeys(c for m in scored.values() for c in m["per_class"]))
     if not classes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from d2o.evaluation.protocol import protocol_line
+from d2o.inputs import JsonObject
 from d2o.reports.cells import (
-    Entry,
+    MetricEntry,
     Result,
     has_protocol,
     heading,
@@ -56,7 +56,7 @@ def _about(r: Result) -> str:
     return f'<details class="card"><summary>{escape(r["name"])}</summary><dl>{items}</dl></details>'
 
 
-def _preset(preset: dict[str, Any]) -> str:
+def _preset(preset: JsonObject) -> str:
     """Its name, paper and whatever else it says, as far as that is one line."""
     rest = (
         f"{key} {value}"
@@ -66,7 +66,7 @@ def _preset(preset: dict[str, Any]) -> str:
     return " · ".join(str(part) for part in (preset.get("name"), preset.get("paper"), *rest) if part)
 
 
-def _metric(m: Entry, paper: tuple[float, float | None] | None) -> str:
+def _metric(m: MetricEntry, paper: tuple[float, float | None] | None) -> str:
     parts = [value_text(m)]
     runs = m["runs"]
     if len(runs) > 1:
@@ -80,14 +80,14 @@ def _metric(m: Entry, paper: tuple[float, float | None] | None) -> str:
     return " · ".join(parts)
 
 
-def _speed(speed: dict[str, Any]) -> str:
+def _speed(speed: JsonObject) -> str:
     if speed.get("samples_per_s") is None:
         return ""
     parts = [f"{number(speed['samples_per_s'])} images/s, batch {speed['batch']}"]
     return " · ".join([*parts, *([str(speed["dtype"])] if speed.get("dtype") else [])])
 
 
-def _latency(speed: dict[str, Any]) -> str:
+def _latency(speed: JsonObject) -> str:
     """Of one image: the median, the slowest tenth, and what it is spent on."""
     if speed.get("latency_ms") is None:
         return ""

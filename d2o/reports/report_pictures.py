@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from d2o.data.pictures import from_png
+from d2o.inputs import JsonObject
 from d2o.reports.cells import Result, number
 from d2o.reports.charts import Series, line_chart
 
@@ -21,7 +21,7 @@ def scroll(label: str, body: str, kind: str = "card ") -> str:
     return f'<div class="{kind}scroll" tabindex="0" role="region" aria-label="{escape(label)}">{body}</div>'
 
 
-def legend(entries: Iterable[tuple[str, str]]) -> str:
+def colour_legend(entries: Iterable[tuple[str, str]]) -> str:
     """(class of the style sheet, name) of each colour."""
     return (
         '<ul class="legend">'
@@ -75,7 +75,7 @@ def _columns(group: Sequence[Result]) -> Iterable[str]:
         )
 
 
-def _figure(grid: dict[str, Any], png: str, name: str, what: str) -> str:
+def _figure(grid: JsonObject, png: str, name: str, what: str) -> str:
     n, alt = grid["n"], f"{grid['n']} images: {name}"
     captions = grid.get("prompts") or [f"class {label}" for label in grid.get("labels") or []] or [""] * n
     wide = min(range(2, 9), key=lambda c: (-n % c, -c)) if n % grid["columns"] else grid["columns"]
@@ -138,7 +138,7 @@ def _neighbours(record: Result) -> str:
     chart = line_chart(series, "distance to the nearest training image, 1 = usual", "share that is nearer")
     curve = ""
     if chart:
-        lines = legend([("s0", "samples"), ("s1", "training images")])
+        lines = colour_legend([("s0", "samples"), ("s1", "training images")])
         what = (
             "Share of images (upwards) with a training image nearer than the distance below. Samples far to the left of"
             " training images: copying. To the right: images unlike those of the training."
@@ -153,7 +153,7 @@ def _neighbours(record: Result) -> str:
     )
 
 
-def _pairs(name: str, near: dict[str, Any], sheet: dict[str, Any], title: str) -> str:
+def _pairs(name: str, near: JsonObject, sheet: JsonObject, title: str) -> str:
     """A line for each sample: it, its neighbours (wrapped, where there are many), and how near the nearest is."""
     usual, rows, columns = near["median_real"], len(sheet["samples"]), near["columns"]
     try:

@@ -20,7 +20,7 @@ AT_ONCE = 4 * 512 * 512
 
 
 @dataclass(frozen=True)
-class Numbers:
+class SpaceNumbers:
     """What is to know of a latent space without its autoencoder. A diffusion model sees x = (raw - shift) * scale of
     the autoencoder's latents raw [B, channels, H / factor, W / factor], both numbers alike for all channels or one for
     each; `low`: what the autoencoder's pixels begin with (-1, or 0), up to 1."""
@@ -65,7 +65,7 @@ class LatentSpace:
     def __init__(
         self,
         name: str,
-        numbers: Numbers,
+        numbers: SpaceNumbers,
         load: Callable[[], Any],
         device: str | torch.device = "cpu",
         revision: str | None = None,
@@ -160,7 +160,7 @@ class Pixels(LatentSpace):
     """The space of models that work on images themselves."""
 
     def __init__(self) -> None:
-        super().__init__(PIXELS, Numbers(3, 1.0, factor=1), lambda: None)
+        super().__init__(PIXELS, SpaceNumbers(3, 1.0, factor=1), lambda: None)
 
     def image_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         return shape[0], shape[1], shape[2]
@@ -172,10 +172,10 @@ class Pixels(LatentSpace):
         return x.clamp(-1, 1)
 
 
-def numbers_of(config: Any, name: str) -> Numbers:
+def numbers_of(config: Any, name: str) -> SpaceNumbers:
     """The numbers that an AutoencoderKL's own configuration states. UserError: another scale for each channel."""
     if any(getattr(config, key, None) is not None for key in ("latents_mean", "latents_std")):
         what = "its autoencoder scales latents per channel (latents_mean), which d2o does not support"
         raise UserError(f"{name}: {what}")
     factor = 2 ** (len(config.block_out_channels) - 1)
-    return Numbers(config.latent_channels, float(config.scaling_factor), float(config.shift_factor or 0.0), factor)
+    return SpaceNumbers(config.latent_channels, float(config.scaling_factor), float(config.shift_factor or 0.0), factor)

@@ -13,7 +13,7 @@ from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.networks.latent import load_autoencoder, load_text_to_image
-from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace, Numbers, Pixels
+from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace, Pixels, SpaceNumbers
 
 TINY_SD, EDM2 = "tiny-sd", "edm2"
 MEAN = (5.81, 3.25, 0.12, -2.15)
@@ -21,14 +21,14 @@ STD = (4.17, 4.62, 3.71, 3.28)
 SIGMA_DATA = 0.5
 
 SPACES = {
-    "sd15": Numbers(4, 0.18215),
-    "sd21": Numbers(4, 0.18215),
-    "sdxl": Numbers(4, 0.13025),
-    "sd3": Numbers(16, 1.5305, 0.0609),
-    "flux": Numbers(16, 0.3611, 0.1159),
+    "sd15": SpaceNumbers(4, 0.18215),
+    "sd21": SpaceNumbers(4, 0.18215),
+    "sdxl": SpaceNumbers(4, 0.13025),
+    "sd3": SpaceNumbers(16, 1.5305, 0.0609),
+    "flux": SpaceNumbers(16, 0.3611, 0.1159),
     # EDM2 (Karras et al. 2024): sd-vae-ft-mse on pixels in [0, 1], standardised per channel over ImageNet, with a
     # standard deviation of 0.5; the autoencoder's own scaling factor (0.18215) plays no part.
-    EDM2: Numbers(4, tuple(SIGMA_DATA / std for std in STD), MEAN, low=0.0),
+    EDM2: SpaceNumbers(4, tuple(SIGMA_DATA / std for std in STD), MEAN, low=0.0),
 }
 """The latent spaces of published models."""
 SOURCES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", EDM2: "sd-vae-ft-mse"}

@@ -18,7 +18,7 @@ from d2o.losses.consistency import RHO, jump
 from d2o.networks.edm_view import lowest_level
 from d2o.networks.second_time import second_time
 from d2o.students.base import Student
-from d2o.students.multistep import OwnNoise, Randn
+from d2o.students.multistep import DrawNoise, OwnNoise
 from d2o.teachers.base import Spec
 
 FORMS = ("cd", "pd", "ctm")
@@ -112,7 +112,7 @@ class ConsistencyStudent(Student):
             places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
         return [karras_sigma(1 - place, lowest_level(self.network), self.sigma, RHO) for place in places]
 
-    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: Randn | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: DrawNoise | None = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
         grid = self.grid()
         x = noise.to(torch.float32) * self.sigma

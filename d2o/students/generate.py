@@ -30,13 +30,12 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import save_file, write_error
 from d2o.networks.processor import AUTO, explain_precision
-from d2o.runtime import StopFlag, Stopped
+from d2o.runtime import Say, StopFlag, Stopped
 from d2o.students.base import Student
-from d2o.students.outputs import discard, finished, join, parts_of, public, refuse_other
+from d2o.students.output_parts import discard_parts, finished, join_parts, parts_of, public, refuse_other
 from d2o.students.sample_record import check_parts
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import BATCH, Compute, join_compute, torch_threads, tune, tune_network
-from d2o.teachers.generate import Say
 from d2o.teachers.pair_maker import check_finite
 from d2o.version import __version__
 from d2o.work.folder import Ahead, Unit, Vanished, WorkFolder, cut, fill
@@ -189,7 +188,7 @@ def make_samples(
         if done is not None:
             refuse_other(done, mine, out, "choose another --out, or move it away")
             if (there := done["settings"]["n"]) >= settings.n:
-                discard(parts, there)
+                discard_parts(parts, there)
                 already = (
                     f"all {there:,} images already"
                     if there == settings.n
@@ -294,8 +293,8 @@ def _work(
             with parts.locked("join"):
                 record = parts.present()["record"]
                 if record["settings"]["n"] == size:
-                    join(archive, parts, units, record)
-                    discard(parts, size)
+                    join_parts(archive, parts, units, record)
+                    discard_parts(parts, size)
                     break
     if shown < size:  # others made the rest
         progress(size, size, "")

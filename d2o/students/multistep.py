@@ -18,7 +18,7 @@ from d2o.diffusion.ddgan import DDGANProcess
 from d2o.students.base import Student
 from d2o.teachers.base import Spec
 
-Randn = Callable[..., Tensor]
+DrawNoise = Callable[..., Tensor]
 """randn(*shape) -> standard normal [B, *shape], every sample's its own."""
 
 
@@ -62,7 +62,7 @@ class MultistepStudent(Student):
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> MultistepStudent:
         return cls(network, spec, record["steps"])
 
-    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: Randn | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: DrawNoise | None = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
         randn = randn or OwnNoise(noise)
         x = noise.to(torch.float32)

@@ -10,7 +10,7 @@ from d2o.data.pair_record import ComputeRecord, Count
 from d2o.interop.records import MAX_SEED, Record, check_record
 
 
-class SampleSettings(Record):
+class SampleSettingsRecord(Record):
     n: Count
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     labels: str
@@ -24,7 +24,7 @@ class SampleSource(Record):
 class SampleRecord(Record):
     format: Literal["d2o-samples"]
     version: Literal[1]
-    settings: SampleSettings
+    settings: SampleSettingsRecord
     source: SampleSource
     compute: ComputeRecord
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import NO_CLASS, Condition, Embedded, Text, join_embedded
+from d2o.diffusion.guidance import guide
 from d2o.diffusion.schedules import EDMSchedule, Schedule
 from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
@@ -146,7 +147,7 @@ class Teacher:
         checked = self.check_condition(embedded, len(x_t))
         both = join_embedded(checked, self.unconditional(checked))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return torch.lerp(d_u, d_c, cfg)
+        return guide(d_c, d_u, cfg)
 
     @torch.inference_mode()
     def sample(
@@ -226,7 +227,7 @@ class Teacher:
 
 def embed_labels(spec: Spec, condition: Condition | Embedded, device: torch.device) -> Embedded:
     """Of a network that takes class indices, or nothing: the labels of a `Condition` on the device; what is embedded
-    already comes back as it is. UserError: prompts, or a guidance scale, which such networks are not told."""
+    already comes back as it is. UserError: prompts."""
     if not isinstance(condition, Condition):
         return condition
     if condition.prompts is not None:
@@ -235,12 +236,10 @@ def embed_labels(spec: Spec, condition: Condition | Embedded, device: torch.devi
                 f"{spec.name!r} is conditioned on {spec.classes} classes; it takes class indices, not prompts"
             )
         raise UserError(f"{spec.name!r} takes no prompts (condition: {spec.condition})", "leave --prompts away")
-    if condition.cfg is not None:
-        raise UserError(f"{spec.name!r} is not told a guidance scale")
     return None if condition.labels is None else condition.labels.to(device)
 
 
-def check_labels(spec: Spec, labels: Any, batch: int) -> Tensor | None:
+def check_labels(spec: Spec, labels: Embedded, batch: int) -> Tensor | None:
     """Class indices fit for `spec`: None stays None without classes. -1 means "no class". UserError otherwise."""
     if spec.condition == "none":
         if labels is not None:

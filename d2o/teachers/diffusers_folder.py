@@ -15,7 +15,7 @@ from d2o.networks.budget import check_numbers
 from d2o.spaces.base import LatentSpace
 from d2o.spaces.load import kept_space
 from d2o.teachers.base import UNSTATED, Spec, Teacher
-from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_json, words
+from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_config, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
@@ -79,7 +79,7 @@ def load_diffusers(
     file, a scheduler that d2o does not have.
     """
     path = Path(path)
-    index = read_json(path / INDEX)
+    index = read_config(path / INDEX)
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in CLASSES:
         why = next((why for word, why in NOT_TEACHERS.items() if word in str(kind)), None)
@@ -134,7 +134,7 @@ def _try_out(teacher: Teacher, path: Path) -> None:
 def _stable_diffusion(
     folder: Components,
     name: str,
-    device: Any,
+    device: str | torch.device,
     dtype: torch.dtype | None,
     licence: str,
     sdxl_uncond: str | None,
@@ -184,7 +184,7 @@ def _stable_diffusion(
 
 def text_of(path: Path, origin: str, device: str | torch.device) -> TextEncoders:
     """The text encoders of a diffusers folder alone. UserError as `load_diffusers`, or it takes no prompts."""
-    index = read_json(path / INDEX)
+    index = read_config(path / INDEX)
     if CLASSES.get(str(index.get("_class_name")), DDPM) is DDPM:
         raise UserError(f"{path} holds no model that takes prompts")
     with quiet():
@@ -207,7 +207,7 @@ def _text(folder: Components, origin: str, device: str | torch.device) -> TextEn
 def _stable_diffusion_3(
     folder: Components,
     name: str,
-    device: Any,
+    device: str | torch.device,
     dtype: torch.dtype | None,
     licence: str,
     origin: str,
@@ -248,7 +248,9 @@ def _stable_diffusion_3(
     return StableDiffusion3Teacher(transformer, latents, text, schedule, spec, device, dtype)
 
 
-def _unet2d(folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> UNet2DTeacher:
+def _unet2d(
+    folder: Components, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str
+) -> UNet2DTeacher:
     schedule, prediction, clip = discrete_schedule(folder)
     config = folder.config("unet")
     if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type") is not None:

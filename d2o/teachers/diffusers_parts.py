@@ -60,7 +60,7 @@ class Components:
                     "get the folder from somewhere else",
                 )
         scheduler = self.file("scheduler", "scheduler_config.json")
-        self.scheduler = read_json(scheduler)
+        self.scheduler = read_config(scheduler)
         if not isinstance(self.scheduler.get("_class_name"), str):
             raise UserError(f"{scheduler} does not say which scheduler it is (_class_name)")
 
@@ -95,7 +95,7 @@ class Components:
         return file
 
     def config(self, component: str) -> dict[str, Any]:
-        return read_json(self.file(component, "config.json"))
+        return read_config(self.file(component, "config.json"))
 
     def model(self, component: str) -> Any:
         """A network with its weights, float32. UserError as `load_diffusers`."""
@@ -203,7 +203,7 @@ def variant(folder: Path, stem: str) -> str | None:
             if not (folder / name).is_file():
                 continue
             if name.endswith(".json"):
-                parts = read_json(folder / name).get("weight_map", {})
+                parts = read_config(folder / name).get("weight_map", {})
                 if not isinstance(parts, dict) or any("/" in str(part) or "\\" in str(part) for part in parts.values()):
                     raise UserError(
                         f"{folder / name} names weights outside of the folder", "get the folder from somewhere else"
@@ -217,7 +217,7 @@ def variant(folder: Path, stem: str) -> str | None:
     raise UserError(f"{folder} has no weights ({stem}.safetensors)", "download the whole repository")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A JSON object. UserError: missing, damaged, or something else."""
     try:
         found = parse_json(read_file(path, MAX_JSON_BYTES, "a JSON file"))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.data.pair_files import Made, adopt_shard, shard_record, store_folder, write_shard
+from d2o.data.pair_files import ShardContent, adopt_shard, shard_record, store_folder, write_shard
 from d2o.data.pair_reading import read_shard
 from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import REWIRED, PairSettings, check_probe, differences, new_manifest, with_n
@@ -25,14 +25,12 @@ from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError
 from d2o.networks.processor import AUTO, explain_precision
-from d2o.runtime import StopFlag, Stopped, worker
+from d2o.runtime import Say, StopFlag, Stopped, worker
 from d2o.teachers.base import Teacher
 from d2o.teachers.compute import Compute, changes, join_compute, torch_threads, tune
 from d2o.teachers.pair_maker import Maker
 from d2o.teachers.registry import load_teacher
 from d2o.work.folder import MANIFEST, SharedFolder, Unit, fill
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def make_pairs(
         settings, teacher, recorded["batch"], prompts, progress, stop, partial(_begun_shard, folder, manifest)
     )
 
-    def write(unit: Unit, made: Made) -> dict[str, Any]:
+    def write(unit: Unit, made: ShardContent) -> dict[str, Any]:
         entry = write_shard(folder, manifest, unit, made)
         timing.add(unit)
         return entry
@@ -243,7 +241,7 @@ def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -
 class _Timing:
     """How fast this worker is, for `d2o pairs --stats`: kept beside the store, and no part of what it holds."""
 
-    def __init__(self, folder: Any, teacher: Teacher):
+    def __init__(self, folder: SharedFolder, teacher: Teacher):
         self.folder, self.begun, self.pairs = folder, time.perf_counter(), 0
         device = torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else teacher.device.type
         self.name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"

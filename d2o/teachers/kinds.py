@@ -44,7 +44,7 @@ UNKNOWN = "diffusers"
 
 
 @dataclass(frozen=True)
-class Kind:
+class TeacherKind:
     """`family`: one of `FAMILIES`, or `UNKNOWN`; `arch` and `precond` of the EDM family as `build_network` takes them,
     None where only the weights' file says it; `text`: it makes images of prompts."""
 
@@ -67,16 +67,16 @@ class Kind:
         }.get(self.family, "is in diffusers' format")
 
 
-def kind_of(teacher: Teacher) -> Kind:
+def kind_of(teacher: Teacher) -> TeacherKind:
     """The kind of a teacher that is loaded."""
     teacher = teacher.teacher if isinstance(teacher, ViewTeacher) else teacher
     network, name, text = teacher.network, teacher.spec.name, teacher.spec.condition == "text"
     if isinstance(network, Denoiser):
         return replace(_edm(name, {**getattr(network, "config", {}), "precond": network.precond}), text=text)
-    return Kind(name, NETWORKS.get(type(network).__name__, UNKNOWN), text=text)
+    return TeacherKind(name, NETWORKS.get(type(network).__name__, UNKNOWN), text=text)
 
 
-def look(name: str) -> Kind | None:
+def expected_kind(name: str) -> TeacherKind | None:
     """The kind of teacher that `load_teacher(name)` would give. None where that cannot be known without it: nothing is
     there, or no teacher."""
     if name not in BUILTIN:
@@ -84,15 +84,15 @@ def look(name: str) -> Kind | None:
         if published is not None and not Path(name).exists():
             if published.kind != "diffusers":
                 return _edm(name, published.network or {})
-            return Kind(name, "flow" if published.solver == "euler" else "sd", text=True)
+            return TeacherKind(name, "flow" if published.solver == "euler" else "sd", text=True)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
     if (path / "model_index.json").is_file():
         index = _index(path / "model_index.json")
-        return Kind(name, PIPELINES.get(str(index.get("_class_name")), UNKNOWN), text="tokenizer" in index)
+        return TeacherKind(name, PIPELINES.get(str(index.get("_class_name")), UNKNOWN), text="tokenizer" in index)
     if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
-        return Kind(name, UNKNOWN) if is_repository(name) else None  # on the hub all are in that format
+        return TeacherKind(name, UNKNOWN) if is_repository(name) else None  # on the hub all are in that format
     if path.suffix == ".pkl":
-        return Kind(name, "edm") if path.is_file() else None
+        return TeacherKind(name, "edm") if path.is_file() else None
     try:
         meta = read_meta(resolve_checkpoint(path))
     except UserError:  # loading says it, and what to do
@@ -100,13 +100,13 @@ def look(name: str) -> Kind | None:
     config = meta.get("network")
     if meta.get("kind") != "teacher" or not isinstance(config, dict):
         return None
-    return Kind(name, "sd", text=True) if config.get("arch") == "text_to_image" else _edm(name, config)
+    return TeacherKind(name, "sd", text=True) if config.get("arch") == "text_to_image" else _edm(name, config)
 
 
-def _edm(name: str, config: dict[str, Any]) -> Kind:
+def _edm(name: str, config: dict[str, Any]) -> TeacherKind:
     arch, precond = config.get("arch"), config.get("precond", "edm")
     family = "edm2" if arch == "edm2" else "edm" if precond in ("edm", "consistency") else "edm-other"
-    return Kind(name, family, arch, precond)
+    return TeacherKind(name, family, arch, precond)
 
 
 def _index(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2o.condition import Condition
 from d2o.data.draws import draw_some
 from d2o.data.images import to_uint8
-from d2o.data.pair_files import Made
+from d2o.data.pair_files import ShardContent
 from d2o.data.pair_settings import DTYPES, PairSettings
 from d2o.data.pair_tools import ShardProgress
 from d2o.data.prompts import Prompts
@@ -46,7 +46,7 @@ class Maker:
         self.begun = begun
         self.solver, self.shown = settings.ode, 0
 
-    def make(self, unit: Unit, before: int) -> Made | None:
+    def make(self, unit: Unit, before: int) -> ShardContent | None:
         """None when `stop` was seen. `before`: pairs that exist already."""
         settings, shape = self.settings, self.teacher.spec.shape
         target = torch.empty(unit.n, *shape, dtype=DTYPES[settings.dtype])
@@ -84,7 +84,7 @@ class Maker:
             conditions.append(drawn.condition)
             self.shown = before + first + count
             self.progress(self.shown, settings.n, "")
-        return Made(
+        return ShardContent(
             torch.cat(noises),
             target,
             Condition.join(conditions),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.catalogue import NVIDIA_LICENCE, Published
 from d2o.interop.checkpoint_record import check_checkpoint
-from d2o.interop.download import Received, verify
+from d2o.interop.download import Received, verify_file
 from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint
-from d2o.networks.build import build_network
 from d2o.networks.latent import TextToImage
 from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
+from d2o.runtime import Say
 from d2o.spaces.base import PIXELS
 from d2o.spaces.load import EDM2
 from d2o.teachers.base import UNSTATED, Spec, Teacher
@@ -30,7 +29,6 @@ from d2o.teachers.latent import text_to_image_teacher
 BUILTIN = {"digits": "teacher_digits.safetensors", "tiny-sd": "tiny-sd"}
 """Name -> file or diffusers folder in d2o/assets."""
 TINY_SD_LICENCE = "CC-BY-4.0"
-Say = Callable[[str], None]
 
 
 def teacher_names() -> list[str]:
@@ -63,7 +61,7 @@ def load_teacher(
     if published is not None and not Path(name).exists():
         path = catalogue.fetch(published, progress, say)
         if published.kind == "nvidia":
-            return _nvidia(verify(path, published.sha256, published.bytes), device, dtype, published)
+            return _nvidia(verify_file(path, published.sha256, published.bytes), device, dtype, published)
         teacher = _diffusers(path, name, device, dtype, licence=published.licence, origin=name, space=published.space)
         teacher.spec = replace(teacher.spec, solver=published.solver, steps=published.steps)
         return teacher
@@ -159,28 +157,10 @@ def _nvidia(
     assert isinstance(network, Denoiser)
     name, steps = (published.name, published.steps) if published else (path.stem, found.steps)
     space = PIXELS if found.space == "pixel" else EDM2
-    return _edm_family(network, config, name, steps, space, device, dtype)
+    return edm_family(network, config, name, steps, space, device, dtype)
 
 
-def planned_teacher(published: Published) -> Teacher:
-    """A published teacher without its weights, on the meta device: what a plan needs of it. Its `network` must be
-    known."""
-    assert published.network is not None
-    with torch.device("meta"):
-        network = build_network(published.network)
-    assert isinstance(network, Denoiser)
-    return _edm_family(
-        network.eval().requires_grad_(False),
-        published.network,
-        published.name,
-        published.steps,
-        published.space,
-        "meta",
-        None,
-    )
-
-
-def _edm_family(
+def edm_family(
     network: Denoiser,
     config: dict[str, Any],
     name: str,
@@ -189,6 +169,7 @@ def _edm_family(
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> Teacher:
+    """One of EDM's or EDM2's published networks, built of `config`, as its paper samples from it."""
     size, classes = config["img_resolution"], config.get("label_dim", 0)
     spec = Spec(
         name,

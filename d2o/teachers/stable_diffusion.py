@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded, Text
+from d2o.diffusion.guidance import guide
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
@@ -147,7 +148,8 @@ class StableDiffusionTeacher(TextTeacher):
         _, height, width = space.image_shape(spec.shape)
         # XL is told the size of the image that it was cut from, where it was cut, and its own size: a full image at the
         # usual resolution.
-        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
+        self.sizes = [float(number) for number in (height, width, 0, 0, height, width)]
+        self.time_ids = torch.tensor([self.sizes], dtype=torch.float32, device=self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Text | Prepared) -> Tensor:
         text = condition.text if isinstance(condition, Prepared) else condition
@@ -176,10 +178,10 @@ class StableDiffusionTeacher(TextTeacher):
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
         both = cast("Embedded", condition.guided(self.empty))
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return torch.lerp(d_u, d_c, cfg)
+        return guide(d_c, d_u, cfg)
 
     def edm_view(self) -> EDMView:
-        ids = self.time_ids[0].tolist() if self.xl else None
+        ids = self.sizes if self.xl else None
         return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA, time_ids=ids)
 
     def check_condition(self, text: Any, batch: int) -> Any:

@@ -197,14 +197,12 @@ def check_text(spec: Spec, text: Embedded, batch: int) -> Text:
 
 def embed_prompts(spec: Spec, condition: Condition | Embedded, encode: Callable[[Sequence[str]], Text]) -> Embedded:
     """Of a network that takes text: the prompts of a `Condition`, encoded; what is embedded already comes back as it
-    is. UserError: class labels, nothing, or a guidance scale, which it is not told."""
+    is. UserError: class labels, or nothing."""
     if not isinstance(condition, Condition):
         return condition
     if condition.prompts is None:
         what = "not class labels" if condition.labels is not None else "'' for none"
         raise UserError(f"{spec.name!r} is conditioned on text; it takes prompts, {what}")
-    if condition.cfg is not None:
-        raise UserError(f"{spec.name!r} is not told a guidance scale")
     return encode(condition.prompts)
 
 

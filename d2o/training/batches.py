@@ -10,10 +10,10 @@ from torch import Tensor
 
 from d2o.condition import Condition
 from d2o.data.images import ImageSet, to_float
-from d2o.data.latents import LatentSet
 from d2o.data.order import mix, shuffled
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
+from d2o.data.stored_latents import LatentSet
 from d2o.data.stream import PairStream
 from d2o.methods.base import Batch
 

@@ -38,7 +38,7 @@ def read_state(run: Path) -> dict[str, Any] | None:
     try:
         check_file(path)
         if "parts" in (record := read_meta(path)):
-            parts.check(path.parent, record["parts"])
+            parts.check_bytes(path.parent, record["parts"])
     except UserError as error:
         ways = _way_on(path.with_name("last.safetensors"))
         raise UserError(error.message, f"put back a copy, if there is one; {ways}") from error
@@ -110,7 +110,7 @@ def load_state(path: Path, players: Mapping[str, Player], states: Mapping[str, n
                 return torch.empty(size, dtype=dtype)
             return torch.empty_like(of, dtype=dtype)
 
-        tensors = parts.read(path.parent, record["parts"], room)
+        tensors = parts.read_parts(path.parent, record["parts"], room)
     else:
         for name in tensors:
             of = here.get(name, parameters.get(_named(name, players)))

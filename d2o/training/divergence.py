@@ -62,7 +62,7 @@ class Divergence:
         raise UserError(f"training has diverged: {what} (bad_gradients: {policy})", f"{HINT}; {kept(saved)}")
 
 
-def check_finite(
+def check_weights(
     networks: Mapping[str, nn.Module],
     iteration: int,
     saved: int | None,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from d2o.runtime import Say
 from d2o.training.divergence import Divergence
+from d2o.training.due import Due
 from d2o.training.logging import RunLog
-from d2o.training.scalars import Row, Scalars, means
-from d2o.training.schedule import Due
-from d2o.training.scoring import Say
+from d2o.training.scalars import ScalarRow, Scalars, means
 from d2o.training.tracker import Log, tracked
 from d2o.training.watch import Watch
 
@@ -53,10 +53,10 @@ class Journal:
         iteration: int,
         images: int,
         due: Due,
-        counted: Callable[[], Row],
-        rates: Row,
-        scale: Row,
-        scores: Row,
+        counted: Callable[[], ScalarRow],
+        rates: ScalarRow,
+        scale: ScalarRow,
+        scores: ScalarRow,
         progress: Progress,
     ) -> None:
         """Read the scalars; write a line where one is due, and tell `progress`. `counted` gives what is counted of the
@@ -93,7 +93,7 @@ class Journal:
 
     # For the training state -------------------------------------------------------------------------------------------
 
-    def record(self, rows: list[Row]) -> dict[str, Any]:
+    def record(self, rows: list[ScalarRow]) -> dict[str, Any]:
         """What a resumed run goes on with; `rows`: what `scalars` has, which all processes have to read."""
         record: dict[str, Any] = {}
         if rows:

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition
-from d2o.data.latents import LatentSet
+from d2o.condition import Condition, Generate
 from d2o.data.order import mix
-from d2o.methods.base import Batch, Draws, Generate, Method, Setup, get_method
+from d2o.data.stored_latents import LatentSet
+from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
 from d2o.reports.curves import HIGHER_IS_BETTER
-from d2o.runtime import StopFlag, Stopped
+from d2o.runtime import Say, StopFlag, Stopped
 from d2o.training import distributed, saving
 from d2o.training.batches import open_batches
 from d2o.training.choices import choose
-from d2o.training.divergence import BAD, check_finite
+from d2o.training.divergence import BAD, check_weights
+from d2o.training.due import Calendar, Due
 from d2o.training.ema import EMA
 from d2o.training.frozen import hold_frozen
 from d2o.training.gather import gather_pools
@@ -32,9 +33,8 @@ from d2o.training.player import Player
 from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
-from d2o.training.schedule import Due, Schedule
-from d2o.training.scoring import Say, Scoring
-from d2o.training.setup import first_prompts, learned_solver
+from d2o.training.scoring import Scoring
+from d2o.training.setup import first_prompts, learned_cfg, learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -110,7 +110,7 @@ class Trainer:
             flip,
             setup.prompts,
         )
-        self.schedule = Schedule(recipe)
+        self.schedule = Calendar(recipe)
         self.iterations = self.schedule.iterations
         self.iteration = 0  # done so far
         self.best: dict[str, Any] | None = None
@@ -283,7 +283,7 @@ class Trainer:
             solver,
             self.device,
             first_prompts(self.setup, recipe.preview.n),
-            recipe.pairs.cfg if recipe.pairs else 1.0,
+            learned_cfg(recipe),
         )
 
     def show(self, preview: Preview | None) -> None:
@@ -296,9 +296,10 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
         that knows of it."""
-        check_finite({"the average": self.ema.network}, self.iteration, self.saved, self.strategy.agreed)
+        check_weights({"the average": self.ema.network}, self.iteration, self.saved, self.strategy.agreed)
+        assert self.recipe.eval is not None
         network, metric = self.product.averaged(), self.recipe.eval.metric
-        scores = self.evaluation.scores(network, self.generator(network), self.iteration)
+        scores = self.evaluation.scores(self.recipe.eval, network, self.generator(network), self.iteration)
         if self.rank == 0:
             self.journal.write(self.iteration, self.images, eval=scores)
             self.scores = scores

@@ -49,7 +49,7 @@ def write(checkpoints: Path, tensors: dict[str, Tensor], committed: Parts | None
     return {"folder": place, "files": {name: digest for one in files for name, digest in one.items()}}
 
 
-def check(checkpoints: Path, parts: Parts) -> None:
+def check_bytes(checkpoints: Path, parts: Parts) -> None:
     """UserError: not the files that the record names, or their bytes have changed."""
     folder = checkpoints / str(parts["folder"])
     for name, digest in parts["files"].items():
@@ -60,7 +60,9 @@ def check(checkpoints: Path, parts: Parts) -> None:
             raise UserError(f"{path}, a part of the training state, has changed since it was written")
 
 
-def read(checkpoints: Path, parts: Parts, like: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
+def read_parts(
+    checkpoints: Path, parts: Parts, like: Callable[[str, torch.Size, torch.dtype], Tensor]
+) -> dict[str, Tensor]:
     """All tensors of the state, as `like(name, whole shape, dtype)` makes room for them: whole, or this process's share
     of them."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2o.networks.processor import PRECISIONS
-from d2o.training.optim import finite as all_finite
+from d2o.training.optim import all_finite
 
 START, LOWEST, GROWTH = 2.0**16, 1.0, 2000
 

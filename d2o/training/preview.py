@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2o.condition import Condition
+from d2o.condition import Condition, Generate
 from d2o.data.images import ImageSet, to_uint8
 from d2o.data.pictures import draw_sheet, lay_out
 from d2o.diffusion.noise import noise_and_labels
 from d2o.diffusion.solvers import Solver
 from d2o.interop.safetensors_io import atomic_path
-from d2o.methods.base import Generate
 from d2o.teachers.base import Spec, Teacher
 
 PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed, parts
 from d2o.training.checkpoint import load_state, save_state, settle, state_file, tensors_of
-from d2o.training.divergence import check_finite
-from d2o.training.folder import drop_previews, tidy
+from d2o.training.divergence import check_weights
 from d2o.training.products import snapshot
+from d2o.training.run_folder import drop_previews, tidy
 from d2o.training.scoring import same_measure
 from d2o.training.strategy import whole
 
@@ -58,7 +58,7 @@ def save(t: Trainer, numbered: bool) -> None:
     call this. UserError: weights that are not finite; nothing is written then."""
     rows = t.journal.scalars.rows()  # on all processes, as whatever may be refused
     bad = {name: player.guard.check(name) for name, player in t.players.items()}
-    check_finite({**t.networks, "the average": t.ema.network}, t.iteration, t.saved, t.strategy.agreed)
+    check_weights({**t.networks, "the average": t.ema.network}, t.iteration, t.saved, t.strategy.agreed)
     names = ["last", *([snapshot(t.images)] if numbered and t.recipe.checkpoint.keep else [])]
     put_product(t, *names)
     t.products.keep(t.recipe.checkpoint.keep)

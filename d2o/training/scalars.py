@@ -10,7 +10,7 @@ from torch import Tensor
 from d2o.training import distributed
 from d2o.training.divergence import BAD
 
-Row = dict[str, float]
+ScalarRow = dict[str, float]
 
 
 class Scalars:
@@ -27,13 +27,13 @@ class Scalars:
     def clear(self) -> None:
         self.kept = []
 
-    def restore(self, rows: Iterable[Iterable[tuple[str, float]] | Row]) -> None:
+    def restore(self, rows: Iterable[Iterable[tuple[str, float]] | ScalarRow]) -> None:
         """Undo `rows` (each may be pairs), for a resumed run whose next line begins before it was stopped."""
         self.kept = [{key: torch.tensor(value, device=self.device) for key, value in dict(row).items()} for row in rows]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ScalarRow]:
         """Those of each iteration, means over the processes, which all have to call this. Waits for the device."""
-        rows: list[Row] = [{} for _ in self.kept]
+        rows: list[ScalarRow] = [{} for _ in self.kept]
         for key in dict.fromkeys(key for row in self.kept for key in row):
             having = [i for i, row in enumerate(self.kept) if key in row]
             values = torch.stack([self.kept[i][key].float() for i in having])
@@ -42,7 +42,7 @@ class Scalars:
         return rows
 
 
-def means(rows: Sequence[Row]) -> Row:
+def means(rows: Sequence[ScalarRow]) -> ScalarRow:
     """Mean of each scalar over the iterations that have it (lazy regularisation leaves some out)."""
     found = {}
     for key in dict.fromkeys(key for row in rows for key in row if key != BAD):

@@ -63,7 +63,7 @@ class Replicate:
 
     def finite(self, gradients: list[Tensor]) -> Tensor:
         """Whether all numbers are finite, whoever holds them: a truth value that stays on the device."""
-        return self.agreed(optim.finite(gradients))
+        return self.agreed(optim.all_finite(gradients))
 
     def agreed(self, flags: Tensor) -> Tensor:
         """Which of the truth values hold for what every process has."""

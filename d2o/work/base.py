@@ -16,11 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.runtime import trusting
 
 MANIFEST, TIMING = "manifest.json", "timing"
@@ -66,22 +67,22 @@ class SharedFolder(ABC):
         self.url, self.kind, self.entries = url, kind, entries
 
     @abstractmethod
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> JsonObject | None:
         """The manifest, or None when there is none. UserError: damaged, of another format, or from a newer d2o."""
 
     @abstractmethod
-    def open(self, record: dict[str, Any]) -> dict[str, Any]:
+    def open(self, record: JsonObject) -> JsonObject:
         """Begin the folder with `record` as its manifest, or join it; returns the manifest that holds.
 
         UserError: foreign files, unwritable.
         """
 
     @abstractmethod
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, entry: JsonObject) -> None:
         """Record a finished file (in place of an earlier record of the same file)."""
 
     @abstractmethod
-    def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    def change(self, how: Callable[[JsonObject], JsonObject]) -> JsonObject:
         """Replace the manifest that holds by `how(it)`, and return that; nothing is written where they are equal."""
 
     @abstractmethod
@@ -94,12 +95,12 @@ class SharedFolder(ABC):
         """Remove what a killed worker left of the file `name`; only for the holder of its claim."""
 
     @abstractmethod
-    def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
+    def close(self, finished: Callable[[JsonObject], bool] = lambda manifest: True) -> None:
         """All is finished: remove what only working together needed, unless the manifest that now holds says
         otherwise."""
 
     @abstractmethod
-    def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+    def save(self, file: str, tensors: dict[str, Tensor], meta: JsonObject) -> JsonObject:
         """Write a safetensors file, whole or not at all; returns {"bytes", "sha256"} of it. UserError: unwritable, disk
         full."""
 
@@ -119,11 +120,11 @@ class SharedFolder(ABC):
         """Bytes of each file; -1 for a missing one."""
 
     @abstractmethod
-    def note(self, name: str, record: dict[str, Any]) -> None:
+    def note(self, name: str, record: JsonObject) -> None:
         """Leave `timing/<name>.json`, or not if that fails: for statistics only."""
 
     @abstractmethod
-    def notes(self) -> list[dict[str, Any]]:
+    def notes(self) -> list[JsonObject]:
         """What `note` left, in the order of the names; damaged ones are left out."""
 
     def size(self, file: str) -> int:
@@ -133,7 +134,7 @@ class SharedFolder(ABC):
     def exists(self, file: str) -> bool:
         return self.size(file) >= 0
 
-    def recorded(self) -> dict[str, dict[str, Any]]:
+    def recorded(self) -> dict[str, JsonObject]:
         """The manifest's entries by file name. Vanished: there is no manifest any more."""
         return {entry["file"]: entry for entry in self.present()[self.entries]}
 
@@ -162,14 +163,14 @@ class SharedFolder(ABC):
         finally:
             lock.release()
 
-    def present(self) -> dict[str, Any]:
+    def present(self) -> JsonObject:
         """The manifest. Vanished: there is none any more."""
         manifest = self.manifest()
         if manifest is None:
             raise Vanished(f"{self.url}/{MANIFEST} has vanished", "was the folder removed meanwhile?")
         return manifest
 
-    def parse(self, data: bytes) -> dict[str, Any]:
+    def parse(self, data: bytes) -> JsonObject:
         """The manifest in these bytes. UserError: not one of this kind, or not as it was written."""
         where = f"{self.url}/{MANIFEST}"
         try:
@@ -204,24 +205,24 @@ class SharedFolder(ABC):
             raise UserError(what, "choose an empty or new folder")
 
 
-def dump(manifest: dict[str, Any]) -> str:
+def dump_manifest(manifest: JsonObject) -> str:
     """A manifest as it is written, with its digest: equal content gives equal bytes."""
     return json.dumps({**manifest, SHA256: content_sha256(manifest)}, indent=1, sort_keys=True) + "\n"
 
 
-def content_sha256(record: dict[str, Any]) -> str:
+def content_sha256(record: JsonObject) -> str:
     """Hex digest of a JSON record, however it is written; its own entry for the digest aside."""
     rest = {key: value for key, value in record.items() if key != SHA256}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def intact(record: dict[str, Any]) -> bool:
+def intact(record: JsonObject) -> bool:
     """Whether a record's content is that of its digest. Those of an older d2o have none; with `--trust` nobody
     looks."""
     return SHA256 not in record or trusting() or record[SHA256] == content_sha256(record)
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: object) -> bool:
     """Whether this may be a manifest's line for a finished file."""
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         return False
@@ -234,7 +235,7 @@ def note_file(name: str) -> str:
     return f"{TIMING}/{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}.json"
 
 
-def read_notes(contents: Iterable[bytes]) -> list[dict[str, Any]]:
+def read_notes(contents: Iterable[bytes]) -> list[JsonObject]:
     """The notes among these; what is not JSON is left out."""
     found = []
     for data in contents:

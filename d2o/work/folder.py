@@ -17,16 +17,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import atomic_write, file_sha256, to_bytes, write_error
 from d2o.interop.temporary import sweep
 from d2o.runtime import StopFlag
-from d2o.work.base import MANIFEST, POLL, TIMING, Claim, SharedFolder, Unit, Vanished, cut, dump, note_file, read_notes
+from d2o.work.base import (
+    MANIFEST,
+    POLL,
+    TIMING,
+    Claim,
+    SharedFolder,
+    Unit,
+    Vanished,
+    cut,
+    dump_manifest,
+    note_file,
+    read_notes,
+)
 
 __all__ = ["MANIFEST", "POLL", "Claim", "SharedFolder", "Unit", "Vanished", "Ahead", "WorkFolder", "cut", "fill"]
 
@@ -46,7 +59,7 @@ class WorkFolder(SharedFolder):
         super().__init__(str(path), kind, entries)
         self.path = Path(path)
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> JsonObject | None:
         try:
             data = (self.path / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -55,7 +68,7 @@ class WorkFolder(SharedFolder):
             raise UserError(f"cannot read {self.path / MANIFEST}: {error.strerror or error}") from error
         return self.parse(data)
 
-    def open(self, record: dict[str, Any]) -> dict[str, Any]:
+    def open(self, record: JsonObject) -> JsonObject:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; expected a folder", "choose another --out")
         if self.path.is_dir():
@@ -73,14 +86,14 @@ class WorkFolder(SharedFolder):
                 self._write(manifest)
         return manifest
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, entry: JsonObject) -> None:
         with self.locked():
             manifest = self.present()
             others = [e for e in manifest[self.entries] if e["file"] != entry["file"]]
             manifest[self.entries] = sorted([*others, entry], key=lambda e: e["start"])
             self._write(manifest)
 
-    def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    def change(self, how: Callable[[JsonObject], JsonObject]) -> JsonObject:
         with self.locked():
             before = self.present()
             after = how(before)
@@ -106,14 +119,14 @@ class WorkFolder(SharedFolder):
     def remove_temporary(self, name: str) -> None:
         sweep(self.path, name)
 
-    def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
+    def close(self, finished: Callable[[JsonObject], bool] = lambda manifest: True) -> None:
         if (self.path / LOCKS).exists():
             with self.locked():
                 if finished(self.present()):
                     sweep(self.path)
                     shutil.rmtree(self.path / LOCKS, ignore_errors=True)
 
-    def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+    def save(self, file: str, tensors: dict[str, Tensor], meta: JsonObject) -> JsonObject:
         data = to_bytes(tensors, meta)
         atomic_write(self.path / file, data)
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -130,26 +143,26 @@ class WorkFolder(SharedFolder):
     def sizes(self, files: Iterable[str]) -> dict[str, int]:
         return {file: _size(self.path / file) for file in files}
 
-    def note(self, name: str, record: dict[str, Any]) -> None:
+    def note(self, name: str, record: JsonObject) -> None:
         with contextlib.suppress(UserError):
             atomic_write(self.path / note_file(name), json.dumps(record, sort_keys=True) + "\n")
 
-    def notes(self) -> list[dict[str, Any]]:
+    def notes(self) -> list[JsonObject]:
         return read_notes(
             path.read_bytes() for path in sorted((self.path / TIMING).glob("*.json")) if not path.name.startswith(".")
         )
 
-    def _write(self, manifest: dict[str, Any]) -> None:
-        atomic_write(self.path / MANIFEST, dump(manifest))
+    def _write(self, manifest: JsonObject) -> None:
+        atomic_write(self.path / MANIFEST, dump_manifest(manifest))
 
 
 def fill(
     folder: SharedFolder,
     units: list[Unit],
     make: Callable[[Unit, int], Payload | None],
-    write: Callable[[Unit, Payload], dict[str, Any]],
+    write: Callable[[Unit, Payload], JsonObject],
     stop: StopFlag | None = None,
-    adopt: Callable[[Unit], dict[str, Any] | None] = lambda unit: None,
+    adopt: Callable[[Unit], JsonObject | None] = lambda unit: None,
 ) -> bool:
     """Make every unit that nobody has made or is making: True when all are finished, False when `stop` was set (what
     was begun is written).

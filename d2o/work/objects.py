@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timezone
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from fsspec import AbstractFileSystem
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 
 READERS = 16
 """Small objects that are fetched at the same time."""
@@ -63,7 +63,7 @@ class Objects:
         self.fs, self.path = fs, path.rstrip("/")
         self.url = (url or fs.unstrip_protocol(path)).rstrip("/")
 
-    def ls(self, folder: str = "") -> dict[str, dict[str, Any]]:
+    def ls(self, folder: str = "") -> dict[str, JsonObject]:
         """What is in the folder or in one below it, as fsspec describes it, by name; nothing if there is no such
         folder."""
         path = self._at(folder)
@@ -145,7 +145,7 @@ class Objects:
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 
-    def _listing(self, path: str) -> list[dict[str, Any]]:
+    def _listing(self, path: str) -> list[JsonObject]:
         while True:
             self.fs.invalidate_cache(path)
             try:

@@ -20,12 +20,12 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.download import home
 from d2o.interop.safetensors_io import atomic_path, file_sha256, to_bytes
 from d2o.interop.seal import check_against
@@ -36,7 +36,7 @@ from d2o.work.base import (
     SharedFolder,
     Unit,
     content_sha256,
-    dump,
+    dump_manifest,
     intact,
     note_file,
     read_notes,
@@ -90,11 +90,11 @@ class RemoteFolder(SharedFolder):
         self.claims = Claims(self.objects, beat, expiry, settle)
         self.settle, self.poll = settle, poll
         self.cache = Path(cache) if cache is not None else home() / "shards"
-        self._known: dict[tuple[str, ...], dict[str, Any]] = {}  # entry objects that need not be fetched again
-        self._recorded: dict[str, dict[str, Any]] = {}  # as `manifest` last saw it
-        self._begun: dict[str, Any] | None = None
+        self._known: dict[tuple[str, ...], JsonObject] = {}  # entry objects that need not be fetched again
+        self._recorded: dict[str, JsonObject] = {}  # as `manifest` last saw it
+        self._begun: JsonObject | None = None
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> JsonObject | None:
         entries = [entry for entry in self._entries().values() if entry]
         record = self._stored_manifest()
         if record is None:
@@ -106,43 +106,43 @@ class RemoteFolder(SharedFolder):
         record[self.entries] = sorted(self._recorded.values(), key=lambda entry: entry["start"])
         return record
 
-    def open(self, record: dict[str, Any]) -> dict[str, Any]:
+    def open(self, record: JsonObject) -> JsonObject:
         # Listed before the manifest is looked for: a worker that starts beside us writes the manifest before any other
         # file.
         names = set(self.objects.ls())
         manifest = self.manifest()
         if manifest is None:
             self._refuse(names - {MANIFEST, CLAIMS, ENTRIES, TIMING})
-            self.objects.put(MANIFEST, dump(record).encode())
+            self.objects.put(MANIFEST, dump_manifest(record).encode())
             time.sleep(self.settle)  # if another worker does the same, both go on with what was written last
             manifest = self.present()
         self._begun = _settings(manifest, self.entries)
         return manifest
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, entry: JsonObject) -> None:
         if self.recorded().get(entry["file"]) != entry:
             sealed = {**entry, DIGEST: content_sha256({"entry": entry})}
             self.objects.put(_entry_name(entry["file"]), json.dumps(sealed, sort_keys=True).encode())
             self._recorded[entry["file"]] = entry
 
-    def change(self, how: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    def change(self, how: Callable[[JsonObject], JsonObject]) -> JsonObject:
         """Without a lock: of workers that change it at the same moment the last one's change stays, and the others see
         that it does."""
         manifest = self.present()
         while (wanted := how(manifest)) != manifest:
-            self.objects.put(MANIFEST, dump(wanted).encode())
+            self.objects.put(MANIFEST, dump_manifest(wanted).encode())
             self._begun = None
             time.sleep(self.settle)
             manifest = self.present()
         self._begun = _settings(manifest, self.entries)
         return manifest
 
-    def close(self, finished: Callable[[dict[str, Any]], bool] = lambda manifest: True) -> None:
+    def close(self, finished: Callable[[JsonObject], bool] = lambda manifest: True) -> None:
         entries, manifest = self._entries(), self.manifest()
         if manifest is None or not finished(manifest):
             return
         if entries:
-            self.objects.put(MANIFEST, dump(manifest).encode())
+            self.objects.put(MANIFEST, dump_manifest(manifest).encode())
             back = self._present_entries()
             for name, entry in entries.items():
                 if entry is None or entry in back:
@@ -150,7 +150,7 @@ class RemoteFolder(SharedFolder):
         self.objects.remove_folder(ENTRIES)
         self.claims.clear()
 
-    def _stored_manifest(self) -> dict[str, Any] | None:
+    def _stored_manifest(self) -> JsonObject | None:
         """`manifest.json` alone. Read twice before it is called damaged, for file systems that do not put it all at
         once."""
         if (data := self.objects.read(MANIFEST)) is None:
@@ -160,14 +160,14 @@ class RemoteFolder(SharedFolder):
         time.sleep(self.settle)
         return self.parse(self.objects.read(MANIFEST) or b"")
 
-    def _present_entries(self) -> list[dict[str, Any]]:
+    def _present_entries(self) -> list[JsonObject]:
         return (self._stored_manifest() or {self.entries: []})[self.entries]
 
-    def _entries(self) -> dict[str, dict[str, Any] | None]:
+    def _entries(self) -> dict[str, JsonObject | None]:
         """The entry objects by name; None for one that is damaged (its file will be looked at again)."""
         found = self.objects.ls(ENTRIES)
         keys = {name: (name, *(str(info.get(word)) for word in IDENTITY)) for name, info in found.items()}
-        entries: dict[str, dict[str, Any] | None] = {
+        entries: dict[str, JsonObject | None] = {
             name: self._known[keys[name]] for name in found if keys[name] in self._known
         }
         for path, data in self.objects.read_many(f"{ENTRIES}/{name}" for name in found if name not in entries):
@@ -191,7 +191,7 @@ class RemoteFolder(SharedFolder):
     def remove_temporary(self, name: str) -> None:
         """There is nothing of that kind."""
 
-    def save(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+    def save(self, file: str, tensors: dict[str, Tensor], meta: JsonObject) -> JsonObject:
         data = to_bytes(tensors, meta)
         self.objects.put(file, data)
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -235,16 +235,16 @@ class RemoteFolder(SharedFolder):
             for file in files
         }
 
-    def note(self, name: str, record: dict[str, Any]) -> None:
+    def note(self, name: str, record: JsonObject) -> None:
         with contextlib.suppress(UserError):
             self.objects.put(note_file(name), (json.dumps(record, sort_keys=True) + "\n").encode())
 
-    def notes(self) -> list[dict[str, Any]]:
+    def notes(self) -> list[JsonObject]:
         contents = self.objects.read_many(f"{TIMING}/{name}" for name in sorted(self.objects.ls(TIMING)))
         return read_notes(data for _, data in contents if data is not None)
 
 
-def _settings(record: dict[str, Any], entries: str) -> dict[str, Any]:
+def _settings(record: JsonObject, entries: str) -> JsonObject:
     """The manifest without its list of files: what does not change while the folder is filled, but for the number of
     samples, which may grow."""
     rest = {name: value for name, value in record.items() if name != entries}
@@ -255,7 +255,7 @@ def _entry_name(file: str) -> str:
     return f"{ENTRIES}/{PurePosixPath(file).with_suffix('.json').name}"
 
 
-def _read_entry(name: str, data: bytes) -> dict[str, Any] | None:
+def _read_entry(name: str, data: bytes) -> JsonObject | None:
     """The entry in these bytes; None unless it is whole and belongs under that name."""
     try:
         entry = json.loads(data)

@@ -25,7 +25,7 @@ def test_version(capsys):
 
 def test_every_command_and_every_option_has_help():
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert sorted(commands) == ["env", "eval", "export", "finetune", "pairs", "sample", "teachers", "train"]
+    assert sorted(commands) == ["env", "eval", "export", "finetune", "pairs", "recipes", "sample", "teachers", "train"]
     for name, command in commands.items():
         assert len(command.help) > 20, name
         for parameter in command.params:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from d2o.cli.app import main
 from d2o.cli.eval import evaluate
 from d2o.errors import UserError
-from d2o.evaluation import collect, extractors, results
+from d2o.evaluation import collect, named_extractors, results
 from d2o.evaluation.statistics_files import load_statistics
 from d2o.interop.safetensors_io import write_error
 from d2o.runtime import Stopped
@@ -32,7 +32,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a student and a teacher; `digits` is a tiny untrained extractor."""
     path = make_extractor(tmp_path / "net.safetensors")
     monkeypatch.setitem(
-        extractors.EXTRACTORS, "digits", lambda name, weights, device: extractors.read_extractor("digits", path, device)
+        named_extractors.EXTRACTORS,
+        "digits",
+        lambda name, weights, device: named_extractors.read_extractor("digits", path, device),
     )
     monkeypatch.chdir(tmp_path)
     tiny_student(Path("student.safetensors"))

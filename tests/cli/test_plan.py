@@ -69,12 +69,13 @@ def test_all_in_one_answer(plan, tmp_path):
     (tmp_path / "full" / "x").touch()
     changes = ("--set", "teacher=sdxl", "--set", "eval.reference=gone")
     code, out = plan("train", "quickstart", "--data", "x", "--device", "tpu", "--out", "full", *changes)
-    assert code == 1 and "would not start: 5 problems" in out
+    assert code == 1 and "would not start: 6 problems" in out
     for words in (
         "--data and --on-bad: method ode",
         "--device tpu: no device",
         "full holds other files and no run",
-        "teacher 'sdxl' is in diffusers'",
+        "and the network is switched off",
+        "student.sigma: 14.61, or below",
         "no such file or teacher: 'gone'",
     ):
         assert words in out
@@ -102,6 +103,19 @@ def test_the_memory_of_several_processes(plan):
     with pytest.raises(SystemExit) as done:
         main(["train", "sid_digits", "--processes", "4"])
     assert done.value.code == 2
+
+
+def test_of_published_text_teachers_that_are_not_here(plan, tmp_path):
+    sdxl = ("--set", "teacher=sdxl", "--set", "student.sigma=14.6", "--set", "eval=null", "--set", "batch=8")
+    out = " ".join(plan("train", "quickstart", *sdxl, "--processes", "8")[1].split())
+    for words in (
+        "student │ 2,567,463,684",
+        "text encoders (frozen) │ 817,720,320",
+        "of 8, strategy shard",
+        "it is fetched from stabilityai/stable-diffusion-xl-base-1.0",
+    ):
+        assert words in out
+    assert "prompts: FILE names" in plan("train", "sid_digits", "--set", "teacher=sd15")[1]
 
 
 def test_of_a_sweep(plan):
@@ -134,7 +148,8 @@ def test_a_network_that_is_switched_off_fetches_nothing(plan, monkeypatch):
         (["quickstart", "--set", "micro_batch=3"], "3 does not divide"),
         (["quickstart", "--set", "ode.loss=perceptual"], "needs a feature extractor"),
         (["quickstart", "--set", "pairs.labels='77'"], "class 77 is out of range"),
-        (["quickstart", "--set", "teacher=sdxl"], "in diffusers' format"),
+        (["spi_gan_digits", "--set", "teacher=sdxl"], "method spi-gan learns without a teacher"),
+        (["cd_digits", "--set", "teacher=edm2-img512-xs"], "is an EDM2 network"),
         (["quickstart", "--out", "a/b", "--device", "mps:7"], "usable here"),
     ],
 )

@@ -76,7 +76,7 @@ def test_lmdb_of_many_pages(tmp_path):
         transaction.put(b"00001", b"another")
         expected = [(key, value) for key, value in transaction.cursor()]
     data = (folder / "data.mdb").read_bytes()
-    found = list(lmdb_pages.entries(data))
+    found = list(lmdb_pages.key_places(data))
     assert [(key, data[begin : begin + size]) for key, begin, size in found] == expected and len(found) == 257
 
 
@@ -89,10 +89,10 @@ def test_lmdb_that_is_damaged_anywhere(tmp_path):
         for place in random.integers(0, len(data) if i % 2 else 8500, 1 + i % 4):
             changed[place] = random.integers(256)
         with contextlib.suppress(lmdb_pages.Damaged):
-            assert all(begin + size <= len(data) for _, begin, size in lmdb_pages.entries(bytes(changed)))
+            assert all(begin + size <= len(data) for _, begin, size in lmdb_pages.key_places(bytes(changed)))
         cut = int(random.integers(0, len(data)))
         with contextlib.suppress(lmdb_pages.Damaged):
-            assert all(begin + size <= cut for _, begin, size in lmdb_pages.entries(data[:cut]))
+            assert all(begin + size <= cut for _, begin, size in lmdb_pages.key_places(data[:cut]))
 
 
 # ---- CIFAR-10 ----

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from d2o.data.images import open_images
-from d2o.data.latents import LatentSet, open_set
+from d2o.data.stored_latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.methods.sid import SiD
 from d2o.methods.spi_gan import SPIGAN

@@ -10,7 +10,7 @@ import torch
 
 from d2o.condition import Condition
 from d2o.data.pair_settings import PairSettings
-from d2o.data.pair_tools import merge, stats, verify
+from d2o.data.pair_tools import merge_stores, stats, verify_store
 from d2o.data.pairs import PairStore
 from d2o.diffusion.noise import StepNoise, noise_and_labels, noise_for_seeds
 from d2o.diffusion.solvers import Solver
@@ -230,14 +230,14 @@ def test_machines_that_share_no_folder_make_parts_of_the_same_bytes(build, tmp_p
     assert {p.name for p in (tmp_path / "part1").glob("shard*")} == {"shard-00001.safetensors"}
     with pytest.raises(UserError, match="not finished: 2 of 3 shards"):
         PairStore(tmp_path / "part1")
-    assert merge([tmp_path / "part0", tmp_path / "part1"], tmp_path / "joined") == 20
-    assert files(tmp_path / "joined") == files(whole.path) and verify(tmp_path / "joined") == []
-    assert merge([tmp_path / "part0", tmp_path / "part1"], tmp_path / "joined") == 20  # again: nothing to do
+    assert merge_stores([tmp_path / "part0", tmp_path / "part1"], tmp_path / "joined") == 20
+    assert files(tmp_path / "joined") == files(whole.path) and verify_store(tmp_path / "joined") == []
+    assert merge_stores([tmp_path / "part0", tmp_path / "part1"], tmp_path / "joined") == 20  # again: nothing to do
 
 
 def test_a_share_that_is_not_only_takes_over_the_rest(build, tmp_path):
     build("store", share=Share(1, 3, only=True))
-    assert len(build("store", share=Share(0, 3))) == 20 and verify(tmp_path / "store") == []
+    assert len(build("store", share=Share(0, 3))) == 20 and verify_store(tmp_path / "store") == []
 
 
 def test_a_store_on_another_file_system_has_the_same_bytes(build, teacher, monkeypatch, tmp_path):
@@ -251,9 +251,9 @@ def test_a_store_on_another_file_system_has_the_same_bytes(build, teacher, monke
     assert found == files(local.path)
     for a, b in zip(tensors(local.batch([1, 19])), tensors(remote.batch([1, 19]))):
         assert torch.equal(a, b)
-    assert verify(url) == [] and remote.fingerprint == local.fingerprint and stats(url)["pairs"] == 20
+    assert verify_store(url) == [] and remote.fingerprint == local.fingerprint and stats(url)["pairs"] == 20
     memory.rm("/bucket/pairs/shard-00001.safetensors")
-    assert verify(url) == ["shard-00001.safetensors: missing"]
+    assert verify_store(url) == ["shard-00001.safetensors: missing"]
     assert build(url).verify() == []
     memory.rm("/bucket", recursive=True)
 
@@ -287,7 +287,7 @@ def test_stores_that_follow_each_other_are_joined(build, tmp_path):
     whole = build("whole", n=28)
     build("a", n=16)
     build("b", n=12, seed=16)
-    assert merge([tmp_path / "b", tmp_path / "a"], tmp_path / "ab") == 28
+    assert merge_stores([tmp_path / "b", tmp_path / "a"], tmp_path / "ab") == 28
     assert files(tmp_path / "ab") == files(whole.path)
     noise, labels = noise_and_labels(range(28), (1, 8, 8), 10)
     assert torch.equal(PairStore(tmp_path / "ab").batch(range(28))[0], noise) and torch.equal(
@@ -316,12 +316,12 @@ def test_only_like_is_joined_with_like(build, tmp_path):
     )
     for names, message in cases:
         with pytest.raises(UserError, match=message):
-            merge([tmp_path / name for name in names], tmp_path / "out")
+            merge_stores([tmp_path / name for name in names], tmp_path / "out")
     tensors, meta = load_file(tmp_path / "a" / "shard-00001.safetensors")
     save_file(tmp_path / "a" / "shard-00001.safetensors", {**tensors, "target": tensors["target"] + 1}, meta)
     build("c", n=8, seed=16)
     with pytest.raises(UserError, match=r"damaged: its checksum \(sha256\) differs"):
-        merge([tmp_path / "a", tmp_path / "c"], tmp_path / "out2")
+        merge_stores([tmp_path / "a", tmp_path / "c"], tmp_path / "out2")
 
 
 def test_pairs_in_latent_space_keep_images_only_if_asked(build):

@@ -13,7 +13,7 @@ import torch
 from d2o.data import pair_reading
 from d2o.data.pair_files import store_folder
 from d2o.data.pair_settings import PairSettings
-from d2o.data.pair_tools import verify
+from d2o.data.pair_tools import verify_store
 from d2o.data.pairs import PairStore
 from d2o.diffusion.noise import noise_and_labels, noise_for_seeds
 from d2o.errors import UserError
@@ -22,7 +22,7 @@ from d2o.runtime import StopFlag, Stopped
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
-from d2o.work.base import dump
+from d2o.work.base import dump_manifest
 from tests.helpers import tiny_teacher
 from tests.workers import files, finish, start, wait_for
 
@@ -209,7 +209,7 @@ def test_a_store_of_another_device_is_read_but_not_continued(build):
     store = build()
     manifest = json.loads((store.path / "manifest.json").read_text())
     manifest["compute"].update(device="cuda", processor="NVIDIA H200")
-    (store.path / "manifest.json").write_text(dump(manifest))
+    (store.path / "manifest.json").write_text(dump_manifest(manifest))
     assert len(build()) == 20
     (store.path / "shard-00001.safetensors").unlink()
     with pytest.raises(UserError, match="was begun on cuda; this would go on with cpu"):
@@ -220,7 +220,7 @@ def test_another_torch_is_mentioned(build):
     store, said = build(), []
     manifest = json.loads((store.path / "manifest.json").read_text())
     manifest["compute"]["torch"] = "1.0"
-    (store.path / "manifest.json").write_text(dump(manifest))
+    (store.path / "manifest.json").write_text(dump_manifest(manifest))
     (store.path / "shard-00001.safetensors").unlink()
     build(how={"say": said.append})
     assert "was begun with torch 1.0 (here" in said[0] and "last digits" in said[0]
@@ -325,7 +325,7 @@ def test_verify_names_the_bad_shard_and_the_same_command_repairs(build, referenc
     path.write_bytes(bytes(data))
     assert store.verify() == ["shard-00001.safetensors: its checksum differs from the manifest's"]
     path.unlink()
-    assert verify(store.path) == ["shard-00001.safetensors: missing"]
+    assert verify_store(store.path) == ["shard-00001.safetensors: missing"]
     with pytest.raises(UserError, match="1 of 3 shards are missing"):
         PairStore(store.path)
     said = []
@@ -334,7 +334,7 @@ def test_verify_names_the_bad_shard_and_the_same_command_repairs(build, referenc
     assert files(store.path) == reference
 
     path.write_bytes(bytes(data[:-10]))
-    assert "bytes instead of" in verify(store.path)[0]
+    assert "bytes instead of" in verify_store(store.path)[0]
     build()
     assert files(store.path) == reference
 
@@ -360,13 +360,13 @@ def test_changed_random_numbers_are_noticed(build):
     store = build()
     manifest = json.loads((store.path / "manifest.json").read_text())
     manifest["shards"][2]["noise_sha256"] = "0" * 64
-    (store.path / "manifest.json").write_text(dump(manifest))
-    assert len(verify(store.path)) == 1 and "its noise" in verify(store.path)[0]
+    (store.path / "manifest.json").write_text(dump_manifest(manifest))
+    assert len(verify_store(store.path)) == 1 and "its noise" in verify_store(store.path)[0]
     manifest["noise_probe"][1] += 1e-6  # rounding of another processor
-    (store.path / "manifest.json").write_text(dump(manifest))
+    (store.path / "manifest.json").write_text(dump_manifest(manifest))
     PairStore(store.path)
     manifest["noise_probe"][1] += 0.01
-    (store.path / "manifest.json").write_text(dump(manifest))
+    (store.path / "manifest.json").write_text(dump_manifest(manifest))
     with pytest.raises(UserError, match="draws other noise"):
         PairStore(store.path)
     with pytest.raises(UserError, match="draws other noise"):

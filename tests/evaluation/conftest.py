@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2o.evaluation import extractors
+from d2o.evaluation import named_extractors
 from d2o.evaluation.quick import cached
 from tests.helpers import tiny_student, tiny_teacher
 from tests.samples import make_extractor
@@ -18,7 +18,9 @@ def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The name `digits` means a tiny untrained network with 16 features, whether the assets are there or not."""
     path = make_extractor(tmp_path / "classifier.safetensors")
     monkeypatch.setitem(
-        extractors.EXTRACTORS, "digits", lambda name, weights, device: extractors.read_extractor("digits", path, device)
+        named_extractors.EXTRACTORS,
+        "digits",
+        lambda name, weights, device: named_extractors.read_extractor("digits", path, device),
     )
     cached.cache_clear()
     yield path

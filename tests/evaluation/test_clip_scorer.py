@@ -31,7 +31,7 @@ TINY = {
 def file(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("clip") / "tiny.bin"
-    torch.save(clip.build(TINY).state_dict(), path)
+    torch.save(clip.build_clip(TINY).state_dict(), path)
     return path
 
 

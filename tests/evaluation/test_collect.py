@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.collect import ImageBatch, Pass, check_finite, collect
+from d2o.evaluation.collect import ImageBatch, Pass, check_images, collect
 from d2o.runtime import StopFlag, Stopped
 from tests.helpers import tiny_student
 from tests.samples import make_extractor
@@ -86,7 +86,7 @@ def test_images_that_are_not_finite_are_counted_and_named() -> None:
     images = torch.zeros(4, 1, 2, 2)
     images[2] = float("inf")
     with pytest.raises(UserError, match=r"the student: 1 of 4 images \(seeds 10 to 13\)"):
-        check_finite(images, range(10, 14), "the student")
+        check_images(images, range(10, 14), "the student")
 
 
 def metrics(path: Path) -> dict[str, float]:
@@ -97,7 +97,8 @@ def test_killed_evaluations_end_with_the_same_numbers_as_one_that_was_not(tmp_pa
     tiny_student(tmp_path / "student.safetensors")
     make_extractor(tmp_path / "net.safetensors")
     home, logs = tmp_path / "home", [tmp_path / f"log{rank}" for rank in (0, 1)]
-    words = "--against real:digits/a --metrics fd,kid --n 1500 --batch 50 --seed 5 --no-teacher-distance --device cpu"
+    words = "--against real:digits/a --metrics fd,kid --kid-size 500 --n 1500 --batch 50 --seed 5"
+    words += " --no-teacher-distance --device cpu"
     command = ["eval", tmp_path / "student.safetensors", "--extractor", tmp_path / "net.safetensors", *words.split()]
 
     def begin(results: str, log: Path, **more: Any):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from d2o.errors import UserError
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.resizing import rounded_bicubic
 from d2o.features.dreamsim import DINO
 from d2o.interop import torchvision_compat

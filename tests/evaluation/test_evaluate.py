@@ -16,7 +16,7 @@ from d2o.data.images import open_images, to_uint8
 from d2o.data.pair_settings import PairSettings
 from d2o.errors import UserError
 from d2o.evaluation import reference, subjects
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.protocol import Settings, protocol_line
 from d2o.evaluation.quick import FrechetEvaluator, quick_fd
 from d2o.evaluation.request import Request

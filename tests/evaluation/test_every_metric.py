@@ -13,11 +13,11 @@ import torch
 from d2o.data.draws import draw
 from d2o.data.images import open_images
 from d2o.errors import UserError
-from d2o.evaluation import extractors, paper_protocols, preset_check, subjects, tools
-from d2o.evaluation.catalogue import METRICS, parse_metrics
+from d2o.evaluation import named_extractors, paper_protocols, preset_check, subjects, tools
 from d2o.evaluation.extractor import Extractor
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.leaks import leak_notes
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.presets import Preset
 from d2o.evaluation.protocol import Settings
@@ -59,9 +59,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extractors and models whose weights cannot be here."""
     for name in ("inception", "inception-clean", "inception-legacy_pytorch", "dinov2_vitl14", "clip", "lite0"):
         monkeypatch.setitem(
-            extractors.EXTRACTORS, name, lambda name, weights, device: Mean(name, weights, device, classes=7)
+            named_extractors.EXTRACTORS, name, lambda name, weights, device: Mean(name, weights, device, classes=7)
         )
-    monkeypatch.setitem(extractors.EXTRACTORS, "dreamsim", Mean)
+    monkeypatch.setitem(named_extractors.EXTRACTORS, "dreamsim", Mean)
     monkeypatch.setattr(tools, "ClipScore", StandInClip)
     monkeypatch.setattr(tools, "load_pair_distance", lambda name, weights, device: StandInDistance(name))
 

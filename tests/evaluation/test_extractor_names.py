@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.extractors import default_extractor, extractor_names, load_extractor
+from d2o.evaluation.named_extractors import default_extractor, extractor_names, load_extractor
 from d2o.features import digits, load_features
 from d2o.interop.safetensors_io import file_sha256
 from tests.helpers import tiny_student

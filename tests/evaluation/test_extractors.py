@@ -10,7 +10,7 @@ import torch
 
 from d2o.errors import UserError
 from d2o.evaluation import resizing
-from d2o.evaluation.extractors import FeatureExtractor, load_extractor
+from d2o.evaluation.named_extractors import FeatureExtractor, load_extractor
 from d2o.features import clip, common, dinov2, lite0, load, load_features, vgg16
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import save_file
@@ -271,7 +271,7 @@ TINY_CLIP = {
 
 @pytest.fixture(scope="module")
 def tiny_clip():
-    return randomise(clip.build(TINY_CLIP), 0.5)
+    return randomise(clip.build_clip(TINY_CLIP), 0.5)
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_clip_features_are_those_of_cleanfid(tiny_clip, tiny_clip_file):
 @pytest.mark.filterwarnings("ignore::")
 def test_clip_reads_torchscript_in_half_precision(tiny_clip, tiny_clip_file, tmp_path):
     """As OpenAI's files are, whose archives also hold a few constants among the weights."""
-    whole = clip.build(TINY_CLIP)
+    whole = clip.build_clip(TINY_CLIP)
     whole.load_state_dict(tiny_clip.state_dict())
     whole.register_buffer("input_resolution", torch.tensor(224))
     traced = torch.jit.trace(
@@ -331,7 +331,7 @@ def test_the_published_clip_networks():
     )
     for name, count, dim in (("clip-vit-b-32", 151_277_313, 512), ("clip-vit-g-14", 1_366_678_273, 1024)):
         with torch.device("meta"):
-            network = clip.build(clip.configuration(name))
+            network = clip.build_clip(clip.configuration(name))
         assert sum(p.numel() for p in network.parameters()) == count and network.visual.output_dim == dim
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from d2o.errors import UserError
-from d2o.evaluation import extractors
-from d2o.evaluation.extractors import WAYS, FeatureExtractor, load_extractor
+from d2o.evaluation import named_extractors
+from d2o.evaluation.named_extractors import WAYS, FeatureExtractor, load_extractor
 from d2o.features import inception
 from d2o.features.inception import read_inception
 from d2o.interop.safetensors_io import file_sha256
@@ -124,7 +124,7 @@ def test_what_an_extractor_says(extractor, file, monkeypatch):
 
 
 def test_batches_and_grey_images(extractor, monkeypatch):
-    monkeypatch.setattr(extractors, "at_once", lambda device: 2)
+    monkeypatch.setattr(named_extractors, "at_once", lambda device: 2)
     images = noise(32, 3)[:, :1]
     together = extractor.outputs(images, ALL)
     assert {name: tuple(value.shape) for name, value in together.items()} == {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2o.errors import UserError
-from d2o.evaluation.extractors import EXTRACTORS
+from d2o.evaluation.named_extractors import EXTRACTORS
 from d2o.evaluation.named_references import (
     REFERENCES,
     find_reference,

@@ -4,8 +4,8 @@ import torch
 from d2o.errors import UserError
 from d2o.evaluation.pair_distances import AT_ONCE, PAIR_DISTANCES, load_pair_distance
 from d2o.interop import torchvision_compat
-from d2o.losses.latent_lpips import RELEASED, LatentLPIPS
-from d2o.spaces.load import SPACES
+from d2o.losses.latent_lpips import RELEASED, load_latent_lpips
+from d2o.networks.latent_vgg import TunedVGG
 
 torchvision_compat.ensure()
 
@@ -102,8 +102,8 @@ def test_another_networks_weights_and_none(trunks, tmp_path):
 def test_latent_lpips_of_pairs(tmp_path):
     assert {f"latent-lpips-{space}" for space in RELEASED} <= set(PAIR_DISTANCES)
     torch.manual_seed(0)
-    network = LatentLPIPS(SPACES["sd15"], l1=1.0)
-    torch.save(network.state_dict(), tmp_path / "tuned.pth")
+    torch.save(TunedVGG(4).state_dict(), tmp_path / "tuned.pth")
+    network = load_latent_lpips("sd15", tmp_path / "tuned.pth", l1=1.0)
     distance = load_pair_distance("latent-lpips-sd15", tmp_path / "tuned.pth")
     a, b = torch.randn(2, 3, 4, 8, 8)
     assert distance.space == "latent"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
-from d2o.evaluation.catalogue import parse_metrics
-from d2o.evaluation.extractors import EXTRACTORS
+from d2o.evaluation.known_metrics import parse_metrics
+from d2o.evaluation.named_extractors import EXTRACTORS
 from d2o.evaluation.named_references import REFERENCES
 from d2o.evaluation.paper_protocols import PRESETS, find_preset, preset_names, protocol_table
 from d2o.evaluation.preset_check import check_result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from d2o.data.images import open_images
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.reference import SHIPPED, load_reference
 from d2o.evaluation.statistics_files import load_statistics

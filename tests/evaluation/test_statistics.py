@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.statistics import Statistics, check_same_features
 from d2o.evaluation.statistics_files import is_statistics, load_statistics, save_statistics
 from d2o.interop.torchvision_compat import ensure

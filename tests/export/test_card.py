@@ -9,7 +9,7 @@ import d2o
 from d2o.errors import UserError
 from d2o.export.card import card
 from d2o.export.exporter import export_checkpoint
-from d2o.export.loaded import open_source
+from d2o.export.loaded import load_exportable
 from d2o.export.parity import Parity
 from tests.export.conftest import PROVENANCE, RECIPE, save_conditional
 
@@ -58,7 +58,9 @@ def test_a_card_says_what_the_checkpoint_records(folder, student_fp16):
 
 
 def test_what_is_absent_is_stated_as_absent(folder):
-    text = card(open_source(folder / "plain.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "plain.safetensors")
+    text = card(
+        load_exportable(folder / "plain.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "plain.safetensors"
+    )
     assert front_matter(text)["license"] == "unknown"
     assert front_matter(text)["pipeline_tag"] == "unconditional-image-generation"
     for sentence in (
@@ -81,7 +83,9 @@ def test_metrics_without_and_with_their_own_protocol(tmp_path):
         recipe={"name": "x"},
         metrics={"fd": 2.0, "protocol": {"n": 50, "extractor": "digits"}},
     )
-    a, b = (card(open_source(tmp_path / f"{x}.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "x") for x in "ab")
+    a, b = (
+        card(load_exportable(tmp_path / f"{x}.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "x") for x in "ab"
+    )
     assert "records no protocol" in section(a, "Metrics")
     assert "records no protocol" not in section(b, "Metrics")
     assert yaml_block(section(b, "Metrics")) == {"protocol": {"n": 50, "extractor": "digits"}}
@@ -89,7 +93,7 @@ def test_metrics_without_and_with_their_own_protocol(tmp_path):
 
 def test_another_licence_is_named_in_the_front_matter(tmp_path):
     save_conditional(tmp_path / "s.safetensors", teacher={"name": "x", "licence": "NVIDIA Source Code License"})
-    text = card(open_source(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
+    text = card(load_exportable(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
     assert front_matter(text)["license"] == "other"
     assert front_matter(text)["license_name"] == "nvidia-source-code-license"
     assert "`NVIDIA Source Code License`" in text
@@ -104,7 +108,7 @@ def test_text_in_the_metadata_cannot_break_the_card(tmp_path):
         recipe={"note": nasty},
         provenance=[{"x": nasty}],
     )
-    text = card(open_source(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
+    text = card(load_exportable(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
     assert front_matter(text)["license"] == "other"
     assert yaml_block(section(text, "Recipe")) == {"note": nasty}
     assert not re.search(r"^# heading", text.replace(section(text, "Recipe"), ""), re.M)
@@ -113,9 +117,9 @@ def test_text_in_the_metadata_cannot_break_the_card(tmp_path):
 def test_metadata_of_odd_types_is_refused_and_absent_ones_still_give_a_card(tmp_path):
     save_conditional(tmp_path / "odd.safetensors", teacher="x", recipe=["y"], metrics=3, provenance="z")
     with pytest.raises(UserError, match=r"metadata: teacher: [^\n]*\n.*metadata: recipe: "):
-        open_source(tmp_path / "odd.safetensors")
+        load_exportable(tmp_path / "odd.safetensors")
     save_conditional(tmp_path / "s.safetensors", teacher=None, recipe=None, metrics=None, provenance=None, images=None)
-    text = card(open_source(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
+    text = card(load_exportable(tmp_path / "s.safetensors"), "x.onnx", "onnx", "opset 18", PARITY, "s.safetensors")
     assert "The checkpoint does not name its teacher." in text
     assert "`CC0-1.0`" in text  # from the spec
 
@@ -143,7 +147,7 @@ def test_the_other_snippets_run(request, monkeypatch, exported):
 
 
 def test_the_snippet_of_a_teachers_program_and_of_plain_weights(folder, tmp_path):
-    text = card(open_source(folder / "teacher.safetensors"), "x.pt2", "program", "torch", PARITY, "t")
+    text = card(load_exportable(folder / "teacher.safetensors"), "x.pt2", "program", "torch", PARITY, "t")
     assert "denoised = network(noisy, sigma, label)" in text
     assert "This file is itself a teacher, `tiny`." in text
     done = export_checkpoint(folder / "plain.safetensors", "safetensors", tmp_path)

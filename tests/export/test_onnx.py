@@ -12,7 +12,7 @@ import d2o
 from d2o.errors import UserError
 from d2o.export import onnx as onnx_export
 from d2o.export.exporter import export_checkpoint
-from d2o.export.loaded import open_source
+from d2o.export.loaded import load_exportable
 from d2o.export.onnx import write_onnx
 
 
@@ -106,7 +106,7 @@ def test_a_network_beyond_two_gigabytes_is_refused_before_any_work(folder, tmp_p
 
 def test_an_exporter_that_fails_or_gives_another_opset_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "trace", lambda source: None)
-    source = open_source(folder / "student.safetensors")
+    source = load_exportable(folder / "student.safetensors")
 
     def fails(*args, **options):
         raise RuntimeError("no such operator\n" + "page after page\n" * 50)

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from d2o.errors import UserError
-from d2o.export.loaded import open_source
+from d2o.export.loaded import load_exportable
 from d2o.export.parity import compare
 
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return open_source(folder / "student.safetensors")
+    return load_exportable(folder / "student.safetensors")
 
 
 def test_the_largest_difference_of_all_samples_counts(source):

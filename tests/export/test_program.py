@@ -7,7 +7,7 @@ import d2o
 from d2o.errors import UserError
 from d2o.export import program
 from d2o.export.exporter import export_checkpoint
-from d2o.export.program import read_record
+from d2o.export.program import program_record
 from tests.export.conftest import TRACE
 
 
@@ -35,7 +35,7 @@ def test_unconditional_student(folder, plain_program):
 
 
 def test_the_file_says_what_it_is_and_shows_no_path_of_this_machine(student_program):
-    record = read_record(student_program.path)
+    record = program_record(student_program.path)
     assert record["teacher"]["licence"] == "CC-BY-NC-4.0"
     assert record["provenance"][-1]["exported"] == "program"
     data = student_program.path.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from d2o.condition import Condition
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
+from d2o.export import student_folder
 from d2o.export.exporter import export_checkpoint
 from d2o.export.folder import open_pipeline
 from d2o.networks.edm_view import EDMView
@@ -69,6 +71,8 @@ def test_the_card_runs(tmp_path, monkeypatch):
     done = export_checkpoint(saved(student, tmp_path / "s.safetensors"), "diffusers", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     card = done.card.read_text()
+    assert 0 < done.parity.unrounded < 1e-4 < done.parity.difference < done.parity.tolerance == 32 * 2**-10
+    assert "before_rounding" in card and "before its weights are rounded" in str(done.parity)
     assert "EulerDiscreteScheduler" in card and "num_inference_steps=1" in card and "library_name: diffusers" in card
     scope: dict = {}
     exec(card.split("```python\n")[1].split("```")[0], scope)
@@ -78,6 +82,19 @@ def test_the_card_runs(tmp_path, monkeypatch):
     saved(student_of(tiny("ddpm-labels", tmp_path), "denoiser", 1.0), tmp_path / "s.safetensors")
     with pytest.raises(UserError, match="holds another model"):
         export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out")
+
+
+def test_rounding_hides_no_other_difference(tmp_path, monkeypatch):
+    """A folder that differs by less than rounding may, but for another reason, is refused."""
+    student = student_of(tiny("ddpm-labels", tmp_path), "denoiser")
+    path = saved(student, tmp_path / "s.safetensors")
+    other = student_folder.one_call(Student(student.network, student.spec, 2.52), path).scheduler
+    assert export_checkpoint(path, "diffusers", tmp_path / "out", tolerance=0.5).parity.unrounded < 1e-4
+    right = student_folder.one_call
+    monkeypatch.setattr(student_folder, "one_call", lambda *given: replace(right(*given), scheduler=other))
+    with pytest.raises(UserError, match="above the tolerance 0.0001"):
+        export_checkpoint(path, "diffusers", tmp_path / "other", tolerance=0.5)
+    assert not (tmp_path / "other").exists()
 
 
 def test_networks_that_predict_a_variance_export_without_it(tmp_path):

@@ -21,7 +21,7 @@ def test_fp16_student_is_the_student_with_rounded_weights(folder, student_fp16, 
     assert torch.equal(rounded(noise, label), student(noise, label))
     assert all(t.dtype == torch.float16 for t in load_file(student_fp16.path)[0].values())
     assert student_fp16.path.name == "student-fp16.safetensors"
-    assert 0 < student_fp16.parity.difference < 0.02
+    assert 0 < student_fp16.parity.difference < 0.03
 
 
 def test_metadata_is_kept_and_the_export_is_the_last_step(folder, student_fp16):

@@ -120,7 +120,7 @@ def test_a_backbone_is_no_ones_weights():
 def test_vgg16_bn_has_the_official_taps():
     network = vgg16.batch_normed()
     network.load_state_dict(drawn({k: v.shape for k, v in network.state_dict().items()}, 6000, "features."))
-    backbone = vgg16.backbone(network)
+    backbone = vgg16.vgg16_backbone(network)
     probe(backbone)
     state, golden = projections("vgg_lite0_cond", 7000)
     check(backbone, 0, "vgg16_bn", state, golden)
@@ -138,7 +138,7 @@ def test_lite0_has_the_official_taps():
 
 
 def test_deit_has_the_official_taps():
-    network = deit.untrained("deit_tiny_distilled_patch16_224")
+    network = deit.untrained_deit("deit_tiny_distilled_patch16_224")
     shapes = {k: v.shape for k, v in network.state_dict().items() if not k.startswith("head")}
     network.load_state_dict(drawn(shapes, 8000), strict=False)
     name = "deit_tiny_distilled_patch16_224"
@@ -157,7 +157,7 @@ def test_deit_has_the_official_taps():
         maps[3] = layer(maps[3], "layer4.4", F.conv2d, stride=2, padding=1)
         return maps
 
-    check(deit.backbone(network), 0, name, state, golden, widen)
+    check(deit.deit_backbone(network), 0, name, state, golden, widen)
 
 
 @pytest.mark.parametrize("name", ["vgg16_bn", "deit"])
@@ -182,11 +182,11 @@ def test_published_files_are_read(tmp_path, monkeypatch):
     found = load_backbone("vgg16_bn", weights=tmp_path / "vgg16_bn.pth")
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        assert torch.allclose(found.maps(x)[3], vgg16.backbone(network.eval()).maps(x)[3], atol=1e-5)
+        assert torch.allclose(found.maps(x)[3], vgg16.vgg16_backbone(network.eval()).maps(x)[3], atol=1e-5)
     assert len(found.sha256) == 64
-    make = deit.untrained
-    monkeypatch.setattr(deit, "untrained", lambda: make("deit_tiny_distilled_patch16_224"))
-    tiny = deit.untrained()
+    make = deit.untrained_deit
+    monkeypatch.setattr(deit, "untrained_deit", lambda: make("deit_tiny_distilled_patch16_224"))
+    tiny = deit.untrained_deit()
     torch.save({"model": tiny.state_dict()}, tmp_path / "deit.pth")
     with torch.no_grad():
         ours = load_backbone("deit", weights=tmp_path / "deit.pth").maps(x)[3]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
-from d2o.evaluation.extractors import WAYS, load_extractor
+from d2o.evaluation.named_extractors import WAYS, load_extractor
 from d2o.features import Features, load_features
 from d2o.features import clip as clip_features
 from d2o.features.load import MODULES

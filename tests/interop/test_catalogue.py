@@ -6,11 +6,13 @@ import pickle
 import re
 
 import pytest
+import torch
 
+from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.interop import catalogue, download
-from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, local_path, names
-from d2o.teachers.registry import planned_teacher
+from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, names, path_if_here
+from d2o.teachers.planned import planned_teacher
 
 EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [
     f"edm-{d}-{v}" for d in ("ffhq", "afhqv2") for v in ("vp", "ve")
@@ -85,12 +87,32 @@ def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
     assert spec.shape[1] == published.resolution // (8 if name in EDM2 else 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "encoders"),
+    [
+        ("sd15", (4, 64, 64), [123_060_480]),
+        ("sdxl", (4, 128, 128), [123_060_480, 694_659_840]),
+        ("sd3-medium", (16, 128, 128), [123_650_304, 694_659_840, 4_762_310_656]),
+    ],
+)
+def test_a_plan_knows_text_teachers_without_their_files(name, shape, encoders):
+    published = find(name)
+    teacher = planned_teacher(published)
+    assert sum(p.numel() for p in teacher.network.parameters()) == published.parameters
+    assert [sum(p.numel() for p in e.parameters()) for e in teacher.text.encoders] == encoders
+    assert all(p.device.type == "meta" for e in (teacher.network, *teacher.text.encoders) for p in e.parameters())
+    spec = teacher.spec
+    assert (spec.shape, spec.space, spec.text, spec.steps) == (shape, published.space, name, published.steps)
+    x = teacher.denoise(torch.empty(2, *shape, device="meta"), 0.5, Condition.of_prompts(["a", "b"]))
+    assert x.shape == (2, *shape)
+
+
 def test_a_file_put_there_by_hand_is_taken(home):
     entry = find("edm-cifar10-cond-vp")
     path = home / "teachers" / "edm-cifar10-32x32-cond-vp.pkl"
-    assert entry.place == path and local_path(entry) is None
+    assert entry.place == path and path_if_here(entry) is None
     put(path)
-    assert local_path(entry) == path == fetch(entry)
+    assert path_if_here(entry) == path == fetch(entry)
 
 
 def test_offline_says_which_file_to_put_where(home):
@@ -117,7 +139,7 @@ def test_downloaded_then_checked_at_every_load(home, tmp_path, monkeypatch):
     )
     path = fetch(entry)
     assert path == home / "teachers" / "net.pkl"
-    assert download.read_record(path)["sha256"] == hashlib.sha256(content).hexdigest()
+    assert download.download_record(path)["sha256"] == hashlib.sha256(content).hexdigest()
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(UserError, match="damaged or another file"):
         fetch(entry)
@@ -169,11 +191,11 @@ def test_a_pipeline_put_there_by_hand(home):
         json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}).encode(),
     )
     put(folder / "unet" / "config.json", b"{}")
-    assert local_path(entry) is None
+    assert path_if_here(entry) is None
     with pytest.raises(UserError, match=r"sd15 lacks unet/\*.safetensors"):
         fetch(entry)
     put(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    assert local_path(entry) == folder == fetch(entry)
+    assert path_if_here(entry) == folder == fetch(entry)
 
 
 def test_the_autoencoder_of_edm2(home):

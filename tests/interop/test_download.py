@@ -17,7 +17,7 @@ import pytest
 from d2o.errors import UserError
 from d2o.interop import download as module
 from d2o.interop import transfer
-from d2o.interop.download import download, home, offline, read_record, verify
+from d2o.interop.download import download, download_record, home, offline, verify_file
 from tests.workers import CONTEXT, finish, wait_for
 
 NOISE = hashlib.shake_128(b"weights").digest(3_000_000 - 8)
@@ -118,7 +118,7 @@ def test_a_file_is_fetched_once_and_recorded(server, path):
     )
     assert path.read_bytes() == CONTENT
     assert names(path) == ["net.pkl", "net.pkl.json"]
-    record = read_record(path)
+    record = download_record(path)
     assert record.pop("date")[:2] == "20"
     assert record == {"url": server.url, "sha256": sha(CONTENT), "bytes": len(CONTENT), "checked": True}
     assert seen[-1] == (len(CONTENT), len(CONTENT)) and [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -155,7 +155,7 @@ def test_a_later_run_continues(server, path):
     download(server.url, path)
     assert path.read_bytes() == CONTENT and server.requests[0]["Range"] == "bytes=1000000-"
     assert names(path) == ["net.pkl", "net.pkl.json"]
-    assert read_record(path)["sha256"] == sha(CONTENT)
+    assert download_record(path)["sha256"] == sha(CONTENT)
 
 
 def test_a_part_that_was_whole_needs_no_request(server, path):
@@ -325,14 +325,14 @@ def test_a_file_in_place_of_a_folder(server, tmp_path):
 
 def test_first_seen_is_pinned(server, path):
     download(server.url, path)
-    assert read_record(path)["checked"] is False
-    assert verify(path) == path
+    assert download_record(path)["checked"] is False
+    assert verify_file(path) == path
     path.write_bytes(OTHER)
     with pytest.raises(UserError, match="damaged or another file: sha256"):
         download(server.url, path)
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(UserError, match="has 2,999,999 bytes, expected 3,000,000"):
-        verify(path)
+        verify_file(path)
     path.unlink()
     server.content, server.etag = OTHER, '"v2"'
     with pytest.raises(UserError) as error:
@@ -349,13 +349,13 @@ def test_first_seen_is_pinned(server, path):
 def test_a_file_put_there_by_hand(server, path):
     path.parent.mkdir(parents=True)
     path.write_bytes(OTHER)
-    assert download(server.url, path) == path and not server.requests and read_record(path) is None
+    assert download(server.url, path) == path and not server.requests and download_record(path) is None
     with pytest.raises(UserError, match="damaged or another file"):  # where the checksum is known it counts
         download(server.url, path, sha(CONTENT))
     with pytest.raises(UserError, match="is missing"):
-        verify(path.with_name("absent"))
+        verify_file(path.with_name("absent"))
     with pytest.raises(UserError, match="is a folder"):
-        verify(path.parent)
+        verify_file(path.parent)
 
 
 def test_other_protocols(tmp_path, path, monkeypatch):

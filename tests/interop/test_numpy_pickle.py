@@ -15,7 +15,7 @@ import torch
 
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Malformed
-from d2o.interop.numpy_pickle import keys, loads, read_pickled
+from d2o.interop.numpy_pickle import loads, pickled_keys, read_pickled
 from tests.interop.nvidia_writer import Run, damage
 
 RNG = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_files_of_numpy_and_torch(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(RECORD))
     for name in ("a.npy", "a.pt", "a.pkl"):
         check(RECORD, read_pickled(tmp_path / name))
-        assert keys(tmp_path / name) == RECORD.keys()
+        assert pickled_keys(tmp_path / name) == RECORD.keys()
 
 
 def test_an_array_that_is_named_twice_is_one_array() -> None:
@@ -162,7 +162,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         read_pickled(tmp_path / "tensors.pt")
     with pytest.raises(UserError, match="no such file"):
         read_pickled(tmp_path / "absent")
-    assert keys(tmp_path / "absent") == set()
+    assert pickled_keys(tmp_path / "absent") == set()
 
 
 def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
@@ -180,5 +180,5 @@ def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
         except UserError as error:
             assert "\n" not in error.message
             outcomes.append("refused")
-        keys(tmp_path / "x")
+        pickled_keys(tmp_path / "x")
     assert outcomes.count("refused") > 600 and outcomes.count("read") > 40

@@ -12,7 +12,7 @@ import d2o
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file, save_file
 from d2o.networks import budget
@@ -21,7 +21,7 @@ from d2o.networks.latent import load_autoencoder
 from d2o.students.base import load_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
-from d2o.work.base import content_sha256, dump
+from d2o.work.base import content_sha256, dump_manifest
 from tests.helpers import tiny_student, tiny_teacher
 
 HUGE = 2**40
@@ -227,7 +227,7 @@ def manifest(store):
     def rewrite(change):
         record = {key: value for key, value in json.loads(before).items() if key != "sha256"}
         change(record)
-        path.write_text(dump(record))
+        path.write_text(dump_manifest(record))
 
     yield rewrite
     path.write_text(before)

@@ -9,7 +9,7 @@ import pytest
 from d2o.data.images import open_images
 from d2o.errors import UserError
 from d2o.interop.npz import read_npz
-from d2o.interop.zips import listed
+from d2o.interop.zips import zip_members
 
 
 def swallow(path):
@@ -24,13 +24,13 @@ def test_members_that_are_swallowed_are_missed(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, **{f"a{i}": np.arange(i + 1) for i in range(5)})
     with zipfile.ZipFile(path) as archive:
-        assert [info.filename for info in listed(archive)] == [f"a{i}.npy" for i in range(5)]
+        assert [info.filename for info in zip_members(archive)] == [f"a{i}.npy" for i in range(5)]
     swallow(path)
     with (
         zipfile.ZipFile(path) as archive,
         pytest.raises(zipfile.BadZipFile, match="5 members, and its directory lists 1"),
     ):
-        listed(archive)
+        zip_members(archive)
     with pytest.raises(ValueError, match="directory lists 1"):
         read_npz(path, lambda name: True)
 
@@ -53,7 +53,7 @@ def test_more_members_than_16_bits_count(tmp_path):
         for i in range(66_000):
             archive.writestr(zipfile.ZipInfo(str(i)), b"")
     with zipfile.ZipFile(tmp_path / "many.zip") as archive:
-        assert len(listed(archive)) == 66_000
+        assert len(zip_members(archive)) == 66_000
 
 
 def test_a_member_without_a_name_is_refused(tmp_path):

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from d2o.errors import UserError
+from d2o.features.latent_vgg import LatentVggFeatures
 from d2o.interop.weights import WEIGHTS
 from d2o.losses.latent_lpips import RELEASED, LatentLPIPS, load_latent_lpips
+from d2o.networks.latent_vgg import TunedVGG
 from d2o.spaces.load import SPACES
 
 FOLDER = Path(__file__).parents[1] / "golden" / "latent_lpips"
@@ -85,8 +87,8 @@ def test_with_the_mean_absolute_difference(distance, golden, monkeypatch):
 
 
 def test_frozen_zero_at_equality_and_symmetric(distance, golden):
-    assert not distance.train().training and not any(module.training for module in distance.modules())
-    assert not any(p.requires_grad for p in distance.parameters())
+    assert not any(module.training for module in distance.train().features.modules())
+    assert not [*distance.parameters()] and not distance.state_dict()  # nobody trains or saves it
     a, b = golden["a"][:1, :, :8, :8], golden["b"][:1, :, :8, :8]
     assert distance(a, a).item() == 0
     assert distance(a, b).item() == pytest.approx(distance(b, a).item(), rel=1e-6)
@@ -94,10 +96,10 @@ def test_frozen_zero_at_equality_and_symmetric(distance, golden):
 
 def test_raw_latents_are_scaled_as_the_diffusion_model_sees_them():
     torch.manual_seed(0)
-    with torch.device("meta"):  # every space's network has the shape of the released one
-        shapes = {name: LatentLPIPS(SPACES[name]).net.slice1[0].weight.shape[1] for name in RELEASED}
+    # every space's network has the shape of the released one
+    shapes = {name: load_latent_lpips(name, device="meta").features.network.net.channels for name in RELEASED}
     assert shapes == {"sd15": 4, "sd21": 4, "sdxl": 4, "sd3": 16, "flux": 16}
-    distance = LatentLPIPS(SPACES["flux"], l1=1.0)
+    distance = LatentLPIPS(LatentVggFeatures("flux", TunedVGG(16)), SPACES["flux"], l1=1.0)
     a, b = torch.randn(2, 1, 16, 4, 4)
     assert torch.allclose(distance(a, b, raw=True), distance((a - 0.1159) * 0.3611, (b - 0.1159) * 0.3611))
 
@@ -107,8 +109,7 @@ def test_every_space_has_published_weights():
 
 
 def test_maps_are_taken_where_the_released_networks_have_them():
-    with torch.device("meta"):
-        maps = LatentLPIPS(SPACES["sd15"]).net(torch.zeros(1, 4, 64, 64))
+    maps = load_latent_lpips("sd15", device="meta").features.maps(torch.zeros(1, 4, 64, 64, device="meta"))
     assert [(f.shape[1], f.shape[2]) for f in maps] == [(64, 64), (128, 64), (256, 64), (512, 32), (512, 16)]
 
 
@@ -128,4 +129,4 @@ def test_files_that_do_not_fit_are_refused(weights, golden, tmp_path):
     with pytest.raises(UserError, match="did you mean 'sdxl'"):
         load_latent_lpips("sdxi", tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"\[n, 4, h, w\]"):
-        LatentLPIPS(SPACES["sd15"])(torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 8, 8))
+        load_latent_lpips("sd15", device="meta")(torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 8, 8))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from d2o.features import load_features
-from d2o.features.lpips import untrained
+from d2o.features.lpips import untrained_lpips
 from d2o.losses.perceptual import TINY, enlarged, load_lpips, perceptual, unit
 
 
@@ -49,7 +49,7 @@ def test_half_precision_maps_are_compared_in_single():
 def test_squeezenet_is_the_package_s(tmp_path):
     """The other two are compared where the evaluation has them."""
     torch.manual_seed(0)
-    theirs = untrained("squeeze").eval()
+    theirs = untrained_lpips("squeeze").eval()
     names = theirs.net.state_dict()
     torch.save({f"features.{name.partition('.')[2]}": value for name, value in names.items()}, tmp_path / "squeeze.pth")
     ours = load_lpips(trunk="squeeze", weights=tmp_path / "squeeze.pth")

@@ -109,6 +109,34 @@ def test_an_iteration_is_algorithm_1_and_needs_no_data():
     assert all(p.grad is None and not p.requires_grad for p in teacher.network.parameters())
 
 
+def test_long_and_short_guidance_guides_the_score_network_in_both_steps_and_the_true_score():
+    teacher = tiny_teacher()
+    method = sid(teacher, cfg=3.0, score_cfg=1.5)
+    _, loop = run(method)
+    student, nobody = method.student.eval(), torch.full((8,), -1)
+
+    def guided(network, x_t, sigma, labels, cfg):
+        d_c, d_u = (network(x_t, sigma.flatten(), of) for of in (labels, nobody))
+        return d_u + cfg * (d_c - d_u)
+
+    draw = Draws(3, 0, 8, 8, CPU)
+    labels = draw.randint(0, 10)
+    y = student(draw.randn(1, 8, 8), labels)
+    sigma = torch.exp(-1.2 + 1.2 * draw.randn(1, 1, 1))
+    g = guided(method.score.eval(), y + sigma * draw.randn(1, 8, 8), sigma, labels, 1.5)
+    assert loop.losses[0] == pytest.approx(((sigma**-2 + 4) * (g - y) ** 2).sum((1, 2, 3)).mean().item(), rel=1e-4)
+
+    draw = Draws(1003, 0, 8, 8, CPU)
+    labels = draw.randint(0, 10)
+    x = student(draw.randn(1, 8, 8), labels)
+    sigma = (80 ** (1 / 7) + (1 - 0.8 * draw.rand(1, 1, 1)) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    x_t = x + sigma * draw.randn(1, 8, 8)
+    f = guided(teacher.network, x_t, sigma, labels, 3.0)
+    g = guided(method.score, x_t, sigma, labels, 1.5)
+    loss = (f - g) * ((f - x) - 1.2 * (f - g)) / (x - f).abs().mean((1, 2, 3), keepdim=True)
+    assert loop.losses[1] == pytest.approx(100 * loss.sum((1, 2, 3)).mean().item(), rel=1e-3)
+
+
 def test_an_adversarial_iteration_adds_both_terms_and_takes_the_images_classes():
     method, batch = sid(**ADVERSARIAL), real()
     scalars, loop = run(method, batch, ADV)

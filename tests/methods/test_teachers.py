@@ -15,7 +15,7 @@ from d2o.interop.catalogue import names
 from d2o.methods.base import get_method, method_names
 from d2o.methods.teachers import check_kind, check_teacher, takes, why_not
 from d2o.teachers.base import Teacher
-from d2o.teachers.kinds import kind_of, look
+from d2o.teachers.kinds import expected_kind, kind_of
 from d2o.teachers.registry import load_teacher
 from tests.helpers import tiny_network, tiny_teacher
 
@@ -52,20 +52,20 @@ def ddpm(tmp_path):
     ],
 )
 def test_a_name_a_folder_or_a_repository_says_the_family(teacher, family, ddpm):
-    kind = look(str(ddpm) if teacher == "folder" else teacher)
+    kind = expected_kind(str(ddpm) if teacher == "folder" else teacher)
     assert kind is not None and kind.family == family and kind.text == (family in ("sd", "flow"))
 
 
 def test_a_refusal_says_why_and_what_can_be_done(ddpm):
     with pytest.raises(UserError) as caught:
-        check_kind("cd", look("edm2-img512-xs"))
+        check_kind("cd", expected_kind("edm2-img512-xs"))
     assert "is an EDM2 network, which method cd cannot learn from: " in caught.value.message
     assert "methods that take this teacher: dmd, ode, sid\n" in caught.value.hint and "EDM" in caught.value.hint
-    assert not any(why_not("cd", kind) for kind in [look("digits"), look("owner/name")])
+    assert not any(why_not("cd", kind) for kind in [expected_kind("digits"), expected_kind("owner/name")])
 
 
 def test_what_each_method_takes_of_the_published_teachers():
-    taken = {method: {name for name in names() if takes(method, look(name))} for method in DISTILLING}
+    taken = {method: {name for name in names() if takes(method, expected_kind(name))} for method in DISTILLING}
     edm, edm2 = ({name for name in names() if name.startswith(start)} for start in ("edm-", "edm2-"))
     text = {"sd15", "sdxl", "sd3-medium"}
     assert taken == {
@@ -75,16 +75,18 @@ def test_what_each_method_takes_of_the_published_teachers():
 
 
 def test_files_say_what_they_hold_and_loaded_teachers_are_of_the_same_kind(tmp_path):
-    teacher, found = tiny_teacher(tmp_path / "t.safetensors"), look(str(tmp_path / "t.safetensors"))
+    teacher, found = tiny_teacher(tmp_path / "t.safetensors"), expected_kind(str(tmp_path / "t.safetensors"))
     assert (
         (found.family, found.arch, found.precond)
         == ("edm", "ddpmpp", "edm")
         == (kind_of(teacher).family, kind_of(teacher).arch, "edm")
     )
-    assert kind_of(load_teacher("digits")) == look("digits")
-    assert look(str(tmp_path / "nowhere.safetensors")) is None and look("digitz") is None
+    assert kind_of(load_teacher("digits")) == expected_kind("digits")
+    assert expected_kind(str(tmp_path / "nowhere.safetensors")) is None and expected_kind("digitz") is None
     (tmp_path / "x.pkl").write_bytes(b"")
-    assert look(str(tmp_path / "x.pkl")).precond is None and takes("ctm", look(str(tmp_path / "x.pkl")))
+    assert expected_kind(str(tmp_path / "x.pkl")).precond is None and takes(
+        "ctm", expected_kind(str(tmp_path / "x.pkl"))
+    )
 
 
 def test_another_preconditioning_is_not_consistencys():
@@ -119,7 +121,7 @@ def test_a_run_folder_of_a_text_to_image_teacher(tmp_path):
     from d2o.students.base import checkpoint_meta
 
     save_file(tmp_path / "t.safetensors", {}, checkpoint_meta("teacher", {"arch": "text_to_image"}, None))
-    kind = look(str(tmp_path / "t.safetensors"))
+    kind = expected_kind(str(tmp_path / "t.safetensors"))
     assert kind.family == "sd" and kind.text
     shutil.copytree(asset("tiny-sd"), tmp_path / "sd")
-    assert look(str(tmp_path / "sd")).family == "sd"
+    assert expected_kind(str(tmp_path / "sd")).family == "sd"

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
 from d2o.metrics import distances
-from d2o.metrics.prdc import density_coverage, manifold, nearest, precision_recall
+from d2o.metrics.prdc import density_coverage, manifold, nearest_rows, precision_recall
 
 torchvision_compat.ensure()
 from torch_fidelity.metric_prc import calculate_precision_recall_full, prc_features_to_metric  # noqa: E402
@@ -102,7 +102,7 @@ def test_a_tight_cloud_away_from_the_rest_is_resolved(scale: float) -> None:
     cloud = normal(1, 40, 1) * 30 + normal(160, 40, 2, scale)
     real, fake = torch.cat([normal(150, 40, 0), cloud[:80]]), cloud[80:]
     assert (torch.cdist(cloud, cloud) - torch.cdist(cloud.double(), cloud.double())).abs().max() > 0.02
-    distance, index = nearest(fake, real, 2)
+    distance, index = nearest_rows(fake, real, 2)
     expected = (
         torch.stack([(row - real.double()).square().sum(1) for row in fake.double()]).sqrt().topk(2, largest=False)
     )
@@ -147,13 +147,13 @@ def test_features_are_rounded_to_the_dtype_first() -> None:
 
 def test_nearest_among_others() -> None:
     queries, base = normal(90, 20, 0), normal(200, 20, 1)
-    distance, index = nearest(queries, base, 4)
+    distance, index = nearest_rows(queries, base, 4)
     expected = torch.cdist(queries.double(), base.double()).topk(4, largest=False)
     torch.testing.assert_close(distance, expected.values)
     assert (index == expected.indices).all()
-    distance, index = nearest(base[50:53], base)
+    distance, index = nearest_rows(base[50:53], base)
     assert distance.flatten().tolist() == [0, 0, 0] and index.flatten().tolist() == [50, 51, 52]
-    assert nearest(queries, base[:2], 2)[1].sort(1).values.tolist() == [[0, 1]] * 90
+    assert nearest_rows(queries, base[:2], 2)[1].sort(1).values.tolist() == [[0, 1]] * 90
 
 
 def test_refuses_what_cannot_be_compared() -> None:
@@ -172,9 +172,9 @@ def test_refuses_what_cannot_be_compared() -> None:
     with pytest.raises(UserError, match="the generated images hold values that are not finite"):
         manifold(real, broken)
     with pytest.raises(UserError, match="features of the queries hold"):
-        nearest(broken, real)
+        nearest_rows(broken, real)
     with pytest.raises(UserError, match="51 nearest of 50"):
-        nearest(real, fake, 51)
+        nearest_rows(real, fake, 51)
     with pytest.raises(UserError, match="did you mean 'float32'"):
         manifold(real, fake, dtype="float3")
     with pytest.raises(UserError, match=r"expected \[n, d\]"):

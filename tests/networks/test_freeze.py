@@ -8,7 +8,7 @@ import torch
 from d2o.errors import UserError
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import FREEZE, freeze
-from d2o.recipes.sections import Student
+from d2o.students.student_section import StudentSection
 from tests.helpers import tiny_network
 
 CIFAR10 = {"img_resolution": 32, "img_channels": 3, "channel_mult": [2, 2, 2]}
@@ -103,4 +103,4 @@ def test_edm2_and_networks_without_blocks():
 
 
 def test_a_recipe_knows_the_same_levels():
-    assert Student.model_json_schema()["properties"]["freeze"]["enum"] == list(FREEZE)
+    assert StudentSection.model_json_schema()["properties"]["freeze"]["enum"] == list(FREEZE)

@@ -11,7 +11,7 @@ from d2o.networks.fir import up2
 from d2o.networks.minibatch_std import MinibatchStd, minibatch_std, pool_size
 from d2o.networks.node import NODEMapping
 from d2o.networks.style import StyleSynthesis, channel_table
-from d2o.networks.style_layers import Conv2d, Linear, ModulatedConv, modulated_conv
+from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear, ModulatedConv, modulated_conv
 
 TINY = {"base": 64, "max_channels": 6}
 
@@ -30,11 +30,11 @@ def synthesis(seed=0, noise=0.5, **more):
 def test_equalised_layers_keep_unit_variance_whatever_their_size(lr_mult):
     torch.manual_seed(0)
     for width in (32, 512):
-        layer = Linear(width, 256, lr_mult=lr_mult, bias_init=3.0)
+        layer = EqualizedLinear(width, 256, lr_mult=lr_mult, bias_init=3.0)
         y = layer(torch.randn(512, width))
         assert y.std().item() == pytest.approx(1, abs=0.15) and y.mean().item() == pytest.approx(3, abs=0.15)
         assert layer.weight.std().item() == pytest.approx(1 / lr_mult, rel=0.05)
-    y = Conv2d(32, 64, 3, activate=False)(torch.randn(4, 32, 16, 16))
+    y = EqualizedConv2d(32, 64, 3, activate=False)(torch.randn(4, 32, 16, 16))
     assert y[:, :, 1:-1, 1:-1].std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -43,7 +43,7 @@ def test_learning_rate_multiplier():
     x = torch.ones(1, 16)
     moved = []
     for lr_mult in (1.0, 0.01):
-        layer = Linear(16, 1, lr_mult=lr_mult)
+        layer = EqualizedLinear(16, 1, lr_mult=lr_mult)
         before = layer(x)
         with torch.no_grad():
             layer.weight += 0.5
@@ -54,7 +54,7 @@ def test_learning_rate_multiplier():
 
 def test_activation_keeps_the_mean_square():
     x = torch.randn(100_000)
-    y = Linear(1, 1, activate=True)
+    y = EqualizedLinear(1, 1, activate=True)
     y.weight.data.fill_(1.0)
     assert y(x[:, None]).square().mean().item() == pytest.approx(1.04, abs=0.02)  # (1 + 0.2^2) / 2 * 2
 
@@ -96,7 +96,7 @@ def test_resampling_convolutions_are_aligned():
     conv.affine.bias.data.fill_(1 / conv.gain)
     conv.weight.data[:, :, 1, 1] = 1
     assert torch.allclose(conv(x, torch.randn(2, 4)), up2(x, conv.taps), atol=1e-5)
-    three, one = (Conv2d(1, 1, k, down=True, activate=False) for k in (3, 1))
+    three, one = (EqualizedConv2d(1, 1, k, down=True, activate=False) for k in (3, 1))
     three.weight.data.zero_()[:, :, 1, 1] = 1 / three.gain
     one.weight.data.fill_(1.0)
     assert torch.allclose(three(x), one(x), atol=1e-6)

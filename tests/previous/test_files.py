@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.registry import load_teacher
 from tests.previous.baseline import FILES
+from tests.previous.make import SHORT, SWEEP
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STUDENTS = {"denoiser": 1, "consistency": 1, "ctm": 1, "style": 1, "multistep": 2}
@@ -59,10 +61,10 @@ def test_the_teacher_and_students_of_every_kind_make_what_they_made() -> None:
 def test_a_store_of_classes_is_read_and_grows(previous: Path) -> None:
     store = PairStore("pairs")
     assert len(store) == 12 and store.verify() == []
-    noise, labels, target = store.batch(range(12))
-    assert labels is not None and labels.unique().numel() > 3
+    noise, condition, target = store.batch(range(12))
+    assert condition.labels is not None and condition.labels.unique().numel() > 3
     teacher = load_teacher("teacher.safetensors")
-    torch.testing.assert_close(teacher.sample(noise, labels, "heun", 3), target, **CLOSE)
+    torch.testing.assert_close(teacher.sample(noise, condition, "heun", 3), target, **CLOSE)
     settings = PairSettings("teacher.safetensors", 20, solver="heun", steps=3, shard_size=8)
     grown = make_pairs(settings, "pairs", compute=Compute(4, 1))
     assert grown is not None and len(grown) == 20 and grown.verify() == []
@@ -76,7 +78,8 @@ def test_a_store_of_prompts_is_read_and_is_what_the_command_still_makes(previous
     store = PairStore("text_pairs")
     assert store.verify() == [] and store.prompts([0, 1]) == ["a handwritten seven", "somebody wrote the numeral two"]
     with PairStream(store, 2) as stream:
-        assert sum(len(batch[0]) for batch in stream) == 4
+        asked = {prompt for pairs in itertools.islice(stream, 2) for prompt in pairs.condition.prompts or ()}
+        assert asked == set(store.prompts(range(4)))
     text = "--teacher tiny-sd --cfg 3 --prompts prompts.txt -n 4 --steps 5 --threads 1 --batch 4 --device cpu"
     d2o("pairs", *text.split(), "--out", "again")
     torch.testing.assert_close(PairStore("again").batch(range(4))[2], store.batch(range(4))[2], rtol=1e-3, atol=1e-3)
@@ -102,6 +105,26 @@ def test_a_run_goes_on_to_where_it_went(previous: Path, name: str) -> None:
     assert weights.keys() == was.keys() and meta["images"] == 40
     for key, value in weights.items():
         torch.testing.assert_close(value, was[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("key", ["N", "consistency.N", "cd.N"])
+def test_a_sweep_is_taken_up_by_the_old_names_and_the_new(previous: Path, key: str, capsys) -> None:
+    old = key != "cd.N"
+    sets = [word for change in f"{SHORT} {SWEEP}".split() for word in ("--set", change)]
+    command = ["train", "cd_i_digits" if old else "cd_digits:cd_i", *sets, "--out", "sweep", "--device", "cpu"]
+    state = Path("sweep/N=6/checkpoints/state.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--set", "batch=2", "--sweep", f"{key}=6,10"])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and "differs from the one that sweep was started with:\n  batch: 4 -> 2\n" in said
+    if key == "N":  # the others find the same
+        d2o(*command, "--sweep", "N=6,10")
+        record = json.loads(Path("sweep/sweep.json").read_text())
+        assert (record["keys"], record["recipe"]["method"]) == (["cd.N"], "cd")
+        members = [(m["name"], m["settings"], m["state"], m["seen"]) for m in record["members"]]
+        assert members == [("N=6", {"cd.N": 6}, "finished", 8), ("N=10", {"cd.N": 10}, "finished", 8)]
+        assert Path("sweep/N=6/checkpoints/state.safetensors").read_bytes() == state
+    assert said.count("is called cd_digits:cd_i now") == old
 
 
 def test_results_and_statistics_are_read(previous: Path) -> None:

@@ -1,7 +1,8 @@
 """Every name that was a recipe's file in the release before leads to a recipe with all the same settings.
 
 `resolved_recipes.json` was written by that release: of each name the digest of its resolved recipe, without and with
---mini, over the keys that it knew (`keys`); what has come since is left out.
+--mini, over the keys that it knew (`keys`); what has come since is left out. Its `method: consistency` is there as
+`d2o.recipes.former` renews it.
 """
 
 from __future__ import annotations

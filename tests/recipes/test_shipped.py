@@ -12,7 +12,7 @@ import torch
 
 import d2o
 from d2o.cli.app import main
-from d2o.evaluation.extractors import load_extractor
+from d2o.evaluation.named_extractors import load_extractor
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import read_meta
 from d2o.recipes.find import find_recipe, recipe_names

@@ -16,7 +16,7 @@ from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
-from d2o.work.base import dump
+from d2o.work.base import dump_manifest
 from tests.helpers import tiny_recipe
 
 RECIPE = """
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_named_before_training(recipe, make, tmp_
     save_file(tensors, path, {"d2o": json.dumps(record)})
     manifest = dict(store.manifest)
     manifest["shards"][2] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    (store.path / "manifest.json").write_text(dump(manifest))
+    (store.path / "manifest.json").write_text(dump_manifest(manifest))
     assert PairStore(store.path).verify() == [
         "shard-00002.safetensors: pair 19 holds values that are not finite (NaN or infinite)"
     ]

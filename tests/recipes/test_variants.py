@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
-from d2o.recipes.checking import check_file
+from d2o.recipes.checking import check_runs
 from d2o.recipes.load import load_recipe
 from d2o.recipes.sweep import plan_sweep
 from d2o.settings.recipe_names import parted, variants_in
@@ -150,13 +150,13 @@ def test_sweeps_take_variants():
 
 
 def test_check_finds_what_is_wrong_in_any_variant_once():
-    assert check_file("base.yaml") == ["base", "base_small", "somebody", "base_plain"]
-    assert check_file("child.yaml:own") == ["child_own"]
+    assert [run.name for run in check_runs("base.yaml")] == ["base", "base_small", "somebody", "base_plain"]
+    assert [run.name for run in check_runs("child.yaml:own")] == ["child_own"]
     Path("base.yaml").write_text(
         BASE.replace("lr: 1e-4", "lr: -1").replace("seed: null", "sed: 1").replace("batch: 8", "batch: x")
     )
     with pytest.raises(UserError) as caught:
-        check_file("base.yaml")
+        check_runs("base.yaml")
     assert caught.value.message.splitlines() == [
         "base.yaml:7: batch: expected an integer >= 1, got 'x'",
         "base.yaml:14: variants.small.optim.lr: expected a number > 0, got -1",

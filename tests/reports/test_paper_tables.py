@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2o.errors import UserError
-from d2o.evaluation.catalogue import parse_metrics
+from d2o.evaluation.known_metrics import parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import apply_preset
 from d2o.evaluation.protocol import Settings

@@ -7,7 +7,7 @@ import torch
 from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
-from d2o.teachers.diffusers_parts import Components, read_json
+from d2o.teachers.diffusers_parts import Components, read_config
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", ""]
@@ -113,8 +113,8 @@ def test_whichever_scheduler_a_folder_has_its_numbers_are_used(sd, name):
     (sd / "scheduler" / "scheduler_config.json").unlink()
     own.save_pretrained(sd / "scheduler")
     edit(sd / "scheduler" / "scheduler_config.json", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    ddim = diffusers.DDIMScheduler.from_config(read_json(sd / "scheduler" / "scheduler_config.json"))
-    schedule, prediction, clip = discrete_schedule(Components(sd, read_json(sd / "model_index.json")))
+    ddim = diffusers.DDIMScheduler.from_config(read_config(sd / "scheduler" / "scheduler_config.json"))
+    schedule, prediction, clip = discrete_schedule(Components(sd, read_config(sd / "model_index.json")))
     assert torch.allclose(schedule.alphas_cumprod.float(), ddim.alphas_cumprod, rtol=1e-5) and (prediction, clip) == (
         "epsilon",
         None,

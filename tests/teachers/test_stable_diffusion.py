@@ -11,9 +11,9 @@ from d2o.interop.torchvision_compat import ensure
 from d2o.spaces import base as spaces
 from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Spec
+from d2o.teachers.published_configs import SD15_UNET, SDXL_UNET
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from d2o.teachers.text import PromptCache, clip_text
-from d2o.teachers.unet_configs import SD15_UNET, SDXL_UNET
 from tests.teachers import pipelines
 
 PROMPTS = ["a handwritten seven", "", "nine of hearts"]

@@ -17,9 +17,9 @@ def read_weights() -> None:
 
 
 def read_downloaded() -> None:
-    from d2o.interop.download import verify
+    from d2o.interop.download import verify_file
 
-    _say(lambda: verify("weights.bin").read_bytes().hex()[:200])
+    _say(lambda: verify_file("weights.bin").read_bytes().hex()[:200])
 
 
 def read_cifar() -> None:

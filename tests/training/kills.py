@@ -14,8 +14,8 @@ import torch.utils.tensorboard  # noqa: F401
 from d2o.methods.base import METHODS, Setup
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
-from d2o.training.folder import locked
 from d2o.training.loop import Trainer
+from d2o.training.run_folder import locked
 from tests import workers
 from tests.torture.events import Events
 from tests.training.test_two_networks import TinyGAN

@@ -13,8 +13,8 @@ from d2o.methods.base import Setup
 from d2o.networks import processor
 from d2o.recipes.load import load_recipe
 from d2o.training.choices import as_begun
+from d2o.training.cpu_threads import measure
 from d2o.training.loop import Trainer
-from d2o.training.threads import measure
 from tests.helpers import tiny_recipe
 from tests.training.test_loop import RECIPE, checkpoint, d2o
 from tests.training.test_two_networks import recipe as gan  # noqa: F401

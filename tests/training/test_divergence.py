@@ -16,7 +16,7 @@ from d2o.interop.safetensors_io import load_file
 from d2o.methods.base import METHODS, Setup
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
-from d2o.training.divergence import BAD, DOUBT, PATIENCE, Divergence, check_finite
+from d2o.training.divergence import BAD, DOUBT, PATIENCE, Divergence, check_weights
 from d2o.training.loop import Trainer
 from tests.helpers import tiny_recipe
 from tests.training.kills import content
@@ -94,11 +94,11 @@ def test_gradients_count_as_losses_do_and_other_scalars_do_not():
 
 def test_weights_that_are_not_finite_are_named():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    check_finite({"a": a, "b": b}, 5, None)
+    check_weights({"a": a, "b": b}, 5, None)
     with torch.no_grad():
         b.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"after iteration 5 weights are not finite \(b\)"):
-        check_finite({"a": a, "b": b}, 5, None)
+        check_weights({"a": a, "b": b}, 5, None)
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero"])

@@ -11,11 +11,11 @@ from d2o.data.order import mix
 from d2o.errors import UserError
 from d2o.methods.base import Draws
 from d2o.training.batches import open_batches
+from d2o.training.due import Calendar
 from d2o.training.ema import EMA
 from d2o.training.optim import OPTIMIZERS, GradientGuard, clip, learning_rate
 from d2o.training.player import Player
 from d2o.training.precision import LossScale
-from d2o.training.schedule import Schedule
 from d2o.training.strategy import Replicate
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_ema_with_a_start_follows_until_then():
 def test_what_is_due():
     every = SimpleNamespace(every=25)
     recipe = SimpleNamespace(batch=10, images=95, log_every=4, preview=None, eval=every, checkpoint=every)
-    schedule = Schedule(recipe)
+    schedule = Calendar(recipe)
     due = [schedule.after(i) for i in range(1, 11)]
     assert (
         [i for i, d in enumerate(due, 1) if d.eval]

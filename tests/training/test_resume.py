@@ -16,8 +16,8 @@ from d2o.methods.base import METHODS, Setup
 from d2o.recipes.changes import forbidden
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
-from d2o.training.folder import locked
 from d2o.training.loop import Trainer
+from d2o.training.run_folder import locked
 from tests.helpers import tiny_teacher
 from tests.training.kills import RECIPE, Scored, content, log
 from tests.workers import CONTEXT

@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
 from d2o.work import claims
-from d2o.work.base import dump
+from d2o.work.base import dump_manifest
 from d2o.work.folder import Unit, Vanished, WorkFolder, cut
 from d2o.work.remote import RemoteFolder, open_folder
 from tests.workers import REMOTE_MANIFEST, TIMES, files, fill_folder, finish, start_remote, wait_for
@@ -273,7 +273,7 @@ def test_closing_may_break_off_anywhere(remote, path, reference, operation):
     for steps in range(30):
         Breaking.left = 10**9
         folder = remote(Breaking())
-        MemoryFileSystem().pipe_file(f"{path}/manifest.json", dump({**manifest, "files": []}).encode())
+        MemoryFileSystem().pipe_file(f"{path}/manifest.json", dump_manifest({**manifest, "files": []}).encode())
         for e in files:
             folder.add(e)
         Breaking.left = steps
@@ -319,7 +319,7 @@ def test_two_may_close_at_the_same_time(remote, path, reference):
     fill_folder(remote(), UNITS)
     manifest = json.loads(contents(path)["manifest.json"])
     for at in range(1, 40):
-        MemoryFileSystem().pipe_file(f"{path}/manifest.json", dump({**manifest, "files": []}).encode())
+        MemoryFileSystem().pipe_file(f"{path}/manifest.json", dump_manifest({**manifest, "files": []}).encode())
         for e in manifest["files"]:
             remote().add(e)
         Interleaved.at = at
@@ -352,7 +352,9 @@ def test_two_may_begin_at_the_same_time(remote, path):
 def test_a_manifest_that_was_begun_anew_stops_those_who_work_by_the_old_one(remote, path):
     folder = remote()
     folder.open(REMOTE_MANIFEST)
-    MemoryFileSystem().pipe_file(f"{path}/manifest.json", dump({**REMOTE_MANIFEST, "settings": {"seed": 4}}).encode())
+    MemoryFileSystem().pipe_file(
+        f"{path}/manifest.json", dump_manifest({**REMOTE_MANIFEST, "settings": {"seed": 4}}).encode()
+    )
     with pytest.raises(UserError, match="manifest.json has changed meanwhile"):
         folder.add(entry(UNITS[0]))
 

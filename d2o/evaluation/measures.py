@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from d2o.errors import UserError
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.sides import Measured, Side
+from d2o.inputs import JsonObject
 from d2o.metrics.frechet import TRACE_METHOD
 
 
@@ -23,7 +23,7 @@ class Score:
     n: int | None = None
     std: float | None = None
     error: str | None = None
-    more: dict[str, Any] = field(default_factory=dict)
+    more: JsonObject = field(default_factory=dict)
 
 
 @dataclass
@@ -145,7 +145,7 @@ def prdc(sides: Sides, settings: Settings) -> dict[str, Score]:
     return {key: Score(value, len(ours), more=dict(more)) for key, (value, more) in values.items()}
 
 
-def precision_recall(sides: Sides, settings: Settings) -> dict[str, Score]:
+def _precision_recall(sides: Sides, settings: Settings) -> dict[str, Score]:
     from d2o.metrics import prdc as distances
 
     ours, theirs = (side.column(sides.network, sides.output) for side in (sides.x, sides.other))
@@ -157,7 +157,7 @@ def precision_recall(sides: Sides, settings: Settings) -> dict[str, Score]:
     }
 
 
-def density_coverage(sides: Sides, settings: Settings) -> dict[str, Score]:
+def _density_coverage(sides: Sides, settings: Settings) -> dict[str, Score]:
     from d2o.metrics import prdc as distances
 
     ours, theirs = (side.column(sides.network, sides.output) for side in (sides.x, sides.other))
@@ -169,7 +169,7 @@ def density_coverage(sides: Sides, settings: Settings) -> dict[str, Score]:
     }
 
 
-def _mean(values: torch.Tensor, settings: Settings, **more: Any) -> Score:
+def _mean(values: torch.Tensor, settings: Settings, **more: object) -> Score:
     """The mean of one value an image, in float64, with the error of that mean if it was asked for."""
     score = Score(float(values.double().mean()), len(values), more=more)
     if settings.bootstrap:
@@ -181,7 +181,7 @@ def _mean(values: torch.Tensor, settings: Settings, **more: Any) -> Score:
     return score
 
 
-def clip_score(sides: Sides, settings: Settings) -> dict[str, Score]:
+def _clip_score(sides: Sides, settings: Settings) -> dict[str, Score]:
     return {sides.key: _mean(sides.run.columns.column("clip-score"), settings, model=settings.clip_model)}
 
 
@@ -190,7 +190,7 @@ def paired(sides: Sides, settings: Settings) -> dict[str, Score]:
     return {sides.key: _mean(sides.run.columns.column(f"pair/{sides.key}"), settings)}
 
 
-def dream_diversity(sides: Sides, settings: Settings) -> dict[str, Score]:
+def _dream_diversity(sides: Sides, settings: Settings) -> dict[str, Score]:
     from d2o.metrics.diversity import dream_diversity as diversity
 
     embeddings = sides.run.column(sides.network, sides.output)

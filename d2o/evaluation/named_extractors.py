@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2o.errors import UserError
-from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.extractor import Device, Extractor
 from d2o.evaluation.resizing import clean_pil, clean_torch, clip_input, rounded_bicubic, torch_bilinear
 from d2o.features import clip, dreamsim
 from d2o.features.base import Features, describe_shape
@@ -21,8 +21,7 @@ from d2o.features.common import at_once
 from d2o.features.inception import SIZE, centred
 from d2o.features.load import load_features, own_classifier
 
-Device = str | torch.device
-Preparation = Callable[[Tensor, torch.device], Tensor]
+Prepare = Callable[[Tensor, torch.device], Tensor]
 """uint8 images [n, 3, h, w] on any device -> what the network takes, on the device."""
 
 
@@ -36,7 +35,7 @@ class FeatureExtractor(Extractor):
         network: Features,
         device: Device = "cpu",
         *,
-        prepare: Preparation | None = None,
+        prepare: Prepare | None = None,
         resize: str = "",
         whole: bool = False,
     ):
@@ -69,7 +68,7 @@ class Way:
     """How an extractor of a name of its own comes to be: the features behind it, and how images come to them."""
 
     features: str
-    prepare: Preparation | None = None
+    prepare: Prepare | None = None
     resize: str = ""
 
 

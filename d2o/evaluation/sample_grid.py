@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,13 +9,14 @@ from d2o.data.images import to_uint8
 from d2o.data.pictures import to_png
 from d2o.evaluation.protocol import Settings, noise_for
 from d2o.evaluation.subjects import Generator, Pictures
+from d2o.inputs import JsonObject
 
 MAX_SIDE = 1024  # pixels of a grid
 
 
 def sample_grid(
     x: Generator | Pictures, teacher: Generator | None, settings: Settings, device: str | torch.device = "cpu"
-) -> dict[str, Any]:
+) -> JsonObject:
     """Up to 8 x 8 images, not chosen: those of the first seeds (of a set: evenly spaced ones), ordered by label, as
     base64 PNG.
 
@@ -45,7 +44,7 @@ def sample_grid(
     return record
 
 
-def _record(images: Tensor, labels: Tensor | None, order: Tensor, columns: int) -> dict[str, Any]:
+def _record(images: Tensor, labels: Tensor | None, order: Tensor, columns: int) -> JsonObject:
     return {
         "png": to_png(images, columns),
         "columns": columns,

@@ -21,7 +21,7 @@ def parts_of(out: Path) -> WorkFolder:
     return WorkFolder(out.with_name(out.name + ".parts"), "d2o-sample-parts", "parts")
 
 
-def join(archive: Archive, parts: WorkFolder, units: list[Unit], record: dict[str, Any]) -> None:
+def join_parts(archive: Archive, parts: WorkFolder, units: list[Unit], record: dict[str, Any]) -> None:
     def load() -> Iterator[Part]:
         return (load_file(parts.path / unit.file)[0] for unit in units)
 
@@ -63,7 +63,7 @@ def refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str)
         raise UserError(f"{out} holds samples of other settings:\n  " + "\n  ".join(different), hint)
 
 
-def discard(parts: WorkFolder, n: int) -> None:
+def discard_parts(parts: WorkFolder, n: int) -> None:
     """Remove the parts of a finished output of n images, but not those of a larger one that is being made. Renamed
     first, so that no worker meets half of them."""
     manifest = parts.manifest()

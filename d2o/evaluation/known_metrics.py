@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics as stats
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from d2o.errors import UserError, unknown
-from d2o.evaluation import scores
+from d2o.evaluation import measures
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.labels import label
+from d2o.evaluation.measures import Score, Sides
 from d2o.evaluation.protocol import Settings
-from d2o.evaluation.scores import Score, Sides
+from d2o.inputs import JsonObject
 
 LOWER, HIGHER = "lower", "higher"
 
@@ -38,32 +38,32 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("fd", "Fréchet distance over the extractor's features", scores.frechet, {"fd": LOWER}),
+        Metric("fd", "Fréchet distance over the extractor's features", measures.frechet, {"fd": LOWER}),
         Metric(
             "fid",
             "the same over the 2015 Inception network, TF-style bilinear resize (EDM, torch-fidelity)",
-            scores.frechet,
+            measures.frechet,
             {"fid": LOWER},
             extractor="inception",
         ),
         Metric(
             "fid-clean",
             "clean-fid's: bicubic antialiased resize",
-            scores.frechet,
+            measures.frechet,
             {"fid-clean": LOWER},
             extractor="inception-clean",
         ),
         Metric(
             "fid-pytorch",
             "pytorch-fid's: half-pixel bilinear resize",
-            scores.frechet,
+            measures.frechet,
             {"fid-pytorch": LOWER},
             extractor="inception-legacy_pytorch",
         ),
         Metric(
             "sfid",
             "over spatial features of Inception (guided-diffusion)",
-            scores.frechet,
+            measures.frechet,
             {"sfid": LOWER},
             "spatial",
             "inception",
@@ -71,25 +71,31 @@ METRICS = {
         Metric(
             "fd-dinov2",
             "over DINOv2 ViT-L/14 (EDM2, dgm-eval)",
-            scores.frechet,
+            measures.frechet,
             {"fd-dinov2": LOWER},
             extractor="dinov2_vitl14",
         ),
         Metric(
-            "clip-fid", "over OpenAI's CLIP ViT-B/32 (clean-fid)", scores.frechet, {"clip-fid": LOWER}, extractor="clip"
+            "clip-fid",
+            "over OpenAI's CLIP ViT-B/32 (clean-fid)",
+            measures.frechet,
+            {"clip-fid": LOWER},
+            extractor="clip",
         ),
         Metric(
             "fd-class",
             "mean over the classes of the Fréchet distance within each",
-            scores.frechet_by_class,
+            measures.frechet_by_class,
             {"fd-class": LOWER},
             reference="rows",
         ),
-        Metric("kid", "kernel distance, polynomial kernel, unbiased", scores.kernel, {"kid": LOWER}, reference="rows"),
+        Metric(
+            "kid", "kernel distance, polynomial kernel, unbiased", measures.kernel, {"kid": LOWER}, reference="rows"
+        ),
         Metric(
             "is",
             "Inception Score: of the extractor's classes",
-            scores.inception,
+            measures.inception,
             {"is": HIGHER},
             "logits",
             "inception",
@@ -98,35 +104,35 @@ METRICS = {
         Metric(
             "pr",
             "improved precision and recall",
-            scores.precision_recall,
+            measures._precision_recall,
             {"precision": HIGHER, "recall": HIGHER},
             reference="rows",
         ),
         Metric(
             "dc",
             "density and coverage",
-            scores.density_coverage,
+            measures._density_coverage,
             {"density": HIGHER, "coverage": HIGHER},
             reference="rows",
         ),
         Metric(
             "prdc",
             "all four in one pass over the distances",
-            scores.prdc,
+            measures.prdc,
             {"precision": HIGHER, "recall": HIGHER, "density": HIGHER, "coverage": HIGHER},
             reference="rows",
         ),
         Metric(
             "rel-fd",
             "Fréchet distance to the teacher's images of the same seeds",
-            scores.frechet,
+            measures.frechet,
             {"rel-fd": LOWER},
             reference="teacher",
         ),
         Metric(
             "rel-fid",
             "the same over Inception (GDD)",
-            scores.frechet,
+            measures.frechet,
             {"rel-fid": LOWER},
             extractor="inception",
             reference="teacher",
@@ -134,7 +140,7 @@ METRICS = {
         Metric(
             "clip-score",
             "mean cosine of image and prompt (GigaGAN's protocol)",
-            scores.clip_score,
+            measures._clip_score,
             {"clip-score": HIGHER},
             "",
             reference="",
@@ -142,7 +148,7 @@ METRICS = {
         Metric(
             "dreamdiv",
             "DreamDiv: mean DreamSim distance among images of one prompt",
-            scores.dream_diversity,
+            measures._dream_diversity,
             {"dreamdiv": HIGHER},
             extractor="dreamsim",
             reference="diversity",
@@ -150,7 +156,7 @@ METRICS = {
         Metric(
             "dreamsim",
             "mean DreamSim distance to the teacher's image of equal noise",
-            scores.paired,
+            measures.paired,
             {"dreamsim": LOWER},
             "",
             reference="pair",
@@ -158,17 +164,17 @@ METRICS = {
         Metric(
             "lpips",
             "mean LPIPS (AlexNet) to the teacher's image of equal noise",
-            scores.paired,
+            measures.paired,
             {"lpips": LOWER},
             "",
             reference="pair",
         ),
-        Metric("lpips-vgg", "mean LPIPS (VGG-16)", scores.paired, {"lpips-vgg": LOWER}, "", reference="pair"),
+        Metric("lpips-vgg", "mean LPIPS (VGG-16)", measures.paired, {"lpips-vgg": LOWER}, "", reference="pair"),
         *(
             Metric(
                 f"latent-lpips-{space}",
                 f"mean LatentLPIPS of {space} latents",
-                scores.paired,
+                measures.paired,
                 {f"latent-lpips-{space}": LOWER},
                 "",
                 reference="pair",
@@ -215,7 +221,7 @@ def parse_metrics(names: Sequence[str]) -> list[Want]:
 
 def combine(
     want: Want, extractor: Extractor | None, runs: Sequence[dict[str, Score]], settings: Settings
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """The entries of a result's "metrics": over several runs the mean with its deviation, or (report "min") the
     least."""
     entries = {}

@@ -23,7 +23,7 @@ class Due:
     stop: bool
 
 
-class Schedule:
+class Calendar:
     """The recipe's `log_every`, and what counts in images: due in the iteration in which the count passes a
     multiple."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2o.data.images import ImageSet, listed, open_images, set_name
+from d2o.data.images import ImageSet, list_bad, open_images, set_name
 from d2o.data.sources import LatentFiles, open_source
 from d2o.data.threads import map_threads
 from d2o.errors import UserError
@@ -47,7 +47,7 @@ class LatentSet:
         )
         if self.bad and on_bad == "refuse":
             count = f"{len(self.bad)} bad {'file' if len(self.bad) == 1 else 'files'}"
-            raise UserError(f"{count} in {name}:{listed(self.bad)}", "--on-bad skip leaves them out")
+            raise UserError(f"{count} in {name}:{list_bad(self.bad)}", "--on-bad skip leaves them out")
         self._rows = [i for i, size in enumerate(sizes) if size == usual]
         self.names = [source.names[i] for i in self._rows]
         self.class_names = list(source.class_names)
