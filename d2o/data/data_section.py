@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, field_validator
 
 from d2o.data.known import GET
-from d2o.settings.section import Count, Resolution, Section, Text, field
+from d2o.settings.section import Count, NonEmpty, Resolution, Section, field
 from d2o.settings.wording import show
 
 
@@ -20,17 +20,17 @@ def _exact_integer(value: object) -> object:
 class DataSection(Section):
     """Real images."""
 
-    path: Text = field(
+    path: NonEmpty = field(
         ...,
         "folder (class = sub-folder), zip with dataset.json, WebDataset tar, LMDB, npz, CIFAR-10's tar.gz, or"
         " `real:digits`",
     )
-    licence: Text | None = field(
+    licence: NonEmpty | None = field(
         None,
         "under which terms the images are had, recorded in everything trained on them; it is that of `path` and goes "
         "with it: another path has another (default none: not stated)",
     )
-    get: Text | None = field(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
+    get: NonEmpty | None = field(None, f"how to get them, told where they are missing: a text, or {', '.join(GET)}")
     resolution: Resolution | None = field(
         None, "height and width in pixels after resizing and centre-cropping (default none: as they are)"
     )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from d2o.settings.section import BatchSize, Count, Section, Seed, Steps, Text, field
+from d2o.settings.section import BatchSize, Count, NonEmpty, Section, Seed, Steps, field
 
 
 class PairsSection(Section):
     """The store of (noise, condition, teacher output); made first if it is missing. Keys that are left away are as the
     store at `path` says."""
 
-    path: Text | None = field(None, "folder of the store (default none: derived from the settings)")
+    path: NonEmpty | None = field(None, "folder of the store (default none: derived from the settings)")
     n: Count = field(
         ...,
         "number of pairs: a store with fewer grows, of one with more the first are taken; all, if `path` is a store",
     )
-    solver: Text = field("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
+    solver: NonEmpty = field("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
     steps: Steps = field(18, "solver steps; heun makes 2 * steps - 1 network calls")
     spacing: Literal["leading", "trailing", "linspace"] | None = field(
         None, "time steps of SD-like teachers (default none: the teacher's own)"
@@ -28,9 +28,9 @@ class PairsSection(Section):
     seed: Seed = field(0, "seed of the first pair; pair i has seed + i")
     batch: BatchSize = field(256, "pairs per teacher call")
     shard_size: BatchSize = field(1024, "pairs per file of the store")
-    labels: Text = field("random", "which classes, as `d2o pairs --labels` takes it")
+    labels: NonEmpty = field("random", "which classes, as `d2o pairs --labels` takes it")
     cfg: float = field(1.0, "guidance weight of the teacher; 1 is none", ge=0)
-    prompts: Text | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
+    prompts: NonEmpty | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
     per_prompt: Count = field(1, "pairs in a row that share a prompt")
     rewire: Literal["none", "permute"] = field(
         "none", "permute: give every noise the output of another one (an experiment that must fail)"

@@ -18,7 +18,7 @@ from d2o.data.data_section import DataSection
 from d2o.data.pairs_section import PairsSection
 from d2o.errors import UserError, unknown
 from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
-from d2o.settings.section import Section, Seed, Text, field
+from d2o.settings.section import NonEmpty, Section, Seed, field
 from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, word
 from d2o.settings.yaml_text import dump
 from d2o.students.student_section import StudentSection
@@ -46,8 +46,8 @@ class SubjectSection(Section):
         json_schema_extra={"words": "a name of letters, digits and . _ + - that begins with a letter or digit"},
     )
     title: str = field("", "one line for people")
-    method: Text = field(..., "training method; its own settings are in a section of that name (`-` written `_`)")
-    teacher: Text | None = field(None, "builtin name, or path of a checkpoint")
+    method: NonEmpty = field(..., "training method; its own settings are in a section of that name (`-` written `_`)")
+    teacher: NonEmpty | None = field(None, "builtin name, or path of a checkpoint")
     seed: Seed = field(0, "seed of everything random in training")
     data: DataSection | None = field(None, "real images")
     network: dict[str, Any] | None = field(
@@ -55,7 +55,7 @@ class SubjectSection(Section):
     )
     student: StudentSection = Field(StudentSection(), description="how the one-step generator starts")
     pairs: PairsSection | None = field(None, "teacher's samples to train on")
-    prompts: Text | None = field(
+    prompts: NonEmpty | None = field(
         None,
         "file of prompts (txt, jsonl, parquet), for teachers that take text: those that a method draws from, or, with"
         " `data:`, one for each image in their order (default none: those of `pairs:`)",

@@ -38,13 +38,13 @@ def _at_most(most: int) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]  # below 2**63, as every integer of a recipe
 BatchSize = Annotated[Count, _at_most(2**20)]
 Steps = Annotated[Count, _at_most(100_000)]
 Threads = Annotated[Count, _at_most(1024)]
 Resolution = Annotated[Count, _at_most(2**13)]
-Pictures = Annotated[Count, _at_most(4096)]
+ImageCount = Annotated[Count, _at_most(4096)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationInfo, field_validator
 
 from d2o.errors import UserError
-from d2o.settings.section import BatchSize, Count, Section, Seed, Text, field
+from d2o.settings.section import BatchSize, Count, NonEmpty, Section, Seed, field
 from d2o.settings.wording import show
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ class EvalSection(Section):
     metric: Literal["fd", "accuracy"] = field(
         "fd", "fd: Fréchet distance, lower is better; accuracy: what the method validates by, higher is better"
     )
-    protocol: Text | None = field(
+    protocol: NonEmpty | None = field(
         None,
         "a protocol of `d2o eval --protocol`; extractor, n and reference are its own, the seeds are not: what a "
         "checkpoint is chosen by is not what it is reported on",
     )
-    extractor: Text | None = field(
+    extractor: NonEmpty | None = field(
         None,
         "feature extractor of the Fréchet distance, by name or path (default none: the protocol's)",
         validate_default=True,
@@ -42,7 +42,7 @@ class EvalSection(Section):
     n: Annotated[int, Field(ge=2)] | None = field(
         None, "generated samples per measurement (default none: the protocol's, else 1000)", validate_default=True
     )
-    reference: Text | None = field(
+    reference: NonEmpty | None = field(
         None,
         "what to compare with: `data`, the recipe's own images as training reads them, or images or "
         "statistics, as `d2o eval --against` takes it (default none: the protocol's)",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from d2o.settings.section import Beta, Positive, Section, Text, field
+from d2o.settings.section import Beta, NonEmpty, Positive, Section, field
 from d2o.settings.wording import show
 
 
@@ -20,7 +20,7 @@ class OptimSection(Section):
     )
     eps: Positive = field(1e-8, "added to the denominator")
     weight_decay: float = field(0.0, "weight decay", ge=0)
-    no_decay: tuple[Text, ...] = field(
+    no_decay: tuple[NonEmpty, ...] = field(
         (),
         "names of parameters that weight decay leaves alone; `*bias` fits every bias, `*norm*` what has norm in its"
         " name (default [])",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from d2o.settings.section import Count, Pictures, Section, field
+from d2o.settings.section import Count, ImageCount, Section, field
 
 
 class PreviewSection(Section):
     """Grids of samples from the same noises every time."""
 
     every: Count = field(..., "images between two grids")
-    n: Pictures = field(64, "samples in a grid")
+    n: ImageCount = field(64, "samples in a grid")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from d2o.settings.section import Section, Text, field
+from d2o.settings.section import NonEmpty, Section, field
 from d2o.settings.wording import show
 
 
@@ -16,9 +16,9 @@ class TrackerSection(Section):
     name: Literal["wandb", "mlflow"] = field(
         ..., "Weights & Biases (pip install 'd2o[wandb]') or MLflow (pip install 'd2o[mlflow]')"
     )
-    project: Text = field("d2o", "project of wandb, experiment of MLflow")
-    run: Text | None = field(None, "name of the run there (default none: the recipe's)")
-    uri: Text | None = field(
+    project: NonEmpty = field("d2o", "project of wandb, experiment of MLflow")
+    run: NonEmpty | None = field(None, "name of the run there (default none: the recipe's)")
+    uri: NonEmpty | None = field(
         None, "server; of MLflow also sqlite:///FILE.db (default none: what the package's own settings say)"
     )
 
