@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
@@ -38,6 +37,7 @@ from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.recipes.memory import memory_of
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.generate import check_asked
 from d2o.teachers.kinds import look
 from d2o.teachers.registry import BUILTIN, load_teacher, planned_teacher
 from d2o.training.player import check_players
@@ -292,7 +292,7 @@ def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
     settings = pair_settings(recipe).resolved(spec.solver, spec.steps)
     settings.check()
     teacher.check_cfg(settings.cfg)
-    label_mode(settings.labels, spec.classes, spec.name)
+    check_asked(settings, spec)
     settings.ode.grid(teacher.schedule)
     there = _pairs_there(recipe, folder)
     if (missing := pairs.n - there) <= 0:
