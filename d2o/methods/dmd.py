@@ -152,7 +152,7 @@ class DMD(ScoreMethod[DMDOptions]):
     def __init__(self, setup: Setup[DMDOptions]):
         self.options = checked_options(setup.options.filled())
         self.teacher = check_teacher("dmd", setup.teacher)
-        self.teacher.check_cfg(self.options.cfg)
+        self.check_guidance("cfg", self.options.cfg)
         if self.options.lambda_reg:
             self.check_latents("regression", self.options.regression, ("lpips", "perceptual"))
         self.student = self.begin_student(setup, self.teacher.spec)

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 
 from d2o.data.data_section import DataSection
-from d2o.data.draws import label_mode
 from d2o.data.pair_files import open_store, store_folder
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs_section import PairsSection
@@ -42,6 +41,7 @@ from d2o.recipes.memory import memory_of
 from d2o.recipes.schema import Recipe
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.generate import check_asked
 from d2o.teachers.kinds import expected_kind
 from d2o.teachers.planned import planned_teacher
 from d2o.teachers.registry import BUILTIN, load_teacher
@@ -306,7 +306,7 @@ def _plan_pairs(plan: Plan, name: str, pairs: PairsSection, teacher: Teacher) ->
     settings = given.resolved(spec.solver, spec.steps)
     settings.check()
     teacher.check_cfg(settings.cfg)
-    label_mode(settings.labels, spec.classes, spec.name)
+    check_asked(settings, spec)
     settings.ode.grid(teacher.schedule)
     there = _pairs_there(given, folder)
     if (missing := pairs.n - there) <= 0:
