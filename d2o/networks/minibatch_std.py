@@ -31,13 +31,16 @@ def pool_size(group: int | None, batch: int) -> int:
     return size
 
 
-def group_std(x: Tensor, size: int, channels: int = 1) -> Tensor:
-    """x [B, C, H, W] -> [B, channels]: standard deviation over each `size` samples in a row of every value
-    (sqrt(variance + 1e-8), biased), averaged over H, W and each of `channels` equal parts of C."""
+def group_std(x: Tensor, size: int, channels: int = 1, in_a_row: bool = False) -> Tensor:
+    """x [B, C, H, W] -> [B, channels]: standard deviation over each `size` samples of every value (sqrt(variance +
+    1e-8), biased), averaged over H, W and each of `channels` equal parts of C. Sample i is in group i mod (B / size),
+    as in the authors' code; or groups are of samples `in_a_row`."""
     batch, c, h, w = x.shape
-    y = x.reshape(batch // size, size, channels, c // channels, h, w).transpose(0, 1)
+    groups = batch // size
+    y = x.reshape(groups, size, -1).transpose(0, 1) if in_a_row else x
+    y = y.reshape(size, groups, channels, c // channels, h, w)
     y = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean((2, 3, 4))
-    return y.repeat_interleave(size, dim=0)
+    return y.repeat_interleave(size, dim=0) if in_a_row else y.repeat(size, 1)
 
 
 def minibatch_std(x: Tensor, group: int | None = None, channels: int = 1) -> Tensor:
@@ -47,16 +50,18 @@ def minibatch_std(x: Tensor, group: int | None = None, channels: int = 1) -> Ten
 
 
 class MinibatchStd(nn.Module):
-    """`minibatch_std` of the whole global batch: x [B, C, H, W] -> [B, C + 1, H, W]; with a group of 0 x itself.
+    """`minibatch_std` with one channel, x [B, C, H, W] -> [B, C + 1, H, W]; with a group of 0 x itself.
 
-    Groups are of samples in a row, so that a process or a micro-batch that has whole groups needs nothing of the
-    others. Groups that reach over processes are put together by `gather`, which the training loop sets; then each has
-    to have its whole share in x.
+    In training (`in_a_row`, which the loop sets) the groups are of the global batch, of samples in a row instead of
+    the authors' B / size apart: the samples are exchangeable, and so a process or a micro-batch that has whole groups
+    needs nothing of the others. Groups that reach over processes are put together by `gather`; then each has to have
+    its whole share in x.
     """
 
     def __init__(self, group: int | None):
         super().__init__()
         self.group = group
+        self.in_a_row = False
         self.gather: Gather | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,8 +70,9 @@ class MinibatchStd(nn.Module):
         world = 1 if self.gather is None else self.gather.world
         size, n = pool_size(self.group, len(x) * world), len(x)
         if self.gather is None or n % size == 0:
-            return _with(x, group_std(x, size))
-        return _with(x, group_std(self.gather(x), size)[self.gather.rank * n :][:n])
+            return _with(x, group_std(x, size, in_a_row=self.in_a_row))
+        whole = group_std(self.gather(x), size, in_a_row=self.in_a_row)
+        return _with(x, whole[self.gather.rank * n :][:n])
 
 
 def _with(x: Tensor, values: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ class AllProcesses:
 
 
 def gather_pools(networks: Iterable[nn.Module], rank: int, world: int) -> None:
-    """Let the parts of the networks that look at several samples see those of all processes."""
+    """Let the parts of the networks that look at several samples see those of the global batch."""
     for network in networks:
         for part in network.modules():
-            if isinstance(part, MinibatchStd) and world > 1:
-                part.gather = AllProcesses(rank, world)
+            if isinstance(part, MinibatchStd):
+                part.in_a_row = True
+                part.gather = AllProcesses(rank, world) if world > 1 else None
 
 
 class _Gather(torch.autograd.Function):

@@ -12,6 +12,7 @@ from d2o.networks.minibatch_std import MinibatchStd, minibatch_std, pool_size
 from d2o.networks.node import NODEMapping
 from d2o.networks.style import StyleSynthesis, channel_table
 from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear, ModulatedConv, modulated_conv
+from d2o.training.gather import gather_pools
 
 TINY = {"base": 64, "max_channels": 6}
 
@@ -114,9 +115,10 @@ def test_minibatch_std():
     x = torch.randn(1, 4, 3, 3).expand(6, -1, -1, -1)
     y = minibatch_std(x, 3)
     assert y.shape == (6, 5, 3, 3) and y[:, 4].max() <= 1.01e-4 and torch.equal(y[:, :4], x)
-    # Groups of 2 of 4 samples: {0, 1} and {2, 3}.
-    x = torch.tensor([0.0, 4, 1, 1])[:, None, None, None].expand(-1, 2, 2, 2)
-    assert torch.allclose(minibatch_std(x, 2)[:, 2, 0, 0], torch.tensor([2.0, 2, 0, 0]), atol=1e-3)
+    # Groups of 2 of 4 samples: {0, 2} and {1, 3}.
+    x = torch.tensor([0.0, 1, 4, 1])[:, None, None, None].expand(-1, 2, 2, 2)
+    assert torch.allclose(minibatch_std(x, 2)[:, 2, 0, 0], torch.tensor([2.0, 0, 2, 0]), atol=1e-3)
+    assert torch.equal(MinibatchStd(2)(x), minibatch_std(x, 2))  # outside training
     std = x[:, 0, 0, 0].std(correction=0)
     for group in (None, 4, 100):
         assert torch.allclose(minibatch_std(x, group)[:, 2], std.expand(4, 2, 2))
@@ -138,9 +140,11 @@ def test_a_group_that_does_not_divide_the_batch_becomes_the_next_divisor(batch, 
 def test_groups_of_parts_of_a_batch_are_those_of_the_whole():
     """Parts that have whole groups need nothing of each other; others are put together, here by hand."""
     x = torch.randn(8, 2, 3, 3)
-    whole = MinibatchStd(4)(x)
-    assert torch.equal(torch.cat([MinibatchStd(4)(part) for part in x.split(4)]), whole)
-    assert not torch.equal(torch.cat([MinibatchStd(4)(part) for part in x.split(2)]), whole)
+    gather_pools([module := MinibatchStd(4)], 0, 1)
+    whole = module(x)
+    assert torch.equal(whole, minibatch_std(x[[0, 4, 1, 5, 2, 6, 3, 7]], 4)[[0, 2, 4, 6, 1, 3, 5, 7]])
+    assert torch.equal(torch.cat([module(part) for part in x.split(4)]), whole)
+    assert not torch.equal(torch.cat([module(part) for part in x.split(2)]), whole)
 
     class Together:
         rank, world = 3, 4
@@ -149,7 +153,6 @@ def test_groups_of_parts_of_a_batch_are_those_of_the_whole():
             assert torch.equal(mine, x[6:])
             return x
 
-    module = MinibatchStd(4)
     module.gather = Together()
     assert torch.equal(module(x[6:]), whole[6:]) and module(x[6:]).shape == (2, 3, 3, 3)
     assert not module.state_dict() and MinibatchStd(0)(x) is x
