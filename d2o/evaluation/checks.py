@@ -18,6 +18,8 @@ def check_task(x: Subject, reference: Reference | None, plan: Task, settings: Se
     """UserError, before hours of work, for a metric that cannot be had of x: no prompts, no teacher, the statistics of
     another extractor, a network that is not here. `reference` may be opened only."""
     if isinstance(x, Generator) and x.spec.condition != "text":
+        if settings.prompts is not None:
+            raise UserError(f"{x.source} takes no prompts", "leave --prompt and --prompts away")
         label_mode(settings.labels, x.spec.classes, x.spec.name)
     for want in plan.wants:
         name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)

@@ -242,8 +242,8 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
 
 
 def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
-    """The prompts of a generator that takes text. UserError: none for it, or some for another (a reference by class may
-    stand beside)."""
+    """The prompts of a generator that takes text; None of another (a reference by class may stand beside). UserError:
+    none are given for it."""
     if spec.condition != "text":
         return None
     if settings.prompts is None:

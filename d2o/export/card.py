@@ -105,7 +105,7 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
             f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that"
             " make an image."
         )
-    labels = f"class label, {spec.classes} classes" if spec.condition == "label" else "none"
+    labels = {"label": f"class label, {spec.classes} classes", "text": "prompt"}.get(spec.condition, "none")
     space = "latent" if spec.latent else "pixel"
     rows = {
         "format": f"{FORMATS[file_format]}, {detail}",

@@ -143,14 +143,16 @@ class NvidiaNetwork:
         return 18 if self.init_kwargs.get("img_resolution", 0) <= 32 else 40
 
 
-def read_nvidia_pickle(path: str | Path, key: str = "ema", dtype: torch.dtype | None = None) -> NvidiaNetwork:
+def read_nvidia_pickle(
+    path: str | Path, key: str = "ema", dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> NvidiaNetwork:
     """The network that the file holds under `key`: "ema", its published weights; some snapshots also have "net", the
     weights without averaging.
 
     `dtype`: every floating-point tensor is converted as it is read (so that only one copy of the weights is ever in
-    memory); None keeps the
-    stored precision. UserError: missing, truncated or damaged file, no such key (with those it has), or anything in it
-    that such files do not hold (named).
+    memory); None keeps the stored precision. `device` "meta": no values are read, only what the file says of them.
+    UserError: missing, truncated or damaged file, no such key (with those it has), or anything in it that such files do
+    not hold (named).
     """
     path = Path(path)
     size = check_input(path, "a network pickle")
@@ -161,12 +163,14 @@ def read_nvidia_pickle(path: str | Path, key: str = "ema", dtype: torch.dtype | 
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return _read(path, data, key, dtype)
+        return _read(path, data, key, dtype, device)
     except Malformed as error:
         raise UserError(f"{path} {error}", HINT) from error
 
 
-def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> NvidiaNetwork:
+def _read(
+    path: Path, data: memoryview, key: str, dtype: torch.dtype | None, device: str | torch.device
+) -> NvidiaNetwork:
     if bytes(data[:4]) == b"PK\x03\x04":
         raise Malformed("is an archive as torch.save writes them (a training state?), not a network pickle")
     if bytes(data[:1]) != b"\x80" or data[1:2] not in (b"\x03", b"\x04", b"\x05"):
@@ -194,7 +198,7 @@ def _read(path: Path, data: memoryview, key: str, dtype: torch.dtype | None) -> 
         raise Malformed("does not name the options that its network was made with")
     plain = {str(name): _plain(value) for name, value in kwargs.items()}
     encoder = root["encoder"].args[0]["class_name"] if _is(root.get("encoder"), RECONSTRUCT) else None
-    tensors = StateDict(root[key], len(data), dtype).tensors
+    tensors = StateDict(root[key], len(data), dtype, device).tensors
     return NvidiaNetwork(path, meta["class_name"], plain, tensors, tuple(map(str, root)), encoder)
 
 
@@ -221,9 +225,9 @@ class StateDict:
     A module is an object of NVIDIA's or one of torch's own classes. Raises Malformed.
     """
 
-    def __init__(self, network: Call, bytes_left: int, dtype: torch.dtype | None):
+    def __init__(self, network: Call, bytes_left: int, dtype: torch.dtype | None, device: str | torch.device = "cpu"):
         self.tensors: dict[str, Tensor] = {}
-        self.dtype = dtype
+        self.dtype, self.device = dtype, torch.device(device)
         self.bytes_left = (
             bytes_left  # all tensors together are no larger than the file: nothing can be multiplied by reference
         )
@@ -285,8 +289,8 @@ class StateDict:
         if offset > available or (count and offset + sum((n - 1) * step for n, step in zip(size, stride)) >= available):
             raise Malformed("reaches beyond its storage")
         self.charge(max(0, count * dtype.itemsize - len(raw)))
-        if not count:
-            return torch.empty(tuple(size), dtype=dtype)
+        if not count or self.device.type == "meta":
+            return torch.empty(tuple(size), dtype=dtype, device=self.device)
         # Copied as bytes first: the file does not align its tensors.
         return (
             torch.frombuffer(raw, dtype=torch.uint8).clone().view(dtype).as_strided(size, stride, offset).contiguous()

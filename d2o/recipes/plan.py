@@ -27,9 +27,9 @@ from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
 from d2o.interop import catalogue
-from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
+from d2o.interop.hub import cached_snapshot, is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
@@ -44,7 +44,7 @@ from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.generate import check_asked
 from d2o.teachers.kinds import expected_kind
 from d2o.teachers.planned import planned_teacher
-from d2o.teachers.registry import BUILTIN, load_teacher
+from d2o.teachers.registry import load_teacher
 from d2o.teachers.stable_diffusion import TextTeacher
 from d2o.training.eval_section import Distance
 from d2o.training.frozen import count_frozen
@@ -271,22 +271,11 @@ def _teacher(plan: Plan, name: str) -> Teacher:
             f" ({published.licence})"
         )
         return planned_teacher(published)
-    path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
-    if published is not None or path.suffix == ".pkl" or (path / "model_index.json").is_file():
-        teacher = load_teacher(name)
-        teacher.network.to(META)
-        teacher.device = META
-        return teacher
-    path = resolve_checkpoint(path)
-    meta = check_checkpoint(read_meta(path), path)
-    if meta.get("kind") != "teacher":
-        raise UserError(f"{path} is not a teacher")
-    with META:
-        return Teacher(
-            build_network(meta["network"], file_holdings([path]), f"{path}: network"),
-            Spec.from_dict(meta["spec"], path),
-            META,
-        )
+    if published is None and not Path(name).exists() and is_repository(name) and cached_snapshot(name) is None:
+        what = f"teacher {name} is a repository of the hub that is not on this machine; no plan can be made without it"
+        raise UserError(what, f"`hf download {name}` fetches it, as training would")
+    with _without_network():
+        return load_teacher(name, META)
 
 
 def _student(path: Path) -> Student:

@@ -81,10 +81,10 @@ def prompted(who: str, spec: Spec, record: dict[str, Any], prompts: Prompts | No
     """Spec and record of what makes images of prompts: in what is written their numbers are the classes, image i has
     prompt i mod their number. As they are without prompts. UserError: none for `who` takes text, or the reverse."""
     if (spec.condition == "text") != (prompts is not None):
-        takes = f"takes no prompts (condition: {spec.condition})"
         if prompts is None:
-            takes = "is conditioned on text; give --prompt or --prompts"
-        raise UserError(f"{who} {spec.name!r} {takes}")
+            raise UserError(f"{who} {spec.name!r} is conditioned on text", "give --prompt or --prompts")
+        instead = "; --labels chooses classes" if spec.classes else ""
+        raise UserError(f"{who} {spec.name!r} takes no prompts", f"leave --prompt and --prompts away{instead}")
     if prompts is None:
         return spec, record
     about = {"sha256": prompts.sha256, "count": len(prompts)}
@@ -339,8 +339,10 @@ def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: 
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, not {chunk}")
     compute = how.describe(how.batch or BATCH, sampler.device, sampler.network)  # whatever n is: it may grow
-    wanted = settings.labels or ("balanced" if "prompts" in sampler.record else None)
-    labels = label_mode(wanted, sampler.spec.classes, sampler.spec.name)
+    if sampler.prompts is None:
+        labels = label_mode(settings.labels, sampler.spec.classes, sampler.spec.name)
+    else:
+        labels = _prompt_numbers(settings.labels or "balanced", sampler.prompts, sampler.spec.name)
     return {
         "format": "d2o-samples",
         "version": 1,
@@ -349,6 +351,16 @@ def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: 
         "source": sampler.record,
         "compute": {**compute, "chunk": chunk_of(chunk or CHUNK, compute["batch"])},
     }
+
+
+def _prompt_numbers(labels: str, prompts: Prompts, name: str) -> str:
+    """`--labels` of what takes prompts: by their numbers, which prompts the images take in turn."""
+    try:
+        return label_mode(labels, len(prompts), name)
+    except UserError as error:
+        last = len(prompts) - 1
+        hint = f"--labels says which prompts are taken, by number: 0 to {last}" if last else "leave --labels away"
+        raise UserError(f"labels {labels!r}: {name!r} takes prompts, and no class labels", hint) from error
 
 
 def chunk_of(chunk: int, batch: int) -> int:

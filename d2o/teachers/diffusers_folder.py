@@ -73,10 +73,10 @@ def load_diffusers(
     space.
 
     Weights come from safetensors files only and are held in float32; `dtype` bfloat16 or float16 computes under
-    autocast. `sdxl_uncond` as for `StableDiffusionTeacher` (by default as the folder says). `origin`: how
-    others find its text encoders again, `space`: its latent space; the folder's own path if left away. UserError:
-    another kind of pipeline, a class that d2o does not know, a component that is missing, damaged or has no safetensors
-    file, a scheduler that d2o does not have.
+    autocast. `device` "meta": a plan's, without the weights, of which only the heads are read. `sdxl_uncond` as for
+    `StableDiffusionTeacher` (by default as the folder says). `origin`: how others find its text encoders again,
+    `space`: its latent space; the folder's own path if left away. UserError: another kind of pipeline, a class that d2o
+    does not know, a component that is missing, damaged or has no safetensors file, a scheduler that d2o does not have.
     """
     path = Path(path)
     index = read_config(path / INDEX)
@@ -89,7 +89,8 @@ def load_diffusers(
             + (f": {why}" if why else ""),
             hint,
         )
-    folder, origin = Components(path, index), origin or str(path.resolve())
+    bare = torch.device(device).type == "meta"
+    folder, origin = Components(path, index, bare), origin or str(path.resolve())
     with quiet():
         teacher: Teacher
         if CLASSES[kind] is DDPM:
@@ -118,14 +119,15 @@ def _try_out(teacher: Teacher, path: Path) -> None:
     if teacher.spec.condition == "text":
         condition = Condition.of_prompts([""])
     try:
-        x = teacher.sample(torch.zeros(1, channels, min(side, height), min(side, width)), condition, steps=1)
+        noise = torch.zeros(1, channels, min(side, height), min(side, width), device=teacher.device)
+        x = teacher.sample(noise, condition, steps=1)
     except UserError:
         raise
     except Exception as error:  # whatever its parts make of each other's wrong numbers
         raise UserError(
             f"{path}: its parts do not work together ({words(error)})", "check the download, or whoever made it"
         ) from error
-    if not bool(x.isfinite().all()):
+    if x.device.type != "meta" and not bool(x.isfinite().all()):
         raise UserError(
             f"{path}: the network gives values that are not finite", "the weights may be damaged: check the download"
         )
@@ -188,7 +190,7 @@ def text_of(path: Path, origin: str, device: str | torch.device) -> TextEncoders
     if CLASSES.get(str(index.get("_class_name")), DDPM) is DDPM:
         raise UserError(f"{path} holds no model that takes prompts")
     with quiet():
-        return _text(Components(path, index), origin, device)
+        return _text(Components(path, index, torch.device(device).type == "meta"), origin, device)
 
 
 def _text(folder: Components, origin: str, device: str | torch.device) -> TextEncoders:

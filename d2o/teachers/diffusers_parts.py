@@ -49,10 +49,10 @@ WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 class Components:
     """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are
-    made."""
+    made. `bare`: on the meta device, of what the files say of their weights, of which none is read."""
 
-    def __init__(self, path: Path, index: dict[str, Any]):
-        self.path, self.index = path, index
+    def __init__(self, path: Path, index: dict[str, Any], bare: bool = False):
+        self.path, self.index, self.bare = path, index, bare
         for key in index:
             if "/" in key or "\\" in key or ".." in key:
                 raise UserError(
@@ -110,7 +110,11 @@ class Components:
         which = variant(where, WEIGHTS[library])
         options = {"use_safetensors": True, "variant": which, "local_files_only": True, "output_loading_info": True}
         cls = getattr(diffusers if library == "diffusers" else transformers, kind)
-        _fits(cls, config, library, where, which)
+        bare, held = _fits(cls, config, library, where, which)
+        if self.bare:
+            if (asked := sum(weight.numel() for weight in bare.parameters())) > held:
+                raise UserError(f"{where}: the weights do not fit config.json ({held:,} numbers for {asked:,})")
+            return bare.eval().float()
         if library == "diffusers":
             options["low_cpu_mem_usage"] = (
                 False  # the other way needs a package that d2o does not, and has no word for missing weights
@@ -160,9 +164,9 @@ class Components:
             raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
 
 
-def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: str | None) -> None:
-    """UserError: config.json describes no such network, or one that is larger than the weights beside it. Nothing is
-    allocated."""
+def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: str | None) -> tuple[Any, int]:
+    """The network on the meta device (nothing is allocated), and how many numbers the weights beside it are. UserError:
+    config.json describes no such network, or one that is much larger than they."""
     import torch
 
     ending = ".safetensors" if variant is None else f".{variant}.safetensors"
@@ -178,9 +182,10 @@ def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: 
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), counted(holds, f"{where / 'config.json'}"):
             if library == "diffusers":
-                cls.from_config(config)
+                network = cls.from_config(config)
             else:
-                cls(cls.config_class.from_dict(config))
+                network = cls(cls.config_class.from_dict(config))
+        return network, sum(tensor.numel() for tensor in holds.values())
     except UserError:
         raise
     except Exception as error:  # whatever wrong numbers make these libraries raise

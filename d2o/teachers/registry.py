@@ -16,7 +16,8 @@ from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import Received, verify_file
 from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
-from d2o.interop.safetensors_io import load_file, resolve_checkpoint
+from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
+from d2o.networks.budget import file_holdings
 from d2o.networks.latent import TextToImage
 from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
@@ -47,7 +48,8 @@ def load_teacher(
     lies: a checkpoint or run folder of `d2o train`, a network as NVIDIA published it (`.pkl`), a folder in diffusers'
     layout, a repository of the hub (owner/name).
 
-    `dtype` bfloat16 runs the network under autocast. `say` is told of licences, `progress(bytes done, total)` of
+    `dtype` bfloat16 runs the network under autocast. `device` "meta": what a plan needs, built of what the files say of
+    their weights, of which none is read. `say` is told of licences, `progress(bytes done, total)` of
     downloads. UserError: unknown name (with the nearest), missing, truncated or foreign file, no network to download
     with (which says what to put where).
     """
@@ -61,7 +63,9 @@ def load_teacher(
     if published is not None and not Path(name).exists():
         path = catalogue.fetch(published, progress, say)
         if published.kind == "nvidia":
-            return _nvidia(verify_file(path, published.sha256, published.bytes), device, dtype, published)
+            if not on_meta(device):
+                verify_file(path, published.sha256, published.bytes)
+            return _nvidia(path, device, dtype, published)
         teacher = _diffusers(path, name, device, dtype, licence=published.licence, origin=name, space=published.space)
         teacher.spec = replace(teacher.spec, solver=published.solver, steps=published.steps)
         return teacher
@@ -72,6 +76,11 @@ def load_teacher(
         return _diffusers(path, path.name, device, dtype)
     path = resolve_checkpoint(path)
     return _nvidia(path, device, dtype) if path.suffix == ".pkl" else _checkpoint(path, device, dtype)
+
+
+def on_meta(device: str | torch.device) -> bool:
+    """Whether it is the meta device, which computes and holds nothing."""
+    return torch.device(device).type == "meta"
 
 
 def locate(name: str) -> Path:
@@ -126,7 +135,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None, name: str | None = None) -> Teacher:
-    tensors, meta = load_file(path)
+    tensors, meta = (file_holdings([path]), read_meta(path)) if on_meta(device) else load_file(path)
     if meta.get("kind") != "teacher":
         raise UserError(
             f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher",
@@ -136,7 +145,7 @@ def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | Non
     spec = Spec.from_dict(meta["spec"], path)
     if name is not None:
         spec = replace(spec, name=name)
-    network = load_weights(meta["network"], tensors, path)
+    network = load_weights(meta["network"], tensors, path, assign=on_meta(device))
     if isinstance(network, TextToImage):
         origin = str(path.resolve())
         spec = replace(spec, space=origin, text=origin)
@@ -151,7 +160,7 @@ def _nvidia(
     path: Path, device: str | torch.device, dtype: torch.dtype | None, published: Published | None = None
 ) -> Teacher:
     """A network of the EDM family, pixel space or (EDM2 with four channels) the latents of sd-vae-ft-mse."""
-    found = read_nvidia_pickle(path, dtype=torch.float32)
+    found = read_nvidia_pickle(path, dtype=torch.float32, device="meta" if on_meta(device) else "cpu")
     config = found.config()
     network = load_weights(config, found.state_dict, path, assign=True)
     assert isinstance(network, Denoiser)

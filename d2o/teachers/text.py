@@ -147,9 +147,13 @@ def keep_text(text: TextEncoders) -> TextEncoders:
 
 
 def kept_text(name: str, device: str | torch.device | None = None) -> TextEncoders | None:
-    """Those of that name that somebody in this process keeps, on that device or on any; None if there are none."""
+    """Those of that name that somebody in this process keeps, on that device or on any that holds weights; else
+    None."""
     on = None if device is None else device_name(device)
-    return next((text for (known, where), text in list(_texts.items()) if known == name and on in (None, where)), None)
+    for (known, where), text in list(_texts.items()):
+        if known == name and (where == on or (on is None and where != "meta")):
+            return text
+    return None
 
 
 def clip_text(

@@ -44,10 +44,12 @@ class Preview:
         if spec.classes:
             labels = (torch.arange(count) * spec.classes) // max(count, 1)  # class by class, so that the rows read well
         condition = Condition.of_labels(labels) if spec.classes else Condition.none(count)
-        if prompts:
-            condition = Condition.of_prompts([prompts[i % len(prompts)] for i in range(count)])
-        self.noise, self.condition = noise.to(device), condition.to(device)
         self.layout = lay_out(count, labels.tolist() if spec.classes else None)
+        if prompts:
+            asked = [i % len(prompts) for i in range(count)]
+            condition = Condition.of_prompts([prompts[i] for i in asked])
+            self.layout = lay_out(count, asked, dict(enumerate(prompts)))
+        self.noise, self.condition = noise.to(device), condition.to(device)
         self.left: tuple[str, Tensor] | None = None
         self.who = "network" if teacher is None else "student"
         if teacher is not None and solver is not None:

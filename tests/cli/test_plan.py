@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from d2o.cli.app import main
@@ -184,3 +186,26 @@ def test_guidance_that_a_teacher_cannot_have_is_refused_by_its_key(plan):
     code, out = plan("train", "sid_digits", "--set", "teacher=edm-cifar10-uncond-vp", "--set", "sid.score_cfg=2")
     assert code == 1 and "does not fit: sid.score_cfg: guidance (cfg 2) needs a condition" in out
     assert "leave sid.score_cfg away" in out
+
+
+def test_a_teacher_in_a_folder_is_planned_without_its_weights(plan, tmp_path, monkeypatch):
+    import diffusers
+    import transformers
+
+    from d2o.interop.assets import asset
+
+    shutil.copytree(asset("tiny-sd"), tmp_path / "sd")
+    (tmp_path / "p.txt").write_text("a handwritten two\n")
+    (tmp_path / "ode.yaml").write_text(
+        "teacher: sd\noptim: {lr: 1.0e-3}\nbatch: 2\nimages: 8\nname: text\nmethod: ode\n"
+        "student: {sigma: 14.6}\npairs: {n: 8, prompts: p.txt, cfg: 3, steps: 2}\n"
+    )
+    for library in (diffusers.ModelMixin, transformers.PreTrainedModel):
+        monkeypatch.setattr(library, "from_pretrained", None)
+    code, out = plan("train", "ode.yaml")
+    assert code == 0 and "text encoders (frozen)" in out and "(8 pairs)" in out
+    (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    code, out = plan("train", "ode.yaml")
+    assert code == 1 and "unet has no weights" in out
+    code, out = plan("train", "ode.yaml", "--set", "teacher=nobody/nothing")
+    assert code == 1 and "missing: teacher nobody/nothing" in out and "hf download nobody/nothing" in out

@@ -12,6 +12,7 @@ from torch import nn
 from d2o.errors import UserError
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.networks.build import build_network
+from d2o.teachers.registry import load_teacher
 from tests.interop.nvidia_writer import EasyDict, Persistent, Run, damage, dumps, official, outcome
 
 pytestmark = pytest.mark.usefixtures("nvidia_modules")
@@ -108,6 +109,11 @@ def test_edm2_with_and_without_the_head(tmp_path, class_name, kwargs, head):
     found = read_nvidia_pickle(path)
     assert agree(found, network) and (build_network(found.config()).logvar_linear is not None) == head
     assert found.steps == 32 and found.space == "latent"
+    teacher, planned = load_teacher(path), load_teacher(path, "meta")
+    assert planned.spec == teacher.spec and planned.meta == teacher.meta
+    sizes = {name: value.shape for name, value in teacher.network.state_dict().items()}
+    assert {name: value.shape for name, value in planned.network.state_dict().items()} == sizes
+    assert all(value.is_meta for value in planned.network.parameters())
 
 
 def test_the_golden_edm2_file():

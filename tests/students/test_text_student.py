@@ -127,6 +127,13 @@ def test_sampling_by_prompt(folder, student, capsys):
     assert run("sample", folder / "run", "--n", 4, "--out", folder / "x.zip") == 2
     assert "--prompt (or --prompts FILE) is missing" in " ".join(capsys.readouterr().err.split())
     assert run("sample", folder / "run", "--prompt", "a", "--cfg", 2, "--n", 4) == 2
+    for asked, hint in ((("--prompt", "a"), "leave --labels away"), (("--prompts", folder / "prompts.txt"), "0 to 2")):
+        assert run("sample", folder / "run", *asked, "--labels", 3, "--n", 4, "--out", folder / "x.zip") == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "takes prompts, and no class labels" in said and hint in said
+    for who in (("sample", "--out", folder / "x.zip", "--teacher"), ("eval", "--against", "real:digits")):
+        assert run(*who, "digits", "--prompt", "a", "--n", 4) == 2
+        assert "takes no prompts" in " ".join(capsys.readouterr().err.split())
 
 
 def test_evaluation_by_prompt(folder, capsys):

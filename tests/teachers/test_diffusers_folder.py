@@ -8,6 +8,7 @@ from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
 from d2o.teachers.diffusers_parts import Components, read_config
+from d2o.teachers.text import kept_text
 from tests.teachers import pipelines
 
 PROMPTS = ["a seven", ""]
@@ -38,6 +39,13 @@ def edit(file, **changes):
     content = json.loads(file.read_text())
     content.update(changes)
     file.write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
+
+
+def refused(folder, words):
+    """With its weights, and for a plan, which reads none of them."""
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=words):
+            load_diffusers(folder, folder.name, device)
 
 
 def noise(*shape):
@@ -145,8 +153,7 @@ def test_what_the_scheduler_says_is_obeyed_or_refused(sd):
         ({"timestep_spacing": "odd"}, "timestep_spacing 'odd'"),
     ):
         edit(file, **changes)
-        with pytest.raises(UserError, match=words):
-            load_diffusers(sd, "sd")
+        refused(sd, words)
         file.write_text(whole)
 
 
@@ -180,6 +187,25 @@ def test_weights_in_parts(folders, tmp_path):
         load_diffusers(tmp_path / "parts", "parts")
 
 
+@pytest.mark.parametrize("name", ["sd", "xl", "sd3", "ddpm"])
+def test_a_plans_folder_is_the_same_without_its_weights(folders, monkeypatch, name):
+    import diffusers
+    import transformers
+
+    whole = load_diffusers(folders / name, name)
+    for library in (diffusers.ModelMixin, transformers.PreTrainedModel):
+        monkeypatch.setattr(library, "from_pretrained", None)
+    bare = load_diffusers(folders / name, name, "meta")
+    assert bare.spec == whole.spec and bare.meta == whole.meta
+    sizes = {key: value.shape for key, value in whole.network.state_dict().items()}
+    assert {key: value.shape for key, value in bare.network.state_dict().items()} == sizes
+    assert all(value.is_meta for value in bare.network.state_dict().values())
+    if name != "ddpm":
+        text, planned = whole.embed(ASKED), bare.embed(ASKED)
+        assert planned.states.shape == text.states.shape and planned.states.is_meta
+        assert kept_text(whole.spec.text) is whole.text  # not the one without weights
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -203,8 +229,7 @@ def test_weights_in_parts(folders, tmp_path):
 )
 def test_an_index_that_is_not_a_teachers_is_refused(sd, changes, words):
     edit(sd / "model_index.json", **changes)
-    with pytest.raises(UserError, match=words):
-        load_diffusers(sd, "sd")
+    refused(sd, words)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +248,7 @@ def test_an_index_that_is_not_a_teachers_is_refused(sd, changes, words):
 )
 def test_a_network_that_is_not_a_teachers_is_refused(sd, changes, words):
     edit(sd / "unet" / "config.json", **changes)
-    with pytest.raises(UserError, match=words):
-        load_diffusers(sd, "sd")
+    refused(sd, words)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +262,7 @@ def test_a_network_that_is_not_a_teachers_is_refused(sd, changes, words):
 )
 def test_wrong_numbers_show_when_a_folder_is_opened(sd, name, changes):
     edit(sd / name, **changes)
-    with pytest.raises(UserError, match="do not work together|cannot be loaded"):
-        load_diffusers(sd, "sd")
+    refused(sd, "do not work together|cannot be loaded")
 
 
 def test_weights_that_are_not_finite_are_refused(sd):
@@ -251,20 +274,16 @@ def test_weights_that_are_not_finite_are_refused(sd):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match="not finite"):
         load_diffusers(sd, "sd")
+    assert load_diffusers(sd, "sd", "meta").spec.shape == (4, 8, 8)
 
 
 def test_the_refiner_is_refused(folders, tmp_path):
     folder = shutil.copytree(folders / "xl", tmp_path / "refiner")
     edit(folder / "unet" / "config.json", projection_class_embeddings_input_dim=2560)
-    with pytest.raises(UserError, match="refiner"):
-        load_diffusers(folder, "refiner")
+    refused(folder, "refiner")
 
 
 def test_missing_and_damaged_files_are_named(sd):
-    def refused(words):
-        with pytest.raises(UserError, match=words):
-            load_diffusers(sd, "sd")
-
     def swap(name, content):
         file = sd / name
         whole = file.read_bytes()
@@ -289,15 +308,15 @@ def test_missing_and_damaged_files_are_named(sd):
         ("model_index.json", None, "no such file"),
     ):
         file, whole = swap(name, content)
-        refused(words)
+        refused(sd, words)
         file.write_bytes(whole)
     pickle = sd / "unet" / "diffusion_pytorch_model.bin"
     weights = (sd / "unet" / "diffusion_pytorch_model.safetensors").rename(pickle)
-    refused("only as a pickle")
+    refused(sd, "only as a pickle")
     weights.rename(sd / "unet" / "diffusion_pytorch_model.safetensors")
     for file in (sd / "tokenizer").iterdir():
         file.unlink()
-    refused("has no tokenizer")
+    refused(sd, "has no tokenizer")
     assert not is_diffusers_folder(sd / "unet")
 
 
@@ -310,6 +329,8 @@ def test_weights_that_are_missing_are_not_made_up(sd, name):
     save_file({key: value for key, value in tensors.items() if key != gone}, sd / name, {"format": "pt"})
     with pytest.raises(UserError, match=f"do not fit config.json .1 missing.* {gone}"):
         load_diffusers(sd, "sd")
+    with pytest.raises(UserError, match="do not fit config.json .*numbers for"):
+        load_diffusers(sd, "sd", "meta")
 
 
 def test_words_that_the_text_encoder_does_not_have(sd):
@@ -318,5 +339,4 @@ def test_words_that_the_text_encoder_does_not_have(sd):
     tokenizer = CLIPTokenizer.from_pretrained(sd / "tokenizer")
     tokenizer.add_tokens([f"more{i}" for i in range(9)])
     tokenizer.save_pretrained(sd / "tokenizer")
-    with pytest.raises(UserError, match="523 words, but text_encoder knows 514"):
-        load_diffusers(sd, "sd")
+    refused(sd, "523 words, but text_encoder knows 514")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,3 +34,13 @@ def test_a_preview_shows_as_many_of_each_class_and_repeats(tmp_path: Path) -> No
         len(few.noise) == 4 and few.layout.captions == ["class 0", "class 2", "class 5", "class 7"] and few.left is None
     )
     assert few.write(0, generate).name == "000000000.png"
+
+
+def test_a_preview_of_prompts_names_them(tmp_path: Path) -> None:
+    spec = replace(SPEC, condition="text", classes=0)
+    prompts = ["a seven", "a two"]
+    preview = Preview(tmp_path, spec, 6, None, None, None, torch.device("cpu"), prompts)
+    assert preview.condition.prompts == tuple(prompts * 3)
+    assert preview.layout.order == [0, 2, 4, 1, 3, 5] and preview.layout.rows == prompts
+    one_each = Preview(tmp_path, spec, 2, None, None, None, torch.device("cpu"), prompts)
+    assert one_each.layout.captions == prompts
