@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,20 +18,38 @@ Maps = Callable[[Tensor], list[Tensor]]
 Trunk = Literal["alex", "vgg", "squeeze"]
 SIZE = 224
 """Pixels at which Song et al. 2023 and Yin et al. 2024 take LPIPS of smaller images."""
+EPS = 1e-8
 TINY = 1e-20
 """For which `unit` is the package's division by |f| + 1e-10, and has a gradient where f is 0."""
 
 
-def perceptual(x: Tensor, y: Tensor, maps: Maps, weights: Sequence[Tensor] | None = None, eps: float = 1e-8) -> Tensor:
+class Target:
+    """What several are compared with: y [B, C, H, W], and its normalised maps, which are computed once, without
+    gradients, when they are first asked for."""
+
+    def __init__(self, y: Tensor, maps: Maps, eps: float = EPS):
+        self.y, self._maps, self._eps = y.detach(), maps, eps
+
+    @cached_property
+    def units(self) -> list[Tensor]:
+        with torch.no_grad():
+            return [unit(single(f), self._eps) for f in self._maps(self.y)]
+
+
+def perceptual(
+    x: Tensor, y: Tensor | Target, maps: Maps, weights: Sequence[Tensor] | None = None, eps: float = EPS
+) -> Tensor:
     """Sum over the maps of the squared distance between channel-normalised features, averaged over positions (Zhang et
     al. 2018, eq. 1). x, y [B, C, H, W], what `maps` takes (`Features.maps`: images in [-1, 1]) -> [B]; gradients flow
     to both.
 
-    `weights`: of each map's channels [c], calibrated as LPIPS' are; None: all 1.
+    `weights`: of each map's channels [c], calibrated as LPIPS' are; None: all 1. y may be a `Target` of the same maps
+    and eps.
     """
     total = single(x.new_zeros(len(x)))
-    for k, (f, g) in enumerate(zip(maps(x), maps(y), strict=True)):
-        square = (unit(single(f), eps) - unit(single(g), eps)).square()
+    units = y.units if isinstance(y, Target) else (unit(single(g), eps) for g in maps(y))
+    for k, (f, g) in enumerate(zip(maps(x), units, strict=True)):
+        square = (unit(single(f), eps) - g).square()
         if weights is not None:
             square = square * weights[k][:, None, None]
         total = total + square.sum(1).flatten(1).mean(1)
@@ -42,7 +61,7 @@ def single(f: Tensor) -> Tensor:
     return f.to(torch.promote_types(f.dtype, torch.float32))
 
 
-def unit(f: Tensor, eps: float = 1e-8) -> Tensor:
+def unit(f: Tensor, eps: float = EPS) -> Tensor:
     """Features [B, C, H, W] scaled to length one over C at every position."""
     return f / (f.square().sum(1, keepdim=True) + eps).sqrt()
 
