@@ -10,7 +10,7 @@ from d2o.critics.dd_gan import DDGANCritic
 from d2o.critics.style import StyleCritic
 from d2o.networks.build import build_network
 
-CRITICS: dict[str, Any] = {"ddgan_critic": DDGANCritic, "style_critic": StyleCritic}
+CRITICS: dict[str, type[nn.Module]] = {"ddgan_critic": DDGANCritic, "style_critic": StyleCritic}
 """arch -> class."""
 
 
