@@ -79,7 +79,7 @@ def make_ours(options: Options, folder: Path) -> tuple[dict[str, Loss], int]:
     loss, b = ELatentLPIPS(distance, options.kinds), latents(options)
 
     def augmentations(a: Tensor) -> Tensor:
-        draws = latent.draw_globally(options.kinds, len(a), a.device)
+        draws = latent.draws_from_torch(options.kinds, len(a), a.device)
         return latent.augment_together([a, b], options.kinds, draws)[0].flatten(1).sum(1)
 
     losses = {OURS: lambda a: loss(a, b), "LatentLPIPS": lambda a: distance(a, b), "augmentations": augmentations}

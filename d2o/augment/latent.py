@@ -69,7 +69,7 @@ def operations(kinds: str) -> tuple[str, ...]:
     return tuple(name for name in OPERATIONS if name in found)
 
 
-def draw(kinds: str, randn: RandomNumbers, rand: RandomNumbers) -> dict[str, Tensor]:
+def draws_for(kinds: str, randn: RandomNumbers, rand: RandomNumbers) -> dict[str, Tensor]:
     """The draws of `kinds` for one batch: name -> [B], of `PAIRS` [B, 2]. randn and rand are the methods of a training
     step's draws, or what `ada.numbers` makes.
 
@@ -86,9 +86,9 @@ def draw(kinds: str, randn: RandomNumbers, rand: RandomNumbers) -> dict[str, Ten
     return {name: found[name] for name in wanted}
 
 
-def draw_globally(kinds: str, batch: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def draws_from_torch(kinds: str, batch: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The same from torch's own generator of the device."""
-    return draw(
+    return draws_for(
         kinds,
         lambda *shape: torch.randn(batch, *shape, device=device),
         lambda *shape: torch.rand(batch, *shape, device=device),

@@ -14,18 +14,16 @@ from d2o.augment import latent
 from d2o.augment.ada import RandomNumbers
 from d2o.augment.geometry import Resample
 from d2o.errors import UserError, unknown
-from d2o.features.latent_vgg import LEAST, NAMES, PREFIX, LatentVggFeatures, load, load_own
+from d2o.features.latent_vgg import LEAST, NAMES, PREFIX, LatentVggFeatures, Taps, load, load_own
 from d2o.losses.perceptual import Target, perceptual, single
 from d2o.losses.regression import l1 as mean_absolute
-from d2o.networks.latent_vgg import Taps
 from d2o.spaces.base import SpaceNumbers
 from d2o.spaces.load import SPACES, load_space
 
 RELEASED = tuple(name.removeprefix(PREFIX) for name in NAMES)
 """The latent spaces for which the authors released a network (its weights: `latent-lpips-NAME`)."""
-
-Draws = Mapping[str, Tensor]
-"""Those of `d2o.augment.latent`."""
+OneDraw = Mapping[str, Tensor]
+"""Random numbers of one transform for each sample, as `d2o.augment.latent` takes them."""
 
 
 class LatentLPIPS(nn.Module):
@@ -109,17 +107,17 @@ class ELatentLPIPS(nn.Module):
 
     def draw(self, randn: RandomNumbers, rand: RandomNumbers) -> list[dict[str, Tensor]]:
         """Random numbers for one comparison of a batch, by the methods of a training step's draws."""
-        return [latent.draw(self.kinds, randn, rand) for _ in range(self.n_draws)]
+        return [latent.draws_for(self.kinds, randn, rand) for _ in range(self.n_draws)]
 
     def forward(
-        self, a: Tensor, b: Tensor | Target, draws: Draws | Sequence[Draws] | None = None, raw: bool = False
+        self, a: Tensor, b: Tensor | Target, draws: OneDraw | Sequence[OneDraw] | None = None, raw: bool = False
     ) -> Tensor:
         """Latents as `LatentLPIPS` takes them -> [n]. `draws`: of `n_draws` transforms (of one: or it alone), each for
         a's and b's sample alike; None: from torch's own generator. UserError: other shapes; draws that do not fit."""
         a, b = self.distance.scaled(a, b, raw)
         y = b.y if isinstance(b, Target) else b
         if draws is None:
-            draws = [latent.draw_globally(self.kinds, len(a), a.device) for _ in range(self.n_draws)]
+            draws = [latent.draws_from_torch(self.kinds, len(a), a.device) for _ in range(self.n_draws)]
         several = [draws] if isinstance(draws, Mapping) else draws
         if len(several) != self.n_draws:
             raise UserError(f"E-LatentLPIPS takes the draws of {self.n_draws} transforms, not of {len(several)}")

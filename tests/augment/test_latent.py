@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from d2o.augment import latent
 from d2o.augment.ada import numbers
-from d2o.augment.latent import OPERATIONS, augment, augment_together, draw, draw_globally, operations
+from d2o.augment.latent import OPERATIONS, augment, augment_together, draws_for, draws_from_torch, operations
 from d2o.errors import UserError
 
 FILE = Path(__file__).parents[1] / "golden" / "elatentlpips" / "sd15.safetensors"
@@ -84,7 +84,9 @@ def test_kinds():
 @pytest.mark.parametrize("shape", [(3, 4, 8, 8), (3, 16, 16, 24), (3, 1, 2, 2), (3, 4, 3, 64)])
 def test_neutral_draws_do_nothing(shape, resample):
     x = torch.randn(shape)
-    draws = {name: torch.full_like(v, 0.5 if name[0] == "u" else 0.0) for name, v in draw_globally("bgco", 3).items()}
+    draws = {
+        name: torch.full_like(v, 0.5 if name[0] == "u" else 0.0) for name, v in draws_from_torch("bgco", 3).items()
+    }
     draws |= {"u_flip": torch.zeros(3), "u_rot90": torch.zeros(3), "u_cutout": torch.full((3, 2), 2.0)}  # beside it
     assert torch.allclose(augment(x, "bgco", draws, resample), x, atol=2e-4)
     assert augment(x, "bgco", {}) is x and augment(x, "none", draws) is x
@@ -111,7 +113,7 @@ def test_along_each_side_by_its_own_length():
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_sample_s_transform_depends_on_its_own_draws_alone(batch):
     torch.manual_seed(batch)
-    x, y, draws = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 8, 8), draw_globally("bgco", batch)
+    x, y, draws = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 8, 8), draws_from_torch("bgco", batch)
     both = augment_together([x, y], "bgco", draws)
     for i in range(batch):
         own = {name: value[i : i + 1] for name, value in draws.items()}
@@ -121,7 +123,7 @@ def test_a_sample_s_transform_depends_on_its_own_draws_alone(batch):
 
 def test_draws():
     n = 4000
-    found = draw("bgco", *numbers(n, torch.Generator().manual_seed(0)))
+    found = draws_for("bgco", *numbers(n, torch.Generator().manual_seed(0)))
     assert set(found) == {name for of in OPERATIONS.values() for name in of}
     for name, values in found.items():
         assert values.shape == ((n, 2) if name in latent.PAIRS else (n,))
@@ -130,7 +132,7 @@ def test_draws():
         assert values.std().item() == pytest.approx(std, rel=0.05)
     columns = torch.cat([value.reshape(n, -1).T for value in found.values()])
     assert (torch.corrcoef(columns) - torch.eye(len(columns))).abs().max() < 0.08  # each has numbers of its own
-    alone = draw("c", *numbers(n, torch.Generator().manual_seed(0)))
+    alone = draws_for("c", *numbers(n, torch.Generator().manual_seed(0)))
     assert set(alone) == {"u_brightness", "u_contrast", "u_saturation"}
     assert all(torch.equal(alone[name], found[name]) for name in alone)
 
@@ -138,7 +140,7 @@ def test_draws():
 @pytest.mark.parametrize("resample", ["sym6", "bilinear"])
 def test_gradients_of_first_and_second_order(resample):
     torch.manual_seed(0)
-    draws = draw_globally("bgco", 1)
+    draws = draws_from_torch("bgco", 1)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def change(x):
@@ -149,7 +151,7 @@ def test_gradients_of_first_and_second_order(resample):
 
 def test_half_precision_is_augmented_in_single():
     torch.manual_seed(0)
-    x, draws = torch.randn(2, 4, 8, 8).to(torch.bfloat16), draw_globally("bgc", 2)
+    x, draws = torch.randn(2, 4, 8, 8).to(torch.bfloat16), draws_from_torch("bgc", 2)
     with torch.autocast("cpu", torch.bfloat16):
         found = augment(x, "bgc", draws)
     assert found.dtype == torch.bfloat16
@@ -158,7 +160,7 @@ def test_half_precision_is_augmented_in_single():
 
 def test_shapes_cost_nothing_on_the_meta_device():
     x = torch.empty(2, 4, 64, 64, device="meta")
-    assert augment(x, "bgco", draw_globally("bgco", 2, "meta")).shape == x.shape
+    assert augment(x, "bgco", draws_from_torch("bgco", 2, "meta")).shape == x.shape
 
 
 def test_what_does_not_fit_is_refused():
