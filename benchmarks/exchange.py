@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from d2o.networks.build import build_network, count_parameters
-from d2o.recipes.sections import Optim
 from d2o.training.distributed import barrier, process_group
+from d2o.training.optim_section import OptimSection
 from d2o.training.player import Player
 from d2o.training.precision import LossScale
 from d2o.training.strategy import Replicate
@@ -35,7 +35,7 @@ def make(width: int, placed: Replicate) -> Player:
     torch.manual_seed(0)
     shape = {"img_resolution": 16, "img_channels": 3, "channel_mult": [2, 2], "num_blocks": 2, "attn_resolutions": [8]}
     network = build_network({"arch": "ddpmpp", "model_channels": width, "dropout": 0.0, **shape}).to(placed.device)
-    return Player("student", network, Optim(lr=1e-4), placed)
+    return Player("student", network, OptimSection(lr=1e-4), placed)
 
 
 def iterate(player: Player, x: torch.Tensor, overlap: bool) -> float:

@@ -1,11 +1,15 @@
 """Strategy `shard`: do several processes end with the weights of one, and how much memory does each need?
 
-    python benchmarks/shard.py equal [--processes 2 4] [--only NAME]   every method's digits recipe, 20 iterations
-    python benchmarks/shard.py memory [--millions 200]                 peak of each of 2 processes, shard : replicate
+    python benchmarks/shard.py equal [--processes 2 4] [--only NAME] [--eps calm] [--strategies shard]
+                                      [--out benchmarks/results/shard.json]
+    python benchmarks/shard.py memory [--millions 200]      peak of each of 2 processes, shard : replicate
 
-`equal` trains the recipes' `--mini` with SGD-like settings of Adam (a large eps), as Adam makes whole steps of the
-rounding errors of gradients that are 0, whatever the strategy; beside the largest difference it prints how far training
-has moved the weights. Exits with 1 if a difference is above 1e-5. Nothing here measures time: it may run beside others.
+`equal` trains each method's digits recipe (`--mini`), 20 iterations, and compares the products. Adam divides a gradient
+by its own size: where that is nothing but rounding errors it makes whole steps of them, whatever the strategy. So every
+run is done twice: "calm", with an eps of 0.01, where a difference above 1e-5 is a fault (exits with 1); and "own", with
+the recipe's eps, beside one process that adds up the same gradients in two micro-batches, which is the rounding alone.
+`moved`: how far training has moved the weights; `above`: share of the numbers that differ by more than 1e-5. Nothing
+here measures time: it may run beside others.
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ITERATIONS, LIMIT = 20, 1e-5
+ITERATIONS, LIMIT, PRODUCT = 20, 1e-5, "checkpoints/last.safetensors"
 RECIPES: dict[str, list[str]] = {
-    "quickstart": [],
+    "quickstart": ["pairs.n=256", f"pairs.path={tempfile.gettempdir()}/d2o_shard_pairs"],
     "sid_digits": [],
     "sida_digits": ["sid.batch_pool=4", "sid.start_g_nimg=0", "sid.start_adv_nimg=256"],
     "dmd_digits": [],
@@ -32,7 +36,7 @@ RECIPES: dict[str, list[str]] = {
     "pd_digits": [],
     "ctm_digits": [],
     "dd_gan_digits": [],
-    "spi_gan_digits": ["spi_gan.critic.mbstd_group=0"],  # a group is of samples that a process has
+    "spi_gan_digits": [],
     "teacher_digits": ["network.dropout=0.0"],  # masks are drawn by process
     "classifier_digits": ["network.dropout=0.0"],
     "tiny_sd_vae": [],
@@ -41,17 +45,18 @@ RECIPES: dict[str, list[str]] = {
 """Recipe -> what makes it the same for any number of processes: pools that fit a share of 4, no dropout."""
 
 
-def changes(recipe: str, strategy: str) -> list[str]:
+def changes(recipe: str, eps: str, strategy: str) -> list[str]:
     quiet = ["threads=1", "eval=null", "preview=null", "channels_last=false", "checkpoint.keep=0", "log_every=20"]
-    calm = ["optim.eps=0.01"] + (["optim_critic.eps=0.01"] if recipe in ("dmd_digits", "diff_instruct_digits") else [])
+    critic = recipe in ("dmd_digits", "diff_instruct_digits", "dd_gan_digits", "spi_gan_digits")
+    calm = ["optim.eps=0.01", *(["optim_critic.eps=0.01"] if critic else [])] if eps == "calm" else []
     return [*quiet, *calm, *RECIPES[recipe], f"strategy={strategy}"]
 
 
-def train(out: Path, recipes: list[str], strategy: str) -> None:
+def train(out: Path, eps: str, how: str, recipes: list[str]) -> None:
     """One of the processes."""
     import torch
 
-    import d2o.critics.dd_gan as ddgan_critic
+    from d2o.errors import UserError
     from d2o.interop.safetensors_io import save_file
     from d2o.recipes.load import load_recipe
     from d2o.runtime import StopFlag
@@ -59,48 +64,71 @@ def train(out: Path, recipes: list[str], strategy: str) -> None:
     from d2o.training.loop import Trainer
     from d2o.training.setup import prepare
 
-    ddgan_critic.GROUP = 1  # as for SPI-GAN
     device = torch.device("cpu")
     with process_group(device) as (rank, world):
         for name in recipes:
             batch = load_recipe(name, mini=True).batch
-            recipe = load_recipe(name, [*changes(name, strategy), f"images={ITERATIONS * batch}"], mini=True)
-            setup = prepare(recipe, device, None, lambda _: None, lambda *_: None, StopFlag())
+            parts = [f"micro_batch={batch // 2}"] if how == "micro" else []
+            strategy = "shard" if how == "shard" else "replicate"
+            settings = [*changes(name, eps, strategy), *parts, f"images={ITERATIONS * batch}"]
+            recipe = load_recipe(name, settings, mini=True)
             folder = out / name
             folder.mkdir(parents=True, exist_ok=True)
-            trainer = Trainer(recipe, setup, folder, rank, world)
+            try:
+                setup = prepare(recipe, device, None, lambda _: None, lambda *_: None, StopFlag())
+                trainer = Trainer(recipe, setup, folder, rank, world)
+            except UserError as refused:
+                (folder / "refused.txt").write_text(refused.message)
+                continue
             if world == 1:
                 first = {key: value.clone() for key, value in trainer.product.network.state_dict().items()}
                 save_file(folder / "first.safetensors", first, {})
             trainer.run(lambda done, note: None, StopFlag())
             if rank == 0:
-                print(f"{name}: {world} processes, {strategy}", file=sys.stderr, flush=True)
+                print(f"{name}: {eps}, {world} processes, {how}", file=sys.stderr, flush=True)
 
 
-def equal(processes: list[int], recipes: list[str]) -> bool:
+def equal(
+    processes: list[int], recipes: list[str], strategies: list[str], settings: list[str], out: Path | None
+) -> bool:
     from d2o.interop.safetensors_io import load_file
 
-    good, product = True, "checkpoints/last.safetensors"
+    table: dict[str, dict[str, Any]] = {}  # of what was measured before, the rest stays
+    if out is not None and out.exists():
+        table = json.loads(out.read_text())["recipes"]
+    table |= {name: table.get(name, {}) for name in recipes}
+    shared = [(n, how) for n in processes for how in strategies]
     with tempfile.TemporaryDirectory() as folder:
-        runs = {(1, "replicate"): Path(folder) / "one"}
-        runs |= {(n, s): Path(folder) / f"{s}{n}" for n in processes for s in ("replicate", "shard")}
-        for (n, strategy), out in runs.items():
-            launch(n, ["train", str(out), strategy, *recipes])
-        print(f"{'recipe':<24}{'moved':>10}" + "".join(f"{f'{n} {s}':>14}" for n, s in list(runs)[1:]))
-        for name in recipes:
-            found = {key: load_file(out / name / product)[0] for key, out in runs.items()}
-            first = load_file(runs[1, "replicate"] / name / "first.safetensors")[0]
-            one = found.pop((1, "replicate"))
-            start = {key: first.get(key, first.get(f"network.{key}")) for key in one}
-            moved = difference(one, {key: value for key, value in start.items() if value is not None})
-            apart = [difference(one, other) for other in found.values()]
-            good = good and max(apart) <= LIMIT
-            print(f"{name:<24}{moved:>10.1e}" + "".join(f"{value:>14.1e}" for value in apart), flush=True)
-    return good
+        for eps in settings:
+            runs = [(1, "micro"), *shared] if eps == "own" else shared
+            alone = Path(folder) / f"{eps}_one"
+            launch(1, ["train", str(alone), eps, "one", *recipes])
+            for n, how in runs:
+                place = Path(folder) / f"{eps}_{how}{n}"
+                launch(n, ["train", str(place), eps, how, *recipes])
+                for name in recipes:
+                    if (refused := place / name / "refused.txt").exists():
+                        table[name][f"{eps}, {n} {how}"] = refused.read_text()
+                        continue
+                    one, other = (load_file(run / name / PRODUCT)[0] for run in (alone, place))
+                    first = load_file(alone / name / "first.safetensors")[0]
+                    start = {key: first.get(key, first.get(f"network.{key}")) for key in one}
+                    table[name][f"{eps}, moved"] = compare(one, {k: v for k, v in start.items() if v is not None})[0]
+                    most, above = compare(one, other)
+                    table[name][f"{eps}, {n} {how}"] = {"largest": most, "above": above}
+                    print(f"{name:<24}{eps:>6}{n:>3} {how:<10}{most:>10.1e}{above:>10.1e}", flush=True)
+                if out is not None:
+                    out.write_text(json.dumps({"iterations": ITERATIONS, "limit": LIMIT, "recipes": table}, indent=1))
+    calm = shared if "calm" in settings else []
+    return all(table[name][f"calm, {n} {how}"]["largest"] <= LIMIT for name in recipes for n, how in calm)
 
 
-def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
-    return max((a[key].float() - b[key].float()).abs().max().item() for key in b)
+def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
+    """The largest difference, and the share of the numbers whose difference is above LIMIT."""
+    import torch
+
+    apart = torch.cat([(a[key].float() - b[key].float()).abs().flatten() for key in b])
+    return float(f"{apart.max().item():.2e}"), float(f"{(apart > LIMIT).float().mean().item():.2e}")
 
 
 def player(strategy: str, millions: int, out: Path) -> None:
@@ -108,8 +136,9 @@ def player(strategy: str, millions: int, out: Path) -> None:
     import torch
 
     from d2o.networks.build import build_network, count_parameters
-    from d2o.recipes.sections import Ema, Optim
     from d2o.training.distributed import process_group
+    from d2o.training.ema_section import EmaSection
+    from d2o.training.optim_section import OptimSection
     from d2o.training.player import Player
     from d2o.training.precision import LossScale
     from d2o.training.strategy import Replicate, Shard
@@ -120,7 +149,7 @@ def player(strategy: str, millions: int, out: Path) -> None:
         width = 32 * round(9.3 * (millions / 200) ** 0.5)  # a multiple of the groups of its norms
         network = build_network({"arch": "ddpmpp", "model_channels": width, "attn_resolutions": [8], **shape})
         placed = (Shard if strategy == "shard" else Replicate)(torch.device("cpu"), world)
-        trained = Player("student", network, Optim(lr=1e-4), placed, average=Ema(half_life=1000))
+        trained = Player("student", network, OptimSection(lr=1e-4), placed, average=EmaSection(half_life=1000))
         built = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         x, sigma = torch.randn(1, 3, 8, 8), torch.ones(1)
         for i in range(3):
@@ -153,10 +182,6 @@ def memory(millions: int) -> bool:
     return ratio <= 0.65
 
 
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""So that glibc gives freed memory back at once: the peak is then what was asked for, not how it was cut up."""
-
-
 def launch(processes: int, arguments: list[str]) -> None:
     """This file as so many processes; SystemExit where one fails."""
     with socket.socket() as free:
@@ -166,7 +191,7 @@ def launch(processes: int, arguments: list[str]) -> None:
     running = [
         subprocess.Popen(
             [sys.executable, __file__, *arguments],
-            env={**os.environ, **RETURNED, **common, "RANK": str(i), "LOCAL_RANK": str(i)},
+            env={**os.environ, **common, "RANK": str(i), "LOCAL_RANK": str(i)},
         )
         for i in range(processes)
     ]
@@ -175,18 +200,26 @@ def launch(processes: int, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    inner = {"train": lambda a: train(Path(a[0]), a[2:], a[1]), "player": lambda a: player(a[0], int(a[1]), Path(a[2]))}
+    inner = {
+        "train": lambda a: train(Path(a[0]), a[1], a[2], a[3:]),
+        "player": lambda a: player(a[0], int(a[1]), Path(a[2])),
+    }
     if len(sys.argv) > 1 and sys.argv[1] in inner:
         return inner[sys.argv[1]](sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("equal", "memory"))
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", nargs="+", default=list(RECIPES))
+    parser.add_argument("--eps", nargs="+", choices=("calm", "own"), default=["calm", "own"])
+    parser.add_argument("--strategies", nargs="+", choices=("shard", "replicate"), default=["shard", "replicate"])
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--millions", type=int, default=200)
     asked = parser.parse_args()
-    raise SystemExit(
-        0 if (equal(asked.processes, asked.only) if asked.what == "equal" else memory(asked.millions)) else 1
+    same = asked.what == "equal"
+    good = (
+        equal(asked.processes, asked.only, asked.strategies, asked.eps, asked.out) if same else memory(asked.millions)
     )
+    raise SystemExit(0 if good else 1)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ settings.register_profile(
 settings.load_profile("d2o")
 
 
+LONG = ("torture/test_short.py", "training/test_loop.py", "export/test_onnx.py", "training/test_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest go first: a worker that began one at the end would keep the others waiting."""
+    items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing of the user's cache is read or written."""

@@ -24,17 +24,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "real_halves": {"name": "real halves", "x": "real:digits/a", "reference": "real:digits/b"},
     "teacher": {"name": "teacher", "x": "digits"},
     "teacher_once": {"name": "teacher called once", "x": "digits --solver euler --steps 1"},
-    "ode_mse": {"name": "ode, mse", "train": "ode_digits_mse"},
-    "ode_l1": {"name": "ode, l1", "train": "ode_digits_l1"},
-    "ode_pseudo_huber": {"name": "ode, pseudo-Huber", "train": "ode_digits_pseudo_huber"},
-    "ode_perceptual": {"name": "ode, perceptual", "train": "ode_digits_perceptual"},
-    "ode_rewired": {"name": "ode, mse, permuted pairs", "train": "ode_digits_rewired"},
-    "ode_sde": {"name": "ode, mse, stochastic pairs", "train": "ode_digits_sde"},
+    "ode_mse": {"name": "ode, mse", "train": "ode_digits:mse"},
+    "ode_l1": {"name": "ode, l1", "train": "ode_digits:l1"},
+    "ode_pseudo_huber": {"name": "ode, pseudo-Huber", "train": "ode_digits:pseudo_huber"},
+    "ode_perceptual": {"name": "ode, perceptual", "train": "ode_digits:perceptual"},
+    "ode_rewired": {"name": "ode, mse, permuted pairs", "train": "ode_digits:rewired"},
+    "ode_sde": {"name": "ode, mse, stochastic pairs", "train": "ode_digits:sde"},
     "spi_gan": {"name": "SPI-GAN, K = 2", "train": "spi_gan_digits", "set": "threads=1"},
-    "spi_gan_fixed_j": {"name": "SPI-GAN, K = 2, fixed j", "train": "spi_gan_digits_fixed_j", "set": "threads=1"},
-    "spi_gan_k1": {"name": "SPI-GAN, K = 1", "train": "spi_gan_digits_k1", "set": "threads=1"},
+    "spi_gan_fixed_j": {"name": "SPI-GAN, K = 2, fixed j", "train": "spi_gan_digits:fixed_j", "set": "threads=1"},
+    "spi_gan_k1": {"name": "SPI-GAN, K = 1", "train": "spi_gan_digits:k1", "set": "threads=1"},
     "dd_gan": {"name": "DD-GAN, K = 4", "train": "dd_gan_digits", "set": "threads=1"},
-    "dd_gan_k1": {"name": "DD-GAN, K = 1", "train": "dd_gan_digits_k1", "set": "threads=1"},
+    "dd_gan_k1": {"name": "DD-GAN, K = 1", "train": "dd_gan_digits:k1", "set": "threads=1"},
     "sid": {"name": "SiD, alpha 1.2", "train": "sid_digits", "set": "threads=1"},
     "sida": {"name": "SiDA", "train": "sida_digits", "set": "threads=1"},
     "sid2a": {
@@ -45,7 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "cd": {"name": "CD", "train": "cd_digits", "set": "threads=1"},
     "cd_2": {"name": "CD, 2 calls", "train": "cd_digits", "set": "threads=1", "with": "--steps 2"},
-    "cd_i": {"name": "CD-I", "train": "cd_i_digits", "set": "threads=1"},
+    "cd_i": {"name": "CD-I", "train": "cd_digits:cd_i", "run": "cd_i_digits", "set": "threads=1"},
     "pd": {"name": "PD", "train": "pd_digits", "set": "threads=1"},
     "ctm": {"name": "CTM", "train": "ctm_digits", "set": "threads=1"},
     "ctm_2": {"name": "CTM, 2 calls", "train": "ctm_digits", "set": "threads=1", "with": "--steps 2"},
@@ -59,7 +59,7 @@ SHOWN = ("teacher", "ode_pseudo_huber", "sid")
 def commands(row: str) -> list[str]:
     """The command lines that make a row, as a reader would type them."""
     spec, train = ROWS[row], ROWS[row].get("train")
-    x = spec.get("x") or f"runs/{train}/checkpoints/last.safetensors"
+    x = spec.get("x") or f"runs/{run_of(row)}/checkpoints/last.safetensors"
     x += f" {spec['with']}" if "with" in spec else ""
     line = EVAL.format(
         x=x,
@@ -70,7 +70,12 @@ def commands(row: str) -> list[str]:
     )
     settings = f" --set {spec['set']}" if "set" in spec else ""  # part of what `--resume` compares
     verb, start = ("finetune", f" --from {spec['from']}") if "from" in spec else ("train", "")
-    return ([f"d2o {verb} recipes/{train}.yaml{start}{settings} --resume"] if train else []) + [line]
+    return ([f"d2o {verb} {train}{start}{settings} --resume"] if train else []) + [line]
+
+
+def run_of(row: str) -> str:
+    """The name of its run: the recipe's, with the variant's behind it."""
+    return str(ROWS[row].get("run") or ROWS[row]["train"].replace(":", "_"))
 
 
 def measure(row: str) -> None:
@@ -80,8 +85,8 @@ def measure(row: str) -> None:
     record: dict[str, Any] = {"row": row, "name": ROWS[row]["name"], "commands": commands(row)}
     record["eval"] = json.loads((ROOT / "runs" / "results" / f"{row}.json").read_text())
     record["eval"].pop("grid", None)  # pictures are in the report, not in the repository
-    if train := ROWS[row].get("train"):
-        record["training"] = training(ROOT / "runs" / train)
+    if "train" in ROWS[row]:
+        record["training"] = training(ROOT / "runs" / run_of(row))
     (ROOT / "results").mkdir(exist_ok=True)
     (ROOT / "results" / f"{row}.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
@@ -147,7 +152,7 @@ def write() -> None:
     )
     put(ROOT / "README.md", "results", table([record for record in records if record["row"] in SHOWN]))
     put(ROOT / "docs" / "results.md", "results", f"{table(records)}\n\n{footer}")
-    parts = [f"**{record['name']}**\n\n```\n" + "\n".join(record["commands"]) + "\n```" for record in records]
+    parts = [f"**{record['name']}**\n\n```\n" + "\n".join(commands(record["row"])) + "\n```" for record in records]
     put(ROOT / "docs" / "results.md", "commands", "\n\n".join(parts))
 
 

@@ -16,6 +16,7 @@ from d2o.runtime import Stopped, worker
 if TYPE_CHECKING:
     from d2o.evaluation.protocol import Settings
     from d2o.evaluation.request import Request
+    from d2o.evaluation.workplace import Workplace
 
 Result = dict[str, Any]
 STDOUT = Path("-")
@@ -172,7 +173,9 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
     return request, settings
 
 
-def _one_after_another(request: Request, settings: Settings, save_stats: Path | None, place: Any) -> list[Result]:
+def _one_after_another(
+    request: Request, settings: Settings, save_stats: Path | None, place: Workplace | None
+) -> list[Result]:
     from d2o.evaluation.run import evaluate_all
     from d2o.evaluation.statistics_files import save_statistics
 
@@ -191,7 +194,7 @@ def _one_after_another(request: Request, settings: Settings, save_stats: Path | 
 
 
 @contextmanager
-def _meter(title: str, total: int) -> Iterator[Any]:
+def _meter(title: str, total: int) -> Iterator[_Progress]:
     with console.meter(title, total) as bar:
         yield _Progress(bar)
 
@@ -210,7 +213,7 @@ class _Progress:
         self(n)
 
 
-def _table(values: dict[str, Any], given: set[str], place: Any) -> list[Result]:
+def _table(values: dict[str, Any], given: set[str], place: Workplace | None) -> list[Result]:
     """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
     beats the table."""
     from d2o.evaluation.evaluate import FORMAT

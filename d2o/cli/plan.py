@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
@@ -13,9 +13,10 @@ from d2o.cli.hints import fit
 
 if TYPE_CHECKING:
     from d2o.recipes.plan import Plan
+    from d2o.recipes.schema import Recipe
 
 
-def show_plan(recipe: Any, plan: Plan) -> None:
+def show_plan(recipe: Recipe, plan: Plan) -> None:
     """Print what `recipe` builds and costs, and whether it would start."""
     title = (
         f"{recipe.name}: method {recipe.method}, {recipe.images:,} images in {plan.iterations:,} iterations of"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -19,7 +20,7 @@ RECIPE = typer.Argument(
     autocompletion=complete.recipes,
 )
 VARIANT = typer.Option(
-    None,
+    [],
     "--variant",
     metavar="NAME",
     help="One of the recipe's variants: RECIPE --variant xs is RECIPE:xs.",
@@ -39,13 +40,17 @@ MINI = typer.Option(
 )
 
 
-def named(recipe: str, variant: str | None) -> str:
-    """RECIPE:VARIANT, with a note where the recipe is called otherwise since the last release."""
+def named(recipe: str, variants: Sequence[str]) -> str:
+    """RECIPE:VARIANT, with a note where the recipe is called otherwise since the last release. UserError: two
+    variants."""
     if not Path(recipe).is_file() and (new := renamed(recipe)) is not None:
         console.say(f"{recipe} is called {new} now; the old name goes with the next release")
         recipe = new
-    if variant is None:
+    if not variants:
         return recipe
+    if len(variants) > 1:
+        raise UserError(f"--variant: {', '.join(variants)}: a recipe is trained as one of its variants", "give one")
+    variant = variants[0]
     if (twice := parted(recipe).variant) is not None and not Path(recipe).is_file():
         raise UserError(f"--variant {variant}: {recipe} names a variant already ({twice})", "give one of the two")
     return f"{recipe}:{variant}"

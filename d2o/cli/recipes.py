@@ -14,20 +14,31 @@ from d2o.errors import UserError
 recipes = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 
 
+LIKE = typer.Option(
+    "", "--like", metavar="TEXT", help="Only those in which this text occurs, in any column.", show_default=False
+)
+
+
 @recipes.callback(invoke_without_command=True)
-def listed(
-    context: typer.Context,
-    like: str = typer.Option(
-        "", "--like", metavar="TEXT", help="Only those in which this text occurs, in any column.", show_default=False
-    ),
-) -> None:
+def listed(context: typer.Context, like: str = LIKE) -> None:
     """List the recipes that come with d2o, and show, copy, check and explain them.
 
     For each: its method, teacher and data, what it reproduces, and whether it can run on this machine. What one needs
     and costs is told by `d2o train NAME --plan`; all of them have a small version that runs anywhere: `--mini`.
     """
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        _list(like)
+    elif like:
+        raise UserError("--like is for the list", "d2o recipes list --like TEXT")
+
+
+@recipes.command("list", cls=Command)
+def list_(like: str = LIKE) -> None:
+    """List the recipes that come with d2o, as `d2o recipes` alone does."""
+    _list(like)
+
+
+def _list(like: str) -> None:
     from rich import box
     from rich.table import Table
 
@@ -45,18 +56,23 @@ def listed(
 
 
 @recipes.command(cls=Command)
-def show(recipe: str = RECIPE, variant: str = VARIANT, set_: list[str] = SET, mini: bool = MINI) -> None:
+def show(recipe: str = RECIPE, variant: list[str] = VARIANT, set_: list[str] = SET, mini: bool = MINI) -> None:
     """Print a recipe with all settings, as a run would have it: extended recipes, variants and defaults in place."""
     from d2o.recipes.load import load_recipe
 
-    console.out.print(load_recipe(named(recipe, variant), set_, mini).to_yaml(), end="", markup=False)
+    found = load_recipe(named(recipe, variant), set_, mini)
+    for note in found.notes:
+        console.say(note)
+    console.out.print(found.to_yaml(), end="", markup=False)
 
 
 @recipes.command(cls=Command)
 def copy(
     recipe: str = RECIPE,
-    to: Path = typer.Argument(None, help="The file to write. Default: NAME.yaml here.", show_default=False),
-    variant: str = VARIANT,
+    to: str = typer.Argument(
+        "", help="The file to write, or a folder for it. Default: NAME.yaml here.", show_default=False
+    ),
+    variant: list[str] = VARIANT,
 ) -> None:
     """Copy a recipe into a file of one's own, to be changed. Of a variant the keys that it comes to are written out."""
     from d2o.interop.outputs import check_output
@@ -65,9 +81,9 @@ def copy(
     from d2o.recipes.find import find_recipe
 
     found = find_recipe(named(recipe, variant))
-    path = to or Path("_".join(filter(None, (found.path.stem, found.variant))) + ".yaml")
-    if path.is_dir():
-        path /= found.path.name
+    path = Path(to)
+    if not to or to.endswith("/") or path.is_dir():
+        path /= "_".join(filter(None, (found.path.stem, found.variant))) + ".yaml"
     if path.exists():
         raise UserError(f"{path} is there already", "name another file behind the recipe")
     check_output(path, folder=False)
@@ -77,7 +93,7 @@ def copy(
 
 
 @recipes.command(cls=Command)
-def check(recipe: str = RECIPE, variant: str = VARIANT) -> None:
+def check(recipe: str = RECIPE, variant: list[str] = VARIANT) -> None:
     """Look at a recipe without running it, variants and `mini:` too; everything that is wrong is told with its line.
 
     What it needs, and whether that is on this machine, is told by `d2o train FILE --plan`.
@@ -85,7 +101,9 @@ def check(recipe: str = RECIPE, variant: str = VARIANT) -> None:
     from d2o.recipes.checking import check_runs
 
     runs = check_runs(named(recipe, variant))
-    console.out.print(f"sound: {', '.join(runs)}", markup=False)
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        console.say(note)
+    console.out.print(f"sound: {', '.join(run.name for run in runs)}", markup=False)
 
 
 @recipes.command(cls=Command)

@@ -209,7 +209,7 @@ def sample(
     console.say(f"{out}: {n:,} images, {made['nfe']} network {'call' if made['nfe'] == 1 else 'calls'}{passes} each")
 
 
-def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, texts: Any) -> None:
+def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, texts: object) -> None:
     """UserError: what cannot be done without is missing; all of it, with an example for this checkpoint or teacher."""
     lacking = ["--n"] if n is None else []
     words = [f"d2o sample {checkpoint}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
@@ -21,8 +21,10 @@ from d2o.interop.temporary import sweep as clear
 from d2o.runtime import Stopped, stop_flag
 
 if TYPE_CHECKING:
+    from d2o.inputs import JsonObject
     from d2o.recipes.plan import Plan
     from d2o.recipes.sweep import Member, Sweep
+    from d2o.teachers.base import Teacher
 
 
 def run_sweep(
@@ -49,6 +51,8 @@ def run_sweep(
     from d2o.training.run_folder import locked
 
     sweep = plan_sweep(name, overrides, sweeps, mini)
+    for note in sweep.base.notes:
+        console.say(note)
     plans = _plan_all(sweep, data, start)
     if plan:
         show_plan(sweep.members[0].recipe, plans[0])
@@ -123,7 +127,7 @@ def _plan_all(sweep: Sweep, data: str | None, start: Path | None) -> list[Plan]:
     """A plan for each member, with what its method would not use."""
     from d2o.recipes.plan import make_plan
 
-    teachers: dict[str, Any] = {}
+    teachers: dict[str, Teacher] = {}
     plans = [make_plan(member.recipe, start, teachers) for member in sweep.members]
     for member, plan in zip(sweep.members, plans, strict=True):
         try:
@@ -159,7 +163,7 @@ def _cells(member: Member, plan: Plan) -> list[str]:
     ]
 
 
-def show(record: dict[str, Any], folder: Path) -> None:
+def show(record: JsonObject, folder: Path) -> None:
     """The members as a table, the best one marked."""
     from d2o.recipes.sweep_record import rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +12,9 @@ from d2o.cli.opening import open_device
 from d2o.cli.recipe_options import MINI, RECIPE, SET, VARIANT, named
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
+
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
 
 OUT = typer.Option(
     None,
@@ -100,7 +103,7 @@ DEVICE = typer.Option(
 
 def train(
     recipe: str = RECIPE,
-    variant: str = VARIANT,
+    variant: list[str] = VARIANT,
     set_: list[str] = SET,
     out: Path = OUT,
     resume: bool = RESUME,
@@ -128,7 +131,7 @@ def train(
 
 def finetune(
     recipe: str = RECIPE,
-    variant: str = VARIANT,
+    variant: list[str] = VARIANT,
     from_: Path = typer.Option(
         ..., "--from", help="The student checkpoint to start from (.safetensors), or a run folder.", show_default=False
     ),
@@ -224,7 +227,7 @@ def _run(
 
 
 def _plan(
-    recipe: Any,
+    recipe: Recipe,
     folder: Path,
     resume: bool,
     data: str | None,

@@ -11,10 +11,14 @@ from d2o.cli import console
 from d2o.errors import MissingImages, UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from d2o.recipes.schema import Recipe
+    from d2o.runtime import StopFlag
     from d2o.training.loop import Trainer
 
 
-def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
+def check_options(recipe: Recipe, data: str | None, start: Path | None) -> None:
     """Refuse what the recipe's method would not use."""
     from d2o.methods.base import get_method
 
@@ -32,7 +36,7 @@ def check_options(recipe: Any, data: str | None, start: Path | None) -> None:
         )
 
 
-def check_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> dict[str, Any] | None:
+def check_run(folder: Path, recipe: Recipe, resume: bool, start: Path | None) -> dict[str, Any] | None:
     """The record of the state of the run in the folder; None: there is none yet. UserError: the run must not be
     overwritten, or is another one."""
     from d2o.recipes.changes import forbidden
@@ -47,6 +51,7 @@ def check_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> di
     if not resume:
         raise UserError(f"{folder} holds a run already", "--resume continues it; another --out starts a new one")
     record, begun = read_state(folder), begun_recipe(folder)
+    assert begun is not None  # its recipe.yaml is there
     changes = forbidden(begun.resolved(), as_begun(recipe, begun).resolved(), record["images"] if record else 0)
     if changes:
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
@@ -59,7 +64,7 @@ def check_run(folder: Path, recipe: Any, resume: bool, start: Path | None) -> di
     return record
 
 
-def _instead(recipe: Any, folder: Path, trained: bool) -> str:
+def _instead(recipe: Recipe, folder: Path, trained: bool) -> str:
     """What can be done about a recipe that a run cannot go on with."""
     from d2o.methods.base import get_method
 
@@ -72,7 +77,7 @@ def _instead(recipe: Any, folder: Path, trained: bool) -> str:
 
 @contextmanager
 def opened(
-    folder: Path, recipe: Any, resume: bool, start: Path | None, device: Any, rank: int, world: int
+    folder: Path, recipe: Recipe, resume: bool, start: Path | None, device: torch.device, rank: int, world: int
 ) -> Iterator[bool]:
     """Hold the run folder, as the one process (or group of processes) that trains in it. Yields whether there is
     anything
@@ -105,7 +110,7 @@ def opened(
         yield unfinished
 
 
-def begun_recipe(folder: Path) -> Any:
+def begun_recipe(folder: Path) -> Recipe | None:
     """The recipe that the run in the folder was begun with; None where there is none."""
     from d2o.recipes.load import load_recipe
 
@@ -116,13 +121,13 @@ def begun_recipe(folder: Path) -> Any:
 def begin_run(
     name: str,
     overrides: list[str],
-    recipe: Any,
+    recipe: Recipe,
     folder: Path,
-    device: Any,
+    device: torch.device,
     rank: int,
     world: int,
     start: Path | None,
-    stop: Any,
+    stop: StopFlag,
 ) -> Trainer:
     """Load and make what the recipe names, and build its networks. `name` and `overrides`: how the user called it, for
     what is missing."""
@@ -150,7 +155,7 @@ def begin_run(
     return trainer
 
 
-def write_recipe(folder: Path, recipe: Any, images: int) -> None:
+def write_recipe(folder: Path, recipe: Recipe, images: int) -> None:
     """recipe.yaml, with a line at its head for each setting that was changed on the way, and after how many images."""
     from d2o.interop.safetensors_io import atomic_write
     from d2o.recipes.differences import diff_recipes
@@ -171,7 +176,7 @@ def write_recipe(folder: Path, recipe: Any, images: int) -> None:
 CHANGED = "# changed after"
 
 
-def finish_run(trainer: Trainer, stop: Any) -> None:
+def finish_run(trainer: Trainer, stop: StopFlag) -> None:
     """Train to the end, and say how it went."""
     recipe, folder = trainer.recipe, trainer.folder
     described = ", ".join(

@@ -11,7 +11,11 @@ from d2o.critics.style import StyleCritic
 from d2o.critics.unet import UNetCritic
 from d2o.networks.build import build_network
 
-CRITICS: dict[str, Any] = {"ddgan_critic": DDGANCritic, "style_critic": StyleCritic, "unet_critic": UNetCritic}
+CRITICS: dict[str, type[nn.Module]] = {
+    "ddgan_critic": DDGANCritic,
+    "style_critic": StyleCritic,
+    "unet_critic": UNetCritic,
+}
 """arch -> class."""
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.networks.fir import down2, fir_taps
+from d2o.networks.minibatch_std import MinibatchStd
 from d2o.networks.ncsnpp_blocks import SQRT_HALF, LabelEmbedding, TimeEmbedding, dense, fan_out_uniform_
-from d2o.networks.style_layers import minibatch_std
 
 NEAR_ZERO = 1e-10
 """Gain of layers that start at almost 0."""
@@ -106,6 +106,7 @@ class DDGANCritic(nn.Module):
             blocks.append(DownBlock(channels, outputs, temb, down))
             channels = outputs
         self.blocks = nn.ModuleList(blocks)
+        self.spread = MinibatchStd(GROUP)
         self.final = conv(channels + 1, channels, 3, NEAR_ZERO if kind == "small" else 1.0)
         self.output = dense(channels, 1)
         self.register_buffer("taps", fir_taps(), persistent=False)
@@ -119,5 +120,5 @@ class DDGANCritic(nn.Module):
         x = self.input(torch.cat([x_t, x_next], dim=1))
         for block in self.blocks:
             x = block(x, temb, self.taps)
-        x = F.leaky_relu(self.final(minibatch_std(x, GROUP)), 0.2)
+        x = F.leaky_relu(self.final(self.spread(x)), 0.2)
         return self.output(x.sum((2, 3)))[:, 0]

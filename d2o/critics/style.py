@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
 from d2o.networks.edm_blocks import PositionalEmbedding
+from d2o.networks.minibatch_std import MinibatchStd
 from d2o.networks.style import channel_table
-from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear, minibatch_std
+from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear
 
 CRITIC_BLOCKS = ("orig", "resnet")
+MBSTD_GROUP = 32
+"""Images that minibatch standard deviation looks at together, where nothing else is said."""
 CRITIC_TIMES = ("none", "block_add", "cmap")
 
 
@@ -57,7 +60,7 @@ class StyleCritic(nn.Module):
         blocks: str = "orig",
         base: int = 32768,
         max_channels: int = 512,
-        mbstd_group: int | None = 32,
+        mbstd_group: int | None = MBSTD_GROUP,
         time: str = "block_add",
         time_scale: float = 1000.0,
         time_dim: int = 512,
@@ -88,7 +91,7 @@ class StyleCritic(nn.Module):
             raise UserError(
                 f"network.time_dim: the embedding of time needs an even number of at least 4 values, not {time_dim}"
             )
-        self.time, self.time_scale, self.mbstd_group = time, time_scale, mbstd_group
+        self.time, self.time_scale = time, time_scale
         self.channels = channel_table(img_resolution, base, max_channels)
         self.projection = cmap_dim if label_dim or time == "cmap" else 0
         if time != "none":
@@ -104,6 +107,7 @@ class StyleCritic(nn.Module):
             for res in sorted(self.channels, reverse=True)[:-1]
         )
         last = self.channels[4]
+        self.spread = MinibatchStd(mbstd_group)
         self.conv = EqualizedConv2d(last + (mbstd_group != 0), last, 3)
         self.hidden = EqualizedLinear(last * 16, last, activate=True)
         self.output = EqualizedLinear(last, self.projection or 1)
@@ -115,9 +119,7 @@ class StyleCritic(nn.Module):
         x = self.from_image(x)
         for block in self.blocks:
             x = block(x, shift)
-        if self.mbstd_group != 0:
-            x = minibatch_std(x, self.mbstd_group)
-        out = self.output(self.hidden(self.conv(x).flatten(1)))
+        out = self.output(self.hidden(self.conv(self.spread(x)).flatten(1)))
         if not self.projection:
             return out[:, 0]
         cmap = emb if self.time == "cmap" else None

@@ -140,7 +140,7 @@ class UNetCritic(nn.Module):
         dropout."""
         own = copy.deepcopy(network)
         set_dropout(own, 0.0)
-        critic = cls(network_config(own), **options, module=own)
+        critic = cls(network_config(own), **options, module=own).to(next(own.parameters()).device)
         return critic.requires_grad_(True).train()
 
     def forward(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -101,27 +100,6 @@ class LatentSet:
             f"{self.names[index]} in {self.name} {why}",
             "it is what `dataset_tool.py encode` of EDM2 writes that is read here",
         )
-
-
-class ImageSettings(Protocol):
-    """What a recipe's `data:` section says of images; `open_set` has the meaning of each."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def resolution(self) -> int | None: ...
-
-    @property
-    def channels(self) -> int | None: ...
-
-    @property
-    def on_bad(self) -> str: ...
-
-    @property
-    def limit(self) -> int | None: ...
-
-    def __hash__(self) -> int: ...
 
 
 def open_set(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class VE:
         return self.level(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
 
-PROCESSES: dict[str, Any] = {"vp": VP, "ve": VE, "subvp": SubVP}
+PROCESSES: dict[str, type[VP | VE | SubVP]] = {"vp": VP, "ve": VE, "subvp": SubVP}
 
 
 def get_process(name: str, **options: float) -> ForwardSDE:

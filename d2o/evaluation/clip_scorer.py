@@ -15,8 +15,8 @@ from torch import Tensor
 
 from d2o.errors import unknown
 from d2o.evaluation.resizing import clip_input, crop_square, each_image
-from d2o.features.clip import full_name, load_clip
-from d2o.features.common import CHUNK, at_once, package
+from d2o.features.clip import full_name, load_clip, tokenizer
+from d2o.features.common import CHUNK, at_once
 from d2o.metrics.clip_score import clip_score
 
 LENGTH = 77
@@ -79,7 +79,7 @@ class ClipScore:
     @cached_property
     def tokenizer(self) -> Callable[[list[str], int], Tensor]:
         """OpenAI's byte-pair encoding, which open_clip brings."""
-        return package("open_clip.tokenizer").SimpleTokenizer()
+        return tokenizer()  # the module's
 
     @staticmethod
     def _unit(parts: Iterable[Tensor]) -> Tensor:

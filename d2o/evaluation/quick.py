@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from d2o.condition import Condition
+from d2o.data.data_section import DataSection
 from d2o.data.prompts import Prompts
-from d2o.data.stored_latents import ImageSettings, LatentSet, open_set
+from d2o.data.stored_latents import LatentSet, open_set
 from d2o.errors import UserError
 from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.collect import silent
@@ -34,7 +35,7 @@ IMAGES = ("labels", "quantize", "resize")
 
 @lru_cache(maxsize=4)
 def cached(
-    extractor: str, reference: str, device: str, protocol: str | None, data: ImageSettings | None = None
+    extractor: str, reference: str, device: str, protocol: str | None, data: DataSection | None = None
 ) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
     settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
@@ -49,7 +50,7 @@ def cached(
     return network, found
 
 
-def training_images(data: ImageSettings) -> Pictures:
+def training_images(data: DataSection) -> Pictures:
     """The images of a recipe's `data:` section as training reads them, but not mirrored. UserError: stored latents,
     which no network here takes."""
     found = open_set(
@@ -86,7 +87,7 @@ class FrechetEvaluator:
         reference: str,
         device: Device = "cpu",
         protocol: str | None = None,
-        data: ImageSettings | None = None,
+        data: DataSection | None = None,
     ):
         self.device, self.settings = device, images_of(protocol)
         self.extractor, self.reference = cached(extractor, reference, str(device), protocol, data)

@@ -3,7 +3,7 @@ CLIP score."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ def full_name(name: str) -> str:
     if name not in NAMES:
         raise unknown("CLIP network", name, NAMES)
     return "clip-vit-b-32" if name == "clip" else name
+
+
+def tokenizer() -> Callable[[list[str], int], Tensor]:
+    """OpenAI's byte-pair encoding, which open_clip brings: (texts, length) -> token ids [n, length]."""
+    return package("open_clip.tokenizer").SimpleTokenizer()
 
 
 def read_clip(name: str, path: Path) -> Any:

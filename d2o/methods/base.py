@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from d2o.condition import Condition
@@ -21,14 +21,16 @@ from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
 from d2o.errors import UserError, unknown
+from d2o.settings.section import Section
 from d2o.students.base import Student
+from d2o.students.student_section import StudentSection
 from d2o.teachers.base import UNSTATED, Spec, Teacher
 
 
-class Options(BaseModel):
+class Options(Section):
     """A method's own section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(allow_inf_nan=True)  # infinity is a setting of some: no limit
 
 
 O = TypeVar("O", bound=Options)
@@ -60,32 +62,6 @@ def get_method(name: str) -> type[Method[Any]]:
     return import_module(METHODS[name]).METHOD
 
 
-class Beginning(Protocol):
-    """How a student starts: the recipe's `student:` section."""
-
-    @property
-    def sigma(self) -> float: ...
-
-    @property
-    def init(self) -> str: ...  # "teacher" or "scratch"
-
-    @property
-    def dropout(self) -> float | None: ...
-
-    @property
-    def freeze(self) -> str: ...  # one of `d2o.networks.freeze.FREEZE`
-
-
-@dataclass(frozen=True)
-class AsTeacher:
-    """The teacher's network as it is, called at the highest noise level."""
-
-    sigma: float = 80.0
-    init: str = "teacher"
-    dropout: float | None = None
-    freeze: str = "none"
-
-
 @dataclass
 class Setup(Generic[O]):
     """What a method is built from. `network` and `student` are the recipe's sections of that name; `start` is the
@@ -94,7 +70,7 @@ class Setup(Generic[O]):
     options: O
     teacher: Teacher | None = None
     network: dict[str, Any] | None = None
-    student: Beginning = AsTeacher()
+    student: StudentSection = field(default_factory=StudentSection)
     images: ImageSet | LatentSet | None = None
     pairs: PairStore | None = None
     prompts: Prompts | None = None  # to draw from, for teachers that take text
@@ -214,6 +190,9 @@ class Method(ABC, Generic[O]):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.stored_latents`)
+    pools_across: ClassVar[bool] = (
+        False  # whether processes can take samples together, if each has few (not micro-batches)
+    )
     takes: ClassVar[str] = (
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
@@ -227,9 +206,9 @@ class Method(ABC, Generic[O]):
         return cls.data
 
     @classmethod
-    def micro_multiple(cls, options: O) -> int:
-        """Micro-batches are of a multiple of so many samples: those that a loss takes together (see
-        `d2o.training.share.divide`)."""
+    def micro_multiple(cls, options: O, batch: int) -> int:
+        """Micro-batches are of a multiple of so many samples: those of an iteration's `batch` that a loss or a critic
+        takes together (see `d2o.training.share.divide`)."""
         return 1
 
     @abstractmethod

@@ -15,11 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.critics.build import build_critic
+from d2o.critics.dd_gan import GROUP
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.errors import UserError
 from d2o.losses.adversarial import critic_loss, generator_loss, spread, squared_gradient
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.student import StudentMethod
+from d2o.networks.minibatch_std import pool_size
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.students.base import Student
 from d2o.students.multistep import MultistepStudent
@@ -61,6 +63,11 @@ class DDGAN(StudentMethod[DDGANOptions]):
     data = "images"
     product = "generator"
     continues = ("multistep",)
+    pools_across = True
+
+    @classmethod
+    def micro_multiple(cls, options: DDGANOptions, batch: int) -> int:
+        return pool_size(GROUP, batch)
 
     def __init__(self, setup: Setup[DDGANOptions]):
         assert setup.images is not None

@@ -9,15 +9,12 @@ pairs; without that term the method needs no data at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from d2o.augment import edm
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
@@ -28,9 +25,8 @@ from d2o.losses.perceptual import LPIPS, load_lpips, perceptual
 from d2o.losses.regression import LOSSES, lpips
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, has_uncertainty
+from d2o.methods.score_networks import ScoreMethod, evaluating, has_uncertainty
 from d2o.methods.teachers import check_teacher
-from d2o.networks.build import network_config
 from d2o.networks.edm2_unet import keep_normalised
 from d2o.teachers.base import Spec
 
@@ -85,10 +81,7 @@ class DMDOptions(Options):
         None, description="both losses over the values of a sample; null: mean, diff_instruct sum"
     )
     order: Literal["generator_first", "score_first"] | None = Field(
-        None,
-        description=(
-            "which network's step comes first in an iteration; null: generator_first, diff_instruct score_first"
-        ),
+        None, description="whose step comes first in an iteration; null: generator_first, diff_instruct score_first"
     )
     samples: Literal["same", "fresh"] | None = Field(
         None,
@@ -159,19 +152,14 @@ class DMD(ScoreMethod[DMDOptions]):
     def __init__(self, setup: Setup[DMDOptions]):
         self.options = checked_options(setup.options.filled())
         self.teacher = check_teacher("dmd", setup.teacher)
-        self.teacher.check_cfg(self.options.cfg)
+        self.check_guidance("cfg", self.options.cfg)
         if self.options.lambda_reg:
             self.check_latents("regression", self.options.regression, ("lpips", "perceptual"))
         self.student = self.begin_student(setup, self.teacher.spec)
         self._spec = self.student.spec
         self.score = self.begin_score(self.options.score_dropout)
         self.uncertain = has_uncertainty(self.score)
-        if self.options.augment and network_config(self.score).get("augment_dim") != edm.LABELS:
-            raise UserError(
-                f"dmd.augment: the teacher's network takes no augmentation labels (augment_dim {edm.LABELS}), so that"
-                " the augmentations would come out of the student",
-                "set dmd.augment: 0",
-            )
+        self.check_augment(self.options.augment)
         asked = self.options.lambda_reg > 0
         self.judge = regression_network(self.options, self.teacher.spec, setup.device) if asked else None
 
@@ -225,7 +213,7 @@ class DMD(ScoreMethod[DMDOptions]):
             x, embedded = self.new_samples(draw) if made is None else made[i]
             asked: dict[str, Any] = {"return_logvar": True} if self.uncertain else {}
             if self.options.augment:
-                x, asked["augment_labels"] = edm.augment(x, self.options.augment, draw.randn, draw.rand)
+                x, asked["augment_labels"] = self.augmented(x, self.options.augment, draw)
             sigma = self.sigma(draw, self.options.score_t_dist, (0, LEVELS - 1), (0.0, 1.0))
             found = loop.net("score")(x + sigma * draw.randn(*x.shape[1:]), sigma.flatten(), embedded, **asked)
             denoised, logvar = found if self.uncertain else (found, None)
@@ -289,13 +277,11 @@ def checked_options(options: DMDOptions) -> DMDOptions:
     if not 0 <= options.t_range[0] <= options.t_range[1] <= 1:
         raise UserError(f"dmd.t_range: [{options.t_range[0]:g}, {options.t_range[1]:g}] is no part of [0, 1]")
     if options.samples == "same" and options.order == "score_first":
-        raise UserError(
-            "dmd.samples: with order score_first there are no samples yet for the score network", "set samples: fresh"
-        )
+        what = "dmd.samples: with order score_first there are no samples yet for the score network"
+        raise UserError(what, "set samples: fresh")
     if options.lambda_reg and options.regression == "perceptual" and options.extractor is None:
-        raise UserError(
-            "dmd.extractor: the perceptual distance needs a feature extractor", "for example `dmd.extractor: digits`"
-        )
+        what = "dmd.extractor: the perceptual distance needs a feature extractor"
+        raise UserError(what, "for example `dmd.extractor: digits`")
     return options
 
 
@@ -307,17 +293,6 @@ def regression_network(options: DMDOptions, spec: Spec, device: torch.device) ->
         check_shape(spec.shape, features, of="the teacher's samples")
         return features
     return load_lpips(device) if options.regression == "lpips" else None
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout for a while."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 METHOD = DMD

@@ -76,7 +76,7 @@ class JumpMethod(StudentMethod[J]):
         self._spec = self.teacher.spec
         self.sigma = called_at(self.teacher.network, float(setup.student.sigma))
         self.lowest = lowest_level(self.teacher.network)
-        self.teacher.check_cfg(self.options.cfg)
+        self.check_guidance("cfg", self.options.cfg)
         self.check_images(setup, self._spec)
         self.student = self.begin(setup, self._spec)
         pooling = self.options.lpips_pooling

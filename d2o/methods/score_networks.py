@@ -4,7 +4,8 @@ checked of real images."""
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -150,6 +151,17 @@ def true_score(
             return teacher.network(x_t, sigma.flatten(), embedded)
         empty = teacher.unconditional(embedded)
         return look(teacher.network, x_t, sigma, embedded, cfg=cfg, empty=empty)[0]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def pool_size(method: str, asked: int | None, batch: int, count: int) -> int:

@@ -149,8 +149,8 @@ class SiD(ScoreMethod[SiDOptions]):
         return "images" if options.adversarial or options.labels == "data" else "none"
 
     @classmethod
-    def micro_multiple(cls, options: SiDOptions) -> int:
-        return (options.batch_pool or 1) if options.adversarial else 1
+    def micro_multiple(cls, options: SiDOptions, batch: int) -> int:
+        return (options.batch_pool or batch) if options.adversarial else 1
 
     def __init__(self, setup: Setup[SiDOptions]):
         self.options = setup.options
@@ -175,8 +175,8 @@ class SiD(ScoreMethod[SiDOptions]):
             raise UserError(
                 f"sid: sigma_min {o.sigma_min:g} and sigma_max {o.sigma_max:g} are no range of noise levels"
             )
-        for cfg in (o.cfg, o.score_cfg):
-            self.teacher.check_cfg(cfg)
+        self.check_guidance("cfg", o.cfg)
+        self.check_guidance("score_cfg", o.score_cfg)
         if o.adversarial and o.labels == "uniform":
             raise UserError(
                 "sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same"

@@ -15,13 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from d2o.augment.ada import PIPES, AdaController, AdaPipeline
+from d2o.augment.ada import PIPES, AdaController, AdaPipeline, RandomNumbers
 from d2o.critics.build import build_critic
+from d2o.critics.style import MBSTD_GROUP
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
 from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, r1_penalty, spread
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.student import StudentMethod
+from d2o.networks.minibatch_std import pool_size
 from d2o.networks.style_generator import StyleGenerator
 from d2o.students.style import StyleStudent
 from d2o.teachers.base import Spec
@@ -82,6 +84,12 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
     data = "images"
     product = "generator"
     continues = ("style",)
+    pools_across = True
+
+    @classmethod
+    def micro_multiple(cls, options: SPIGANOptions, batch: int) -> int:
+        """The critic's groups; all, with path length regularisation, whose target is the mean length."""
+        return batch if options.pl_weight else pool_size(options.critic.get("mbstd_group", MBSTD_GROUP), batch)
 
     def __init__(self, setup: Setup[SPIGANOptions]):
         assert setup.images is not None
@@ -159,7 +167,10 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
             loop.update("generator")
             if o.pl_weight and iteration % o.pl_every == 0:
                 for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
-                    z = starts[i][::2]  # half of them, whichever way they are divided into micro-batches
+                    if draw.count < draw.total and draw.count % 2:
+                        what = f"path lengths are of every other image, and a process has {draw.count} of them"
+                        raise UserError(what, "spi_gan.pl_weight: take another number of processes, or another batch")
+                    z = starts[i][::2]  # half of them, whoever has them
                     noises = [_halves(draw, shape, group) for shape in self.generator.synthesis.noise_shapes]
                     mix = self.mix(draw)
                     mix = mix and (mix[0][::2], mix[1][::2])
@@ -276,7 +287,7 @@ def _halves(draw: Draws, shape: tuple[int, ...], times: list[float]) -> Tensor:
     return torch.cat([draw.randn(*shape)[::2] for _ in times])
 
 
-def _first(numbers: Any, n: int) -> Any:
+def _first(numbers: RandomNumbers, n: int) -> RandomNumbers:
     """Random numbers for the first n samples of the micro-batch."""
     return lambda *shape: numbers(*shape)[:n]
 

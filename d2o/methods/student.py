@@ -108,6 +108,14 @@ class StudentMethod(Method[O]):
             return Condition.of_labels(torch.zeros(len(micro), dtype=torch.int64, device=self.device))
         return micro.condition
 
+    def check_guidance(self, key: str, cfg: float) -> None:
+        """UserError: the recipe's `key` asks for guidance, and the teacher cannot be guided."""
+        assert self.teacher is not None
+        try:
+            self.teacher.check_cfg(cfg)
+        except UserError as error:
+            raise UserError(f"{self.name}.{key}: {error.message}", f"leave {self.name}.{key} away") from error
+
     def check_latents(self, key: str, asked: str, images_only: tuple[str, ...]) -> None:
         """UserError: the recipe's `key` asks for a distance of images, and the teacher makes latents."""
         if asked in images_only and self.teacher is not None and self.teacher.spec.latent:

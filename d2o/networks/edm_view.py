@@ -225,7 +225,7 @@ def called_at(network: nn.Module, sigma: float) -> float:
             f"a student is called at sigma {sigma:g}, and its network knows noise levels up to {top}",
             f"student.sigma: {top}, or below",
         )
-    with torch.device("cpu"):  # the network may be built without memory
+    with torch.device("cpu"):  # levels are no part of the network, which a plan builds without memory
         return float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
 
 

@@ -1,6 +1,6 @@
-"""The layers of StyleGAN2: equalised learning rate, modulated convolution, noise, minibatch standard deviation.
+"""The layers of StyleGAN2: equalised learning rate, modulated convolution, noise.
 
-Karras et al. 2018 (section 3 minibatch standard deviation, 4.1 equalised learning rate), 2019 (noise, styles), 2020
+Karras et al. 2018 (section 4.1 equalised learning rate), 2019 (noise, styles), 2020
 (section 2.2 modulation and demodulation, appendix B filters). All weights start as N(0, 1); the scale that an
 initialisation would give is applied in the forward pass, so that one learning rate suits every layer.
 """
@@ -190,20 +190,3 @@ class ModulatedConv(nn.Module):
         # What the transposed convolution put around the image counts towards the filter's own padding.
         n, k = len(self.taps), self.weight.shape[-1]
         return resample(x, self.taps, pad=((n + 1) // 2 - k // 2, (n - 2) // 2 - k // 2 + 1), gain=4)
-
-
-def minibatch_std(x: Tensor, group: int | None = None, channels: int = 1) -> Tensor:
-    """x [B, C, H, W] -> [B, C + channels, H, W]: how much the samples of a group differ, so that a critic sees a lack
-    of variety.
-
-    Standard deviation over the group of every value (sqrt(variance + 1e-8), biased), averaged over H, W and each of
-    `channels` equal parts of C. Sample i is in group i mod (B / G). G is `group` (None: B), or if that does not divide
-    B the largest divisor of B below it: a group of 1 differs by 1e-4 from itself, as identical samples do.
-    """
-    batch, c, h, w = x.shape
-    size = min(group or batch, batch)
-    while batch % size:
-        size -= 1
-    y = x.reshape(size, batch // size, channels, c // channels, h, w)
-    y = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean((2, 3, 4))
-    return torch.cat([x, y.repeat(size, 1)[:, :, None, None].expand(-1, -1, h, w)], dim=1)

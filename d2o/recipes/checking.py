@@ -6,9 +6,10 @@ from d2o.errors import UserError
 from d2o.recipes.find import find_recipe
 from d2o.recipes.layers import variants_of
 from d2o.recipes.load import load_recipe
+from d2o.recipes.schema import Recipe
 
 
-def check_runs(name: str) -> list[str]:
+def check_runs(name: str) -> list[Recipe]:
     """The runs that a recipe describes (itself, if it has a name, and its variants), all of them sound.
 
     UserError: a line for every problem, each once, with file, line and key.
@@ -16,11 +17,12 @@ def check_runs(name: str) -> list[str]:
     found = find_recipe(name)
     asked = [found.variant] if found.variant is not None else [None, *variants_of(found)]
     lines: dict[str, None] = {}
-    runs, hints = [], []
+    runs: list[Recipe] = []
+    hints: list[str] = []
     for variant in asked:
         given = str(found.path) if variant is None else f"{found.path}:{variant}"
         try:
-            runs.append(load_recipe(given).name)
+            runs.append(load_recipe(given))
         except UserError as error:
             if variant is None and len(asked) > 1 and "is trained as one of its variants" in error.message:
                 continue

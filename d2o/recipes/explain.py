@@ -66,6 +66,8 @@ def _explanation(key: str, expected: str, text: str, values: list[tuple[str, dic
 
 def _default(model: type[BaseModel], name: str) -> str | None:
     """Of a key whose description leaves it out."""
+    if not name:
+        return "as its keys say"
     field = model.model_fields[name]
     if field.is_required():
         return None
@@ -74,13 +76,14 @@ def _default(model: type[BaseModel], name: str) -> str | None:
 
 
 def owner(key: str) -> tuple[type[BaseModel], str] | None:
-    """The model that declares a key, and its field there; None for what only the loader knows (`extends`)."""
+    """The model that declares a key, and its field there ("" for a method's whole section); None for what only the
+    loader knows (`extends`)."""
     first, *rest = key.split(".")
     sections = {section_key(name): get_method(name).Options for name in method_names()}
     if first in LOADER_KEYS:
         return None
     if first in sections and first not in Recipe.model_fields:
-        return _owner(sections[first], rest) if rest else (sections[first], next(iter(sections[first].model_fields)))
+        return _owner(sections[first], rest) if rest else (sections[first], "")
     return _owner(Recipe, [first, *rest])
 
 
@@ -89,13 +92,13 @@ def _owner(model: type[BaseModel], path: list[str]) -> tuple[type[BaseModel], st
     if found is None:
         return None
     if len(path) == 1:
-        return model, path[0]
+        return next(base for base in model.__mro__ if path[0] in inspect.get_annotations(base)), path[0]
     inner = (_owner(below, path[1:]) for below in _models(found.annotation))
     return next((place for place in inner if place is not None), None)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in a type: of `Optim | None`, Optim."""
+    """The models in a type: of `OptimSection | None`, OptimSection."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):

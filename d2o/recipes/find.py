@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from d2o.errors import UserError, nearest, unknown
+from d2o.errors import UserError, nearest
 from d2o.settings.recipe_names import parted, renamed, shipped_file, shipped_names, stem
 
 
@@ -45,7 +45,17 @@ def find_recipe(name: str | os.PathLike[str]) -> Found:
         )
     short = stem(recipe)
     if short and "/" not in short and (recipe == short or recipe.startswith("recipes/")):
-        raise unknown("recipe", f"{short}:{variant}" if variant else short, recipe_names())
+        wrong = f"{short}:{variant}" if variant else short
+        near = nearest(wrong, recipe_names())
+        advice = f": did you mean {near!r}?" if near else ""
+        raise UserError(f"unknown recipe {wrong!r}{advice}", f"known: {_known()}")
     near = nearest(Path(short).name, recipe_names())
     advice = f"; did you mean recipe {near!r}?" if near else ""
-    raise UserError(f"no such recipe file: {given!r}{advice}", f"known recipes: {', '.join(recipe_names())}")
+    raise UserError(f"no such recipe file: {given!r}{advice}", f"known recipes: {_known()}")
+
+
+def _known() -> str:
+    """The shipped recipes in a text, without their variants."""
+    names = recipe_names()
+    stems = list(dict.fromkeys(parted(name).recipe for name in names))
+    return ", ".join(stems) + ("" if stems == names else "; `d2o recipes` lists their variants too")

@@ -42,6 +42,13 @@ def place_as_written(data: Mapping[str, Any], path: KeyPath) -> KeyPath:
     return (FORMER, *path[1:]) if moved else path
 
 
+def renewed_key(key: str, data: Mapping[str, Any]) -> str:
+    """What a dotted key of the former method's section is called in the renewed recipe: `consistency.loss` ->
+    `cd.loss`; any other key as it is."""
+    section, dot, rest = key.partition(".")
+    return f"{renewed(data)['method']}.{rest}" if section == FORMER and dot and is_former(data) else key
+
+
 def _void(kind: str, key: str, value: Any) -> bool:
     """Whether a setting says nothing of that kind."""
     from d2o.methods.base import get_method

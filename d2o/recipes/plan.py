@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from d2o.data.draws import label_mode
+from d2o.data.data_section import DataSection
 from d2o.data.pair_files import open_store, store_folder
+from d2o.data.pair_settings import PairSettings
+from d2o.data.pairs_section import PairsSection
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.evaluation.extractor import Extractor, check_images_fit
@@ -36,17 +38,23 @@ from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.recipes.memory import memory_of
+from d2o.recipes.schema import Recipe
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.generate import check_asked
 from d2o.teachers.kinds import expected_kind
 from d2o.teachers.planned import planned_teacher
 from d2o.teachers.registry import BUILTIN, load_teacher
 from d2o.teachers.stable_diffusion import TextTeacher
+from d2o.training.eval_section import Distance
+from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
 from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -81,7 +89,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Any, start: Path | None = None, teachers: dict[str, Teacher] | None = None, processes: int = 1
+    recipe: Recipe, start: Path | None = None, teachers: dict[str, Teacher] | None = None, processes: int = 1
 ) -> Plan:
     """All that is wrong is listed, nothing is raised, made or fetched. `start`: the student of `d2o finetune --from`;
     `teachers`: loaded for another plan."""
@@ -99,11 +107,10 @@ def make_plan(
         licence=licence_of(recipe),
     )
     _attempt(plan.missing, lambda: check_tracker(recipe))
-    if recipe.teacher and _fits(plan, recipe):
+    name = recipe.teacher
+    if name and _fits(plan, recipe.method, name):
         known = {} if teachers is None else teachers
-        setup.teacher = known.get(recipe.teacher) or _attempt(
-            plan.missing, lambda: known.setdefault(recipe.teacher, _teacher(plan, recipe.teacher))
-        )
+        setup.teacher = known.get(name) or _attempt(plan.missing, lambda: known.setdefault(name, _teacher(plan, name)))
         if setup.teacher is not None:
             fits = _attempt(plan.refused, lambda: check_teacher(recipe.method, setup.teacher))
             setup.teacher = None if fits is None else setup.teacher
@@ -117,21 +124,22 @@ def make_plan(
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
     if needs == "images":
-        if recipe.data is None:
+        if (data := recipe.data) is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
-            setup.images = _attempt(plan.missing, lambda: _images(plan, recipe.data, method_class))
+            setup.images = _attempt(plan.missing, lambda: _images(plan, data, method_class))
     if needs == "pairs" and (recipe.pairs is None or recipe.teacher is None):
         plan.missing.append(f"pairs: method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
-    evaluator = _evaluator(plan, recipe) if recipe.eval and recipe.eval.extractor else None
-    if setup.teacher is not None:
-        plan.networks["teacher (frozen)"] = count_parameters(setup.teacher.network)
+    asked = recipe.eval.distance if recipe.eval else None
+    evaluator = None if asked is None else _evaluator(plan, recipe, asked)
+    if (teacher := setup.teacher) is not None:
+        plan.networks["teacher (frozen)"] = count_parameters(teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
-        if isinstance(setup.teacher, TextTeacher):
-            plan.networks["text encoders (frozen)"] = sum(map(count_parameters, setup.teacher.text.encoders))
+        if isinstance(teacher, TextTeacher):
+            plan.networks["text encoders (frozen)"] = sum(map(count_parameters, teacher.text.encoders))
             plan.memory["text encoders"] = 4 * plan.networks["text encoders (frozen)"]
-        if recipe.pairs:
-            _attempt(plan.refused, lambda: _plan_pairs(plan, recipe, setup.teacher))
+        if name and (pairs := recipe.pairs):
+            _attempt(plan.refused, lambda: _plan_pairs(plan, name, pairs, teacher))
     lacking = (recipe.teacher or needs == "none") and setup.teacher is None, needs == "images" and setup.images is None
     if any(lacking) or (start is not None and setup.start is None):
         return plan
@@ -146,12 +154,12 @@ def make_plan(
     return plan
 
 
-def _fits(plan: Plan, recipe: Any) -> bool:
+def _fits(plan: Plan, method: str, teacher: str) -> bool:
     """Whether the method takes the teacher, as far as its name or file says it."""
-    kind = expected_kind(recipe.teacher)
+    kind = expected_kind(teacher)
     before = len(plan.refused)
     if kind is not None:
-        _attempt(plan.refused, lambda: check_kind(recipe.method, kind))
+        _attempt(plan.refused, lambda: check_kind(method, kind))
     return len(plan.refused) == before
 
 
@@ -165,7 +173,7 @@ def _build(method_class: type[Method], setup: Setup) -> Method:
         return method
 
 
-def _images(plan: Plan, data: Any, method: type[Method]) -> Any:
+def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:
     """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them."""
     try:
         return open_data(data, method)
@@ -179,7 +187,7 @@ def _images(plan: Plan, data: Any, method: type[Method]) -> Any:
         return SimpleNamespace(shape=shape, classes=0, class_names=[], labels=None, name=Path(data.path).name)
 
 
-def _attempt(lacking: list[str], make: Any) -> Any:
+def _attempt(lacking: list[str], make: Callable[[], T]) -> T | None:
     try:
         return make()
     except UserError as error:
@@ -206,10 +214,10 @@ def _without_network() -> Iterator[None]:
             os.environ["D2O_OFFLINE"] = before
 
 
-def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
+def _evaluator(plan: Plan, recipe: Recipe, e: Distance) -> Extractor | None:
     """The extractor of the recipe's `eval:` if it is here. What is not there, and what is not the protocol's, is
     listed."""
-    e, extractor, fetch = recipe.eval, None, ""
+    extractor, fetch = None, ""
     try:
         with _without_network():
             extractor = load_extractor(e.extractor)
@@ -235,7 +243,7 @@ def _evaluator(plan: Plan, recipe: Any) -> Extractor | None:
     return extractor
 
 
-def _check_metric(recipe: Any, method: Method, extractor: Extractor | None) -> None:
+def _check_metric(recipe: Recipe, method: Method, extractor: Extractor | None) -> None:
     """UserError: the recipe's `eval:` asks for what the method's product does not give, or has a network that does not
     take its images."""
     spec = method.spec()
@@ -291,15 +299,16 @@ def _student(path: Path) -> Student:
         return make_student(network, Spec.from_dict(meta["spec"], path), meta["student"])
 
 
-def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
+def _plan_pairs(plan: Plan, name: str, pairs: PairsSection, teacher: Teacher) -> None:
     """UserError: settings that do not fit the teacher, or a store of that name with others."""
-    pairs, folder, spec = recipe.pairs, pair_folder(recipe), teacher.spec
-    settings = pair_settings(recipe).resolved(spec.solver, spec.steps)
+    folder, spec = pair_folder(name, pairs), teacher.spec
+    given = pair_settings(name, pairs)
+    settings = given.resolved(spec.solver, spec.steps)
     settings.check()
     teacher.check_cfg(settings.cfg)
-    label_mode(settings.labels, spec.classes, spec.name)
+    check_asked(settings, spec)
     settings.ode.grid(teacher.schedule)
-    there = _pairs_there(recipe, folder)
+    there = _pairs_there(given, folder)
     if (missing := pairs.n - there) <= 0:
         return
     plan.first.append(
@@ -313,16 +322,12 @@ def _plan_pairs(plan: Plan, recipe: Any, teacher: Teacher) -> None:
     )
 
 
-def _pairs_there(recipe: Any, folder: Path | str) -> int:
+def _pairs_there(given: PairSettings, folder: Path | str) -> int:
     """Pairs that the recipe's store holds. UserError: it was made with other settings, or is damaged."""
     if store_folder(folder).manifest() is None:
         return 0
     opened, _, settings = open_store(folder)
-    different = [
-        line
-        for line in settings.differences(pair_settings(recipe))
-        if line.split(":")[0] not in ("n", "labels", "decode")
-    ]
+    different = [line for line in settings.differences(given) if line.split(":")[0] not in ("n", "labels", "decode")]
     if different:
         what = f"{folder} is a pair store with other settings: {', '.join(different)}"
         raise UserError(what, "leave these keys of `pairs:` away, or name another store")
@@ -330,13 +335,17 @@ def _pairs_there(recipe: Any, folder: Path | str) -> int:
     return sum(recorded[unit.file]["n"] for unit in settings.units() if unit.file in recorded)
 
 
-def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro: int) -> None:
+def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, micro: int) -> None:
     players = method.players()
     for name, network in players.items():
         plan.networks[name] = sum(p.numel() for p in network.parameters() if p.requires_grad)
         if held := count_parameters(network) - plan.networks[name]:
             plan.networks[f"{name} (frozen part)"] = held
-    frozen = plan.memory  # the teacher's weights, which every process has
+    for name, count in count_frozen(method).items():
+        if name != "teacher":  # that one is counted with what is done before training
+            plan.networks[f"{name} (frozen)"] = count
+            plan.memory[f"{name} weights"] = 4 * count
+    frozen = plan.memory  # what is only called, which every process has whole
     if not _passes(plan.refused, lambda: check_players(recipe, method, players, plan.processes)):
         return
     whole = memory_of(recipe, method, players, 1, shard=False)
@@ -350,10 +359,9 @@ def _plan_training(plan: Plan, recipe: Any, method: Method, setup: Setup, micro:
             1 if recipe.precision == "fp32" else 2
         )
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
-    if recipe.eval and recipe.eval.extractor and method.spec() is not None:
-        plan.calls[f"evaluation ({times(recipe)} x {recipe.eval.n:,} images)"] = (
-            times(recipe) * recipe.eval.n * method.nfe()
-        )
+    if recipe.eval and recipe.eval.distance and method.spec() is not None:
+        many, each = times(recipe), recipe.eval.samples
+        plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()
     product = whole["EMA"]
     states = product + sum(size for part, size in whole.items() if part != "gradients" and part != "EMA")
     plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))

@@ -1,4 +1,4 @@
-"""What a recipe may say: one typed, strict, frozen model per section.
+"""What a recipe may say: the sections that live with their readers, put together.
 
 Every field has a description with its unit and default (`describe` lists them). Nothing here reads files: that is
 `load.py`.
@@ -9,33 +9,21 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
+from d2o.data.data_section import DataSection
+from d2o.data.pairs_section import PairsSection
 from d2o.errors import UserError, unknown
 from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
-from d2o.recipes.sections import (
-    Batch,
-    Checkpoint,
-    Count,
-    Data,
-    Ema,
-    Eval,
-    Optim,
-    Pairs,
-    PreviewSection,
-    Section,
-    Seed,
-    StudentSection,
-    Text,
-    Threads,
-    TrackerSection,
-    field,
-)
+from d2o.settings.section import NonEmpty, Section, Seed, field
 from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, word
 from d2o.settings.yaml_text import dump
+from d2o.students.student_section import StudentSection
+from d2o.training.eval_section import EvalSection
+from d2o.training.train_section import TrainSection
 
 LOADER_KEYS = {
     "extends": "another recipe, by path (relative to this file) or name, with a variant or without (NAME:VARIANT), that"
@@ -48,8 +36,8 @@ LOADER_KEYS = {
 """Top-level keys that the loader uses up: they are in files, never in a `Recipe`."""
 
 
-class Recipe(Section):
-    """One run. `options` holds the method's own section, validated by that method's `Options`."""
+class SubjectSection(Section):
+    """What is trained, and from what."""
 
     name: str = field(
         ...,
@@ -58,81 +46,32 @@ class Recipe(Section):
         json_schema_extra={"words": "a name of letters, digits and . _ + - that begins with a letter or digit"},
     )
     title: str = field("", "one line for people")
-    method: Text = field(..., "training method; its own settings are in a section of that name (`-` written `_`)")
-    teacher: Text | None = field(None, "builtin name, or path of a checkpoint")
+    method: NonEmpty = field(..., "training method; its own settings are in a section of that name (`-` written `_`)")
+    teacher: NonEmpty | None = field(None, "builtin name, or path of a checkpoint")
     seed: Seed = field(0, "seed of everything random in training")
-    data: Data | None = field(None, "real images")
+    data: DataSection | None = field(None, "real images")
     network: dict[str, Any] | None = field(
         None, "architecture, for what is trained from scratch: `arch` and that network's arguments"
     )
     student: StudentSection = Field(StudentSection(), description="how the one-step generator starts")
-    pairs: Pairs | None = field(None, "teacher's samples to train on")
-    prompts: Text | None = field(
+    pairs: PairsSection | None = field(None, "teacher's samples to train on")
+    prompts: NonEmpty | None = field(
         None,
         "file of prompts (txt, jsonl, parquet), for teachers that take text: those that a method draws from, or, with"
         " `data:`, one for each image in their order (default none: those of `pairs:`)",
     )
-    optim: Optim = field(..., "optimiser")
-    optim_critic: Optim | None = field(None, "second optimiser, of methods with two players (default none: as optim)")
-    optim_critics: dict[str, Optim] = field(
-        {},
-        "optimisers of networks by name, for methods with several critics or where their rates differ (default: none;"
-        " optim of the product, optim_critic of the others)",
-    )
-    strategy: Literal["replicate", "shard"] = field(
-        "replicate",
-        "of several processes: each holds all trained networks, or its share of every one (FSDP): weights, gradients,"
-        " moments and average",
-    )
-    ema: Ema = Field(Ema(), description="moving average of the weights (default: no average)")
-    batch: Batch = field(..., "images per iteration, all processes together")
-    micro_batch: Batch | None = field(
-        None, "images per process and forward pass (default none: as large as the share of the batch)"
-    )
-    images: Count = field(..., "length of training in images")
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
-        "fp32",
-        "fp32; bf16 autocast; fp16 autocast with dynamic loss scaling; auto: bf16 where the processor computes in it."
-        " The run's recipe.yaml says what was chosen",
-    )
-    channels_last: bool | Literal["auto"] = field(
-        "auto",
-        "keep images and weights in channels-last memory order; auto: where that is faster. The run's recipe.yaml says"
-        " what was chosen",
-    )
-    checkpointing: bool = field(
-        False, "recompute activations in the backward pass instead of keeping them: less memory, a third more computing"
-    )
-    compile: bool = field(False, "compile the networks (torch.compile)")
-    bad_gradients: Literal["raise", "skip", "zero"] = field(
-        "raise", "infinite or undefined gradients: stop, skip the iteration, or zero them; counted"
-    )
-    threads: Threads | Literal["auto"] | None = field(
-        None,
-        "CPU threads of torch; auto: a few iterations are measured with one and with all, the faster is kept, and the"
-        " run's recipe.yaml says which (default none: torch's choice)",
-    )
-    log_every: Count = field(20, "iterations between two lines of metrics.jsonl")
-    eval: Eval | None = field(None, "metric measured on the way")
-    tracker: TrackerSection | None = field(
-        None, "where the log goes besides metrics.jsonl and TensorBoard: wandb or mlflow, or a section"
-    )
-    preview: PreviewSection | None = field(None, "grids of samples on the way")
-    checkpoint: Checkpoint = Field(Checkpoint(), description="what is kept on the way")
+
+
+class Recipe(TrainSection, SubjectSection):
+    """One run. `options` holds the method's own section, validated by that method's `Options`."""
+
     reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
     _options: Any = PrivateAttr(None)
     _notes: list[str] = PrivateAttr(default_factory=list)
 
-    @field_validator("micro_batch")
-    @classmethod
-    def _part_of_batch(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and value > info.data.get("batch", value):
-            raise ValueError(f"expected at most batch = {info.data['batch']}, got {value}")
-        return value
-
     @field_validator("eval")
     @classmethod
-    def _has_its_images(cls, value: Eval | None, info: ValidationInfo) -> Eval | None:
+    def _has_its_images(cls, value: EvalSection | None, info: ValidationInfo) -> EvalSection | None:
         if value is not None and value.reference == "data" and "data" in info.data and info.data["data"] is None:
             raise ValueError("reference: data means the recipe's own images, and it has no `data:` section")
         return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2o.recipes.sections import Pairs
+from d2o.data.pairs_section import PairsSection
 
 
 def fill_from_store(data: dict[str, Any], begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def fill_from_store(data: dict[str, Any], begun: Mapping[str, Any] | None = None
         found, teacher = before, begun.get("teacher")
     else:
         found, teacher = _said_by(path)
-    known = {key: value for key, value in found.items() if key in Pairs.model_fields}
+    known = {key: value for key, value in found.items() if key in PairsSection.model_fields}
     filled = {**data, "pairs": {**known, **pairs}}
     return {**filled, "teacher": teacher} if filled.get("teacher") is None and teacher is not None else filled
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from d2o.errors import UserError, nearest
 from d2o.interop.outputs import check_output
+from d2o.recipes.former import FORMER, KINDS
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe, section_key, shape_of
 from d2o.settings.wording import dotted, is_section
@@ -88,6 +89,8 @@ def _axis(text: str, method: str) -> Axis:
     path = tuple(name.split("."))
     if path[0] not in shape.keys(()) and path[0] in shape.keys((own,)):
         path = (own, *path)
+    if path[0] == FORMER and own in KINDS:  # as the section was called
+        path = (own, *path[1:])
     schema = shape.at(path)
     if schema is None:
         known = [dotted(p) for p in shape.paths()]

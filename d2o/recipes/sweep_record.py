@@ -12,6 +12,8 @@ from d2o.inputs import JsonObject, read_json
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import atomic_write, read_meta
 from d2o.recipes.changes import forbidden
+from d2o.recipes.former import renewed_key
+from d2o.recipes.schema import Recipe
 from d2o.recipes.sweep import Sweep
 from d2o.reports.curves import HIGHER_IS_BETTER, read_curves
 from d2o.reports.sweep_chart import Line, sweep_chart
@@ -85,7 +87,20 @@ def _read(folder: Path) -> JsonObject | None:
         return None
     if not isinstance(record, dict) or record.get("format") != FORMAT["format"]:
         raise UserError(f"{path} is not the record of a sweep", "choose another --out")
-    return record
+    return _renewed(record, path)
+
+
+def _renewed(record: JsonObject, path: Path) -> JsonObject:
+    """The record as this version writes it: settings that have come since at their defaults, keys as they are called
+    now. UserError: the recipe in it is none."""
+    recipe = record["recipe"]
+    settings = [{renewed_key(key, recipe): v for key, v in m["settings"].items()} for m in record["members"]]
+    return {
+        **record,
+        "keys": [renewed_key(key, recipe) for key in record["keys"]],
+        "members": [{**m, "settings": now} for m, now in zip(record["members"], settings, strict=True)],
+        "recipe": Recipe.from_dict(recipe, str(path)).resolved(),
+    }
 
 
 def _member(

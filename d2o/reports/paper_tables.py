@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
 from d2o.evaluation.known_metrics import METRICS, parse_metrics
@@ -28,6 +28,7 @@ from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.settings.recipe_names import is_shipped, parted
+from d2o.settings.section import Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
 from d2o.settings.yaml_text import Mark, Problems, build, plain, read
 from d2o.shipped import shown, table_folders
@@ -42,12 +43,6 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
-class TableSection(BaseModel):
-    """No unknown keys, no silent conversions, no changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
 def _optional(cls: type) -> dict[str, Any]:
     """Every field of a dataclass as one that may be left away."""
     hints = get_type_hints(cls)
@@ -56,7 +51,7 @@ def _optional(cls: type) -> dict[str, Any]:
 
 RowOptions = create_model(
     "Options",
-    __base__=TableSection,
+    __base__=Section,
     metrics=(list[NonEmpty], None),
     extractor=(NonEmpty, None),
     teacher=(NonEmpty, None),
@@ -65,7 +60,7 @@ RowOptions = create_model(
 """Options of `d2o eval` as a table gives them: the names of the command line with `_` for `-`."""
 
 
-class PaperRow(TableSection):
+class PaperRow(Section):
     """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
     standard deviation].
 
@@ -95,7 +90,7 @@ class PaperRow(TableSection):
         return f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
 
 
-class PaperTable(TableSection):
+class PaperTable(Section):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
     names one."""
 

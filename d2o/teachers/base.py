@@ -239,7 +239,7 @@ def embed_labels(spec: Spec, condition: Condition | Embedded, device: torch.devi
     return None if condition.labels is None else condition.labels.to(device)
 
 
-def check_labels(spec: Spec, labels: Any, batch: int) -> Tensor | None:
+def check_labels(spec: Spec, labels: Embedded, batch: int) -> Tensor | None:
     """Class indices fit for `spec`: None stays None without classes. -1 means "no class". UserError otherwise."""
     if spec.condition == "none":
         if labels is not None:

@@ -134,7 +134,7 @@ def _try_out(teacher: Teacher, path: Path) -> None:
 def _stable_diffusion(
     folder: Components,
     name: str,
-    device: Any,
+    device: str | torch.device,
     dtype: torch.dtype | None,
     licence: str,
     sdxl_uncond: str | None,
@@ -207,7 +207,7 @@ def _text(folder: Components, origin: str, device: str | torch.device) -> TextEn
 def _stable_diffusion_3(
     folder: Components,
     name: str,
-    device: Any,
+    device: str | torch.device,
     dtype: torch.dtype | None,
     licence: str,
     origin: str,
@@ -248,7 +248,9 @@ def _stable_diffusion_3(
     return StableDiffusion3Teacher(transformer, latents, text, schedule, spec, device, dtype)
 
 
-def _unet2d(folder: Components, name: str, device: Any, dtype: torch.dtype | None, licence: str) -> UNet2DTeacher:
+def _unet2d(
+    folder: Components, name: str, device: str | torch.device, dtype: torch.dtype | None, licence: str
+) -> UNet2DTeacher:
     schedule, prediction, clip = discrete_schedule(folder)
     config = folder.config("unet")
     if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type") is not None:

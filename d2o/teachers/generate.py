@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o.data.draws import label_mode
 from d2o.data.pair_files import ShardContent, adopt_shard, shard_record, store_folder, write_shard
 from d2o.data.pair_reading import read_shard
 from d2o.data.pair_record import check_manifest
@@ -26,7 +27,7 @@ from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import Say, StopFlag, Stopped, worker
-from d2o.teachers.base import Teacher
+from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import Compute, changes, join_compute, torch_threads, tune
 from d2o.teachers.pair_maker import Maker
 from d2o.teachers.registry import load_teacher
@@ -217,31 +218,35 @@ def _begun_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit) -> 
     return tensors if record == shard_record(manifest, before) else {}
 
 
-def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -> Prompts | None:
-    """The prompts where the teacher takes text. UserError: none given, or given to another."""
-    if teacher.spec.condition != "text":
+def check_asked(settings: PairSettings, spec: Spec) -> None:
+    """UserError: labels or prompts that a teacher of that `spec` does not take, or no prompts for one that does."""
+    if spec.condition != "text":
         if settings.prompts is not None:
             raise UserError(
-                f"teacher {teacher.spec.name!r} takes no prompts (condition: {teacher.spec.condition})",
-                "leave --prompts away",
+                f"teacher {spec.name!r} takes no prompts (condition: {spec.condition})", "leave --prompts away"
             )
-        return None
+        label_mode(settings.labels, spec.classes, spec.name)
+        return
     if settings.prompts is None:
         raise UserError(
-            f"teacher {teacher.spec.name!r} is conditioned on text",
-            "give --prompts FILE (.txt, one a line; .jsonl; .parquet)",
+            f"teacher {spec.name!r} is conditioned on text", "give --prompts FILE (.txt, one a line; .jsonl; .parquet)"
         )
     if settings.labels not in ("random", "none", "text"):
-        raise UserError(
-            f"teacher {teacher.spec.name!r} is conditioned on text; it takes no labels", "leave --labels away"
-        )
+        raise UserError(f"teacher {spec.name!r} is conditioned on text; it takes no labels", "leave --labels away")
+
+
+def _prompts(settings: PairSettings, teacher: Teacher, opened: Prompts | None) -> Prompts | None:
+    """The prompts where the teacher takes text. UserError as `check_asked`."""
+    check_asked(settings, teacher.spec)
+    if settings.prompts is None:
+        return None
     return opened if opened is not None else open_prompts(settings.prompts)
 
 
 class _Timing:
     """How fast this worker is, for `d2o pairs --stats`: kept beside the store, and no part of what it holds."""
 
-    def __init__(self, folder: Any, teacher: Teacher):
+    def __init__(self, folder: SharedFolder, teacher: Teacher):
         self.folder, self.begun, self.pairs = folder, time.perf_counter(), 0
         device = torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else teacher.device.type
         self.name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"

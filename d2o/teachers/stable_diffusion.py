@@ -61,7 +61,7 @@ class TextTeacher(Teacher):
     def embed(self, condition: Condition | Embedded) -> Embedded:
         """Prompts -> Text on the teacher's device, float32, cut after 77 tokens. UserError: class labels, or
         nothing."""
-        return embed_prompts(self.spec, condition, self.text)
+        return embed_prompts(self.spec, condition, lambda prompts: self.text(prompts).to(self.device))
 
     def expect_prompts(self, repeated: bool) -> None:
         self.prompts.limit = self.prompts.usual if repeated else 0
@@ -72,7 +72,7 @@ class TextTeacher(Teacher):
         return self.prompts.empty
 
     def unconditional(self, embedded: Any) -> Text:
-        empty, rows = self.empty, len(embedded)
+        empty, rows = self.empty.to(self.device), len(embedded)
         return Text(empty.states.expand(rows, -1, -1), None if empty.pooled is None else empty.pooled.expand(rows, -1))
 
     def check_condition(self, text: Any, batch: int) -> Any:

@@ -4,18 +4,21 @@ that."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from d2o.networks.processor import AUTO, bf16_unit, chosen_precision, explain_precision, prefers_channels_last
 
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
+
 CHOSEN = ("precision", "channels_last", "threads")
 """Keys that may say `auto`."""
 
 
-def as_begun(recipe: Any, before: Any) -> Any:
+def as_begun(recipe: Recipe, before: Recipe | None) -> Recipe:
     """The recipe with what the run that was begun with `before` has chosen, in place of `auto`. Both are recipes;
     `before` may be None."""
     if before is None:
@@ -24,8 +27,8 @@ def as_begun(recipe: Any, before: Any) -> Any:
 
 
 def choose(
-    recipe: Any, product: nn.Module, device: torch.device, say: Callable[[str], None], sharded: bool = False
-) -> Any:
+    recipe: Recipe, product: nn.Module, device: torch.device, say: Callable[[str], None], sharded: bool = False
+) -> Recipe:
     """The recipe with precision and memory order for that network on that device in place of `auto`; says so.
     (`threads`: threads.py.)"""
     changes: dict[str, Any] = {}

@@ -43,7 +43,7 @@ def settle_threads(trainer: Trainer) -> None:
             why = ", ".join(f"{n}: {recipe.batch / seconds:,.0f} images/s" for n, seconds in found.items())
         trainer.recipe = recipe = recipe.model_copy(update={"threads": threads})
         trainer.say(f"threads {threads} (auto: {why})")
-    if recipe.threads:
+    if isinstance(recipe.threads, int):  # no longer `auto`
         torch.set_num_threads(recipe.threads)
 
 

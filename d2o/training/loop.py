@@ -25,6 +25,8 @@ from d2o.training.choices import choose
 from d2o.training.divergence import BAD, check_weights
 from d2o.training.due import Calendar, Due
 from d2o.training.ema import EMA
+from d2o.training.frozen import hold_frozen
+from d2o.training.gather import gather_pools
 from d2o.training.journal import Journal, Progress
 from d2o.training.parts import Parts
 from d2o.training.player import Player
@@ -32,7 +34,7 @@ from d2o.training.precision import LossScale, autocast
 from d2o.training.preview import Preview
 from d2o.training.products import Products
 from d2o.training.scoring import Scoring
-from d2o.training.setup import first_prompts, learned_solver
+from d2o.training.setup import first_prompts, learned_cfg, learned_solver
 from d2o.training.share import checkpointed, divide, optimisers
 from d2o.training.strategy import make_strategy
 
@@ -65,9 +67,11 @@ class Trainer:
         self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
+        hold_frozen(self.method, self.device)
         networks = {name: net.to(self.device).train() for name, net in self.method.players().items()}
         self.strategy = make_strategy(recipe, self.device, world)
         self.recipe = recipe = choose(recipe, networks[self.method.product], self.device, say, self.strategy.shards)
+        gather_pools(networks.values(), rank, world)
         freeze(networks[self.method.product], recipe.student.freeze)
         if recipe.checkpointing:
             checkpointed(recipe, networks, setup.teacher)
@@ -279,7 +283,7 @@ class Trainer:
             solver,
             self.device,
             first_prompts(self.setup, recipe.preview.n),
-            recipe.pairs.cfg if recipe.pairs else 1.0,
+            learned_cfg(recipe),
         )
 
     def show(self, preview: Preview | None) -> None:
@@ -293,8 +297,9 @@ class Trainer:
         """Score the EMA product; the first process keeps it as `best` if it is, which is seen once the state is saved
         that knows of it."""
         check_weights({"the average": self.ema.network}, self.iteration, self.saved, self.strategy.agreed)
+        assert self.recipe.eval is not None
         network, metric = self.product.averaged(), self.recipe.eval.metric
-        scores = self.evaluation.scores(network, self.generator(network), self.iteration)
+        scores = self.evaluation.scores(self.recipe.eval, network, self.generator(network), self.iteration)
         if self.rank == 0:
             self.journal.write(self.iteration, self.images, eval=scores)
             self.scores = scores

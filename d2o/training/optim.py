@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
-    from d2o.recipes.sections import Optim
+    from d2o.training.optim_section import OptimSection
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "sgd": torch.optim.SGD}
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], options: Optim) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimSection) -> torch.optim.Optimizer:
     """The optimiser of named parameters. Foreach or fused kernels wherever torch has them. UserError: a pattern of
     `no_decay` that fits no name."""
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
@@ -32,7 +32,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], options: Optim) -> t
     return OPTIMIZERS[options.name](groups, fused=fused, foreach=not fused, **common)
 
 
-def decay_groups(parameters: Mapping[str, nn.Parameter], options: Optim) -> list[dict[str, Any]]:
+def decay_groups(parameters: Mapping[str, nn.Parameter], options: OptimSection) -> list[dict[str, Any]]:
     """Those that weight decay takes, and those whose names fit `options.no_decay`, which have none."""
     spared = {name for name in parameters if any(fnmatchcase(name, pattern) for pattern in options.no_decay)}
     for pattern in options.no_decay:
@@ -47,7 +47,7 @@ def decay_groups(parameters: Mapping[str, nn.Parameter], options: Optim) -> list
     return [group for group in groups if group["params"]] or groups[:1]
 
 
-def learning_rate(options: Optim, iteration: int, total: int) -> float:
+def learning_rate(options: OptimSection, iteration: int, total: int) -> float:
     """The rate of 0-based `iteration`: linear warm-up over `warmup` iterations, then constant, cosine or linear decay
     to `final_lr` at `total`."""
     if iteration < options.warmup:
@@ -110,7 +110,7 @@ class GradientGuard:
         return count
 
 
-def clip(gradients: list[Tensor], options: Optim, norm: Callable[[list[Tensor]], Tensor] = norm) -> None:
+def clip(gradients: list[Tensor], options: OptimSection, norm: Callable[[list[Tensor]], Tensor] = norm) -> None:
     """Clip by global norm and by value, as the recipe says, in place. `norm`: as this module's, or of the parts of all
     processes."""
     if options.clip_norm is not None and gradients:

@@ -18,7 +18,8 @@ from d2o.training.strategy import Replicate, check_strategy, is_share, whole
 if TYPE_CHECKING:
     from d2o.methods.base import Method
     from d2o.recipes.schema import Recipe
-    from d2o.recipes.sections import Ema, Optim
+    from d2o.training.ema_section import EmaSection
+    from d2o.training.optim_section import OptimSection
     from d2o.training.precision import LossScale
 
 
@@ -34,10 +35,10 @@ class Player:
         self,
         name: str,
         network: nn.Module,
-        options: Optim,
+        options: OptimSection,
         strategy: Replicate,
         bad_gradients: str = "raise",
-        average: Ema | None = None,
+        average: EmaSection | None = None,
     ):
         self.name, self.network, self.options, self.strategy = name, network, options, strategy
         empty = outline(network) if average is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,43 +21,46 @@ from d2o.methods.base import Method
 from d2o.runtime import Say
 from d2o.training import distributed
 
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
+    from d2o.training.eval_section import EvalSection
+
 OWN_IMAGES = "data"
 """Reference of an `eval:` section: the recipe's own images."""
 
 
-def open_evaluator(recipe: Any, device: torch.device) -> FrechetEvaluator | None:
+def open_evaluator(recipe: Recipe, device: torch.device) -> FrechetEvaluator | None:
     """What the recipe's `eval:` measures with; None where it measures no distance. Networks and statistics stay in
     memory for later calls.
 
     UserError, as `d2o eval` words it: weights or statistics that are absent (what to fetch, where to put it), or not
     those of the protocol.
     """
-    e = recipe.eval
-    if e is None or e.extractor is None:
+    asked = None if recipe.eval is None else recipe.eval.distance
+    if asked is None:
         return None
-    return FrechetEvaluator(
-        e.extractor, e.reference, device, e.protocol, recipe.data if e.reference == OWN_IMAGES else None
-    )
+    own = recipe.data if asked.reference == OWN_IMAGES else None
+    return FrechetEvaluator(asked.extractor, asked.reference, device, asked.protocol, own)
 
 
-def times(recipe: Any) -> int:
+def times(recipe: Recipe) -> int:
     """Measurements of the whole run; the last one is at its end."""
     return 0 if recipe.eval is None else -(-recipe.images // recipe.eval.every)
 
 
-def cost(recipe: Any, nfe: int) -> str:
+def cost(recipe: Recipe, e: EvalSection, nfe: int) -> str:
     """What the evaluations of a run are and take, in one line."""
-    e, many = recipe.eval, times(recipe)
+    many = times(recipe)
     how = f"protocol {e.protocol}, " if e.protocol else ""
     reference = "the training images" if e.reference == OWN_IMAGES else e.reference
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
     return (
-        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.n:,} images to {reference}, every {e.every:,} images:"
-        f" {e.n * many:,} images of {calls} each, beside training on {recipe.images:,}"
+        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.samples:,} images to {reference}, every {e.every:,}"
+        f" images: {e.samples * many:,} images of {calls} each, beside training on {recipe.images:,}"
     )
 
 
-def same_measure(before: dict[str, Any] | None, now: Any) -> bool:
+def same_measure(before: dict[str, Any] | None, now: EvalSection | None) -> bool:
     """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured
     now."""
     if now is None:
@@ -73,7 +76,7 @@ class Scoring:
 
     def __init__(
         self,
-        recipe: Any,
+        recipe: Recipe,
         method: Method,
         folder: Path,
         device: torch.device,
@@ -115,17 +118,17 @@ class Scoring:
 
     def announce(self) -> None:
         """Say what is measured and how much that is."""
-        if self.recipe.eval is None or self.recipe.eval.extractor is None or self.spec is None:
+        e = self.recipe.eval
+        if e is None or e.distance is None or self.spec is None:
             return
-        self.say(
-            cost(self.recipe, self.method.nfe()) + (f", shared by {self.world} processes" if self.world > 1 else "")
-        )
+        shared = f", shared by {self.world} processes" if self.world > 1 else ""
+        self.say(cost(self.recipe, e, self.method.nfe()) + shared)
 
-    def scores(self, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
-        """Numbers about the product; all processes call this, the first one gets them. UserError: not the metric that
-        the recipe asks for."""
-        e, started = self.recipe.eval, time.perf_counter()
-        found = self.distance(generate, iteration) if self.spec is not None and e.extractor is not None else {}
+    def scores(self, e: EvalSection, product: nn.Module, generate: Generate, iteration: int) -> dict[str, float]:
+        """Numbers about the product, by the recipe's `eval:`; all processes call this, the first one gets them.
+        UserError: not the metric that the recipe asks for."""
+        started = time.perf_counter()
+        found = self.distance(e, generate, iteration) if self.spec is not None and e.distance is not None else {}
         if self.rank != 0:
             return {}
         scores = {**self.method.validate(product), **found}
@@ -140,20 +143,20 @@ class Scoring:
                 self.say(f"that evaluation took {seconds:.0f} s; {left} more: about {left * seconds / 60:.0f} minutes")
         return scores
 
-    def distance(self, generate: Generate, iteration: int) -> dict[str, float]:
-        e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
+    def distance(self, e: EvalSection, generate: Generate, iteration: int) -> dict[str, float]:
+        evaluator = open_evaluator(self.recipe, self.device)
         assert evaluator is not None and self.spec is not None
         if self.rank == 0:  # what a killed run left, of several processes or one
             sweep(self.work.parent, self.work.name)
             discard(self.work)
         if self.world == 1:
-            return evaluator.score(generate, self.spec, n=e.n, seed=e.seed, batch=e.batch, prompts=self.prompts)
+            return evaluator.score(generate, self.spec, n=e.samples, seed=e.seed, batch=e.batch, prompts=self.prompts)
         distributed.barrier(self.world)
         place = Workplace(self.work)
         found = evaluator.score(
             generate,
             self.spec,
-            n=e.n,
+            n=e.samples,
             seed=e.seed,
             batch=e.batch,
             place=place,

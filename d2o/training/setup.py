@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from d2o.data.data_section import DataSection
 from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.pair_settings import PairSettings
+from d2o.data.pairs_section import PairsSection
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.data.stored_latents import LatentSet, open_set
 from d2o.diffusion.solvers import Solver
@@ -30,32 +32,41 @@ from d2o.training.player import check_players
 from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
 
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
 
-def pair_folder(recipe: Any) -> Path | str:
-    """Where the recipe's pairs are, or will be: `pairs.path`, or a name made of the settings under runs/pairs."""
-    pairs = recipe.pairs
+
+def pair_folder(teacher: str, pairs: PairsSection) -> Path | str:
+    """Where a recipe's pairs are, or will be: `pairs.path`, or a name made of the settings under runs/pairs."""
     if pairs.path:
         return pairs.path if "://" in pairs.path else Path(pairs.path)
-    return pair_settings(recipe).folder(pairs.precision)
+    return pair_settings(teacher, pairs).folder(pairs.precision)
 
 
-def pair_settings(recipe: Any) -> PairSettings:
-    pairs = recipe.pairs
+def pair_settings(teacher: str, pairs: PairsSection) -> PairSettings:
+    """The settings of the store that a recipe's teacher and `pairs:` stand for."""
     names = [field.name for field in fields(PairSettings) if field.name != "teacher" and hasattr(pairs, field.name)]
-    return PairSettings(recipe.teacher, **{name: getattr(pairs, name) for name in names})
+    return PairSettings(teacher, **{name: getattr(pairs, name) for name in names})
 
 
-def learned_solver(recipe: Any, teacher: Teacher | None) -> Solver | None:
+def learned_solver(recipe: Recipe, teacher: Teacher | None) -> Solver | None:
     """The solver whose output the student learns to make: that of its pairs, else the teacher's own (for stochastic
     pairs, too: what each of their samples was drawn with is not drawn again). None without a teacher."""
-    if teacher is None:
+    if teacher is None or recipe.teacher is None:
         return None
     own = teacher.solver()
-    pairs = own if recipe.pairs is None else pair_settings(recipe).resolved(own.name, own.steps).ode
+    if recipe.pairs is None:
+        return own
+    pairs = pair_settings(recipe.teacher, recipe.pairs).resolved(own.name, own.steps).ode
     return own if pairs.stochastic else pairs
 
 
-def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
+def learned_cfg(recipe: Recipe) -> float:
+    """The teacher's guidance in what the student learns: that of its pairs, else the method's own; 1: none."""
+    return recipe.pairs.cfg if recipe.pairs is not None else getattr(recipe.options, "cfg", 1.0)
+
+
+def open_data(data: DataSection, method: type[Method]) -> ImageSet | LatentSet:
     """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is
     at the path; UserError as
     `open_set`, or: the method takes no stored latents."""
@@ -77,12 +88,12 @@ def open_data(data: Any, method: type[Method]) -> ImageSet | LatentSet:
     return found
 
 
-def licence_of(recipe: Any) -> str:
+def licence_of(recipe: Recipe) -> str:
     """The licence of the recipe's images."""
     return UNSTATED if recipe.data is None or recipe.data.licence is None else recipe.data.licence
 
 
-def prompts_of(recipe: Any, text: bool) -> Prompts | None:
+def prompts_of(recipe: Recipe, text: bool) -> Prompts | None:
     """The prompts that the recipe names, here or for its pairs; None where the method has them from its pairs alone.
     UserError: none for a teacher that takes prompts (`text`), or some for another."""
     path = recipe.prompts or (recipe.pairs.prompts if recipe.pairs else None)
@@ -116,7 +127,7 @@ def check_captions(setup: Setup) -> None:
 
 
 def prepare(
-    recipe: Any,
+    recipe: Recipe,
     device: torch.device,
     start: str | Path | None,
     say: Say,
@@ -171,13 +182,13 @@ def prepare(
     if needs == "pairs":
         if recipe.pairs is None or recipe.teacher is None:
             raise UserError(f"method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
-        folder, p = pair_folder(recipe), recipe.pairs
+        folder, p = pair_folder(recipe.teacher, recipe.pairs), recipe.pairs
         try_out(recipe, setup)
         compute = Compute(
             p.batch, precision=p.precision, channels_last=None if p.channels_last == "auto" else p.channels_last
         )
         setup.pairs = make_pairs(
-            pair_settings(recipe),
+            pair_settings(recipe.teacher, p),
             folder,
             compute=compute,
             say=say,
@@ -190,7 +201,7 @@ def prepare(
     return setup
 
 
-def try_out(recipe: Any, setup: Setup) -> None:
+def try_out(recipe: Recipe, setup: Setup) -> None:
     """UserError: what the method, the number of processes or the evaluation would refuse once the pairs are made."""
     rank, world = worker()
     divide(recipe, rank, world)

@@ -4,7 +4,7 @@ recomputed."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,14 +15,15 @@ from d2o.teachers.base import Teacher
 
 if TYPE_CHECKING:
     from d2o.recipes.schema import Recipe
-    from d2o.recipes.sections import Optim
+    from d2o.training.optim_section import OptimSection
 
 
-def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int], int]:
+def divide(recipe: Recipe, rank: int = 0, world: int = 1) -> tuple[tuple[int, int], int]:
     """(start, stop) of this process's part of the global batch, and the size of its micro-batches.
 
     Micro-batches are contiguous and begin at multiples of their size, so that what a loss takes together
-    (`Method.micro_multiple` samples in a row) is the same on any machine. UserError: a batch that does not divide like
+    (`Method.micro_multiple` samples in a row) is the same on any machine; or the processes take it together
+    (`Method.pools_across`), each its share at once. UserError: a batch that does not divide like
     this.
     """
     batch = recipe.batch
@@ -32,8 +33,10 @@ def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int],
     micro = min(recipe.micro_batch or size, size)
     if size % micro:
         raise UserError(f"micro_batch: {micro} does not divide the {size} samples of each process")
-    together = get_method(recipe.method).micro_multiple(recipe.options)
-    if micro % together:
+    method = get_method(recipe.method)
+    together = method.micro_multiple(recipe.options, batch)
+    across = method.pools_across and micro == size and batch % together == 0  # the processes take them together
+    if micro % together and not across:
         what = f"method {recipe.method} takes {together} samples in a row together"
         if recipe.micro_batch is not None and micro == recipe.micro_batch:
             raise UserError(
@@ -44,7 +47,7 @@ def divide(recipe: Any, rank: int = 0, world: int = 1) -> tuple[tuple[int, int],
     return (rank * size, (rank + 1) * size), micro
 
 
-def optimisers(recipe: Recipe, method: Method, players: Sequence[str]) -> dict[str, Optim]:
+def optimisers(recipe: Recipe, method: Method, players: Sequence[str]) -> dict[str, OptimSection]:
     """The optimiser's settings of each player: of its own name in `optim_critics`, else `optim` of the product and
     `optim_critic` of the others, as the method changes them. UserError: a name of no player."""
     for name in recipe.optim_critics:
@@ -57,7 +60,7 @@ def optimisers(recipe: Recipe, method: Method, players: Sequence[str]) -> dict[s
     return {name: method.optim(name, recipe.optim_critics.get(name, given[name])) for name in players}
 
 
-def checkpointed(recipe: Any, networks: Mapping[str, nn.Module], teacher: Teacher | None = None) -> None:
+def checkpointed(recipe: Recipe, networks: Mapping[str, nn.Module], teacher: Teacher | None = None) -> None:
     """Let those of the networks that can do it recompute their activations; the teacher too, as some methods take
     gradients through it.
     UserError: none of the networks can."""

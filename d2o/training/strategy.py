@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from d2o.recipes.schema import Recipe
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGE = 2**25
 """Numbers of a block from which on the blocks inside it are gathered one by one too."""
 
@@ -85,6 +88,8 @@ class Shard(Replicate):
         from torch.distributed.device_mesh import init_device_mesh
 
         super().__init__(device, world)
+        if device.type == "cpu":
+            return_freed_memory()
         self.mesh = init_device_mesh(device.type, (world,))
         self.divided: set[int] = set()  # ids of the gradients that are a share; the others are whole
         self.kept: set[FSDPModule] = set()  # gathered until the end of the backward pass, see `_keep`
@@ -192,6 +197,15 @@ def check_strategy(recipe: Recipe, world: int) -> None:
         raise UserError("channels_last: strategy shard divides rows of weights in their usual order", "leave it away")
     if recipe.compile:
         raise UserError("compile: torch.compile has not been tried with strategy shard", "compile: false")
+
+
+def return_freed_memory() -> None:
+    """Have the C library give large pieces of memory back when they are freed, as gathered blocks are, instead
+    of keeping them for later. On systems whose library has no such switch nothing happens."""
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            library.mallopt(parameter, 2**18)
 
 
 def divides(parameter: nn.Parameter, world: int) -> bool:

@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write
+
+if TYPE_CHECKING:
+    from d2o.recipes.schema import Recipe
+    from d2o.training.tracker_section import TrackerSection
 
 FILE = "tracker.json"
 _NEEDED = {"wandb": "init", "mlflow": "MlflowClient"}
@@ -38,21 +42,22 @@ class Service(Protocol):
     def close(self) -> None: ...
 
 
-def check_tracker(recipe: Any) -> None:
+def check_tracker(recipe: Recipe) -> None:
     """UserError where the recipe's tracker is not installed."""
     if recipe.tracker is not None:
         _package(recipe.tracker.name)
 
 
-def tracked(log: Any, recipe: Any, folder: Path, say: Callable[[str], None]) -> Any:
+def tracked(log: Any, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Any:
     """The log, which also goes to the recipe's tracker if it names one. UserError: not installed, or it cannot be
     reached."""
     if recipe.tracker is None:
         return log
-    name, path = recipe.tracker.name, folder / FILE
+    asked, path = recipe.tracker, folder / FILE
+    name = asked.name
     known = _recorded(path).get(name)
     try:
-        service = SERVICES[name](_package(name), recipe, folder, known)
+        service = SERVICES[name](_package(name), recipe, asked, folder, known)
     except UserError:
         raise
     except Exception as error:  # whatever these packages raise: no account, no server, a run that was deleted there
@@ -104,11 +109,11 @@ class _Tracked:
 
 
 class _Wandb:
-    def __init__(self, wandb: Any, recipe: Any, folder: Path, known: str | None):
-        settings = wandb.Settings(base_url=recipe.tracker.uri) if recipe.tracker.uri else None
+    def __init__(self, wandb: Any, recipe: Recipe, asked: TrackerSection, folder: Path, known: str | None):
+        settings = wandb.Settings(base_url=asked.uri) if asked.uri else None
         self.run = wandb.init(
-            project=recipe.tracker.project,
-            name=recipe.tracker.run or recipe.name,
+            project=asked.project,
+            name=asked.run or recipe.name,
             id=known,
             resume="allow",
             dir=str(folder),
@@ -125,15 +130,13 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, mlflow: Any, recipe: Any, folder: Path, known: str | None):
-        self.metric, self.client = mlflow.entities.Metric, mlflow.MlflowClient(tracking_uri=recipe.tracker.uri)
+    def __init__(self, mlflow: Any, recipe: Recipe, asked: TrackerSection, folder: Path, known: str | None):
+        self.metric, self.client = mlflow.entities.Metric, mlflow.MlflowClient(tracking_uri=asked.uri)
         self.sent: dict[str, int] = {}
         if known is None:
-            found = self.client.get_experiment_by_name(recipe.tracker.project)
-            experiment = (
-                found.experiment_id if found is not None else self.client.create_experiment(recipe.tracker.project)
-            )
-            run = self.client.create_run(experiment, run_name=recipe.tracker.run or recipe.name)
+            found = self.client.get_experiment_by_name(asked.project)
+            experiment = found.experiment_id if found is not None else self.client.create_experiment(asked.project)
+            run = self.client.create_run(experiment, run_name=asked.run or recipe.name)
             for key, value in _flat(recipe.resolved()).items():
                 self.client.log_param(run.info.run_id, key, value)
         else:
@@ -153,7 +156,10 @@ class _Mlflow:
         self.client.set_terminated(self.id)
 
 
-SERVICES: dict[str, Callable[[Any, Any, Path, str | None], Service]] = {"wandb": _Wandb, "mlflow": _Mlflow}
+SERVICES: dict[str, Callable[[Any, Recipe, TrackerSection, Path, str | None], Service]] = {
+    "wandb": _Wandb,
+    "mlflow": _Mlflow,
+}
 
 
 def _package(name: str) -> Any:

@@ -163,3 +163,24 @@ def test_what_is_refused_is_refused_before_pairs_are_made_and_leaves_nothing(
         main(["train", *words])
     assert done.value.code == 2 and said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_text_student_is_planned_without_its_weights(plan, tmp_path):
+    (tmp_path / "p.txt").write_text("a handwritten two\n")
+    common = "teacher: tiny-sd\noptim: {lr: 1.0e-3}\nbatch: 2\nimages: 8\nname: text\n"
+    ode = "method: ode\node: {loss: mse}\nstudent: {sigma: 14.6}\npairs: {n: 8, prompts: p.txt, cfg: 3, steps: 2}\n"
+    (tmp_path / "ode.yaml").write_text(common + ode)
+    code, out = plan("train", "ode.yaml", "--processes", "2")
+    assert code == 0 and "(8 pairs)" in out and "strategy shard" in out and "activations (micro-batch 1)" in out
+    code, out = plan("train", "ode.yaml", "--set", "pairs.prompts=null")
+    assert code == 1 and "is conditioned on text" in out
+    sid = "method: sid\nprompts: p.txt\nstudent: {sigma: 2.5}\nsid: {cfg: 3, score_cfg: 1.5}\n"
+    (tmp_path / "sid.yaml").write_text(common + sid)
+    code, out = plan("train", "sid.yaml")
+    assert code == 0 and "activations (micro-batch 2)" in out
+
+
+def test_guidance_that_a_teacher_cannot_have_is_refused_by_its_key(plan):
+    code, out = plan("train", "sid_digits", "--set", "teacher=edm-cifar10-uncond-vp", "--set", "sid.score_cfg=2")
+    assert code == 1 and "does not fit: sid.score_cfg: guidance (cfg 2) needs a condition" in out
+    assert "leave sid.score_cfg away" in out

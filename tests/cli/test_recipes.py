@@ -67,6 +67,10 @@ def test_a_copy_is_the_same_recipe(run, name):
 def test_a_copy_has_a_name_of_its_own(run):
     assert "wrote sid_edm2_512_xs.yaml" in run("recipes copy sid_edm2_512 --variant xs")[1]
     assert "sound: sid_edm2_512_xs" in run("recipes check sid_edm2_512_xs.yaml")[0]
+    Path("mine").mkdir()
+    for folder in ("mine", "other/"):
+        assert "sid_edm2_512_xs.yaml" in run(f"recipes copy sid_edm2_512:xs {folder}")[1]
+        assert Path(folder, "sid_edm2_512_xs.yaml").is_file()
     run("recipes copy sid_edm2_512")
     assert load_recipe("sid_edm2_512.yaml:l") == load_recipe("sid_edm2_512:l")
 
@@ -85,6 +89,9 @@ def test_explain(run):
     out = run("recipes explain clip_value")[0]
     assert "optim.clip_value" in out and "optim_critic.clip_value" in out
     assert "did you mean 'optim.lr'?" in run("recipes explain optim.lrr", 2)[1]
+    whole = run("recipes explain sid")[0]
+    assert "settings of method sid" in whole and "as its keys say" in whole and "d2o/methods/sid.py" in whole
+    assert "d2o/training/optim_section.py" in out and "d2o/methods/cd.py" in run("recipes explain cd.form")[0]
 
 
 def test_the_schema_that_ships_is_the_one_of_this_code(run):
@@ -124,3 +131,24 @@ def test_variants_and_old_names_on_the_command_line(run):
     assert "ode_digits_l1: method ode" in run("train ode_digits --variant l1 --mini --plan")[0]
     assert "names a variant already (l1)" in run("train ode_digits:l1 --variant mse --plan", 2)[1]
     assert "choose one: ode_digits:mse, ode_digits:l1" in run("train ode_digits --plan", 2)[1]
+    twice = run("recipes show ode_digits --variant mse --variant l1", 2)[1]
+    assert "--variant: mse, l1: a recipe is trained as one of its variants" in twice
+    assert "loss: l1" in run("recipes show ode_digits:mse --set ode.loss=l1")[0]
+
+
+def test_list_is_what_recipes_alone_prints(run):
+    assert run("recipes list --like quickstart") == run("recipes --like quickstart")
+    assert "d2o recipes list --like TEXT" in run("recipes --like x show quickstart", 2)[1]
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_a_list_without_variants(run):
+    err = run("recipes show sid_edm2_51:xs", 2)[1]
+    assert "did you mean 'sid_edm2_512:xs'?" in err and " cd_cifar10, cd_digits, " in err
+    assert "`d2o recipes` lists their variants too" in err
+
+
+def test_names_of_the_release_before_in_a_file_are_noted_once(run):
+    Path("a.yaml").write_text("extends: cd_digits\nname: a\nmethod: consistency\nconsistency: {kind: cd, N: 9}\n")
+    for line in ("show a.yaml", "check a.yaml"):
+        assert run(f"recipes {line}")[1].count("the old name goes with the next release") == 1
+    assert "N: 9" in run("recipes show a.yaml")[0]

@@ -3,84 +3,23 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
-from d2o.condition import Condition, Text
+from d2o.condition import Condition
 from d2o.critics.build import build_critic
 from d2o.critics.unet import PER_RESNET_3X3, UNetCritic
 from d2o.errors import UserError
-from d2o.losses.logit_maps import over_maps, r1_of_maps, twice_differentiable
-from d2o.networks.build import build_network, count_parameters, network_config, set_checkpointing, set_dropout
+from d2o.losses.logit_maps import over_maps
+from d2o.networks.build import build_network, count_parameters, network_config, set_dropout
 from d2o.networks.edm_view import EDMView
 from d2o.networks.latent import build_diffusers
 from d2o.teachers.published_configs import SD15_UNET, SDXL_UNET
 from d2o.teachers.registry import load_teacher
 from d2o.training.strategy import blocks
-
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-SIZES = [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]
-SD = {
-    "sample_size": 8,
-    "block_out_channels": [8, 12],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": 6,
-    "attention_head_dim": 2,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-}
-SDXL = SD | {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 2,
-    "projection_class_embeddings_input_dim": 2 * 6 + 5,
-}
-EDM = {"img_resolution": 8, "img_channels": 3, "label_dim": 3, "model_channels": 8, "num_blocks": 1, "emb_mult": 2}
-EDM |= {"channel_mult": [1, 2], "attn_resolutions": [4], "dropout": 0.1}
-
-
-@cache
-def teacher(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind in ("sd", "sdxl"):
-        net = {"class": "UNet2DConditionModel", **(SD if kind == "sd" else SDXL)}
-        network: nn.Module = build_network(
-            {"arch": "edm_view", "net": net, "schedule": BETAS, **({"time_ids": SIZES} if kind == "sdxl" else {})}
-        )
-    else:
-        network = build_network({"arch": kind, **EDM})
-        with torch.no_grad():  # the last convolutions of its blocks begin at almost 0
-            for p in network.parameters():
-                p.add_(0.05 * torch.randn_like(p))
-    return network.eval().requires_grad_(False)
-
-
-KINDS = ("sd", "sdxl", "ddpmpp", "ncsnpp", "adm")
-
-
-def asked(kind: str, n: int = 3) -> tuple:
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape):
-        return torch.randn(n, *shape, generator=generator)
-
-    if kind in ("sd", "sdxl"):
-        return normal(4, 8, 8), normal(4, 8, 8), Text(normal(5, 6), normal(5) if kind == "sdxl" else None)
-    return normal(3, 8, 8), normal(3, 8, 8), torch.tensor([0, 2, 1])[:n]
-
-
-def moved(critic: UNetCritic, scale: float = 0.1) -> UNetCritic:
-    """With weights where it begins with zeros."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for part in (critic.conv_z, *critic.inputs):
-            if part is not None:
-                part.weight.normal_(std=scale)
-                part.bias.normal_(std=scale)
-    return critic
+from tests.critics.unets import BETAS, KINDS, SIZES, asked, moved, teacher
 
 
 def decoder(kind: str, x, condition, t) -> list:
@@ -277,98 +216,6 @@ def test_tiny_sd_becomes_a_critic():
     assert torch.equal(found, expected)
     assert [m.shape[1] for m in critic(x, z, text)] == [4, 4, 4, 8, 8, 8]
     assert all(not p.requires_grad for p in toy.network.parameters())
-
-
-@pytest.mark.parametrize("kind", ["sd", "ddpmpp", "adm"])
-@pytest.mark.parametrize("per", ["scale", "resnet"])
-def test_recomputed_activations_change_nothing_also_in_r1(kind, per):
-    x, z, condition = asked(kind)
-    critic = moved(UNetCritic.of(teacher(kind), per=per))
-
-    def gradients(double: bool) -> list:
-        critic.zero_grad()
-        if double:
-            with twice_differentiable(x.device):
-                r1_of_maps(lambda x, z: critic(x, z, condition), x, z).mean().backward()
-        else:
-            over_maps(critic(x, z, condition)).mean().backward()
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in critic.parameters()]
-
-    for double in (False, True):
-        kept = [g.clone() for g in gradients(double)]
-        assert set_checkpointing(critic, True)
-        again = gradients(double)
-        set_checkpointing(critic, False)
-        largest = max(float(g.abs().max()) for g in kept)
-        assert largest > 0
-        for a, b in zip(again, kept):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "ddpmpp"])
-@pytest.mark.parametrize("of", ["x", "xz"])
-def test_r1_and_its_gradient_agree_with_finite_differences(kind, of):
-    x, z, condition = asked(kind, 1)
-    x, z = x.double(), z.double()
-    if isinstance(condition, Text):
-        condition = Text(condition.states.double(), None if condition.pooled is None else condition.pooled.double())
-    critic = moved(UNetCritic.of(teacher(kind))).double()
-
-    def value(a, b) -> torch.Tensor:
-        return over_maps(critic(a, b, condition))[0]
-
-    def r1() -> torch.Tensor:
-        with twice_differentiable(x.device):
-            return r1_of_maps(lambda a, b: critic(a, b, condition), x, z, of)[0]
-
-    # |grad|^2 is the rate of change along the gradient itself.
-    a, b = x.clone().requires_grad_(), z.clone().requires_grad_(of == "xz")
-    grads = torch.autograd.grad(value(a, b), [a, b] if of == "xz" else [a])
-    step, (dx, dz) = 1e-6, (grads[0], grads[1] if of == "xz" else torch.zeros_like(z))
-    with torch.no_grad():
-        slope = (value(x + step * dx, z + step * dz) - value(x - step * dx, z - step * dz)) / (2 * step)
-    penalty = r1()
-    assert penalty.item() == pytest.approx(float(slope), rel=1e-5) and penalty.item() > 0
-    # And its gradient by the weights, along a random direction.
-    penalty.backward()
-    trained = [p for p in critic.parameters() if p.grad is not None]
-    torch.manual_seed(4)
-    ways = [torch.randn_like(p) for p in trained]
-    rate = sum(float((p.grad * way).sum()) for p, way in zip(trained, ways))
-    found, step = [], 1e-6
-    for sign in (1, -1):
-        with torch.no_grad():
-            for p, way in zip(trained, ways):
-                p.add_(sign * step * way)
-        found.append(r1().item())
-        with torch.no_grad():
-            for p, way in zip(trained, ways):
-                p.sub_(sign * step * way)
-    assert rate == pytest.approx((found[0] - found[1]) / (2 * step), rel=1e-4)
-    named = {name for name, p in critic.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
-    attention = "attn2.to_q" if kind != "ddpmpp" else "qkv"
-    assert any(attention in name for name in named) and "conv_z.weight" in named and "inputs.0.weight" in named
-
-
-def test_logits_of_half_precision_are_float32():
-    x, z, condition = asked("sd")
-    critic = moved(UNetCritic.of(teacher("sd")))
-    with torch.autocast("cpu", torch.bfloat16):
-        maps = critic(x, z, condition)
-        with twice_differentiable(x.device):
-            exact = critic(x, z, condition)
-    assert all(m.dtype == torch.float32 for m in maps)
-    for half, full, expected in zip(maps, exact, critic(x, z, condition)):
-        assert not torch.equal(half, full)
-        torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
-        torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_reach_the_sample_while_the_critic_is_held_fixed():
-    x, z, condition = asked("sd")
-    critic = moved(UNetCritic.of(teacher("sd"))).requires_grad_(False)
-    over_maps(critic(x.requires_grad_(), z, condition)).sum().backward()
-    assert bool((x.grad.abs().sum((1, 2, 3)) > 0).all()) and all(p.grad is None for p in critic.parameters())
 
 
 def test_it_is_told_a_time_for_each_sample():

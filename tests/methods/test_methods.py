@@ -13,6 +13,7 @@ from d2o.methods.base import METHODS, Batch, Draws, Setup, get_method
 from d2o.methods.classifier import ClassifierOptions, translate
 from d2o.methods.edm import EDMOptions
 from d2o.methods.ode import ODEOptions
+from d2o.training.frozen import hold_frozen
 from tests.helpers import SPEC, tiny_network, tiny_student, tiny_teacher
 
 CPU = torch.device("cpu")
@@ -307,5 +308,30 @@ def test_what_is_trained_and_what_is_only_called(recipe, changes, trained, calle
     )
     players, frozen = method.players(), method.frozen()
     assert players.keys() == trained and frozen.keys() == called and method.product in players
+    hold_frozen(method, torch.device("cpu"))
+    assert not any(part.training for net in frozen.values() for part in net.modules())
     assert all(p.requires_grad for net in players.values() for p in net.parameters())
     assert not any(p.requires_grad for net in (*frozen.values(), *method.states().values()) for p in net.parameters())
+
+
+def test_what_is_trained_is_not_frozen_as_well():
+    from d2o.recipes.load import load_recipe
+
+    recipe = load_recipe("sid_digits")
+    method = get_method(recipe.method)(Setup(recipe.options, student=recipe.student, teacher=tiny_teacher()))
+    method.frozen = lambda: {"score": method.players()["score"]}
+    with pytest.raises(ValueError, match="'score' of SiD"):
+        hold_frozen(method, torch.device("cpu"))
+
+
+def test_a_plan_counts_what_is_only_called():
+    from d2o.recipes.load import load_recipe
+    from d2o.recipes.plan import make_plan
+
+    plain, perceptual = (
+        make_plan(load_recipe("quickstart", changes))
+        for changes in ([], ["ode.loss=perceptual", "ode.extractor=digits"])
+    )
+    assert perceptual.networks.keys() - plain.networks.keys() == {"extractor (frozen)"}
+    count = perceptual.networks["extractor (frozen)"]
+    assert count > 1000 and perceptual.memory["extractor weights"] == 4 * count

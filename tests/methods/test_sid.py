@@ -187,7 +187,9 @@ def test_micro_batches_change_nothing(options):
 
 
 def test_pooling_groups_have_to_fit_into_micro_batches():
-    assert SiD.micro_multiple(SiDOptions(**ADVERSARIAL)) == 4 and SiD.micro_multiple(SiDOptions(batch_pool=4)) == 1
+    whole = {**ADVERSARIAL, "batch_pool": None}  # the pool is the batch
+    for options, together in ((ADVERSARIAL, 4), (whole, 16), ({"batch_pool": 4}, 1)):
+        assert SiD.micro_multiple(SiDOptions(**options), 16) == together
     whole = {**ADVERSARIAL, "batch_pool": None}
     run(sid(**whole), real(), ADV)
     with pytest.raises(

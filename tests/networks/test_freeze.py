@@ -8,7 +8,7 @@ import torch
 from d2o.errors import UserError
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import FREEZE, freeze
-from d2o.recipes.sections import StudentSection
+from d2o.students.student_section import StudentSection
 from tests.helpers import tiny_network
 
 CIFAR10 = {"img_resolution": 32, "img_channels": 3, "channel_mult": [2, 2, 2]}

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 from d2o.errors import UserError
 from d2o.networks.build import count_parameters
 from d2o.networks.fir import up2
+from d2o.networks.minibatch_std import MinibatchStd, minibatch_std, pool_size
 from d2o.networks.node import NODEMapping
 from d2o.networks.style import StyleSynthesis, channel_table
-from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear, ModulatedConv, minibatch_std, modulated_conv
+from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear, ModulatedConv, modulated_conv
+from d2o.training.gather import gather_pools
 
 TINY = {"base": 64, "max_channels": 6}
 
@@ -116,6 +118,7 @@ def test_minibatch_std():
     # Groups of 2 of 4 samples: {0, 2} and {1, 3}.
     x = torch.tensor([0.0, 1, 4, 1])[:, None, None, None].expand(-1, 2, 2, 2)
     assert torch.allclose(minibatch_std(x, 2)[:, 2, 0, 0], torch.tensor([2.0, 0, 2, 0]), atol=1e-3)
+    assert torch.equal(MinibatchStd(2)(x), minibatch_std(x, 2))  # outside training
     std = x[:, 0, 0, 0].std(correction=0)
     for group in (None, 4, 100):
         assert torch.allclose(minibatch_std(x, group)[:, 2], std.expand(4, 2, 2))
@@ -130,6 +133,29 @@ def test_minibatch_std():
 def test_a_group_that_does_not_divide_the_batch_becomes_the_next_divisor(batch, group, effective):
     x = torch.randn(batch, 2, 3, 3)
     assert torch.equal(minibatch_std(x, group), minibatch_std(x, effective))
+    assert pool_size(group, batch) == effective
+    assert pool_size(0, batch) == 1 and pool_size(None, batch) == batch
+
+
+def test_groups_of_parts_of_a_batch_are_those_of_the_whole():
+    """Parts that have whole groups need nothing of each other; others are put together, here by hand."""
+    x = torch.randn(8, 2, 3, 3)
+    gather_pools([module := MinibatchStd(4)], 0, 1)
+    whole = module(x)
+    assert torch.equal(whole, minibatch_std(x[[0, 4, 1, 5, 2, 6, 3, 7]], 4)[[0, 2, 4, 6, 1, 3, 5, 7]])
+    assert torch.equal(torch.cat([module(part) for part in x.split(4)]), whole)
+    assert not torch.equal(torch.cat([module(part) for part in x.split(2)]), whole)
+
+    class Together:
+        rank, world = 3, 4
+
+        def __call__(self, mine):
+            assert torch.equal(mine, x[6:])
+            return x
+
+    module.gather = Together()
+    assert torch.equal(module(x[6:]), whole[6:]) and module(x[6:]).shape == (2, 3, 3, 3)
+    assert not module.state_dict() and MinibatchStd(0)(x) is x
 
 
 def test_channel_tables():

@@ -45,6 +45,8 @@ RUNS = {
     "spi_gan": ("spi_gan_digits", f"{STYLE} optim_critic.schedule=constant"),
 }
 """Run folders after 5 iterations, and the log and the student of one that went on to 10."""
+SWEEP = f"{TEACHER} data.limit=64 images=8 optim.schedule=constant log_every=1"
+"""Of a sweep whose recipe and method have other names now."""
 
 
 def d2o(text: str, changes: str = "") -> None:
@@ -84,6 +86,8 @@ def main(folder: Path) -> None:
         shutil.rmtree("whole")
         d2o(f"train {recipe} --out run_{name}", f"{short} {sets} images=20")
         shutil.rmtree(f"run_{name}/tensorboard")
+    d2o("train cd_i_digits --sweep N=6 --out sweep", f"{SHORT} {SWEEP}")
+    shutil.rmtree("sweep/N=6/tensorboard")
     shutil.copy("run_ode/checkpoints/last.safetensors", "denoiser.safetensors")
     small = "--n 32 --batch 16 --name previous --no-teacher-distance --against real:digits/b"
     d2o(f"eval denoiser.safetensors {small} --json result.json")

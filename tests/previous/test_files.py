@@ -22,6 +22,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.registry import load_teacher
 from tests.previous.baseline import FILES
+from tests.previous.make import SHORT, SWEEP
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STUDENTS = {"denoiser": 1, "consistency": 1, "ctm": 1, "style": 1, "multistep": 2}
@@ -104,6 +105,26 @@ def test_a_run_goes_on_to_where_it_went(previous: Path, name: str) -> None:
     assert weights.keys() == was.keys() and meta["images"] == 40
     for key, value in weights.items():
         torch.testing.assert_close(value, was[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("key", ["N", "consistency.N", "cd.N"])
+def test_a_sweep_is_taken_up_by_the_old_names_and_the_new(previous: Path, key: str, capsys) -> None:
+    old = key != "cd.N"
+    sets = [word for change in f"{SHORT} {SWEEP}".split() for word in ("--set", change)]
+    command = ["train", "cd_i_digits" if old else "cd_digits:cd_i", *sets, "--out", "sweep", "--device", "cpu"]
+    state = Path("sweep/N=6/checkpoints/state.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--set", "batch=2", "--sweep", f"{key}=6,10"])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and "differs from the one that sweep was started with:\n  batch: 4 -> 2\n" in said
+    if key == "N":  # the others find the same
+        d2o(*command, "--sweep", "N=6,10")
+        record = json.loads(Path("sweep/sweep.json").read_text())
+        assert (record["keys"], record["recipe"]["method"]) == (["cd.N"], "cd")
+        members = [(m["name"], m["settings"], m["state"], m["seen"]) for m in record["members"]]
+        assert members == [("N=6", {"cd.N": 6}, "finished", 8), ("N=10", {"cd.N": 10}, "finished", 8)]
+        assert Path("sweep/N=6/checkpoints/state.safetensors").read_bytes() == state
+    assert said.count("is called cd_digits:cd_i now") == old
 
 
 def test_results_and_statistics_are_read(previous: Path) -> None:

@@ -150,8 +150,8 @@ def test_sweeps_take_variants():
 
 
 def test_check_finds_what_is_wrong_in_any_variant_once():
-    assert check_runs("base.yaml") == ["base", "base_small", "somebody", "base_plain"]
-    assert check_runs("child.yaml:own") == ["child_own"]
+    assert [run.name for run in check_runs("base.yaml")] == ["base", "base_small", "somebody", "base_plain"]
+    assert [run.name for run in check_runs("child.yaml:own")] == ["child_own"]
     Path("base.yaml").write_text(
         BASE.replace("lr: 1e-4", "lr: -1").replace("seed: null", "sed: 1").replace("batch: 8", "batch: x")
     )

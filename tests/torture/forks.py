@@ -7,6 +7,7 @@ in a child.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -58,12 +59,16 @@ def warm(long: bool = False) -> None:
 
     from d2o.cli import app, eval_run, export, pairs, plan, sample, sweep, teachers, train_run  # noqa: F401
     from d2o.data import images, pair_tools, prompts  # noqa: F401
-    from d2o.evaluation import run  # noqa: F401
+    from d2o.evaluation import results, run  # noqa: F401
     from d2o.export import exporter  # noqa: F401
+    from d2o.methods.base import METHODS, get_method
     from d2o.recipes import load  # noqa: F401
+    from d2o.reports import formats, report  # noqa: F401
     from d2o.students import consistency, generate, multistep, style  # noqa: F401
     from d2o.training import loop, setup  # noqa: F401
 
+    for method in METHODS:
+        get_method(method)
     Image.init()
     if long:
         from d2o.interop import torchvision_compat
@@ -74,6 +79,7 @@ def warm(long: bool = False) -> None:
         import pyarrow.parquet  # noqa: F401
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    gc.freeze()  # no child walks through, and so copies, what is there now
 
 
 def d2o(arguments: list[str]) -> Callable[[], None]:

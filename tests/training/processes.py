@@ -10,7 +10,6 @@ from typing import TypedDict
 
 import torch
 
-import d2o.critics.dd_gan as ddgan_critic
 from d2o.interop.safetensors_io import atomic_write
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag, Stopped
@@ -30,7 +29,6 @@ class Job(TypedDict):
 
 def main(out: Path, jobs: list[Job]) -> None:
     """Train, or go on with, each of them."""
-    ddgan_critic.GROUP = 1  # the spread within a group of samples is of those that a process has
     device = torch.device("cpu")
     with process_group(device) as (rank, world):
         for job in jobs:

@@ -38,7 +38,7 @@ class Pooled(TinyGAN):
     seen: list[tuple[int, int, torch.Tensor]] = []
 
     @classmethod
-    def micro_multiple(cls, options):
+    def micro_multiple(cls, options, batch):
         return 4
 
     def step(self, loop, batch, iteration):
@@ -70,6 +70,27 @@ def test_micro_batches_are_multiples_of_what_a_loss_takes_together(recipe):
             divide(recipe(*overrides), 0, world)
         assert words in caught.value.message
     assert any("6 is no multiple" in text for text in make_plan(recipe("micro_batch=6", "teacher=digits")).refused)
+
+
+def test_pools_of_critics_fit_micro_batches_or_are_refused():
+    spi = ["spi_gan.critic.mbstd_group=8"]
+    for name, changes, world, refused in (
+        ("spi_gan_digits", [], 4, ""),  # groups of the whole batch, which the processes put together
+        ("spi_gan_digits", ["micro_batch=8"], 1, "takes 32 samples in a row together"),
+        ("spi_gan_digits", ["micro_batch=8", *spi], 2, ""),
+        ("spi_gan_digits", ["micro_batch=4", *spi], 2, "takes 8 samples in a row together"),
+        ("spi_gan_digits", ["micro_batch=8", *spi, "spi_gan.pl_weight=1"], 1, "takes 32 samples"),
+        ("dd_gan_digits", ["micro_batch=4"], 4, ""),
+        ("dd_gan_digits", [], 16, ""),
+        ("dd_gan_digits", ["micro_batch=2"], 1, "takes 4 samples in a row together"),
+        ("sida_digits", ["sid.batch_pool=null"], 2, "each of 2 processes has"),
+    ):
+        recipe = load_recipe(name, changes)
+        if not refused:
+            assert divide(recipe, 1, world)[0][0] == recipe.batch // world
+            continue
+        with pytest.raises(UserError, match=refused):
+            divide(recipe, 0, world)
 
 
 def test_a_method_without_data_draws_the_same_whatever_the_micro_batch(recipe, tmp_path):

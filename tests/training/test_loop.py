@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from d2o.cli.app import main
 from d2o.interop.safetensors_io import load_file, read_meta
 from d2o.methods.base import METHODS
+from tests import workers
 from tests.helpers import tiny_recipe
 
 RECIPE = """
@@ -96,28 +98,26 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(recipe, tmp_path, caps
     assert d2o("train", recipe, "--out", tmp_path / "other") == 2 and "no run" in capsys.readouterr().err
 
 
-def start(recipe: Path, run: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "d2o", "train", str(recipe), "--out", str(run), *more], stderr=subprocess.PIPE, text=True
-    )
+def begin(recipe: Path, run: Path, *more: str) -> BaseProcess:
+    return workers.start(["train", recipe, "--out", run, *more], run.with_suffix(".log"))
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(path: Path, process: BaseProcess, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, process.stderr and process.stderr.read()
+        assert process.is_alive() and time.monotonic() < end, path
         time.sleep(0.01)
 
 
 def test_killed_at_any_moment_a_resumed_run_ends_with_the_same_bytes(recipe, tmp_path):
-    longer = ("--set", "images=2000")
+    longer = ("--set", "images=1280")
     assert d2o("train", recipe, "--out", tmp_path / "whole", *longer) == 0
     run = tmp_path / "killed"
-    for marker in ("images-000000000256", "images-000000000832", "images-000000001408"):
-        process = start(recipe, run, "--resume", *longer)
+    for marker in ("images-000000000256", "images-000000000512", "images-000000000832"):
+        process = begin(recipe, run, "--resume", *longer)
         wait_for(run / "checkpoints" / f"{marker}.safetensors", process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert d2o("train", recipe, "--out", run, "--resume", *longer) == 0
     for name in ("last", "state"):
         assert checkpoint(run, name) == checkpoint(tmp_path / "whole", name)
@@ -127,11 +127,11 @@ def test_killed_at_any_moment_a_resumed_run_ends_with_the_same_bytes(recipe, tmp
 
 def test_sigterm_finishes_the_step_saves_and_says_how_to_continue(recipe, tmp_path):
     run = tmp_path / "run"
-    process = start(recipe, run, "--set", "images=100000")
+    process = begin(recipe, run, "--set", "images=100000")
     wait_for(run / "checkpoints" / "state.safetensors", process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    words = process.stderr.read()
+    process.terminate()
+    assert workers.finish(process, 120) == 128 + signal.SIGTERM
+    words = run.with_suffix(".log").read_text()
     assert "saved" in words and "--resume" in words and "Traceback" not in words
     record = read_meta(run / "checkpoints" / "state.safetensors")
     assert 0 < record["images"] < 100000

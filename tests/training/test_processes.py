@@ -46,7 +46,7 @@ spi_gan:
   pl_weight: 1.0
   pl_every: 2
   mixing_prob: 0.5
-  critic: {base: 64, max_channels: 8, mbstd_group: 0, time_dim: 16, cmap_dim: 16}
+  critic: {base: 64, max_channels: 8, mbstd_group: 8, time_dim: 16, cmap_dim: 16}
   ada_kimg: 0.1
   ada_interval: 1
 optim: {lr: 1.0e-3, betas: [0.0, 0.99]}
@@ -62,6 +62,15 @@ optim: {{name: sgd, lr: 1.0e-6, betas: [0.0, 0.9]}}
 """
 
 
+OPTIONS = (
+    "eval=null",
+    "checkpointing=true",
+    "student.freeze=conv",
+    "optim.clip_norm=1000",
+    "optim.weight_decay=0.1",
+    'optim.no_decay=["*bias"]',
+    "bad_gradients=skip",
+)
 NAMES = ("dd", "spi", "sida")
 
 
@@ -76,32 +85,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     def job(name: str, run: str, *changes: str, stop: int = 0) -> Job:
         return {"recipe": str(folder / f"{name}.yaml"), "changes": list(changes), "run": run, "stop": stop}
 
-    here = [job(name, name) for name in NAMES] + [job("dd", "../two/dd_later", "eval=null", stop=2)]
+    here = (
+        [job(name, name) for name in NAMES]
+        + [job("sida", "sida_options", *OPTIONS)]
+        + [job("dd", "../two/dd_later", "eval=null", stop=2)]
+    )
     there = [
         *(job(name, name) for name in NAMES),
         job("dd", "dd_later", "strategy=shard"),  # begun by one process
+        job("sida", "sida_options", "strategy=shard", *OPTIONS),
+        job("spi", "spi_shard", "strategy=shard", "eval=null"),  # the critic's groups reach over both
         job("sida", "sida_half", "strategy=shard", "eval=null", stop=2),  # to be continued by one
     ]
-    group = sys.modules["d2o.critics.dd_gan"].GROUP  # type: ignore[attr-defined]
-    try:
-        main(folder / "one", here)
-        (folder / "jobs.json").write_text(json.dumps(there))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-        done = subprocess.run(
-            [*torchrun, "-m", "tests.training.processes", str(folder / "two"), str(folder / "jobs.json")],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        shutil.copytree(folder / "two" / "sida_half", folder / "two" / "sida_whole")
-        main(folder / "two", [job("sida", "sida_whole", "eval=null")])
-    finally:
-        sys.modules["d2o.critics.dd_gan"].GROUP = group  # type: ignore[attr-defined]
+    main(folder / "one", here)
+    (folder / "jobs.json").write_text(json.dumps(there))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.training.processes", str(folder / "two"), str(folder / "jobs.json")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(folder / "two" / "sida_half", folder / "two" / "sida_whole")
+    killed = folder / "two" / "sida_whole" / "checkpoints" / "state-b"  # what kill -9 leaves of the next save
+    killed.mkdir()
+    for path in (killed.with_name("state-a")).iterdir():
+        (killed / path.name).write_bytes(path.read_bytes()[:-100])
+    main(folder / "two", [job("sida", "sida_whole", "eval=null")])
     return folder / "one", folder / "two", done.stderr
 
 
@@ -133,11 +148,14 @@ def test_processes_share_the_evaluation_and_choose_the_same_best(runs, name):
     assert not (runs[1] / name / "evaluation").exists()  # the work that they shared is gone
 
 
-@pytest.mark.parametrize("name, run", [("dd", "dd_later"), ("sida", "sida_whole")])
+@pytest.mark.parametrize(
+    "name, run", [("dd", "dd_later"), ("spi", "spi_shard"), ("sida", "sida_options"), ("sida", "sida_whole")]
+)
 def test_runs_go_on_sharded_and_with_another_number_of_processes(runs, name, run):
     """One: begun by one process, ended by two (R1's second backward pass, evaluation). The other: the other way round
-    (gradients through a network that is held fixed)."""
-    one, other = product(runs[0] / name), product(runs[1] / run)
+    (gradients through a network that is held fixed), with a save that was killed halfway. And sharded with layers that
+    are not trained, recomputed activations, clipping, weights spared decay."""
+    one, other = product(runs[0] / (run if run == "sida_options" else name)), product(runs[1] / run)
     assert one.keys() == other.keys() and len(one) > 20
     assert max((one[key].float() - other[key].float()).abs().max().item() for key in one) < 1e-5
     assert [line["iteration"] for line in log(runs[1] / run) if "eval" not in line] == [1, 2, 3, 4]

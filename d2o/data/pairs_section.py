@@ -1,0 +1,49 @@
+"""`pairs:` of a recipe, of which `training.setup` makes a store's `PairSettings`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from d2o.settings.section import BatchSize, Count, NonEmpty, Section, Seed, Steps, field
+
+
+class PairsSection(Section):
+    """The store of (noise, condition, teacher output); made first if it is missing. Keys that are left away are as the
+    store at `path` says."""
+
+    path: NonEmpty | None = field(None, "folder of the store (default none: derived from the settings)")
+    n: Count = field(
+        ...,
+        "number of pairs: a store with fewer grows, of one with more the first are taken; all, if `path` is a store",
+    )
+    solver: NonEmpty = field("heun", "solver of the teacher: heun, euler, ddim, dpmpp or sde")
+    steps: Steps = field(18, "solver steps; heun makes 2 * steps - 1 network calls")
+    spacing: Literal["leading", "trailing", "linspace"] | None = field(
+        None, "time steps of SD-like teachers (default none: the teacher's own)"
+    )
+    final: Literal["scheduler", "x0"] = field(
+        "scheduler", "last step of SD-like teachers: as its scheduler says, or to the predicted image itself"
+    )
+    eta: float = field(0.0, "fresh noise in ddim, 0 to 1", ge=0, le=1)
+    seed: Seed = field(0, "seed of the first pair; pair i has seed + i")
+    batch: BatchSize = field(256, "pairs per teacher call")
+    shard_size: BatchSize = field(1024, "pairs per file of the store")
+    labels: NonEmpty = field("random", "which classes, as `d2o pairs --labels` takes it")
+    cfg: float = field(1.0, "guidance weight of the teacher; 1 is none", ge=0)
+    prompts: NonEmpty | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
+    per_prompt: Count = field(1, "pairs in a row that share a prompt")
+    rewire: Literal["none", "permute"] = field(
+        "none", "permute: give every noise the output of another one (an experiment that must fail)"
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = field("fp32", "number format of the targets on disk")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
+        "fp32",
+        "precision of the teacher's network while pairs are made; auto: bf16 where the processor computes in it,"
+        " recorded in the store",
+    )
+    channels_last: bool | Literal["auto"] = field(
+        "auto",
+        "channels-last memory order of the teacher's network while pairs are made; auto: where that is faster, recorded"
+        " in the store",
+    )
+    store_noise: bool = field(False, "keep the noise in the store instead of deriving it from the seeds")

@@ -1,0 +1,26 @@
+"""`student:` of a recipe, read by the methods that train one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from d2o.settings.section import Positive, Section, field
+
+
+class StudentSection(Section):
+    """How the one-step generator starts."""
+
+    sigma: Positive = field(80.0, "noise level at which it is called, in units of the data's [-1, 1] range")
+    init: Literal["teacher", "scratch"] = field(
+        "teacher", "start from a copy of the teacher's network, or from random weights"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = field(
+        None, "dropout of the student in training (default none: as the teacher's network)"
+    )
+    freeze: Literal["none", "conv", "conv_qkv", "conv_qkv_skip"] = field(
+        "none",
+        "layers of its U-Net blocks that keep the weights they start with: none, convolutions, also attention's qkv,"
+        " also 1x1 shortcuts",
+    )

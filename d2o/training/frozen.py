@@ -1,0 +1,37 @@
+"""The networks that a method only calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from d2o.methods.base import Method
+
+
+def hold_frozen(method: Method, device: torch.device) -> None:
+    """Put the networks of `Method.frozen` on the device, in eval mode, without gradients of their own. ValueError: one
+    that is also trained or in the training state, a mistake of the method's."""
+    kept = {id(p) for net in (*method.players().values(), *method.states().values()) for p in numbers_of(net)}
+    for name, network in method.frozen().items():
+        if any(id(p) in kept for p in numbers_of(network)):
+            raise ValueError(f"{name!r} of {type(method).__name__}.frozen() is also trained, or in the training state")
+        network.to(device).eval().requires_grad_(False)
+
+
+def numbers_of(network: nn.Module) -> Iterable[torch.Tensor]:
+    """Parameters and buffers: the weights of frozen features are buffers."""
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+def count_frozen(method: Method) -> dict[str, int]:
+    """Numbers in each of the networks that a method only calls; what two of them share counts once."""
+    seen: set[int] = set()
+    counts = {}
+    for name, network in method.frozen().items():
+        new = {id(t): t.numel() for t in numbers_of(network) if id(t) not in seen}
+        seen |= new.keys()
+        counts[name] = sum(new.values())
+    return counts

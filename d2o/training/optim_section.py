@@ -1,0 +1,41 @@
+"""`optim:` of a recipe, and `optim_critic:`, read by `optim`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ValidationInfo, field_validator
+
+from d2o.settings.section import Beta, NonEmpty, Positive, Section, field
+from d2o.settings.wording import show
+
+
+class OptimSection(Section):
+    """An optimiser and its learning rate."""
+
+    name: Literal["adam", "adamw", "radam", "sgd"] = field("adam", "optimiser")
+    lr: Positive = field(..., "learning rate, the highest of the schedule")
+    betas: tuple[Beta, Beta] = field(
+        (0.9, 0.999), "decay of the two moments, per iteration; sgd: the first is its momentum (default [0.9, 0.999])"
+    )
+    eps: Positive = field(1e-8, "added to the denominator")
+    weight_decay: float = field(0.0, "weight decay", ge=0)
+    no_decay: tuple[NonEmpty, ...] = field(
+        (),
+        "names of parameters that weight decay leaves alone; `*bias` fits every bias, `*norm*` what has norm in its"
+        " name (default [])",
+    )
+    schedule: Literal["constant", "cosine", "linear"] = field(
+        "constant", "course of the learning rate after the warm-up, down to final_lr"
+    )
+    warmup: int = field(0, "iterations of linear warm-up from 0", ge=0)
+    final_lr: float = field(0.0, "learning rate at the end of a cosine or linear schedule", ge=0)
+    clip_norm: Positive | None = field(None, "largest norm of the whole gradient")
+    clip_value: Positive | None = field(None, "largest absolute value of a gradient's element")
+
+    @field_validator("final_lr")
+    @classmethod
+    def _not_above_lr(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("lr", value):
+            raise ValueError(f"expected at most lr = {show(info.data['lr'])}, got {show(value)}")
+        return value
