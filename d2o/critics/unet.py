@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.condition import Embedded
-from d2o.critics.backbones import Found, Reading, backbone_of
+from d2o.critics.unet_levels import DecoderStates, Reading, backbone_of
 from d2o.errors import UserError, unknown
 from d2o.networks.build import build_network, network_config, set_dropout
 
@@ -33,7 +33,7 @@ COMBINED = ("output", "concat")
 FORMS = {"1x1": 1, "3x3": 3}
 
 
-class Options(TypedDict, total=False):
+class UNetCriticOptions(TypedDict, total=False):
     """Those of a `UNetCritic`, which says what they are."""
 
     z: str
@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
     t: float | None
 
 
-PER_RESNET_3X3: Options = {"per": "resnet", "head": "3x3", "inputs": "1x1"}
+PER_RESNET_3X3: UNetCriticOptions = {"per": "resnet", "head": "3x3", "inputs": "1x1"}
 """Options that give SDXL's critic the printed size, 2567.7M parameters, which the usual ones do not."""
 
 
@@ -135,7 +135,7 @@ class UNetCritic(nn.Module):
             backbone.drop_output()
 
     @classmethod
-    def of(cls, network: nn.Module, **options: Unpack[Options]) -> UNetCritic:
+    def of(cls, network: nn.Module, **options: Unpack[UNetCriticOptions]) -> UNetCritic:
         """A critic that begins from a copy of this network, a teacher's or student's, all of it to be trained, without
         dropout."""
         own = copy.deepcopy(network)
@@ -157,7 +157,9 @@ class UNetCritic(nn.Module):
             for head, tensor in zip(heads, tensors, strict=True)  # type: ignore[call-overload]
         ]
 
-    def features(self, x: Tensor, z: Tensor, condition: Embedded = None, t: Tensor | float | None = None) -> Found:
+    def features(
+        self, x: Tensor, z: Tensor, condition: Embedded = None, t: Tensor | float | None = None
+    ) -> DecoderStates:
         """What the U-Net finds in x; arguments as those of the critic."""
         x, z = wide(x), wide(z)
         backbone = backbone_of(self.network)
@@ -169,7 +171,7 @@ class UNetCritic(nn.Module):
         def enter(level: int, hidden: Tensor) -> Tensor:
             if not len(self.inputs):
                 return hidden
-            return hidden + self.inputs[level - 1](resized(seen, hidden.shape[2:], self.resize))
+            return hidden + self.inputs[level - 1](resized_to(seen, hidden.shape[2:], self.resize))
 
         if more is None or self.z == "before_conv_in":
             return backbone.run(x if more is None else x + more, times, condition, enter)
@@ -216,7 +218,7 @@ def make_head(channels: int, kernel: int, norm: bool) -> nn.Module:
     return nn.Sequential(nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU(), layer) if norm else layer
 
 
-def resized(x: Tensor, size: torch.Size, kind: str) -> Tensor:
+def resized_to(x: Tensor, size: torch.Size, kind: str) -> Tensor:
     """x [B, C, H, W] at another size (h, w), without aliasing."""
     if kind == "area":
         return F.interpolate(x, size=size, mode="area")

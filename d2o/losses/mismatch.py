@@ -137,7 +137,7 @@ class Noise(NamedTuple):
     eps: Tensor
 
 
-def draw_noise(draw: Draw, shape: tuple[int, ...], t_range: tuple[int, int] = (0, 999)) -> Noise:
+def draw_critic_noise(draw: Draw, shape: tuple[int, ...], t_range: tuple[int, int] = (0, 999)) -> Noise:
     """For samples of that shape [C, H, W], t of t_range, both ends included, equally likely. The one drawn for a row
     serves its real and its fake sample ("shared"); draw two for each to have its own. UserError: no range of steps."""
     low, high = t_range

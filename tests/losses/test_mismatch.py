@@ -12,7 +12,7 @@ from d2o.losses.mismatch import (
     KINDS,
     Fractions,
     check_fractions,
-    draw_noise,
+    draw_critic_noise,
     mix_and_match,
     noised,
     partners,
@@ -150,7 +150,7 @@ def test_shares_that_are_none(wrong):
 def test_noise_is_the_same_for_the_real_and_the_fake_sample_of_a_row():
     schedule = DiscreteSchedule.scaled_linear()
     real, _, _, fake = numbered(6)
-    noise = draw_noise(draws(6), (1, 2, 2), (200, 210))
+    noise = draw_critic_noise(draws(6), (1, 2, 2), (200, 210))
     assert noise.t.dtype == torch.int64 and int(noise.t.min()) >= 200 and int(noise.t.max()) <= 210
     a, b = noised(real, noise, schedule), noised(fake, noise, schedule)
     alpha = schedule.alpha(noise.t).view(-1, 1, 1, 1)
@@ -163,12 +163,12 @@ def test_noise_is_the_same_for_the_real_and_the_fake_sample_of_a_row():
 
 
 def test_every_step_is_drawn_both_ends_included():
-    t = draw_noise(draws(20_000), (1, 1, 1)).t
+    t = draw_critic_noise(draws(20_000), (1, 1, 1)).t
     assert int(t.min()) < 5 and int(t.max()) > 994 and t.float().mean().item() == pytest.approx(499.5, abs=10)
-    assert set(draw_noise(draws(100), (1, 1, 1), (3, 4)).t.tolist()) == {3, 4}
-    assert set(draw_noise(draws(9), (1, 1, 1), (999, 999)).t.tolist()) == {999}
-    part = draw_noise(draws(2, 3, start=4, total=6), (1, 2, 2))
-    whole = draw_noise(draws(6, 3), (1, 2, 2))
+    assert set(draw_critic_noise(draws(100), (1, 1, 1), (3, 4)).t.tolist()) == {3, 4}
+    assert set(draw_critic_noise(draws(9), (1, 1, 1), (999, 999)).t.tolist()) == {999}
+    part = draw_critic_noise(draws(2, 3, start=4, total=6), (1, 2, 2))
+    whole = draw_critic_noise(draws(6, 3), (1, 2, 2))
     assert torch.equal(part.t, whole.t[4:]) and torch.equal(part.eps, whole.eps[4:])
     with pytest.raises(UserError, match="no range of time steps"):
-        draw_noise(draws(2), (1, 1, 1), (5, 4))
+        draw_critic_noise(draws(2), (1, 1, 1), (5, 4))

@@ -21,7 +21,7 @@ T = TypeVar("T")
 LOWEST_SIGMA = 0.002
 """The noise level that EDM networks take for clean images (Karras et al. 2022, Table 1)."""
 
-Enter = Callable[[int, Tensor], Tensor]
+EnterLevel = Callable[[int, Tensor], Tensor]
 """(level of the encoder, from 1; what enters it [B, C, h, w]) -> what enters in its place."""
 
 
@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 
 
 @dataclass
-class Found:
+class DecoderStates:
     """What a pass has found: `scales`, the decoder's readings from coarse to fine, of each scale those of its residual
     blocks before any upsampling; `last`, what enters the output convolution; `output`, what comes out of it."""
 
@@ -44,9 +44,9 @@ class Found:
     output: Tensor | None = None
 
 
-class Backbone(ABC):
+class LevelledUNet(ABC):
     """A network and its numbers of channels: `entering` of each level of the encoder but the first, `scales` as in
-    `Found`, `last` of the output convolution. It holds nothing else: one is made whenever it is needed."""
+    `DecoderStates`, `last` of the output convolution. It holds nothing else: one is made whenever it is needed."""
 
     entering: list[int]
     scales: list[list[Reading]]
@@ -63,11 +63,11 @@ class Backbone(ABC):
         """Leave the output convolution away for good."""
 
     @abstractmethod
-    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: Enter) -> Found:
+    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel) -> DecoderStates:
         """A pass over x [B, C, H, W] at the times t [B], all that enters a level by way of `enter`."""
 
 
-class DiffusersBackbone(Backbone):
+class DiffusersBackbone(LevelledUNet):
     """A UNet2DConditionModel inside of an `EDMView`; its times are steps, 0 to 999, and its inputs are x_t itself."""
 
     clean = 0.0
@@ -92,8 +92,8 @@ class DiffusersBackbone(Backbone):
     def drop_output(self) -> None:
         self.net.conv_out = nn.Identity()
 
-    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: Enter) -> Found:
-        found = Found()
+    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel) -> DecoderStates:
+        found = DecoderStates()
         with ExitStack() as stack:
             for level, block in enumerate(self.net.down_blocks):
                 if level:
@@ -123,7 +123,7 @@ def _before(module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]],
     return module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True).remove
 
 
-def _replaced(enter: Enter, level: int) -> Callable[..., Any]:
+def _replaced(enter: EnterLevel, level: int) -> Callable[..., Any]:
     return lambda args, kwargs: (args, {**kwargs, "hidden_states": enter(level, kwargs["hidden_states"])})
 
 
@@ -143,7 +143,7 @@ def _whole(hidden: list[Tensor]) -> Callable[..., None]:
     return lambda args, kwargs: hidden.append(args[0])
 
 
-def _leaving(found: Found, hidden: list[Tensor], skips: list[Tensor]) -> Callable[..., None]:
+def _leaving(found: DecoderStates, hidden: list[Tensor], skips: list[Tensor]) -> Callable[..., None]:
     def close(module: nn.Module, args: object, out: Tensor) -> None:
         hidden.extend([out] if len(hidden) == len(skips) else [])
         found.scales.append([Reading(*row) for row in zip(skips, hidden[:-1], hidden[1:], strict=True)])
@@ -151,7 +151,7 @@ def _leaving(found: Found, hidden: list[Tensor], skips: list[Tensor]) -> Callabl
     return close
 
 
-class EDMBackbone(Backbone):
+class EDMBackbone(LevelledUNet):
     """One of EDM's U-Nets inside of its preconditioning; its times are noise levels, and its inputs images of that
     level: F(c_in x; c_noise). What is read is F's, not the denoiser's."""
 
@@ -181,8 +181,8 @@ class EDMBackbone(Backbone):
         else:
             self.model.dec[next(name for name in self.model.dec if name.endswith("aux_conv"))] = nn.Identity()
 
-    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: Enter) -> Found:
-        found = Found()
+    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel) -> DecoderStates:
+        found = DecoderStates()
         rows: list[Reading] = []  # of the scale that the pass is at; `out` is filled in by whoever comes next
 
         def look(name: str, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -209,7 +209,7 @@ class EDMBackbone(Backbone):
         return found
 
 
-def backbone_of(network: nn.Module) -> Backbone:
+def backbone_of(network: nn.Module) -> LevelledUNet:
     """UserError: a network that is no U-Net of these families."""
     if isinstance(network, EDMView) and network.kind == "UNet2DConditionModel":
         return DiffusersBackbone(network)
