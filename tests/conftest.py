@@ -48,6 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing of the user's cache is read or written."""
     os.environ["D2O_HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ ROOT = Path(d2o.__file__).parent
 SAME_JOB = {
     # Networks by name are all loaded in one way: `features.load` calls `load` of the module that it finds.
     "load": "d2o.features.",
+    # The augmentations of a paper, each in its module: called as `edm.augment`, `latent.augment`.
+    "augment": "d2o.augment.",
 }
 """Functions that stand in several modules of one package, which are chosen between by name."""
 ROLES = {"base", "build", "folder", "generate", "load"}

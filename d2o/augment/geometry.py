@@ -6,13 +6,15 @@ x to the right and y down, and lead from a pixel of the result to where its valu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from d2o.augment.filters import MIDDLE, matrix, reflected
+
+Resample = Literal["sym6", "bilinear"]
 
 
 def after(first: Tensor, *others: Tensor) -> Tensor:
@@ -55,28 +57,44 @@ def blit(images: Tensor, map: Tensor) -> Tensor:
     """images [B, C, R, R] under a map of whole pixels (flips, quarter turns, whole shifts): every value of the result
     is one of the image's."""
     size = images.shape[-1]
-    x, y = (
-        reflected(v, size).round().long()
-        for v in _positions(map, torch.arange(size, device=images.device, dtype=map.dtype), size)
-    )
+    at = torch.arange(size, device=images.device, dtype=map.dtype)
+    x, y = (reflected(v, size).round().long() for v in _positions(map, at, at, size, size))
     source = (y * size + x).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     return images.flatten(2).gather(2, source).unflatten(2, (size, size))
 
 
-def warp(images: Tensor, map: Tensor) -> Tensor:
-    """images [B, C, R, R] under any map: twice finer rows (sym6), bilinear sampling there, and back by the same filter.
+def warp(images: Tensor, map: Tensor, resample: Resample = "sym6") -> Tensor:
+    """images [B, C, H, W] under any map: twice finer rows (sym6), bilinear sampling there, and back by the same filter;
+    or (`resample` "bilinear") bilinear sampling of the pixels, which blurs and is cheaper.
 
-    The image is continued by reflection without end, where the published code pads by at most R - 1 pixels, measured on
-    the host, and has zeros beyond. The identity gives the image back, as the wavelet is orthonormal.
+    The image is continued by reflection without end, where the published code pads by at most a side less a pixel,
+    measured on the host, and has zeros beyond. The identity gives the image back, as the wavelet is orthonormal.
     """
-    size = images.shape[-1]
-    up, down = matrix("up", size, images), matrix("down", size, images)
-    count = 2 * size + 10
-    samples = (torch.arange(count, device=images.device, dtype=map.dtype) - MIDDLE) / 2
-    x, y = (_fine(v, size) for v in _positions(map, samples, size))
-    grid = torch.stack([x, y], -1) * (2 / (count - 1)) - 1
-    fine = up @ images @ up.mT
-    return down @ _Sample.apply(fine, grid.to(images.dtype)) @ down.mT
+    height, width = images.shape[2:]
+    return sampled(images, places(map, height, width, resample), resample)
+
+
+def places(map: Tensor, height: int, width: int, resample: Resample = "sym6") -> Tensor:
+    """Where `sampled` reads images of that size under the map: [B, rows, columns, 2] (x, y), in [-1, 1]."""
+    fine = resample == "sym6"
+    rows, columns = (
+        torch.arange(2 * n + 10 if fine else n, device=map.device, dtype=map.dtype) for n in (height, width)
+    )
+    if fine:
+        rows, columns = (rows - MIDDLE) / 2, (columns - MIDDLE) / 2
+    x, y = _positions(map, rows, columns, height, width)
+    x, y = (_fine(v, n) if fine else reflected(v, n) for v, n in ((x, width), (y, height)))
+    return torch.stack([x * (2 / (len(columns) - 1)) - 1, y * (2 / (len(rows) - 1)) - 1], -1)
+
+
+def sampled(images: Tensor, places: Tensor, resample: Resample = "sym6") -> Tensor:
+    """images [B, C, H, W] read at `places` of theirs."""
+    grid = places.to(images.dtype)
+    if resample == "bilinear":
+        return _Sample.apply(images, grid)
+    height, width = images.shape[2:]
+    fine = matrix("up", height, images) @ images @ matrix("up", width, images).mT
+    return matrix("down", height, images) @ _Sample.apply(fine, grid) @ matrix("down", width, images).mT
 
 
 def _fine(v: Tensor, size: int) -> Tensor:
@@ -86,12 +104,13 @@ def _fine(v: Tensor, size: int) -> Tensor:
     return torch.where((at > -0.01) & (at < 2 * size + 9.01), at, 2 * reflected(v, size) + MIDDLE)
 
 
-def _positions(map: Tensor, at: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Where the results at rows and columns `at` [N] (in pixels) come from: columns and rows [B, N, N], in pixels."""
-    centre = (size - 1) / 2
-    column, row = at[None, None, :] - centre, at[None, :, None] - centre
+def _positions(map: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where the results at `rows` [M] and `columns` [N] (in pixels) come from: columns and rows [B, M, N], in
+    pixels."""
+    across, down = (width - 1) / 2, (height - 1) / 2
+    column, row = columns[None, None, :] - across, rows[None, :, None] - down
     xx, xy, dx, yx, yy, dy = (v[:, None, None] for v in map[:, :2].flatten(1).unbind(1))
-    return xx * column + xy * row + dx + centre, yx * column + yy * row + dy + centre
+    return xx * column + xy * row + dx + across, yx * column + yy * row + dy + down
 
 
 class _Sample(torch.autograd.Function):

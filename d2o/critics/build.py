@@ -8,9 +8,14 @@ from torch import nn
 
 from d2o.critics.dd_gan import DDGANCritic
 from d2o.critics.style import StyleCritic
+from d2o.critics.unet import UNetCritic
 from d2o.networks.build import build_network
 
-CRITICS: dict[str, type[nn.Module]] = {"ddgan_critic": DDGANCritic, "style_critic": StyleCritic}
+CRITICS: dict[str, type[nn.Module]] = {
+    "ddgan_critic": DDGANCritic,
+    "style_critic": StyleCritic,
+    "unet_critic": UNetCritic,
+}
 """arch -> class."""
 
 

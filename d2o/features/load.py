@@ -10,6 +10,7 @@ import torch
 
 from d2o.errors import UserError, nearest, unknown
 from d2o.features.base import Features
+from d2o.interop.safetensors_io import read_meta
 
 if TYPE_CHECKING:
     from d2o.features.backbone import Backbone
@@ -34,16 +35,25 @@ BACKBONES = {"vgg16_bn": "load", "deit": "load", "lite0": "load_as_backbone"}
 
 
 def load_features(name: str, device: str | torch.device = "cpu", weights: Path | None = None) -> Features:
-    """The features `name`, or those of the path of an own classifier (.safetensors of kind "extractor"). `weights`:
-    their file, instead of the one that is found, downloaded or ships. On the meta device, for what a network costs, no
-    published weights are looked for.
+    """The features `name`, or those of the path of an own classifier or LatentLPIPS (.safetensors of kind "extractor"
+    or "latent_lpips"). `weights`: their file, instead of the one that is found, downloaded or ships. On the meta
+    device, for what a network costs, no published weights are looked for.
 
     UserError: unknown name (with the list), absent weights (with what to fetch), a file of another kind.
     """
     with torch.random.fork_rng(devices=[]):  # a network draws initial weights before it takes those of its file
         if name in MODULES:
             return importlib.import_module(f"d2o.features.{MODULES[name]}").load(name, weights, device)
+        if is_latent_lpips(Path(name)):
+            from d2o.features.latent_vgg import load_own
+
+            return load_own(Path(name), device)[0]
         return own_classifier(name, device, MODULES)
+
+
+def is_latent_lpips(path: Path) -> bool:
+    """Is it a checkpoint of a distance between latents?"""
+    return path.suffix == ".safetensors" and path.exists() and read_meta(path).get("kind") == "latent_lpips"
 
 
 def own_classifier(name: str, device: str | torch.device, known: dict[str, str]) -> Features:

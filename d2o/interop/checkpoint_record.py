@@ -89,6 +89,12 @@ class StudentRecord(TeacherRecord):
     student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
 
 
+class LatentLpipsRecord(ProductRecord):
+    """A perceptual distance between latents; `space`: whose."""
+
+    space: NeedRecord
+
+
 class LossScaleRecord(Record):
     scale: Positive
     clean: Whole
@@ -117,6 +123,7 @@ MODELS: dict[str, type[Record]] = {
     "student": StudentRecord,
     "extractor": ProductRecord,
     "autoencoder": ProductRecord,
+    "latent_lpips": LatentLpipsRecord,
     "state": StateRecord,
 }
 """Kind of file -> what its metadata must be."""

@@ -1,6 +1,6 @@
 """The published weights that metrics and losses use, and where they are on this machine: a file that the user named,
-one fetched before, one that an installed package brings, or a download. Where there is none, the error says what to
-fetch and where to put it; nothing else takes its place.
+one fetched before (by d2o or by torch.hub), one that an installed package brings, or a download. Where there is none,
+the error says what to fetch and where to put it; nothing else takes its place.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ WEIGHTS: dict[str, Weights] = {entry.name: entry for entry in ENTRIES}
 
 
 def find_weights(name: str, given: str | os.PathLike | None = None, progress: Received | None = None) -> Path:
-    """The file of the weights `name`: `given`, else the one under `home()/weights`, else the installed package's, else
-    a download.
+    """The file of the weights `name`: `given`, else the one under `home()/weights`, else the one that torchvision or
+    another user of torch.hub has fetched, else the installed package's, else a download.
 
     UserError: unknown name; `given` is not there; not the published file; or nowhere to be had, with the URL or `pip
     install`, and the place to put it.
@@ -226,6 +226,8 @@ def find_weights(name: str, given: str | os.PathLike | None = None, progress: Re
     if given is not None:
         return _given(entry, Path(given))
     path = home() / "weights" / entry.file
+    if not path.exists() and (cached := _in_torchs_cache(entry)) is not None:
+        return cached
     if not path.exists() and (packaged := _packaged(entry)) is not None:
         return download(entry.url, packaged, entry.sha256, entry.bytes)  # it exists, so this only checks it
     if not path.exists() and not entry.url:
@@ -250,6 +252,14 @@ def _given(entry: Weights, path: Path) -> Path:
             f"{path}, named for the weights {entry.name!r}, {what}", f"{entry.file} is published in {where}"
         )
     return path
+
+
+def _in_torchs_cache(entry: Weights) -> Path | None:
+    """The file where `torch.hub` keeps what it fetches; None unless it is there and known to be the published one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = Path(os.environ.get("TORCH_HOME") or cache / "torch").expanduser() / "hub" / "checkpoints"
+    path, known = folder / entry.file, entry.sha256 or entry.sha256_prefix
+    return path if known and path.is_file() and file_sha256(path).startswith(known) else None
 
 
 def _packaged(entry: Weights) -> Path | None:

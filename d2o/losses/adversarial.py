@@ -130,11 +130,17 @@ class PathLength(nn.Module):
     ) -> Tensor:
         """Arguments as for `path_lengths` -> scalar. `share` makes of this process's mean that of all."""
         lengths = path_lengths(images, ws, generator, noise)
-        own = lengths.mean()
-        with torch.no_grad():
-            whole = share(own.detach())
-            self.mean.lerp_(whole.to(self.mean.dtype), self.decay)
-            pull = 2 * self.decay * (whole - self.mean)  # - d penalty / d whole, the part of it that a's move makes
-        # The last term is 0 and has that gradient: of this process's share, so that all of them together have the whole
-        # batch's.
+        whole = share(lengths.mean().detach())
+        self.move(whole)
+        return self.penalty(lengths, whole)
+
+    def move(self, whole: Tensor) -> None:
+        """Move the running mean towards the mean of the lengths of the whole batch."""
+        self.mean.lerp_(whole.to(self.mean.dtype), self.decay)
+
+    def penalty(self, lengths: Tensor, whole: Tensor) -> Tensor:
+        """Of some of the batch's lengths [B], after the running mean has moved towards `whole`, the mean of all."""
+        own, pull = lengths.mean(), 2 * self.decay * (whole - self.mean)  # - d penalty / d whole, by that move
+        # The last term is 0 and has that gradient: of this share of the batch, so that all shares together have all of
+        # it.
         return (lengths - self.mean).square().mean() - pull * (own - own.detach())

@@ -21,7 +21,7 @@ from d2o.errors import UserError
 from d2o.losses.adversarial import critic_loss, generator_loss, spread, squared_gradient
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.student import StudentMethod
-from d2o.networks.minibatch_std import pool_size
+from d2o.networks.minibatch_std import group_size
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.students.base import Student
 from d2o.students.multistep import MultistepStudent
@@ -67,7 +67,7 @@ class DDGAN(StudentMethod[DDGANOptions]):
 
     @classmethod
     def micro_multiple(cls, options: DDGANOptions, batch: int) -> int:
-        return pool_size(GROUP, batch)
+        return group_size(GROUP, batch)
 
     def __init__(self, setup: Setup[DDGANOptions]):
         assert setup.images is not None

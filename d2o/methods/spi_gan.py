@@ -8,6 +8,7 @@ their defaults are what it or its code base comes nearest to.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from typing import Any, Literal
 
@@ -20,10 +21,10 @@ from d2o.critics.build import build_critic
 from d2o.critics.style import MBSTD_GROUP
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
-from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, r1_penalty, spread
+from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, path_lengths, r1_penalty, spread
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.student import StudentMethod
-from d2o.networks.minibatch_std import pool_size
+from d2o.networks.minibatch_std import group_size
 from d2o.networks.style_generator import StyleGenerator
 from d2o.students.style import StyleStudent
 from d2o.teachers.base import Spec
@@ -88,8 +89,8 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
 
     @classmethod
     def micro_multiple(cls, options: SPIGANOptions, batch: int) -> int:
-        """The critic's groups; all, with path length regularisation, whose target is the mean length."""
-        return batch if options.pl_weight else pool_size(options.critic.get("mbstd_group", MBSTD_GROUP), batch)
+        """The critic's groups."""
+        return group_size(options.critic.get("mbstd_group", MBSTD_GROUP), batch)
 
     def __init__(self, setup: Setup[SPIGANOptions]):
         assert setup.images is not None
@@ -166,18 +167,14 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
                 self.generator.mapping.track(loop.everywhere(torch.stack(styles).mean(0, keepdim=True)))
             loop.update("generator")
             if o.pl_weight and iteration % o.pl_every == 0:
-                for i, (_, draw) in enumerate(loop.micro_batches(batch, next(turn))):
-                    if draw.count < draw.total and draw.count % 2:
-                        what = f"path lengths are of every other image, and a process has {draw.count} of them"
-                        raise UserError(what, "spi_gan.pl_weight: take another number of processes, or another batch")
-                    z = starts[i][::2]  # half of them, whoever has them
-                    noises = [_halves(draw, shape, group) for shape in self.generator.synthesis.noise_shapes]
-                    mix = self.mix(draw)
-                    mix = mix and (mix[0][::2], mix[1][::2])
-                    fake, ws, _ = loop.net("generator")(noises=noises, z=z, times=group, mix=mix)
-                    loss = self.path_length(
-                        fake, ws, noise=_halves(draw, self._spec.shape, group), share=loop.everywhere
-                    )
+                again = next(turn)
+                if len(starts) > 1:  # the target is of all lengths: measured first, each part made twice
+                    mean = loop.mean([own.detach().mean() for own in self.lengths(loop, batch, again, starts, group)])
+                    self.path_length.move(whole := loop.everywhere(mean))
+                for lengths in self.lengths(loop, batch, again, starts, group):
+                    if len(starts) == 1:
+                        self.path_length.move(whole := loop.everywhere(lengths.detach().mean()))
+                    loss = self.path_length.penalty(lengths, whole)
                     loop.backward(loss * o.pl_weight * o.pl_every)
                     log.setdefault("path_length", []).append(loss)
                 loop.update("generator")
@@ -215,6 +212,20 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
             self.controller.update(loop.everywhere(loop.mean(signs)))
             log["ada_p"] = [self.controller.p]
         return {key: loop.mean(values) for key, values in log.items()}
+
+    def lengths(
+        self, loop: Loop, batch: Batch, turn: int, starts: list[Tensor], group: list[float]
+    ) -> Iterator[Tensor]:
+        """Path lengths of half of each micro-batch, by the random numbers of that turn. UserError: no half of them."""
+        for i, (_, draw) in enumerate(loop.micro_batches(batch, turn)):
+            if draw.count < draw.total and draw.count % 2:
+                what = f"path lengths are of every other image, and a process has {draw.count} of them"
+                raise UserError(what, "spi_gan.pl_weight: take another number of processes, or another batch")
+            noises = [_halves(draw, shape, group) for shape in self.generator.synthesis.noise_shapes]
+            mix = self.mix(draw)
+            mix = mix and (mix[0][::2], mix[1][::2])
+            fake, ws, _ = loop.net("generator")(noises=noises, z=starts[i][::2], times=group, mix=mix)
+            yield path_lengths(fake, ws, noise=_halves(draw, self._spec.shape, group))
 
     def times(self, draw: Draws) -> list[float]:
         """t_k = j_k / K, ascending, the last one 1 (section 3.4); the same for all samples and processes."""

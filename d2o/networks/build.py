@@ -16,6 +16,7 @@ from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.edm_view import EDMView
 from d2o.networks.latent import Autoencoder, TextToImage
+from d2o.networks.latent_vgg import TunedVGG
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.networks.style_generator import StyleGenerator
 from d2o.settings.wording import show
@@ -23,6 +24,7 @@ from d2o.settings.wording import show
 PLAIN: dict[str, Any] = {
     "classifier": Classifier,
     "ddgan": DDGANGenerator,
+    "latent_lpips": TunedVGG,
     "style_generator": StyleGenerator,
 }
 """arch -> the one class that takes the other keys."""
@@ -30,7 +32,17 @@ FAMILIES = (*ARCHITECTURES, "edm2", "edm_view", "autoencoder_kl", "text_to_image
 NETWORKS = (*FAMILIES, *PLAIN)
 
 
-Network = EDMPrecond | EDM2Precond | EDMView | Classifier | DDGANGenerator | StyleGenerator | Autoencoder | TextToImage
+Network = (
+    EDMPrecond
+    | EDM2Precond
+    | EDMView
+    | Classifier
+    | DDGANGenerator
+    | StyleGenerator
+    | TunedVGG
+    | Autoencoder
+    | TextToImage
+)
 
 
 def build_network(

@@ -7,6 +7,7 @@ Parameter names are those of the published EDM checkpoints, so their state dicts
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ from d2o.networks.edm_blocks import (
 from d2o.networks.precond import Denoiser, channel_mean, check_part
 
 SQRT_HALF = math.sqrt(0.5)
+Enter = Callable[[str, Tensor, "Tensor | None"], Tensor]
+"""(name of a part of a U-Net: enc.NAME, dec.NAME, out_NAME; the tensor that enters it; the skip that joins it there, if
+any) -> what enters in its place. Outside of what checkpointing recomputes, unlike a hook of the part."""
+
+
+def as_it_is(name: str, x: Tensor, skip: Tensor | None) -> Tensor:
+    return x
 
 
 class SongUNet(nn.Module):
@@ -33,7 +41,7 @@ class SongUNet(nn.Module):
 
     forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None, augment [B, augment_dim] or None) -> [B,
     out_channels, R, R]; with `part` "encoder" the features [B, c, h, w] that `disc_map` names, with "encoder_decoder"
-    both.
+    both. `enter`: see `Enter`.
     """
 
     disc_map = "enc_last_mean"
@@ -133,6 +141,7 @@ class SongUNet(nn.Module):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
         part: str = "decoder",
+        enter: Enter = as_it_is,
     ) -> Any:
         emb = self.map_noise(c_noise)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # (cos, sin) -> (sin, cos)
@@ -148,19 +157,22 @@ class SongUNet(nn.Module):
             if "aux" in name:
                 x = skips[-1] = aux = (x + module(aux)) * SQRT_HALF
             else:
+                x = enter(f"enc.{name}", x, None)
                 x = run_block(module, x, emb, self.checkpointing) if isinstance(module, UNetBlock) else module(x)
                 skips.append(x)
         features = x
         if part == "encoder" and self.disc_map == "enc_last_mean":
             return features
         for name, module in self.dec.items():
+            skip = skips.pop() if getattr(module, "in_channels", x.shape[1]) != x.shape[1] else None
+            x = enter(f"dec.{name}", x, skip)
             if name.endswith("aux_norm"):
                 x = F.silu(module(x))
             elif name.endswith("aux_conv"):
                 x = module(x)
             else:
-                if x.shape[1] != module.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
+                if skip is not None:
+                    x = torch.cat([x, skip], dim=1)
                 x = run_block(module, x, emb, self.checkpointing)
                 if self.disc_map == "mid_mean" and name.endswith("_in1"):
                     features = x
@@ -249,6 +261,7 @@ class DhariwalUNet(nn.Module):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
         part: str = "decoder",
+        enter: Enter = as_it_is,
     ) -> Any:
         emb = self.map_noise(c_noise)
         if self.map_augment is not None and augment is not None:
@@ -258,21 +271,25 @@ class DhariwalUNet(nn.Module):
             emb = emb + self.map_label(labels)
         emb = F.silu(emb)
         skips = []
-        for module in self.enc.values():
+        for name, module in self.enc.items():
+            x = enter(f"enc.{name}", x, None)
             x = run_block(module, x, emb, self.checkpointing) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         features = x
         if part == "encoder" and self.disc_map == "enc_last_mean":
             return features
         for name, module in self.dec.items():
-            if x.shape[1] != module.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
+            skip = skips.pop() if x.shape[1] != module.in_channels else None
+            x = enter(f"dec.{name}", x, skip)
+            if skip is not None:
+                x = torch.cat([x, skip], dim=1)
             x = run_block(module, x, emb, self.checkpointing)
             if self.disc_map == "mid_mean" and name.endswith("_in1"):
                 features = x
                 if part == "encoder":
                     return features
-        x = self.out_conv(F.silu(self.out_norm(x)))
+        x = F.silu(self.out_norm(enter("out_norm", x, None)))
+        x = self.out_conv(enter("out_conv", x, None))
         return (x, features) if part == "encoder_decoder" else x
 
 

@@ -121,7 +121,7 @@ class EDMView(nn.Module):
     def _denoise(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor:
         s = sigma.to(torch.float32)[:, None, None, None]
         alpha = self.levels.alpha(s)
-        out = self._call(alpha * x, self.levels.time(sigma), condition).to(torch.float32)
+        out = self.call(alpha * x, self.levels.time(sigma), condition).to(torch.float32)
         if self.prediction == "epsilon":
             d = x - s * out
         elif self.prediction == "v_prediction":
@@ -134,7 +134,7 @@ class EDMView(nn.Module):
             d = torch.lerp(x, d, ((s - self.sigma_min) / s).clamp(min=0))
         return d
 
-    def _call(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def call(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """The network as its own family calls it: x_t, t [B] float32."""
         if self.kind == "UNet2DModel":
             return self.net(x_t, t, class_labels=condition, return_dict=False)[0][:, : x_t.shape[1]]

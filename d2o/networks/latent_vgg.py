@@ -1,37 +1,47 @@
-"""VGG-16 with batch norm for the latents of a diffusion model: trunk and heads of LatentLPIPS (Kang et al. 2024,
-section 3.2 and appendix B.2)."""
+"""VGG-16 for the latents of a diffusion model: trunk and heads of LatentLPIPS (Kang et al. 2024, section 3.2 and
+appendix B.2)."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-"""Channels and convolutions of VGG-16's five stages."""
+from d2o.errors import unknown
+
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
+"""Channels, in widths, and convolutions of VGG-16's five stages."""
+WIDTH = 64
+"""Channels of VGG-16's first stage."""
+Taps = Literal["official", "pre_pool"]
 
 
 class LatentVGG(nn.Module):
     """Five feature maps of latents. A latent has an eighth of its image's resolution, so the first three poolings are
     left out.
 
-    The maps are what each stage hands on: of 64x64 latents 64, 64, 64, 32 and 16 pixels wide; the last two are taken
-    after their pooling, as the released networks were trained. Modules are named as in the released files:
-    `slice{1..5}.{index in torchvision's vgg16_bn}`.
+    `batch_norm`: as the released networks have it, or without (Table A2's other row). `taps`: the maps are what each
+    stage hands on, the last two after their pooling, as the released networks were trained (of 64x64 latents 64, 64,
+    64, 32 and 16 pixels wide); "pre_pool": before it (64, 64, 64, 64, 32). `width`: channels of the first stage, for
+    smaller networks than VGG-16. Modules are named as in the released files: `slice{1..5}.{index in torchvision's
+    vgg16_bn, or vgg16}`. UserError: unknown taps.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, batch_norm: bool = True, taps: str = "official", width: int = WIDTH):
         super().__init__()
-        self.channels = channels
+        if taps not in ("official", "pre_pool"):
+            raise unknown("network.taps", taps, ("official", "pre_pool"))
+        self.channels, self.taps, self.widths = channels, taps, [factor * width for factor, _ in STAGES]
         index = 0
-        for number, (width, convolutions) in enumerate(STAGES, start=1):
+        for number, (factor, convolutions) in enumerate(STAGES, start=1):
             stage: OrderedDict[str, nn.Module] = OrderedDict()
             for _ in range(convolutions):
-                stage[str(index)] = nn.Conv2d(channels, width, 3, padding=1)
-                stage[str(index + 1)] = nn.BatchNorm2d(width)
-                stage[str(index + 2)] = nn.ReLU(inplace=True)
-                channels, index = width, index + 3
+                layers = [nn.Conv2d(channels, factor * width, 3, padding=1), nn.ReLU(inplace=True)]
+                if batch_norm:
+                    layers.insert(1, nn.BatchNorm2d(factor * width))
+                stage |= {str(index + i): layer for i, layer in enumerate(layers)}
+                channels, index = factor * width, index + len(layers)
             if number >= 4:
                 stage[str(index)] = nn.MaxPool2d(2)
             index += 1
@@ -41,8 +51,9 @@ class LatentVGG(nn.Module):
         """Latents [n, channels, h, w], h and w >= 4 -> the five maps [n, C, H, W]."""
         maps = []
         for stage in self.children():
-            x = stage(x)
-            maps.append(x)
+            for layer in cast(nn.Sequential, stage):
+                before, x = x, layer(x)
+            maps.append(before if self.taps == "pre_pool" and isinstance(layer, nn.MaxPool2d) else x)
         return maps
 
 
@@ -56,13 +67,21 @@ class Head(nn.Module):
 
 
 class TunedVGG(nn.Module):
-    """The trunk and the heads of its five maps, `net` and `lin0` to `lin4`, as the released files have them."""
+    """The trunk and the heads of its five maps, `net` and `lin0` to `lin4`, as the released files have them. Arguments
+    and errors as `LatentVGG`'s."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, batch_norm: bool = True, taps: str = "official", width: int = WIDTH):
         super().__init__()
-        self.net = LatentVGG(channels)
-        for k, (width, _) in enumerate(STAGES):
-            self.add_module(f"lin{k}", Head(width))
+        self.config = {
+            "arch": "latent_lpips",
+            "channels": channels,
+            "batch_norm": batch_norm,
+            "taps": taps,
+            "width": width,
+        }
+        self.net = LatentVGG(channels, batch_norm, taps, width)
+        for k, c in enumerate(self.net.widths):
+            self.add_module(f"lin{k}", Head(c))
 
     @property
     def weights(self) -> list[Tensor]:

@@ -19,7 +19,7 @@ class Gather(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def pool_size(group: int | None, batch: int) -> int:
+def group_size(group: int | None, batch: int) -> int:
     """Samples that are looked at together, of a batch of so many: `group` (None: all), or if that does not divide the
     batch the largest divisor below it; 1 for a group of 0, which looks at nothing.
 
@@ -44,9 +44,9 @@ def group_std(x: Tensor, size: int, channels: int = 1, in_a_row: bool = False) -
 
 
 def minibatch_std(x: Tensor, group: int | None = None, channels: int = 1) -> Tensor:
-    """x [B, C, H, W] -> [B, C + channels, H, W]: with `group_std` of groups of `pool_size(group, B)`. A group of 1
+    """x [B, C, H, W] -> [B, C + channels, H, W]: with `group_std` of groups of `group_size(group, B)`. A group of 1
     differs by 1e-4 from itself, as identical samples do."""
-    return _with(x, group_std(x, pool_size(group, len(x)), channels))
+    return _with(x, group_std(x, group_size(group, len(x)), channels))
 
 
 class MinibatchStd(nn.Module):
@@ -68,7 +68,7 @@ class MinibatchStd(nn.Module):
         if self.group == 0:
             return x
         world = 1 if self.gather is None else self.gather.world
-        size, n = pool_size(self.group, len(x) * world), len(x)
+        size, n = group_size(self.group, len(x) * world), len(x)
         if self.gather is None or n % size == 0:
             return _with(x, group_std(x, size, in_a_row=self.in_a_row))
         whole = group_std(self.gather(x), size, in_a_row=self.in_a_row)

@@ -58,8 +58,8 @@ class LatentSpace:
 
     `name`: one of `d2o.spaces.load.SPACES`, or where the autoencoder lies; `numbers`: its scale and shift; `load` gives
     the autoencoder (a diffusers AutoencoderKL), which happens when something is encoded or decoded, not before.
-    Everything is computed in float32, whatever is asked for around it (SDXL's decoder overflows in half precision), a
-    few images at a time, and without gradients.
+    Everything is computed in float32, whatever is asked for around it (SDXL's decoder overflows in half precision), and
+    but for `pixels` a few images at a time and without gradients.
     """
 
     def __init__(
@@ -143,14 +143,16 @@ class LatentSpace:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, c, h, w] -> images [B, C, H, W] float32 in [-1, 1]."""
-        vae, low = self.autoencoder, self.numbers.low
+        size = x.shape[-2] * x.shape[-1] * self.numbers.factor**2
+        return torch.cat([self.pixels(part).clamp(-1, 1) for part in x.split(self._at_once(size))])
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """`decode` for a loss: all at once, not limited to [-1, 1], and gradients flow to the latents."""
+        vae = self.autoencoder
         raw = self.numbers.raw(x.to(vae.device, torch.float32)).to(vae.dtype)
-        size = raw.shape[-2] * raw.shape[-1] * self.numbers.factor**2
         with torch.autocast(raw.device.type, enabled=False):
-            images = torch.cat(
-                [vae.decode(part, return_dict=False)[0].clamp(low, 1) for part in raw.split(self._at_once(size))]
-            ).float()
-        return images if low == -1 else images * 2 - 1
+            images = vae.decode(raw, return_dict=False)[0].float()
+        return images if self.numbers.low == -1 else images * 2 - 1
 
     def _at_once(self, pixels: int) -> int:
         return max(1, AT_ONCE // pixels)
@@ -170,6 +172,9 @@ class Pixels(LatentSpace):
 
     def decode(self, x: Tensor) -> Tensor:
         return x.clamp(-1, 1)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return x
 
 
 def numbers_of(config: Any, name: str) -> SpaceNumbers:

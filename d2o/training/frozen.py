@@ -13,14 +13,14 @@ from d2o.methods.base import Method
 def hold_frozen(method: Method, device: torch.device) -> None:
     """Put the networks of `Method.frozen` on the device, in eval mode, without gradients of their own. ValueError: one
     that is also trained or in the training state, a mistake of the method's."""
-    kept = {id(p) for net in (*method.players().values(), *method.states().values()) for p in numbers_of(net)}
+    kept = {id(p) for net in (*method.players().values(), *method.states().values()) for p in weights_and_buffers(net)}
     for name, network in method.frozen().items():
-        if any(id(p) in kept for p in numbers_of(network)):
+        if any(id(p) in kept for p in weights_and_buffers(network)):
             raise ValueError(f"{name!r} of {type(method).__name__}.frozen() is also trained, or in the training state")
         network.to(device).eval().requires_grad_(False)
 
 
-def numbers_of(network: nn.Module) -> Iterable[torch.Tensor]:
+def weights_and_buffers(network: nn.Module) -> Iterable[torch.Tensor]:
     """Parameters and buffers: the weights of frozen features are buffers."""
     yield from network.parameters()
     yield from network.buffers()
@@ -31,7 +31,7 @@ def count_frozen(method: Method) -> dict[str, int]:
     seen: set[int] = set()
     counts = {}
     for name, network in method.frozen().items():
-        new = {id(t): t.numel() for t in numbers_of(network) if id(t) not in seen}
+        new = {id(t): t.numel() for t in weights_and_buffers(network) if id(t) not in seen}
         seen |= new.keys()
         counts[name] = sum(new.values())
     return counts

@@ -71,7 +71,7 @@ def test_all_in_one_answer(plan, tmp_path):
     (tmp_path / "full" / "x").touch()
     changes = ("--set", "teacher=sdxl", "--set", "eval.reference=gone")
     code, out = plan("train", "quickstart", "--data", "x", "--device", "tpu", "--out", "full", *changes)
-    assert code == 1 and "would not start: 6 problems" in out
+    assert code == 1 and "would not start: 7 problems" in out
     for words in (
         "--data and --on-bad: method ode",
         "--device tpu: no device",

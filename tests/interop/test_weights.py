@@ -109,6 +109,25 @@ def test_a_package_that_brings_the_file(entry, place, tmp_path, monkeypatch):
         find_weights("net")
 
 
+def test_torch_hub_s_cache_is_looked_in(entry, place, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / "net.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(CONTENT)
+    for known in ({"sha256": SHA}, {"sha256_prefix": SHA[:8]}):
+        entry(url="https://example.invalid/net.pth", **known)
+        assert find_weights("net") == cached and [*cached.parent.iterdir()] == [cached]
+    source = entry(sha256=SHA)
+    cached.write_bytes(CONTENT[::-1])  # another file of that name
+    assert find_weights("net") == place and place.read_bytes() == source.read_bytes()
+    cached.write_bytes(CONTENT)
+    assert find_weights("net") == place  # d2o's own comes first
+    place.unlink()
+    entry(url="")  # nobody says what it should be
+    with pytest.raises(UserError, match="not on this machine"):
+        find_weights("net")
+
+
 def test_an_absent_package(entry, place):
     entry(url="", package="no_such_package_of_weights", inside="net.pth")
     with pytest.raises(UserError, match=r"the weights 'net' \(net.pth\) are not on this machine") as error:

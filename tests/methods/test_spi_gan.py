@@ -14,6 +14,7 @@ from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
 from d2o.students.style import StyleStudent
+from d2o.training.gather import gather_pools
 from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
 from tests.helpers import tiny_student
@@ -260,6 +261,45 @@ def test_every_switch_trains_both_networks(options: dict) -> None:
     for name, network in method.players().items():
         got = [p for p in network.parameters() if p.grad is not None and float(p.grad.abs().max()) > 0]
         assert len(got) > 0.7 * len(list(network.parameters())), name
+
+
+def test_micro_batches_have_the_gradients_of_the_batch() -> None:
+    """Path lengths among them, whose target is the mean of all."""
+
+    class InParts(OneStep):
+        def __init__(self, method, data, size):
+            super().__init__(method, data)
+            self.size, self.found = size, []
+
+        def micro_batches(self, batch, turn=0):
+            n = len(batch)
+            for start in range(0, n, self.size):
+                draw = Draws(3 + 1000 * turn, start, self.size, n, CPU)
+                yield batch.part(start, start + self.size), draw
+
+        def backward(self, loss):
+            (loss * self.size / len(self.batch)).backward()
+
+        def update(self, name):
+            gradients = [p.grad for p in self.networks[name].parameters() if p.grad is not None]
+            self.found.append(torch.cat([g.flatten() for g in gradients]))
+            for p in self.networks[name].parameters():
+                p.grad = None
+
+    found, means = [], []
+    for size in (8, 4):
+        data = batch(8)
+        method = spi_gan(pl_weight=2.0, mixing_prob=0.5, r1_gamma=0.1, critic={**CRITIC, "mbstd_group": 4})
+        gather_pools([method.critic], 0, 1)
+        for iteration in (0, 4):  # the running mean has moved before the second
+            loop = InParts(method, data, size)
+            method.step(loop, data, iteration)
+        found.append(loop.found)
+        means.append(method.path_length.mean)
+    assert len(found[0]) == 6 and float(means[0]) > 0
+    torch.testing.assert_close(means[1], means[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
 
 
 def test_joint_and_incremental_have_the_gradients_of_one_solve() -> None:

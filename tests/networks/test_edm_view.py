@@ -174,3 +174,34 @@ def test_guidance_and_prompts_are_the_teachers(teachers):
     expected = teacher.guided(alpha * x, t, condition, 3.0)
     torch.testing.assert_close(view.guided(x, sigma, condition, 3.0), expected, rtol=1e-3, atol=5e-3)
     torch.testing.assert_close(view.decode(x), teacher.decode(x))
+
+
+def test_where_stable_diffusions_students_are_called():
+    """G = (x_T - sigma_T eps) / alpha_T (Kang et al. 2024, eq. 7 and 8) as a denoiser called at sigma_T / alpha_T."""
+    levels = levels_of(DiscreteSchedule.scaled_linear().record())
+    for t, one_over_alpha, ratio, snr in (
+        (999, 14.648814, 14.614641, 0.00468192),
+        (981, 13.158464, 13.120411, 0.00580905),
+        (0, 1.000425, 0.029167, 1175.47),
+    ):
+        sigma = levels.sigmas[t]
+        assert float(sigma) == pytest.approx(ratio, rel=2e-5) and float(sigma**-2) == pytest.approx(snr, rel=1e-5)
+        assert float(1 / levels.alpha(sigma)) == pytest.approx(one_over_alpha, rel=1e-6)
+        assert int(levels.time(sigma.reshape(1)).round()) == t
+        near = levels.nearest(torch.tensor([ratio], dtype=torch.float64))  # as a recipe would write it
+        assert float(near) == float(sigma)
+    assert torch.equal(levels.time(levels.sigmas[-1:]), torch.tensor([999.0]))
+
+
+def test_a_student_called_at_the_last_step_is_the_noise_prediction_of_x_t(teachers):
+    """With x_T = z sigma_T, which is nearly z: 0.9977 of it at T = 999."""
+    teacher = teachers["sd"]
+    x, text = given(teacher)
+    for t, sigma in ((999, 14.614641), (981, 13.120411)):
+        student = Student(in_edm(teacher).network, teacher.spec, sigma)
+        alpha, sigma_t = (
+            float(v) for v in (teacher.schedule.alpha(torch.tensor(t)), teacher.schedule.sigma(torch.tensor(t)))
+        )
+        eps = teacher.network(sigma_t * x, torch.full((len(x),), t), text.states).sample
+        found, expected = student(x, text), (sigma_t * x - sigma_t * eps) / alpha
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

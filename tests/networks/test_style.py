@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from d2o.errors import UserError
 from d2o.networks.build import count_parameters
 from d2o.networks.fir import up2
-from d2o.networks.minibatch_std import MinibatchStd, minibatch_std, pool_size
+from d2o.networks.minibatch_std import MinibatchStd, group_size, minibatch_std
 from d2o.networks.node import NODEMapping
 from d2o.networks.style import StyleSynthesis, channel_table
 from d2o.networks.style_layers import EqualizedConv2d, EqualizedLinear, ModulatedConv, modulated_conv
@@ -133,8 +133,8 @@ def test_minibatch_std():
 def test_a_group_that_does_not_divide_the_batch_becomes_the_next_divisor(batch, group, effective):
     x = torch.randn(batch, 2, 3, 3)
     assert torch.equal(minibatch_std(x, group), minibatch_std(x, effective))
-    assert pool_size(group, batch) == effective
-    assert pool_size(0, batch) == 1 and pool_size(None, batch) == batch
+    assert group_size(group, batch) == effective
+    assert group_size(0, batch) == 1 and group_size(None, batch) == batch
 
 
 def test_groups_of_parts_of_a_batch_are_those_of_the_whole():

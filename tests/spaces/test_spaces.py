@@ -62,6 +62,17 @@ def test_decoding_is_the_autoencoder_s(vae, name, low):
 
 
 @pytest.mark.parametrize(("name", "low"), [("edm2", 0), ("sd15", -1)])
+def test_a_loss_gets_gradients_through_the_decoder(vae, name, low):
+    space = LatentSpace(name, SPACES[name], lambda: vae)
+    x = (noise(2, 4, 8, 8) * 0.5).requires_grad_()
+    images = space.pixels(x)
+    images[0].sum().backward()
+    assert images.abs().max() > 1 and torch.equal(images.detach().clamp(-1, 1), space.decode(x))
+    assert x.grad[0].abs().min() > 0 and torch.equal(x.grad[1], torch.zeros(4, 8, 8))
+    assert all(p.grad is None for p in vae.parameters())
+
+
+@pytest.mark.parametrize(("name", "low"), [("edm2", 0), ("sd15", -1)])
 def test_encoding_is_the_autoencoder_s(vae, name, low):
     space, eps = LatentSpace(name, SPACES[name], lambda: vae), noise(2, 4, 8, 8, seed=3)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
