@@ -83,7 +83,7 @@ class Student(nn.Module):
         """The text encoders of prompts, which the checkpoint names. UserError: they are not here, or are others than
         those that it was trained with."""
         if self._text is None or self._text.device.type != self.device.type:
-            text = load_text(self.spec.text, self.device)
+            text = load_text(self._from(self.spec.text, "text encoders"), self.device)
             text.check(self._needs("text"), f"the student of {self.spec.name}")
             self._text = text
         return self._text
@@ -97,10 +97,26 @@ class Student(nn.Module):
                     f"a student of {self.spec.name} makes latents, and its checkpoint does not say how they become"
                     " images"
                 )
-            space = load_space(self.spec.space, self.device)
+            space = load_space(self._from(self.spec.space, "autoencoder"), self.device)
             space.check(self._needs("space"), f"the student of {self.spec.name}")
             self._space = space
         return self._space
+
+    def fetch(self) -> None:
+        """Load now what it takes from elsewhere, where an image would come to need it. UserError as `text`."""
+        if self.spec.condition == "text":
+            _ = self.text
+        if self.spec.latent:
+            _ = self.space.autoencoder
+
+    def _from(self, name: str, what: str) -> str:
+        """The name itself. UserError: it is that of a folder or file which is gone."""
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise UserError(
+                f"the student of {self.spec.name} takes its {what} from {name}, and nothing is there",
+                "put back what it was trained with",
+            )
+        return name
 
     def _needs(self, what: str) -> dict[str, Any]:
         return (self.meta.get("needs") or {}).get(what) or {}

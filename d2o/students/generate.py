@@ -92,7 +92,8 @@ def prompted(who: str, spec: Spec, record: dict[str, Any], prompts: Prompts | No
 
 
 def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler:
-    """One call of the student. UserError: no prompts for one that takes text, or the reverse."""
+    """One call of the student. UserError: no prompts for one that takes text, or the reverse; its text encoders or
+    autoencoder are not those that it was trained with, or nowhere."""
     device = next(student.parameters()).device
     dtype: torch.dtype | None = None
 
@@ -114,6 +115,7 @@ def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler
         "checkpoint": student.meta,
     }
     spec, record = prompted("the student of", student.spec, record, prompts)
+    student.fetch()
     return Sampler(call, spec, device, record, prompts, student.network, tune)
 
 

@@ -167,7 +167,7 @@ def test_another_text_encoder_than_the_student_s_is_refused(folder, tmp_path):
         load_student(path)
 
 
-def test_a_student_of_a_folder_finds_its_parts_there(folder, tmp_path, student):
+def test_a_student_of_a_folder_finds_its_parts_there(folder, tmp_path, student, capsys):
     """Of a teacher in a folder the student names the folder."""
     from d2o.interop.assets import asset
 
@@ -183,6 +183,13 @@ def test_a_student_of_a_folder_finds_its_parts_there(folder, tmp_path, student):
     x = again(noise(2), asked)
     assert torch.equal(x, student(noise(2), asked)) and torch.equal(again.decode(x), student.decode(x))
     assert read_meta(path)["needs"]["space"]["name"] == where
+    (tmp_path / "sd").rename(tmp_path / "gone")
+    for changed, words in (({}, "takes its text encoders from"), ({"text": "tiny-sd"}, "takes its autoencoder from")):
+        meta["spec"] |= changed
+        save_file(path, tensors, meta)
+        assert run("sample", path, "--prompt", "a", "--n", 1, "--out", tmp_path / "x.zip") == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert words in said and "nothing is there" in said and not list(tmp_path.glob("x.zip*"))
 
 
 def test_export_makes_a_folder_that_needs_nothing_else(folder, student):
