@@ -21,6 +21,7 @@ from torch import Tensor
 from d2o.data.containers import printable
 from d2o.errors import UserError
 from d2o.inputs import JsonObject, check_input, check_size, check_unpacked, parse_json
+from d2o.interop.assets import asset
 from d2o.interop.download import download, home
 from d2o.interop.safetensors_io import file_sha256
 from d2o.work.objects import filesystem, local_path, whole_url
@@ -33,6 +34,8 @@ COLUMNS = ("prompt", "text", "caption")
 CHUNK = 2**24
 GROUPS = 2
 """Row groups of a .parquet file that are kept in memory."""
+DIGITS = "digits"
+"""The name of the prompts that ship."""
 MAX_PROMPT_BYTES = 2**16
 """Of one prompt: text encoders read some hundred tokens of it."""
 MAX_LINE_BYTES = 2**20
@@ -81,13 +84,16 @@ class Prompts(ABC):
 
 def open_prompts(path: str | os.PathLike) -> Prompts:
     """A prompt file, checked from beginning to end; an fsspec URL is copied into the cache first ($D2O_HOME), once for
-    each of its versions.
+    each of its versions. "digits" without a file of that name: 120 prompts that the teacher `tiny-sd` was trained with,
+    which ship.
 
     .txt is UTF-8 with one prompt a line; the lines of .jsonl and the rows of .parquet have it under "prompt", else
     "text", else "caption". Nothing is trimmed or changed but a byte order mark and the carriage returns of Windows.
     UserError: missing, empty, another format, not UTF-8, a blank line that is not the last, a line without a prompt
     (told by its number); .parquet without pyarrow.
     """
+    if path == DIGITS and not Path(path).exists():
+        path = asset("prompts_digits.txt")
     if (local := local_path(path)) is None:
         local = str(_copied(whole_url(path)))
     file = Path(local)

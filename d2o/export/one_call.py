@@ -3,7 +3,8 @@ the student's call.
 
 Discrete schedules: EulerDiscreteScheduler works in EDM's own coordinates, x = sigma z, asks the network at x / sqrt(1 +
 sigma^2) and steps to sigma 0 (or, for students that jump along the ODE, to the lowest level). Its betas end at the
-student's level, so that one step begins there; the weights stay as they are.
+student's level, so that one step begins there; the weights stay as they are. A student that begins with x_T = z is a
+scheduler of "leading" steps, which begins with sqrt(1 + sigma^2) z.
 
 Flow matching: FlowMatchEulerDiscreteScheduler begins at t = 1 with x = z and gives z - v. A student is A z - B v(C z,
 t): C goes into the first layer, B / A into the last, A into the autoencoder's scaling factor, and the difference of the
@@ -87,7 +88,8 @@ def _euler(view: EDMView, levels: DiscreteLevels, student: Student) -> EulerDisc
         num_train_timesteps=last + 1,
         trained_betas=DiscreteSchedule(bar).record()["trained_betas"],
         prediction_type=view.prediction,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing" if student.begins == "noise" else "leading",
+        steps_offset=0 if student.begins == "noise" else last,
         final_sigmas_type="sigma_min" if _jumps(student) else "zero",
     )
 

@@ -46,6 +46,7 @@ class TeacherRecord(ProductRecord):
 class DenoiserRecord(Record):
     kind: Literal["denoiser"]
     sigma: Positive
+    begins: Literal["noise", "x_T"] = "noise"
 
 
 class MultistepRecord(Record):

@@ -211,6 +211,11 @@ class Method(ABC, Generic[O]):
         takes together (see `d2o.training.share.divide`)."""
         return 1
 
+    @classmethod
+    def phase(cls, options: O) -> str:
+        """As which phase of training (`d2o.metrics.nfe.PER_SAMPLE`) papers count its network evaluations; "": none."""
+        return ""
+
     @abstractmethod
     def __init__(self, setup: Setup[O]): ...
 

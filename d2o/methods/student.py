@@ -59,7 +59,7 @@ class StudentMethod(Method[O]):
         network, start = self.begin(setup, spec), setup.start
         if start is not None:
             return make_student(network, start.spec, start.record)
-        return Student(network, spec, setup.student.sigma)
+        return Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"))
 
     def copied(self, network: nn.Module, start: Student | None = None) -> nn.Module:
         """A copy of the teacher's network, or of that of the student `start`, in the form that is trained."""

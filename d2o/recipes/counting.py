@@ -31,7 +31,7 @@ def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
 
 class _MetaDraws(Draws):
     def __init__(self, count: int):
-        self.count = self.total = count
+        self.start, self.count, self.total = 0, count, count
 
     def randn(self, *shape: int) -> Tensor:
         return torch.empty(self.count, *shape, device=META)

@@ -33,6 +33,7 @@ from d2o.interop.hub import cached_snapshot, is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
+from d2o.metrics.nfe import Phase
 from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.freeze import freeze
@@ -348,6 +349,8 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
             1 if recipe.precision == "fp32" else 2
         )
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
+    if phase := method.phase(recipe.options):
+        plan.calls["training, as papers count (NFE)"] = Phase(phase, recipe.batch, plan.iterations).nfe
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
         many, each = times(recipe), recipe.eval.samples
         plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()

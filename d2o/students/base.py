@@ -3,6 +3,7 @@ checkpoint."""
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded
+from d2o.diffusion.levels import DiscreteLevels
 from d2o.errors import UserError, unknown
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
-from d2o.networks.edm_view import called_at
+from d2o.networks.edm_view import EDMView, called_at
 from d2o.networks.load import load_weights
 from d2o.spaces.base import UNNAMED, LatentSpace
 from d2o.spaces.load import load_space
@@ -35,7 +37,8 @@ STUDENTS = {
 
 class Student(nn.Module):
     """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
-    the nearest of its levels.
+    the nearest of its levels. `begins` "x_T": D(sqrt(1 + sigma^2) z; sigma, c), so that the network itself sees z,
+    unscaled: (z - sigma_T eps(z, c, T)) / alpha_T (Kang et al. 2024, eq. 7); for networks with a discrete schedule.
 
     forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`, or
     what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
@@ -44,9 +47,10 @@ class Student(nn.Module):
 
     nfe = 1  # network calls of one sample
 
-    def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0):
+    def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0, begins: str = "noise"):
         super().__init__()
         self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
+        self.begins, self.factor = begins, factor_of(network, self.sigma, begins)
         self.meta: dict[str, Any] = {}
         self._text: TextEncoders | None = None
         self._space: LatentSpace | None = None
@@ -54,12 +58,13 @@ class Student(nn.Module):
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint states beside network and spec: the kind, and that kind's settings."""
-        return {"kind": "denoiser", "sigma": self.sigma}
+        usual = self.begins == "noise"
+        return {"kind": "denoiser", "sigma": self.sigma, **({} if usual else {"begins": self.begins})}
 
     @classmethod
     def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
         """Undo `record`."""
-        return cls(network, spec, record["sigma"])
+        return cls(network, spec, record["sigma"], record.get("begins", "noise"))
 
     def with_steps(self, steps: int) -> Student:
         """The same student, called `steps` times for an image. UserError: a number that its kind cannot do."""
@@ -136,7 +141,7 @@ class Student(nn.Module):
     def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
         return self.network(
-            noise.to(torch.float32) * self.sigma, noise.new_full((1,), self.sigma, dtype=torch.float32), embedded
+            noise.to(torch.float32) * self.factor, noise.new_full((1,), self.sigma, dtype=torch.float32), embedded
         )
 
     def decode(self, x: Tensor) -> Tensor:
@@ -146,6 +151,17 @@ class Student(nn.Module):
     @property
     def fingerprint(self) -> str:
         return tensors_sha256(self.network.state_dict())
+
+
+def factor_of(network: nn.Module, sigma: float, begins: str) -> float:
+    """What standard normal noise is multiplied by. UserError: "x_T" of a network whose inputs keep no variance."""
+    if begins != "x_T":
+        return sigma
+    if not isinstance(network, EDMView) or not isinstance(network.levels, DiscreteLevels):
+        raise UserError(
+            "student.begins: x_T is for networks with a discrete schedule, as Stable Diffusion's", "begins: noise"
+        )
+    return math.sqrt(1 + sigma**2)
 
 
 def build_student(config: dict[str, Any], spec: Spec) -> Student:

@@ -13,6 +13,11 @@ class StudentSection(Section):
     """How the one-step generator starts."""
 
     sigma: Positive = field(80.0, "noise level at which it is called, in units of the data's [-1, 1] range")
+    begins: Literal["noise", "x_T"] = field(
+        "noise",
+        "what is put in for standard normal z: sigma z, as EDM's samplers begin; or x_T = z as the network sees it, as"
+        " those of Stable Diffusion begin (x = sqrt(1 + sigma^2) z; for networks with a discrete schedule)",
+    )
     init: Literal["teacher", "scratch"] = field(
         "teacher", "start from a copy of the teacher's network, or from random weights"
     )

@@ -33,17 +33,24 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimSectio
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], options: OptimSection) -> list[dict[str, Any]]:
-    """Those that weight decay takes, and those whose names fit `options.no_decay`, which have none."""
-    spared = {name for name in parameters if any(fnmatchcase(name, pattern) for pattern in options.no_decay)}
-    for pattern in options.no_decay:
-        if not any(fnmatchcase(name, pattern) for name in parameters):
+    """Those that weight decay takes; those whose names fit `options.no_decay`, which have none; then a group for each
+    pattern of `options.decays`, of the names that fit it first."""
+    asked = [("no_decay", pattern, 0.0) for pattern in options.no_decay]
+    asked += [("decays", pattern, decay) for pattern, decay in options.decays.items()]
+    left = dict(parameters)
+    found: dict[tuple[str, float], list[str]] = {}
+    for key, pattern, decay in asked:
+        fitting = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not fitting:
             raise UserError(
-                f"optim.no_decay: {pattern!r} fits no parameter",
+                f"optim.{key}: {pattern!r} fits no parameter",
                 f"names are like {', '.join(list(parameters)[:3])}; `*bias` fits every bias",
             )
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in parameters.items() if name not in spared]}]
-    if spared:
-        groups.append({"params": [parameters[name] for name in parameters if name in spared], "weight_decay": 0.0})
+        mine = {name for name in fitting if left.pop(name, None) is not None}
+        found.setdefault((key if key == "no_decay" else pattern, decay), []).extend(mine)
+    groups: list[dict[str, Any]] = [{"params": list(left.values())}]
+    for (_, decay), names in found.items():
+        groups.append({"params": [p for name, p in parameters.items() if name in set(names)], "weight_decay": decay})
     return [group for group in groups if group["params"]] or groups[:1]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from d2o.settings.section import Beta, NonEmpty, Positive, Section, field
 from d2o.settings.wording import show
@@ -24,6 +24,11 @@ class OptimSection(Section):
         (),
         "names of parameters that weight decay leaves alone; `*bias` fits every bias, `*norm*` what has norm in its"
         " name (default [])",
+    )
+    decays: dict[NonEmpty, Annotated[float, Field(ge=0)]] = field(
+        {},
+        "weight decay of parameters by name, instead of weight_decay; `*attn[12].*` fits those of Stable Diffusion's"
+        " attention (default {}); no_decay wins, then the first that fits",
     )
     schedule: Literal["constant", "cosine", "linear"] = field(
         "constant", "course of the learning rate after the warm-up, down to final_lr"

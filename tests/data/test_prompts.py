@@ -243,3 +243,12 @@ def test_packing():
         and unpack(pack(["", "a", ""]), [0, 1, 2]) == ["", "a", ""]
         and unpack(tensors, []) == []
     )
+
+
+def test_prompts_that_ship(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shipped = open_prompts("digits")
+    assert len(set(shipped)) == 120 and shipped[0] == "a handwritten zero"
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(UserError):  # what is there comes first
+        open_prompts("digits")

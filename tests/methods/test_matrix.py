@@ -27,6 +27,7 @@ from tools.matrix import PAGE, page
 
 ROWS = {
     "ode": ("ode", {"loss": "mse"}),
+    "diffusion2gan": ("diffusion2gan", {"distance": {"kind": "mse"}}),
     "sid": ("sid", {}),
     "sida": ("sid", {"adversarial": True, "start_g_nimg": 0, "start_adv_nimg": 2}),
     "dmd": ("dmd", {}),

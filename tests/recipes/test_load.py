@@ -764,7 +764,7 @@ def test_diff():
         "optim.betas: [0.9, 0.999] -> [0.0, 0.5]",
         (
             'optim_critic: {"name": "adam", "lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0,'
-            ' "no_decay": [], "schedule": "constant", "warmup": 0, "final_lr": 0.0,'
+            ' "no_decay": [], "decays": {}, "schedule": "constant", "warmup": 0, "final_lr": 0.0,'
             ' "clip_norm": null, "clip_value": null} -> null'
         ),
         "compile: false -> true",

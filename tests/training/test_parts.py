@@ -29,6 +29,7 @@ def options(**more):
         "eps": 1e-8,
         "weight_decay": 0.0,
         "no_decay": (),
+        "decays": {},
         "schedule": "constant",
         "warmup": 0,
         "final_lr": 0.0,
@@ -144,6 +145,14 @@ def test_weight_decay_leaves_named_parameters_alone():
     again = player(copy.deepcopy(network), name="adamw", weight_decay=0.5)
     again.load_moments(spared.moments())  # by name, whatever the groups
     assert again.moments().keys() == spared.moments().keys()
+    grouped = player(network, name="adamw", weight_decay=0.5, no_decay=("*bias",), decays={"0.*": 0.1, "*": 0.2})
+    assert [(g["weight_decay"], len(g["params"])) for g in grouped.optimizer.param_groups] == [
+        (0, 2),
+        (0.1, 1),
+        (0.2, 1),
+    ]
+    with pytest.raises(UserError, match=r"optim.decays: '\*norm\*' fits no parameter"):
+        player(nn.Linear(3, 2), decays={"*norm*": 0.1})
     with pytest.raises(UserError, match=r"optim.no_decay: '\*norm\*' fits no parameter"):
         player(nn.Linear(3, 2), no_decay=("*norm*",))
 

@@ -1,0 +1,286 @@
+"""Diffusion2GAN (Kang et al. 2024, arXiv 2405.05967): a one-step student of pairs, in two stages.
+
+Stage 1 (`lambda_gan: 0`, `d2o train`) regresses to the teacher's ODE solutions by a perceptual distance (eq. 1 and 3).
+Stage 2 (`lambda_gan` above 0, `d2o finetune --from` the first one's run) goes on with that and a conditional GAN, whose
+critic is the teacher's U-Net and whose real samples are the teacher's (eq. 4 to 6). No real image is used.
+
+The paper leaves much open. Each choice is an option, whose default is what its numbers agree with best.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from d2o.condition import Embedded
+from d2o.critics.unet import UNetCritic
+from d2o.diffusion.schedules import DiscreteSchedule
+from d2o.errors import UserError
+from d2o.losses.logit_maps import (
+    critic_loss_of_maps,
+    generator_loss_of_maps,
+    one_sample,
+    r1_of_maps,
+    r1_weight,
+    twice_differentiable,
+)
+from d2o.losses.mismatch import (
+    Fakes,
+    Fractions,
+    Noise,
+    check_fractions,
+    draw_critic_noise,
+    mix_and_match,
+    noised,
+)
+from d2o.methods.base import Batch, Draws, Loop, Options, Setup
+from d2o.methods.output_distance import DistanceOptions, OutputDistance
+from d2o.methods.student import StudentMethod
+from d2o.methods.teachers import check_teacher
+from d2o.networks.edm_view import EDMView
+from d2o.networks.full_precision import keep_head
+
+Losses = dict[str, list[Tensor]]
+
+
+class CriticOptions(Options):
+    """`critic:`, arguments of `UNetCritic`."""
+
+    z: Literal["after_conv_in", "before_conv_in", "none"] = Field(
+        "after_conv_in",
+        description=(
+            "a convolution of the noise z, 0 at first, is added after the input convolution (as if that had channels"
+            " for z), before it, or nowhere"
+        ),
+    )
+    inputs: Literal["3x3", "1x1", "none"] = Field(
+        "3x3", description="convolutions of the resized sample that every further level of the encoder is given"
+    )
+    resize: Literal["area", "bicubic"] = Field("area", description="how the sample is resized for them")
+    inputs_zero: bool = Field(True, description="they begin at 0")
+    inputs_with_z: bool = Field(False, description="they see z as well")
+    heads: Literal["multi", "final", "final_mean"] = Field(
+        "multi",
+        description=(
+            "logits of three tensors of every scale of the decoder; by a new convolution of the last; or the mean of"
+            " the network's own output (Table 2's rows before multi-scale)"
+        ),
+    )
+    per: Literal["scale", "resnet"] = Field("scale", description="those three of each scale, or of each residual block")
+    combined: Literal["output", "concat"] = Field(
+        "output", description="the third of them: the scale's output, or skip and what comes from below side by side"
+    )
+    head: Literal["1x1", "3x3"] = Field("1x1", description="convolutions that make logits (SDXL's printed size: 3x3)")
+    head_norm: bool = Field(False, description="group normalisation and SiLU before them")
+    keep_output: bool = Field(True, description="the network's output convolution stays, though nothing reads it")
+    t: float | None = Field(
+        None, description="time that the critic is told of clean samples (0 to 999; EDM: sigma); null: that of no noise"
+    )
+
+
+class R1Options(Options):
+    """`r1:`, the gradient penalty of real samples."""
+
+    gamma: float = Field(0.01, ge=0, description="its strength; 0: none (SDXL)")
+    interval: int = Field(16, ge=1, description="iterations from one to the next")
+    half: bool = Field(True, description="gamma / 2 |grad D|^2, or gamma |grad D|^2")
+    lazy_gain: bool = Field(True, description="times the interval")
+    of: Literal["x", "xz"] = Field("x", description="gradient by the sample, or by its noise as well")
+
+
+class MixOptions(Options):
+    """`mix:`, mix-and-match: mismatched samples among the fake ones."""
+
+    latent: float = Field(0.25 / 3, ge=0, le=1, description="share with the sample of another row")
+    text: float = Field(0.25 / 3, ge=0, le=1, description="share with the condition of another row")
+    noise: float = Field(0.25 / 3, ge=0, le=1, description="share with the noise of another row")
+    base: Literal["real", "generated"] = Field(
+        "real", description="the samples of which condition or noise are exchanged"
+    )
+    group: int = Field(2, ge=1, description="rows in a row among which the other one is; micro-batches are multiples")
+
+    @property
+    def fractions(self) -> Fractions:
+        return Fractions(self.latent, self.text, self.noise)
+
+    @property
+    def together(self) -> int:
+        return self.group if sum(self.fractions) else 1
+
+
+class NoiseOptions(Options):
+    """`noise:`, noise ahead of the critic."""
+
+    enable: bool = Field(False, description="real and fake samples are noised (SDXL), and the critic is told the time")
+    t_range: tuple[int, int] = Field((0, 999), description="time steps of it, both ends included, equally likely")
+    shared: bool = Field(True, description="the real and the fake sample of a row have the same time and noise")
+
+
+class Diffusion2GANOptions(Options):
+    distance: DistanceOptions = Field(
+        DistanceOptions.model_validate({}), description="distance to the teacher's output"
+    )
+    lambda_distance: float = Field(1.0, ge=0, description="weight of that distance")
+    lambda_gan: float = Field(0.0, ge=0, description="weight of the GAN loss; 0: stage 1 (SD: 0.25, SDXL: 1)")
+    critic: CriticOptions = Field(
+        CriticOptions.model_validate({}), description="the critic, a copy of the teacher's network"
+    )
+    head_reduce: Literal["mean", "sum"] = Field("mean", description="losses over the critic's maps")
+    r1: R1Options = Field(R1Options.model_validate({}), description="R1 on one sample of the batch")
+    mix: MixOptions = Field(MixOptions.model_validate({}), description="mix-and-match, in the critic's step alone")
+    noise: NoiseOptions = Field(NoiseOptions.model_validate({}), description="noise ahead of the critic")
+    order: Literal["critic_first", "generator_first"] = Field(
+        "critic_first", description="whose step comes first in an iteration; each has samples of its own"
+    )
+    fp32_head: bool = Field(
+        True,
+        description=(
+            "the student's output convolution in full precision, as its rounding is multiplied by sigma (diffusers)"
+        ),
+    )
+
+
+class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
+    name = "diffusion2gan"
+    Options = Diffusion2GANOptions
+    data = "pairs"
+    takes = "edm"
+
+    def __init__(self, setup: Setup[Diffusion2GANOptions]):
+        self.options = o = setup.options
+        self.teacher = check_teacher(self.name, setup.teacher)
+        if not o.lambda_distance and not o.lambda_gan:
+            raise UserError(f"{self.name}: lambda_distance and lambda_gan are both 0, so that nothing is learned")
+        self.student = self.begin_student(setup, self.teacher.spec)
+        self._spec = self.student.spec
+        if o.fp32_head:
+            keep_head(self.student.network)
+        self.distance = OutputDistance(o.distance, self.teacher, setup.device, f"{self.name}.distance")
+        self.critic: UNetCritic | None = None
+        if o.lambda_gan:
+            check_fractions(o.mix.fractions, o.critic.z != "none")
+            self.schedule = critic_schedule(self.teacher.network, o.noise) if o.noise.enable else None
+            self.critic = UNetCritic.of(self.teacher.network, **o.critic.model_dump())
+
+    @classmethod
+    def micro_multiple(cls, options: Diffusion2GANOptions, batch: int) -> int:
+        return options.mix.together if options.lambda_gan else 1
+
+    @classmethod
+    def phase(cls, options: Diffusion2GANOptions) -> str:
+        return "adversarial" if options.lambda_gan else "regression"
+
+    def players(self) -> dict[str, nn.Module]:
+        return {"student": self.student, **({} if self.critic is None else {"critic": self.critic})}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {} if self.distance.network is None else {"distance": self.distance.network}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        log: Losses = {"loss": []}
+        asked: list[Embedded] = []  # of each micro-batch, for both steps
+        if self.critic is not None and self.options.order == "critic_first":
+            self.critic_step(loop, batch, iteration, asked, log)
+        self.generator_step(loop, batch, asked, log)
+        if self.critic is not None and self.options.order == "generator_first":
+            self.critic_step(loop, batch, iteration, asked, log)
+        return {key: loop.mean(values) for key, values in log.items()}
+
+    def generator_step(self, loop: Loop, batch: Batch, asked: list[Embedded], log: Losses) -> None:
+        """d(G(z, c), x) + lambda_GAN softplus(-D(c, z, G(z, c))) (eq. 4 and 6)."""
+        o = self.options
+        for i, (micro, draw) in enumerate(loop.micro_batches(batch)):
+            z, target, c = self.rows(micro, i, asked)
+            draws = self.distance.draw(draw)
+            x = loop.net("student")(z, c)
+            loss = self.distance(x, target, draws).mean()
+            log["loss"].append(loss)
+            if self.critic is None:
+                loop.backward(o.lambda_distance * loss)
+                continue
+            noise = self.draw_noise(draw)
+            with loop.frozen("critic") as critic:
+                logits = critic(self.shown(x, noise), z, c, time_of(noise))
+                gan = generator_loss_of_maps(logits, o.head_reduce).mean()
+                log.setdefault("loss_gan", []).append(gan)
+                loop.backward(o.lambda_distance * loss + o.lambda_gan * gan)
+        loop.update("student")
+
+    def critic_step(self, loop: Loop, batch: Batch, iteration: int, asked: list[Embedded], log: Losses) -> None:
+        """softplus(-D(c, z, x)) + softplus(D(fake)), fake what the student makes, or a mismatch; every `r1.interval`
+        iterations R1 of the first row of the batch."""
+        o, critic = self.options, loop.net("critic")
+        for i, (micro, draw) in enumerate(loop.micro_batches(batch, 1)):
+            z, target, c = self.rows(micro, i, asked)
+            with torch.no_grad():
+                made = loop.net("student")(z, c)
+            fake = self.fakes(target, z, c, made, draw)
+            noise = self.draw_noise(draw)
+            other = noise if o.noise.shared else self.draw_noise(draw)
+            real, t = self.shown(target, noise), time_of(noise)
+            logits = critic(self.shown(fake.x, other), fake.z, fake.condition, time_of(other))
+            loss = critic_loss_of_maps(critic(real, z, c, t), logits, o.head_reduce).mean()
+            log.setdefault("loss_critic", []).append(loss)
+            loop.backward(loss)
+            if i == 0 and o.r1.gamma and iteration % o.r1.interval == 0:
+                with twice_differentiable(real.device):
+                    loop.backward(self.penalty(critic, draw, real, z, c, t))
+        loop.update("critic")
+
+    def penalty(self, critic: nn.Module, draw: Draws, real: Tensor, z: Tensor, c: Embedded, t: Tensor | None) -> Tensor:
+        """R1 of the first row of the global batch, 0 times another one where that is not here."""
+        r1, (row, share) = self.options.r1, one_sample(draw)
+        one = slice(row, row + 1)
+        c, t = None if c is None else c[one], None if t is None else t[one]
+        squares = r1_of_maps(lambda x, z: critic(x, z, c, t), real[one], z[one], r1.of, self.options.head_reduce)
+        return share * r1_weight(r1.gamma, r1.interval, r1.half, r1.lazy_gain) * squares.mean()
+
+    def rows(self, micro: Batch, i: int, asked: list[Embedded]) -> tuple[Tensor, Tensor, Embedded]:
+        """z, the teacher's x, and the condition of micro-batch i, prompts encoded once for both steps."""
+        assert micro.noise is not None and micro.target is not None
+        if i == len(asked):
+            asked.append(self.embedded(self.condition_of(micro)))
+        return micro.noise, micro.target, asked[i]
+
+    def fakes(self, real: Tensor, z: Tensor, c: Embedded, made: Tensor, draw: Draws) -> Fakes:
+        mix = self.options.mix
+        if not sum(mix.fractions):
+            return Fakes(made, z, c, torch.zeros(len(z), dtype=torch.int64, device=z.device))
+        sees_z = self.options.critic.z != "none"
+        return mix_and_match(real, z, c, made, draw, mix.fractions, mix.group, mix.base, sees_z)
+
+    def draw_noise(self, draw: Draws) -> Noise | None:
+        noise = self.options.noise
+        return draw_critic_noise(draw, self._spec.shape, noise.t_range) if noise.enable else None
+
+    def shown(self, x: Tensor, noise: Noise | None) -> Tensor:
+        """Samples as the critic sees them."""
+        if noise is None:
+            return x
+        assert self.schedule is not None
+        return noised(x, noise, self.schedule)
+
+
+def time_of(noise: Noise | None) -> Tensor | None:
+    return None if noise is None else noise.t
+
+
+def critic_schedule(network: nn.Module, options: NoiseOptions) -> DiscreteSchedule:
+    """The teacher's schedule, by which samples are noised for the critic. UserError: none, or of other steps."""
+    schedule = network.config["schedule"] if isinstance(network, EDMView) else {}
+    if not isinstance(network, EDMView) or schedule.get("kind") == "flow":
+        raise UserError(
+            "diffusion2gan.noise: noise ahead of the critic is for teachers with a discrete schedule", "enable: false"
+        )
+    with torch.device("cpu"):  # no part of a network, which a plan builds without memory
+        found = DiscreteSchedule.from_config(schedule)
+    low, high = options.t_range
+    if not 0 <= low <= high < len(found.alphas_cumprod):
+        raise UserError(f"diffusion2gan.noise.t_range: [{low}, {high}] is no range of the steps 0 to 999")
+    return found
+
+
+METHOD = Diffusion2GAN
