@@ -6,6 +6,8 @@ with it bfloat16's rounding: some 3 % of a latent's standard deviation.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ class FullPrecisionConv2d(nn.Conv2d):
     """A convolution that autocast leaves in float32, with what enters it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x.float(), self.weight.float(), bias)
 

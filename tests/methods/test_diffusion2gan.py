@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from d2o.condition import Condition
 from d2o.critics.unet import UNetCritic
 from d2o.data.pair_settings import PairSettings
+from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.export.exporter import export_checkpoint
 from d2o.losses.mismatch import mix_and_match
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.diffusion2gan import Diffusion2GAN, Diffusion2GANOptions
+from d2o.metrics.nfe import Phase, total_nfe, training_nfe
 from d2o.networks.full_precision import FullPrecisionConv2d
+from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, load_student, save_student
@@ -369,3 +372,35 @@ def test_stage_two_begins_with_the_average_of_stage_one(store):
     assert torch.equal(method.student(pairs().noise, torch.arange(4)), start(pairs().noise, torch.arange(4)))
     before, critic = tiny_network().state_dict(), UNetCritic.of(tiny_network()).network.state_dict()
     assert all(torch.equal(before[key], value) for key, value in critic.items())  # the critic is the teacher's
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "millions"),
+    [
+        (("d2g_cifar10:1m",), 76.8),
+        (("d2g_sd_cfg3:ode", "d2g_sd_cfg3:gan"), 51.2),
+        (("d2g_sd_cfg8:ode", "d2g_sd_cfg8:gan"), 153.6),
+        (("d2g_sdxl_cfg7:ode", "d2g_sdxl_cfg7:gan"), 97.28),
+    ],
+)
+def test_the_recipes_take_the_printed_number_of_network_evaluations(names, millions):
+    """Table A1, exactly."""
+    phases = []
+    for name in names:
+        one = load_recipe(name)
+        phases.append(Phase(Diffusion2GAN.phase(one.options), one.batch, -(-one.images // one.batch)))
+    assert training_nfe(phases) == round(millions * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("pairs_", "millions"),
+    [("50k", 78.55), ("100k", 80.3), ("200k", 83.8), ("500k", 94.3), ("1m", 111.8)],
+)
+def test_table_6_counts_the_pairs_too(pairs_, millions):
+    one = load_recipe(f"d2g_cifar10:{pairs_}")
+    phase = Phase("regression", one.batch, one.images // one.batch)
+    solver = Solver(one.pairs.solver, one.pairs.steps)
+    assert total_nfe([phase], one.pairs.n, solver.nfe) == round(millions * 1e6)
