@@ -3,8 +3,8 @@ the student's call.
 
 Discrete schedules: EulerDiscreteScheduler works in EDM's own coordinates, x = sigma z, asks the network at x / sqrt(1 +
 sigma^2) and steps to sigma 0 (or, for students that jump along the ODE, to the lowest level). Its betas end at the
-student's level, so that one step begins there; the weights stay as they are. A student that begins with x_T = z is a
-scheduler of "leading" steps, which begins with sqrt(1 + sigma^2) z.
+student's level, so that one step begins there; the weights stay as they are. A student that begins with x_T = z goes
+with DDIMScheduler, whose one step from there to x_0 is the same call.
 
 Flow matching: FlowMatchEulerDiscreteScheduler begins at t = 1 with x = z and gives z - v. A student is A z - B v(C z,
 t): C goes into the first layer, B / A into the last, A into the autoencoder's scaling factor, and the difference of the
@@ -30,7 +30,7 @@ from d2o.students.base import Student
 from d2o.students.consistency import ConsistencyStudent
 
 if TYPE_CHECKING:
-    from diffusers import EulerDiscreteScheduler, ModelMixin, SchedulerMixin
+    from diffusers import ModelMixin, SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def one_call(student: Student, path: str | Path) -> OneCall:
         if isinstance(view.levels, FlowLevels):
             return _flow(view, net, student)
         assert isinstance(view.levels, DiscreteLevels)
-        return OneCall(net, _euler(view, view.levels, student))
+        return OneCall(net, _discrete(view, view.levels, student))
 
 
 def unclamped(student: Student) -> Student:
@@ -77,19 +77,29 @@ def _jumps(student: Student) -> bool:
     return isinstance(student, ConsistencyStudent)
 
 
-def _euler(view: EDMView, levels: DiscreteLevels, student: Student) -> EulerDiscreteScheduler:
+def _discrete(view: EDMView, levels: DiscreteLevels, student: Student) -> SchedulerMixin:
     import diffusers
 
     last = int(levels.time(torch.tensor(student.sigma, dtype=torch.float64)).round())
     if last == 0:
         raise UserError("a student that is called at the lowest noise level of its schedule has no step of its own")
     bar = DiscreteSchedule.from_config(view.config["schedule"]).alphas_cumprod[: last + 1]
+    betas = DiscreteSchedule(bar).record()["trained_betas"]
+    if student.begins == "x_T":
+        return diffusers.DDIMScheduler(
+            num_train_timesteps=last + 1,
+            trained_betas=betas,
+            prediction_type=view.prediction,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=True,
+            steps_offset=1,  # which pipelines ask for, and these steps do not use
+        )
     return diffusers.EulerDiscreteScheduler(
         num_train_timesteps=last + 1,
-        trained_betas=DiscreteSchedule(bar).record()["trained_betas"],
+        trained_betas=betas,
         prediction_type=view.prediction,
-        timestep_spacing="trailing" if student.begins == "noise" else "leading",
-        steps_offset=0 if student.begins == "noise" else last,
+        timestep_spacing="trailing",
         final_sigmas_type="sigma_min" if _jumps(student) else "zero",
     )
 

@@ -31,7 +31,9 @@ def usage(source: Loaded, file_name: str, file_format: str) -> str:
 def _about(source: Loaded, file_format: str) -> str:
     if file_format == "diffusers":
         flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
-        scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler"
+        begins = (source.meta.get("student") or {}).get("begins")
+        discrete = "DDIMScheduler" if begins == "x_T" else "EulerDiscreteScheduler"
+        scheduler = "FlowMatchEulerDiscreteScheduler" if flow else discrete
         warned = " (diffusers may warn that it expects another scheduler; this one has what the pipeline asks for.)"
         return (
             f"The call below is the whole of it: {scheduler}, as the folder has it, makes the student's one step."

@@ -27,6 +27,7 @@ from d2o.students.base import Student, load_student, save_student
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.in_edm import in_edm
+from d2o.teachers.registry import load_teacher
 from d2o.training.loop import Trainer
 from tests.helpers import tiny_network, tiny_student, tiny_teacher
 from tests.teachers.families import tiny
@@ -269,9 +270,11 @@ def test_the_student_is_equation_7(sdxl, tmp_path):
         Student(tiny_network(), student.spec, 80.0, "x_T")
 
 
-def test_the_export_begins_with_z(tmp_path):
-    teacher = tiny("ddpm", tmp_path)
-    student = Student(in_edm(teacher).network, in_edm(teacher).spec, 30.0, "x_T")
+@pytest.mark.parametrize(("name", "sigma"), [("ddpm", 30.0), ("tiny-sd", 14.6146), ("tiny-sd", 13.12)])
+def test_the_export_begins_with_z(name, sigma, tmp_path):
+    """Exactly; Stable Diffusion's pipeline puts its own `steps_offset` in the place of another one."""
+    teacher = load_teacher(name) if name == "tiny-sd" else tiny(name, tmp_path)
+    student = Student(in_edm(teacher).network, in_edm(teacher).spec, sigma, "x_T")
     save_student(
         tmp_path / "s.safetensors",
         student.eval(),
@@ -282,7 +285,7 @@ def test_the_export_begins_with_z(tmp_path):
     )
     assert load_student(tmp_path / "s.safetensors").begins == "x_T"
     done = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp32")
-    assert done.parity.difference < 1e-4
+    assert done.parity.difference < 1e-4 and "DDIMScheduler" in done.card.read_text()
 
 
 def test_the_head_stays_in_full_precision(sdxl):
