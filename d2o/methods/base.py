@@ -197,6 +197,7 @@ class Method(ABC, Generic[O]):
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
     product: ClassVar[str] = "student"  # which of players() is the result
+    classes: int = 0  # of the images, where it learns from their labels (a plan may not have the images)
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 
     @classmethod
