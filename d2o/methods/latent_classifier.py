@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from d2o.augment.crop import centre_crops, random_crops
 from d2o.data.images import ImageSet, open_images, to_float
 from d2o.data.stored_latents import LatentSet
+from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.build import build_network
@@ -51,7 +52,7 @@ class LatentClassifierMethod(Method[LatentClassifierOptions]):
 
     def __init__(self, setup: Setup[LatentClassifierOptions]):
         images = setup.images
-        assert images is not None and not isinstance(images, LatentSet)
+        assert images is not None and not isinstance(images, LatentSet | TripletSet)
         self.options, self.images, self.batch, self.licence = setup.options, images, setup.batch, setup.licence
         if setup.device.type != "meta" and (not images.classes or images.labels is None):
             raise UserError(

@@ -40,6 +40,7 @@ class LatentVGG(nn.Module):
         if taps not in ("official", "pre_pool"):
             raise unknown("network.taps", taps, ("official", "pre_pool"))
         self.channels, self.taps, self.widths = channels, taps, [factor * width for factor, _ in STAGES]
+        self.pixels = pixels
         index = 0
         for number, (factor, convolutions) in enumerate(STAGES, start=1):
             stage: OrderedDict[str, nn.Module] = OrderedDict()

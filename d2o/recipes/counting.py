@@ -27,7 +27,8 @@ def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
     x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
     if setup.teacher is not None and setup.teacher.spec.condition == "text":
         return Batch(Condition.of_prompts([""] * n), noise=x, target=x, images=x)
-    return Batch(Condition(n, labels), noise=x, target=x, images=x)
+    target = torch.empty(n, device=META) if method.triplets else x
+    return Batch(Condition(n, labels), noise=x, target=target, images=x)
 
 
 class _MetaDraws(Draws):
