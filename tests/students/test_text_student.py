@@ -198,6 +198,7 @@ def test_export_makes_a_folder_that_needs_nothing_else(folder, student):
 
     out = folder / "diffusers"
     assert run("export", folder / "run", "--format", "diffusers", "--dtype", "fp32", "--out", out) == 0
+    assert "| condition | prompt |" in (out / "README.md").read_text()
     pipeline = open_pipeline(out)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(PROMPTS[:2], latents=noise(2), num_inference_steps=1, guidance_scale=1.0, output_type="pt").images
