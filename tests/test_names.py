@@ -31,6 +31,7 @@ SUBJECTS = {
     "edm": "the augmentations; the method, both EDM's",
     "inception": "the network; what is read from it",
     "latent": "the networks; the teacher made of them",
+    "latent_lpips": "the loss; the method that trains its network",
     "latent_vgg": "the network; what is read from it",
     "style": "StyleGAN2's critic, network, student",
 }

@@ -90,8 +90,8 @@ class StudentRecord(TeacherRecord):
     student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
 
 
-class LatentLpipsRecord(ProductRecord):
-    """A perceptual distance between latents; `space`: whose."""
+class OfSpaceRecord(ProductRecord):
+    """A classifier of latents, or a perceptual distance between them; `space`: whose."""
 
     space: NeedRecord
 
@@ -124,7 +124,8 @@ MODELS: dict[str, type[Record]] = {
     "student": StudentRecord,
     "extractor": ProductRecord,
     "autoencoder": ProductRecord,
-    "latent_lpips": LatentLpipsRecord,
+    "latent_classifier": OfSpaceRecord,
+    "latent_lpips": OfSpaceRecord,
     "state": StateRecord,
 }
 """Kind of file -> what its metadata must be."""

@@ -20,6 +20,7 @@ from d2o.data.images import ImageSet
 from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
+from d2o.data.triplets import TripletSet
 from d2o.errors import UserError, unknown
 from d2o.settings.section import Section
 from d2o.students.base import Student
@@ -71,7 +72,7 @@ class Setup(Generic[O]):
     teacher: Teacher | None = None
     network: dict[str, Any] | None = None
     student: StudentSection = field(default_factory=StudentSection)
-    images: ImageSet | LatentSet | None = None
+    images: ImageSet | LatentSet | TripletSet | None = None
     pairs: PairStore | None = None
     prompts: Prompts | None = None  # to draw from, for teachers that take text
     start: Student | None = None
@@ -95,9 +96,9 @@ class Setup(Generic[O]):
 
 @dataclass
 class Batch:
-    """A part of a batch. Pairs: noise, condition, target. Images: images in [-1, 1] (or stored latents), condition.
-    Tensors [B, ...] on the device. Methods that need no data get one with nothing in it: they draw what they need by
-    the `Draws` that come with it.
+    """A part of a batch. Pairs: noise, condition, target. Images: images in [-1, 1] (or stored latents), condition; of
+    triplets the three in the channels, and as target [B] their judgements. Tensors [B, ...] on the device. Methods that
+    need no data get one with nothing in it: they draw what they need by the `Draws` that come with it.
     """
 
     condition: Condition = field(default_factory=lambda: Condition.none(0))
@@ -190,6 +191,7 @@ class Method(ABC, Generic[O]):
     Options: ClassVar[type[Options]] = Options
     data: ClassVar[str] = "images"  # what a batch holds: "pairs", "images" or "none" (see `needs`)
     stored_latents: ClassVar[bool] = False  # whether images may be latents that were stored (`d2o.data.stored_latents`)
+    triplets: ClassVar[bool] = False  # whether images are triplets with judgements (`d2o.data.triplets`)
     pools_across: ClassVar[bool] = (
         False  # whether processes can take samples together, if each has few (not micro-batches)
     )
@@ -197,6 +199,7 @@ class Method(ABC, Generic[O]):
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
     product: ClassVar[str] = "student"  # which of players() is the result
+    classes: int = 0  # of the images, where it learns from their labels (a plan may not have the images)
     train_indices: Tensor | None = None  # the images that batches are drawn from; None: all
 
     @classmethod

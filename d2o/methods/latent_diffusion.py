@@ -19,6 +19,7 @@ from d2o.condition import Condition
 from d2o.data.captions import Captions, class_names
 from d2o.data.images import ImageSet, to_float, to_uint8
 from d2o.data.stored_latents import LatentSet
+from d2o.data.triplets import TripletSet
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.diffusion.solvers import Solver
@@ -68,7 +69,7 @@ class LatentDiffusion(Method[LatentDiffusionOptions]):
     product = "model"
 
     def __init__(self, setup: Setup[LatentDiffusionOptions]):
-        assert setup.images is not None and not isinstance(setup.images, LatentSet)
+        assert setup.images is not None and not isinstance(setup.images, LatentSet | TripletSet)
         self.options = setup.options
         if not setup.images.classes or setup.images.labels is None:
             raise UserError(

@@ -19,11 +19,13 @@ from d2o.networks.latent import Autoencoder, TextToImage
 from d2o.networks.latent_vgg import TunedVGG
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.networks.style_generator import StyleGenerator
+from d2o.networks.vgg_classifier import LatentClassifier
 from d2o.settings.wording import show
 
 PLAIN: dict[str, Any] = {
     "classifier": Classifier,
     "ddgan": DDGANGenerator,
+    "latent_classifier": LatentClassifier,
     "latent_lpips": TunedVGG,
     "style_generator": StyleGenerator,
 }
@@ -39,6 +41,7 @@ Network = (
     | Classifier
     | DDGANGenerator
     | StyleGenerator
+    | LatentClassifier
     | TunedVGG
     | Autoencoder
     | TextToImage

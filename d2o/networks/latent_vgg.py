@@ -24,15 +24,23 @@ class LatentVGG(nn.Module):
     `batch_norm`: as the released networks have it, or without (Table A2's other row). `taps`: the maps are what each
     stage hands on, the last two after their pooling, as the released networks were trained (of 64x64 latents 64, 64,
     64, 32 and 16 pixels wide); "pre_pool": before it (64, 64, 64, 64, 32). `width`: channels of the first stage, for
-    smaller networks than VGG-16. Modules are named as in the released files: `slice{1..5}.{index in torchvision's
-    vgg16_bn, or vgg16}`. UserError: unknown taps.
+    smaller networks than VGG-16. `pixels`: all five poolings, as for images. Modules are named as in the released
+    files: `slice{1..5}.{index in torchvision's vgg16_bn, or vgg16}`. UserError: unknown taps.
     """
 
-    def __init__(self, channels: int, batch_norm: bool = True, taps: str = "official", width: int = WIDTH):
+    def __init__(
+        self,
+        channels: int,
+        batch_norm: bool = True,
+        taps: str = "official",
+        width: int = WIDTH,
+        pixels: bool = False,
+    ):
         super().__init__()
         if taps not in ("official", "pre_pool"):
             raise unknown("network.taps", taps, ("official", "pre_pool"))
         self.channels, self.taps, self.widths = channels, taps, [factor * width for factor, _ in STAGES]
+        self.pixels = pixels
         index = 0
         for number, (factor, convolutions) in enumerate(STAGES, start=1):
             stage: OrderedDict[str, nn.Module] = OrderedDict()
@@ -42,7 +50,7 @@ class LatentVGG(nn.Module):
                     layers.insert(1, nn.BatchNorm2d(factor * width))
                 stage |= {str(index + i): layer for i, layer in enumerate(layers)}
                 channels, index = factor * width, index + len(layers)
-            if number >= 4:
+            if pixels or number >= 4:
                 stage[str(index)] = nn.MaxPool2d(2)
             index += 1
             self.add_module(f"slice{number}", nn.Sequential(stage))

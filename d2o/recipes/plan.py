@@ -179,7 +179,8 @@ def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:
     try:
         return open_data(data, method)
     except MissingImages as error:
-        shape = (data.channels, data.resolution, data.resolution)
+        channels = data.channels and data.channels * (3 if method.triplets else 1)
+        shape = (channels, data.resolution, data.resolution)
         if None in shape:
             raise UserError(error.message, "training says how to get them" if data.get else error.hint) from error
         plan.missing.append(

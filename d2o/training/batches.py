@@ -15,6 +15,7 @@ from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
 from d2o.data.stream import PairStream
+from d2o.data.triplets import TripletSet
 from d2o.methods.base import Batch
 
 
@@ -31,7 +32,7 @@ class Batches:
 
 
 def open_batches(
-    source: ImageSet | LatentSet | PairStore | None,
+    source: ImageSet | LatentSet | TripletSet | PairStore | None,
     batch: int,
     seed: int,
     share: tuple[int, int],
@@ -68,11 +69,11 @@ class PairBatches(Batches):
 
 
 class ImageBatches(Batches):
-    """Of images, or stored latents; images as float in [-1, 1]."""
+    """Of images, stored latents or triplets; images as float in [-1, 1]."""
 
     def __init__(
         self,
-        source: ImageSet | LatentSet,
+        source: ImageSet | LatentSet | TripletSet,
         batch: int,
         seed: int,
         share: tuple[int, int],
@@ -98,7 +99,8 @@ class ImageBatches(Batches):
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
         assert batch.images is not None
         images = self.finish(iteration, batch.images.to(self.device, non_blocking=True))
-        return Batch(batch.condition.to(self.device, non_blocking=True), images=images)
+        target = None if batch.target is None else batch.target.to(self.device, non_blocking=True)
+        return Batch(batch.condition.to(self.device, non_blocking=True), target=target, images=images)
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
@@ -121,6 +123,9 @@ class ImageBatches(Batches):
         if self.prompts is not None:
             asked = Condition.of_prompts(self.prompts.many(index.tolist()))
             return Batch(asked, images=self.source.images(index))
+        if isinstance(self.source, TripletSet):
+            judged = self.source.judgements[index]
+            return Batch(Condition.none(len(index)), target=judged, images=self.source.images(index))
         labels = None if self.source.labels is None else self.source.labels[index]
         return Batch(Condition(len(index), labels), images=self.source.images(index))
 

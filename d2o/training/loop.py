@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from d2o.condition import Condition, Generate
 from d2o.data.order import mix
 from d2o.data.stored_latents import LatentSet
+from d2o.data.triplets import TripletSet
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
@@ -271,7 +272,7 @@ class Trainer:
         recipe, spec = self.recipe, self.method.spec()
         if recipe.preview is None or spec is None:
             return None
-        images = None if isinstance(self.setup.images, LatentSet) else self.setup.images
+        images = None if isinstance(self.setup.images, LatentSet | TripletSet) else self.setup.images
         teacher = self.setup.teacher
         solver = learned_solver(recipe, teacher)
         return Preview(

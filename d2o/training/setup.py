@@ -16,6 +16,7 @@ from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs_section import PairsSection
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.data.stored_latents import LatentSet, open_set
+from d2o.data.triplets import TripletSet, open_triplets
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
@@ -66,11 +67,13 @@ def learned_cfg(recipe: Recipe) -> float:
     return recipe.pairs.cfg if recipe.pairs is not None else getattr(recipe.options, "cfg", 1.0)
 
 
-def open_data(data: DataSection, method: type[Method]) -> ImageSet | LatentSet:
-    """The images of a recipe's `data:` section, or stored latents. MissingImages, with how to get them, if nothing is
-    at the path; UserError as
-    `open_set`, or: the method takes no stored latents."""
+def open_data(data: DataSection, method: type[Method]) -> ImageSet | LatentSet | TripletSet:
+    """The images of a recipe's `data:` section, stored latents, or triplets for a method of those. MissingImages, with
+    how to get them, if nothing is at the path; UserError as `open_set` and `open_triplets`, or: the method takes no
+    stored latents."""
     try:
+        if method.triplets:
+            return open_triplets(data.path, resolution=data.resolution, channels=data.channels, limit=data.limit)
         found = open_set(
             data.path, resolution=data.resolution, channels=data.channels, on_bad=data.on_bad, limit=data.limit
         )
