@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from d2o.losses import consistency as c
 from d2o.methods.base import Draws, Loop, Setup
 from d2o.methods.jumps import JumpMethod, JumpOptions
+from d2o.networks.copying import local
 from d2o.students.consistency import MIDDLE
 
 
@@ -112,5 +113,5 @@ class GridMethod(JumpMethod[G]):
         mu = self.options.mu
         if self.options.n_schedule == "adaptive":
             mu = c.adaptive_mu(self.points(iteration), self.options.N, mu) if mu else 0.0
-        mine, theirs = ([p.detach() for p in net.parameters()] for net in (self.average, self.student))
+        mine, theirs = ([local(p.detach()) for p in net.parameters()] for net in (self.average, self.student))
         torch._foreach_lerp_(mine, theirs, 1 - mu)
