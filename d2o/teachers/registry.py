@@ -135,7 +135,11 @@ def _from_hub(name: str) -> Path:
 
 
 def _checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None, name: str | None = None) -> Teacher:
-    tensors, meta = (file_holdings([path]), read_meta(path)) if on_meta(device) else load_file(path)
+    if on_meta(device):
+        meta = read_meta(path)
+        tensors = file_holdings([path])
+    else:
+        tensors, meta = load_file(path)
     if meta.get("kind") != "teacher":
         raise UserError(
             f"{path} holds a {meta.get('kind', 'foreign object')}, not a teacher",

