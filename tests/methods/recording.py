@@ -1,4 +1,4 @@
-"""A loop that tests of methods with a score network look into."""
+"""A loop that tests of methods with several networks look into."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Loop:
         self.losses: list[float] = []
         self.updated: list[str] = []
         self.gradients: dict[str, torch.Tensor] = {}
-        self.modes: list[tuple[bool, bool]] = []
+        self.modes: list[tuple[bool, ...]] = []  # of the networks, in their order, whether they were in training mode
 
     def micro_batches(self, batch, turn=0):
         self.turns.append(turn)
@@ -32,7 +32,7 @@ class Loop:
 
     def backward(self, loss):
         self.losses.append(loss.item())
-        self.modes.append((self.networks["student"].training, self.networks["score"].training))
+        self.modes.append(tuple(network.training for network in self.networks.values()))
         (loss * (self.size / self.total)).backward()
 
     def update(self, name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +29,7 @@ from d2o.teachers.in_edm import in_edm
 from d2o.teachers.registry import load_teacher
 from d2o.training.loop import Trainer
 from tests.helpers import tiny_network, tiny_student, tiny_teacher
+from tests.methods import recording
 from tests.teachers.families import tiny
 
 CPU = torch.device("cpu")
@@ -55,51 +55,22 @@ def pairs(n: int = 4, channels: int = 1) -> Batch:
     return Batch(noise=noise, target=target, condition=Condition.of_labels(torch.arange(n) % 10))
 
 
-class Loop:
-    """One process, micro-batches of `size`; keeps losses, and the gradients of each update."""
+class Loop(recording.Loop):
+    """That loop, which also notes in which order networks are called, differentiated and updated."""
 
     def __init__(self, method, total: int = 4, size: int = 4):
-        self.networks, self.total, self.size = method.players(), total, size
+        super().__init__(method, size, total=total)
         self.events: list[str] = []
-        self.losses: list[float] = []
-        self.gradients: dict[str, torch.Tensor] = {}
         for name, network in self.networks.items():
             network.register_forward_hook(lambda *_, name=name: self.events.append(name))
 
-    def micro_batches(self, batch, turn=0):
-        for start in range(0, self.total, self.size):
-            draws = Draws(3 + 1000 * turn, start, self.size, self.total, CPU)
-            yield batch.part(start, start + self.size), draws
-
     def backward(self, loss):
         self.events.append("backward")
-        self.losses.append(loss.item())
-        (loss * (self.size / self.total)).backward()
+        super().backward(loss)
 
     def update(self, name):
         self.events.append(f"update {name}")
-        for other, network in self.networks.items():
-            gradients = [p.grad for p in network.parameters()]
-            if other != name:
-                assert all(g is None for g in gradients), "the other network has gradients"
-        parameters = list(self.networks[name].parameters())
-        self.gradients[name] = torch.cat(
-            [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-        )
-        for p in parameters:
-            p.grad = None
-
-    def net(self, name):
-        return self.networks[name]
-
-    @contextmanager
-    def frozen(self, name):
-        self.networks[name].requires_grad_(False)
-        yield self.networks[name]
-        self.networks[name].requires_grad_(True)
-
-    def mean(self, values):
-        return torch.stack(values).mean().detach()
+        super().update(name)
 
 
 def run(method, batch=None, iteration=1, **loop):
