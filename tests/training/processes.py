@@ -1,5 +1,5 @@
-"""Trains the tiny recipes of test_processes.py, alone or as one of several processes: python -m
-tests.training.processes OUT JOBS, a file of JSON."""
+"""Trains tiny recipes, alone or as one of several processes: python -m tests.training.processes OUT JOBS, a file of
+JSON. What a run is refused for is in its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TypedDict
 
 import torch
 
+from d2o.errors import UserError
 from d2o.interop.safetensors_io import atomic_write
+from d2o.methods.base import Setup
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag, Stopped
 from d2o.training.distributed import process_group
@@ -34,7 +36,10 @@ def main(out: Path, jobs: list[Job]) -> None:
         for job in jobs:
             recipe = load_recipe(job["recipe"], job["changes"])
             folder, stop = out / job["run"], StopFlag()
-            trainer = Trainer(recipe, prepare(recipe, device, None, print, lambda *_: None, stop), folder, rank, world)  # type: ignore[arg-type]
+            setup = Setup(recipe.options)  # of the tests' own methods
+            if recipe.teacher or recipe.data:
+                setup = prepare(recipe, device, None, print, lambda *_: None, stop)  # type: ignore[arg-type]
+            trainer = Trainer(recipe, setup, folder, rank, world)
             trainer.resume()
             if rank == 0:
                 atomic_write(folder / "recipe.yaml", recipe.to_yaml())
@@ -50,6 +55,8 @@ def main(out: Path, jobs: list[Job]) -> None:
                 trainer.run(lambda done, note: None, stop)
             except Stopped:
                 assert trainer.iteration == job["stop"]
+            except UserError as refused:
+                (folder / f"refused{rank}.txt").write_text(refused.message)
 
 
 if __name__ == "__main__":
