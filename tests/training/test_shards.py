@@ -97,7 +97,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for name, kill in KILLED.items():
             found = [path for what, path in changes[kill.rank] if what == kill.what and kill.of in path]
             shards.train(2, several, [sharded(name)], watched=name, kill=kill._replace(nth=len(found) + 1 + kill.nth))
-        shards.train(4, several, [sharded("more", rare), sharded("fewer", rare, stop=1)])
+        shutil.copytree(several / "part", several / "killed")
+        shards.train(4, several, [sharded("more", rare), sharded("killed"), sharded("fewer", rare, stop=1)])
         shards.train(2, several, [*(sharded(name) for name in KILLED), sharded("fewer", rare, stop=3)])
         main(several, [sharded("fewer", rare)])
     return Runs(one, several)
@@ -113,7 +114,7 @@ def test_a_run_of_two_processes_that_is_killed_in_a_save_goes_on_to_the_same_byt
     assert content(runs.several / name) == content(runs.several / "whole")
 
 
-@pytest.mark.parametrize("run", ["whole", "more", "fewer"])
+@pytest.mark.parametrize("run", ["whole", "more", "killed", "fewer"])
 def test_two_processes_then_four_and_four_then_two_then_one_end_as_one(runs, run):
     assert apart(runs.alone("gan"), runs.shared(run)) < 1e-6
     assert [line["iteration"] for line in log(runs.several / run)] == [1, 2, 3, 4]
