@@ -59,13 +59,13 @@ RECIPES: dict[str, list[str]] = {
     "d2g_tiny_sd": [f"{PAIRS}_sd"],
     "d2g_tiny_sd:gan": [f"{PAIRS}_sd"],
     "latent_classifier": POOLS,
-    "latent_classifier, lr 1e-3": [*POOLS, "optim.lr=1e-3"],
+    "latent_classifier, 1 iteration": [*POOLS, "images=64"],
     "latent_lpips": ["batch=48"],
 }
 """Recipe (what comes after a comma tells rows of one apart) -> what makes it the same for any number of processes:
-pools that fit a share of 4, no dropout. The learning rates of SPI-GAN (0.01) and of the classifier with batch
-normalisation (0.02, momentum) make much of rounding errors within 20 iterations. So SPI-GAN is shown after one too,
-and at a rate of 1e-4 with all of its regularisers; the classifier at one of 1e-3."""
+pools that fit a share of 4, no dropout. SPI-GAN at its learning rate of 0.01 and the classifier with batch
+normalisation make much of rounding errors within 20 iterations. So they are shown after one too, and SPI-GAN at a rate
+of 1e-4 with all of its regularisers."""
 
 
 def settings_of(name: str, eps: str, how: str) -> Recipe:
