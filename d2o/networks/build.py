@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest, unknown
 from d2o.networks.budget import build_within, check_numbers
 from d2o.networks.classifier import Classifier
+from d2o.networks.config import Config
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.edm_view import EDMView
@@ -22,7 +22,7 @@ from d2o.networks.style_generator import StyleGenerator
 from d2o.networks.vgg_classifier import LatentClassifier
 from d2o.settings.wording import show
 
-PLAIN: dict[str, Any] = {
+PLAIN: Mapping[str, type[nn.Module]] = {
     "classifier": Classifier,
     "ddgan": DDGANGenerator,
     "latent_classifier": LatentClassifier,
@@ -49,10 +49,10 @@ Network = (
 
 
 def build_network(
-    config: dict[str, Any],
+    config: Config,
     holds: Mapping[str, Tensor] | None = None,
     where: str = "network",
-    plain: Mapping[str, Any] = PLAIN,
+    plain: Mapping[str, type[nn.Module]] = PLAIN,
 ) -> Network:
     """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
@@ -68,7 +68,7 @@ def build_network(
     return build_within(lambda: _build(config, plain), holds, where)
 
 
-def _build(config: dict[str, Any], plain: Mapping[str, Any]) -> Network:
+def _build(config: Config, plain: Mapping[str, type[nn.Module]]) -> Network:
     config, known_archs = dict(config), (*FAMILIES, *plain)
     arch = config.pop("arch", None)
     if arch is None:
@@ -128,7 +128,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_types(arch: str, config: dict[str, Any], plain: Mapping[str, Any]) -> None:
+def _check_types(arch: str, config: Config, plain: Mapping[str, type[nn.Module]]) -> None:
     """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks
     themselves know.)"""
     described = {name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}
@@ -176,6 +176,6 @@ def set_checkpointing(module: nn.Module, on: bool) -> bool:
     return bool(parts)
 
 
-def network_config(module: nn.Module) -> dict[str, Any]:
+def network_config(module: nn.Module) -> Config:
     """What `build_network` needs to build it again."""
     return module.config  # type: ignore[return-value]

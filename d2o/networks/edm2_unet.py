@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.errors import UserError, unknown
+from d2o.networks.config import Config
 from d2o.networks.copying import local
 from d2o.networks.edm_blocks import run_block
-from d2o.networks.precond import Denoiser, channel_mean, check_part
+from d2o.networks.precond import Denoiser, Returned, channel_mean, check_part
 
-EDM2_SIZES: dict[str, dict[str, Any]] = {
+EDM2_SIZES: dict[str, Config] = {
     "xxs": {"model_channels": 64, "dropout": 0.0},
     "xs": {"model_channels": 128, "dropout": 0.0},
     "s": {"model_channels": 192, "dropout": 0.0},
@@ -206,14 +208,15 @@ class UNet(nn.Module):
         widths = [model_channels * mult for mult in channel_mult]
         noise = model_channels * noise_mult if noise_mult is not None else widths[0]
         emb = model_channels * emb_mult if emb_mult is not None else max(widths)
-        block: dict[str, Any] = {
-            "emb_channels": emb,
-            "channels_per_head": channels_per_head,
-            "dropout": dropout,
-            "res_balance": res_balance,
-            "attn_balance": attn_balance,
-            "clip_act": clip_act,
-        }
+        block = partial(
+            Block,
+            emb_channels=emb,
+            channels_per_head=channels_per_head,
+            dropout=dropout,
+            res_balance=res_balance,
+            attn_balance=attn_balance,
+            clip_act=clip_act,
+        )
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise)
@@ -227,10 +230,10 @@ class UNet(nn.Module):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, channels, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = Block(channels, channels, resample="down", **block)
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
             skips.append(channels)
             for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = Block(channels, width, attention=res in attn_resolutions, **block)
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, attention=res in attn_resolutions)
                 channels = width
                 skips.append(channels)
 
@@ -238,19 +241,19 @@ class UNet(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             res = img_resolution >> level
             if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = Block(channels, channels, decoder=True, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = Block(channels, channels, decoder=True, **block)
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, decoder=True, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels, decoder=True)
             else:
-                self.dec[f"{res}x{res}_up"] = Block(channels, channels, decoder=True, resample="up", **block)
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, decoder=True, resample="up")
             for i in range(num_blocks + 1):
                 attention = res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = Block(
-                    channels + skips.pop(), width, decoder=True, attention=attention, **block
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    channels + skips.pop(), width, decoder=True, attention=attention
                 )
                 channels = width
         self.out_conv = MPConv(channels, img_channels, 3)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, part: str = "decoder") -> Any:
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, part: str = "decoder") -> Returned:
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
@@ -298,7 +301,7 @@ class EDM2Precond(Denoiser):
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
         force_wn: str = "post_step",
-        **unet: Any,
+        **unet: Any,  # noqa: ANN401 (arguments of `UNet`, as a configuration has them)
     ):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data)
         if force_wn not in FORCE_WN:
@@ -326,7 +329,7 @@ class EDM2Precond(Denoiser):
         augment_labels: Tensor | None = None,
         part: str = "decoder",
         return_logvar: bool = False,
-    ) -> Any:
+    ) -> Returned:
         check_part(part)
         if not self.normalised_before:
             self.before_forward()

@@ -4,7 +4,7 @@ is run."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,10 @@ from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from d2o.teachers.text import TextEncoders, clip_and_t5_text, clip_text, kept_text
 from d2o.teachers.unconditional import UNet2DTeacher
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import FrozenDict
 
 BETA_SCHEDULERS = (
     "DDIMScheduler",
@@ -112,7 +116,7 @@ def load_diffusers(
 
 def _try_out(teacher: Teacher, path: Path) -> None:
     """One step on the smallest possible noise, so that what is wrong with a folder shows now. UserError: it fails."""
-    config: Any = teacher.network.config
+    config: FrozenDict = teacher.network.config
     channels, height, width = teacher.spec.shape
     side = 2 ** len(config.block_out_channels) if "block_out_channels" in config else 2 * config.patch_size
     condition = Condition.of_labels([0]) if teacher.spec.classes else Condition.none(1)
@@ -270,7 +274,7 @@ def _unet2d(
     return UNet2DTeacher(unet, schedule, spec, device, dtype, prediction=prediction, clip=clip)
 
 
-def _shape(folder: Components, network: Any) -> tuple[int, int, int]:
+def _shape(folder: Components, network: ModelMixin) -> tuple[int, int, int]:
     size = network.config.sample_size
     sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sizes) != 2 or not all(isinstance(side, int) and side > 0 for side in sizes):

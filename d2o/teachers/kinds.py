@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
-from d2o.inputs import read_json
+from d2o.inputs import JsonObject, read_json
 from d2o.interop import catalogue
 from d2o.interop.assets import asset
 from d2o.interop.hub import is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
+from d2o.networks.config import Config
 from d2o.networks.precond import Denoiser
 from d2o.teachers.base import Teacher
 from d2o.teachers.in_edm import ViewTeacher
@@ -103,13 +103,13 @@ def expected_kind(name: str) -> TeacherKind | None:
     return TeacherKind(name, "sd", text=True) if config.get("arch") == "text_to_image" else _edm(name, config)
 
 
-def _edm(name: str, config: dict[str, Any]) -> TeacherKind:
+def _edm(name: str, config: Config) -> TeacherKind:
     arch, precond = config.get("arch"), config.get("precond", "edm")
     family = "edm2" if arch == "edm2" else "edm" if precond in ("edm", "consistency") else "edm-other"
     return TeacherKind(name, family, arch, precond)
 
 
-def _index(path: Path) -> dict[str, Any]:
+def _index(path: Path) -> JsonObject:
     try:
         parts = read_json(path)
     except UserError:  # loading says it

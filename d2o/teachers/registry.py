@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.budget import file_holdings
+from d2o.networks.config import Config
 from d2o.networks.latent import TextToImage
 from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
@@ -175,7 +175,7 @@ def _nvidia(
 
 def edm_family(
     network: Denoiser,
-    config: dict[str, Any],
+    config: Config,
     name: str,
     steps: int,
     space: str,
