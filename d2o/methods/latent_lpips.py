@@ -4,7 +4,7 @@ is nearer (Zhang et al. 2018, on latents: Kang et al. 2024, section 3.2, Table A
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from d2o.data.images import to_float
 from d2o.data.triplets import TripletSet, open_triplets
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
@@ -173,7 +174,7 @@ class LatentLpipsMethod(Method[LatentLpipsOptions]):
         epoch = iteration * self.batch // self.epoch
         return max(0.0, 1 - max(0, epoch - self.options.constant_epochs) / self.options.decay_epochs)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         space = self.space.record
         return {"kind": "latent_lpips", "network": self.distance.config, "space": space, "licence": self.licence}
 

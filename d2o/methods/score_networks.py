@@ -38,7 +38,7 @@ class ScoreMethod(StudentMethod[O]):
     takes = "edm"
     teacher: Teacher
     student: Student
-    score: Any  # the teacher's class of network
+    score: nn.Module  # the teacher's class of network
     at_sigma_max: ClassVar[bool] = False  # whether a student called at the teacher's highest level makes sense
 
     def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
@@ -61,7 +61,7 @@ class ScoreMethod(StudentMethod[O]):
                 f"set student.sigma: {start.sigma:g}",
             )
 
-    def begin_score(self, dropout: float | None = None, uncertainty: bool = True) -> Any:
+    def begin_score(self, dropout: float | None = None, uncertainty: bool = True) -> nn.Module:
         """The score network: a copy of the teacher's to be trained, with another dropout if given, without EDM2's
         uncertainty head if asked."""
         score = copy.deepcopy(self.teacher.network)
@@ -110,7 +110,7 @@ def look(
     augment_labels: Tensor | None = None,
     cfg: float = 1.0,
     empty: Embedded = None,
-) -> Any:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(denoised, map, uncertainty) from one pass of a score network at sigma [B, 1, 1, 1]; None for what `part` leaves
     out or the network has not. `cfg`: the denoised are guided away from those of the condition `empty`."""
     if cfg != 1:

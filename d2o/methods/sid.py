@@ -11,7 +11,7 @@ guided, `cfg` and `score_cfg` guide the two scores: long and short guidance (SiD
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -130,7 +130,7 @@ class SiDOptions(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_for_both(cls, data: Any) -> Any:
+    def _one_for_both(cls, data: object) -> object:
         """`force_wn`, as older recipes have it, was one switch for both networks."""
         if not isinstance(data, dict) or "force_wn" not in data:
             return data

@@ -27,6 +27,7 @@ from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
+from d2o.inputs import JsonObject
 from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.section import Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
@@ -101,7 +102,7 @@ class PaperTable(Section):
     against: NonEmpty | None = None
     rows: Annotated[list[PaperRow], Field(min_length=1)]
 
-    def options_of(self, row: PaperRow) -> dict[str, Any]:
+    def options_of(self, row: PaperRow) -> JsonObject:
         """The row's options over the table's, only those that are written there."""
         return {**_given(self.options), **_given(row.options)}
 
@@ -109,7 +110,7 @@ class PaperTable(Section):
         return row.against or self.against
 
 
-def _given(options: BaseModel) -> dict[str, Any]:
+def _given(options: BaseModel) -> JsonObject:
     return options.model_dump(exclude_unset=True)
 
 
@@ -230,7 +231,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
                 )
 
 
-def _wrong_options(given: dict[str, Any]) -> Iterator[str]:
+def _wrong_options(given: JsonObject) -> Iterator[str]:
     try:
         parse_metrics(given.pop("metrics", None) or ())
         for other in ("extractor", "teacher"):

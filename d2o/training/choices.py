@@ -4,7 +4,7 @@ that."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def choose(
 ) -> Recipe:
     """The recipe with precision and memory order for that network on that device in place of `auto`; says so.
     (`threads`: threads.py.)"""
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     if recipe.precision == AUTO:
         changes["precision"] = chosen_precision(AUTO, device)
         say(explain_precision(changes["precision"], device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ BUCKET = 2**23
 class _Flight(NamedTuple):
     """A bucket on its way: the sum over the processes will be in `flat`."""
 
-    work: Any
+    work: dist.Work | None
     flat: Tensor
     parameters: list[nn.Parameter]
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from d2o.inputs import JsonObject
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed, parts
 from d2o.training.checkpoint import load_state, save_state, settle, state_file, tensors_of
@@ -62,7 +63,7 @@ def save(t: Trainer, numbered: bool) -> None:
     names = ["last", *([snapshot(t.images)] if numbered and t.recipe.checkpoint.keep else [])]
     put_product(t, *names)
     t.products.keep(t.recipe.checkpoint.keep)
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "iteration": t.iteration,
         "images": t.images,
         "best": t.best,
