@@ -262,7 +262,8 @@ def _sampler(
     truncation: float | None,
     device: str | None,
 ) -> Sampler:
-    from d2o.data.prompts import Prompts, open_prompts
+    from d2o.data.prompt_files import open_prompts
+    from d2o.data.prompts import Prompts
     from d2o.export.loaded import find_checkpoint
     from d2o.students.base import load_student
     from d2o.students.generate import student_sampler, teacher_sampler

@@ -21,7 +21,7 @@ FORMS = "none; crop (to the extractor's own size); or a size with its filter: 25
 LARGEST = 4096
 
 
-class Reading(TypedDict, total=False):
+class OpenOptions(TypedDict, total=False):
     """Options of `data.images.open_images`."""
 
     resolution: int | None
@@ -70,7 +70,7 @@ class Preparation:
             raise UserError(f"--resize crop makes squares, but the extractor takes {shape[2]}x{shape[1]} pixels")
         return replace(self, resolution=shape[2], channels=shape[0])
 
-    def reading(self) -> Reading:
+    def reading(self) -> OpenOptions:
         """The options of `data.images.open_images` that do this to files, which may then differ in size."""
         if not self.changes:
             return {}

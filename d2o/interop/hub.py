@@ -10,7 +10,8 @@ from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.interop.download import offline
-from d2o.interop.transfer import check_reachable, feed, read_object
+from d2o.interop.part_file import feed, read_object
+from d2o.interop.transfer import check_reachable
 
 TEXTS = ("*.json", "*.txt", "*.md", "*spiece.model", "*tokenizer.model")
 """Configurations, tokenizers, the licence."""

@@ -199,7 +199,7 @@ class Method(ABC, Generic[O]):
         False  # whether processes can take samples together, if each has few (not micro-batches)
     )
     takes: ClassVar[str] = (
-        ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
+        ""  # the teachers it distils, one of `d2o.methods.teachers.REFUSES`; "": it learns without one
     )
     product: ClassVar[str] = "student"  # which of players() is the result
     classes: int = 0  # of the images, where it learns from their labels (a plan may not have the images)

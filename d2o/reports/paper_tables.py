@@ -29,7 +29,7 @@ from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.inputs import JsonObject
 from d2o.settings.recipe_names import is_shipped, parted
-from d2o.settings.section import Section
+from d2o.settings.section import NonEmpty, Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
 from d2o.settings.yaml_text import Mark, Problems, build, plain, read
 from d2o.shipped import shown, table_folders
@@ -39,7 +39,6 @@ PRINTED = ("nfe", "seconds", "accuracy")
 """What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right
 classes."""
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
 

@@ -1,7 +1,7 @@
 """Sampling to a file: images of a student, or of a teacher from the same noise. Image i depends on seed + i (and its
 label) alone.
 
-The work is cut into chunks that any number of workers make in any order (see data/work.py). They are kept as finished
+The work is cut into chunks that any number of workers make in any order (`d2o.work`). They are kept as finished
 parts in `OUT.parts` and joined at the end, so that OUT is there as a whole or not at all (a folder is filled in place,
 and finished when it has samples.json).
 """

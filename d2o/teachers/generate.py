@@ -22,7 +22,8 @@ from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import REWIRED, PairSettings, check_probe, differences, new_manifest, with_n
 from d2o.data.pair_tools import ShardProgress
 from d2o.data.pairs import PairStore
-from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.networks.processor import AUTO, explain_precision

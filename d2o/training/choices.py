@@ -30,7 +30,7 @@ def choose(
     recipe: Recipe, product: nn.Module, device: torch.device, say: Callable[[str], None], sharded: bool = False
 ) -> Recipe:
     """The recipe with precision and memory order for that network on that device in place of `auto`; says so.
-    (`threads`: threads.py.)"""
+    (`threads`: `training.cpu_threads`.)"""
     changes: dict[str, object] = {}
     if recipe.precision == AUTO:
         changes["precision"] = chosen_precision(AUTO, device)

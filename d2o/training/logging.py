@@ -42,7 +42,7 @@ class RunLog:
     def write(self, iteration: int, images: int, **values: object) -> None:
         self.file.write(json.dumps({"iteration": iteration, "images": images, **values}) + "\n")
         self.file.flush()
-        for name, number in numbers_of(values):
+        for name, number in scalars_in(values):
             self.board.add_scalar(name, number, images)
 
     def sync(self) -> None:
@@ -55,7 +55,7 @@ class RunLog:
         self.board.close()
 
 
-def numbers_of(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+def scalars_in(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
     """The numbers of a line of the log, those of a section by SECTION/NAME."""
     for name, value in values.items():
         for key, number in value.items() if isinstance(value, dict) else ((None, value),):

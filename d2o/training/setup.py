@@ -14,7 +14,8 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs_section import PairsSection
-from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet, open_set
 from d2o.data.triplets import TripletSet, open_triplets
 from d2o.diffusion.solvers import Solver

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import atomic_write
-from d2o.training.logging import numbers_of
+from d2o.training.logging import scalars_in
 
 if TYPE_CHECKING:
     from d2o.recipes.schema import Recipe
@@ -87,7 +87,7 @@ class _Tracked:
 
     def write(self, iteration: int, images: int, **values: object) -> None:
         self._log.write(iteration, images, **values)
-        numbers = {name: float(number) for name, number in numbers_of(values)}
+        numbers = {name: float(number) for name, number in scalars_in(values)}
         self._attempt(lambda: self._service.log(numbers, images))
 
     def close(self) -> None:
