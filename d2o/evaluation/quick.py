@@ -137,18 +137,3 @@ class FrechetEvaluator:
             ours, theirs = (side.statistics(self.extractor) for side in (run, self.reference.side))
         found = accuracy([run], x, self.extractor)
         return {"fd": ours.distance(theirs), **{key: entry["value"] for key, entry in found.items()}}
-
-
-def quick_fd(
-    generate: Callable[[Tensor, Condition], Tensor],
-    spec: Spec,
-    extractor: str,
-    reference: str,
-    n: int = 1000,
-    seed: int = 2_000_000,
-    batch: int = 250,
-    device: Device = "cpu",
-) -> dict[str, float]:
-    """The score of a student in training, as `FrechetEvaluator.score`; extractor and reference stay in memory between
-    calls. Reference images of another size are scaled and centre-cropped, as training data are."""
-    return FrechetEvaluator(extractor, reference, device).score(generate, spec, n=n, seed=seed, batch=batch)

@@ -11,11 +11,12 @@ import torch
 from d2o.condition import Condition
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError, unknown
+from d2o.interop.hub import INDEX
 from d2o.networks.budget import check_numbers
 from d2o.spaces.base import LatentSpace
 from d2o.spaces.load import kept_space
 from d2o.teachers.base import UNSTATED, Spec, Teacher
-from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_config, words
+from d2o.teachers.diffusers_parts import CLASSES, DDPM, SD3, Components, quiet, read_config, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
@@ -55,11 +56,6 @@ NOT_TEACHERS = {
     "LDMPipeline": "latents of a VQ autoencoder are not supported",
     "ScoreSdeVe": "its network has continuous time",
 }
-
-
-def is_diffusers_folder(path: str | Path) -> bool:
-    """True for a folder with a model_index.json."""
-    return (Path(path) / INDEX).is_file()
 
 
 def load_diffusers(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from d2o.errors import UserError
 from d2o.inputs import MAX_JSON_BYTES, JsonObject, parse_json, read_file
 from d2o.interop import torchvision_compat
+from d2o.interop.hub import INDEX
 from d2o.networks.budget import check_numbers, counted, file_holdings
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     Model = ModelMixin | PreTrainedModel
 
-INDEX = "model_index.json"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 Classes = dict[str, tuple[str, ...]]
 SD: Classes = {
