@@ -26,11 +26,18 @@ def _option(
     *names: str,
     help: str,
     default: object = None,
+    metavar: str | None = None,
     autocompletion: Callable[..., complete.Offer] | None = None,
 ) -> Any:  # noqa: ANN401 (it stands where the option's value does)
     shown = default not in (None, [], False)
     return typer.Option(
-        default, *names, help=help, rich_help_panel=panel, show_default=shown, autocompletion=autocompletion
+        default,
+        *names,
+        help=help,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=shown,
+        autocompletion=autocompletion,
     )
 
 

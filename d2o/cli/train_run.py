@@ -106,7 +106,7 @@ def opened(
             missing = []
             if rank == 0:
                 tidy(folder)
-                missing = settle(folder, record, Products(folder / "checkpoints"))
+                missing = settle(record, Products(folder / "checkpoints"))
             unfinished = any_process("last" in missing, device, world)
         yield unfinished
 

@@ -118,7 +118,7 @@ class DiffusersBackbone(LevelledUNet):
 # without them.
 
 
-def _before(module: nn.Module, hook: Callable[[tuple, dict[str, Any]], object]) -> Callable[[], None]:
+def _before(module: nn.Module, hook: Callable[[tuple, dict[str, Any]], tuple | None]) -> Callable[[], None]:
     """Set a hook of what enters a module; what takes it away again."""
     return module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True).remove
 

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from d2o.data.images import ImageSet
+from d2o.data.stored_latents import LatentSet
+from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
 
 
-def need_classes(images: ImageSet, method: str) -> None:
+def need_classes(images: ImageSet | LatentSet | TripletSet, method: str) -> None:
     """UserError: images without labels."""
     if not images.classes or images.labels is None:
         raise UserError(

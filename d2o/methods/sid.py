@@ -163,7 +163,7 @@ class SiD(ScoreMethod[SiDOptions]):
         self.check(o)
         self.labels_of_data = labels_of_images("sid", setup, self.teacher.spec) if self.needs(o) == "images" else None
         if o.adversarial:
-            check_real_images("sid", setup, self.teacher)
+            check_real_images(setup, self.teacher)
         force_normalised(self.student.network, o.student_force_wn)
         force_normalised(self.score, o.score_force_wn)
         self.stepped = False  # whether the student learned in this iteration

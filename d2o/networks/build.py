@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from d2o.networks.style_generator import StyleGenerator
 from d2o.networks.vgg_classifier import LatentClassifier
 from d2o.settings.wording import show
 
-PLAIN: Mapping[str, type[nn.Module]] = {
+PLAIN: Mapping[str, Callable[..., Any]] = {
     "classifier": Classifier,
     "ddgan": DDGANGenerator,
     "latent_classifier": LatentClassifier,
@@ -52,7 +53,7 @@ def build_network(
     config: Config,
     holds: Mapping[str, Tensor] | None = None,
     where: str = "network",
-    plain: Mapping[str, type[nn.Module]] = PLAIN,
+    plain: Mapping[str, Callable[..., Any]] = PLAIN,
 ) -> Network:
     """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
@@ -68,7 +69,7 @@ def build_network(
     return build_within(lambda: _build(config, plain), holds, where)
 
 
-def _build(config: Config, plain: Mapping[str, type[nn.Module]]) -> Network:
+def _build(config: Config, plain: Mapping[str, Callable[..., Any]]) -> Network:
     config, known_archs = dict(config), (*FAMILIES, *plain)
     arch = config.pop("arch", None)
     if arch is None:
@@ -128,7 +129,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_types(arch: str, config: Config, plain: Mapping[str, type[nn.Module]]) -> None:
+def _check_types(arch: str, config: Config, plain: Mapping[str, Callable[..., Any]]) -> None:
     """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks
     themselves know.)"""
     described = {name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}
@@ -147,7 +148,7 @@ def _check_types(arch: str, config: Config, plain: Mapping[str, type[nn.Module]]
             raise UserError(f"network.{key}: expected a finite number, got {value}")
 
 
-def _arguments(*classes: type) -> set[str]:
+def _arguments(*classes: Callable[..., object]) -> set[str]:
     return {name for cls in classes for name in inspect.signature(cls).parameters} - {"unet"}
 
 

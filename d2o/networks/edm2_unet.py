@@ -167,7 +167,7 @@ class EDM2Precond(Denoiser):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data)
         if force_wn not in FORCE_WN:
             raise unknown("network.force_wn", force_wn, FORCE_WN)
-        self.config = {
+        self.config: Config = {
             "arch": "edm2",
             "img_resolution": img_resolution,
             "img_channels": img_channels,

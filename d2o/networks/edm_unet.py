@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.networks.config import Config
 from d2o.networks.edm_blocks import (
     Conv2d,
     FourierEmbedding,
@@ -322,7 +323,7 @@ class EDMPrecond(Denoiser):
     ):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data, precond, sigma_min, sigma_max)
         options = {"precond": precond if precond != "edm" else None, "sigma_min": sigma_min, "sigma_max": sigma_max}
-        self.config = {
+        self.config: Config = {
             "arch": arch,
             "img_resolution": img_resolution,
             "img_channels": img_channels,

@@ -74,7 +74,7 @@ class Autoencoder(nn.Module):
             "up_block_types": ["UpDecoderBlock2D"] * blocks,
             **config,
         }
-        self.config = {"arch": "autoencoder_kl", **config}
+        self.config: Config = {"arch": "autoencoder_kl", **config}
         self.vae: AutoencoderKL = _build(_diffusers("AutoencoderKL"), config, "network")
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class TextToImage(nn.Module):
             **unet,
         }
         text_encoder = {"hidden_size": cross, "projection_dim": cross, "max_position_embeddings": 77, **text_encoder}
-        self.config = {
+        self.config: Config = {
             "arch": "text_to_image",
             "vae": vae,
             "unet": unet,

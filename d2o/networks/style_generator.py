@@ -31,7 +31,7 @@ class StyleGenerator(nn.Module):
     ):
         super().__init__()
         mapping, synthesis = dict(mapping or {}), dict(synthesis or {})
-        self.config = {
+        self.config: Config = {
             "arch": "style_generator",
             "img_resolution": img_resolution,
             "img_channels": img_channels,

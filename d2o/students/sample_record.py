@@ -49,4 +49,5 @@ def check_samples(record: JsonObject, where: str) -> JsonObject:
 def check_parts(record: object, where: str) -> JsonObject:
     """As `check_samples`, of the record of parts that are being made."""
     check_record(PartsRecord, record, f"{where}: its record is damaged", f"remove {where} to begin again")
+    assert isinstance(record, dict)  # anything else was refused
     return record

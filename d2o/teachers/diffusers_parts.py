@@ -7,7 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from d2o.errors import UserError
 from d2o.inputs import MAX_JSON_BYTES, JsonObject, parse_json, read_file
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Model = ModelMixin | PreTrainedModel
+    Model: TypeAlias = ModelMixin | PreTrainedModel
 
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 Classes = dict[str, tuple[str, ...]]

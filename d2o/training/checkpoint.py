@@ -61,7 +61,7 @@ def _from(checkpoint: Path) -> str:
     return f"train its student further, as a run of its own: d2o finetune RECIPE --from {checkpoint} --out ANOTHER"
 
 
-def settle(run: Path, record: JsonObject, products: Products) -> list[str]:
+def settle(record: JsonObject, products: Products) -> list[str]:
     """Bring the checkpoints in the folder to what the state's record says. Returns the names of those that are
     missing."""
     parts.drop(products.folder, record.get("parts"))

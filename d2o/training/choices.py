@@ -33,8 +33,8 @@ def choose(
     (`threads`: `training.cpu_threads`.)"""
     changes: dict[str, object] = {}
     if recipe.precision == AUTO:
-        changes["precision"] = chosen_precision(AUTO, device)
-        say(explain_precision(changes["precision"], device))
+        precision = changes["precision"] = chosen_precision(AUTO, device)
+        say(explain_precision(precision, device))
     elif recipe.precision == "bf16" and bf16_unit(device) is None:
         say("precision bf16: nothing here computes in bf16, so it is imitated, slower than fp32")
     if recipe.channels_last == AUTO:

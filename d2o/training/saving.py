@@ -43,7 +43,7 @@ def resume(t: Trainer) -> None:
     here = snapshot(record["images"])
     missing: list[str] = []
     if t.rank == 0:
-        missing = settle(t.folder, record, t.products)
+        missing = settle(record, t.products)
         drop_previews(t.folder, record["images"])
         if gone := [name for name in missing if name not in ("last", here)]:
             what = "removed or changed since the run wrote it, and cannot be made again"
