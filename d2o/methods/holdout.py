@@ -1,4 +1,4 @@
-"""Images with classes, a part of which is never trained on: what classifiers learn from."""
+"""Images of which a part is never trained on, and whether they have the classes that a classifier needs."""
 
 from __future__ import annotations
 

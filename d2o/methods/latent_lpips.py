@@ -21,6 +21,7 @@ from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.losses.perceptual import single, unit
 from d2o.losses.two_afc import agreement, ranking_inputs, weighted
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
+from d2o.methods.holdout import hold_out
 from d2o.networks.latent_vgg import Taps, TunedVGG
 from d2o.networks.load import load_weights
 from d2o.networks.ranking import RankingHead
@@ -79,12 +80,9 @@ class LatentLpipsMethod(Method[LatentLpipsOptions]):
         self.latent = (3 * self.space.numbers.channels, height // factor, width // factor)
         self.distance, self.ranking = self.with_trunk(setup), RankingHead()
         planned = setup.device.type == "meta"
-        order = torch.arange(0)
-        if not planned:
-            order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(setup.seed))
-        held = int(self.options.holdout * len(order))
-        self.train_indices, self.held_indices = order[held:].sort().values, order[:held].sort().values
-        self.epoch = max(len(order) - held, 1)
+        n = 0 if planned else len(self.images)
+        self.train_indices, self.held_indices = hold_out(n, self.options.holdout, setup.seed)
+        self.epoch = max(len(self.train_indices), 1)
         self.validation: TripletSet | None = None
         if self.options.validation is not None and not planned:
             found = open_triplets(self.options.validation, resolution=height, channels=3)

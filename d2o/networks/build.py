@@ -16,7 +16,7 @@ from d2o.networks.config import Config
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.edm_view import EDMView
-from d2o.networks.latent import Autoencoder, TextToImage
+from d2o.networks.latent import BROKEN, Autoencoder, TextToImage
 from d2o.networks.latent_vgg import TunedVGG
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.networks.style_generator import StyleGenerator
@@ -108,16 +108,7 @@ def _build(config: Config, plain: Mapping[str, Callable[..., Any]]) -> Network:
         if arch == "autoencoder_kl":
             return Autoencoder(**config)
         return EDM2Precond(**config) if arch == "edm2" else plain[arch](**config)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        MemoryError,
-    ) as error:
+    except BROKEN as error:
         raise UserError(f"network: cannot build {arch} from {config}: {error or type(error).__name__}") from error
 
 
