@@ -12,7 +12,7 @@ from d2o.interop.content import START, wrong_start
 from d2o.interop.part_file import CHUNK, PartFile
 
 if TYPE_CHECKING:
-    import requests  # type: ignore[import-untyped]
+    import requests
 
 Received = Callable[[int, "int | None"], None]
 """Called with the bytes that are there and the bytes of the whole file (None: not known)."""
@@ -40,7 +40,7 @@ class Interrupted(Exception):
 def fetch_http(part: PartFile, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Bring `part` to the whole file; what came before is continued where the server still has the same file.
     UserError: it cannot be had."""
-    import requests  # type: ignore[import-untyped]
+    import requests
 
     furthest, failures = part.position, 0
     with requests.Session() as session:
@@ -187,7 +187,7 @@ def _length(response: requests.Response) -> int | None:
 
 def fetch_fsspec(part: PartFile, url: str, path: Path, size: int | None, progress: Received | None) -> None:
     """Any protocol that fsspec knows, from the first byte."""
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     part.begin(None, None)
     try:
@@ -241,7 +241,7 @@ def _no_network(error: BaseException | None) -> bool:
 
 def check_reachable(url: str) -> str | None:
     """Why no connection to the server of `url` comes about, or None. One try, and nothing is fetched."""
-    import requests  # type: ignore[import-untyped]
+    import requests
 
     try:
         requests.head(url, timeout=(TIMEOUT[0] / 2, TIMEOUT[0]), allow_redirects=False).close()
@@ -254,7 +254,7 @@ def check_reachable(url: str) -> str | None:
 
 def _reason(error: Exception) -> str:
     """The innermost cause of a network error in one line: requests wraps it several times."""
-    import requests  # type: ignore[import-untyped]
+    import requests
 
     if isinstance(error, Interrupted):
         return str(error)

@@ -1,5 +1,5 @@
 """A variational autoencoder, whose latents a latent diffusion model is trained in (Rombach et al. 2022, section 3.1),
-without a discriminator."""
+without a critic."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class SiDOptions(Options):
         200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial"
     )
     lambda_adv: float = Field(0.01, ge=0, description="weight of the student's adversarial loss, times C H W")
-    lambda_d: float = Field(1.0, ge=0, description="weight of the score network's loss as a discriminator (EDM2: 100)")
+    lambda_d: float = Field(1.0, ge=0, description="weight of the score network's loss as a critic (EDM2: 100)")
     batch_pool: int | None = Field(
         None,
         ge=1,
@@ -244,7 +244,7 @@ class SiD(ScoreMethod[SiDOptions]):
                     losses.edm_weight(sigma, self.score.sigma_data, u),
                 )
                 pool = pool_size("sid", o.batch_pool, self.batch, draw.count)
-                loss_d = losses.discriminator_loss(real, fake, pool, *weights, self.bad.counting(keep))
+                loss_d = losses.critic_adversarial(real, fake, pool, *weights, self.bad.counting(keep))
                 loss = loss + o.lambda_d * loss_d
                 note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=critic_loss(real, fake).mean())
             loop.backward(loss.mean())

@@ -218,7 +218,7 @@ class EDMView(nn.Module):
         """Those of the residual blocks, as the networks' own argument `dropout` means."""
         from diffusers.models.resnet import ResnetBlock2D
 
-        return [m.dropout for m in self.net.modules() if isinstance(m, ResnetBlock2D)]  # type: ignore[misc]
+        return [m.dropout for m in self.net.modules() if isinstance(m, ResnetBlock2D)]
 
     @property
     def checkpointing(self) -> bool:

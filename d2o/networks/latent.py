@@ -164,7 +164,7 @@ def _rename_text_encoder(module: nn.Module, tensors: dict[str, Tensor], prefix: 
     """transformers 5 dropped the `text_model.` from the names inside a CLIPTextModel: read the weights under either
     name."""
     inner = prefix + "text_encoder."
-    long = any(name.startswith("text_model.") for name, _ in module.text_encoder.named_parameters())  # type: ignore[union-attr, operator]
+    long = any(name.startswith("text_model.") for name, _ in module.text_encoder.named_parameters())  # type: ignore[union-attr]
     for name in [name for name in tensors if name.startswith(inner)]:
         rest = name.removeprefix(inner).removeprefix("text_model.")
         tensors[inner + ("text_model." if long else "") + rest] = tensors.pop(name)

@@ -211,7 +211,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         (table.options, ("options",)),
         *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows)),
     ):
-        yield from ((key, text) for text in _wrong_options(_given(options)))  # type: ignore[misc]
+        yield from ((key, text) for text in _wrong_options(_given(options)))
     for i, row in enumerate(table.rows):
         if row.name in names:
             yield ("rows", i, "name"), f"another row is called {row.name!r}, too"
