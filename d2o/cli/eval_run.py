@@ -225,10 +225,12 @@ def _table(values: dict[str, Any], given: set[str], place: Workplace | None) -> 
     for i, row in enumerate(table.rows):
         reason = absent(row)
         if row.x is None or reason is not None:
-            if reason is not None:
-                console.say(f"not measured: {row.name}: {reason}")
-            if row.paper:
-                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper)})
+            if (why := reason or row.cited) is not None:
+                console.say(f"not measured: {row.name}: {why}")
+            if row.paper or row.about:
+                notes = [*table.notes, *([f"{row.name}: {row.cited}"] if row.cited else [])]
+                about = {"about": row.about} if row.about else {}
+                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper, notes), **about})
             continue
         chosen = {
             key: value
@@ -244,7 +246,9 @@ def _table(values: dict[str, Any], given: set[str], place: Workplace | None) -> 
             "paper": [dict(row.paper)],
         }
         try:
-            records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
+            for record in _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place):
+                record["notes"] += table.notes
+                records.append({**record, "about": row.about} if row.about else record)
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
         except Stopped as stopped:

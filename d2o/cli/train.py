@@ -69,7 +69,8 @@ SWEEP = typer.Option(
     metavar="KEY=A,B,...",
     help=(
         "Train once for each of these values of a recipe's key, or of one in its method's "
-        "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues."
+        "section: alpha=0,0.5,1; or as each of these variants: variant=mse,l1. Repeatable: every combination. "
+        "The same command again continues."
     ),
     show_default=False,
     autocompletion=complete.keys,

@@ -15,6 +15,7 @@ from d2o.networks.classifier import Classifier
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.edm_view import EDMView
+from d2o.networks.free_latents import FreeLatents
 from d2o.networks.latent import Autoencoder, TextToImage
 from d2o.networks.latent_vgg import TunedVGG
 from d2o.networks.ncsnpp_z import DDGANGenerator
@@ -27,6 +28,7 @@ PLAIN: dict[str, Any] = {
     "ddgan": DDGANGenerator,
     "latent_classifier": LatentClassifier,
     "latent_lpips": TunedVGG,
+    "free_latents": FreeLatents,
     "style_generator": StyleGenerator,
 }
 """arch -> the one class that takes the other keys."""
@@ -43,6 +45,7 @@ Network = (
     | StyleGenerator
     | LatentClassifier
     | TunedVGG
+    | FreeLatents
     | Autoencoder
     | TextToImage
 )

@@ -253,12 +253,12 @@ def _check_metric(recipe: Recipe, method: Method, extractor: Extractor | None) -
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
     if (
         recipe.eval
-        and recipe.eval.metric == "accuracy"
+        and recipe.eval.metric != "fd"
         and recipe.eval.extractor is None
         and type(method).validate is Method.validate
     ):
         raise UserError(
-            f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy",
+            f"eval.metric: method {recipe.method} gives no metric of its own, and so no {recipe.eval.metric}",
             "eval.metric: fd measures it",
         )
     if spec is not None and extractor is not None and not spec.latent:

@@ -19,7 +19,7 @@ BOLD = "the best of the students that share a protocol"
 
 def legend(records: Sequence[Result], bold: bool = False) -> list[str]:
     """Warnings first, then what ±, the marks, the columns and the presets mean, then the records' own notes."""
-    papers = _papers(records)
+    papers, notes = _papers(records), dict.fromkeys(f"note: {n}" for r in records for n in r["notes"])
     records = [r for r in records if has_protocol(r)]
     lines = [*_warnings(records), *_errors(records), *_presets(records), *papers]
     if bold:
@@ -29,7 +29,7 @@ def legend(records: Sequence[Result], bold: bool = False) -> list[str]:
         *_own_n(records),
         *_distances(records),
         *_speeds(records),
-        *dict.fromkeys(f"note: {n}" for r in records for n in r["notes"]),
+        *notes,
     ]
 
 

@@ -8,6 +8,7 @@ rows:
   - {name: "EDM, 35 NFE", x: edm-cifar10-uncond-vp, options: {solver: heun, steps: 18}, paper: {nfe: 35, fid: 1.97}}
   - {name: SiDA, x: runs/sida_cifar10_uncond, recipe: sida_cifar10_uncond, paper: {nfe: 1, fid: [1.516, 0.010]}}
   - {name: DDPM, paper: {nfe: 1000, fid: 3.17}}       # without x: quoted, never measured
+notes: [...]                        # on the whole table, printed below it
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
+from d2o.evaluation.judges import JUDGES
 from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
@@ -34,9 +36,21 @@ from d2o.settings.yaml_text import Mark, Problems, build, plain, read
 from d2o.shipped import shown, table_folders
 from d2o.teachers.registry import teacher_names
 
-PRINTED = ("nfe", "seconds", "accuracy")
-"""What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right
-classes."""
+PRINTED = (
+    "nfe",
+    "seconds",
+    "accuracy",
+    "parameters",
+    "batch",
+    "images_per_s",
+    "pairs",
+    "nfe_pairs",
+    "nfe_train",
+    "nfe_total",
+    "a100_days",
+)
+"""What a paper may print besides the numbers of d2o's metrics: network calls and seconds for one image, share of right
+classes; what a model took: batch, images a second, pairs, network calls in all, days of one GPU."""
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -62,19 +76,21 @@ RowOptions = create_model(
 
 class PaperRow(Section):
     """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
-    standard deviation].
+    standard deviation]; `about`: columns of words.
 
     `recipe` makes x; `start`: the run that it begins from (`d2o finetune RECIPE --from START`). `against`: another
-    reference than the table's.
+    reference than the table's. `cited`: why the paper's own row can only be quoted.
     """
 
     name: NonEmpty
     x: NonEmpty | None = None
     options: RowOptions = RowOptions()  # type: ignore[valid-type]
     paper: dict[str, Printed] = Field(default_factory=dict)
+    about: dict[str, NonEmpty] = Field(default_factory=dict)
     against: NonEmpty | None = None
     recipe: NonEmpty | None = None
     start: NonEmpty | None = None
+    cited: NonEmpty | None = None
 
     def printed(self, key: str) -> tuple[float, float | None] | None:
         """(value, standard deviation or None) as the paper prints it, or None."""
@@ -92,13 +108,14 @@ class PaperRow(Section):
 
 class PaperTable(Section):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
-    names one."""
+    names one; `notes`: what to know of its numbers."""
 
     title: NonEmpty
     paper: NonEmpty
     protocol: NonEmpty | None = None
     options: RowOptions = RowOptions()  # type: ignore[valid-type]
     against: NonEmpty | None = None
+    notes: list[NonEmpty] = Field(default_factory=list)
     rows: Annotated[list[PaperRow], Field(min_length=1)]
 
     def options_of(self, row: PaperRow) -> dict[str, Any]:
@@ -117,7 +134,7 @@ def absent(row: PaperRow) -> str | None:
     """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published
     teacher, fetched)."""
     x = row.x
-    if x is None or x.startswith("real:") or x in teacher_names() or os.path.exists(x):
+    if x is None or x.startswith("real:") or x in (*teacher_names(), *JUDGES) or os.path.exists(x):
         return None
     if row.command is None:
         return f"{x} is not here"
@@ -216,8 +233,10 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         if row.name in names:
             yield ("rows", i, "name"), f"another row is called {row.name!r}, too"
         names.add(row.name)
-        if row.x is None and not row.paper:
+        if row.x is None and not (row.paper or row.about):
             yield ("rows", i), "neither x nor paper: there is nothing to measure and nothing to quote"
+        if row.cited is not None and (row.x or row.recipe):
+            yield ("rows", i, "cited"), "the row is measured: it has x or a recipe"
         for name in row.paper:
             base = name.partition("@")[0]
             if base not in known:
