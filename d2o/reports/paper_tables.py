@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -106,9 +106,20 @@ class PaperRow(Section):
         return f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
 
 
+@dataclass(frozen=True)
+class RowRun:
+    """One training of a row: its folder, the run that it begins from (None: none), and the seed of training (None: the
+    recipe's)."""
+
+    folder: str
+    start: str | None
+    seed: int | None
+
+
 class PaperTable(Section):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
-    names one; `notes`: what to know of its numbers."""
+    names one; `notes`: what to know of its numbers; `seeds`: a row that a recipe makes is trained with each of these,
+    and its numbers are their mean."""
 
     title: NonEmpty
     paper: NonEmpty
@@ -116,6 +127,7 @@ class PaperTable(Section):
     options: RowOptions = RowOptions()  # type: ignore[valid-type]
     against: NonEmpty | None = None
     notes: list[NonEmpty] = Field(default_factory=list)
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=1000)] = Field(default_factory=list)
     rows: Annotated[list[PaperRow], Field(min_length=1)]
 
     def options_of(self, row: PaperRow) -> dict[str, Any]:
@@ -125,15 +137,39 @@ class PaperTable(Section):
     def against_of(self, row: PaperRow) -> str | None:
         return row.against or self.against
 
+    def runs_of(self, row: PaperRow, under: str | None = None) -> list[RowRun]:
+        """The trainings whose product a row measures; [] for what no recipe makes. `under`: the folder of runs, instead
+        of `runs`."""
+        if row.recipe is None or row.x is None:
+            return []
+        x, start = moved(row.x, under), row.start and moved(row.start, under)
+        if not self.seeds:
+            return [RowRun(x, start, None)]
+        return [RowRun(f"{x}_seed{seed}", start and f"{start}_seed{seed}", seed) for seed in self.seeds]
+
 
 def _given(options: BaseModel) -> dict[str, Any]:
     return options.model_dump(exclude_unset=True)
 
 
-def absent(row: PaperRow) -> str | None:
+def moved(path: str, under: str | None) -> str:
+    """The run `runs/NAME` in another folder of runs; other paths as they are."""
+    head, _, name = path.partition("/")
+    return os.path.join(under, name) if under is not None and head == "runs" and name else path
+
+
+def measured_runs(table: PaperTable, row: PaperRow, under: str | None = None) -> list[RowRun]:
+    """Those runs of a row that are here; of a table with seeds also the one that was trained without the table."""
+    found = [run for run in table.runs_of(row, under) if os.path.exists(run.folder)]
+    if not found and table.seeds and row.x is not None and os.path.exists(x := moved(row.x, under)):
+        return [RowRun(x, row.start, None)]
+    return found
+
+
+def absent(row: PaperRow, under: str | None = None) -> str | None:
     """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published
     teacher, fetched)."""
-    x = row.x
+    x = row.x and moved(row.x, under)
     if x is None or x.startswith("real:") or x in (*teacher_names(), *JUDGES) or os.path.exists(x):
         return None
     if row.command is None:
@@ -224,6 +260,8 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         yield ("protocol",), _words(unknown("protocol", table.protocol, PRESETS))
     known = {key for metric in METRICS.values() for key in metric.keys} | set(PRINTED)
     names: set[str] = set()
+    if len(set(table.seeds)) < len(table.seeds):
+        yield ("seeds",), "a seed is there twice"
     for options, key in (
         (table.options, ("options",)),
         *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows)),
