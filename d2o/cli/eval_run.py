@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from d2o.cli import console
 from d2o.cli.opening import open_device
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.runtime import Stopped, worker
 
 if TYPE_CHECKING:
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from d2o.evaluation.request import Request
     from d2o.evaluation.workplace import Workplace
 
-Result = dict[str, Any]
+Values = dict[str, Any]
+"""The options of `d2o eval` by name, as typer gives them."""
 STDOUT = Path("-")
 
 
-def check_asked(values: dict[str, Any]) -> None:
+def check_asked(values: Values) -> None:
     """Refuse what contradicts itself before anything is loaded."""
     x, table, compare = values["x"], values["table"], values["compare"]
     if compare and table:
@@ -91,13 +93,13 @@ class Targets:
                     "choose another name for --save-stats",
                 )
 
-    def read(self, paths: Sequence[str]) -> list[Result]:
+    def read(self, paths: Sequence[str]) -> list[JsonObject]:
         """The results in these files and run folders."""
         from d2o.evaluation.results import load_records
 
         return [record for path in paths for record in load_records(path)]
 
-    def write(self, records: list[Result]) -> None:
+    def write(self, records: list[JsonObject]) -> None:
         if self.json:
             from d2o.evaluation.results import results_json, save_records
 
@@ -121,7 +123,7 @@ class Targets:
 
 
 @contextmanager
-def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Result]]:
+def measured(values: Values, given: set[str]) -> Iterator[list[JsonObject]]:
     """The records of what these option values ask for; `given` are the options that the user typed. What was kept of
     the work goes when the block, which writes them, has ended well."""
     from d2o.evaluation.workplace import Workplace
@@ -137,7 +139,7 @@ def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Result]]:
                 yield _table(values, given, place)
 
 
-def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:
+def prepare(values: Values, given: set[str]) -> tuple[Request, Settings]:
     """The request and settings that these option values mean. UserError: not those of the protocol."""
     from d2o.evaluation.paper_protocols import find_preset
     from d2o.evaluation.presets import apply_preset
@@ -177,7 +179,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
 
 def _one_after_another(
     request: Request, settings: Settings, save_stats: Path | None, place: Workplace | None
-) -> list[Result]:
+) -> list[JsonObject]:
     from d2o.evaluation.run import evaluate_all
     from d2o.evaluation.statistics_files import save_statistics
 
@@ -215,7 +217,7 @@ class _Progress:
         self(n)
 
 
-def _table(values: dict[str, Any], given: set[str], place: Workplace | None) -> list[Result]:
+def _table(values: Values, given: set[str], place: Workplace | None) -> list[JsonObject]:
     """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
     beats the table."""
     from d2o.evaluation.evaluate import FORMAT

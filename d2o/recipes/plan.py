@@ -183,7 +183,7 @@ def _build(method_class: type[Method], setup: Setup) -> Method:
         return method
 
 
-def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:
+def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:  # noqa: ANN401 (images, or what stands in for them)
     """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them."""
     try:
         return open_data(data, method)

@@ -29,8 +29,9 @@ from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
+from d2o.inputs import JsonObject
 from d2o.settings.recipe_names import is_shipped, parted
-from d2o.settings.section import Section
+from d2o.settings.section import NonEmpty, Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
 from d2o.settings.yaml_text import Mark, Problems, build, plain, read
 from d2o.shipped import shown, table_folders
@@ -52,7 +53,6 @@ PRINTED = (
 """What a paper may print besides the numbers of d2o's metrics: network calls and seconds for one image, share of right
 classes; what a model took: batch, images a second, pairs, network calls in all, days of one GPU."""
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
 
@@ -130,7 +130,7 @@ class PaperTable(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=1000)] = Field(default_factory=list)
     rows: Annotated[list[PaperRow], Field(min_length=1)]
 
-    def options_of(self, row: PaperRow) -> dict[str, Any]:
+    def options_of(self, row: PaperRow) -> JsonObject:
         """The row's options over the table's, only those that are written there."""
         return {**_given(self.options), **_given(row.options)}
 
@@ -148,7 +148,7 @@ class PaperTable(Section):
         return [RowRun(f"{x}_seed{seed}", start and f"{start}_seed{seed}", seed) for seed in self.seeds]
 
 
-def _given(options: BaseModel) -> dict[str, Any]:
+def _given(options: BaseModel) -> JsonObject:
     return options.model_dump(exclude_unset=True)
 
 
@@ -266,7 +266,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         (table.options, ("options",)),
         *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows)),
     ):
-        yield from ((key, text) for text in _wrong_options(_given(options)))  # type: ignore[misc]
+        yield from ((key, text) for text in _wrong_options(_given(options)))
     for i, row in enumerate(table.rows):
         if row.name in names:
             yield ("rows", i, "name"), f"another row is called {row.name!r}, too"
@@ -287,7 +287,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
                 )
 
 
-def _wrong_options(given: dict[str, Any]) -> Iterator[str]:
+def _wrong_options(given: JsonObject) -> Iterator[str]:
     try:
         parse_metrics(given.pop("metrics", None) or ())
         for other in ("extractor", "teacher"):
