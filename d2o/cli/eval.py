@@ -83,6 +83,11 @@ TABLE = _what(
     ),
     autocompletion=complete.tables,
 )
+RUNS = _what(
+    "--runs",
+    help="With --table: the folder in which its runs lie (`d2o train --table ... --out DIR`; default: runs).",
+    metavar="DIR",
+)
 EXTRACTOR = _what(
     "--extractor",
     help=(
@@ -218,6 +223,7 @@ def evaluate(
     metrics: list[str] = METRICS,
     protocol: str = PROTOCOL,
     table: str = TABLE,
+    runs: str = RUNS,
     extractor: str = EXTRACTOR,
     weights: list[str] = WEIGHTS,
     teacher: str = TEACHER,

@@ -29,6 +29,8 @@ def check_asked(values: Values) -> None:
     x, table, compare = values["x"], values["table"], values["compare"]
     if compare and table:
         raise UserError("--compare puts results together, --table measures: give one of them")
+    if values["runs"] and not table:
+        raise UserError("--runs says where the runs of a --table lie", "add --table NAME, or leave --runs away")
     if table and x:
         raise UserError(f"--table names what is measured; {x[0]} is too much", "leave X away, or --table")
     if not table and not x:
@@ -219,18 +221,22 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
     """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
     beats the table."""
     from d2o.evaluation.evaluate import FORMAT
+    from d2o.evaluation.seeds import over_seeds
     from d2o.reports.cells import quoted
-    from d2o.reports.paper_tables import absent, load_table
+    from d2o.reports.paper_tables import absent, load_table, measured_runs, moved
 
-    table = load_table(values["table"])
+    table, under = load_table(values["table"]), values["runs"]
     records, measured = [], 0
     for i, row in enumerate(table.rows):
-        reason = absent(row)
+        runs = measured_runs(table, row, under)
+        reason = None if runs else absent(row, under)
         if row.x is None or reason is not None:
-            if reason is not None:
-                console.say(f"not measured: {row.name}: {reason}")
-            if row.paper:
-                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper)})
+            if (why := reason or row.cited) is not None:
+                console.say(f"not measured: {row.name}: {why}")
+            if row.paper or row.about:
+                notes = [*table.notes, *([f"{row.name}: {row.cited}"] if row.cited else [])]
+                about = {"about": row.about} if row.about else {}
+                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper, notes), **about})
             continue
         chosen = {
             key: value
@@ -240,13 +246,18 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
         row_values = {
             **values,
             **{key: value for key, value in chosen.items() if key not in given},
-            "x": [row.x],
-            "name": [row.name],
             "protocol": values["protocol"] or table.protocol,
-            "paper": [dict(row.paper)],
         }
         try:
-            records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
+            found = []
+            for x in [run.folder for run in runs] or [moved(row.x, under)]:
+                one = {**row_values, "x": [x], "name": [row.name], "paper": [dict(row.paper)]}
+                found += _one_after_another(*prepare(one, (given | set(chosen)) - {"table", "runs"}), None, place)
+            for record in found if len(found) < 2 else [over_seeds(found, [run.seed for run in runs])]:
+                record["notes"] += table.notes
+                records.append({**record, "about": row.about} if row.about else record)
+            if runs and len(runs) < len(table.seeds):
+                console.say(f"{row.name}: {len(runs)} of {len(table.seeds)} seeds are here")
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
         except Stopped as stopped:

@@ -19,8 +19,8 @@ class Preset:
 
     `metrics`: as `--metrics` takes them. `settings`: what is fixed, by the name of the option (`pr_k`: --pr-k).
     `reference`: its name, as `--against` takes it; None: the user brings it. `n_ref`: images behind it, where that is
-    known. `extractor`: of every metric that has a choice and names none. `tool`: whose numbers it gives. `needs`:
-    options that only the user can give, and what is to be given.
+    known. `extractor`: of every metric that has a choice and names none; "" where none has. `tool`: whose numbers it
+    gives. `needs`: options that only the user can give, and what is to be given.
     """
 
     name: str
@@ -39,7 +39,8 @@ class Preset:
     def fixed(self) -> JsonObject:
         """Everything that it settles, by the name of the option."""
         against = {"against": self.reference} if self.reference else {}
-        return {"metrics": self.metrics, "extractor": self.extractor, **against, **self.settings}
+        extractor = {"extractor": self.extractor} if self.extractor else {}
+        return {"metrics": self.metrics, **extractor, **against, **self.settings}
 
     @property
     def extractors(self) -> set[str]:

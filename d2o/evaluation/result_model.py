@@ -146,6 +146,7 @@ class _Row(_Model):
     metrics: dict[str, _Metric]
     notes: list[str]
     paper: dict[str, FiniteFloat | list[FiniteFloat | None] | None] | None = None
+    about: dict[str, str] | None = None
     preset: JsonObject | None = None
 
 

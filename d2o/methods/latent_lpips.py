@@ -18,19 +18,16 @@ from d2o.inputs import JsonObject
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
+from d2o.losses.latent_lpips import SHIPPED
 from d2o.losses.perceptual import single, unit
-from d2o.losses.two_afc import agreement, ranking_inputs, weighted
+from d2o.losses.two_afc import REAL, agreement, ranking_inputs, weighted
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.methods.holdout import hold_out
 from d2o.networks.latent_vgg import Taps, TunedVGG
 from d2o.networks.load import load_weights
 from d2o.networks.ranking import RankingHead
 from d2o.networks.vgg_classifier import LatentClassifier
-from d2o.spaces.load import TINY_SD, load_space
-
-SHIPPED = "latent_lpips_tiny_sd.safetensors"
-
-REAL = ("superres", "deblur", "color", "frameinterp")
+from d2o.spaces.load import load_space
 
 
 class LatentLpipsOptions(Options):
@@ -96,11 +93,11 @@ class LatentLpipsMethod(Method[LatentLpipsOptions]):
         where, space = self.options.trunk, self.space
         if setup.network:
             raise UserError("network: the distance has the form of its trunk", "leave it away")
-        if setup.device.type == "meta" and where != TINY_SD and not Path(where).exists():
+        if setup.device.type == "meta" and where not in SHIPPED and not Path(where).exists():
             return TunedVGG(space.numbers.channels, taps=self.options.taps).requires_grad_(
                 False
             )  # made before training
-        path = asset(SHIPPED) if where == TINY_SD else resolve_checkpoint(Path(where))
+        path = asset(SHIPPED[where]) if where in SHIPPED else resolve_checkpoint(Path(where))
         kind = read_meta(path).get("kind")
         if kind not in ("latent_classifier", "latent_lpips"):
             raise UserError(

@@ -16,6 +16,7 @@ from d2o.networks.config import Config
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.edm_view import EDMView
+from d2o.networks.free_latents import FreeLatents
 from d2o.networks.latent import BROKEN, Autoencoder, TextToImage
 from d2o.networks.latent_vgg import TunedVGG
 from d2o.networks.ncsnpp_z import DDGANGenerator
@@ -28,6 +29,7 @@ PLAIN: Mapping[str, Callable[..., Any]] = {
     "ddgan": DDGANGenerator,
     "latent_classifier": LatentClassifier,
     "latent_lpips": TunedVGG,
+    "free_latents": FreeLatents,
     "style_generator": StyleGenerator,
 }
 """arch -> the one class that takes the other keys."""
@@ -44,6 +46,7 @@ Network = (
     | StyleGenerator
     | LatentClassifier
     | TunedVGG
+    | FreeLatents
     | Autoencoder
     | TextToImage
 )

@@ -26,8 +26,10 @@ class EvalSection(Section):
     """A metric measured on the way; the best checkpoint is chosen by it."""
 
     every: Count = field(..., "images between two measurements")
-    metric: Literal["fd", "accuracy"] = field(
-        "fd", "fd: Fréchet distance, lower is better; accuracy: what the method validates by, higher is better"
+    metric: Literal["fd", "accuracy", "distance"] = field(
+        "fd",
+        "fd: Fréchet distance; accuracy, distance: what the method validates by, the one if higher is better, the other"
+        " if lower",
     )
     protocol: NonEmpty | None = field(
         None,

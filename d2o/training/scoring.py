@@ -107,9 +107,9 @@ class Scoring:
             raise UserError(
                 f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance"
             )
-        if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
+        if e.metric != "fd" and evaluator is None and type(self.method).validate is Method.validate:
             raise UserError(
-                f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy",
+                f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no {e.metric}",
                 "eval.metric: fd measures it",
             )
         if evaluator is not None and self.spec is not None:
