@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything is imported that reads them. Commands are tested through their output: no colours, one width.
@@ -42,6 +43,13 @@ LONG = ("torture/test_short.py", "training/test_loop.py", "export/test_onnx.py",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest go first: a worker that began one at the end would keep the others waiting."""
     items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the collector of garbage need not walk through torch and thousands of tests each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")
