@@ -58,12 +58,10 @@ def main_of_several(out: Path, jobs: list[Job], log: Path, count: int) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    group = [
-        workers.CONTEXT.Process(target=_member, args=(rank, count, port, out, jobs, log)) for rank in range(count)
-    ]
+    group = [workers.CONTEXT.Process(target=_member, args=(rank, count, port, out, jobs, log)) for rank in range(count)]
     for process in group:
         process.start()
-    codes = [workers.finish(process, 180) for process in group]
+    codes = [workers.finish(process, 600) for process in group]
     assert codes == [0] * count, log.read_text()
     return log.read_text()
 

@@ -29,8 +29,8 @@ def digits(half: str | None = None) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _table() -> np.ndarray:
-    """float64 [1797, 65], a row an image, its class last: scikit-learn's file, read without importing the package, which
-    takes longer than all else that `d2o train quickstart` imports after torch."""
+    """float64 [1797, 65], a row an image, its class last: scikit-learn's file, without an import of the package, which
+    takes a second."""
     spec = importlib.util.find_spec("sklearn")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (path := Path(folder) / "datasets" / "data" / "digits.csv.gz").is_file():
