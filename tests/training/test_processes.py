@@ -4,10 +4,6 @@ does."""
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ import torch
 
 from d2o.interop.safetensors_io import load_file
 from tests.helpers import tiny_teacher
-from tests.training.processes import Job, main
+from tests.training.processes import Job, main, main_of_several
 
 COMMON = """
 data: {path: real:digits, limit: 40}
@@ -73,7 +69,7 @@ NAMES = ("dd", "spi", "sida")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Folders of runs of one process and of two, and what the two wrote to stderr."""
+    """Folders of runs of one process and of two, and what the two said."""
     folder = tmp_path_factory.mktemp("processes")
     tiny_teacher(folder / "teacher.safetensors")
     for name, text in zip(NAMES, (DDGAN, SPIGAN, SIDA.format(teacher=folder / "teacher.safetensors")), strict=True):
@@ -94,20 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         job("spi", "spi_shard", "strategy=shard", "eval=null"),  # the critic's groups reach over both
     ]
     main(folder / "one", here)
-    (folder / "jobs.json").write_text(json.dumps(there))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.training.processes", str(folder / "two"), str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "one", folder / "two", done.stderr
+    return folder / "one", folder / "two", main_of_several(folder / "two", there, folder / "said", 2)
 
 
 def product(run: Path) -> dict[str, torch.Tensor]:
