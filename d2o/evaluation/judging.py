@@ -59,10 +59,8 @@ def prepare_judging(
             f"--repeats {settings.repeats}: {against} is the same every time",
             f"it is for what is made by seeds, such as {MADE[1]}",
         )
-    reading: dict[str, Any] = {
-        "channels": 3,
-        **{k: v for k, v in settings.preparation.reading().items() if v is not None},
-    }
+    prepared = {key: value for key, value in settings.preparation.reading().items() if value is not None}
+    reading: dict[str, Any] = {"channels": 3, **prepared}
     if against in MADE:
         reading = {key: reading[key] for key in ("channels", "resolution") if key in reading}
     if x.kind == "classifier":
