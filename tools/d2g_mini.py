@@ -1,16 +1,18 @@
 """Diffusion2GAN's tables in small, measured: the rows of recipes/tables/d2g_mini.yaml for several seeds of training.
 
-    python tools/d2g_mini.py [--seeds 0,1,2] [--only WORD ...] [--set KEY=VALUE ...]
+    python tools/d2g_mini.py [--seeds 0,1,2] [--only WORD ...] [--scale 1] [--set KEY=VALUE ...]
 
 Trains what is not trained yet (`--resume`), measures what is not measured, in runs/d2g_mini; then writes
 results/d2g_mini.json, and the table between the marks in docs/results.md. `--only`: rows whose recipe or name has such
-a word in it. `--set`: of every training. The teacher's images, made once, stay in runs/d2g_mini/work.
+a word in it. `--scale`: of the lengths of training. `--set`: of every training. `--dry` only prints the commands. The
+teacher's images, made once, stay in runs/d2g_mini/work.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import shlex
 import statistics
@@ -19,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from d2o.recipes.load import load_recipe
 from d2o.reports.paper_tables import PaperRow, load_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +35,10 @@ def place(run: str, seed: int) -> Path:
     return RUNS / f"seed{seed}" / Path(run).name
 
 
-def training(row: PaperRow, seed: int, settings: list[str]) -> str:
+def training(row: PaperRow, seed: int, settings: list[str], scale: float) -> str:
     assert row.recipe is not None and row.x is not None
+    if scale != 1:
+        settings = [f"images={round(scale * load_recipe(row.recipe).images)}", *settings]
     verb, start = ("finetune", f" --from {place(row.start, seed)}") if row.start else ("train", "")
     more = "".join(f" --set {shlex.quote(text)}" for text in settings)
     return f"d2o {verb} {row.recipe}{start} --seed {seed} --out {place(row.x, seed)}{more} --resume"
@@ -54,11 +59,11 @@ def run(line: str) -> None:
     subprocess.run([sys.executable, "-m", "d2o", *shlex.split(line)[1:]], check=True, cwd=ROOT)
 
 
-def entry(row: PaperRow, seeds: list[int], settings: list[str]) -> dict[str, Any]:
+def entry(row: PaperRow, seeds: list[int], settings: list[str], scale: float) -> dict[str, Any]:
     """A row, trained and measured for every seed."""
     commands, found = [], []
     for seed in seeds if row.recipe else seeds[:1]:
-        lines = [training(row, seed, settings)] if row.recipe else []
+        lines = [training(row, seed, settings, scale)] if row.recipe else []
         line, path = measuring(row, seed)
         for command in lines:
             run(command)
@@ -101,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--scale", type=float, default=1)
     parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     seeds = [int(text) for text in options.seeds.split(",")]
     asked = [
@@ -109,8 +116,15 @@ def main() -> None:
         for row in load_table("d2g_mini").rows
         if not options.only or any(word in f"{row.recipe} {row.name}" for word in options.only)
     ]
+    if options.dry:
+        for row, seed in itertools.product(asked, seeds):
+            lines = [training(row, seed, options.set, options.scale)] if row.recipe else []
+            print("\n".join([*lines, measuring(row, seed)[0]]))
+        return
     before = json.loads(OUT.read_text())["rows"] if OUT.exists() else []
-    rows = {row["name"]: row for row in before} | {row.name: entry(row, seeds, options.set) for row in asked}
+    rows = {row["name"]: row for row in before} | {
+        row.name: entry(row, seeds, options.set, options.scale) for row in asked
+    }
     order = [row.name for row in load_table("d2g_mini").rows]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     record = {
@@ -122,11 +136,9 @@ def main() -> None:
     }
     OUT.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
-    page = ROOT / "docs" / "results.md"
-    if "<!-- d2g_mini: generated" in page.read_text():
-        from results import put
+    from results import put
 
-        put(page, "d2g_mini", table(record))
+    put(ROOT / "docs" / "results.md", "d2g_mini", table(record))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def judge(
         runs = [_top1(c.column("guess"), s, settings) for c, s in zip(columns, work.sets, strict=True)]
     else:
         runs = [_forced(c.column("d0"), c.column("d1"), s, settings) for c, s in zip(columns, work.sets, strict=True)]
+        each = [run["2afc"].more["per_class"] for run in runs]
+        runs[0]["2afc"].more["per_class"] = {kind: fmean(one[kind] for one in each) for kind in each[0]}
     made = work.against in MADE
     protocol = {
         "n_gen": None,
