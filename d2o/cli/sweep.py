@@ -147,7 +147,7 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
         for line in (*plan.missing, *plan.refused):
             if line not in (*plans[0].missing, *plans[0].refused):
                 console.out.print(f"{member.name}: {fit(line)}", markup=False)
-    calls, disk = sum(sum(plan.calls.values()) for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
+    calls, disk = sum(plan.network_calls for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
     console.out.print(f"together: {calls:,} network calls, {console.size(disk)} of disk")
 
 
@@ -158,7 +158,7 @@ def _cells(member: Member, plan: Plan) -> list[str]:
         f"{member.recipe.images:,}",
         f"{sum(plan.networks.values()):,}",
         console.size(memory),
-        f"{sum(plan.calls.values()):,}",
+        f"{plan.network_calls:,}",
         console.size(disk),
     ]
 

@@ -370,10 +370,6 @@ _ALL = (
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
-def preset_names() -> list[str]:
-    return sorted(PRESETS)
-
-
 def find_preset(name: str) -> Preset:
     """UserError: unknown, with the nearest and the list."""
     if name not in PRESETS:

@@ -8,7 +8,7 @@ them minimise, and by the pixels that the decoder makes of both latents.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from d2o.data.images import to_float
 from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.losses.latent_lpips import load_latent_lpips
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.methods.output_distance import DistanceOptions, OutputDistance
@@ -114,7 +115,7 @@ class LatentReconstruction(Method[LatentReconstructionOptions]):
         """The images of the first latents, as many as there are noises, which play no part."""
         return self.space.decode(product()[: len(noise)])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {
             "kind": "latents",
             "network": self.latents.config,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.features.base import check_shape
-from d2o.losses.latent_lpips import ELatentLPIPS, load_latent_lpips
+from d2o.losses.latent_lpips import ELatentLPIPS, OneDraw, load_latent_lpips
 from d2o.losses.perceptual import load_lpips, load_perceptual
 from d2o.losses.regression import LOSSES, distance
 from d2o.methods.base import Draws, Options
@@ -117,11 +118,11 @@ class OutputDistance:
                     check_shape(spec.shape, judge.features, of="the teacher's samples")
                 self.network = judge
 
-    def draw(self, draw: Draws) -> Any:
+    def draw(self, draw: Draws) -> Sequence[OneDraw] | None:
         """The random numbers of one comparison of a micro-batch."""
         return self.network.draw(draw.randn, draw.rand) if isinstance(self.network, ELatentLPIPS) else None
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Any = None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, draws: Sequence[OneDraw] | None = None) -> Tensor:
         if self.options.kind in LOSSES:
             return distance(self.options.kind, x, y, self.options.huber_reduce)
         assert self.network is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +76,10 @@ class CountingLoop:
         for handle in handles:
             handle.remove()
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, *_: object) -> None:
         self.calls += 1
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _keep(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """What checkpointing keeps of a block is what goes into it."""
         if torch.is_grad_enabled():
             for tensor in args:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError, nearest
 from d2o.interop.outputs import check_output
@@ -38,7 +37,7 @@ class Member:
     `source`: the recipe as a command line names it."""
 
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     recipe: Recipe
     source: str
 
@@ -170,15 +169,15 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def value_at(resolved: Mapping[str, Any], key: str) -> Any:
+def value_at(resolved: Mapping[str, object], key: str) -> object:
     """The value of a dotted key; None where its section is absent."""
-    value: Any = resolved
+    value: object = resolved
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value as it stands in the name of a folder: the same for 1.2 and 1.20."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
 from d2o.inputs import JsonObject, read_json
@@ -111,7 +110,7 @@ def _renewed(record: JsonObject, path: Path) -> JsonObject:
 
 
 def _member(
-    folder: Path, name: str, settings: Mapping[str, Any], images: int, metric: str, failed: Mapping[str, str]
+    folder: Path, name: str, settings: Mapping[str, object], images: int, metric: str, failed: Mapping[str, str]
 ) -> JsonObject:
     """What a member's run folder says of it."""
     run = folder / name
@@ -142,10 +141,11 @@ def _member(
     }
 
 
-def _order(value: Any) -> tuple[int, float]:
+def _order(value: object) -> tuple[int, float]:
     """Numbers by size, before everything else as it was given."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (0, value) if number else (1, 0)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return 0, value
+    return 1, 0
 
 
 def rows(record: JsonObject) -> Sequence[Sequence[str]]:

@@ -13,6 +13,7 @@ ERRORS = {
     "bootstrap": "standard deviation over bootstrap resamples of the images",
     "splits": "standard deviation over splits of the images",
     "subsets": "standard deviation over subsets of the images",
+    "seeds": "standard deviation over trainings with other seeds",
 }
 BOLD = "the best of the students that share a protocol"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -68,7 +68,7 @@ class EvalSection(Section):
 
     @field_validator("extractor", "n", "reference")
     @classmethod
-    def _as_the_protocol(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_the_protocol(cls, value: object, info: ValidationInfo) -> object:
         """What the protocol says, or 1000 samples; a distance without a network or a reference is refused."""
         key = str(info.field_name)
         if not {"metric", "protocol"} <= info.data.keys():  # they are wrong themselves
