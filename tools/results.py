@@ -8,7 +8,6 @@ README.md are generated from these files and from nothing else.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import subprocess
@@ -155,12 +154,10 @@ def write() -> None:
     put(ROOT / "docs" / "results.md", "results", f"{table(records)}\n\n{footer}")
     parts = [f"**{record['name']}**\n\n```\n" + "\n".join(commands(record["row"])) + "\n```" for record in records]
     put(ROOT / "docs" / "results.md", "commands", "\n\n".join(parts))
-    sys.path.insert(0, str(ROOT / "tools"))
-    for name, write_tables in (("latent_lpips", "tables"), ("d2g_mini", "table")):  # measured by tools of their own
-        path = ROOT / "results" / f"{name}.json"
-        if path.exists():
-            text = getattr(importlib.import_module(name), write_tables)(json.loads(path.read_text()))
-            put(ROOT / "docs" / "results.md", name, text)
+    if (path := ROOT / "results" / "latent_lpips.json").exists():
+        from latent_lpips import tables
+
+        put(ROOT / "docs" / "results.md", "latent_lpips", tables(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":
