@@ -154,6 +154,10 @@ def write() -> None:
     put(ROOT / "docs" / "results.md", "results", f"{table(records)}\n\n{footer}")
     parts = [f"**{record['name']}**\n\n```\n" + "\n".join(commands(record["row"])) + "\n```" for record in records]
     put(ROOT / "docs" / "results.md", "commands", "\n\n".join(parts))
+    if (path := ROOT / "results" / "latent_lpips.json").exists():
+        from latent_lpips import tables
+
+        put(ROOT / "docs" / "results.md", "latent_lpips", tables(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

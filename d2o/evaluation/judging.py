@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,10 +60,8 @@ def prepare_judging(
             f"--repeats {settings.repeats}: {against} is the same every time",
             f"it is for what is made by seeds, such as {MADE[1]}",
         )
-    reading: dict[str, Any] = {
-        "channels": 3,
-        **{k: v for k, v in settings.preparation.reading().items() if v is not None},
-    }
+    prepared = {key: value for key, value in settings.preparation.reading().items() if value is not None}
+    reading: dict[str, Any] = {"channels": 3, **prepared}
     if against in MADE:
         reading = {key: reading[key] for key in ("channels", "resolution") if key in reading}
     if x.kind == "classifier":
@@ -99,6 +98,8 @@ def judge(
         runs = [_top1(c.column("guess"), s, settings) for c, s in zip(columns, work.sets, strict=True)]
     else:
         runs = [_forced(c.column("d0"), c.column("d1"), s, settings) for c, s in zip(columns, work.sets, strict=True)]
+        each = [run["2afc"].more["per_class"] for run in runs]
+        runs[0]["2afc"].more["per_class"] = {kind: fmean(one[kind] for one in each) for kind in each[0]}
     made = work.against in MADE
     protocol = {
         "n_gen": None,

@@ -80,11 +80,12 @@ class LatentReconstruction(Method[LatentReconstructionOptions]):
         shape = (space.numbers.channels, height // factor, width // factor)
         self._spec = Spec(setup.name, shape, space.name, licence=setup.licence)
         self.latents = FreeLatents([setup.batch, *shape])
-        generator = torch.Generator().manual_seed(setup.seed)
-        noise = torch.zeros(setup.batch, *shape, device="cpu")
-        if o.encode == "sample":
-            noise = torch.randn(noise.shape, generator=generator, device="cpu")
-        noise = noise.to(setup.device)
+        generator = torch.Generator().manual_seed(setup.seed)  # what is loaded on the way draws from the global one
+        first, noise = torch.randn(2, setup.batch, *shape, generator=generator, device="cpu").to(setup.device)
+        noise = noise if o.encode == "sample" else torch.zeros_like(noise)
+        if not planned:
+            with torch.no_grad():
+                self.latents.x.copy_(first)
         x = to_float(images.images(range(setup.batch))).to(setup.device) if not planned else noise
         self.target = space.encode(x, noise)
         self.distance = OutputDistance(o.distance, InSpace(self._spec, space), setup.device, f"{self.name}.distance")

@@ -10,14 +10,14 @@ from d2o.settings.wording import show
 
 
 class FreeLatents(nn.Module):
-    """forward() -> the latents [n, c, h, w], which begin as standard normal noise. UserError: no such shape."""
+    """forward() -> the latents [n, c, h, w], which begin at 0. UserError: no such shape."""
 
     def __init__(self, shape: list[int]):
         super().__init__()
         if not isinstance(shape, list) or len(shape) != 4 or not all(isinstance(k, int) and k > 0 for k in shape):
             raise UserError(f"network.shape: expected four sizes [n, c, h, w], got {show(shape)}")
         self.config = {"arch": "free_latents", "shape": shape}
-        self.x = nn.Parameter(torch.randn(*shape))
+        self.x = nn.Parameter(torch.zeros(*shape))
 
     def forward(self) -> Tensor:
         return self.x + 0.0  # whoever holds a sharded parameter takes what a call returned

@@ -192,7 +192,7 @@ def test_a_member_that_fails_does_not_keep_the_others_from_their_turn(recipe, tm
     captured = capsys.readouterr()
     assert "1 of 2 runs failed: loss=mse" in captured.err and "not finite" in captured.err
     record = json.loads((tmp_path / "runs" / "test-sweep-loss-mini" / "sweep.json").read_text())
-    assert [(m["state"], bool(m["error"])) for m in record["members"]] == [("finished", False), ("failed", True)]
+    assert [(m["state"], bool(m["error"])) for m in record["members"]] == [("failed", True), ("finished", False)]
     assert record["best"]["member"] == "loss=l1"
 
 

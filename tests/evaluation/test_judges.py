@@ -83,6 +83,7 @@ def test_made_triplets_are_drawn_anew_by_seeds(monkeypatch):
         nearer = distance(p1, ref) < distance(p0, ref)
         scores.append((nearer == (triplets.judgements[rows] == 1)).float().mean().item())
     assert entry["runs"][1] == pytest.approx(np.mean(scores), abs=0.002)
+    assert np.mean([*entry["per_class"].values()]) == pytest.approx(entry["value"])
     assert open_triplets("real:digits-2afc/b", limit=5).fingerprint != (
         open_triplets("real:digits-2afc/b", limit=5, seed=6).fingerprint
     )

@@ -81,7 +81,7 @@ def test_micro_batches_change_nothing_under_any_distance(tmp_path, distance):
     plain = {"name": "sgd", "lr": 1.0, "betas": [0.0, 0.9]}  # Adam makes whole steps of what is nothing but rounding
     whole = train(tmp_path / "a", recipe_of(distance, images=4, optim=plain))
     parts = train(tmp_path / "b", recipe_of(distance, images=4, micro_batch=1, optim=plain))
-    torch.testing.assert_close(parts.method.latents(), whole.method.latents(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(parts.method.latents(), whole.method.latents(), rtol=1e-3, atol=1e-3)
     assert not torch.equal(whole.method.latents(), LatentReconstruction(setup_of(recipe_of(distance))).latents())
 
 
