@@ -112,6 +112,7 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
         "made from": f"{_code(source_name)}, weights sha256 {_code(source.fingerprint)}",
         "output": f"{' x '.join(map(str, spec.shape))} (channels, height, width), {space} space",
         "condition": labels,
+        **({} if source.guidance is None else {"guidance scale": "{:g} to {:g}, told to it".format(*source.guidance)}),
         "network": _code((meta.get("network") or {}).get("arch", "not recorded")),
         "parameters": f"{sum(p.numel() for p in source.network.parameters()):,}",
         "images trained on": f"{meta['images']:,}" if isinstance(meta.get("images"), int) else "not recorded",
@@ -209,9 +210,8 @@ def _limitations(source: Loaded, file_format: str) -> str:
             "d2o refuses any other label that it is given on the CPU." if file_format == "safetensors" else silent
         )
     if source.kind == "student":
-        points.append(
-            "Noise level and guidance are fixed at those of training; more network calls do not improve an image."
-        )
+        fixed = "Noise level and guidance are" if source.guidance is None else "The noise levels are"
+        points.append(f"{fixed} fixed at those of training; more network calls do not improve an image.")
     if source.meta.get("student", {}).get("kind") == "style" and file_format != "safetensors":
         points.append(
             "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image"

@@ -51,6 +51,8 @@ def one_call(student: Student, path: str | Path) -> OneCall:
             f"{path} is a student of a network that diffusers does not have ({type(view).__name__})",
             "--format onnx, program and safetensors write it; diffusers is for students of teachers in its format",
         )
+    if student.guidance is not None and not view.told:
+        raise UserError(f"{path} is told a guidance scale by an input that diffusers' {view.kind} does not have")
     if student.nfe != 1:
         raise UserError(f"{path} makes an image in {student.nfe} network calls; the folder would hold one of them")
     with torch.no_grad():

@@ -47,6 +47,7 @@ class DenoiserRecord(Record):
     kind: Literal["denoiser"]
     sigma: Positive
     begins: Literal["noise", "x_T"] = "noise"
+    guidance: tuple[Finite, Finite] | None = None
 
 
 class MultistepRecord(Record):

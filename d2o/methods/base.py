@@ -21,6 +21,7 @@ from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
+from d2o.diffusion.guidance import Range
 from d2o.errors import UserError, unknown
 from d2o.settings.section import Section
 from d2o.students.base import Student
@@ -81,6 +82,7 @@ class Setup(Generic[O]):
     seed: int = 0
     batch: int = 1  # images of an iteration, of all processes together
     licence: str = UNSTATED  # of the images (`data.licence`), and so of what is trained on them alone
+    guidance: Range | None = None  # of the pairs, where each has a guidance scale of its own
 
     def product_licence(self) -> str:
         """The licence of what is trained on the images alone: theirs, and that of the student it starts from."""
@@ -195,6 +197,7 @@ class Method(ABC, Generic[O]):
     pools_across: ClassVar[bool] = (
         False  # whether processes can take samples together, if each has few (not micro-batches)
     )
+    tells: ClassVar[bool] = False  # whether it trains students that are told the guidance scale of their pairs
     takes: ClassVar[str] = (
         ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
     )
@@ -260,6 +263,10 @@ class Method(ABC, Generic[O]):
     def nfe(self) -> int:
         """Network calls of one generated sample."""
         return 1
+
+    def guidance(self) -> Range | None:
+        """The guidance scales that the product may be told; None: it is told none."""
+        return None
 
     def optim(self, name: str, options: Any) -> Any:
         """The optimiser's settings of the network of that name, from the recipe's section for it."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from d2o.condition import Embedded
+from d2o.condition import Asked, Guided
 from d2o.critics.unet import UNetCritic
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
@@ -76,6 +76,13 @@ class CriticOptions(Options):
     head: Literal["1x1", "3x3"] = Field("1x1", description="convolutions that make logits (SDXL's printed size: 3x3)")
     head_norm: bool = Field(False, description="group normalisation and SiLU before them")
     keep_output: bool = Field(True, description="the network's output convolution stays, though nothing reads it")
+    told: bool = Field(
+        True,
+        description=(
+            "it is told the guidance scale of its samples, as the student is, by an input that begins at 0 (where each"
+            " pair has its own: `pairs.cfg: [1, 8]`)"
+        ),
+    )
     t: float | None = Field(
         None, description="time that the critic is told of clean samples (0 to 999; EDM: sigma); null: that of no noise"
     )
@@ -148,6 +155,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
     Options = Diffusion2GANOptions
     data = "pairs"
     takes = "edm"
+    tells = True
 
     def __init__(self, setup: Setup[Diffusion2GANOptions]):
         self.options = o = setup.options
@@ -163,7 +171,8 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         if o.lambda_gan:
             check_fractions(o.mix.fractions, o.critic.z != "none")
             self.schedule = critic_schedule(self.teacher.network, o.noise) if o.noise.enable else None
-            self.critic = UNetCritic.of(self.teacher.network, **o.critic.model_dump())
+            told = o.critic.told and self.student.guidance is not None
+            self.critic = UNetCritic.of(self.teacher.network, told, **o.critic.model_dump(exclude={"told"}))
 
     @classmethod
     def micro_multiple(cls, options: Diffusion2GANOptions, batch: int) -> int:
@@ -181,7 +190,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: Losses = {"loss": []}
-        asked: list[Embedded] = []  # of each micro-batch, for both steps
+        asked: list[Asked] = []  # of each micro-batch, for both steps
         if self.critic is not None and self.options.order == "critic_first":
             self.critic_step(loop, batch, iteration, asked, log)
         self.generator_step(loop, batch, asked, log)
@@ -189,7 +198,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
             self.critic_step(loop, batch, iteration, asked, log)
         return {key: loop.mean(values) for key, values in log.items()}
 
-    def generator_step(self, loop: Loop, batch: Batch, asked: list[Embedded], log: Losses) -> None:
+    def generator_step(self, loop: Loop, batch: Batch, asked: list[Asked], log: Losses) -> None:
         """d(G(z, c), x) + lambda_GAN softplus(-D(c, z, G(z, c))) (eq. 4 and 6)."""
         o = self.options
         for i, (micro, draw) in enumerate(loop.micro_batches(batch)):
@@ -203,13 +212,13 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
                 continue
             noise = self.draw_noise(draw)
             with loop.frozen("critic") as critic:
-                logits = critic(self.shown(x, noise), z, c, time_of(noise))
+                logits = critic(self.shown(x, noise), z, self.judged(c), time_of(noise))
                 gan = generator_loss_of_maps(logits, o.head_reduce).mean()
                 log.setdefault("loss_gan", []).append(gan)
                 loop.backward(o.lambda_distance * loss + o.lambda_gan * gan)
         loop.update("student")
 
-    def critic_step(self, loop: Loop, batch: Batch, iteration: int, asked: list[Embedded], log: Losses) -> None:
+    def critic_step(self, loop: Loop, batch: Batch, iteration: int, asked: list[Asked], log: Losses) -> None:
         """softplus(-D(c, z, x)) + softplus(D(fake)), fake what the student makes, or a mismatch; every `r1.interval`
         iterations R1 of the first row of the batch."""
         o, critic = self.options, loop.net("critic")
@@ -217,6 +226,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
             z, target, c = self.rows(micro, i, asked)
             with torch.no_grad():
                 made = loop.net("student")(z, c)
+            c = self.judged(c)
             fake = self.fakes(target, z, c, made, draw)
             noise = self.draw_noise(draw)
             other = noise if o.noise.shared else self.draw_noise(draw)
@@ -230,7 +240,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
                     loop.backward(self.penalty(critic, draw, real, z, c, t))
         loop.update("critic")
 
-    def penalty(self, critic: nn.Module, draw: Draws, real: Tensor, z: Tensor, c: Embedded, t: Tensor | None) -> Tensor:
+    def penalty(self, critic: nn.Module, draw: Draws, real: Tensor, z: Tensor, c: Asked, t: Tensor | None) -> Tensor:
         """R1 of the first row of the global batch, 0 times another one where that is not here."""
         r1, (row, share) = self.options.r1, one_sample(draw)
         one = slice(row, row + 1)
@@ -238,14 +248,18 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         squares = r1_of_maps(lambda x, z: critic(x, z, c, t), real[one], z[one], r1.of, self.options.head_reduce)
         return share * r1_weight(r1.gamma, r1.interval, r1.half, r1.lazy_gain) * squares.mean()
 
-    def rows(self, micro: Batch, i: int, asked: list[Embedded]) -> tuple[Tensor, Tensor, Embedded]:
+    def rows(self, micro: Batch, i: int, asked: list[Asked]) -> tuple[Tensor, Tensor, Asked]:
         """z, the teacher's x, and the condition of micro-batch i, prompts encoded once for both steps."""
         assert micro.noise is not None and micro.target is not None
         if i == len(asked):
-            asked.append(self.embedded(self.condition_of(micro)))
+            asked.append(self.asked(self.condition_of(micro)))
         return micro.noise, micro.target, asked[i]
 
-    def fakes(self, real: Tensor, z: Tensor, c: Embedded, made: Tensor, draw: Draws) -> Fakes:
+    def judged(self, c: Asked) -> Asked:
+        """The condition as the critic is told it."""
+        return c.embedded if isinstance(c, Guided) and not self.options.critic.told else c
+
+    def fakes(self, real: Tensor, z: Tensor, c: Asked, made: Tensor, draw: Draws) -> Fakes:
         mix = self.options.mix
         if not sum(mix.fractions):
             return Fakes(made, z, c, torch.zeros(len(z), dtype=torch.int64, device=z.device))

@@ -10,11 +10,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition, Embedded
+from d2o.condition import Asked, Condition, Embedded, Guided
 from d2o.data.prompts import Prompts
+from d2o.diffusion.guidance import Range
 from d2o.errors import UserError
 from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.scale_input import add_scale_input
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher, embed_labels
 
@@ -55,11 +57,15 @@ class StudentMethod(Method[O]):
         return network.requires_grad_(True).train()
 
     def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
-        """`begin`, as a student: called at `student.sigma`, or of the kind and as the one that it starts from."""
-        network, start = self.begin(setup, spec), setup.start
+        """`begin`, as a student: called at `student.sigma`, or of the kind and as the one that it starts from; told the
+        guidance scale where each pair has its own."""
+        network, start, guidance = self.begin(setup, spec), setup.start, setup.guidance
+        if guidance is not None and (start is None or start.guidance is None):
+            add_scale_input(network)
         if start is not None:
-            return make_student(network, start.spec, start.record)
-        return Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"))
+            told = {} if guidance is None else {"guidance": guidance}
+            return make_student(network, start.spec, {**start.record, **told})
+        return Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"), guidance)
 
     def copied(self, network: nn.Module, start: Student | None = None) -> nn.Module:
         """A copy of the teacher's network, or of that of the student `start`, in the form that is trained."""
@@ -76,6 +82,10 @@ class StudentMethod(Method[O]):
             raise UserError(
                 f"method {self.name} goes on with students of kind {known}; the one to start from is of kind {kind}"
             )
+        if start.guidance is not None and setup.guidance is None:
+            what = f"the student to start from is told the guidance scale, {start.guidance[0]:g} to"
+            hint = "diffusion2gan and ode go on with it, with `pairs.cfg: [1, 8]`"
+            raise UserError(f"{what} {start.guidance[1]:g}, and here samples have none", hint)
         if (start.spec.shape, start.spec.classes) != (spec.shape, spec.classes):
             theirs = f"{start.spec.shape} with {start.spec.classes} classes"
             who = "the data has" if self.teacher is None else f"teacher {spec.name!r} makes"
@@ -137,6 +147,11 @@ class StudentMethod(Method[O]):
             return embed_labels(self._spec, condition, self.device)
         return self.teacher.embed(condition)
 
+    def asked(self, condition: Condition) -> Asked:
+        """`embedded`, with the guidance scales where the student is told them."""
+        found = self.embedded(condition)
+        return found if condition.guidance is None else Guided(found, condition.guidance)
+
     # The product ------------------------------------------------------------------------------------------------------
 
     def made(self, product: nn.Module) -> Student:
@@ -154,6 +169,9 @@ class StudentMethod(Method[O]):
     def nfe(self) -> int:
         return self.made(self.players()[self.product]).nfe
 
+    def guidance(self) -> Range | None:
+        return self.made(self.players()[self.product]).guidance
+
     def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student = self.made(product)
-        return student.decode(student(noise, self.embedded(condition)))
+        return student.decode(student(noise, self.asked(condition)))

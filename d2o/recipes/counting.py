@@ -25,10 +25,11 @@ def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
     classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
     classes = classes or method.classes
     x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
+    scale = None if setup.guidance is None else torch.empty(n, device=META)
     if setup.teacher is not None and setup.teacher.spec.condition == "text":
-        return Batch(Condition.of_prompts([""] * n), noise=x, target=x, images=x)
+        return Batch(Condition.of_prompts([""] * n).guided(scale), noise=x, target=x, images=x)
     target = torch.empty(n, device=META) if method.triplets else x
-    return Batch(Condition(n, labels), noise=x, target=target, images=x)
+    return Batch(Condition(n, labels).guided(scale), noise=x, target=target, images=x)
 
 
 class _MetaDraws(Draws):

@@ -50,8 +50,8 @@ from d2o.teachers.stable_diffusion import TextTeacher
 from d2o.training.eval_section import Distance
 from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
-from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
-from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
+from d2o.training.scoring import OWN_IMAGES, check_cfg_of, open_evaluator, times
+from d2o.training.setup import guidance_of, licence_of, open_data, pair_folder, pair_settings, prompts_of
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
 
@@ -107,6 +107,7 @@ def make_plan(
         batch=recipe.batch,
         licence=licence_of(recipe),
     )
+    setup.guidance = _attempt(plan.refused, lambda: guidance_of(recipe))
     _attempt(plan.missing, lambda: check_tracker(recipe))
     name = recipe.teacher
     if name and _fits(plan, recipe.method, name):
@@ -249,6 +250,7 @@ def _check_metric(recipe: Recipe, method: Method, extractor: Extractor | None) -
     """UserError: the recipe's `eval:` asks for what the method's product does not give, or has a network that does not
     take its images."""
     spec = method.spec()
+    check_cfg_of(recipe.eval, method)
     if spec is None and recipe.eval and recipe.eval.metric == "fd":
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
     if (

@@ -17,6 +17,7 @@ from d2o.data.pairs_section import PairsSection
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.data.stored_latents import LatentSet, open_set
 from d2o.data.triplets import TripletSet, open_triplets
+from d2o.diffusion.guidance import Range, show_cfg
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.methods.base import Method, Setup, get_method
@@ -62,7 +63,22 @@ def learned_solver(recipe: Recipe, teacher: Teacher | None) -> Solver | None:
     return own if pairs.stochastic else pairs
 
 
-def learned_cfg(recipe: Recipe) -> float:
+def guidance_of(recipe: Recipe) -> Range | None:
+    """The guidance scales of the recipe's pairs, where each has its own. UserError: the method's student cannot be told
+    it."""
+    method = get_method(recipe.method)
+    if recipe.pairs is None or not isinstance(cfg := recipe.pairs.cfg, tuple):
+        return None
+    if method.needs(recipe.options) != "pairs" or not method.tells:
+        raise UserError(
+            f"pairs.cfg: {show_cfg(cfg)} gives each pair a guidance scale of its own, which students of method"
+            f" {recipe.method} are not told",
+            "give one number, or a method that tells them: diffusion2gan or ode",
+        )
+    return cfg
+
+
+def learned_cfg(recipe: Recipe) -> float | Range:
     """The teacher's guidance in what the student learns: that of its pairs, else the method's own; 1: none."""
     return recipe.pairs.cfg if recipe.pairs is not None else getattr(recipe.options, "cfg", 1.0)
 
@@ -149,6 +165,7 @@ def prepare(
         seed=recipe.seed,
         batch=recipe.batch,
         licence=licence_of(recipe),
+        guidance=guidance_of(recipe),
     )
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
