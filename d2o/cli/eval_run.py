@@ -169,6 +169,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
         values["work"],
         values.get("paper") or (),
         "steps" in given,
+        "cfg" in given,
     )
     return request, settings
 

@@ -147,9 +147,7 @@ class UNetCritic(nn.Module):
         critic = cls(network_config(own), **options, module=own).to(next(own.parameters()).device)
         return critic.requires_grad_(True).train()
 
-    def forward(
-        self, x: Tensor, z: Tensor, condition: Asked = None, t: Tensor | float | None = None
-    ) -> list[Tensor]:
+    def forward(self, x: Tensor, z: Tensor, condition: Asked = None, t: Tensor | float | None = None) -> list[Tensor]:
         found = self.features(x, z, condition, t)
         if self.heads_kind == "final_mean":
             assert found.output is not None
@@ -161,9 +159,7 @@ class UNetCritic(nn.Module):
             for head, tensor in zip(heads, tensors, strict=True)  # type: ignore[call-overload]
         ]
 
-    def features(
-        self, x: Tensor, z: Tensor, condition: Asked = None, t: Tensor | float | None = None
-    ) -> DecoderStates:
+    def features(self, x: Tensor, z: Tensor, condition: Asked = None, t: Tensor | float | None = None) -> DecoderStates:
         """What the U-Net finds in x; arguments as those of the critic."""
         x, z = wide(x), wide(z)
         backbone = backbone_of(self.network)

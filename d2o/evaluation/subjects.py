@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2o.condition import Condition, Embedded, Generate
+from d2o.condition import Asked, Condition, Generate
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompts import Prompts, open_prompts
 from d2o.errors import UserError, nearest
@@ -49,7 +49,7 @@ class Generator:
     record: JsonObject
     notes: list[str] = field(default_factory=list)
     prompts: Prompts | None = None
-    embed: Callable[[Condition], Embedded] | None = None
+    embed: Callable[[Condition], Asked] | None = None
     recipe: JsonObject = field(default_factory=dict)
 
     @property

@@ -97,9 +97,9 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
             if known
             else "from a teacher that the checkpoint does not name"
         )
-        what = (
-            f"A one-step generator (one network call from noise to {'latent' if spec.latent else 'image'}), {origin}."
-        )
+        steps = "one-step" if source.student.nfe == 1 else f"{source.student.nfe}-step"
+        calls = "one network call" if source.student.nfe == 1 else f"{source.student.nfe} network calls"
+        what = f"A {steps} generator ({calls} from noise to {'latent' if spec.latent else 'image'}), {origin}."
     else:
         what = (
             f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that"
@@ -218,7 +218,8 @@ def _limitations(source: Loaded, file_format: str) -> str:
             " its own."
         )
     if file_format == "diffusers":
-        points.append("The scheduler in the folder has the one step that the student was trained for; no other fits.")
+        steps = "one step" if source.student.nfe == 1 else f"{source.student.nfe} steps"
+        points.append(f"The scheduler in the folder has the {steps} that the student was trained for; no other fits.")
     elif not spec.latent:
         points.append(
             f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."

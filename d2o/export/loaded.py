@@ -16,6 +16,7 @@ from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import network_config
 from d2o.students.base import Student, checkpoint_meta, load_student
+from d2o.students.few_step import FewStepStudent
 from d2o.students.style import StyleStudent
 from d2o.teachers.base import UNSTATED, Spec
 from d2o.teachers.registry import BUILTIN, load_teacher
@@ -167,7 +168,7 @@ def for_graph(source: Loaded) -> None:
     student = getattr(source.call, "student", None)
     if student is None:
         return
-    if student.nfe > 1:
+    if student.nfe > 1 and not isinstance(student, FewStepStudent):
         what = f"{source.path} draws noise of its own between its {student.nfe} network calls, which a graph cannot"
         raise UserError(what, "--format safetensors keeps it as it is")
     if isinstance(student, StyleStudent) and student.noise == "own":

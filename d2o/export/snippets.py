@@ -117,11 +117,12 @@ def _safetensors(source: Loaded, file_name: str) -> list[str]:
 
 def _diffusers(source: Loaded, file_name: str) -> list[str]:
     labels = f", class_labels={_labels(source)}" if source.spec.condition == "label" else ""
-    asked = f"batch_size={BATCH}{labels}, num_inference_steps=1"
+    steps = f"num_inference_steps={source.student.nfe}"
+    asked = f"batch_size={BATCH}{labels}, {steps}"
     if source.spec.condition == "text":
-        asked = '"a photo of a dog", num_inference_steps=1, guidance_scale=0.0'
+        asked = f'"a photo of a dog", {steps}, guidance_scale=0.0'
     if source.spec.condition == "text" and source.guidance is not None:
-        asked = f'"a photo of a dog", num_inference_steps=1, guidance_scale={_scale(source):g}'
+        asked = f'"a photo of a dog", {steps}, guidance_scale={_scale(source):g}'
     flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
     without = ", text_encoder_3=None, tokenizer_3=None" if flow and len(source.student.text.encoders) == 2 else ""
     return [

@@ -85,7 +85,8 @@ def _compare(source: Loaded, call: OneCall, folder: Path, dtype: str, n: int, to
             asked = {"prompt": prompts(len(noise)), "guidance_scale": 0.0 if told is None else told}
         if spec.condition == "label":
             asked["class_labels"] = inputs[1].tolist()
-        return pipeline(latents=noise, num_inference_steps=1, output_type="pt", **asked).images * 2 - 1
+        steps = student.nfe
+        return pipeline(latents=noise, num_inference_steps=steps, output_type="pt", **asked).images * 2 - 1
 
     def scale(inputs: tuple[torch.Tensor, ...]) -> float | None:
         """Pipelines are told one guidance scale: the lowest of a single image, else the highest."""

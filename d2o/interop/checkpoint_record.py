@@ -50,6 +50,11 @@ class DenoiserRecord(Record):
     guidance: tuple[Finite, Finite] | None = None
 
 
+class FewStepRecord(DenoiserRecord):
+    kind: Literal["few_step"]  # type: ignore[assignment]
+    then: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+
+
 class MultistepRecord(Record):
     kind: Literal["multistep"]
     steps: Calls
@@ -88,7 +93,10 @@ class StudentRecord(TeacherRecord):
     elsewhere."""
 
     needs: NeedsRecord | None = None
-    student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
+    student: Annotated[
+        DenoiserRecord | FewStepRecord | MultistepRecord | StyleRecord | ConsistencyRecord,
+        Field(discriminator="kind"),
+    ]
 
 
 class OfSpaceRecord(ProductRecord):

@@ -2,7 +2,8 @@
 
 Stage 1 (`lambda_gan: 0`, `d2o train`) regresses to the teacher's ODE solutions by a perceptual distance (eq. 1 and 3).
 Stage 2 (`lambda_gan` above 0, `d2o finetune --from` the first one's run) goes on with that and a conditional GAN, whose
-critic is the teacher's U-Net and whose real samples are the teacher's (eq. 4 to 6). No real image is used.
+critic is the teacher's U-Net and whose real samples are the teacher's (eq. 4 to 6). No real image is used, unless
+`real_data` says so.
 
 The paper leaves much open. Each choice is an option, whose default is what its numbers agree with best.
 """
@@ -38,6 +39,7 @@ from d2o.losses.mismatch import (
 )
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.output_distance import DistanceOptions, OutputDistance
+from d2o.methods.real_rows import RealDataOptions, RealRows
 from d2o.methods.student import StudentMethod
 from d2o.methods.teachers import check_teacher
 from d2o.networks.edm_view import EDMView
@@ -139,6 +141,9 @@ class Diffusion2GANOptions(Options):
     r1: R1Options = Field(R1Options.model_validate({}), description="R1 on one sample of the batch")
     mix: MixOptions = Field(MixOptions.model_validate({}), description="mix-and-match, in the critic's step alone")
     noise: NoiseOptions = Field(NoiseOptions.model_validate({}), description="noise ahead of the critic")
+    real_data: RealDataOptions = Field(
+        RealDataOptions.model_validate({}), description="real images among the critic's real samples (not in the paper)"
+    )
     order: Literal["critic_first", "generator_first"] = Field(
         "critic_first", description="whose step comes first in an iteration; each has samples of its own"
     )
@@ -155,11 +160,16 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
     Options = Diffusion2GANOptions
     data = "pairs"
     takes = "edm"
-    tells = True
+    tells, few_steps = True, True
+    continues = ("denoiser", "few_step")
 
     def __init__(self, setup: Setup[Diffusion2GANOptions]):
         self.options = o = setup.options
         self.teacher = check_teacher(self.name, setup.teacher)
+        if o.real_data.share and not o.lambda_gan:
+            raise UserError(
+                f"{self.name}.real_data.share: real images are for the critic, and lambda_gan: 0 trains without one"
+            )
         if not o.lambda_distance and not o.lambda_gan:
             raise UserError(f"{self.name}: lambda_distance and lambda_gan are both 0, so that nothing is learned")
         self.student = self.begin_student(setup, self.teacher.spec)
@@ -171,12 +181,17 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         if o.lambda_gan:
             check_fractions(o.mix.fractions, o.critic.z != "none")
             self.schedule = critic_schedule(self.teacher.network, o.noise) if o.noise.enable else None
+            self.real_rows = RealRows(self.name, o.real_data, setup, self.teacher) if o.real_data.share else None
             told = o.critic.told and self.student.guidance is not None
             self.critic = UNetCritic.of(self.teacher.network, told, **o.critic.model_dump(exclude={"told"}))
 
     @classmethod
     def micro_multiple(cls, options: Diffusion2GANOptions, batch: int) -> int:
         return options.mix.together if options.lambda_gan else 1
+
+    @classmethod
+    def real_share(cls, options: Diffusion2GANOptions) -> float:
+        return options.real_data.share
 
     @classmethod
     def phase(cls, options: Diffusion2GANOptions) -> str:
@@ -224,6 +239,8 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         o, critic = self.options, loop.net("critic")
         for i, (micro, draw) in enumerate(loop.micro_batches(batch, 1)):
             z, target, c = self.rows(micro, i, asked)
+            if self.real_rows is not None:
+                z, target, c = self.real_rows.put(micro, z, target, c, draw)
             with torch.no_grad():
                 made = loop.net("student")(z, c)
             c = self.judged(c)

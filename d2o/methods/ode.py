@@ -39,8 +39,8 @@ class ODE(StudentMethod[ODEOptions]):
     Options = ODEOptions
     data = "pairs"
     takes = "edm"
-    tells = True
-    continues = ("denoiser", "consistency")
+    tells, few_steps = True, True
+    continues = ("denoiser", "few_step", "consistency")
 
     def __init__(self, setup: Setup[ODEOptions]):
         self.options = setup.options

@@ -18,6 +18,7 @@ from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.scale_input import add_scale_input
 from d2o.students.base import Student, make_student
+from d2o.students.few_step import FewStepStudent, spaced_levels
 from d2o.teachers.base import Spec, Teacher, embed_labels
 
 
@@ -43,6 +44,9 @@ class StudentMethod(Method[O]):
         teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
         `own` (default: the teacher's) the recipe's `network:` changes. UserError: `setup.start` does not fit."""
         self.device, self.prompts = setup.device, setup.prompts
+        if getattr(setup.student, "steps", 1) != 1 and not self.few_steps:
+            what = f"student.steps: method {self.name} has no students of {setup.student.steps} steps by these losses"
+            raise UserError(what, "leave it away, or take method diffusion2gan or ode")
         teacher = None if self.teacher is None else self.teacher.network
         if setup.start is not None:
             self.check_start(setup, setup.start, spec)
@@ -64,8 +68,29 @@ class StudentMethod(Method[O]):
             add_scale_input(network)
         if start is not None:
             told = {} if guidance is None else {"guidance": guidance}
-            return make_student(network, start.spec, {**start.record, **told})
-        return Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"), guidance)
+            student = make_student(network, start.spec, {**start.record, **told})
+        else:
+            student = Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"), guidance)
+        return self.of_steps(setup, student)
+
+    def of_steps(self, setup: Setup[O], student: Student) -> Student:
+        """The student, called `student.steps` times for a sample. UserError: it is another number's already."""
+        asked = setup.student
+        steps, levels = getattr(asked, "steps", 1), getattr(asked, "levels", None)
+        if levels is not None and len(levels) != steps - 1:
+            raise UserError(
+                f"student.levels: {len(levels)} levels for {steps} steps; the first step is at student.sigma",
+                f"give {steps - 1}, or leave it away",
+            )
+        if steps == 1 or (steps == student.nfe and levels is None):
+            return student
+        if type(student) is not Student:
+            raise UserError(
+                f"student.steps: {steps}, and the student to start from makes an image in {student.nfe} calls",
+                "leave student.steps and student.levels away",
+            )
+        then = spaced_levels(student.network, student.sigma, steps) if levels is None else levels
+        return FewStepStudent(student.network, student.spec, student.sigma, then, student.begins, student.guidance)
 
     def copied(self, network: nn.Module, start: Student | None = None) -> nn.Module:
         """A copy of the teacher's network, or of that of the student `start`, in the form that is trained."""
@@ -169,7 +194,7 @@ class StudentMethod(Method[O]):
     def nfe(self) -> int:
         return self.made(self.players()[self.product]).nfe
 
-    def guidance(self) -> Range | None:
+    def scales(self) -> Range | None:
         return self.made(self.players()[self.product]).guidance
 
     def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:

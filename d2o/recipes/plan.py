@@ -51,7 +51,7 @@ from d2o.training.eval_section import Distance
 from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
 from d2o.training.scoring import OWN_IMAGES, check_cfg_of, open_evaluator, times
-from d2o.training.setup import guidance_of, licence_of, open_data, pair_folder, pair_settings, prompts_of
+from d2o.training.setup import guidance_of, licence_of, open_data, pair_folder, pair_settings, prompts_of, wants_images
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
 
@@ -125,7 +125,8 @@ def make_plan(
             setup.teacher = None  # nothing can be asked of it
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
-    if needs == "images":
+    setup.captioned = wants_images(recipe) and (needs == "images" or recipe.prompts is not None)
+    if wants_images(recipe):
         if (data := recipe.data) is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
@@ -142,7 +143,10 @@ def make_plan(
             plan.memory["text encoders"] = 4 * plan.networks["text encoders (frozen)"]
         if name and (pairs := recipe.pairs):
             _attempt(plan.refused, lambda: _plan_pairs(plan, name, pairs, teacher))
-    lacking = (recipe.teacher or needs == "none") and setup.teacher is None, needs == "images" and setup.images is None
+    lacking = (
+        (recipe.teacher or needs == "none") and setup.teacher is None,
+        wants_images(recipe) and setup.images is None,
+    )
     if any(lacking) or (start is not None and setup.start is None):
         return plan
     method = _attempt(plan.refused, lambda: _build(method_class, setup))
@@ -353,7 +357,7 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
         )
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if phase := method.phase(recipe.options):
-        plan.calls["training, as papers count (NFE)"] = Phase(phase, recipe.batch, plan.iterations).nfe
+        plan.calls["training, as papers count (NFE)"] = Phase(phase, recipe.batch, plan.iterations, method.nfe()).nfe
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
         many, each = times(recipe), recipe.eval.samples
         plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()

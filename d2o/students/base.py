@@ -33,6 +33,7 @@ STUDENTS = {
     "multistep": "d2o.students.multistep",
     "style": "d2o.students.style",
     "consistency": "d2o.students.consistency",
+    "few_step": "d2o.students.few_step",
 }
 """Kind, as checkpoints state it -> module, which has a class `STUDENT`."""
 ROUNDING = 1e-5
@@ -46,8 +47,9 @@ class Student(nn.Module):
     `guidance`: the range of guidance scales for which it was trained, if it is told them (`networks.scale_input`).
 
     forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`
-    (with guidance scales where, and only where, it is told them), or what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
-    and `from_record`; image i depends on its noise and condition alone in all of them.
+    (with guidance scales where, and only where, it is told them), or what `embed` made of one. `config` rebuilds it.
+    Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its noise and
+    condition alone in all of them.
     """
 
     nfe = 1  # network calls of one sample
@@ -70,7 +72,7 @@ class Student(nn.Module):
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint states beside network and spec: the kind, and that kind's settings."""
-        record = {"kind": "denoiser", "sigma": self.sigma}
+        record: dict[str, Any] = {"kind": "denoiser", "sigma": self.sigma}
         record |= {"begins": self.begins} if self.begins != "noise" else {}
         return record | ({"guidance": list(self.guidance)} if self.guidance is not None else {})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o.condition import Condition
-from d2o.data.draws import draw_some, draw_scales
+from d2o.data.draws import draw_scales, draw_some
 from d2o.data.images import to_uint8
 from d2o.data.pair_files import ShardContent
 from d2o.data.pair_settings import DTYPES, PairSettings

@@ -24,7 +24,8 @@ PREVIEW_SEED = 3_000_000  # away from the seeds of pairs (from 0) and of metrics
 class Preview:
     """Left: the teacher's samples from these noises by `solver`, guided by `cfg` (or real images where there is no
     teacher); right: the product's, which is told the guidance scale where `cfg` is a range: from its low end to its
-    high end among the samples of each class or prompt. `prompts`: what samples of prompts are asked for, again and again."""
+    high end among the samples of each class or prompt. `prompts`: what samples of prompts are asked for, again and
+    again."""
 
     def __init__(
         self,

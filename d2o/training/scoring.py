@@ -45,7 +45,7 @@ def open_evaluator(recipe: Recipe, device: torch.device) -> FrechetEvaluator | N
 
 def check_cfg_of(e: EvalSection | None, method: Method) -> None:
     """UserError: `eval.cfg` for a product that is told no guidance scale, none or one out of range for one that is."""
-    told = method.guidance()
+    told = method.scales()
     if e is None or e.distance is None:
         return
     if told is None and e.cfg is not None:

@@ -136,9 +136,20 @@ def first_prompts(setup: Setup, n: int) -> list[str]:
     return pairs.prompts(range(min(n, len(pairs)))) if pairs is not None and pairs.has_prompts else []
 
 
+def wants_images(recipe: Recipe) -> bool:
+    """Whether training reads images of `data:`, alone or beside pairs."""
+    method = get_method(recipe.method)
+    return method.needs(recipe.options) == "images" or method.real_share(recipe.options) > 0
+
+
 def check_captions(setup: Setup) -> None:
     """UserError: prompts that go with images, and are more or fewer."""
-    if setup.prompts is not None and setup.images is not None and len(setup.prompts) != len(setup.images):
+    if (
+        setup.prompts is not None
+        and setup.captioned
+        and setup.images is not None
+        and len(setup.prompts) != len(setup.images)
+    ):
         raise UserError(
             f"prompts: {len(setup.prompts):,} for the {len(setup.images):,} images of `data:`; with images there is one"
             " for each, in their order"
@@ -177,7 +188,8 @@ def prepare(
     if kind is not None:
         check_kind(recipe.method, kind)
         setup.prompts = prompts_of(recipe, kind.text)
-    if needs == "images":
+    setup.captioned = wants_images(recipe) and (needs == "images" or recipe.prompts is not None)
+    if wants_images(recipe):
         if recipe.data is None:
             raise UserError(
                 f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe"

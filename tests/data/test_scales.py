@@ -86,7 +86,9 @@ def test_other_scales_than_those_of_the_seeds_are_refused(build, tmp_path):
     assert any("shard-00001" in problem for problem in verify_store(store.path))
     entry = store._entries["shard-00001.safetensors"]
     folder = store.folder
-    folder.change(lambda m: m | {"shards": [_as_it_is(s, path) if s["file"] == entry["file"] else s for s in m["shards"]]})
+    folder.change(
+        lambda m: m | {"shards": [_as_it_is(s, path) if s["file"] == entry["file"] else s for s in m["shards"]]}
+    )
     with pytest.raises(UserError, match="guidance scales are not those of its pairs' seeds"):
         PairStore(tmp_path / "changed").batch([11])
 

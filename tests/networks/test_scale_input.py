@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.interop import torchvision_compat
 from d2o.networks.build import build_network
 from d2o.networks.scale_input import add_scale_input, scale_embedding
 from d2o.teachers.in_edm import in_edm
@@ -12,6 +14,7 @@ from tests.teachers.families import tiny
 
 
 def test_the_embedding_is_that_of_diffusers_pipelines():
+    torchvision_compat.ensure()
     from diffusers import StableDiffusionPipeline
 
     embed = StableDiffusionPipeline.get_guidance_scale_embedding
@@ -23,11 +26,14 @@ def test_the_embedding_is_that_of_diffusers_pipelines():
 def networks(tmp_path):
     yield tiny_network(augment_dim=9), torch.tensor([1, 2]), 1, 80.0
     adm = {"arch": "adm", "img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_channels": 16}
-    yield build_network({**adm, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}), torch.tensor([1, 2]), 1, 80.0
+    yield (
+        build_network({**adm, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}),
+        torch.tensor([1, 2]),
+        1,
+        80.0,
+    )
     for family in ("sd", "sdxl"):
         teacher = in_edm(tiny(family, tmp_path / family))
-        from d2o.condition import Condition
-
         yield teacher.network, teacher.embed(Condition.of_prompts(["a", "b"])), 4, 14.0
 
 
@@ -35,6 +41,8 @@ def networks(tmp_path):
 def test_nothing_changes_at_first_and_the_file_says_it(tmp_path):
     for network, asked, channels, sigma in networks(tmp_path):
         network.eval()
+        for p in network.parameters():  # some begin at 0
+            p += 0.05 * torch.randn(p.shape)
         x, at, w = torch.randn(2, channels, 8, 8), torch.tensor([sigma]), torch.tensor([2.0, 7.0])
         before = network(sigma * x, at, asked)
         add_scale_input(network)
@@ -43,11 +51,11 @@ def test_nothing_changes_at_first_and_the_file_says_it(tmp_path):
         again.load_state_dict(network.state_dict())
         name = next(n for n, _ in again.named_parameters() if "cond_proj" in n or "map_augment" in n)
         again.get_parameter(name).normal_(0, 0.3)
-        for net in (again.eval(),):
-            one, other = (net(sigma * x, at, asked, scale_embedding(torch.full((2,), v))) for v in (2.0, 7.0))
-            both = net(sigma * x, at, asked, scale_embedding(w))
-            assert not torch.allclose(one, other, atol=1e-4)
-            assert torch.allclose(both[0], one[0], atol=1e-4) and torch.allclose(both[1], other[1], atol=1e-4)
+        again.eval()
+        one, other = (again(sigma * x, at, asked, scale_embedding(torch.full((2,), v))) for v in (2.0, 7.0))
+        both = again(sigma * x, at, asked, scale_embedding(w))
+        assert not torch.allclose(one, other, atol=1e-4)
+        assert torch.allclose(both[0], one[0], atol=1e-4) and torch.allclose(both[1], other[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["edm2", "sd3", "ddpm-labels"])
