@@ -54,7 +54,7 @@ class Preview:
             asked = [i % len(prompts) for i in range(count)]
             condition = Condition.of_prompts([prompts[i] for i in asked])
             self.layout = lay_out(count, asked, dict(enumerate(prompts)))
-        scale: float | Tensor = spread(cfg, asked).to(device) if isinstance(cfg, tuple) else cfg
+        scale: float | Tensor = scales_between(cfg, asked).to(device) if isinstance(cfg, tuple) else cfg
         condition = condition.guided(scale if isinstance(scale, Tensor) else None)
         self.noise, self.condition = noise.to(device), condition.to(device)
         self.left: tuple[str, Tensor] | None = None
@@ -78,7 +78,7 @@ class Preview:
         return path
 
 
-def spread(scales: Range, kinds: Sequence[int]) -> Tensor:
+def scales_between(scales: Range, kinds: Sequence[int]) -> Tensor:
     """A guidance scale for each sample, [n] float32: from one end of the range to the other among those of a kind, or
     among all where there is one of each."""
     if len(set(kinds)) == len(kinds):

@@ -20,7 +20,7 @@ from d2o.students.generate import student_sampler
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.training.loop import Trainer
-from d2o.training.preview import spread
+from d2o.training.preview import scales_between
 from d2o.training.setup import guidance_of
 from tests.helpers import tiny_student, tiny_teacher
 from tests.methods import recording
@@ -131,8 +131,8 @@ def test_a_recipe_says_it_by_its_pairs():
 
 
 def test_previews_go_from_one_end_to_the_other():
-    assert spread(RANGE, [0, 0, 1, 1]).tolist() == [1, 8, 1, 8]
-    assert spread((1.0, 3.0), [5, 2, 7]).tolist() == [1, 2, 3]
+    assert scales_between(RANGE, [0, 0, 1, 1]).tolist() == [1, 8, 1, 8]
+    assert scales_between((1.0, 3.0), [5, 2, 7]).tolist() == [1, 2, 3]
 
 
 # Through the loop -----------------------------------------------------------------------------------------------------

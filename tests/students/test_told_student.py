@@ -122,16 +122,14 @@ def test_graphs_have_an_input_for_it(tmp_path):
     noise, labels, w = torch.randn(2, 1, 8, 8), torch.tensor([3, 4]), torch.tensor([2.0, 7.0])
     with torch.no_grad():
         expected = student(noise, Condition.of_labels(labels).guided(w))
-    for kind, open_it in (
-        ("onnx", lambda path: open_onnx(path, ("noise", "label", "guidance"))),
-        ("program", open_program),
-    ):
+    names = ("noise", "label", "guidance")
+    for kind, open_it in (("onnx", lambda path: open_onnx(path, names)), ("program", open_program)):
         done = export_checkpoint(tmp_path / "s.safetensors", kind, check_n=3)
         assert torch.allclose(open_it(done.path)((noise, labels, w)), expected, atol=1e-4)
         assert "`guidance`: guidance scales [N] float32, 1 to 8" in done.card.read_text()
     done = export_checkpoint(tmp_path / "s.safetensors", "safetensors", tmp_path / "t.safetensors", dtype="fp32")
     assert "Condition.of_labels(label).guided(4.5)" in done.card.read_text()
-    names: dict = {}
+    made: dict = {}
     lines = done.card.read_text().split("```python\n")[1].split("```")[0].replace('"t.saf', f'"{tmp_path}/t.saf')
-    exec(lines, names)
-    assert names["pixels"].dtype == torch.uint8
+    exec(lines, made)
+    assert made["pixels"].dtype == torch.uint8
