@@ -59,9 +59,10 @@ class Preview:
         self.noise, self.condition = noise.to(device), condition.to(device)
         self.left: tuple[str, Tensor] | None = None
         self.who = "network" if teacher is None else "student"
+        between = f", guidance {cfg[0]:g} to {cfg[1]:g}" if isinstance(cfg, tuple) else ""
         if teacher is not None and solver is not None:
             self.left = (
-                f"teacher, {solver.steps} steps of {solver.name}",
+                f"teacher, {solver.steps} steps of {solver.name}{between}",
                 to_uint8(teacher.decode(teacher.sample(self.noise, self.condition, solver, cfg=scale))).cpu(),
             )
         elif images is not None:

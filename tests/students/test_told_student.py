@@ -29,7 +29,7 @@ ema: {{half_life: 2}}
 batch: 4
 images: 16
 threads: 2
-eval: {{every: 16, metric: fd, cfg: 3, extractor: {folder}/eyes.safetensors, reference: {folder}/real.zip, n: 8, batch: 8}}
+eval: {{every: 16, cfg: 3, extractor: {folder}/eyes.safetensors, reference: {folder}/real.zip, n: 8, batch: 8}}
 preview: {{every: 16, n: 2}}
 """
 
