@@ -76,7 +76,7 @@ class Setup(Generic[O]):
     images: ImageSet | LatentSet | TripletSet | None = None
     pairs: PairStore | None = None
     prompts: Prompts | None = None  # to draw from, for teachers that take text
-    captioned: bool = False  # whether those are the images' own, one each
+    captioned: bool = True  # whether those are the images' own, one each, where there are images
     start: Student | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     name: str = "model"

@@ -49,7 +49,7 @@ class RealRows:
             raise UserError(f"{method}.real_data.share: the recipe has no `data:` section", "data: {path: ...}")
         check_real_images(method, setup, teacher)
         labels_of_images(method, setup, spec)
-        if spec.condition != "text" or setup.captioned:
+        if spec.condition != "text" or (setup.captioned and setup.prompts is not None):
             return
         assert not isinstance(images, LatentSet | TripletSet)
         if not images.classes or (images.labels is None and setup.device.type != "meta"):
