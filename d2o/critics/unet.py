@@ -20,6 +20,7 @@ from d2o.condition import Asked, Guided
 from d2o.critics.unet_levels import DecoderStates, Reading, backbone_of
 from d2o.errors import UserError, unknown
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.config import Config
 from d2o.networks.scale_input import add_scale_input, scale_embedding
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class UNetCritic(nn.Module):
 
     def __init__(
         self,
-        network: dict[str, Any],
+        network: Config,
         z: str = "after_conv_in",
         inputs: str = "3x3",
         resize: str = "area",

@@ -23,6 +23,8 @@ from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
 from d2o.diffusion.guidance import Range
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
+from d2o.networks.config import Config
 from d2o.settings.section import Section
 from d2o.students.base import Student
 from d2o.students.student_section import StudentSection
@@ -36,6 +38,7 @@ class Options(Section):
 
 
 O = TypeVar("O", bound=Options)
+S = TypeVar("S", bound=Section)
 
 
 def find_methods() -> dict[str, str]:
@@ -71,7 +74,7 @@ class Setup(Generic[O]):
 
     options: O
     teacher: Teacher | None = None
-    network: dict[str, Any] | None = None
+    network: Config | None = None
     student: StudentSection = field(default_factory=StudentSection)
     images: ImageSet | LatentSet | TripletSet | None = None
     pairs: PairStore | None = None
@@ -91,7 +94,7 @@ class Setup(Generic[O]):
         stated = list(dict.fromkeys(licence for licence in licences if licence != UNSTATED))
         return "; ".join(stated) or UNSTATED
 
-    def need_network(self) -> dict[str, Any]:
+    def need_network(self) -> Config:
         if not self.network:
             raise UserError("the recipe has no `network:` section, and this method trains one from scratch")
         return self.network
@@ -219,7 +222,7 @@ class Method(ABC, Generic[O]):
     few_steps: ClassVar[bool] = False  # whether its students may be called several times for a sample (`student.steps`)
     tells: ClassVar[bool] = False  # whether it trains students that are told the guidance scale of their pairs
     takes: ClassVar[str] = (
-        ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
+        ""  # the teachers it distils, one of `d2o.methods.teachers.REFUSES`; "": it learns without one
     )
     product: ClassVar[str] = "student"  # which of players() is the result
     classes: int = 0  # of the images, where it learns from their labels (a plan may not have the images)
@@ -274,7 +277,7 @@ class Method(ABC, Generic[O]):
         return 0
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """The product's part of a checkpoint's metadata: kind, network, and spec or student where it has one."""
 
     def spec(self) -> Spec | None:
@@ -293,7 +296,7 @@ class Method(ABC, Generic[O]):
         """The guidance scales that the product may be told; None: it is told none."""
         return None
 
-    def optim(self, name: str, options: Any) -> Any:
+    def optim(self, name: str, options: S) -> S:
         """The optimiser's settings of the network of that name, from the recipe's section for it."""
         return options
 

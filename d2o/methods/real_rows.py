@@ -47,7 +47,7 @@ class RealRows:
         spec, images = teacher.spec, setup.images
         if images is None:
             raise UserError(f"{method}.real_data.share: the recipe has no `data:` section", "data: {path: ...}")
-        check_real_images(method, setup, teacher)
+        check_real_images(setup, teacher)
         labels_of_images(method, setup, spec)
         if spec.condition != "text" or (setup.captioned and setup.prompts is not None):
             return

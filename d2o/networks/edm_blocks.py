@@ -6,12 +6,20 @@ Sources: Song et al. 2021 (DDPM++, NCSN++), Dhariwal & Nichol 2021 (ADM), Karras
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+
+class Init(TypedDict, total=False):
+    """How a layer begins, as `Linear` says it."""
+
+    mode: str
+    gain: float
+    bias_gain: float
 
 
 def _uniform_fan(shape: tuple[int, ...], fan_in: int, fan_out: int, mode: str, gain: float) -> Tensor:
@@ -130,9 +138,9 @@ class UNetBlock(nn.Module):
         fir: tuple[int, ...] = (1, 1),
         resample_proj: bool = False,
         scale_shift: bool = True,
-        init: dict[str, Any] | None = None,
-        init_zero: dict[str, Any] | None = None,
-        init_attn: dict[str, Any] | None = None,
+        init: Init | None = None,
+        init_zero: Init | None = None,
+        init_attn: Init | None = None,
     ):
         super().__init__()
         init, init_zero = init or {}, init_zero or {}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +92,10 @@ class CountingLoop:
         for handle in handles:
             handle.remove()
 
-    def _count(self, network: nn.Module, *_: Any) -> None:
+    def _count(self, network: nn.Module, *_: object) -> None:
         self.calls += network.nfe if isinstance(network, FewStepStudent) else 1
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _keep(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """What checkpointing keeps of a block is what goes into it."""
         if torch.is_grad_enabled():
             for tensor in args:

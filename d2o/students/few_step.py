@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from d2o.diffusion.guidance import Range
 from d2o.diffusion.levels import DiscreteLevels
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.losses.consistency import RHO
 from d2o.networks.edm_view import EDMView, called_at, lowest_level
 from d2o.networks.scale_input import scale_embedding
@@ -45,11 +45,11 @@ class FewStepStudent(Student):
         self.nfe = len(self.levels)
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         return {**super().record, "kind": "few_step", "then": list(self.levels[1:])}
 
     @classmethod
-    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> FewStepStudent:
+    def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> FewStepStudent:
         plain = Student.from_record(network, spec, record)
         return cls(network, spec, plain.sigma, record["then"], plain.begins, plain.guidance)
 

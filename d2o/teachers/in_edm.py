@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -29,10 +28,10 @@ class ViewTeacher(Teacher):
         self.teacher, self.meta = teacher, teacher.meta
         self.schedule = EDMSchedule(view.sigma_min, view.sigma_max)
 
-    def unconditional(self, embedded: Any) -> Any:
+    def unconditional(self, embedded: Embedded) -> Embedded:
         return self.teacher.unconditional(embedded)
 
-    def check_condition(self, embedded: Any, batch: int) -> Any:
+    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
         return self.teacher.check_condition(embedded, batch)
 
     def embed(self, condition: Condition | Embedded) -> Embedded:

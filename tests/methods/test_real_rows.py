@@ -156,7 +156,7 @@ def test_images_of_a_text_teacher_have_captions():
     x = torch.zeros(2, 4, 8, 8)
     batch = Batch(noise=x, target=x, reals=Reals([1], images.images([5]).float() / 127.5 - 1, Condition.of_labels([5])))
     text = teacher.embed(Condition.of_prompts(["one", "two"]))
-    z, latents, c = method.real_rows.put(batch, x, x, text, Draws(3, 0, 2, 2, CPU))
+    _, latents, c = method.real_rows.put(batch, x, x, text, Draws(3, 0, 2, 2, CPU))
     assert torch.equal(c.states[0], text.states[0]) and not torch.equal(c.states[1], text.states[1])
     assert 0.5 < latents[1].std() < 2 and not latents[0].any()
 
