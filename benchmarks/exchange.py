@@ -1,6 +1,7 @@
 """Replicated players: gradients that leave while the backward pass runs, against one exchange at its end.
 
     python benchmarks/exchange.py [--processes 2] [--width 128] [--batch 16] [--blocks 7]
+                                  [--out benchmarks/results/exchange.json]
 
 A U-Net's forward, backward and update in N processes (gloo on the CPU; NCCL with a GPU for each). The two ways
 alternate in blocks of the same processes, and their weights are compared at the end. Prints the median ratio of the
@@ -11,16 +12,20 @@ be hidden. On a quiet machine with at least one core for each process and one fo
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from d2o.evaluation.protocol import hardware
 from d2o.networks.build import build_network, count_parameters
 from d2o.training.distributed import barrier, process_group
 from d2o.training.optim_section import OptimSection
@@ -70,7 +75,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def work(width: int, batch: int, blocks: int) -> None:
+def work(width: int, batch: int, blocks: int, out: Path | None) -> None:
     """One of the processes."""
     gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
@@ -91,16 +96,35 @@ def work(width: int, batch: int, blocks: int) -> None:
             ratios.append(spent[True] / spent[False])
             shares.append(alone(late, x) / spent[False])
         if rank == 0:
-            report(early.network, late.network, world, ratios, shares)
+            report(early.network, late.network, world, ratios, shares, out)
 
 
-def report(early: nn.Module, late: nn.Module, world: int, ratios: list[float], shares: list[float]) -> None:
+def report(
+    early: nn.Module, late: nn.Module, world: int, ratios: list[float], shares: list[float], out: Path | None
+) -> None:
+    """Print the ratio, and write it where it is asked for."""
     apart = max((a - b).abs().max().item() for a, b in zip(early.parameters(), late.parameters(), strict=True))
+    ratio, share = statistics.median(ratios), statistics.median(shares)
     print(
         f"{count_parameters(early) / 1e6:.1f} M parameters, {world} processes: during the backward pass : at its end ="
-        f" {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} blocks);"
-        f" the exchange alone is {statistics.median(shares):.0%} of an iteration; weights differ by {apart:.1e}"
+        f" {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} blocks);"
+        f" the exchange alone is {share:.0%} of an iteration; weights differ by {apart:.1e}"
     )
+    if out is not None:
+        record = {
+            "benchmark": "exchange",
+            "what": "seconds of an iteration, gradients exchanged during the backward pass over exchanged at its end",
+            "ratio": round(ratio, 3),
+            "ratios": [round(value, 3) for value in ratios],
+            "target": 1.0,
+            "exchange_alone": round(share, 3),
+            "weights_differ": apart,
+            "processes": world,
+            "parameters": count_parameters(early),
+            "hardware": hardware(next(early.parameters()).device),
+            "date": datetime.date.today().isoformat(),
+        }
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
@@ -109,9 +133,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if "RANK" in os.environ:
-        return work(asked.width, asked.batch, asked.blocks)
+        return work(asked.width, asked.batch, asked.blocks, asked.out)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -232,7 +232,7 @@ class EDM2Precond(Denoiser):
         """Give every weight unit root mean square per output channel, in place (eq. 66). The network computes the same
         as before, since its layers normalise their weights anyway (up to the 1e-4 that guards the division)."""
         for module in self.modules():
-            if isinstance(module, MPConv):
+            if isinstance(module, MPConv) and not module.weight.is_meta:  # a plan's have no numbers
                 # Through `.data`: a second forward pass before the first one's backward must not invalidate what
                 # autograd has kept. Of a sharded weight each process normalises its own output channels.
                 weight = local(module.weight.data)

@@ -79,6 +79,8 @@ class RunningStatistics:
         norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0  # a pool's own statistics are then what lies in the buffers after it
+        self.counters = [cast(Tensor, norm.num_batches_tracked) for norm in norms]
+        self.counted = [counter + 1 for counter in self.counters]  # moves, not pools, which other processes have too
         self.buffers = [cast(Tensor, b) for norm in norms for b in (norm.running_mean, norm.running_var)]
         self.before = [buffer.clone() for buffer in self.buffers]
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers]
@@ -99,3 +101,5 @@ class RunningStatistics:
         """Move the running statistics; `everywhere` gives the mean over processes."""
         for buffer, before, total in zip(self.buffers, self.before, self.sums, strict=True):
             buffer.copy_(torch.lerp(before, everywhere(total / self.pools), MOMENTUM))
+        for counter, counted in zip(self.counters, self.counted, strict=True):
+            counter.copy_(counted)

@@ -8,7 +8,10 @@ removed (`drop`). Killed before it, the old record and its parts stand. No pickl
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -39,14 +42,33 @@ def write(checkpoints: Path, tensors: dict[str, Tensor], committed: Parts | None
         checkpoints.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     try:
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        named = dict(sorted(tensors.items()))  # a resumed run has its moments in another order
+        save(named, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
         raise write_error(folder, causes[0]) if causes else error from error
-    mine = {path.name: file_sha256(path) for path in sorted(folder.glob(f"shard-{dist.get_rank() + 1:05d}-*"))}
+    mine = {}
+    for path in sorted(folder.glob(f"shard-{dist.get_rank() + 1:05d}-*")):
+        put_in_order(path)
+        mine[path.name] = file_sha256(path)
     files: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(files, mine)
     return {"folder": place, "files": {name: digest for one in files for name, digest in one.items()}}
+
+
+def put_in_order(path: Path) -> None:
+    """Sort the entries of a safetensors file's metadata, in place: they are written in another order by every process,
+    and equal content is to give equal bytes."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_bytes(checkpoints: Path, parts: Parts) -> None:

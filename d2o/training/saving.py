@@ -76,9 +76,9 @@ def save(t: Trainer, numbered: bool) -> None:
         **t.journal.record(rows),
     }
     tensors = tensors_of(t.players, t.states)
-    t.parts = None
+    committed, t.parts = t.parts, None
     if t.strategy.shards:
-        record["parts"] = t.parts = parts.write(t.products.folder, tensors, t.parts)
+        record["parts"] = t.parts = parts.write(t.products.folder, tensors, committed)
         tensors = {}
     if t.rank == 0:
         save_state(state_file(t.folder), tensors, record)

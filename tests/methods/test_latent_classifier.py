@@ -68,6 +68,7 @@ def test_micro_batches_change_neither_weights_nor_running_statistics(tmp_path):
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
     assert whole["trunk.slice1.1.running_mean"].abs().sum() > 0  # they have moved
     assert not torch.equal(whole["trunk.slice1.1.running_var"], torch.ones(2))
+    assert whole["trunk.slice1.1.num_batches_tracked"] == 3  # moves, not pools
 
 
 def test_pools_of_batch_normalisation_are_those_of_torch():
