@@ -1,4 +1,5 @@
-"""What a batch of samples is asked to be: nothing, class labels or prompts.
+"""What a batch of samples is asked to be: nothing, class labels or prompts, and where a student is told it, the
+guidance scale.
 
 One value that travels whole through pairs, training batches, students, previews, sampling and evaluation. Only teachers
 and students look into it: their `embed` makes of it what their network takes (`Embedded`).
@@ -42,19 +43,39 @@ Embedded = Tensor | Text | None
 """What a network takes of a condition: class indices [B] int64 (-1: no class), encoded prompts, or nothing."""
 
 
+@dataclass(frozen=True)
+class Guided:
+    """What a network that is told the guidance scale takes: what it takes else, and the `scale` [B] float32."""
+
+    embedded: Embedded
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def __getitem__(self, index: slice | Tensor) -> Guided:
+        return Guided(None if self.embedded is None else self.embedded[index], self.scale[index])
+
+
+Asked = Embedded | Guided
+"""What students and critics take, of which some are told the guidance scale."""
+
+
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Of `n` samples: `labels` [n] int64 (-1: no class), or `prompts`, or neither. ValueError: both, or another number
-    of them."""
+    """Of `n` samples: `labels` [n] int64 (-1: no class), or `prompts`, or neither; with either `guidance` [n] float32,
+    the guidance scale of each, for those who are told it. ValueError: both, or another number of them."""
 
     n: int
     labels: Tensor | None = None
     prompts: tuple[str, ...] | None = None
+    guidance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.prompts is not None:
             raise ValueError("a condition is of labels or of prompts, not of both")
-        for name, values in (("labels", self.labels), ("prompts", self.prompts)):
+        named = (("labels", self.labels), ("prompts", self.prompts), ("guidance scales", self.guidance))
+        for name, values in named:
             if values is not None and len(values) != self.n:
                 raise ValueError(f"{len(values)} {name} for {self.n} samples")
 
@@ -78,16 +99,20 @@ class Condition:
 
     @classmethod
     def join(cls, parts: Sequence[Condition]) -> Condition:
-        """One after the other. ValueError: they are of different kinds."""
+        """One after the other. ValueError: they are of different kinds, or some have guidance scales."""
         kinds = sorted({part.kind for part in parts})
         if len(kinds) > 1:
             raise ValueError(f"conditions of kinds {', '.join(kinds)} cannot be joined")
+        scales = [part.guidance for part in parts if part.guidance is not None]
+        if len(scales) not in (0, len(parts)):
+            raise ValueError("conditions with and without guidance scales cannot be joined")
         labels = [part.labels for part in parts if part.labels is not None]
         prompts = [text for part in parts for text in part.prompts or ()]
         return cls(
             sum(part.n for part in parts),
             torch.cat(labels) if kinds == ["labels"] else None,
             tuple(prompts) if kinds == ["prompts"] else None,
+            torch.cat(scales) if scales else None,
         )
 
     @property
@@ -104,12 +129,23 @@ class Condition:
             len(rows),
             None if self.labels is None else self.labels[index],
             None if self.prompts is None else tuple(self.prompts[i] for i in rows),
+            None if self.guidance is None else self.guidance[index],
         )
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Condition:
-        """With its labels on that device."""
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=non_blocking)
-        return Condition(self.n, labels, self.prompts)
+        """With its labels and guidance scales on that device."""
+        labels, guidance = (
+            None if values is None else values.to(device, non_blocking=non_blocking)
+            for values in (self.labels, self.guidance)
+        )
+        return Condition(self.n, labels, self.prompts, guidance)
+
+    def guided(self, scale: float | Tensor | None) -> Condition:
+        """With this guidance scale, of all or [n] of each; None: without."""
+        if scale is None:
+            return Condition(self.n, self.labels, self.prompts)
+        each = torch.as_tensor(scale, dtype=torch.float32)
+        return Condition(self.n, self.labels, self.prompts, each.expand(self.n) if each.ndim == 0 else each)
 
     def repeat(self, k: int) -> Condition:
         """All of it k times, one after the other."""
@@ -121,6 +157,7 @@ class Condition:
             self.n,
             None if self.labels is None else torch.full_like(self.labels, NO_CLASS),
             None if self.prompts is None else ("",) * self.n,
+            self.guidance,
         )
 
 

@@ -146,7 +146,13 @@ STEPS = _making(
         "consistency student as X: network calls, 1 or 2."
     ),
 )
-CFG = _making("--cfg", default=1.0, help="Guidance scale of teachers; 1 is none, anything else doubles their forwards.")
+CFG = _making(
+    "--cfg",
+    help=(
+        "Guidance scale of teachers (default: 1, which is none; anything else doubles their forwards), and of students"
+        " that are told it."
+    ),
+)
 RESIZE = _making(
     "--resize",
     default="none",

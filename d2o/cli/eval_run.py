@@ -173,6 +173,7 @@ def prepare(values: Values, given: set[str]) -> tuple[Request, Settings]:
         values["work"],
         values.get("paper") or (),
         "steps" in given,
+        "cfg" in given,
     )
     return request, settings
 

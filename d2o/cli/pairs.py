@@ -55,8 +55,13 @@ def pairs(
         show_default=False,
     ),
     seed: int = typer.Option(0, "--seed", help="Seed of the first pair; pair i has seed + i."),
-    cfg: float = typer.Option(
-        1.0, "--cfg", help="Guidance weight w of D_u + w (D_c - D_u); 1 is none, others run the network twice."
+    cfg: str = typer.Option(
+        "1",
+        "--cfg",
+        help=(
+            "Guidance weight w of D_u + w (D_c - D_u); 1 is none, others run the network twice. 1:8: each pair has a"
+            " weight of its own, uniform from 1 to 8, for students that are told it."
+        ),
     ),
     labels: str = typer.Option(
         "random",
@@ -220,6 +225,9 @@ def pairs(
 
         texts = open_prompts(prompts)  # a mistake in it is found before the teacher is fetched
         n = len(texts) * max(per_prompt, 1) if n is None else n
+    from d2o.diffusion.guidance import parse_cfg
+
+    scale = parse_cfg(cfg)
     _check_given(teacher, n, prompts, cfg)
 
     from d2o.data.pair_settings import PairSettings
@@ -240,7 +248,7 @@ def pairs(
         s_min,
         s_max,
         s_noise,
-        cfg,
+        scale,
         labels,
         prompts,
         per_prompt,
@@ -278,7 +286,7 @@ def pairs(
         console.say(f"{out}: {len(store):,} pairs of {calls} in {len(store.units)} shards")
 
 
-def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: float) -> None:
+def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: str) -> None:
     """UserError: what cannot be done without is missing; all of it, with an example for this teacher. Says what nothing
     can be trained on."""
     from d2o.methods.teachers import methods_for
@@ -298,7 +306,7 @@ def _check_given(teacher: str | None, n: int | None, prompts: str | None, cfg: f
             *(["--prompts prompts.txt"] if text else []),
             f"--n {n or 8192}",
         ]
-        words += [] if cfg == 1 else [f"--cfg {cfg:g}"]
+        words += [] if cfg == "1" else [f"--cfg {cfg}"]
         rows = [f"{name:<10} {what}" for name, what in lacking] if len(lacking) > 1 or text else []
         hint = "\n".join(
             [*rows, f"for example: {' '.join(words)}", "the store goes under runs/pairs unless --out says where"]

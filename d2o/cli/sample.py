@@ -81,7 +81,15 @@ def sample(
         ),
         show_default=False,
     ),
-    cfg: float = typer.Option(1.0, "--cfg", help="Guidance weight of the teacher; 1 is none."),
+    cfg: float = typer.Option(
+        None,
+        "--cfg",
+        help=(
+            "Guidance weight of the teacher (default: 1, which is none), or of a student that is told it, within the"
+            " range that it was trained for."
+        ),
+        show_default=False,
+    ),
     prompt: list[str] = typer.Option(
         None,
         "--prompt",
@@ -153,8 +161,8 @@ def sample(
     if (checkpoint is None) == (teacher is None):
         raise UserError("give a student's checkpoint or --teacher, one of them", example)
     _check_given(checkpoint, teacher, n, prompt or prompts)
-    if checkpoint is not None and (solver, cfg) != (None, 1.0):
-        raise UserError("--solver and --cfg are a teacher's", "leave them away")
+    if checkpoint is not None and solver is not None:
+        raise UserError("--solver is a teacher's", "leave it away")
     if prompt and prompts:
         raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
     if grid is not None and grid.suffix.lower() != ".png":
@@ -257,7 +265,7 @@ def _sampler(
     teacher: str | None,
     solver: str | None,
     steps: int | None,
-    cfg: float,
+    cfg: float | None,
     texts: str | list[str] | None,
     truncation: float | None,
     device: str | None,
@@ -272,7 +280,7 @@ def _sampler(
     prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)
     if teacher is not None:
         model = open_teacher(teacher, device)
-        return teacher_sampler(model, model.solver(solver, steps), cfg, prompts)
+        return teacher_sampler(model, model.solver(solver, steps), 1.0 if cfg is None else cfg, prompts)
     assert checkpoint is not None
     if str(checkpoint) in teacher_names() and not checkpoint.exists():
         raise UserError(
@@ -281,7 +289,7 @@ def _sampler(
     student = load_student(find_checkpoint(checkpoint), open_device(device))
     student = student if steps is None else student.with_steps(steps)
     student = student if truncation is None else _truncated(student, truncation, checkpoint)
-    return student_sampler(student, prompts)
+    return student_sampler(student, prompts, cfg)
 
 
 def _truncated(student: Student, truncation: float, checkpoint: Path) -> Student:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2o.condition import Embedded
+from d2o.condition import Asked, Guided
 from d2o.critics.unet_levels import DecoderStates, Reading, backbone_of
 from d2o.errors import UserError, unknown
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.config import Config
+from d2o.networks.scale_input import add_scale_input, scale_embedding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +61,8 @@ class UNetCritic(nn.Module):
     real.
 
     `network`: the configuration of the U-Net (`arch` edm_view of a UNet2DConditionModel, or one of EDM's); `module`:
-    the network itself, if there is one already (`of` copies a teacher's). The paper leaves open nearly all of this:
+    the network itself, if there is one already (`of` copies a teacher's). The condition is a `Guided` of a network that
+    has an input for guidance scales, and of no other. The paper leaves open nearly all of this:
 
     `z`: a 3x3 convolution of z, 0 at first, is added after the input convolution (the same function as widening that by
     the channels of z with zero weights) or before it (C -> C channels), or z is not looked at.
@@ -136,17 +138,17 @@ class UNetCritic(nn.Module):
             backbone.drop_output()
 
     @classmethod
-    def of(cls, network: nn.Module, **options: Unpack[UNetCriticOptions]) -> UNetCritic:
+    def of(cls, network: nn.Module, told: bool = False, **options: Unpack[UNetCriticOptions]) -> UNetCritic:
         """A critic that begins from a copy of this network, a teacher's or student's, all of it to be trained, without
-        dropout."""
+        dropout; `told`: with an input for guidance scales, 0 at first (`networks.scale_input`)."""
         own = copy.deepcopy(network)
         set_dropout(own, 0.0)
+        if told:
+            add_scale_input(own)
         critic = cls(network_config(own), **options, module=own).to(next(own.parameters()).device)
         return critic.requires_grad_(True).train()
 
-    def forward(
-        self, x: Tensor, z: Tensor, condition: Embedded = None, t: Tensor | float | None = None
-    ) -> list[Tensor]:
+    def forward(self, x: Tensor, z: Tensor, condition: Asked = None, t: Tensor | float | None = None) -> list[Tensor]:
         found = self.features(x, z, condition, t)
         if self.heads_kind == "final_mean":
             assert found.output is not None
@@ -158,15 +160,15 @@ class UNetCritic(nn.Module):
             for head, tensor in zip(heads, tensors, strict=True)  # type: ignore[call-overload]
         ]
 
-    def features(
-        self, x: Tensor, z: Tensor, condition: Embedded = None, t: Tensor | float | None = None
-    ) -> DecoderStates:
+    def features(self, x: Tensor, z: Tensor, condition: Asked = None, t: Tensor | float | None = None) -> DecoderStates:
         """What the U-Net finds in x; arguments as those of the critic."""
         x, z = wide(x), wide(z)
         backbone = backbone_of(self.network)
         t = (backbone.clean if self.t is None else self.t) if t is None else t
         times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        more = None if self.conv_z is None else self.conv_z(z)
+        more, told = None if self.conv_z is None else self.conv_z(z), None
+        if isinstance(condition, Guided):
+            told, condition = scale_embedding(condition.scale), condition.embedded
         seen = torch.cat([x, z], 1) if self.inputs_with_z else x
 
         def enter(level: int, hidden: Tensor) -> Tensor:
@@ -175,10 +177,10 @@ class UNetCritic(nn.Module):
             return hidden + self.inputs[level - 1](resized_to(seen, hidden.shape[2:], self.resize))
 
         if more is None or self.z == "before_conv_in":
-            return backbone.run(x if more is None else x + more, times, condition, enter)
+            return backbone.run(x if more is None else x + more, times, condition, enter, told)
         hook = backbone.first.register_forward_hook(lambda module, args, out: out + more)
         try:
-            return backbone.run(x, times, condition, enter)
+            return backbone.run(x, times, condition, enter, told)
         finally:
             hook.remove()
 

@@ -63,8 +63,11 @@ class LevelledUNet(ABC):
         """Leave the output convolution away for good."""
 
     @abstractmethod
-    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel) -> DecoderStates:
-        """A pass over x [B, C, H, W] at the times t [B], all that enters a level by way of `enter`."""
+    def run(
+        self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel, told: Tensor | None = None
+    ) -> DecoderStates:
+        """A pass over x [B, C, H, W] at the times t [B], all that enters a level by way of `enter`; `told`: the
+        embedded guidance scales [B, 256] of a network that has an input for them."""
 
 
 class DiffusersBackbone(LevelledUNet):
@@ -92,7 +95,9 @@ class DiffusersBackbone(LevelledUNet):
     def drop_output(self) -> None:
         self.net.conv_out = nn.Identity()
 
-    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel) -> DecoderStates:
+    def run(
+        self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel, told: Tensor | None = None
+    ) -> DecoderStates:
         found = DecoderStates()
         with ExitStack() as stack:
             for level, block in enumerate(self.net.down_blocks):
@@ -109,7 +114,7 @@ class DiffusersBackbone(LevelledUNet):
                 stack.callback(block.register_forward_hook(_leaving(found, hidden, skips)).remove)
             last: list[Tensor] = []
             stack.callback(_before(self.net.conv_out, _whole(last)))
-            output = self.view.call(x, t, condition)
+            output = self.view.call(x, t, condition, told)
         found.last, found.output = last[0], output
         return found
 
@@ -181,7 +186,9 @@ class EDMBackbone(LevelledUNet):
         else:
             self.model.dec[next(name for name in self.model.dec if name.endswith("aux_conv"))] = nn.Identity()
 
-    def run(self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel) -> DecoderStates:
+    def run(
+        self, x: Tensor, t: Tensor, condition: Embedded, enter: EnterLevel, told: Tensor | None = None
+    ) -> DecoderStates:
         found = DecoderStates()
         rows: list[Reading] = []  # of the scale that the pass is at; `out` is filled in by whoever comes next
 
@@ -205,7 +212,7 @@ class EDMBackbone(LevelledUNet):
         labels = self.network.one_hot(condition, len(x))
         labels = None if labels is None else labels.to(x.dtype)
         time = c_noise.reshape(-1).expand(len(x)).to(x.dtype)
-        found.output = self.model(torch.as_tensor(c_in).to(x) * x, time, labels, enter=look)
+        found.output = self.model(torch.as_tensor(c_in).to(x) * x, time, labels, told, enter=look)
         return found
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2o.data.order import mix
+from d2o.diffusion.guidance import Range
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
 
@@ -66,3 +68,10 @@ def draw_some(
         return noise, drawn if labels == "random" else None
     cycle = torch.arange(classes) if labels == "balanced" else torch.tensor([int(part) for part in labels.split(",")])
     return noise, cycle[torch.as_tensor(index, dtype=torch.int64) % len(cycle)]
+
+
+def draw_scales(seeds: Sequence[int], scales: Range) -> Tensor:
+    """The guidance scale of the sample of each seed, [n] float32, uniform over the range: a function of the seed alone,
+    and of nothing that the noise or the label is."""
+    low, high = scales
+    return torch.tensor([low + mix(seed, "guidance") / 2**63 * (high - low) for seed in seeds], dtype=torch.float32)

@@ -57,9 +57,8 @@ def shard_record(manifest: JsonObject, unit: Unit) -> JsonObject:
     follow)."""
     settings, compute = PairSettings.from_manifest(manifest), manifest["compute"]
     made: JsonObject = {"solver": settings.ode.to_dict()}
-    made |= {
-        name: getattr(settings, name) for name in ("seed", "cfg", "labels", "rewire", "dtype", "store_noise", "decode")
-    }
+    made |= {name: getattr(settings, name) for name in ("seed", "labels", "rewire", "dtype", "store_noise", "decode")}
+    made["cfg"] = list(settings.cfg) if isinstance(settings.cfg, tuple) else settings.cfg
     made |= {name: compute[name] for name in compute if name not in ("torch", "processor")}
     made |= {"start": unit.start, "n": unit.n, "teacher_sha256": manifest["teacher"]["sha256"]}
     if "prompts" in manifest:
@@ -76,6 +75,8 @@ def write_shard(folder: SharedFolder, manifest: JsonObject, unit: Unit, made: Sh
         tensors["label"] = made.condition.labels
     if made.condition.prompts is not None:
         tensors |= pack(made.condition.prompts)
+    if made.condition.guidance is not None:
+        tensors["guidance"] = made.condition.guidance
     if made.image is not None:
         tensors["image"] = made.image
     if manifest["settings"]["store_noise"]:
@@ -93,11 +94,7 @@ def adopt_shard(folder: SharedFolder, manifest: JsonObject, unit: Unit) -> JsonO
         tensors, meta = load_file(path)
     except UserError:
         return None
-    if (
-        meta != shard_record(manifest, unit)
-        or misfit(manifest, tensors, unit.n)
-        or first_not_finite(tensors) is not None
-    ):
+    if meta != shard_record(manifest, unit) or misfit(manifest, tensors, unit) or first_not_finite(tensors) is not None:
         return None
     noise = unit_noise(manifest, unit)
     if "noise" in tensors and not torch.equal(tensors["noise"], noise):

@@ -4,6 +4,7 @@ finite."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def read_shard(
         raise bad_shard(manifest, folder, unit, "missing")
     entry = _as_written(folder, manifest, unit, path, entry)
     tensors, record = load_file(path)
-    if why := misfit(manifest, tensors, entry["n"]):
+    if why := misfit(manifest, tensors, replace(unit, n=entry["n"])):
         raise bad_shard(manifest, folder, unit, why)
     if (key := (str(path), entry["sha256"])) not in _finite:
         if (row := first_not_finite(tensors)) is not None:
@@ -70,15 +71,17 @@ def bad_shard(manifest: JsonObject, folder: SharedFolder, unit: Unit, why: str) 
     return UserError(f"{folder.url}/{unit.file} is damaged: {why}", f"to repair: delete it, and run: {command}")
 
 
-def misfit(manifest: JsonObject, tensors: dict[str, Tensor], n: int) -> str | None:
-    """What of a shard of n pairs is not as the store's settings say; None if nothing is."""
-    settings, spec = manifest["settings"], manifest["spec"]
+def misfit(manifest: JsonObject, tensors: dict[str, Tensor], unit: Unit) -> str | None:
+    """What of the unit's shard is not as the store's settings say; None if nothing is."""
+    settings, spec, n = manifest["settings"], manifest["spec"], unit.n
     shape = (n, *spec["shape"])
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"target": (shape, DTYPES[settings.get("dtype", "fp32")])}
     if settings.get("store_noise"):
         wanted["noise"] = (shape, torch.float32)
     if settings.get("labels", "random") not in ("none", "text"):
         wanted["label"] = ((n,), torch.int64)
+    if isinstance(settings.get("cfg"), (list, tuple)):
+        wanted["guidance"] = ((n,), torch.float32)
     if "prompts" in manifest:
         wanted["prompt_ends"] = ((n,), torch.int64)
         wanted["prompt_bytes"] = (
@@ -96,6 +99,10 @@ def misfit(manifest: JsonObject, tensors: dict[str, Tensor], n: int) -> str | No
         return "it holds no images, which the store was made with"
     if "label" in wanted and not _within(tensors["label"].numpy(), spec["classes"]):
         return f"a class is out of range; the teacher has 0 to {spec['classes'] - 1}"
+    if "guidance" in wanted:
+        scales = PairSettings.from_manifest(manifest).scales(unit.start, n)
+        if scales is None or not np.array_equal(tensors["guidance"].numpy(), scales.numpy()):
+            return "its guidance scales are not those of its pairs' seeds"
     if "prompts" in manifest and not _ends_fit(tensors["prompt_ends"].numpy(), len(tensors["prompt_bytes"])):
         return "its prompts do not end where it says"
     return None

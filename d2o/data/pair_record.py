@@ -14,6 +14,7 @@ MAX_SHARDS = 2**20
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 Count = Annotated[int, Field(ge=1, le=MAX_SEED + 1)]
 Steps = Annotated[int, Field(ge=1, le=10**6)]
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SettingsRecord(Record):
@@ -31,7 +32,7 @@ class SettingsRecord(Record):
     s_min: Finite = 0.05
     s_max: Finite = 50.0
     s_noise: Finite = 1.003
-    cfg: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    cfg: Scale | tuple[Scale, Scale] = 1.0
     labels: str = "random"
     prompts: str | None = None
     per_prompt: Count = 1
@@ -42,9 +43,11 @@ class SettingsRecord(Record):
     decode: bool = False
 
     @model_validator(mode="after")
-    def _so_many_shards(self) -> SettingsRecord:
+    def _possible(self) -> SettingsRecord:
         if -(-self.n // self.shard_size) > MAX_SHARDS:
             raise ValueError(f"{self.n:,} pairs in shards of {self.shard_size}: more than {MAX_SHARDS:,} files")
+        if isinstance(self.cfg, tuple) and self.cfg[0] >= self.cfg[1]:
+            raise ValueError(f"cfg: {list(self.cfg)} is no range")
         return self
 
 

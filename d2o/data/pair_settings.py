@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d2o.data.draws import check_range, label_mode
+from d2o.data.draws import check_range, draw_scales, label_mode
 from d2o.data.pair_record import MAX_SHARDS
+from d2o.diffusion.guidance import Range, check_cfg_values, show_cfg
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError, unknown
@@ -32,7 +32,8 @@ class PairSettings:
     """What a store holds: `n` pairs with seeds `seed` .. `seed + n - 1`.
 
     `solver`, `steps`: the teacher's usual ones if None; the options behind them are those of
-    `diffusion.solvers.Solver`. `cfg` 1 is no guidance; `labels` as `draws.label_mode` takes it; `prompts` a file (txt,
+    `diffusion.solvers.Solver`. `cfg` 1 is no guidance; of a range (low, high) every pair
+    has its own scale, which the store keeps; `labels` as `draws.label_mode` takes it; `prompts` a file (txt,
     jsonl, parquet), of which pair i has line (i // per_prompt) mod their number; `rewire` "permute" gives every noise
     the output of another one (Kang et al. 2024, appendix D: a student learns nothing from it); `dtype` of the targets
     on disk: fp32, fp16 or bf16; `decode` keeps the images, as uint8, beside the latents.
@@ -50,7 +51,7 @@ class PairSettings:
     s_min: float = 0.05
     s_max: float = 50.0
     s_noise: float = 1.003
-    cfg: float = 1.0
+    cfg: float | Range = 1.0
     labels: str = "random"
     prompts: str | None = None
     per_prompt: int = 1
@@ -74,8 +75,7 @@ class PairSettings:
                 f"{self.n:,} pairs in shards of {self.shard_size} are more than {MAX_SHARDS:,} files",
                 "choose a larger shard_size",
             )
-        if not (math.isfinite(self.cfg) and self.cfg >= 0):
-            raise UserError(f"cfg must be a number from 0 up, not {self.cfg}", "1 is no guidance")
+        check_cfg_values(self.cfg)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.rewire not in REWIRES:
@@ -123,7 +123,9 @@ class PairSettings:
     def from_manifest(cls, manifest: JsonObject) -> PairSettings:
         """The settings that a store was made with; an older one's lack what was the default then and is now. KeyError:
         not settings."""
-        recorded = manifest["settings"]
+        recorded = dict(manifest["settings"])
+        if isinstance(cfg := recorded.get("cfg"), list):
+            recorded["cfg"] = tuple(cfg)
         return cls(
             **{
                 f.name: recorded[f.name] if f.default is MISSING else recorded.get(f.name, f.default)
@@ -155,7 +157,7 @@ class PairSettings:
                 if (name := f.name).startswith("s_")
             }
             words += [word for word, usual in churn.items() if not usual]
-        words += [] if self.cfg == 1.0 else [f"cfg{self.cfg:g}"]
+        words += [] if self.cfg == 1.0 else [f"cfg{show_cfg(self.cfg).replace(':', 'to')}"]
         words += [] if self.labels in ("random", "none", "text") else [self.labels.replace(",", "_")]
         words += (
             [Path(self.prompts).stem + (f"x{self.per_prompt}" if self.per_prompt > 1 else "")] if self.prompts else []
@@ -176,9 +178,8 @@ class PairSettings:
                 and not (field.name == "labels" and value in ("none", "text"))
             ):
                 option = "--" + field.name.replace("_", "-")
-                words += (
-                    [option] if value is True else [option, f"{value:g}" if isinstance(value, float) else str(value)]
-                )
+                shown = show_cfg(value) if isinstance(value, (float, tuple)) else str(value)
+                words += [option] if value is True else [option, shown]
         return shlex.join(words)
 
     def units(self) -> list[Unit]:
@@ -194,6 +195,12 @@ class PairSettings:
         if self.rewire == "none":
             return np.arange(start, start + n)
         return _permutation(self.n, self.seed)[start : start + n]
+
+    def scales(self, start: int, n: int) -> torch.Tensor | None:
+        """The guidance scales [n] float32 of the pairs start .. start + n - 1, where each has its own."""
+        if not isinstance(self.cfg, tuple):
+            return None
+        return draw_scales([self.seed + int(i) for i in self.sources(start, n)], self.cfg)
 
 
 def short_name(teacher: str) -> str:

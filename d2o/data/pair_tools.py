@@ -51,7 +51,7 @@ def _problem(folder: SharedFolder, manifest: JsonObject, unit: Unit, entry: Json
     if folder.sha256(unit.file) != entry["sha256"]:
         return "its checksum differs from the manifest's"
     tensors = load_file(folder.local(unit.file))[0]
-    if why := misfit(manifest, tensors, unit.n):
+    if why := misfit(manifest, tensors, unit):
         return why
     if (row := first_not_finite(tensors)) is not None:
         return f"pair {unit.start + row} holds values that are not finite (NaN or infinite)"

@@ -1,7 +1,8 @@
 """The pair store: (noise, condition, teacher's output), a folder of `manifest.json` + `shard-00000.safetensors`, ...
 
 A sample is a function of its seed and condition alone. A shard holds `target` [n, C, H, W] in the chosen dtype; `label`
-int64 [n] or the prompts (`prompt_bytes`, `prompt_ends`) where the teacher takes one; `image` uint8 if it was made with
+int64 [n] or the prompts (`prompt_bytes`, `prompt_ends`) where the teacher takes one; `guidance` float32 [n] where each
+pair has a guidance scale of its own; `image` uint8 if it was made with
 --decode; and `noise` [n, C, H, W]
 float32 only if asked for: otherwise readers derive the noise from the seeds again, and the manifest's checksums show
 whether they got the same. Nothing in a shard depends on when, where or in which order it was made.
@@ -66,9 +67,9 @@ class PairStore:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | str | None, Tensor]:
         index = range(len(self))[index]  # counts from the end when negative; raises IndexError
-        noise, labels, target = self._gather(torch.tensor([index]))
-        condition = self.prompts([index])[0] if self.has_prompts else None if labels is None else int(labels[0])
-        return noise[0], condition, target[0]
+        noise, condition, target = self.batch([index])
+        asked = condition.prompts[0] if condition.prompts else None
+        return noise[0], asked if condition.labels is None else int(condition.labels[0]), target[0]
 
     def batch(self, indices: Sequence[int] | Tensor | np.ndarray) -> tuple[Tensor, Condition, Tensor]:
         """(noise [k, C, H, W] float32, what they were asked to be, target [k, C, H, W] float32), in the order of
@@ -77,8 +78,9 @@ class PairStore:
         Negative indices count from the end. IndexError: out of range.
         """
         index = self._index(indices)
-        noise, labels, target = self._gather(index)
-        return noise, Condition(len(index), labels, tuple(self.prompts(index)) if self.has_prompts else None), target
+        noise, found, target = self._gather(index)
+        texts = tuple(self.prompts(index)) if self.has_prompts else None
+        return noise, Condition(len(index), found.get("label"), texts, found.get("guidance")), target
 
     def prompts(self, indices: Sequence[int] | Tensor | np.ndarray) -> list[str]:
         """The prompts of these pairs. UserError: the store has none."""
@@ -127,20 +129,22 @@ class PairStore:
             raise IndexError(f"the store has {len(self)} pairs; asked for {int(index.min())} to {int(index.max())}")
         return torch.where(index < 0, index + len(self), index)
 
-    def _gather(self, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _gather(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Noise, labels and guidance scales as far as there are any, target."""
         target = torch.empty(len(index), *self.shape)
         stored = self.settings.store_noise
         noise = (
             torch.empty_like(target) if stored else noise_for_seeds((self.settings.seed + index).tolist(), self.shape)
         )
-        labels = torch.empty(len(index), dtype=torch.int64) if self._labelled else None
+        found = {"label": torch.empty(len(index), dtype=torch.int64)} if self._labelled else {}
+        found |= {"guidance": torch.empty(len(index))} if isinstance(self.settings.cfg, tuple) else {}
         shards = index // self.settings.shard_size
         for number in shards.unique().tolist():
             shard, mine = self.shard(number), (shards == number).nonzero()[:, 0]
             rows = index[mine] - number * self.settings.shard_size
             target[mine] = shard["target"][rows].float()
-            if labels is not None:
-                labels[mine] = shard["label"][rows]
+            for name, values in found.items():
+                values[mine] = shard[name][rows]
             if stored:
                 noise[mine] = shard["noise"][rows]
-        return noise, labels, target
+        return noise, found, target

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
 
 from d2o.settings.section import BatchSize, Count, NonEmpty, Section, Seed, Steps, field
+
+Scale = Annotated[float, Field(ge=0)]
 
 
 class PairsSection(Section):
@@ -29,7 +33,11 @@ class PairsSection(Section):
     batch: BatchSize = field(256, "pairs per teacher call")
     shard_size: BatchSize = field(1024, "pairs per file of the store")
     labels: NonEmpty = field("random", "which classes, as `d2o pairs --labels` takes it")
-    cfg: float = field(1.0, "guidance weight of the teacher; 1 is none", ge=0)
+    cfg: Scale | tuple[Scale, Scale] = field(
+        1.0,
+        "guidance weight of the teacher; 1 is none. [1, 8]: each pair has its own, uniform of that range, and the"
+        " student is told it",
+    )
     prompts: NonEmpty | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
     per_prompt: Count = field(1, "pairs in a row that share a prompt")
     rewire: Literal["none", "permute"] = field(
@@ -47,3 +55,10 @@ class PairsSection(Section):
         " in the store",
     )
     store_noise: bool = field(False, "keep the noise in the store instead of deriving it from the seeds")
+
+    @field_validator("cfg")
+    @classmethod
+    def _is_a_range(cls, value: float | tuple[float, float]) -> float | tuple[float, float]:
+        if isinstance(value, tuple) and value[0] >= value[1]:
+            raise ValueError(f"expected a number, or a range like [1, 8], got {list(value)}")
+        return value

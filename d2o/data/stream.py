@@ -246,7 +246,7 @@ class PairStream:
             rows = wanted[here] - bounds[slot]
             found.seeds[here] = self.store.settings.seed + unit.start + rows
             tensors = self.store.shard(shard)
-            for name in ("target", "label", "noise"):
+            for name in ("target", "label", "guidance", "noise"):
                 if name in tensors:
                     column = _array(tensors[name])
                     if name not in found.columns:
@@ -263,8 +263,7 @@ class PairStream:
     def _make(self, pieces: list[_Piece]) -> PairBatch:
         noise = torch.empty(self.batch, *self.store.shape)
         target = np.empty((self.batch, *self.store.shape), np.float32)
-        labels, prompts = np.empty(self.batch, np.int64), list[str]()
-        has_labels = any("label" in piece.rows.columns for piece in pieces)
+        found, prompts = dict[str, np.ndarray](), list[str]()
         has_prompts = any(piece.rows.texts for piece in pieces)
         at = 0
         for rows, first, last in pieces:
@@ -276,15 +275,18 @@ class PairStream:
                 noise.numpy()[part] = rows.columns["noise"][chosen]
             else:
                 draw_noise(rows.seeds[chosen].tolist(), noise[part])
-            if "label" in rows.columns:
-                labels[part] = rows.columns["label"][chosen]
+            for name in ("label", "guidance"):
+                if name in rows.columns:
+                    values = rows.columns[name][chosen]
+                    found.setdefault(name, np.empty(self.batch, values.dtype))[part] = values
             if rows.texts:
                 prompts += _texts(rows, chosen)
             at = part.stop
         condition = Condition(
             self.batch,
-            torch.from_numpy(labels) if has_labels else None,
+            torch.from_numpy(found["label"]) if "label" in found else None,
             tuple(prompts) if has_prompts else None,
+            torch.from_numpy(found["guidance"]) if "guidance" in found else None,
         )
         return PairBatch(noise, condition, torch.from_numpy(target))
 

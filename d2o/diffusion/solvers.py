@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from d2o.diffusion.guidance import Range, no_guidance
 from d2o.diffusion.schedules import FINALS, SPACINGS, EDMSchedule, Grid, Schedule
 from d2o.errors import UserError, unknown
 from d2o.inputs import JsonObject
@@ -189,9 +190,9 @@ class Solver:
         `forwards`."""
         return 2 * self.steps - 1 if self.name in ("heun", "sde") else self.steps
 
-    def forwards(self, cfg: float = 1.0) -> int:
+    def forwards(self, cfg: float | Range = 1.0) -> int:
         """Network passes per sample: with guidance two per evaluation."""
-        return self.nfe * (1 if cfg == 1 else 2)
+        return self.nfe * (1 if no_guidance(cfg) else 2)
 
     @property
     def stochastic(self) -> bool:

@@ -37,7 +37,7 @@ class Settings:
     batch: int = 250
     solver: str | None = None  # of teachers; None: the teacher's usual one
     steps: int | None = None
-    cfg: float = 1.0
+    cfg: float | None = None  # guidance of teachers (None: 1, which is none), and of students that are told it
     repeats: int = 1  # runs over disjoint blocks of seeds
     report_as: str = "mean"  # of several runs: "mean" (with the deviation) or "min", as EDM reports
     bootstrap: int = 0  # resamplings of the images for the error of a single run

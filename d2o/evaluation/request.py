@@ -35,6 +35,7 @@ class Request:
     work: Path | None = None
     paper: Sequence[dict[str, float]] = field(default_factory=tuple)  # for each X: what a paper printed
     steps_typed: bool = False  # by the user, for this X: where it means nothing it is refused
+    cfg_typed: bool = False  # likewise
 
 
 def command(request: Request, settings: Settings, x: str, reference: Reference | None) -> str:

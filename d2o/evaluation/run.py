@@ -173,6 +173,13 @@ class _Preparing:
                     f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away"
                 )
             notes.append(f"--steps is not for {text}")
+        told = isinstance(x, Generator) and "cfg" in x.record
+        if request.cfg_typed and teacher is None and not told and len(request.xs) == 1:
+            raise UserError(
+                f"--cfg: {text} is neither a teacher nor a student that is told a guidance scale, and is measured"
+                " against none",
+                "leave it away",
+            )
         plan = Task(
             self.wants,
             self.main,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2o.condition import Condition, Embedded, Generate
+from d2o.condition import Asked, Condition, Generate
 from d2o.data.images import ImageSet, open_images
 from d2o.data.prompt_files import open_prompts
 from d2o.data.prompts import Prompts
@@ -50,7 +50,7 @@ class Generator:
     record: JsonObject
     notes: list[str] = field(default_factory=list)
     prompts: Prompts | None = None
-    embed: Callable[[Condition], Embedded] | None = None
+    embed: Callable[[Condition], Asked] | None = None
     recipe: JsonObject = field(default_factory=dict)
 
     @property
@@ -209,25 +209,26 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
     solver.grid(model.schedule)  # whether it fits
     if solver.stochastic:
         raise UserError(f"`d2o eval` samples deterministically; {solver.name} is not", "take another --solver")
-    model.check_cfg(settings.cfg)
+    cfg = 1.0 if settings.cfg is None else settings.cfg
+    model.check_cfg(cfg)
     prompts = _prompts(settings, model.spec)
     record = {
         "sha256": file_sha256(path) if path is not None and path.is_file() else model.fingerprint,
         "fingerprint": model.fingerprint,
         "parameters": count_parameters(model.network),
         "nfe": solver.nfe,
-        "forwards": solver.forwards(settings.cfg),
+        "forwards": solver.forwards(cfg),
         "solver": solver.name,
         "steps": solver.steps,
-        "cfg": settings.cfg,
+        "cfg": cfg,
         "licence": model.spec.licence,
         **({"channels_last": True} if ordered else {}),
     }
 
     def sample(noise: Tensor, condition: Condition) -> Tensor:
-        return model.sample(noise, condition, solver, cfg=settings.cfg)
+        return model.sample(noise, condition, solver, cfg=cfg)
 
-    name = f"{label}, {solver.name} {solver.steps}" + (f", cfg {settings.cfg:g}" if settings.cfg != 1 else "")
+    name = f"{label}, {solver.name} {solver.steps}" + (f", cfg {cfg:g}" if cfg != 1 else "")
     return Generator(
         name,
         text,
@@ -268,11 +269,14 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
     ):  # of others --steps is not: it may be for a teacher among the X
         model = model.with_steps(settings.steps)
         label += f", {settings.steps} steps" if settings.steps > 1 else ""
+    # --cfg is for the teachers among the X, and what a student is measured against, if it is not told it.
+    cfg = None if model.guidance is None else model.check_cfg(settings.cfg)
+    label += "" if cfg is None else f", cfg {cfg:g}"
     ordered = arrange(model.network, device)
 
     @torch.inference_mode()
     def sample(noise: Tensor, condition: Condition) -> Tensor:
-        return model(noise.to(device), condition)
+        return model(noise.to(device), condition.guided(cfg))
 
     made_from = model.meta.get("teacher") or {}
     record = {
@@ -281,6 +285,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         "nfe": model.nfe,
         "forwards": model.nfe,
         **({"steps": model.nfe} if isinstance(model, ConsistencyStudent) else {}),
+        **({} if cfg is None else {"cfg": cfg}),
         "recipe": (model.meta.get("recipe") or {}).get("name"),
         "teacher": made_from.get("name"),
         "teacher_sha256": made_from.get("sha256"),

@@ -97,9 +97,9 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
             if known
             else "from a teacher that the checkpoint does not name"
         )
-        what = (
-            f"A one-step generator (one network call from noise to {'latent' if spec.latent else 'image'}), {origin}."
-        )
+        steps = "one-step" if source.student.nfe == 1 else f"{source.student.nfe}-step"
+        calls = "one network call" if source.student.nfe == 1 else f"{source.student.nfe} network calls"
+        what = f"A {steps} generator ({calls} from noise to {'latent' if spec.latent else 'image'}), {origin}."
     else:
         what = (
             f"The denoiser of the diffusion model {_code(spec.name)}, D(x; sigma): one of the many network calls that"
@@ -112,6 +112,7 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
         "made from": f"{_code(source_name)}, weights sha256 {_code(source.fingerprint)}",
         "output": f"{' x '.join(map(str, spec.shape))} (channels, height, width), {space} space",
         "condition": labels,
+        **({} if source.guidance is None else {"guidance scale": "{:g} to {:g}, told to it".format(*source.guidance)}),
         "network": _code((meta.get("network") or {}).get("arch", "not recorded")),
         "parameters": f"{sum(p.numel() for p in source.network.parameters()):,}",
         "images trained on": f"{meta['images']:,}" if isinstance(meta.get("images"), int) else "not recorded",
@@ -209,16 +210,16 @@ def _limitations(source: Loaded, file_format: str) -> str:
             "d2o refuses any other label that it is given on the CPU." if file_format == "safetensors" else silent
         )
     if source.kind == "student":
-        points.append(
-            "Noise level and guidance are fixed at those of training; more network calls do not improve an image."
-        )
+        fixed = "Noise level and guidance are" if source.guidance is None else "The noise levels are"
+        points.append(f"{fixed} fixed at those of training; more network calls do not improve an image.")
     if source.meta.get("student", {}).get("kind") == "style" and file_format != "safetensors":
         points.append(
             "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image"
             " its own."
         )
     if file_format == "diffusers":
-        points.append("The scheduler in the folder has the one step that the student was trained for; no other fits.")
+        steps = "one step" if source.student.nfe == 1 else f"{source.student.nfe} steps"
+        points.append(f"The scheduler in the folder has the {steps} that the student was trained for; no other fits.")
     elif not spec.latent:
         points.append(
             f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."

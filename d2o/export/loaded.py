@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from d2o.diffusion.guidance import Range
 from d2o.diffusion.noise import noise_and_labels
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
@@ -15,20 +16,23 @@ from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import network_config
 from d2o.students.base import Student, checkpoint_meta, load_student
+from d2o.students.few_step import FewStepStudent
 from d2o.students.style import StyleStudent
 from d2o.teachers.base import UNSTATED, Spec
 from d2o.teachers.registry import BUILTIN, load_teacher
 
 
 class StudentCall(nn.Module):
-    """forward(noise [N, C, H, W], label [N] int64 if conditional) -> image [N, C, H, W] float32: the student as it is,
-    unclipped."""
+    """forward(noise [N, C, H, W], label [N] int64 if conditional, guidance [N] float32 if it is told that) -> image
+    [N, C, H, W] float32: the student as it is, unclipped."""
 
     def __init__(self, student: Student):
         super().__init__()
         self.student = student
 
-    def forward(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        if guidance is not None:
+            return self.student.call(noise, label, guidance)
         return self.student(noise, label)
 
 
@@ -72,7 +76,13 @@ class Loaded:
     @property
     def inputs(self) -> tuple[str, ...]:
         first = ("noise",) if self.kind == "student" else ("noisy", "sigma")
-        return first if self.spec.condition == "none" else (*first, "label")
+        last = () if self.guidance is None else ("guidance",)
+        return (*first, *(() if self.spec.condition == "none" else ("label",)), *last)
+
+    @property
+    def guidance(self) -> Range | None:
+        """The guidance scales that a student may be told; None: none, or a teacher."""
+        return self.call.student.guidance if isinstance(self.call, StudentCall) else None
 
     @property
     def output(self) -> str:
@@ -98,14 +108,16 @@ class Loaded:
         return record if isinstance(record, dict) else {}
 
     def example(self, n: int) -> tuple[Tensor, ...]:
-        """Inputs for n samples: seeds 0 to n-1, random labels; for a teacher noise levels spread over its range."""
+        """Inputs for n samples: seeds 0 to n-1, random labels; for a teacher noise levels spread over its range, for a
+        student that is told it guidance scales over its own."""
         noise, labels = noise_and_labels(range(n), self.spec.shape, self.spec.classes)
         given: tuple[Tensor, ...] = (noise,)
         if self.kind == "teacher":
             low, high = torch.tensor([max(self.spec.sigma_min, 0.002), self.spec.sigma_max]).log()
             sigma = torch.lerp(low, high, (torch.arange(n) + 0.5) / n).exp()
             given = (noise * sigma[:, None, None, None], sigma)
-        return given if self.spec.condition == "none" else (*given, labels)
+        given = given if self.spec.condition == "none" else (*given, labels)
+        return given if self.guidance is None else (*given, torch.linspace(*self.guidance, n))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -156,7 +168,7 @@ def for_graph(source: Loaded) -> None:
     student = getattr(source.call, "student", None)
     if student is None:
         return
-    if student.nfe > 1:
+    if student.nfe > 1 and not isinstance(student, FewStepStudent):
         what = f"{source.path} draws noise of its own between its {student.nfe} network calls, which a graph cannot"
         raise UserError(what, "--format safetensors keeps it as it is")
     if isinstance(student, StyleStudent) and student.noise == "own":

@@ -28,6 +28,7 @@ from d2o.networks.edm_view import EDMView, lowest_level
 from d2o.networks.second_time import second_time
 from d2o.students.base import Student
 from d2o.students.consistency import ConsistencyStudent
+from d2o.students.few_step import FewStepStudent, spaced_levels
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
@@ -51,8 +52,11 @@ def one_call(student: Student, path: str | Path) -> OneCall:
             f"{path} is a student of a network that diffusers does not have ({type(view).__name__})",
             "--format onnx, program and safetensors write it; diffusers is for students of teachers in its format",
         )
-    if student.nfe != 1:
-        raise UserError(f"{path} makes an image in {student.nfe} network calls; the folder would hold one of them")
+    if student.guidance is not None and not view.told:
+        raise UserError(f"{path} is told a guidance scale by an input that diffusers' {view.kind} does not have")
+    if student.nfe != 1 and not _trailing(student):
+        what = f"{path} makes an image in {student.nfe} network calls; the folder would hold one of them"
+        raise UserError(what, "of a few-step student with the usual `student.levels` it holds all")
     with torch.no_grad():
         net = copy.deepcopy(view.net).eval()
         _without_variance(net)
@@ -70,6 +74,13 @@ def unclamped(student: Student) -> Student:
     other = copy.copy(student)
     other.clamp = False
     return other
+
+
+def _trailing(student: Student) -> bool:
+    """Whether its calls are the steps of diffusers' schedulers with trailing spacing."""
+    if not isinstance(student, FewStepStudent) or not isinstance(student.network.levels, DiscreteLevels):
+        return False
+    return list(student.levels[1:]) == spaced_levels(student.network, student.sigma, student.nfe)
 
 
 def _jumps(student: Student) -> bool:

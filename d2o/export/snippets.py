@@ -41,6 +41,8 @@ def _about(source: Loaded, file_format: str) -> str:
         )
     shape = f"[N, {', '.join(map(str, source.spec.shape))}] float32"
     label = "; `label`: class indices [N] int64" if source.spec.condition == "label" else ""
+    if source.guidance is not None:
+        label += "; `guidance`: guidance scales [N] float32, {:g} to {:g}".format(*source.guidance)
     given = f"`noise`: {shape}, standard normal"
     if source.kind == "teacher" and file_format != "safetensors":
         given = (
@@ -65,6 +67,8 @@ def _onnx(source: Loaded, file_name: str) -> list[str]:
         ]
     if source.spec.condition == "label":
         lines.append(f"label = np.array({_labels(source)}, dtype=np.int64)")
+    if source.guidance is not None:
+        lines.append(f"guidance = np.full({BATCH}, {_scale(source):g}, dtype=np.float32)")
     lines.append(f'{source.output} = session.run(["{source.output}"], {{{feeds}}})[0]  # {_shape(source)}')
     if _pixels(source):
         lines.append(f"pixels = np.clip({source.output} * 127.5 + 128, 0, 255).astype(np.uint8)")
@@ -93,10 +97,13 @@ def _program(source: Loaded, file_name: str) -> list[str]:
 def _safetensors(source: Loaded, file_name: str) -> list[str]:
     label = ", label" if source.spec.condition == "label" else ""
     lines = ["import torch", "", "import d2o", ""]
+    if source.guidance is not None:
+        lines[-1:] = ["from d2o.condition import Condition", ""]
+        label = f", Condition.of_labels(label).guided({_scale(source):g})"
     if source.kind == "student":
         lines += [
             f"student = d2o.load_student({json.dumps(file_name)})",
-            *_torch_inputs(source),
+            *_torch_inputs(source, guidance=False),
             f"image = student(noise{label})  # {_shape(source)}",
         ]
     else:
@@ -110,9 +117,12 @@ def _safetensors(source: Loaded, file_name: str) -> list[str]:
 
 def _diffusers(source: Loaded, file_name: str) -> list[str]:
     labels = f", class_labels={_labels(source)}" if source.spec.condition == "label" else ""
-    asked = f"batch_size={BATCH}{labels}, num_inference_steps=1"
+    steps = f"num_inference_steps={source.student.nfe}"
+    asked = f"batch_size={BATCH}{labels}, {steps}"
     if source.spec.condition == "text":
-        asked = '"a photo of a dog", num_inference_steps=1, guidance_scale=0.0'
+        asked = f'"a photo of a dog", {steps}, guidance_scale=0.0'
+    if source.spec.condition == "text" and source.guidance is not None:
+        asked = f'"a photo of a dog", {steps}, guidance_scale={_scale(source):g}'
     flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
     without = ", text_encoder_3=None, tokenizer_3=None" if flow and len(source.student.text.encoders) == 2 else ""
     return [
@@ -123,9 +133,16 @@ def _diffusers(source: Loaded, file_name: str) -> list[str]:
     ]
 
 
-def _torch_inputs(source: Loaded) -> list[str]:
+def _torch_inputs(source: Loaded, guidance: bool = True) -> list[str]:
     lines = [f"noise = torch.randn({_shape(source)}, generator=torch.Generator().manual_seed(0))"]
-    return [*lines, f"label = torch.tensor({_labels(source)})"] if source.spec.condition == "label" else lines
+    lines += [f"label = torch.tensor({_labels(source)})"] if source.spec.condition == "label" else []
+    told = guidance and source.guidance is not None
+    return [*lines, f"guidance = torch.full(({BATCH},), {_scale(source)})"] if told else lines
+
+
+def _scale(source: Loaded) -> float:
+    """A guidance scale to show the call with."""
+    return sum(source.guidance or (0.0, 2.0)) / 2
 
 
 def _torch_pixels(source: Loaded, name: str) -> list[str]:

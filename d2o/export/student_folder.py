@@ -81,15 +81,22 @@ def _compare(source: Loaded, call: OneCall, folder: Path, dtype: str, n: int, to
         noise = inputs[0]
         asked: dict[str, Any] = {"batch_size": len(noise)}
         if spec.condition == "text":
-            asked = {"prompt": prompts(len(noise)), "guidance_scale": 0.0}
+            told = scale(inputs)
+            asked = {"prompt": prompts(len(noise)), "guidance_scale": 0.0 if told is None else told}
         if spec.condition == "label":
             asked["class_labels"] = inputs[1].tolist()
-        return pipeline(latents=noise, num_inference_steps=1, output_type="pt", **asked).images * 2 - 1
+        steps = student.nfe
+        return pipeline(latents=noise, num_inference_steps=steps, output_type="pt", **asked).images * 2 - 1
 
-    def expected(noise: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
-        text = spec.condition == "text"
-        condition = Condition.of_prompts(prompts(len(noise))) if text else labels[0] if labels else None
-        return student.decode(student(noise, condition))
+    def scale(inputs: tuple[torch.Tensor, ...]) -> float | None:
+        """Pipelines are told one guidance scale: the lowest of a single image, else the highest."""
+        return None if student.guidance is None else float(inputs[-1][-1])
+
+    def expected(noise: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        if spec.condition == "text":
+            condition = Condition.of_prompts(prompts(len(noise))).guided(scale((noise, *given)))
+            return student.decode(student(noise, condition))
+        return student.decode(student(noise, given[0] if given else None))
 
     runtime = f"diffusers {diffusers.__version__} in float32 against the student, torch {torch.__version__}"
     parity = compare(source, run, n, tolerance, runtime, expected)

@@ -47,6 +47,12 @@ class DenoiserRecord(Record):
     kind: Literal["denoiser"]
     sigma: Positive
     begins: Literal["noise", "x_T"] = "noise"
+    guidance: tuple[Finite, Finite] | None = None
+
+
+class FewStepRecord(DenoiserRecord):
+    kind: Literal["few_step"]  # type: ignore[assignment]
+    then: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
 
 
 class MultistepRecord(Record):
@@ -87,7 +93,10 @@ class StudentRecord(TeacherRecord):
     elsewhere."""
 
     needs: NeedsRecord | None = None
-    student: Annotated[DenoiserRecord | MultistepRecord | StyleRecord | ConsistencyRecord, Field(discriminator="kind")]
+    student: Annotated[
+        DenoiserRecord | FewStepRecord | MultistepRecord | StyleRecord | ConsistencyRecord,
+        Field(discriminator="kind"),
+    ]
 
 
 class OfSpaceRecord(ProductRecord):

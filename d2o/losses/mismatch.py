@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from d2o.condition import Embedded, Text
+from d2o.condition import Asked, Guided, Text
 from d2o.diffusion.schedules import Schedule
 from d2o.errors import UserError, unknown
 
@@ -35,7 +35,7 @@ class Fakes(NamedTuple):
 
     x: Tensor
     z: Tensor
-    condition: Embedded
+    condition: Asked
     kind: Tensor
 
 
@@ -75,7 +75,7 @@ def partners(draw: Draw, group: int) -> Tensor:
 def mix_and_match(
     real: Tensor,
     z: Tensor,
-    condition: Embedded,
+    condition: Asked,
     generated: Tensor,
     draw: Draw,
     fractions: Fractions = Fractions(),
@@ -117,8 +117,11 @@ def mix_and_match(
     return Fakes(x, z[exchanged(3)], None if condition is None else condition[exchanged(2)], kind)
 
 
-def same_condition(condition: Embedded, other: Tensor) -> Tensor:
-    """Whether a row's condition is that of the row `other` [B] -> [B] truth values."""
+def same_condition(condition: Asked, other: Tensor) -> Tensor:
+    """Whether a row's condition, with the guidance scale if it has one, is that of the row `other` [B] -> [B] truth
+    values."""
+    if isinstance(condition, Guided):
+        return same_condition(condition.embedded, other) & (condition.scale == condition.scale[other])
     if condition is None:
         return torch.ones_like(other, dtype=torch.bool)
     if isinstance(condition, Text):

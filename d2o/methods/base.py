@@ -21,6 +21,7 @@ from d2o.data.pairs import PairStore
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
+from d2o.diffusion.guidance import Range
 from d2o.errors import UserError, unknown
 from d2o.inputs import JsonObject
 from d2o.networks.config import Config
@@ -78,12 +79,14 @@ class Setup(Generic[O]):
     images: ImageSet | LatentSet | TripletSet | None = None
     pairs: PairStore | None = None
     prompts: Prompts | None = None  # to draw from, for teachers that take text
+    captioned: bool = True  # whether those are the images' own, one each, where there are images
     start: Student | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     name: str = "model"
     seed: int = 0
     batch: int = 1  # images of an iteration, of all processes together
     licence: str = UNSTATED  # of the images (`data.licence`), and so of what is trained on them alone
+    guidance: Range | None = None  # of the pairs, where each has a guidance scale of its own
 
     def product_licence(self) -> str:
         """The licence of what is trained on the images alone: theirs, and that of the student it starts from."""
@@ -98,23 +101,41 @@ class Setup(Generic[O]):
 
 
 @dataclass
+class Reals:
+    """Real images for the rows `rows` (in ascending order) of a batch: `images` [k, ...], or None for no rows."""
+
+    rows: list[int]
+    images: Tensor | None
+    condition: Condition
+
+    def part(self, start: int, stop: int) -> Reals:
+        chosen = [i for i, row in enumerate(self.rows) if start <= row < stop]
+        rows = [self.rows[i] - start for i in chosen]
+        part = slice(chosen[0], chosen[-1] + 1) if chosen else slice(0)
+        return Reals(rows, self.images[part] if self.images is not None and chosen else None, self.condition[part])
+
+
+@dataclass
 class Batch:
     """A part of a batch. Pairs: noise, condition, target. Images: images in [-1, 1] (or stored latents), condition; of
     triplets the three in the channels, and as target [B] their judgements. Tensors [B, ...] on the device. Methods that
-    need no data get one with nothing in it: they draw what they need by the `Draws` that come with it.
+    need no data get one with nothing in it: they draw what they need by the `Draws` that come with it. `reals`: real
+    images for some of the rows of pairs (`Method.real_share`).
     """
 
     condition: Condition = field(default_factory=lambda: Condition.none(0))
     noise: Tensor | None = None
     target: Tensor | None = None
     images: Tensor | None = None
+    reals: Reals | None = None
 
     def __len__(self) -> int:
         return next((len(t) for t in (self.images, self.noise) if t is not None), len(self.condition))
 
     def part(self, start: int, stop: int) -> Batch:
-        tensors = (None if t is None else t[start:stop] for t in (self.noise, self.target, self.images))
-        return Batch(self.condition[start:stop], *tensors)
+        noise, target, images = (None if t is None else t[start:stop] for t in (self.noise, self.target, self.images))
+        reals = None if self.reals is None else self.reals.part(start, stop)
+        return Batch(self.condition[start:stop], noise, target, images, reals)
 
 
 class Draws:
@@ -198,6 +219,8 @@ class Method(ABC, Generic[O]):
     pools_across: ClassVar[bool] = (
         False  # whether processes can take samples together, if each has few (not micro-batches)
     )
+    few_steps: ClassVar[bool] = False  # whether its students may be called several times for a sample (`student.steps`)
+    tells: ClassVar[bool] = False  # whether it trains students that are told the guidance scale of their pairs
     takes: ClassVar[str] = (
         ""  # the teachers it distils, one of `d2o.methods.teachers.REFUSES`; "": it learns without one
     )
@@ -210,6 +233,11 @@ class Method(ABC, Generic[O]):
         """What a batch holds under these options: "pairs", "images", or "none": nothing but the teacher is needed,
         labels are drawn."""
         return cls.data
+
+    @classmethod
+    def real_share(cls, options: O) -> float:
+        """The share of a batch's rows for which real images of `data:` come beside the pairs."""
+        return 0.0
 
     @classmethod
     def micro_multiple(cls, options: O, batch: int) -> int:
@@ -263,6 +291,10 @@ class Method(ABC, Generic[O]):
     def nfe(self) -> int:
         """Network calls of one generated sample."""
         return 1
+
+    def scales(self) -> Range | None:
+        """The guidance scales that the product may be told; None: it is told none."""
+        return None
 
     def optim(self, name: str, options: S) -> S:
         """The optimiser's settings of the network of that name, from the recipe's section for it."""

@@ -2,7 +2,8 @@
 
 Stage 1 (`lambda_gan: 0`, `d2o train`) regresses to the teacher's ODE solutions by a perceptual distance (eq. 1 and 3).
 Stage 2 (`lambda_gan` above 0, `d2o finetune --from` the first one's run) goes on with that and a conditional GAN, whose
-critic is the teacher's U-Net and whose real samples are the teacher's (eq. 4 to 6). No real image is used.
+critic is the teacher's U-Net and whose real samples are the teacher's (eq. 4 to 6). No real image is used, unless
+`real_data` says so.
 
 The paper leaves much open. Each choice is an option, whose default is what its numbers agree with best.
 """
@@ -15,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from d2o.condition import Embedded
+from d2o.condition import Asked, Guided
 from d2o.critics.unet import UNetCritic
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
@@ -38,6 +39,7 @@ from d2o.losses.mismatch import (
 )
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.output_distance import DistanceOptions, OutputDistance
+from d2o.methods.real_rows import RealDataOptions, RealRows
 from d2o.methods.student import StudentMethod
 from d2o.methods.teachers import check_teacher
 from d2o.networks.edm_view import EDMView
@@ -76,6 +78,13 @@ class CriticOptions(Options):
     head: Literal["1x1", "3x3"] = Field("1x1", description="convolutions that make logits (SDXL's printed size: 3x3)")
     head_norm: bool = Field(False, description="group normalisation and SiLU before them")
     keep_output: bool = Field(True, description="the network's output convolution stays, though nothing reads it")
+    told: bool = Field(
+        True,
+        description=(
+            "it is told the guidance scale of its samples, as the student is, by an input that begins at 0 (where each"
+            " pair has its own: `pairs.cfg: [1, 8]`)"
+        ),
+    )
     t: float | None = Field(
         None, description="time that the critic is told of clean samples (0 to 999; EDM: sigma); null: that of no noise"
     )
@@ -132,6 +141,9 @@ class Diffusion2GANOptions(Options):
     r1: R1Options = Field(R1Options.model_validate({}), description="R1 on one sample of the batch")
     mix: MixOptions = Field(MixOptions.model_validate({}), description="mix-and-match, in the critic's step alone")
     noise: NoiseOptions = Field(NoiseOptions.model_validate({}), description="noise ahead of the critic")
+    real_data: RealDataOptions = Field(
+        RealDataOptions.model_validate({}), description="real images among the critic's real samples (not in the paper)"
+    )
     order: Literal["critic_first", "generator_first"] = Field(
         "critic_first", description="whose step comes first in an iteration; each has samples of its own"
     )
@@ -148,10 +160,16 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
     Options = Diffusion2GANOptions
     data = "pairs"
     takes = "edm"
+    tells, few_steps = True, True
+    continues = ("denoiser", "few_step")
 
     def __init__(self, setup: Setup[Diffusion2GANOptions]):
         self.options = o = setup.options
         self.teacher = check_teacher(self.name, setup.teacher)
+        if o.real_data.share and not o.lambda_gan:
+            raise UserError(
+                f"{self.name}.real_data.share: real images are for the critic, and lambda_gan: 0 trains without one"
+            )
         if not o.lambda_distance and not o.lambda_gan:
             raise UserError(f"{self.name}: lambda_distance and lambda_gan are both 0, so that nothing is learned")
         self.student = self.begin_student(setup, self.teacher.spec)
@@ -163,11 +181,17 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         if o.lambda_gan:
             check_fractions(o.mix.fractions, o.critic.z != "none")
             self.schedule = critic_schedule(self.teacher.network, o.noise) if o.noise.enable else None
-            self.critic = UNetCritic.of(self.teacher.network, **o.critic.model_dump())
+            self.real_rows = RealRows(self.name, o.real_data, setup, self.teacher) if o.real_data.share else None
+            told = o.critic.told and self.student.guidance is not None
+            self.critic = UNetCritic.of(self.teacher.network, told, **o.critic.model_dump(exclude={"told"}))
 
     @classmethod
     def micro_multiple(cls, options: Diffusion2GANOptions, batch: int) -> int:
         return options.mix.together if options.lambda_gan else 1
+
+    @classmethod
+    def real_share(cls, options: Diffusion2GANOptions) -> float:
+        return options.real_data.share
 
     @classmethod
     def phase(cls, options: Diffusion2GANOptions) -> str:
@@ -181,7 +205,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: Losses = {"loss": []}
-        asked: list[Embedded] = []  # of each micro-batch, for both steps
+        asked: list[Asked] = []  # of each micro-batch, for both steps
         if self.critic is not None and self.options.order == "critic_first":
             self.critic_step(loop, batch, iteration, asked, log)
         self.generator_step(loop, batch, asked, log)
@@ -189,7 +213,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
             self.critic_step(loop, batch, iteration, asked, log)
         return {key: loop.mean(values) for key, values in log.items()}
 
-    def generator_step(self, loop: Loop, batch: Batch, asked: list[Embedded], log: Losses) -> None:
+    def generator_step(self, loop: Loop, batch: Batch, asked: list[Asked], log: Losses) -> None:
         """d(G(z, c), x) + lambda_GAN softplus(-D(c, z, G(z, c))) (eq. 4 and 6)."""
         o = self.options
         for i, (micro, draw) in enumerate(loop.micro_batches(batch)):
@@ -203,20 +227,23 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
                 continue
             noise = self.draw_noise(draw)
             with loop.frozen("critic") as critic:
-                logits = critic(self.shown(x, noise), z, c, time_of(noise))
+                logits = critic(self.shown(x, noise), z, self.judged(c), time_of(noise))
                 gan = generator_loss_of_maps(logits, o.head_reduce).mean()
                 log.setdefault("loss_gan", []).append(gan)
                 loop.backward(o.lambda_distance * loss + o.lambda_gan * gan)
         loop.update("student")
 
-    def critic_step(self, loop: Loop, batch: Batch, iteration: int, asked: list[Embedded], log: Losses) -> None:
+    def critic_step(self, loop: Loop, batch: Batch, iteration: int, asked: list[Asked], log: Losses) -> None:
         """softplus(-D(c, z, x)) + softplus(D(fake)), fake what the student makes, or a mismatch; every `r1.interval`
         iterations R1 of the first row of the batch."""
         o, critic = self.options, loop.net("critic")
         for i, (micro, draw) in enumerate(loop.micro_batches(batch, 1)):
             z, target, c = self.rows(micro, i, asked)
+            if self.real_rows is not None:
+                z, target, c = self.real_rows.put(micro, z, target, c, draw)
             with torch.no_grad():
                 made = loop.net("student")(z, c)
+            c = self.judged(c)
             fake = self.fakes(target, z, c, made, draw)
             noise = self.draw_noise(draw)
             other = noise if o.noise.shared else self.draw_noise(draw)
@@ -230,7 +257,7 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
                     loop.backward(self.penalty(critic, draw, real, z, c, t))
         loop.update("critic")
 
-    def penalty(self, critic: nn.Module, draw: Draws, real: Tensor, z: Tensor, c: Embedded, t: Tensor | None) -> Tensor:
+    def penalty(self, critic: nn.Module, draw: Draws, real: Tensor, z: Tensor, c: Asked, t: Tensor | None) -> Tensor:
         """R1 of the first row of the global batch, 0 times another one where that is not here."""
         r1, (row, share) = self.options.r1, one_sample(draw)
         one = slice(row, row + 1)
@@ -238,14 +265,18 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         squares = r1_of_maps(lambda x, z: critic(x, z, c, t), real[one], z[one], r1.of, self.options.head_reduce)
         return share * r1_weight(r1.gamma, r1.interval, r1.half, r1.lazy_gain) * squares.mean()
 
-    def rows(self, micro: Batch, i: int, asked: list[Embedded]) -> tuple[Tensor, Tensor, Embedded]:
+    def rows(self, micro: Batch, i: int, asked: list[Asked]) -> tuple[Tensor, Tensor, Asked]:
         """z, the teacher's x, and the condition of micro-batch i, prompts encoded once for both steps."""
         assert micro.noise is not None and micro.target is not None
         if i == len(asked):
-            asked.append(self.embedded(self.condition_of(micro)))
+            asked.append(self.asked(self.condition_of(micro)))
         return micro.noise, micro.target, asked[i]
 
-    def fakes(self, real: Tensor, z: Tensor, c: Embedded, made: Tensor, draw: Draws) -> Fakes:
+    def judged(self, c: Asked) -> Asked:
+        """The condition as the critic is told it."""
+        return c.embedded if isinstance(c, Guided) and not self.options.critic.told else c
+
+    def fakes(self, real: Tensor, z: Tensor, c: Asked, made: Tensor, draw: Draws) -> Fakes:
         mix = self.options.mix
         if not sum(mix.fractions):
             return Fakes(made, z, c, torch.zeros(len(z), dtype=torch.int64, device=z.device))

@@ -39,7 +39,8 @@ class ODE(StudentMethod[ODEOptions]):
     Options = ODEOptions
     data = "pairs"
     takes = "edm"
-    continues = ("denoiser", "consistency")
+    tells, few_steps = True, True
+    continues = ("denoiser", "few_step", "consistency")
 
     def __init__(self, setup: Setup[ODEOptions]):
         self.options = setup.options
@@ -72,7 +73,7 @@ class ODE(StudentMethod[ODEOptions]):
         losses = []
         for micro, _ in loop.micro_batches(batch):
             assert micro.noise is not None and micro.target is not None
-            x = loop.net("student")(micro.noise, self.embedded(micro.condition))
+            x = loop.net("student")(micro.noise, self.asked(micro.condition))
             loss = self.distance(x, micro.target).mean()
             loop.backward(loss)
             losses.append(loss)

@@ -9,14 +9,17 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition, Embedded
+from d2o.condition import Asked, Condition, Embedded, Guided
 from d2o.data.prompts import Prompts
+from d2o.diffusion.guidance import Range
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.config import Config
+from d2o.networks.scale_input import add_scale_input
 from d2o.students.base import Student, make_student
+from d2o.students.few_step import FewStepStudent, spaced_levels
 from d2o.teachers.base import Spec, Teacher, embed_labels
 
 
@@ -42,6 +45,9 @@ class StudentMethod(Method[O]):
         teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
         `own` (default: the teacher's) the recipe's `network:` changes. UserError: `setup.start` does not fit."""
         self.device, self.prompts = setup.device, setup.prompts
+        if getattr(setup.student, "steps", 1) != 1 and not self.few_steps:
+            what = f"student.steps: method {self.name} has no students of {setup.student.steps} steps by these losses"
+            raise UserError(what, "leave it away, or take method diffusion2gan or ode")
         teacher = None if self.teacher is None else self.teacher.network
         if setup.start is not None:
             self.check_start(setup, setup.start, spec)
@@ -56,11 +62,36 @@ class StudentMethod(Method[O]):
         return network.requires_grad_(True).train()
 
     def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
-        """`begin`, as a student: called at `student.sigma`, or of the kind and as the one that it starts from."""
-        network, start = self.begin(setup, spec), setup.start
+        """`begin`, as a student: called at `student.sigma`, or of the kind and as the one that it starts from; told the
+        guidance scale where each pair has its own."""
+        network, start, guidance = self.begin(setup, spec), setup.start, setup.guidance
+        if guidance is not None and (start is None or start.guidance is None):
+            add_scale_input(network)
         if start is not None:
-            return make_student(network, start.spec, start.record)
-        return Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"))
+            told = {} if guidance is None else {"guidance": guidance}
+            student = make_student(network, start.spec, {**start.record, **told})
+        else:
+            student = Student(network, spec, setup.student.sigma, getattr(setup.student, "begins", "noise"), guidance)
+        return self.of_steps(setup, student)
+
+    def of_steps(self, setup: Setup[O], student: Student) -> Student:
+        """The student, called `student.steps` times for a sample. UserError: it is another number's already."""
+        asked = setup.student
+        steps, levels = getattr(asked, "steps", 1), getattr(asked, "levels", None)
+        if levels is not None and len(levels) != steps - 1:
+            raise UserError(
+                f"student.levels: {len(levels)} levels for {steps} steps; the first step is at student.sigma",
+                f"give {steps - 1}, or leave it away",
+            )
+        if steps == 1 or (steps == student.nfe and levels is None):
+            return student
+        if type(student) is not Student:
+            raise UserError(
+                f"student.steps: {steps}, and the student to start from makes an image in {student.nfe} calls",
+                "leave student.steps and student.levels away",
+            )
+        then = spaced_levels(student.network, student.sigma, steps) if levels is None else levels
+        return FewStepStudent(student.network, student.spec, student.sigma, then, student.begins, student.guidance)
 
     def copied(self, network: nn.Module, start: Student | None = None) -> nn.Module:
         """A copy of the teacher's network, or of that of the student `start`, in the form that is trained."""
@@ -77,6 +108,10 @@ class StudentMethod(Method[O]):
             raise UserError(
                 f"method {self.name} goes on with students of kind {known}; the one to start from is of kind {kind}"
             )
+        if start.guidance is not None and setup.guidance is None:
+            what = f"the student to start from is told the guidance scale, {start.guidance[0]:g} to"
+            hint = "diffusion2gan and ode go on with it, with `pairs.cfg: [1, 8]`"
+            raise UserError(f"{what} {start.guidance[1]:g}, and here samples have none", hint)
         if (start.spec.shape, start.spec.classes) != (spec.shape, spec.classes):
             theirs = f"{start.spec.shape} with {start.spec.classes} classes"
             who = "the data has" if self.teacher is None else f"teacher {spec.name!r} makes"
@@ -138,6 +173,11 @@ class StudentMethod(Method[O]):
             return embed_labels(self._spec, condition, self.device)
         return self.teacher.embed(condition)
 
+    def asked(self, condition: Condition) -> Asked:
+        """`embedded`, with the guidance scales where the student is told them."""
+        found = self.embedded(condition)
+        return found if condition.guidance is None else Guided(found, condition.guidance)
+
     # The product ------------------------------------------------------------------------------------------------------
 
     def made(self, product: nn.Module) -> Student:
@@ -155,6 +195,9 @@ class StudentMethod(Method[O]):
     def nfe(self) -> int:
         return self.made(self.players()[self.product]).nfe
 
+    def scales(self) -> Range | None:
+        return self.made(self.players()[self.product]).guidance
+
     def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         student = self.made(product)
-        return student.decode(student(noise, self.embedded(condition)))
+        return student.decode(student(noise, self.asked(condition)))

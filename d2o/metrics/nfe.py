@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from d2o.errors import unknown
+from d2o.errors import UserError, unknown
 
 PER_SAMPLE = {
     "regression": 1,  # the student
@@ -16,23 +16,30 @@ PER_SAMPLE = {
     "consistency": 4,  # as Table 6 counts consistency distillation: the teacher's Heun step (2), student, target
 }
 """Phase of training -> evaluations of one sample of the batch in one iteration."""
+STUDENT_PASSES = {"regression": 1, "adversarial": 2}
+"""How many of these are the student's, which takes several calls each if it has several steps."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Iterations of one kind, one of `PER_SAMPLE`, with that batch. UserError: another kind."""
+    """Iterations of one kind, one of `PER_SAMPLE`, with that batch, of a student of so many calls. UserError: another
+    kind; several calls where papers count none."""
 
     kind: str
     batch: int
     iterations: int
+    calls: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in PER_SAMPLE:
             raise unknown("phase of training", self.kind, PER_SAMPLE)
+        if self.calls != 1 and self.kind not in STUDENT_PASSES:
+            raise UserError(f"phase of training {self.kind}: counted for students of one call")
 
     @property
     def nfe(self) -> int:
-        return PER_SAMPLE[self.kind] * self.batch * self.iterations
+        further = (self.calls - 1) * STUDENT_PASSES.get(self.kind, 0)
+        return (PER_SAMPLE[self.kind] + further) * self.batch * self.iterations
 
 
 def training_nfe(phases: Iterable[Phase]) -> int:

@@ -44,7 +44,8 @@ class EDMView(nn.Module):
     A discrete schedule's times are found by linear interpolation in log sigma; beyond `sigma_min` and `sigma_max` the
     network is told the nearest time that it knows. `precond` "consistency": x + (sigma - sigma_min) / sigma (D - x),
     which is x itself at sigma_min, as consistency models have it built in (Song et al. 2023, eq. 5). `augment_labels`
-    [B, augment_dim] go through a linear map into the time embedding (0 at first, if `with_second_time` made it).
+    [B, augment_dim] go through a linear map into the time embedding (0 at first, if `with_second_time` made it), or
+    through that of a UNet2DConditionModel with `time_cond_proj_dim`.
     `part` as in `Denoiser`; maps of transformers are those of their middle. UserError: a network, prediction or
     schedule that d2o does not know; dropout of a network that has none.
     """
@@ -123,20 +124,21 @@ class EDMView(nn.Module):
         with ExitStack() as stack:
             if part != "decoder":
                 stack.callback(self._catch(features, stop=part == "encoder"))
+            more = augment_labels if self.told else None
             if self.map_augment is not None and augment_labels is not None:
-                more = self.map_augment(augment_labels)
-                hook = self._time_embedding().register_forward_hook(lambda module, args, out: out + more)
+                added = self.map_augment(augment_labels)
+                hook = self._time_embedding().register_forward_hook(lambda module, args, out: out + added)
                 stack.callback(hook.remove)
             try:
-                denoised = self._denoise(x, sigma, condition)
+                denoised = self._denoise(x, sigma, condition, more)
             except _Enough:
                 return self._map(features[0], x)
         return denoised if part == "decoder" else (denoised, self._map(features[0], x))
 
-    def _denoise(self, x: Tensor, sigma: Tensor, condition: Embedded) -> Tensor:
+    def _denoise(self, x: Tensor, sigma: Tensor, condition: Embedded, more: Tensor | None) -> Tensor:
         s = sigma.to(torch.float32)[:, None, None, None]
         alpha = self.levels.alpha(s)
-        out = self.call(alpha * x, self.levels.time(sigma), condition).to(torch.float32)
+        out = self.call(alpha * x, self.levels.time(sigma), condition, more).to(torch.float32)
         if self.prediction == "epsilon":
             d = x - s * out
         elif self.prediction == "v_prediction":
@@ -149,8 +151,13 @@ class EDMView(nn.Module):
             d = torch.lerp(x, d, ((s - self.sigma_min) / s).clamp(min=0))
         return d
 
-    def call(self, x_t: Tensor, t: Tensor, condition: Embedded) -> Tensor:
-        """The network as its own family calls it: x_t, t [B] float32."""
+    @property
+    def told(self) -> bool:
+        """Whether it is a UNet2DConditionModel with an input beside the time, as for a guidance scale."""
+        return self.kind == "UNet2DConditionModel" and self.net.time_embedding.cond_proj is not None
+
+    def call(self, x_t: Tensor, t: Tensor, condition: Embedded, more: Tensor | None = None) -> Tensor:
+        """The network as its own family calls it: x_t, t [B] float32; `more` [B, time_cond_proj_dim] beside it."""
         if self.kind == "UNet2DModel":
             return self.net(x_t, t, class_labels=condition, return_dict=False)[0][:, : x_t.shape[1]]
         assert isinstance(condition, Text)
@@ -160,7 +167,7 @@ class EDMView(nn.Module):
             if self.time_ids is not None:
                 ids = torch.tensor([self.time_ids], dtype=torch.float32, device=x_t.device).expand(len(x_t), -1)
                 added = {"text_embeds": pooled, "time_ids": ids}
-            return self.net(x_t, t, states, added_cond_kwargs=added, return_dict=False)[0]
+            return self.net(x_t, t, states, timestep_cond=more, added_cond_kwargs=added, return_dict=False)[0]
         return self.net(x_t, encoder_hidden_states=states, pooled_projections=pooled, timestep=t, return_dict=False)[0]
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition
-from d2o.methods.base import Batch, Draws, Method, Setup
+from d2o.methods.base import Batch, Draws, Method, Reals, Setup
 from d2o.recipes.meta_ops import RememberedShapes
+from d2o.students.few_step import FewStepStudent
 
 META = torch.device("meta")
 
@@ -20,14 +22,28 @@ def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
     if method.needs(setup.options) == "none":
         return Batch()
     spec = setup.teacher.spec if setup.teacher else method.spec()
-    shape = setup.images.shape if setup.images is not None else spec.shape if spec else ()
-    classes = setup.images.classes if setup.images is not None else spec.classes if spec else 0
+    images = None if method.needs(setup.options) == "pairs" else setup.images
+    shape = images.shape if images is not None else spec.shape if spec else ()
+    classes = images.classes if images is not None else spec.classes if spec else 0
     classes = classes or method.classes
     x, labels = torch.empty(n, *shape, device=META), torch.empty(n, dtype=torch.int64, device=META) if classes else None
+    reals = _meta_reals(method.real_share(setup.options), setup, n)
+    scale = None if setup.guidance is None else torch.empty(n, device=META)
     if setup.teacher is not None and setup.teacher.spec.condition == "text":
-        return Batch(Condition.of_prompts([""] * n), noise=x, target=x, images=x)
+        return Batch(Condition.of_prompts([""] * n).guided(scale), noise=x, target=x, images=x, reals=reals)
     target = torch.empty(n, device=META) if method.triplets else x
-    return Batch(Condition(n, labels), noise=x, target=target, images=x)
+    return Batch(Condition(n, labels).guided(scale), noise=x, target=target, images=x, reals=reals)
+
+
+def _meta_reals(share: float, setup: Setup, n: int) -> Reals | None:
+    """As many real rows as there are on average."""
+    if not share or setup.images is None:
+        return None
+    count, classes = math.ceil(share * n), setup.images.classes
+    labels = torch.empty(count, dtype=torch.int64, device=META) if classes else None
+    text = setup.teacher is not None and setup.teacher.spec.condition == "text"
+    asked = Condition.of_prompts([""] * count) if text else Condition(count, labels)
+    return Reals(list(range(count)), torch.empty(count, *setup.images.shape, device=META), asked)
 
 
 class _MetaDraws(Draws):
@@ -76,8 +92,8 @@ class CountingLoop:
         for handle in handles:
             handle.remove()
 
-    def _count(self, *_: object) -> None:
-        self.calls += 1
+    def _count(self, network: nn.Module, *_: object) -> None:
+        self.calls += network.nfe if isinstance(network, FewStepStudent) else 1
 
     def _keep(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """What checkpointing keeps of a block is what goes into it."""

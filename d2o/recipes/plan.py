@@ -50,8 +50,8 @@ from d2o.teachers.stable_diffusion import TextTeacher
 from d2o.training.eval_section import Distance
 from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
-from d2o.training.scoring import OWN_IMAGES, open_evaluator, times
-from d2o.training.setup import licence_of, open_data, pair_folder, pair_settings, prompts_of
+from d2o.training.scoring import OWN_IMAGES, check_cfg_of, open_evaluator, times
+from d2o.training.setup import guidance_of, licence_of, open_data, pair_folder, pair_settings, prompts_of, wants_images
 from d2o.training.share import checkpointed, divide
 from d2o.training.tracker import check_tracker
 
@@ -116,6 +116,7 @@ def make_plan(
         batch=recipe.batch,
         licence=licence_of(recipe),
     )
+    setup.guidance = _attempt(plan.refused, lambda: guidance_of(recipe))
     _attempt(plan.missing, lambda: check_tracker(recipe))
     name = recipe.teacher
     if name and _fits(plan, recipe.method, name):
@@ -133,7 +134,8 @@ def make_plan(
             setup.teacher = None  # nothing can be asked of it
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
-    if needs == "images":
+    setup.captioned = wants_images(recipe) and (needs == "images" or recipe.prompts is not None)
+    if wants_images(recipe):
         if (data := recipe.data) is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
@@ -150,7 +152,10 @@ def make_plan(
             plan.memory["text encoders"] = 4 * plan.networks["text encoders (frozen)"]
         if name and (pairs := recipe.pairs):
             _attempt(plan.refused, lambda: _plan_pairs(plan, name, pairs, teacher))
-    lacking = (recipe.teacher or needs == "none") and setup.teacher is None, needs == "images" and setup.images is None
+    lacking = (
+        (recipe.teacher or needs == "none") and setup.teacher is None,
+        wants_images(recipe) and setup.images is None,
+    )
     if any(lacking) or (start is not None and setup.start is None):
         return plan
     method = _attempt(plan.refused, lambda: _build(method_class, setup))
@@ -258,6 +263,7 @@ def _check_metric(recipe: Recipe, method: Method, extractor: Extractor | None) -
     """UserError: the recipe's `eval:` asks for what the method's product does not give, or has a network that does not
     take its images."""
     spec = method.spec()
+    check_cfg_of(recipe.eval, method)
     if spec is None and recipe.eval and recipe.eval.metric == "fd":
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
     if (
@@ -360,7 +366,7 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
         )
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if phase := method.phase(recipe.options):
-        plan.calls[AS_PAPERS] = Phase(phase, recipe.batch, plan.iterations).nfe
+        plan.calls[AS_PAPERS] = Phase(phase, recipe.batch, plan.iterations, method.nfe()).nfe
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
         many, each = times(recipe), recipe.eval.samples
         plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition, Embedded
+from d2o.condition import Asked, Condition, Embedded, Guided
+from d2o.diffusion.guidance import Range
 from d2o.diffusion.levels import DiscreteLevels
 from d2o.errors import UserError, unknown
 from d2o.inputs import JsonObject
@@ -20,6 +21,7 @@ from d2o.networks.build import build_network, network_config
 from d2o.networks.config import Config
 from d2o.networks.edm_view import EDMView, called_at
 from d2o.networks.load import load_weights
+from d2o.networks.scale_input import scale_embedding
 from d2o.spaces.base import UNNAMED, LatentSpace
 from d2o.spaces.load import load_space
 from d2o.teachers.base import Spec, check_labels, embed_labels
@@ -32,26 +34,38 @@ STUDENTS = {
     "multistep": "d2o.students.multistep",
     "style": "d2o.students.style",
     "consistency": "d2o.students.consistency",
+    "few_step": "d2o.students.few_step",
 }
 """Kind, as checkpoints state it -> module, which has a class `STUDENT`."""
+ROUNDING = 1e-5
+"""Of a guidance scale that was float32."""
 
 
 class Student(nn.Module):
     """A denoiser called once at a fixed noise level: x = D(sigma z; sigma, c); of a teacher with a discrete schedule
     the nearest of its levels. `begins` "x_T": D(sqrt(1 + sigma^2) z; sigma, c), so that the network itself sees z,
     unscaled: (z - sigma_T eps(z, c, T)) / alpha_T (Kang et al. 2024, eq. 7); for networks with a discrete schedule.
+    `guidance`: the range of guidance scales for which it was trained, if it is told them (`networks.scale_input`).
 
-    forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`, or
-    what `embed` made of one. `config` rebuilds it. Other kinds of students override `forward`, `nfe`, `record`
-    and `from_record`; image i depends on its noise and condition alone in all of them.
+    forward(noise [B, C, H, W] standard normal, condition) -> x [B, C, H, W] float32; the condition is a `Condition`
+    (with guidance scales where, and only where, it is told them), or what `embed` made of one. `config` rebuilds it.
+    Other kinds of students override `forward`, `nfe`, `record` and `from_record`; image i depends on its noise and
+    condition alone in all of them.
     """
 
     nfe = 1  # network calls of one sample
 
-    def __init__(self, network: nn.Module, spec: Spec, sigma: float = 80.0, begins: str = "noise"):
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: Spec,
+        sigma: float = 80.0,
+        begins: str = "noise",
+        guidance: Range | None = None,
+    ):
         super().__init__()
         self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
-        self.begins, self.factor = begins, factor_of(network, self.sigma, begins)
+        self.begins, self.factor, self.guidance = begins, factor_of(network, self.sigma, begins), guidance
         self.meta: JsonObject = {}
         self._text: TextEncoders | None = None
         self._space: LatentSpace | None = None
@@ -59,13 +73,16 @@ class Student(nn.Module):
     @property
     def record(self) -> JsonObject:
         """What a checkpoint states beside network and spec: the kind, and that kind's settings."""
-        usual = self.begins == "noise"
-        return {"kind": "denoiser", "sigma": self.sigma, **({} if usual else {"begins": self.begins})}
+        record: JsonObject = {"kind": "denoiser", "sigma": self.sigma}
+        record |= {"begins": self.begins} if self.begins != "noise" else {}
+        return record | ({"guidance": list(self.guidance)} if self.guidance is not None else {})
 
     @classmethod
     def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> Student:
         """Undo `record`."""
-        return cls(network, spec, record["sigma"], record.get("begins", "noise"))
+        guidance = record.get("guidance")
+        told = None if guidance is None else (guidance[0], guidance[1])
+        return cls(network, spec, record["sigma"], record.get("begins", "noise"), told)
 
     def with_steps(self, steps: int) -> Student:
         """The same student, called `steps` times for an image. UserError: a number that its kind cannot do."""
@@ -127,23 +144,62 @@ class Student(nn.Module):
     def _needs(self, what: str) -> JsonObject:
         return (self.meta.get("needs") or {}).get(what) or {}
 
-    def embed(self, condition: Condition | Embedded) -> Embedded:
+    def embed(self, condition: Condition | Asked) -> Asked:
         """What the network takes, on its device; what is embedded already comes back as it is. UserError: of a kind
         that this student does not take."""
+        if isinstance(condition, Guided):
+            return condition
         if self.spec.condition != "text":
-            return embed_labels(self.spec, condition, self.device)
-        return embed_prompts(self.spec, condition, lambda prompts: self.text(prompts))
+            found = embed_labels(self.spec, condition, self.device)
+        else:
+            found = embed_prompts(self.spec, condition, lambda prompts: self.text(prompts))
+        scale = condition.guidance if isinstance(condition, Condition) else None
+        return found if scale is None else Guided(found, scale.to(self.device))
 
-    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
-        """The embedded condition if it fits. UserError: none, another number than the batch, classes out of range."""
+    def check_condition(self, embedded: Asked, batch: int) -> Embedded:
+        """The embedded condition if it fits, without its guidance scales. UserError: none, another number than the
+        batch, classes out of range; guidance scales out of range, or none where, and only where, it is told them."""
+        scale = embedded.scale if isinstance(embedded, Guided) else None
+        if scale is None or self.guidance is None:
+            self.check_cfg(None if scale is None else float(scale[0]))
+        elif scale.device.type == "cpu":  # elsewhere nothing waits for the device
+            for end in (scale.min(), scale.max()):
+                self.check_cfg(float(end))
         check = check_text if self.spec.condition == "text" else check_labels
-        return check(self.spec, embedded, batch)
+        return check(self.spec, embedded.embedded if isinstance(embedded, Guided) else embedded, batch)
 
-    def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
-        embedded = self.check_condition(self.embed(condition), len(noise))
-        return self.network(
-            noise.to(torch.float32) * self.factor, noise.new_full((1,), self.sigma, dtype=torch.float32), embedded
-        )
+    def check_cfg(self, cfg: float | None) -> float | None:
+        """The guidance scale if it is told one that it was trained for, or if there is none to tell. UserError."""
+        if self.guidance is None:
+            if cfg is not None:
+                raise UserError(
+                    f"the student of {self.spec.name} is not told a guidance scale (cfg {cfg:g}): it has that of its"
+                    " pairs for good",
+                    "leave it away; `pairs.cfg: [1, 8]` trains one that is",
+                )
+            return None
+        low, high = self.guidance
+        if cfg is None:
+            raise UserError(
+                f"the student of {self.spec.name} is told the guidance scale, and none is given",
+                f"give one from {low:g} to {high:g}: --cfg {(low + high) / 2:g}, or condition.guided(scale)",
+            )
+        if not low - ROUNDING <= cfg <= high + ROUNDING:
+            raise UserError(
+                f"cfg {cfg:g}: the student of {self.spec.name} was trained for guidance scales from {low:g} to {high:g}"
+            )
+        return cfg
+
+    def forward(self, noise: Tensor, condition: Condition | Asked = None) -> Tensor:
+        asked = self.embed(condition)
+        scale = asked.scale if isinstance(asked, Guided) else None
+        return self.call(noise, self.check_condition(asked, len(noise)), scale)
+
+    def call(self, noise: Tensor, embedded: Embedded, scale: Tensor | None = None) -> Tensor:
+        """`forward` of what the network takes, unchecked."""
+        told = () if scale is None else (scale_embedding(scale),)
+        sigma = noise.new_full((1,), self.sigma, dtype=torch.float32)
+        return self.network(noise.to(torch.float32) * self.factor, sigma, embedded, *told)
 
     def decode(self, x: Tensor) -> Tensor:
         """Diffusion space -> images in [-1, 1]. UserError: latents that only the teacher can decode."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition, Embedded
+from d2o.condition import Asked, Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError, unknown
 from d2o.inputs import JsonObject
@@ -112,7 +112,7 @@ class ConsistencyStudent(Student):
             places = [1.0, *([self.middle] if self.nfe == 2 else []), 0.0]
         return [karras_sigma(1 - place, lowest_level(self.network), self.sigma, RHO) for place in places]
 
-    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: DrawNoise | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | Asked = None, randn: DrawNoise | None = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
         grid = self.grid()
         x = noise.to(torch.float32) * self.sigma

@@ -91,9 +91,11 @@ def prompted(who: str, spec: Spec, record: JsonObject, prompts: Prompts | None) 
     return replace(spec, condition="label", classes=len(prompts)), {**record, "prompts": about}
 
 
-def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler:
-    """One call of the student. UserError: no prompts for one that takes text, or the reverse; its text encoders or
-    autoencoder are not those that it was trained with, or nowhere."""
+def student_sampler(student: Student, prompts: Prompts | None = None, cfg: float | None = None) -> Sampler:
+    """One call of the student. UserError: no prompts for one that takes text, or the reverse; a guidance scale for one
+    that is not told it, or none for one that is; its text encoders or autoencoder are not those that it was trained
+    with, or nowhere."""
+    student.check_cfg(cfg)
     device = next(student.parameters()).device
     dtype: torch.dtype | None = None
 
@@ -103,7 +105,7 @@ def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler
 
     def call(noise: Tensor, condition: Condition) -> Tensor:
         with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-            x = student(noise.to(device), condition)
+            x = student(noise.to(device), condition.guided(cfg))
         return student.decode(x.to(torch.float32))
 
     about = student.record  # as it is called now: its steps or truncation may be others than the checkpoint's
@@ -113,6 +115,7 @@ def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler
         "student": about,
         "nfe": student.nfe,
         "checkpoint": student.meta,
+        **({} if cfg is None else {"cfg": cfg}),
     }
     spec, record = prompted("the student of", student.spec, record, prompts)
     student.fetch()

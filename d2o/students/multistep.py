@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition, Embedded
+from d2o.condition import Asked, Condition
 from d2o.diffusion.ddgan import DDGANProcess
 from d2o.inputs import JsonObject
 from d2o.students.base import Student
@@ -62,7 +62,7 @@ class MultistepStudent(Student):
     def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> MultistepStudent:
         return cls(network, spec, record["steps"])
 
-    def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: DrawNoise | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | Asked = None, randn: DrawNoise | None = None) -> Tensor:
         embedded = self.check_condition(self.embed(condition), len(noise))
         randn = randn or OwnNoise(noise)
         x = noise.to(torch.float32)

@@ -18,6 +18,16 @@ class StudentSection(Section):
         "what is put in for standard normal z: sigma z, as EDM's samplers begin; or x_T = z as the network sees it, as"
         " those of Stable Diffusion begin (x = sqrt(1 + sigma^2) z; for networks with a discrete schedule)",
     )
+    steps: Annotated[int, Field(ge=1, le=1000)] = field(
+        1,
+        "network calls of a sample (diffusion2gan and ode): each estimates the image, the next one begins on the way"
+        " from there to what the last one was given; trained by the last one's image, with gradients through all",
+    )
+    levels: list[Positive] | None = field(
+        None,
+        "noise levels of the calls after the first (default none: of Stable Diffusion's kind evenly in time, 999 and"
+        " 499 of 2; else evenly on Karras' scale)",
+    )
     init: Literal["teacher", "scratch"] = field(
         "teacher", "start from a copy of the teacher's network, or from random weights"
     )

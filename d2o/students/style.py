@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Condition, Embedded
+from d2o.condition import Asked, Condition
 from d2o.errors import UserError, unknown
 from d2o.inputs import JsonObject
 from d2o.students.base import Student
@@ -45,7 +45,7 @@ class StyleStudent(Student):
     def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> StyleStudent:
         return cls(network, spec, record["noise"], record["truncation"])
 
-    def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | Asked = None) -> Tensor:
         self.check_condition(self.embed(condition), len(noise))
         return self.decode_style(self.latent(noise, 1.0), self.noises(noise))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import NO_CLASS, Condition, Embedded, Text, join_embedded
-from d2o.diffusion.guidance import guide
+from d2o.diffusion.guidance import Range, guide, no_guidance, show_cfg
 from d2o.diffusion.schedules import EDMSchedule, Schedule
 from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
@@ -134,19 +134,20 @@ class Teacher:
         return torch.full_like(embedded, NO_CLASS)
 
     def guided(
-        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float = 1.0
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float | Tensor = 1.0
     ) -> Tensor:
         """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the
-        plain conditional call.
+        plain conditional call, and [B] are the scales of each sample.
 
         For one x_t this is the same as guiding the noise prediction. UserError: nothing to guide by.
         """
-        if cfg == 1.0:
+        if no_guidance(cfg):
             return self.denoise(x_t, t, condition)
         self.check_cfg(cfg)
         embedded = self.embed(condition)
         if embedded is None:
-            raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} was given none")
+            what = f"guidance (cfg {show_cfg(cfg)}) needs a condition, but teacher {self.spec.name!r} was given none"
+            raise UserError(what)
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
         checked = self.check_condition(embedded, len(x_t))
         both = join_embedded(checked, self.unconditional(checked))
@@ -160,7 +161,7 @@ class Teacher:
         condition: Condition | Embedded = None,
         solver: str | Solver | None = None,
         steps: int | None = None,
-        cfg: float = 1.0,
+        cfg: float | Tensor = 1.0,
         randn: Randn | None = None,
     ) -> Tensor:
         """Standard normal noise [B, C, H, W] -> samples [B, C, H, W] float32 in the diffusion space.
@@ -210,14 +211,17 @@ class Teacher:
         one, out of range."""
         return check_labels(self.spec, embedded, batch)
 
-    def check_cfg(self, cfg: float) -> None:
+    def check_cfg(self, cfg: float | Range | Tensor) -> None:
         """UserError: guidance of a teacher that has no condition, or never learned what images are like without one."""
-        if cfg != 1 and self.spec.condition == "none":
-            raise UserError(f"guidance (cfg {cfg:g}) needs a condition, but teacher {self.spec.name!r} takes none")
-        if cfg != 1 and not self.spec.guidable:
+        if no_guidance(cfg):
+            return
+        if self.spec.condition == "none":
+            what = f"guidance (cfg {show_cfg(cfg)}) needs a condition, but teacher {self.spec.name!r} takes none"
+            raise UserError(what)
+        if not self.spec.guidable:
             what = (
                 f"teacher {self.spec.name!r} was trained with a class for every image; it cannot be guided (cfg"
-                f" {cfg:g})"
+                f" {show_cfg(cfg)})"
             )
             raise UserError(what, "leave --cfg away")
 

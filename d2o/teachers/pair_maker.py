@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o.condition import Condition
-from d2o.data.draws import draw_some
+from d2o.data.draws import draw_scales, draw_some
 from d2o.data.images import to_uint8
 from d2o.data.pair_files import ShardContent
 from d2o.data.pair_settings import DTYPES, PairSettings
@@ -69,9 +69,10 @@ class Maker:
                 target[part] = old["target"][part]
                 images += [old["image"][part]] if settings.decode else []
             else:
-                x = self.teacher.sample(drawn.start, drawn.condition, self.solver, cfg=settings.cfg, randn=drawn.steps)[
-                    :count
-                ]
+                scales = drawn.condition.guidance
+                cfg = settings.cfg if scales is None else scales.to(self.teacher.device)
+                assert not isinstance(cfg, tuple)
+                x = self.teacher.sample(drawn.start, drawn.condition, self.solver, cfg=cfg, randn=drawn.steps)[:count]
                 target[part] = x.cpu()
                 check_finite(
                     target[part], settings.seed + unit.start + first, f"teacher {settings.teacher}", settings.dtype
@@ -102,6 +103,8 @@ class Maker:
         if self.prompts is not None:
             texts = self.prompts.many([int(settings.prompt_numbers(i, 1, len(self.prompts))[0]) for i in sources])
             condition = Condition.of_prompts(texts)
+        if isinstance(settings.cfg, tuple):
+            condition = condition.guided(draw_scales([settings.seed + i for i in sources], settings.cfg))
         drawn_classes = spec.classes if settings.labels == "random" else 0
         steps = (
             StepNoise([settings.seed + i for i in sources], spec.shape, drawn_classes)

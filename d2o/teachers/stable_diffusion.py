@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded, Text
-from d2o.diffusion.guidance import guide
+from d2o.diffusion.guidance import guide, no_guidance
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
 from d2o.interop.safetensors_io import tensors_sha256
@@ -175,9 +175,9 @@ class StableDiffusionTeacher(TextTeacher):
         return Prepared(embedded) if not plain and isinstance(embedded, Text) else embedded
 
     def guided(
-        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float = 1.0
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float | Tensor = 1.0
     ) -> Tensor:
-        if cfg == 1.0 or not isinstance(condition, Prepared):
+        if no_guidance(cfg) or not isinstance(condition, Prepared):
             return super().guided(x_t, t, condition, cfg)
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
         both = condition.guided(self.empty)

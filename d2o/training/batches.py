@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
 from d2o.data.stream import PairStream
 from d2o.data.triplets import TripletSet
-from d2o.methods.base import Batch
+from d2o.methods.base import Batch, Reals
 
 
 class Batches:
@@ -40,13 +41,19 @@ def open_batches(
     indices: Tensor | None = None,
     xflip: bool = False,
     prompts: Prompts | None = None,
+    beside: tuple[ImageSet | LatentSet | TripletSet, float] | None = None,
 ) -> Batches:
     """The batches of a source. `share` (start, stop) is this process's part of the global batch, all parts are of one
-    size. `indices`: the images that are drawn from; None: all. `prompts`: the images' own, one each."""
+    size. `indices`: the images that are drawn from; None: all. `prompts`: the images' own, one each.
+    `beside`: of pairs, images for that share of the rows."""
     if source is None:
         return Batches()
     if isinstance(source, PairStore):
-        return PairBatches(source, batch, seed, share, device)
+        pairs = PairBatches(source, batch, seed, share, device)
+        if beside is None:
+            return pairs
+        images, part = beside
+        return MixedBatches(pairs, RealBatches(images, batch, seed, share, device, part, xflip, prompts))
     return ImageBatches(source, batch, seed, share, device, indices, xflip, prompts)
 
 
@@ -70,6 +77,8 @@ class PairBatches(Batches):
 
 class ImageBatches(Batches):
     """Of images, stored latents or triplets; images as float in [-1, 1]."""
+
+    on_host = False  # whether classes stay there
 
     def __init__(
         self,
@@ -97,13 +106,19 @@ class ImageBatches(Batches):
             self.ahead[1].result() if self.ahead is not None and self.ahead[0] == iteration else self.read(iteration)
         )
         self.ahead = (iteration + 1, self.reader.submit(self.read, iteration + 1))
-        assert batch.images is not None
-        images = self.finish(iteration, batch.images.to(self.device, non_blocking=True))
+        images = batch.images
+        if images is not None:  # of some rows there may be none
+            images = self.finish(iteration, images.to(self.device, non_blocking=True))
         target = None if batch.target is None else batch.target.to(self.device, non_blocking=True)
-        return Batch(batch.condition.to(self.device, non_blocking=True), target=target, images=images)
+        asked = batch.condition if self.on_host else batch.condition.to(self.device, non_blocking=True)
+        return Batch(asked, target=target, images=images)
 
     def close(self) -> None:
         self.reader.shutdown(cancel_futures=True)
+
+    def mine(self, iteration: int, values: Tensor) -> Tensor:
+        """Of values of the rows of the global batch those of the rows that this process reads."""
+        return values[self.share[0] : self.share[1]]
 
     def positions(self, iteration: int) -> Tensor:
         """Which images this process takes in that iteration. By numpy, since it runs in the thread, see `get`."""
@@ -135,6 +150,60 @@ class ImageBatches(Batches):
         x = to_float(images) if images.dtype == torch.uint8 else images
         if self.xflip:
             generator = torch.Generator().manual_seed(mix(self.seed, "xflip", iteration))
-            flip = torch.rand(self.batch, generator=generator)[self.share[0] : self.share[1]] < 0.5
+            flip = self.mine(iteration, torch.rand(self.batch, generator=generator)) < 0.5
             x = torch.where(flip[:, None, None, None].to(x.device), x.flip(3), x)
         return x
+
+
+class RealBatches(ImageBatches):
+    """Images for some rows of the batch, each with the chance `part`, drawn from (seed, iteration): they are the same
+    rows on any number of processes, and no others are read."""
+
+    on_host = True  # captions are made of them
+
+    def __init__(
+        self,
+        source: ImageSet | LatentSet | TripletSet,
+        batch: int,
+        seed: int,
+        share: tuple[int, int],
+        device: torch.device,
+        part: float,
+        xflip: bool = False,
+        prompts: Prompts | None = None,
+    ):
+        super().__init__(source, batch, seed, share, device, None, xflip, prompts)
+        self.part = part
+
+    def rows(self, iteration: int) -> Tensor:
+        """Which rows of this process's share."""
+        generator = torch.Generator().manual_seed(mix(self.seed, "real rows", iteration))
+        chance = torch.rand(self.batch, generator=generator)[self.share[0] : self.share[1]]
+        return (chance < self.part).nonzero()[:, 0]
+
+    def mine(self, iteration: int, values: Tensor) -> Tensor:
+        return super().mine(iteration, values)[self.rows(iteration)]
+
+    def positions(self, iteration: int) -> Tensor:
+        return super().positions(iteration)[self.rows(iteration)]
+
+    def read(self, iteration: int) -> Batch:
+        return super().read(iteration) if len(self.rows(iteration)) else Batch()
+
+    def reals(self, iteration: int) -> Reals:
+        found = self.get(iteration)
+        return Reals(self.rows(iteration).tolist(), found.images, found.condition)
+
+
+class MixedBatches(Batches):
+    """Of a pair store, with real images beside."""
+
+    def __init__(self, pairs: PairBatches, images: RealBatches):
+        self.pairs, self.images = pairs, images
+
+    def get(self, iteration: int) -> Batch:
+        return replace(self.pairs.get(iteration), reals=self.images.reals(iteration))
+
+    def close(self) -> None:
+        self.pairs.close()
+        self.images.close()

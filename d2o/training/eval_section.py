@@ -50,6 +50,9 @@ class EvalSection(Section):
         "statistics, as `d2o eval --against` takes it (default none: the protocol's)",
         validate_default=True,
     )
+    cfg: Annotated[float, Field(ge=0)] | None = field(
+        None, "guidance scale of the samples, for students that are told it (`pairs.cfg: [1, 8]`)"
+    )
     seed: Seed = field(2_000_000, "seed of the first sample; away from those of the pairs")
     batch: BatchSize = field(250, "samples per network call")
 

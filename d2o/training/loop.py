@@ -110,7 +110,10 @@ class Trainer:
             self.device,
             self.method.train_indices,
             flip,
-            setup.prompts,
+            setup.prompts if source is setup.images or setup.captioned else None,
+            None
+            if setup.images is None or not (part := self.method.real_share(setup.options))
+            else (setup.images, part),
         )
         self.schedule = Calendar(recipe)
         self.iterations = self.schedule.iterations
@@ -285,7 +288,7 @@ class Trainer:
             solver,
             self.device,
             first_prompts(self.setup, recipe.preview.n),
-            learned_cfg(recipe),
+            self.method.scales() or learned_cfg(recipe),
         )
 
     def show(self, preview: Preview | None) -> None:

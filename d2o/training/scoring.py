@@ -44,6 +44,20 @@ def open_evaluator(recipe: Recipe, device: torch.device) -> FrechetEvaluator | N
     return FrechetEvaluator(asked.extractor, asked.reference, device, asked.protocol, own)
 
 
+def check_cfg_of(e: EvalSection | None, method: Method) -> None:
+    """UserError: `eval.cfg` for a product that is told no guidance scale, none or one out of range for one that is."""
+    told = method.scales()
+    if e is None or e.distance is None:
+        return
+    if told is None and e.cfg is not None:
+        raise UserError(f"eval.cfg: the product of method {method.name} is told no guidance scale", "leave it away")
+    if told is not None and (e.cfg is None or not told[0] <= e.cfg <= told[1]):
+        what = "is missing" if e.cfg is None else f"{e.cfg:g} is out of range"
+        raise UserError(
+            f"eval.cfg {what}: the student is told the guidance scale of its samples, {told[0]:g} to {told[1]:g}"
+        )
+
+
 def times(recipe: Recipe) -> int:
     """Measurements of the whole run; the last one is at its end."""
     return 0 if recipe.eval is None else -(-recipe.images // recipe.eval.every)
@@ -70,6 +84,11 @@ def same_measure(before: JsonObject | None, now: EvalSection | None) -> bool:
     return before is not None and all(
         value == before.get(key) for key, value in now.model_dump().items() if key not in rest
     )
+
+
+def at_scale(generate: Generate, cfg: float) -> Generate:
+    """Of a product that is told the guidance scale: all samples at this one."""
+    return lambda noise, condition: generate(noise, condition.guided(torch.full((len(noise),), cfg)))
 
 
 class Scoring:
@@ -101,6 +120,7 @@ class Scoring:
         """UserError where it cannot be measured: missing weights, images of another shape, a metric that the method
         does not give."""
         e, evaluator = self.recipe.eval, open_evaluator(self.recipe, self.device)
+        check_cfg_of(e, self.method)
         if e is None:
             return
         if e.metric == "fd" and (evaluator is None or self.spec is None):
@@ -129,6 +149,8 @@ class Scoring:
         """Numbers about the product, by the recipe's `eval:`; all processes call this, the first one gets them.
         UserError: not the metric that the recipe asks for."""
         started = time.perf_counter()
+        if e.cfg is not None:
+            generate = at_scale(generate, e.cfg)
         found = self.distance(e, generate, iteration) if self.spec is not None and e.distance is not None else {}
         if self.rank != 0:
             return {}

@@ -18,6 +18,7 @@ from d2o.data.prompt_files import open_prompts
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet, open_set
 from d2o.data.triplets import TripletSet, open_triplets
+from d2o.diffusion.guidance import Range, show_cfg
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.inputs import JsonObject
@@ -64,7 +65,22 @@ def learned_solver(recipe: Recipe, teacher: Teacher | None) -> Solver | None:
     return own if pairs.stochastic else pairs
 
 
-def learned_cfg(recipe: Recipe) -> float:
+def guidance_of(recipe: Recipe) -> Range | None:
+    """The guidance scales of the recipe's pairs, where each has its own. UserError: the method's student cannot be told
+    it."""
+    method = get_method(recipe.method)
+    if recipe.pairs is None or not isinstance(cfg := recipe.pairs.cfg, tuple):
+        return None
+    if method.needs(recipe.options) != "pairs" or not method.tells:
+        raise UserError(
+            f"pairs.cfg: {show_cfg(cfg)} gives each pair a guidance scale of its own, which students of method"
+            f" {recipe.method} are not told",
+            "give one number, or a method that tells them: diffusion2gan or ode",
+        )
+    return cfg
+
+
+def learned_cfg(recipe: Recipe) -> float | Range:
     """The teacher's guidance in what the student learns: that of its pairs, else the method's own; 1: none."""
     return recipe.pairs.cfg if recipe.pairs is not None else getattr(recipe.options, "cfg", 1.0)
 
@@ -122,9 +138,20 @@ def first_prompts(setup: Setup, n: int) -> list[str]:
     return pairs.prompts(range(min(n, len(pairs)))) if pairs is not None and pairs.has_prompts else []
 
 
+def wants_images(recipe: Recipe) -> bool:
+    """Whether training reads images of `data:`, alone or beside pairs."""
+    method = get_method(recipe.method)
+    return method.needs(recipe.options) == "images" or method.real_share(recipe.options) > 0
+
+
 def check_captions(setup: Setup) -> None:
     """UserError: prompts that go with images, and are more or fewer."""
-    if setup.prompts is not None and setup.images is not None and len(setup.prompts) != len(setup.images):
+    if (
+        setup.prompts is not None
+        and setup.captioned
+        and setup.images is not None
+        and len(setup.prompts) != len(setup.images)
+    ):
         raise UserError(
             f"prompts: {len(setup.prompts):,} for the {len(setup.images):,} images of `data:`; with images there is one"
             " for each, in their order"
@@ -151,6 +178,7 @@ def prepare(
         seed=recipe.seed,
         batch=recipe.batch,
         licence=licence_of(recipe),
+        guidance=guidance_of(recipe),
     )
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
@@ -162,7 +190,8 @@ def prepare(
     if kind is not None:
         check_kind(recipe.method, kind)
         setup.prompts = prompts_of(recipe, kind.text)
-    if needs == "images":
+    setup.captioned = wants_images(recipe) and (needs == "images" or recipe.prompts is not None)
+    if wants_images(recipe):
         if recipe.data is None:
             raise UserError(
                 f"method {recipe.method} needs images", "give --data PATH, or a `data:` section in the recipe"

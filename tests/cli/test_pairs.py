@@ -94,6 +94,7 @@ def test_make_again_verify_damage_and_repair(run, tmp_path):
         (["--verify", "nowhere"], "nowhere is not a pair store"),
         (["--teacher", "sd15", "--n", 3, "--out", "p", "--cfg", 3], "'sd15' is conditioned on text"),
         (["--teacher", "tiny-sd", "--n", 3, "--out", "p"], "'tiny-sd' is conditioned on text"),
+        (["--teacher", "t.safetensors", "--n", 3, "--out", "p", "--cfg", "8:1"], "the range ends before it begins"),
         (["--stats", "nowhere"], "nowhere is not a pair store"),
         (["--stats", "a", "--verify", "a"], "two different things"),
         (["--merge", "nowhere"], "--out is missing"),

@@ -92,7 +92,7 @@ def test_a_teacher(run, tmp_path):
         (["--teacher", "sd15"], "--n and --prompt (or --prompts FILE) are missing"),
         (["s.safetensors", "--n", 3, "--out", "x.rar"], "unknown output format '.rar'"),
         (["s.safetensors", "--n", 3, "--out", "x.zip", "--steps", 3], "makes an image in one network call"),
-        (["s.safetensors", "--n", 3, "--out", "x.zip", "--solver", "heun"], "are a teacher's"),
+        (["s.safetensors", "--n", 3, "--out", "x.zip", "--solver", "heun"], "is a teacher's"),
         (["s.safetensors", "--n", 3, "--out", "x.zip", "--grid", "g.jpg"], "expected the name of a .png file"),
         (["s.safetensors", "--n", 3, "--out", "x.zip", "--labels", "11"], "class 11 is out of range"),
         (["t.safetensors", "--n", 3, "--out", "x.zip"], "holds a teacher, not a student"),
