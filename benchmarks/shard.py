@@ -1,6 +1,6 @@
 """Strategy `shard`: do several processes end with the weights of one, and how much memory does each need?
 
-    python benchmarks/shard.py equal [--processes 2 4] [--only NAME] [--eps calm] [--strategies shard]
+    python benchmarks/shard.py equal [--processes 2 4] [--only NAME] [--eps calm double] [--strategies shard]
                                       [--out benchmarks/results/shard.json]
     python benchmarks/shard.py memory [--millions 200] [--out benchmarks/results/shard_memory.json]
                                                             peak of each of 2 processes, shard : replicate
@@ -11,7 +11,8 @@ divides a gradient by its own size: where that is nothing but rounding errors it
 strategy. So every run is done twice: "calm", with an eps of 0.01, and "own", with the recipe's eps, which also one
 process does in two micro-batches. Calm runs have beside them one process that begins with weights 1e-7 of themselves
 away ("nudged"): what training itself makes of rounding errors, and networks against each other make much. A calm
-difference above 1e-5 that is more than NUDGED times that one is a fault (exits with 1).
+difference above 1e-5 that is more than NUDGED times that one is a fault (exits with 1). "double": calm runs in double
+precision, where rounding errors are 1e-16: there nothing may differ by 1e-5, however much a training makes of them.
 `moved`: how far training has moved the weights; `above`: share of the numbers that differ by more than 1e-5. Nothing
 here measures time: it may run beside others.
 """
@@ -75,7 +76,7 @@ def settings_of(name: str, eps: str, how: str) -> Recipe:
     recipe = name.partition(",")[0]
     own = load_recipe(recipe, RECIPES[name], mini=True)
     quiet = ["threads=1", "eval=null", "preview=null", "channels_last=false", "checkpoint.keep=0", "log_every=20"]
-    calm = ["optim.eps=0.01", *(["optim_critic.eps=0.01"] if own.optim_critic else [])] if eps == "calm" else []
+    calm = ["optim.eps=0.01", *(["optim_critic.eps=0.01"] if own.optim_critic else [])] if eps != "own" else []
     parts = [f"micro_batch={own.batch // 2}"] if how == "micro" else []
     strategy = f"strategy={'shard' if how == 'shard' else 'replicate'}"
     length = f"images={ITERATIONS * own.batch}"
@@ -86,6 +87,10 @@ def train(out: Path, eps: str, how: str, recipes: list[str]) -> None:
     """One of the processes."""
     import torch
 
+    if eps == "double":  # whatever asks for single precision gets this
+        torch.float32 = torch.float64
+        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+        torch.set_default_dtype(torch.float64)
     from d2o.errors import UserError
     from d2o.interop.safetensors_io import save_file
     from d2o.runtime import StopFlag
@@ -131,7 +136,7 @@ def equal(
     shared = [(n, how) for n in processes for how in strategies]
     with tempfile.TemporaryDirectory() as folder:
         for eps in settings:
-            runs = [(1, "micro" if eps == "own" else "nudged"), *shared]
+            runs = [*{"own": [(1, "micro")], "calm": [(1, "nudged")], "double": []}[eps], *shared]
             alone = Path(folder) / f"{eps}_one"
             launch(1, ["train", str(alone), eps, "one", *recipes])
             for n, how in runs:
@@ -152,14 +157,14 @@ def equal(
                     print(f"{name:<29}{eps:>6}{n:>3} {how:<10}{most:>10.1e}{above:>10.1e}", flush=True)
                 if out is not None:
                     out.write_text(json.dumps({**head, "recipes": table}, indent=1) + "\n")
-    calm = shared if "calm" in settings else []
     faults = []
     for name in recipes:
-        limit = max(LIMIT, NUDGED * table[name].get("calm, 1 nudged", {"largest": 0})["largest"])
-        for row in (f"calm, {n} {how}" for n, how in calm):
-            found = table[name][row]
-            if isinstance(found, str) or found["largest"] > limit:
-                faults.append(f"{name}: {row}: {found}")
+        nudged = NUDGED * table[name].get("calm, 1 nudged", {"largest": 0})["largest"]
+        for eps, limit in (("calm", max(LIMIT, nudged)), ("double", LIMIT)):
+            for row in [f"{eps}, {n} {how}" for n, how in shared if eps in settings]:
+                found = table[name][row]
+                if isinstance(found, str) or found["largest"] > limit:
+                    faults.append(f"{name}: {row}: {found}")
     print("\n".join(faults), file=sys.stderr)
     return not faults
 
@@ -168,8 +173,8 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
     """The largest difference, and the share of the numbers whose difference is above LIMIT."""
     import torch
 
-    apart = torch.cat([(a[key].float() - b[key].float()).abs().flatten() for key in b])
-    return float(f"{apart.max().item():.2e}"), float(f"{(apart > LIMIT).float().mean().item():.2e}")
+    apart = torch.cat([(a[key].double() - b[key].double()).abs().flatten() for key in b])
+    return float(f"{apart.max().item():.2e}"), float(f"{(apart > LIMIT).double().mean().item():.2e}")
 
 
 def player(strategy: str, millions: int, out: Path) -> None:
@@ -265,7 +270,7 @@ def main() -> None:
     parser.add_argument("what", choices=("equal", "memory"))
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", nargs="+", default=list(RECIPES))
-    parser.add_argument("--eps", nargs="+", choices=("calm", "own"), default=["calm", "own"])
+    parser.add_argument("--eps", nargs="+", choices=("calm", "own", "double"), default=["calm", "own"])
     parser.add_argument("--strategies", nargs="+", choices=("shard", "replicate"), default=["shard", "replicate"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--millions", type=int, default=200)
