@@ -12,6 +12,8 @@ from d2o.cli import console
 from d2o.cli.hints import fit
 
 if TYPE_CHECKING:
+    import torch
+
     from d2o.recipes.plan import Plan
     from d2o.recipes.schema import Recipe
 
@@ -58,6 +60,44 @@ def _strategies(plan: Plan) -> dict[str, dict[str, int]]:
         return {"": plan.memory}
     of = f" of {plan.processes}"
     return {f"{of}, strategy replicate": plan.memory, f"{of}, strategy shard": plan.sharded}
+
+
+def show_fit(recipe: Recipe, plan: Plan, device: torch.device) -> None:
+    """Whether the memory that a process needs is there on the device, under each strategy, and what needs less."""
+    import torch
+
+    from d2o.networks.budget import physical_memory
+
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else physical_memory()
+    there //= 1 if on_gpu else plan.processes  # those of a machine share its memory
+    each = f" for each of {plan.processes} processes" if plan.processes > 1 and not on_gpu else ""
+    needs = {how: sum(memory.values()) for how, memory in (("replicate", plan.memory), ("shard", plan.sharded)) if memory}
+    if not needs:
+        return
+    several = len(needs) > 1
+    said = [
+        f"{'fits' if size <= there else 'does not fit'}{f' under strategy {how}' if several else ''} ({console.size(size)})"
+        for how, size in needs.items()
+    ]
+    line = f"on {device}, which has {console.size(there)}{each}: it {', '.join(said)}"
+    if min(needs.values()) > there or needs.get(recipe.strategy, 0) > there:
+        line += f"; less is needed with {', '.join(_levers(recipe, several))}"
+    console.out.print(line, markup=False)
+
+
+def _levers(recipe: Recipe, several: bool) -> list[str]:
+    """What makes a process need less memory, of what the recipe does not do yet."""
+    ways = {
+        "checkpointing: true": recipe.checkpointing,
+        "precision: bf16": recipe.precision != "fp32",
+        "a smaller micro_batch": recipe.micro_batch == 1,
+        "strategy: shard on several processes": recipe.strategy == "shard",
+        "more processes": recipe.strategy == "replicate" or not several,
+        "optim.state: 8bit": recipe.optim.state == "8bit",
+        "student.lora": recipe.student.lora is not None,
+    }
+    return [way for way, done in ways.items() if not done]
 
 
 def verdict(plans: Sequence[Plan]) -> None:

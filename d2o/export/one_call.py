@@ -25,6 +25,7 @@ from d2o.diffusion.levels import DiscreteLevels, FlowLevels
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
 from d2o.networks.edm_view import EDMView, lowest_level
+from d2o.networks.lora import lora_of, merged
 from d2o.networks.second_time import second_time
 from d2o.students.base import Student
 from d2o.students.consistency import ConsistencyStudent
@@ -54,7 +55,7 @@ def one_call(student: Student, path: str | Path) -> OneCall:
     if student.nfe != 1:
         raise UserError(f"{path} makes an image in {student.nfe} network calls; the folder would hold one of them")
     with torch.no_grad():
-        net = copy.deepcopy(view.net).eval()
+        net = (copy.deepcopy(view.net) if lora_of(view) is None else merged(view).net).eval()
         _without_variance(net)
         _without_second_time(view, net, student)
         if isinstance(view.levels, FlowLevels):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from d2o.condition import Condition
@@ -51,59 +52,86 @@ class _MetaDraws(Draws):
         return torch.full(shape, 0.5)
 
 
+class Kept:
+    """What autograd keeps for the backward pass: bytes, each tensor once, parameters not at all."""
+
+    def __init__(self, beside: Kept | None = None):
+        self.bytes, self.beside = 0, beside
+        self.seen: set[int] = set()
+        self.tensors: list[Tensor] = []
+
+    def save(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage()._cdata
+        elsewhere = self.beside is not None and place in self.beside.seen
+        if not isinstance(tensor, nn.Parameter) and place not in self.seen and not elsewhere:
+            self.seen.add(place)
+            self.tensors.append(tensor)  # alive, so that its address is not used again
+            self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def clear(self) -> None:
+        self.bytes = 0
+        self.seen.clear()
+        self.tensors.clear()
+
+    def watch(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self.save, lambda tensor: tensor)
+
+
 class CountingLoop:
     """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the
-    backward pass."""
+    backward pass, `peak` of the largest one of the step."""
 
     def __init__(self, method: Method, micro: int):
-        self.networks, self.micro, self.calls, self.bytes, self.peak = method.players(), micro, 0, 0, 0
-        self.seen: set[int] = set()
-        self.kept: list[Tensor] = []
+        self.networks, self.micro, self.calls, self.peak = method.players(), micro, 0, 0
+        self.kept, self.again = Kept(), 0
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
-        for block in [
-            block
-            for net in self.networks.values()
-            for part in net.modules()
-            if getattr(part, "checkpointing", False)
-            for blocks in part.children()
-            if isinstance(blocks, nn.ModuleDict)
-            for block in blocks.values()
-        ]:
-            handles.append(block.register_forward_pre_hook(self._keep))
-        with RememberedShapes(), torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
+        with RememberedShapes(), self._recomputing(), self.kept.watch():
             method.step(self, batch, method.heaviest())
         for handle in handles:
             handle.remove()
+        self.freed()
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """What checkpointing keeps of a block is what goes into it."""
-        if torch.is_grad_enabled():
-            for tensor in args:
-                if isinstance(tensor, Tensor):
-                    self._save(tensor)
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Activation checkpointing keeps what goes into a block. What the block computes inside is there for one block
+        at a time, when it is computed again (`again`, of the largest)."""
+        whole = torch.utils.checkpoint.checkpoint
 
-    def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.kept.append(tensor)  # alive, so that its address is not used again
-            self.bytes += tensor.numel() * tensor.element_size()
-        return tensor
+        def counted(block: Any, *args: Any, use_reentrant: Any = None, preserve_rng_state: Any = None) -> Any:
+            if not torch.is_grad_enabled():
+                return block(*args)
+            for value in args:
+                if isinstance(value, Tensor):
+                    self.kept.save(value)
+            inside = Kept(beside=self.kept)
+            with inside.watch():
+                out = block(*args)
+            self.again = max(self.again, inside.bytes)
+            return out
+
+        torch.utils.checkpoint.checkpoint = counted  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.utils.checkpoint.checkpoint = whole
 
     def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
         yield batch, _MetaDraws(self.micro)
 
     def backward(self, loss: Tensor) -> None:
         """What was kept is freed here, so that of several backward passes in a step the largest counts."""
-        self.peak = max(self.peak, self.bytes)
-        self.bytes = 0
-        self.seen.clear()
+        self.freed()
+
+    def freed(self) -> None:
+        self.peak = max(self.peak, self.kept.bytes + self.again)
         self.kept.clear()
+        self.again = 0
 
     def update(self, name: str) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,11 @@ class LatentSpace:
         return self._autoencoder
 
     @property
+    def loaded(self) -> Any:
+        """The autoencoder, if somebody has needed it; None otherwise."""
+        return self._autoencoder
+
+    @property
     def record(self) -> dict[str, Any]:
         """What a file says of it that needs it: name and revision, and sha256 of the autoencoder's weights where they
         are no published ones."""
@@ -148,11 +154,9 @@ class LatentSpace:
 
     def pixels(self, x: Tensor) -> Tensor:
         """`decode` for a loss: all at once, not limited to [-1, 1], and gradients flow to the latents."""
-        if x.device.type == "meta":  # a plan, which needs no autoencoder, and does not count what decoding keeps
-            return x.new_zeros(len(x), *self.image_shape(tuple(x.shape))) + x.mean()
         vae = self.autoencoder
         raw = self.numbers.raw(x.to(vae.device, torch.float32)).to(vae.dtype)
-        with torch.autocast(raw.device.type, enabled=False):
+        with nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False):
             images = vae.decode(raw, return_dict=False)[0].float()
         return images if self.numbers.low == -1 else images * 2 - 1
 

@@ -49,6 +49,10 @@ class ViewTeacher(Teacher):
         return self.teacher.space
 
     @property
+    def record(self) -> dict[str, Any]:
+        return self.teacher.record
+
+    @property
     def fingerprint(self) -> str:
         return self.teacher.fingerprint
 

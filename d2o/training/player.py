@@ -50,8 +50,8 @@ class Player:
         self.exchange = strategy.exchange(self.parameters.values())
         self.ema: EMA | None = None
         if average is not None and empty is not None:
-            copied = {
-                old: nn.Parameter(p.detach().clone(), requires_grad=False)
+            copied = {  # what is not trained is its own average
+                old: nn.Parameter(p.detach().clone(), requires_grad=False) if p.requires_grad else p
                 for old, p in zip(empty.parameters(), network.parameters(), strict=True)
             }
             settings = (average.half_life, average.decay, average.ramp, average.start)
