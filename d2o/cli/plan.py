@@ -35,7 +35,7 @@ def show_plan(recipe: Recipe, plan: Plan) -> None:
             if memory
         ),
         ("network calls per sample x samples", {name: f"{n:,}" for name, n in plan.calls.items()}),
-        ("disk", _sizes(plan.disk)),
+        ("disk", {name: _decimal(n) for name, n in plan.disk.items()}),
     ]
     for title, rows in sections:
         if rows:
@@ -52,6 +52,12 @@ def show_plan(recipe: Recipe, plan: Plan) -> None:
 
 def _sizes(parts: Mapping[str, int]) -> dict[str, str]:
     return {name: console.size(n) for name, n in parts.items()}
+
+
+def _decimal(n: int) -> str:
+    """Bytes as disks are sold, and papers say them."""
+    unit, power = next(((u, p) for u, p in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if n >= p), ("kB", 1e3))
+    return f"{n / power:.3g} {unit}"
 
 
 def _strategies(plan: Plan) -> dict[str, dict[str, int]]:
@@ -72,14 +78,16 @@ def show_fit(recipe: Recipe, plan: Plan, device: torch.device) -> None:
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else physical_memory()
     there //= 1 if on_gpu else plan.processes  # those of a machine share its memory
     each = f" for each of {plan.processes} processes" if plan.processes > 1 and not on_gpu else ""
-    needs = {how: sum(memory.values()) for how, memory in (("replicate", plan.memory), ("shard", plan.sharded)) if memory}
+    needs = {
+        how: sum(memory.values()) for how, memory in (("replicate", plan.memory), ("shard", plan.sharded)) if memory
+    }
     if not needs:
         return
     several = len(needs) > 1
-    said = [
-        f"{'fits' if size <= there else 'does not fit'}{f' under strategy {how}' if several else ''} ({console.size(size)})"
-        for how, size in needs.items()
-    ]
+    said = []
+    for how, size in needs.items():
+        under = f" under strategy {how}" if several else ""
+        said.append(f"{'fits' if size <= there else 'does not fit'}{under} ({console.size(size)})")
     line = f"on {device}, which has {console.size(there)}{each}: it {', '.join(said)}"
     if min(needs.values()) > there or needs.get(recipe.strategy, 0) > there:
         line += f"; less is needed with {', '.join(_levers(recipe, several))}"

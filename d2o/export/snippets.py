@@ -136,7 +136,10 @@ def _diffusers(source: Loaded, file_name: str) -> list[str]:
 
 def _lora(source: Loaded, file_name: str) -> list[str]:
     name = source.meta["network"]["lora"]["base"]["name"]
-    base, first = json.dumps(hub_name(source) or name), [f"from diffusers import {_discrete(source)}, DiffusionPipeline"]
+    base, first = (
+        json.dumps(hub_name(source) or name),
+        [f"from diffusers import {_discrete(source)}, DiffusionPipeline"],
+    )
     if name in BUILTIN:
         base, first = f"locate({json.dumps(name)})", [*first, "", "from d2o.teachers.registry import locate"]
     return [

@@ -279,7 +279,9 @@ def absent(name: str, given: Path | None = None) -> str | None:
     if (home() / "weights" / entry.file).exists() or _in_torchs_cache(entry) or _packaged(entry):
         return None
     if not entry.url:
-        raise UserError(f"the weights {name!r} ({entry.file}) are not on this machine", _ways(entry, home() / "weights"))
+        raise UserError(
+            f"the weights {name!r} ({entry.file}) are not on this machine", _ways(entry, home() / "weights")
+        )
     return f"the weights {name!r} are not on this machine; training fetches them from {entry.url} ({entry.licence})"
 
 

@@ -43,7 +43,9 @@ def check_same(start: nn.Module, lora: dict[str, Any], teacher: Teacher) -> None
     """UserError: the student to start from has no adapters, other ones, or those of another teacher."""
     theirs = lora_of(start)
     if theirs is None:
-        raise UserError("student.lora: all weights of the student to start from are its own; adapters change a teacher", ALL)
+        raise UserError(
+            "student.lora: all weights of the student to start from are its own; adapters change a teacher", ALL
+        )
     for key, value in lora.items():
         if theirs[key] != value:
             raise UserError(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from d2o.condition import Condition, Embedded
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError
-from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.methods.adapters import begin_lora
+from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.lora import merged, train_lora
 from d2o.students.base import Student, make_student

@@ -86,17 +86,15 @@ def merged(network: nn.Module) -> nn.Module:
         return network
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from d2o.networks.edm_view import EDMView
-
-    assert isinstance(network, EDMView)
-    net = copy.deepcopy(network.net)
+    view: Any = network
+    net = copy.deepcopy(view.net)
     for name, layer in list(net.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             parent, _, own = name.rpartition(".")
             setattr(net.get_submodule(parent), own, layer.get_base_layer())  # type: ignore[operator]
-    config = {key: value for key, value in network.config.items() if key not in ("arch", "lora")}
-    return EDMView(**config, module=net).train(network.training)
+    config = {key: value for key, value in view.config.items() if key not in ("arch", "lora")}
+    return type(view)(**config, module=net).train(view.training)
 
 
 def as_diffusers(view: EDMView) -> dict[str, Tensor]:

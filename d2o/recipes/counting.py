@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from d2o.condition import Condition
 from d2o.methods.base import Batch, Draws, Method, Setup
+from d2o.networks.full_precision import is_full
 from d2o.recipes.meta_ops import RememberedShapes
 
 META = torch.device("meta")
@@ -52,11 +55,33 @@ class _MetaDraws(Draws):
         return torch.full(shape, 0.5)
 
 
-class Kept:
-    """What autograd keeps for the backward pass: bytes, each tensor once, parameters not at all."""
+class _FusedAttention(torch.autograd.Function):
+    """What the kernels of every device keep of softmax(Q K^T) V: its arguments, its result, and a number for each row;
+    on the meta device torch would keep the matrix of all pairs."""
 
-    def __init__(self, beside: Kept | None = None):
-        self.bytes, self.beside = 0, beside
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        return out
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as `_FusedAttention`, wherever such kernels are not switched off (as for double backward passes)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled():
+            given = kwargs or {}
+            return _FusedAttention.apply(*args[:3], *[given[key] for key in ("query", "key", "value")[len(args) :]])
+        return func(*args, **(kwargs or {}))
+
+
+class Kept:
+    """What autograd keeps for the backward pass: bytes, each tensor once, parameters not at all. `half`: numbers in two
+    bytes each, as autocast has them, but for what is computed in full precision."""
+
+    def __init__(self, half: bool = False, beside: Kept | None = None):
+        self.bytes, self.half, self.beside = 0, half, beside
         self.seen: set[int] = set()
         self.tensors: list[Tensor] = []
 
@@ -66,7 +91,8 @@ class Kept:
         if not isinstance(tensor, nn.Parameter) and place not in self.seen and not elsewhere:
             self.seen.add(place)
             self.tensors.append(tensor)  # alive, so that its address is not used again
-            self.bytes += tensor.numel() * tensor.element_size()
+            halved = self.half and tensor.dtype == torch.float32 and not is_full()
+            self.bytes += tensor.numel() * (2 if halved else tensor.element_size())
         return tensor
 
     def clear(self) -> None:
@@ -80,15 +106,15 @@ class Kept:
 
 class CountingLoop:
     """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the
-    backward pass, `peak` of the largest one of the step."""
+    backward pass, `peak` of the largest one of the step; `half` as in `Kept`."""
 
-    def __init__(self, method: Method, micro: int):
+    def __init__(self, method: Method, micro: int, half: bool = False):
         self.networks, self.micro, self.calls, self.peak = method.players(), micro, 0, 0
-        self.kept, self.again = Kept(), 0
+        self.kept, self.again = Kept(half), 0
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
-        with RememberedShapes(), self._recomputing(), self.kept.watch():
+        with RememberedShapes(), _Fused(), self._recomputing(), self.kept.watch():
             method.step(self, batch, method.heaviest())
         for handle in handles:
             handle.remove()
@@ -109,7 +135,7 @@ class CountingLoop:
             for value in args:
                 if isinstance(value, Tensor):
                     self.kept.save(value)
-            inside = Kept(beside=self.kept)
+            inside = Kept(self.kept.half, beside=self.kept)
             with inside.watch():
                 out = block(*args)
             self.again = max(self.again, inside.bytes)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from d2o.training.eight_bit import bytes_of
 from d2o.training.exchange import BUCKET
 from d2o.training.share import optimisers
 from d2o.training.strategy import blocks, divides
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from d2o.methods.base import Method
     from d2o.recipes.schema import Recipe
     from d2o.teachers.base import Teacher
+    from d2o.training.optim_section import OptimSection
 
 MOMENTS = {"adam": 2, "adamw": 2, "radam": 2, "sgd": 1}
 FP32 = 4
@@ -39,8 +41,10 @@ def memory_of(
     if held:
         memory["frozen weights in them"] = held
     memory["gradients"] = memory["trained weights"]
-    names = " and ".join(dict.fromkeys(o.name for o in options.values()))
-    memory[f"optimiser ({names})"] = sum(size(trained[name]) * MOMENTS[o.name] for name, o in options.items())
+    names = " and ".join(dict.fromkeys(f"{o.name}{' 8bit' * (o.state == '8bit')}" for o in options.values()))
+    memory[f"optimiser ({names})"] = sum(
+        moments(o, _held(p, processes) if shard else p.numel()) for name, o in options.items() for p in trained[name]
+    )
     memory["EMA"] = size(trained[method.product])  # what is not trained is its own average
     for name, state in method.states().items():
         buffers = sum(b.numel() * b.element_size() for b in state.buffers())
@@ -59,15 +63,20 @@ def disk_of(recipe: Recipe, method: Method, players: Mapping[str, nn.Module]) ->
     def size(network: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
 
-    moments = sum(
-        FP32 * MOMENTS[options.name] * p.numel()
+    kept = sum(
+        moments(options, p.numel())
         for name, options in optimisers(recipe, method, list(players)).items()
         for p in players[name].parameters()
         if p.requires_grad
     )
     product = size(players[method.product])
-    state = sum(map(size, [*players.values(), *method.states().values()])) + product + moments
+    state = sum(map(size, [*players.values(), *method.states().values()])) + product + kept
     return state + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))
+
+
+def moments(options: OptimSection, numbers: int) -> int:
+    """Bytes that an optimiser keeps of a tensor of so many numbers."""
+    return MOMENTS[options.name] * (bytes_of(numbers) if options.state == "8bit" else FP32 * numbers)
 
 
 def _weights(teacher: Teacher | None) -> set[nn.Parameter]:

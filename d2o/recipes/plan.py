@@ -316,7 +316,9 @@ def _plan_pairs(plan: Plan, name: str, pairs: PairsSection, teacher: Teacher) ->
         if there
         else f"the pair store {folder} is made ({missing:,} pairs)"
     )
-    plan.calls["making pairs"] = missing * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
+    solver = Solver(pairs.solver, pairs.steps)
+    plan.calls["making pairs"] = missing * solver.forwards(pairs.cfg)
+    plan.calls["making pairs, as papers count (NFE)"] = missing * solver.nfe
     plan.disk[f"pairs ({folder})"] = (
         missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
     )
@@ -351,14 +353,14 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
     plan.memory = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=False)}
     if plan.processes > 1:
         plan.sharded = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=True)}
-    loop = CountingLoop(method, micro)
+    loop = CountingLoop(method, micro, half=recipe.precision != "fp32")
     loop.run(method, meta_batch(method, setup, micro))
     if setup.teacher is not None and setup.teacher.spec.latent and (vae := setup.teacher.space.loaded) is not None:
         plan.networks["autoencoder (frozen)"] = count_parameters(vae)
         for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
             memory["autoencoder"] = 4 * plan.networks["autoencoder (frozen)"]
     for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
-        memory[f"activations (micro-batch {micro})"] = loop.peak // (1 if recipe.precision == "fp32" else 2)
+        memory[f"activations (micro-batch {micro})"] = loop.peak
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if phase := method.phase(recipe.options):
         plan.calls["training, as papers count (NFE)"] = Phase(phase, recipe.batch, plan.iterations).nfe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import tensors_sha256
+from d2o.networks.full_precision import full_precision
 
 PIXELS = "pixels"
 UNNAMED = "unnamed"
@@ -156,7 +156,7 @@ class LatentSpace:
         """`decode` for a loss: all at once, not limited to [-1, 1], and gradients flow to the latents."""
         vae = self.autoencoder
         raw = self.numbers.raw(x.to(vae.device, torch.float32)).to(vae.dtype)
-        with nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False):
+        with full_precision(raw.device.type):
             images = vae.decode(raw, return_dict=False)[0].float()
         return images if self.numbers.low == -1 else images * 2 - 1
 

@@ -92,9 +92,7 @@ def outline(channels: int) -> Any:
     """The autoencoder of any of `SPACES` on the meta device, for what it costs: all have the size of Stable
     Diffusion 1's, 83,653,863 parameters with 4 channels."""
     with torch.device("meta"):
-        return Autoencoder(
-            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=channels
-        ).vae
+        return Autoencoder(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=channels).vae
 
 
 def _fetched(name: str) -> Any:

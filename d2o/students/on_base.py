@@ -17,6 +17,7 @@ from d2o.networks.fill import fill_network
 from d2o.networks.lora import adapter_ranks
 from d2o.teachers.registry import load_teacher
 
+
 def on_base(config: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> EDMView:
     """The network that a checkpoint describes by `config`, its other weights those of the teacher that it names, on the
     CPU. UserError: that is not here, or another one; tensors that are not the adapters'."""
@@ -37,9 +38,10 @@ def on_base(config: dict[str, Any], tensors: dict[str, Tensor], path: str | Path
     found = teacher.record
     if base.get("sha256") and base["sha256"] != found["sha256"]:
         revision = f", revision {base['revision']}" if base.get("revision") else ""
+        wanted, here = base["sha256"][:12], found["sha256"][:12]
         raise UserError(
-            f"{path} holds a LoRA, changes of the weights of {base['name']}{revision} with sha256 {base['sha256'][:12]};"
-            f" those here have {found['sha256'][:12]}",
+            f"{path} holds a LoRA, changes of the weights of {base['name']}{revision} with sha256 {wanted}; those here"
+            f" have {here}",
             "put the teacher that it was trained with in its place",
         )
     view = teacher.edm_view()

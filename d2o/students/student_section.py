@@ -29,7 +29,7 @@ def _of_rank(value: Any) -> Any:
         raise ValueError(f"expected a rank, an integer of 1 or more, or a section, got {show(value)}")
     if isinstance(value, dict) and isinstance(targets := value.get("targets"), list):
         return {**value, "targets": tuple(targets)}  # what comes through here is no JSON any more
-    return LoraSection(rank=value) if isinstance(value, int) else value
+    return LoraSection(rank=value) if isinstance(value, int) else value  # type: ignore[call-arg]
 
 
 RankedLora = Annotated[LoraSection, BeforeValidator(_of_rank)]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from d2o.networks.copying import local, outline, replaced
+from d2o.training.eight_bit import check_installed, put_together, taken_apart
 from d2o.training.ema import EMA
-from d2o.training.optim import GradientGuard, build_optimizer, clip, decay_groups, learning_rate
+from d2o.training.optim import GradientGuard, build_optimizer, clip, decay_groups, learning_rate, set_rate
 from d2o.training.share import optimisers
 from d2o.training.strategy import Replicate, check_strategy, is_share, whole
 
@@ -72,8 +73,7 @@ class Player:
             if measure and gradients:
                 norm = strategy.norm(gradients)
             clip(gradients, self.options, strategy.norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             self.optimizer.step()
             torch.clear_autocast_cache()  # later calls in the same iteration are of the new weights
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,10 +107,9 @@ class Player:
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's tensors as `<parameter>/<key>`."""
         return {
-            f"{name}/{key}": self.strategy.like(torch.as_tensor(value), self.parameters[name])
+            f"{name}/{key}": self.strategy.like(value, self.parameters[name])
             for name, handle in self.handles.items()
-            for key, value in self.optimizer.state.get(handle, {}).items()
-            if value is not None
+            for key, value in taken_apart(self.optimizer.state.get(handle, {})).items()
         }
 
     def load_moments(self, tensors: dict[str, Tensor]) -> None:
@@ -123,11 +122,14 @@ class Player:
             name, key = path.rsplit("/", 1)
             handle = self.handles[names[int(name)] if name.isdigit() else name]
             state.setdefault(position[id(handle)], {})[key] = local(tensor)
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        whole = {place: put_together(plain, places[place]) for place, plain in state.items()}
+        self.optimizer.load_state_dict({"state": whole, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def check_players(recipe: Recipe, method: Method, networks: Mapping[str, nn.Module], world: int) -> None:
     """UserError: what players of these networks would refuse in so many processes, before they are made."""
     check_strategy(recipe, world)
     for name, options in optimisers(recipe, method, list(networks)).items():
+        if options.state == "8bit":
+            check_installed()
         decay_groups({key: p for key, p in networks[name].named_parameters() if p.requires_grad}, options)

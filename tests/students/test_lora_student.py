@@ -108,7 +108,9 @@ def test_a_resumed_run_has_the_same_bytes(folder, tmp_path):
     words = ("train", folder / "lora.yaml", "--out", tmp_path / "again", "--device", "cpu")
     assert run(*words, "--set", "images=8") == 0
     assert run(*words, "--resume") == 0
-    assert torch.equal(*[torch.cat([t.flatten() for t in last(r)[0].values()]) for r in (folder / "run", tmp_path / "again")])
+    assert torch.equal(
+        *[torch.cat([t.flatten() for t in last(r)[0].values()]) for r in (folder / "run", tmp_path / "again")]
+    )
 
 
 def test_training_goes_on_from_it(folder, tmp_path):
@@ -137,8 +139,12 @@ def test_other_methods_and_teachers_say_what_they_do_with_it(folder, tmp_path, c
     text = (folder / "lora.yaml").read_text()
     for name, change in (
         ("digits", text.replace("tiny-sd", "digits").replace(", begins: x_T", "")),
-        ("ctm", "{name: t, method: ctm, teacher: tiny-sd, data: {path: 'real:digits', resolution: 32, channels: 3}, "
-         f"prompts: {folder}/prompts.txt, student: {{sigma: 14.6, lora: 4}}, optim: {{lr: 0.1}}, batch: 4, images: 8}}"),
+        (
+            "ctm",
+            "{name: t, method: ctm, teacher: tiny-sd, data: {path: 'real:digits', resolution: 32, channels: 3}, "
+            f"prompts: {folder}/prompts.txt,"
+            f" student: {{sigma: 14.6, lora: 4}}, optim: {{lr: 1.0}}, batch: 4, images: 8}}",
+        ),
     ):
         (tmp_path / "r.yaml").write_text(change)
         assert run("train", tmp_path / "r.yaml", "--plan") == 1
@@ -186,7 +192,10 @@ def test_diffusers_loads_it(folder, tmp_path, capsys, monkeypatch):
     exec(card.split("```python\n")[1].split("```")[0], scope)
     assert scope["images"][0].size == (32, 32)
     capsys.readouterr()
-    assert run("export", folder / "run", "--format", "diffusers", "--merged", "--dtype", "fp32", "--out", tmp_path / "m") == 0
+    assert (
+        run("export", folder / "run", "--format", "diffusers", "--merged", "--dtype", "fp32", "--out", tmp_path / "m")
+        == 0
+    )
     whole = open_pipeline(tmp_path / "m")([PROMPTS[i % 2] for i in range(4)], latents=latents, **given).images
     assert ((whole * 255).round() - ours).abs().max() <= 1
 
