@@ -124,7 +124,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             for p in teacher.network.parameters():
                 p.data = torch.empty(0)
         made_of = peak()
-        before = {name: next(iter(player.parameters.values())).detach().clone() for name, player in trainer.players.items()}
+        first = {name: next(iter(player.parameters.values())) for name, player in trainer.players.items()}
+        before = {name: p.detach().clone() for name, p in first.items()}
         begun = time.perf_counter()
         trainer.iterate()
         seconds = time.perf_counter() - begun
@@ -132,9 +133,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         trainer.batches.close()
         for name, player in trainer.players.items():
             assert all(p.isfinite().all() for p in player.parameters.values()), name
-            assert not torch.equal(before[name], next(iter(player.parameters.values()))), f"{name} has not moved"
+            assert not torch.equal(before[name], first[name]), f"{name} has not moved"
         trained = {name: sum(p.numel() for p in player.parameters.values()) for name, player in trainer.players.items()}
-        return {"trained": trained, "seconds": round(seconds, 1), "peak_GB": peak(), "peak_GB_before": made_of, **scalars}
+        numbers = {"trained": trained, "seconds": round(seconds, 1), "peak_GB": peak(), "peak_GB_before": made_of}
+        return numbers | scalars
 
 
 def peak() -> float:

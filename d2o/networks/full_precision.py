@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from d2o.networks.edm_view import EDMView
 
-
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 

@@ -50,6 +50,7 @@ from d2o.teachers.kinds import expected_kind
 from d2o.teachers.planned import planned_teacher
 from d2o.teachers.registry import load_teacher
 from d2o.teachers.stable_diffusion import TextTeacher
+from d2o.training.eight_bit import check_installed
 from d2o.training.eval_section import Distance
 from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
@@ -111,6 +112,8 @@ def make_plan(
         licence=licence_of(recipe),
     )
     _attempt(plan.missing, lambda: check_tracker(recipe))
+    if recipe.eight_bit:
+        _attempt(plan.missing, check_installed)
     name = recipe.teacher
     if name and _fits(plan, recipe.method, name):
         known = {} if teachers is None else teachers

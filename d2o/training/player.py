@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.networks.copying import local, outline, replaced
-from d2o.training.eight_bit import check_installed, put_together, taken_apart
+from d2o.training.eight_bit import put_together, taken_apart
 from d2o.training.ema import EMA
 from d2o.training.optim import GradientGuard, build_optimizer, clip, decay_groups, learning_rate, set_rate
 from d2o.training.share import optimisers
@@ -130,6 +130,4 @@ def check_players(recipe: Recipe, method: Method, networks: Mapping[str, nn.Modu
     """UserError: what players of these networks would refuse in so many processes, before they are made."""
     check_strategy(recipe, world)
     for name, options in optimisers(recipe, method, list(networks)).items():
-        if options.state == "8bit":
-            check_installed()
         decay_groups({key: p for key, p in networks[name].named_parameters() if p.requires_grad}, options)

@@ -195,7 +195,7 @@ def check_strategy(recipe: Recipe, world: int) -> None:
         return
     if recipe.channels_last is True:
         raise UserError("channels_last: strategy shard divides rows of weights in their usual order", "leave it away")
-    if "8bit" in [o.state for o in (recipe.optim, recipe.optim_critic, *recipe.optim_critics.values()) if o]:
+    if recipe.eight_bit:
         what = "optim.state: 8bit rounds in blocks of a whole tensor, and with strategy shard no process has one"
         raise UserError(what, "shares of moments are small already: optim.state: fp32")
     if recipe.compile:

@@ -58,7 +58,7 @@ def test_activations_are_those_that_a_real_step_keeps():
     with kept.watch():
         real.loss()
     plan = planned(False)
-    assert plan.calls == 1 and plan.peak == pytest.approx(kept.bytes, rel=0.03)
+    assert plan.calls == 1 and plan.peak == pytest.approx(kept.bytes, rel=0.08)
 
 
 def test_checkpointing_keeps_what_enters_blocks_and_computes_one_again(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from d2o.errors import UserError
+from d2o.recipes.load import load_recipe
 from d2o.training import eight_bit
 from d2o.training.optim_section import OptimSection
 from d2o.training.player import Player
@@ -68,6 +69,11 @@ def test_saved_moments_go_on_with_the_same_bits():
     saved["0.weight/exp_avg.scale"] = torch.zeros(3)
     with pytest.raises(LookupError, match="has the shape"):
         player("8bit").load_moments(saved)
+
+
+def test_it_is_adam_s():
+    with pytest.raises(UserError, match="8bit is for adam and adamw, not sgd"):
+        load_recipe("quickstart", ["optim.name=sgd", "optim.state=8bit"])
 
 
 def test_without_the_package_it_is_refused(monkeypatch):
