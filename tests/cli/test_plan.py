@@ -216,23 +216,21 @@ def test_what_diffusion2gan_costs_in_stable_diffusion_s_size(plan, monkeypatch):
     teacher itself."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
-    def said(*changes):
-        return " ".join(plan("train", *changes)[1].replace("│", " ").split())
-
-    lpips = said("d2g_sd_cfg3:lpips", "--set", "micro_batch=1")
+    given = ("--set", "micro_batch=1", "--set", "student.lora=4", "--set", "optim.state=8bit")
+    said = " ".join(plan("train", "d2g_sd_cfg3:lpips", *given)[1].replace("│", " ").split())
     for words in (
+        "student 797,184",
+        "student (frozen part) 859,520,964",
+        "optimiser (adamw 8bit) ",
         "the weights 'lpips-vgg' are not on this machine; training fetches them from https://download.pytorch.org",
         "autoencoder (frozen) 83,653,863",
         "making pairs, as papers count (NFE) 150,000,000",
         "98.3 GB",
         "on cpu, which has",
     ):
-        assert words in lpips
-    given = ("--set", "micro_batch=1", "--set", "student.lora=4", "--set", "optim.state=8bit")
-    lora = said("d2g_sd_cfg3:ode", *given)
-    for words in ("student 797,184", "student (frozen part) 859,520,964", "optimiser (adamw 8bit) ", "latent-lpips-sd15"):
-        assert words in lora
-    assert "frozen weights in them" not in lora and "checkpoints 14.4 MB" in lora
+        assert words in said
+    assert "frozen weights in them" not in said
+    assert "checkpoints 16.6 MB" in said, said[said.index("checkpoints") :][:40]
 
 
 def test_eight_bit_moments_do_not_go_with_shares(plan):
