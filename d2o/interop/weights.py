@@ -269,7 +269,7 @@ def want(name: str, given: Path | None = None) -> None:
         found.append((name, given))
 
 
-def absent(name: str, given: Path | None = None) -> str | None:
+def absence_of(name: str, given: Path | None = None) -> str | None:
     """What is to be said of weights that `find_weights` would fetch; None: they are here. UserError as there, of a file
     that was given."""
     entry = WEIGHTS[name]

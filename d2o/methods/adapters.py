@@ -32,14 +32,14 @@ def begin_lora(asked: LoraSection, teacher: Teacher | None, setup: Setup[Any]) -
     lora = {"rank": asked.rank, "alpha": alpha, "targets": list(asked.targets)}
     network = cast(EDMView, replaced(teacher.network, {p: p for p in teacher.network.parameters()}))
     if setup.start is not None:
-        check_same(setup.start.network, lora, teacher)
+        check_adapters(setup.start.network, lora, teacher)
     add_lora(network, {**lora, "base": teacher.record})
     if setup.start is not None:
         network.load_state_dict(setup.start.network.state_dict())
     return network
 
 
-def check_same(start: nn.Module, lora: dict[str, Any], teacher: Teacher) -> None:
+def check_adapters(start: nn.Module, lora: dict[str, Any], teacher: Teacher) -> None:
     """UserError: the student to start from has no adapters, other ones, or those of another teacher."""
     theirs = lora_of(start)
     if theirs is None:

@@ -32,7 +32,7 @@ from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
 from d2o.interop.hub import cached_snapshot, is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
-from d2o.interop.weights import absent, wanted
+from d2o.interop.weights import absence_of, wanted
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
 from d2o.metrics.nfe import Phase
@@ -178,7 +178,7 @@ def _build(plan: Plan, method_class: type[Method], setup: Setup) -> Method:
         method = method_class(setup)
         freeze(method.players()[method.product], setup.student.freeze)
     for name, given in weights:
-        if what := _attempt(plan.missing, partial(absent, name, given)):
+        if what := _attempt(plan.missing, partial(absence_of, name, given)):
             plan.fetched(what)
     return method
 

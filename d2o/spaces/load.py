@@ -72,7 +72,7 @@ def _open(name: str, device: str | torch.device) -> LatentSpace:
         entry = catalogue.AUTOENCODERS.get(source) or catalogue.find(source)
         revision = entry.revision if entry else None
         bare = torch.device(device).type == "meta"
-        load = partial(outline, SPACES[name].channels) if bare else partial(_fetched, name)
+        load = partial(bare_autoencoder, SPACES[name].channels) if bare else partial(_fetched, name)
         return LatentSpace(name, SPACES[name], load, device, revision, published=True)
     path = Path(name)
     if name == TINY_SD:
@@ -88,7 +88,7 @@ def _open(name: str, device: str | torch.device) -> LatentSpace:
     return LatentSpace.of(name, autoencoder_in(path), device)
 
 
-def outline(channels: int) -> Any:
+def bare_autoencoder(channels: int) -> Any:
     """The autoencoder of any of `SPACES` on the meta device, for what it costs: all have the size of Stable
     Diffusion 1's, 83,653,863 parameters with 4 channels."""
     with torch.device("meta"):

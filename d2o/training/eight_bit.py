@@ -36,7 +36,9 @@ def check_installed() -> Any:
         logging.disable(logging.NOTSET)
 
 
-def build(groups: list[dict[str, Any]], options: OptimSection, common: dict[str, Any]) -> torch.optim.Optimizer:
+def eight_bit_adam(
+    groups: list[dict[str, Any]], options: OptimSection, common: dict[str, Any]
+) -> torch.optim.Optimizer:
     """The optimiser of parameter groups. UserError as `check_installed`."""
     base: Any = getattr(check_installed(), CLASSES[options.name])
 

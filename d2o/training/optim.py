@@ -28,7 +28,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimSectio
         return torch.optim.SGD(groups, momentum=options.betas[0], foreach=True, **common)
     common |= {"betas": tuple(options.betas), "eps": options.eps}
     if options.state == "8bit":
-        return eight_bit.build(groups, options, common)
+        return eight_bit.eight_bit_adam(groups, options, common)
     if options.name == "radam":
         return torch.optim.RAdam(groups, foreach=True, **common)
     fused = all(p.device.type == "cuda" for p in parameters.values())
