@@ -25,8 +25,9 @@ help:
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Compiled tests and modules are kept, whatever the surroundings say: every process would translate them anew.
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture --kills 200 --mutations 5000 --jobs $(JOBS) $(TORTURE_ARGS)

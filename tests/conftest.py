@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything is imported that reads them. Commands are tested through their output: no colours, one width.
@@ -36,12 +37,29 @@ settings.register_profile(
 settings.load_profile("d2o")
 
 
-LONG = ("torture/test_short.py", "training/test_loop.py", "export/test_onnx.py", "training/test_processes.py")
+LONG = (
+    "recipes/test_shipped.py",
+    "torture/test_short.py",
+    "methods/test_latent.py",
+    "export/test_onnx.py",
+    "training/test_loop.py",
+    "methods/test_matrix.py",
+    "methods/test_consistency.py",
+)
+"""Files that take longest, the longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest go first: a worker that began one at the end would keep the others waiting."""
-    items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(LONG))
+    """They go first: a worker that began one at the end would keep the others waiting."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0].removeprefix("tests/"), len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the collector of garbage need not walk through torch and all tests, and that often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,7 +22,7 @@ from d2o.work.folder import WorkFolder, fill
 from d2o.work.remote import RemoteFolder
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.workers", "tests.training.kills"])
+CONTEXT.set_forkserver_preload(["tests.workers", "tests.training.kills", "tests.training.processes"])
 
 
 def _command(

@@ -1,7 +1,7 @@
 """Adaptive discriminator augmentation (Karras et al. 2020, "Training generative adversarial networks with limited
 data"): the pipeline of appendix B, and the controller of its probability (section 3).
 
-What the discriminator sees, real and generated, goes through the pipeline; each transform is applied to each image with
+What the critic sees, real and generated, goes through the pipeline; each transform is applied to each image with
 probability p, drawn independently. While p is below about 0.8 the generator does not learn the augmentations, because
 the unchanged images can be told from the others.
 """
@@ -257,7 +257,7 @@ def at_percentile(q: float, batch: int, device: torch.device | str = "cpu") -> S
 
 
 class AdaController(nn.Module):
-    """The probability p of a pipeline, steered so that r_t, the mean sign of the discriminator's outputs for real
+    """The probability p of a pipeline, steered so that r_t, the mean sign of the critic's outputs for real
     images, stays at `target`.
 
     Every `interval` calls of `update`, p moves by batch * interval / (kimg * 1000) towards more augmentation if r_t >

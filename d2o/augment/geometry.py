@@ -6,10 +6,11 @@ x to the right and y down, and lead from a pixel of the result to where its valu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from d2o.augment.filters import MIDDLE, matrix, reflected
@@ -113,6 +114,13 @@ def _positions(map: Tensor, rows: Tensor, columns: Tensor, height: int, width: i
     return xx * column + xy * row + dx + across, yx * column + yy * row + dy + down
 
 
+class _Kept(FunctionCtx):
+    """What the two maps remember of their call."""
+
+    shape: torch.Size
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _Sample(torch.autograd.Function):
     """Bilinear `grid_sample` at a constant grid. It is linear in the image, so its gradient is the adjoint map, whose
     gradient is it again: that makes it differentiable any number of times (gradient penalties need two) in versions of
@@ -120,20 +128,20 @@ class _Sample(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, grid: Tensor) -> Tensor:
+    def forward(ctx: _Kept, image: Tensor, grid: Tensor) -> Tensor:
         ctx.save_for_backward(grid)
         ctx.shape = image.shape
         return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, None]:
         (grid,) = ctx.saved_tensors
         return _Adjoint.apply(gradients[0], grid, ctx.shape), None
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+    def forward(ctx: _Kept, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
         unread = gradient.new_empty(
             shape
@@ -145,6 +153,6 @@ class _Adjoint(torch.autograd.Function):
         )[0]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (grid,) = ctx.saved_tensors
         return _Sample.apply(gradients[0], grid), None, None

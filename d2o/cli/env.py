@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import typer
 
 from d2o.cli import console
+from d2o.inputs import JsonObject
 
 
 def env(as_json: bool = typer.Option(False, "--json", help="As JSON, for programs.")) -> None:
@@ -29,7 +29,7 @@ def env(as_json: bool = typer.Option(False, "--json", help="As JSON, for program
             console.out.print(f"  {name:<{width}}  {text}", markup=False)
 
 
-def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+def _sections(found: JsonObject) -> list[tuple[str, dict[str, str]]]:
     cpu = found["cpu"]
     processor = (
         cpu
@@ -63,7 +63,7 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     ]
 
 
-def _cache(entry: dict[str, Any]) -> str:
+def _cache(entry: JsonObject) -> str:
     if not entry["there"]:
         return f"{entry['path']}, not there"
     amount = f"{'more than ' if entry['more'] else ''}{console.size(entry['bytes'])}"

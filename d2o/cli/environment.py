@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+from d2o.inputs import JsonObject
 from d2o.version import __version__
 
 PACKAGES = (
@@ -63,7 +63,7 @@ EXTRAS = {
 """What an extra is for, in the words of who misses it."""
 
 
-def collect() -> dict[str, Any]:
+def collect() -> JsonObject:
     """All of it, as plain data. What cannot be found out, as where torch is broken, says why in its place."""
     extras = _extras()
     return {
@@ -95,7 +95,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _told(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _told(find: Callable[[], JsonObject]) -> JsonObject:
     try:
         return find()
     except Exception as error:  # this is for reports of whatever is wrong
@@ -115,7 +115,7 @@ def _tidy(path: Path) -> str:
     return "~" + str(path)[len(home) :] if home != "/" and str(path).startswith(home) else str(path)
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu() -> JsonObject:
     """`bf16`: what makes bfloat16 fast on this processor, None where nothing does."""
     import torch
 
@@ -185,7 +185,7 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def _cache(path: Path, limit: float = 0.4) -> dict[str, Any]:
+def _cache(path: Path, limit: float = 0.4) -> JsonObject:
     """`bytes` of its files; with `more` where counting them took longer than `limit` seconds."""
     total, more, end = 0, False, time.perf_counter() + limit
     for folder, _, files in os.walk(path):
@@ -201,13 +201,13 @@ def _cache(path: Path, limit: float = 0.4) -> dict[str, Any]:
     return {"path": _tidy(path), "there": path.is_dir(), "bytes": total, "more": more, "writable": writable}
 
 
-def _extras() -> dict[str, dict[str, Any]]:
+def _extras() -> dict[str, JsonObject]:
     """Extra of d2o -> what it is for, and the packages that it brings with their versions (None: not there)."""
     try:
         required = metadata.requires("d2o") or []
     except metadata.PackageNotFoundError:  # run from its source
         required = []
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     for text in required:
         extra, package = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text), re.match(r"[\w.-]+", text)
         if extra and package and extra[1] != "dev":
@@ -230,7 +230,7 @@ def _teachers() -> dict[str, str]:
     }
 
 
-def _abilities(extras: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _abilities(extras: dict[str, JsonObject]) -> dict[str, str]:
     """What may or may not work here -> "yes", or why not and what to do."""
     import torch
 

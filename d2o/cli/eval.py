@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,30 @@ from rich.markup import escape
 from d2o.cli import complete, console
 from d2o.cli.eval_run import Targets, check_asked, measured
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.runtime import worker
 
 WHAT, MAKING, NUMBERS, OUT = "What is measured", "How images are made", "How numbers are taken", "Results"
 
 
-def _option(panel: str, *names: str, default: Any = None, **more: Any) -> Any:
-    return typer.Option(default, *names, rich_help_panel=panel, show_default=default not in (None, [], False), **more)
+def _option(
+    panel: str,
+    *names: str,
+    help: str,
+    default: object = None,
+    metavar: str | None = None,
+    autocompletion: Callable[..., complete.Offer] | None = None,
+) -> Any:  # noqa: ANN401 (it stands where the option's value does)
+    shown = default not in (None, [], False)
+    return typer.Option(
+        default,
+        *names,
+        help=help,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=shown,
+        autocompletion=autocompletion,
+    )
 
 
 _what, _making, _numbers, _out = (partial(_option, panel) for panel in (WHAT, MAKING, NUMBERS, OUT))
@@ -65,6 +82,11 @@ TABLE = _what(
         " beside."
     ),
     autocompletion=complete.tables,
+)
+RUNS = _what(
+    "--runs",
+    help="With --table: the folder in which its runs lie (`d2o train --table ... --out DIR`; default: runs).",
+    metavar="DIR",
 )
 EXTRACTOR = _what(
     "--extractor",
@@ -201,6 +223,7 @@ def evaluate(
     metrics: list[str] = METRICS,
     protocol: str = PROTOCOL,
     table: str = TABLE,
+    runs: str = RUNS,
     extractor: str = EXTRACTOR,
     weights: list[str] = WEIGHTS,
     teacher: str = TEACHER,
@@ -270,7 +293,7 @@ def evaluate(
             show(records, console.err if outputs.piped else console.out)
 
 
-def show(records: Sequence[dict[str, Any]], to: Console = console.out) -> None:
+def show(records: Sequence[JsonObject], to: Console = console.out) -> None:
     """The results as a table, with the protocol below."""
     from rich import box
     from rich.table import Table

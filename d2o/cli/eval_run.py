@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from d2o.cli import console
 from d2o.cli.opening import open_device
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.runtime import Stopped, worker
 
 if TYPE_CHECKING:
@@ -18,15 +19,18 @@ if TYPE_CHECKING:
     from d2o.evaluation.request import Request
     from d2o.evaluation.workplace import Workplace
 
-Result = dict[str, Any]
+Values = dict[str, Any]
+"""The options of `d2o eval` by name, as typer gives them."""
 STDOUT = Path("-")
 
 
-def check_asked(values: dict[str, Any]) -> None:
+def check_asked(values: Values) -> None:
     """Refuse what contradicts itself before anything is loaded."""
     x, table, compare = values["x"], values["table"], values["compare"]
     if compare and table:
         raise UserError("--compare puts results together, --table measures: give one of them")
+    if values["runs"] and not table:
+        raise UserError("--runs says where the runs of a --table lie", "add --table NAME, or leave --runs away")
     if table and x:
         raise UserError(f"--table names what is measured; {x[0]} is too much", "leave X away, or --table")
     if not table and not x:
@@ -89,13 +93,13 @@ class Targets:
                     "choose another name for --save-stats",
                 )
 
-    def read(self, paths: Sequence[str]) -> list[Result]:
+    def read(self, paths: Sequence[str]) -> list[JsonObject]:
         """The results in these files and run folders."""
         from d2o.evaluation.results import load_records
 
         return [record for path in paths for record in load_records(path)]
 
-    def write(self, records: list[Result]) -> None:
+    def write(self, records: list[JsonObject]) -> None:
         if self.json:
             from d2o.evaluation.results import results_json, save_records
 
@@ -119,7 +123,7 @@ class Targets:
 
 
 @contextmanager
-def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Result]]:
+def measured(values: Values, given: set[str]) -> Iterator[list[JsonObject]]:
     """The records of what these option values ask for; `given` are the options that the user typed. What was kept of
     the work goes when the block, which writes them, has ended well."""
     from d2o.evaluation.workplace import Workplace
@@ -135,7 +139,7 @@ def measured(values: dict[str, Any], given: set[str]) -> Iterator[list[Result]]:
                 yield _table(values, given, place)
 
 
-def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]:
+def prepare(values: Values, given: set[str]) -> tuple[Request, Settings]:
     """The request and settings that these option values mean. UserError: not those of the protocol."""
     from d2o.evaluation.paper_protocols import find_preset
     from d2o.evaluation.presets import apply_preset
@@ -175,7 +179,7 @@ def prepare(values: dict[str, Any], given: set[str]) -> tuple[Request, Settings]
 
 def _one_after_another(
     request: Request, settings: Settings, save_stats: Path | None, place: Workplace | None
-) -> list[Result]:
+) -> list[JsonObject]:
     from d2o.evaluation.run import evaluate_all
     from d2o.evaluation.statistics_files import save_statistics
 
@@ -213,22 +217,26 @@ class _Progress:
         self(n)
 
 
-def _table(values: dict[str, Any], given: set[str], place: Workplace | None) -> list[Result]:
+def _table(values: Values, given: set[str], place: Workplace | None) -> list[JsonObject]:
     """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
     beats the table."""
     from d2o.evaluation.evaluate import FORMAT
+    from d2o.evaluation.seeds import over_seeds
     from d2o.reports.cells import quoted
-    from d2o.reports.paper_tables import absent, load_table
+    from d2o.reports.paper_tables import absent, load_table, measured_runs, moved
 
-    table = load_table(values["table"])
+    table, under = load_table(values["table"]), values["runs"]
     records, measured = [], 0
     for i, row in enumerate(table.rows):
-        reason = absent(row)
+        runs = measured_runs(table, row, under)
+        reason = None if runs else absent(row, under)
         if row.x is None or reason is not None:
-            if reason is not None:
-                console.say(f"not measured: {row.name}: {reason}")
-            if row.paper:
-                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper)})
+            if (why := reason or row.cited) is not None:
+                console.say(f"not measured: {row.name}: {why}")
+            if row.paper or row.about:
+                notes = [*table.notes, *([f"{row.name}: {row.cited}"] if row.cited else [])]
+                about = {"about": row.about} if row.about else {}
+                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper, notes), **about})
             continue
         chosen = {
             key: value
@@ -238,13 +246,18 @@ def _table(values: dict[str, Any], given: set[str], place: Workplace | None) -> 
         row_values = {
             **values,
             **{key: value for key, value in chosen.items() if key not in given},
-            "x": [row.x],
-            "name": [row.name],
             "protocol": values["protocol"] or table.protocol,
-            "paper": [dict(row.paper)],
         }
         try:
-            records += _one_after_another(*prepare(row_values, (given | set(chosen)) - {"table"}), None, place)
+            found = []
+            for x in [run.folder for run in runs] or [moved(row.x, under)]:
+                one = {**row_values, "x": [x], "name": [row.name], "paper": [dict(row.paper)]}
+                found += _one_after_another(*prepare(one, (given | set(chosen)) - {"table", "runs"}), None, place)
+            for record in found if len(found) < 2 else [over_seeds(found, [run.seed for run in runs])]:
+                record["notes"] += table.notes
+                records.append({**record, "about": row.about} if row.about else record)
+            if runs and len(runs) < len(table.seeds):
+                console.say(f"{row.name}: {len(runs)} of {len(table.seeds)} seeds are here")
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
         except Stopped as stopped:

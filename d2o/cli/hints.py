@@ -4,7 +4,9 @@ that was typed."""
 from __future__ import annotations
 
 import re
-from typing import Any
+
+import typer
+from typer.core import TyperGroup
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OTHER_COMMAND = re.compile(r"\bd2o [a-z]+\b")
@@ -18,16 +20,17 @@ keys: dict[str, str] = {}
 """Options of other commands that are keys of a recipe to this one: --cfg is pairs.cfg to `d2o train`."""
 
 
-def typed(context: Any) -> None:
+def typed(context: typer.Context) -> None:
     """Remember the command that was typed, of click's context of the whole program."""
-    commands: dict[str, Any] = context.command.commands
+    assert isinstance(context.command, TyperGroup)
+    commands = context.command.commands
     options = {
         name: {text for param in command.params for text in (*param.opts, *param.secondary_opts)}
         for name, command in commands.items()
     }
     known.update(*options.values())
     own.clear()
-    own.update(options.get(context.invoked_subcommand, ()), {"--help"})
+    own.update(options.get(context.invoked_subcommand or "", ()), {"--help"})
     keys.clear()
     if context.invoked_subcommand in ("train", "finetune"):
         keys.update({"--extractor": "eval.extractor", "--against": "eval.reference", "--protocol": "eval.protocol"})

@@ -216,7 +216,7 @@ def pairs(
         return _merge(merge, out)
     texts = None
     if prompts is not None:
-        from d2o.data.prompts import open_prompts
+        from d2o.data.prompt_files import open_prompts
 
         texts = open_prompts(prompts)  # a mistake in it is found before the teacher is fetched
         n = len(texts) * max(per_prompt, 1) if n is None else n

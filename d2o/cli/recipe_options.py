@@ -11,14 +11,12 @@ from d2o.cli import complete, console
 from d2o.errors import UserError
 from d2o.settings.recipe_names import parted, renamed
 
-RECIPE = typer.Argument(
-    help=(
-        "A recipe file, or the name of one that ships with d2o (such as quickstart), with :VARIANT behind if it has"
-        " variants. `d2o recipes` lists them."
-    ),
-    show_default=False,
-    autocompletion=complete.recipes,
+WHICH = (
+    "A recipe file, or the name of one that ships with d2o (such as quickstart), with :VARIANT behind if it has"
+    " variants. `d2o recipes` lists them."
 )
+RECIPE = typer.Argument(help=WHICH, show_default=False, autocompletion=complete.recipes)
+RECIPE_OR_TABLE = typer.Argument(None, help=WHICH, show_default=False, autocompletion=complete.recipes)
 VARIANT = typer.Option(
     [],
     "--variant",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from d2o.cli import complete, console
 from d2o.cli.opening import open_device, open_teacher
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 
 if TYPE_CHECKING:
     from d2o.students.base import Student
@@ -235,7 +236,7 @@ def _check_given(checkpoint: Path | None, teacher: str | None, n: int | None, te
         )
 
 
-def _default_out(source: Path, n: int, seed: int, **others: Any) -> Path:
+def _default_out(source: Path, n: int, seed: int, **others: str | float | None) -> Path:
     """samples/NAME-n50000-seed0.zip; what else was chosen is part of the name, so that other choices make other
     files."""
     from d2o.data.pair_settings import short_name
@@ -261,7 +262,8 @@ def _sampler(
     truncation: float | None,
     device: str | None,
 ) -> Sampler:
-    from d2o.data.prompts import Prompts, open_prompts
+    from d2o.data.prompt_files import open_prompts
+    from d2o.data.prompts import Prompts
     from d2o.export.loaded import find_checkpoint
     from d2o.students.base import load_student
     from d2o.students.generate import student_sampler, teacher_sampler
@@ -328,7 +330,7 @@ def _walk(
     console.say(f"wrote {out}")
 
 
-def _write_grid(path: Path, sampler: Sampler, record: dict[str, Any]) -> None:
+def _write_grid(path: Path, sampler: Sampler, record: JsonObject) -> None:
     from d2o.data.pictures import draw_sheet, lay_out
     from d2o.interop.safetensors_io import atomic_path
     from d2o.students.generate import first_images

@@ -38,8 +38,8 @@ def run_sweep(
     device_name: str | None,
     start: Path | None,
 ) -> None:
-    """Train all members that are not finished; the sweep's folder then holds a run folder for each, sweep.json and
-    sweep.svg.
+    """Train all members that are not finished; the sweep's folder then holds a run folder for each, sweep.json,
+    sweep.svg and, of runs with previews, sweep.png.
 
     Everything is checked, and planned as --plan does it, before the first one starts. UserError: a value that cannot be
     trained, or a member that failed (the others are trained all the same). Stopped: the same command continues.
@@ -95,7 +95,7 @@ def run_sweep(
                 console.say(f"--- {where}")
                 try:
                     trainer = begin_run(
-                        name, overrides, member.recipe, folder / member.name, device, rank, world, start, stop
+                        member.source, overrides, member.recipe, folder / member.name, device, rank, world, start, stop
                     )
                     try:
                         finish_run(trainer, stop)
@@ -147,7 +147,7 @@ def _show_plans(sweep: Sweep, plans: list[Plan]) -> None:
         for line in (*plan.missing, *plan.refused):
             if line not in (*plans[0].missing, *plans[0].refused):
                 console.out.print(f"{member.name}: {fit(line)}", markup=False)
-    calls, disk = sum(sum(plan.calls.values()) for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
+    calls, disk = sum(plan.network_calls for plan in plans), sum(sum(plan.disk.values()) for plan in plans)
     console.out.print(f"together: {calls:,} network calls, {console.size(disk)} of disk")
 
 
@@ -158,7 +158,7 @@ def _cells(member: Member, plan: Plan) -> list[str]:
         f"{member.recipe.images:,}",
         f"{sum(plan.networks.values()):,}",
         console.size(memory),
-        f"{sum(plan.calls.values()):,}",
+        f"{plan.network_calls:,}",
         console.size(disk),
     ]
 
@@ -176,7 +176,7 @@ def show(record: JsonObject, folder: Path) -> None:
     console.table(table)
     if best is not None:
         console.say(f"best: {best} (checkpoint {folder / best / 'checkpoints' / 'best.safetensors'})")
-    pictures = [name for name in ("sweep.svg", "sweep.json") if (folder / name).exists()]
+    pictures = [name for name in ("sweep.svg", "sweep.png", "sweep.json") if (folder / name).exists()]
     console.say(f"wrote {' and '.join(str(folder / name) for name in pictures)}")
 
 

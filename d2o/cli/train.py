@@ -9,7 +9,7 @@ import typer
 
 from d2o.cli import complete, console
 from d2o.cli.opening import open_device
-from d2o.cli.recipe_options import MINI, RECIPE, SET, VARIANT, named
+from d2o.cli.recipe_options import MINI, RECIPE, RECIPE_OR_TABLE, SET, VARIANT, named
 from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run, finish_run, opened
 from d2o.errors import UserError
 
@@ -71,10 +71,22 @@ SWEEP = typer.Option(
     metavar="KEY=A,B,...",
     help=(
         "Train once for each of these values of a recipe's key, or of one in its method's "
-        "section: alpha=0,0.5,1. Repeatable: every combination. The same command again continues."
+        "section: alpha=0,0.5,1; or as each of these variants: variant=mse,l1. Repeatable: every combination. "
+        "The same command again continues."
     ),
     show_default=False,
     autocompletion=complete.keys,
+)
+TABLE = typer.Option(
+    None,
+    "--table",
+    help=(
+        "Instead of a recipe: all that a table (recipes/tables/*.yaml, by name or path) names and that is not trained"
+        " yet, with each of its seeds. --out is then the folder of all runs (default: runs; with --mini runs/mini)."
+        " The same command again continues."
+    ),
+    show_default=False,
+    autocompletion=complete.tables,
 )
 SEED = typer.Option(
     None,
@@ -104,7 +116,7 @@ DEVICE = typer.Option(
 
 
 def train(
-    recipe: str = RECIPE,
+    recipe: str = RECIPE_OR_TABLE,
     variant: list[str] = VARIANT,
     set_: list[str] = SET,
     out: Path = OUT,
@@ -115,6 +127,7 @@ def train(
     plan: bool = PLAN,
     processes: int = PROCESSES,
     sweep: list[str] = SWEEP,
+    table: str = TABLE,
     seed: int = SEED,
     precision: str = PRECISION,
     device: str = DEVICE,
@@ -125,6 +138,16 @@ def train(
     TensorBoard events, previews and checkpoints. Under torchrun (torchrun --nproc-per-node 2 -m d2o train ...) all
     processes share the recipe's global batch.
     """
+    if table is not None:
+        from d2o.cli.train_table import train_table
+
+        beside: dict[str, object] = {"a recipe": recipe, "--variant": variant, "--data": data, "--on-bad": on_bad}
+        beside |= {"--sweep": sweep, "--seed": seed is not None, "--processes": processes}
+        if given := [word for word, value in beside.items() if value]:
+            raise UserError(f"--table says what is trained; {', '.join(given)} is too much", "leave it away")
+        return train_table(table, _with(list(set_), None, precision), out, mini, plan, device)
+    if recipe is None:
+        raise UserError("what should be trained? Give a recipe, or --table NAME", "`d2o recipes` lists them")
     name = named(recipe, variant)
     _run(
         name, _with(list(set_), seed, precision), out, resume, data, on_bad, mini, plan, processes, sweep, device, None

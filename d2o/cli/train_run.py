@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d2o.cli import console
 from d2o.errors import MissingImages, UserError
+from d2o.inputs import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def check_options(recipe: Recipe, data: str | None, start: Path | None) -> None:
         )
 
 
-def check_run(folder: Path, recipe: Recipe, resume: bool, start: Path | None) -> dict[str, Any] | None:
+def check_run(folder: Path, recipe: Recipe, resume: bool, start: Path | None) -> JsonObject | None:
     """The record of the state of the run in the folder; None: there is none yet. UserError: the run must not be
     overwritten, or is another one."""
     from d2o.recipes.changes import forbidden
@@ -105,7 +106,7 @@ def opened(
             missing = []
             if rank == 0:
                 tidy(folder)
-                missing = settle(folder, record, Products(folder / "checkpoints"))
+                missing = settle(record, Products(folder / "checkpoints"))
             unfinished = any_process("last" in missing, device, world)
         yield unfinished
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+
+from d2o.inputs import JsonObject
 
 FILE = Path(str(resources.files("d2o") / "assets" / "words.json"))
 
 
-def collect() -> dict[str, Any]:
+def collect() -> JsonObject:
     """The words as d2o knows them now. `keys`: of recipes, "" those of all, else by method."""
     from d2o.evaluation.known_metrics import METRICS
     from d2o.evaluation.named_extractors import EXTRACTORS
@@ -39,7 +40,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def load() -> dict[str, Any]:
+def load() -> JsonObject:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""The discriminator of denoising diffusion GANs: is x_t a real step back from x_{t+1}?
+"""The critic of denoising diffusion GANs: is x_t a real step back from x_{t+1}?
 
 Xiao et al. 2022, section 4 and appendix C; the small network of CIFAR-10 and the large one of 256 px images are two
 cases of one rule.

@@ -20,6 +20,7 @@ from d2o.condition import Embedded
 from d2o.critics.unet_levels import DecoderStates, Reading, backbone_of
 from d2o.errors import UserError, unknown
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.config import Config
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,7 +81,7 @@ class UNetCritic(nn.Module):
 
     def __init__(
         self,
-        network: dict[str, Any],
+        network: Config,
         z: str = "after_conv_in",
         inputs: str = "3x3",
         resize: str = "area",

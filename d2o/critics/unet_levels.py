@@ -118,17 +118,17 @@ class DiffusersBackbone(LevelledUNet):
 # without them.
 
 
-def _before(module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> Callable[[], None]:
+def _before(module: nn.Module, hook: Callable[[tuple, dict[str, Any]], tuple | None]) -> Callable[[], None]:
     """Set a hook of what enters a module; what takes it away again."""
     return module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True).remove
 
 
-def _replaced(enter: EnterLevel, level: int) -> Callable[..., Any]:
+def _replaced(enter: EnterLevel, level: int) -> Callable[..., tuple]:
     return lambda args, kwargs: (args, {**kwargs, "hidden_states": enter(level, kwargs["hidden_states"])})
 
 
 def _entering(hidden: list[Tensor], skips: list[Tensor]) -> Callable[..., None]:
-    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(args: tuple, kwargs: dict[str, Any]) -> None:
         hidden.append(kwargs["hidden_states"])
         skips.extend(reversed(kwargs["res_hidden_states_tuple"]))
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2o.data import decode
 from d2o.data.containers import ArchiveMember, Container, printable
-from d2o.data.layouts import LAYOUTS, ImageSource, wrong_label
+from d2o.data.layouts import LAYOUTS, ImageSource, Reason, read_label
 from d2o.errors import UserError
 from d2o.interop.inert_pickle import Malformed
 from d2o.interop.npz import DAMAGED, read_npz
@@ -29,13 +29,12 @@ class Arrays(ImageSource):
         names = [f"{i:08d}" for i in range(len(pixels))]
         self.names, self.labels, self.class_names, self.pixels = names, None, [], pixels
         if labels is not None:
-            values = labels.tolist()
-            problems = {i: why for i, label in enumerate(values) if (why := wrong_label(label))}
-            good = [i for i in range(len(values)) if i not in problems]
-            self.bad = [(names[i], why) for i, why in problems.items()]
-            if problems:
+            found = [read_label(value) for value in labels.tolist()]
+            self.labels = [label for label in found if not isinstance(label, Reason)]
+            self.bad = [(name, label) for name, label in zip(names, found) if isinstance(label, Reason)]
+            if self.bad:
+                good = [i for i, label in enumerate(found) if not isinstance(label, Reason)]
                 self.names, self.pixels = [names[i] for i in good], pixels[good]
-            self.labels = [int(values[i]) for i in good]
             self.class_names = class_names or [str(c) for c in range(max(self.labels, default=-1) + 1)]
 
     def head(self, index: int) -> decode.ImageHead:

@@ -64,11 +64,11 @@ def distorted(x: np.ndarray, kind: str, strength: float, random: np.random.Gener
 
 
 def made_triplets(
-    path: str, resolution: int | None, channels: int | None, limit: int | None = None
+    path: str, resolution: int | None, channels: int | None, limit: int | None = None, seed: int = 0
 ) -> list[tuple[str, list[Tensor], Tensor]]:
     """Of each kind its name, (reference, first, second copy) uint8 [n, C, H, W] each and whether the second is nearer
-    (float32 [n], 0 or 1): one triplet of each kind for every digit of the half, or the first `limit`. UserError: no
-    made set, or images in grey and colour."""
+    (float32 [n], 0 or 1): one triplet of each kind for every digit of the half, or the first `limit`. `seed`: of the
+    distortions; training has 0. UserError: no made set, or images in grey and colour."""
     if path not in MADE:
         raise unknown("made set of triplets", path, MADE)
     digits = open_images(f"real:digits/{path[-1]}", resolution=resolution or SIDE, channels=1)
@@ -81,7 +81,8 @@ def made_triplets(
         sides = np.empty((3, n, *grey.shape[1:]))
         nearer = np.empty(n, np.float32)
         for i in range(n):
-            random = np.random.default_rng([ord(path[-1]), number, i])  # of this triplet alone
+            own = [ord(path[-1]), number, i]
+            random = np.random.default_rng(own if seed == 0 else [*own, seed])  # of this triplet alone
             other = grey[random.choice(np.flatnonzero(labels != labels[i]))]
             weak = random.uniform(0, 1 - LEAST)
             strengths = [weak, random.uniform(weak + LEAST, 1)]

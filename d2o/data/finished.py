@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -21,34 +21,40 @@ class Finished:
 
     def __init__(self, archive: Archive, n: int):
         self.archive, self.n = archive, n
-        self.source: Any = None  # the opened archive, of any of three kinds
-        if isinstance(archive, ZipArchive):
-            self.source = zipfile.ZipFile(archive.out)
-        elif isinstance(archive, TarArchive):
-            self.source = tarfile.open(archive.out, "r:")  # noqa: SIM115 (closed with this object)
-            self.members = {member.name: member for member in self.source}
-        elif isinstance(archive, Npz):
-            self.source = open_images(archive.out)
+        self.images = open_images(archive.out) if isinstance(archive, Npz) else None
+        self.read = _reader(archive)
 
     def part(self, start: int, n: int, labels: torch.Tensor | None) -> Part:
         """Images start .. start + n - 1 as `archive.encode` would give them. Any exception: they are not as they were
         written."""
-        if isinstance(self.archive, Npz):
-            return self.archive.encode(start, self.source.images(range(start, start + n)), labels)
+        if self.images is not None:
+            return self.archive.encode(start, self.images.images(range(start, start + n)), labels)
         files = [self._file(i) for i in range(start, start + n)]
         return {} if isinstance(self.archive, FolderArchive) else self.archive.pack(start, files, labels)
 
     def _file(self, i: int) -> bytes:
-        name = png_path(i).decode()
-        if isinstance(self.archive, ZipArchive):
-            data = self.source.read(name)
-        elif isinstance(self.archive, FolderArchive):
-            data = (self.archive.out / name).read_bytes()
-        else:
-            data = self.source.extractfile(self.members[f"img{i:08d}.png"]).read()
+        data = self.read(i)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.verify()  # the checksums that a PNG has of its own
         return data
+
+
+def _reader(archive: Archive) -> Callable[[int], bytes]:
+    """Image number -> the bytes of its file; a zip or tar is open for as long as this is kept."""
+    if isinstance(archive, ZipArchive):
+        images = zipfile.ZipFile(archive.out)
+        return lambda i: images.read(png_path(i).decode())
+    if isinstance(archive, TarArchive):
+        shard = tarfile.open(archive.out, "r:")  # noqa: SIM115 (see above)
+        members = {member.name: member for member in shard}
+
+        def read(i: int) -> bytes:
+            file = shard.extractfile(members[f"img{i:08d}.png"])
+            assert file is not None
+            return file.read()
+
+        return read
+    return lambda i: (archive.out / png_path(i).decode()).read_bytes()
 
 
 def take_over(archive: Archive, n: int) -> Finished | None:

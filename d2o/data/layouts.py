@@ -58,14 +58,14 @@ class ImageSource:
         raise NotImplementedError
 
 
-def wrong_label(label: object) -> str | None:
-    """Why this is no label, or None."""
-    if label is None:
-        return "no label"
-    if isinstance(label, Reason):
-        return label
-    if isinstance(label, bool) or not (isinstance(label, int) or (isinstance(label, float) and label.is_integer())):
-        return f"the label {str(label)[:20]!r} is not a whole number"
-    if not 0 <= label < MAX_CLASSES:
-        return f"the label {label} is out of range (0 to {MAX_CLASSES - 1})"
-    return None
+def read_label(value: object) -> int | Reason:
+    """The class that a value found in a label's place names, or why it names none."""
+    if value is None:
+        return Reason("no label")
+    if isinstance(value, Reason):
+        return value
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        return Reason(f"the label {str(value)[:20]!r} is not a whole number")
+    if not 0 <= value < MAX_CLASSES:
+        return Reason(f"the label {value} is out of range (0 to {MAX_CLASSES - 1})")
+    return int(value)

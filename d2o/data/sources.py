@@ -22,14 +22,13 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from PIL import Image
 
 from d2o.data import decode
 from d2o.data.arrays import Arrays, open_cifar, open_npz
 from d2o.data.containers import ArchiveMember, Container, FolderContainer, TarContainer, ZipContainer
-from d2o.data.layouts import LAYOUTS, MAX_CLASSES, ImageSource, Reason, wrong_label
+from d2o.data.layouts import LAYOUTS, MAX_CLASSES, ImageSource, Reason, read_label
 from d2o.data.lmdb_files import LmdbFiles, is_lmdb
 from d2o.data.synthetic.digits import digits
 from d2o.errors import MissingImages, UserError, unknown
@@ -121,7 +120,7 @@ class Files(ImageSource):
         self, images: list[ArchiveMember], fields: dict[str, ArchiveMember]
     ) -> tuple[list[int] | None, list[str], dict[int, str]]:
         """(labels or None, class names, {index: why it has no valid label})."""
-        found: list[Any] | None
+        found: list[object] | None
         problems: dict[int, str] = {}
         root = _root([member.path for member in images], {member.path for member in self._side})
         tables = [member for member in self._side if member.path == root + "dataset.json"]
@@ -150,15 +149,16 @@ class Files(ImageSource):
             )
         if found is None:
             return None, [], problems
-        for i, label in enumerate(found):
-            if i not in problems and (why := wrong_label(label)):
-                problems[i] = why
-        labels = [-1 if i in problems else int(label) for i, label in enumerate(found)]
+        labels = []
+        for i, label in enumerate(map(read_label, found)):
+            if isinstance(label, Reason):
+                problems.setdefault(i, label)
+            labels.append(-1 if isinstance(label, Reason) or i in problems else label)
         if not class_names:
             class_names = [str(c) for c in range(max(labels, default=-1) + 1)]
         return labels, class_names, problems
 
-    def _from_table(self, images: list[ArchiveMember], root: str, table: ArchiveMember) -> list[Any] | None:
+    def _from_table(self, images: list[ArchiveMember], root: str, table: ArchiveMember) -> list[object] | None:
         try:
             rows = json_object(parse_json(self._container.read(table)), "it")["labels"]
             pairs = list(rows.items() if isinstance(rows, dict) else rows or [])
@@ -186,12 +186,12 @@ class Files(ImageSource):
 
     def _from_fields(
         self, images: list[ArchiveMember], fields: dict[str, ArchiveMember], used: set[str], problems: dict[int, str]
-    ) -> list[Any] | None:
+    ) -> list[object] | None:
         """Labels of a WebDataset: a sample's key is its path up to the first dot of the file's name (or the last one,
         if that fits)."""
         stems: set[str] = set()
         plain = {posixpath.splitext(member.name)[0] for member in images}
-        found: list[Any] = []
+        found: list[object] = []
         for i, member in enumerate(images):
             stem, key = posixpath.splitext(member.name)[0], _key(member.name)
             field = next(
@@ -212,7 +212,7 @@ class Files(ImageSource):
         self.notes.append("labels from the .cls or .json beside each image")
         return found
 
-    def _from_field(self, field: ArchiveMember) -> tuple[Any, bool]:
+    def _from_field(self, field: ArchiveMember) -> tuple[object, bool]:
         """(label, whether the field holds one)."""
         try:
             text = self._container.read(field).decode("utf-8").strip()
@@ -225,7 +225,7 @@ class Files(ImageSource):
         except (OSError, ValueError) as error:
             return Reason(f"its label cannot be read from {field.name}: {error}"), True
 
-    def _from_folders(self, paths: list[str], problems: dict[int, str]) -> tuple[list[Any] | None, list[str]]:
+    def _from_folders(self, paths: list[str], problems: dict[int, str]) -> tuple[list[object] | None, list[str]]:
         tops = [path.split("/", 1)[0] if "/" in path else None for path in paths]
         class_names = sorted({top for top in tops if top is not None})
         if not class_names:
@@ -240,7 +240,7 @@ class Files(ImageSource):
 
 
 class LatentFiles(Files):
-    """Stored latents in a container: an array in each `.npy` (see latents.py)."""
+    """Stored latents in a container: an array in each `.npy` (`d2o.data.stored_latents`)."""
 
     suffixes = (".npy",)
 

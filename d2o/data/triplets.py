@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +76,21 @@ class TripletSet:
 
 
 def open_triplets(
-    path: str, *, resolution: int | None = None, channels: int | None = None, limit: int | None = None
+    path: str,
+    *,
+    resolution: int | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    on_bad: str = "refuse",
+    resize: str = "lanczos",
+    order: str = "resize_crop",
 ) -> TripletSet:
-    """Those in a folder, or made ones (`real:digits-2afc/a`). Images as `open_images` reads them; `limit`: the first so
-    many of each kind of distortion. UserError: MissingImages where nothing is; another layout; names or judgements that
-    do not fit."""
+    """Those in a folder, or made ones (`real:digits-2afc/a`), whose distortions are drawn by `seed`. Images as
+    `open_images` reads them, whose options the others are; `limit`: the first so many of each kind of distortion.
+    UserError: MissingImages where nothing is; another layout; names or judgements that do not fit."""
     if path.startswith("real:"):
-        made = made_triplets(path, resolution, channels, limit)
+        made = made_triplets(path, resolution, channels, limit, seed)
         digest = hashlib.sha256()
         for _, tensors, answers in made:
             for tensor in (*tensors, answers):
@@ -97,7 +106,16 @@ def open_triplets(
     prints: list[str] = []
     notes: list[str] = []
     for kind in kinds:
-        sides = [open_images(kind / side, resolution=resolution, channels=channels, limit=limit) for side in SIDES]
+        read = partial(
+            open_images,
+            resolution=resolution,
+            channels=channels,
+            limit=limit,
+            on_bad=on_bad,
+            resize=resize,
+            order=order,
+        )
+        sides = [read(kind / side) for side in SIDES]
         for side, found in zip(SIDES[1:], sides[1:], strict=True):
             if [Path(n).stem for n in found.names] != [Path(n).stem for n in sides[0].names]:
                 raise UserError(f"{kind / side} has not the images of {kind / SIDES[0]}: their names differ", LAYOUT)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 
 
 class Levels(Protocol):
@@ -63,7 +63,7 @@ class FlowLevels:
         return sigma
 
 
-def levels_of(record: Mapping[str, Any]) -> Levels:
+def levels_of(record: JsonObject) -> Levels:
     """Of a `schedule` as configurations hold it: {kind: flow, train_steps}, or a diffusers scheduler's keys of its
     betas. UserError: no schedule."""
     if record.get("kind") == "flow":

@@ -3,14 +3,15 @@ take through them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 
 SPACINGS = ("leading", "trailing", "linspace")
 FINALS = ("scheduler", "x0")
@@ -111,21 +112,17 @@ class DiscreteSchedule:
     spacing: str = "leading"
     offset: int = 1
     final_alpha: float | None = None
-    betas: Mapping[str, Any] | None = (
-        None  # a diffusers scheduler's keys that say abar; None: only the numbers are known
-    )
+    betas: JsonObject | None = None  # a diffusers scheduler's keys that say abar; None: only the numbers are known
 
     @classmethod
-    def scaled_linear(
-        cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, **more: Any
-    ) -> DiscreteSchedule:
+    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> DiscreteSchedule:
         """beta_t = (sqrt(beta_start) ... sqrt(beta_end) in equal steps)^2: Stable Diffusion 1.5 and XL."""
         keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
         made = cls.from_config(dict(zip(keys, ("scaled_linear", beta_start, beta_end, steps), strict=True)))
-        return cls(made.alphas_cumprod, **more, betas=made.betas)
+        return cls(made.alphas_cumprod, betas=made.betas)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DiscreteSchedule:
+    def from_config(cls, config: JsonObject) -> DiscreteSchedule:
         """From the configuration of a diffusers scheduler. UserError: betas or a rescaling that this schedule does not
         have."""
         steps, low, high = (
@@ -161,7 +158,7 @@ class DiscreteSchedule:
             bar, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0), 1.0 if to_one else None, said
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """A diffusers scheduler's keys for these betas, from which `from_config` has the same alphas_cumprod."""
         if self.betas is not None:
             return dict(self.betas)

@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2o.diffusion.schedules import FINALS, SPACINGS, EDMSchedule, Grid, Schedule
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x float32 [B, ...], t float32 [B]) -> x_0 [B, ...]."""
@@ -224,7 +224,7 @@ class Solver:
             return ddim(denoise, x, grid, self.eta, randn)
         return PLAIN[self.name](denoise, x, grid)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """What matters: the defaults of options that this solver does not take are left away."""
         record = asdict(self)
         if self.name != "ddim":

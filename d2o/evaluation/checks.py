@@ -23,12 +23,17 @@ def check_task(x: Subject, reference: Reference | None, plan: Task, settings: Se
         label_mode(settings.labels, x.spec.classes, x.spec.name)
     for want in plan.wants:
         name, kind, extractor = want.metric.name, want.metric.reference, plan.extractor(want)
+        if kind == "answers":
+            raise UserError(
+                f"metric {name} is of a network that judges images; {x.source} is none",
+                "X is a run of method latent-classifier or latent-lpips, or a distance by name (lpips-vgg)",
+            )
         if want.metric.output and extractor is None:
             raise UserError(
                 f"metric {name}: {x.source} doesn't say which extractor made it", "name it with --extractor"
             )
         if (
-            name == "clip-score"
+            name in ("clip-score", "prompt-accuracy")
             and (x.captions if isinstance(x, Pictures) else x.prompts if isinstance(x, Generator) else None) is None
         ):
             raise UserError(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ class ClipScore:
             raise unknown("CLIP template", template, TEMPLATES)
         self.name, self.template, self.device = full_name(name), template, torch.device(device)
         network, self.sha256 = load_clip(name, weights)
-        self.network: Any = network.to(self.device)
+        self.network = network.to(self.device)
 
     @torch.inference_mode()
     def image(self, images: Tensor) -> Tensor:

@@ -182,11 +182,6 @@ def _measure(work: Pass, numbers: range) -> tuple[dict[str, Tensor], list[float]
     return columns, [batch.seconds] if whole and batch.seconds is not None else []
 
 
-def pieces_of(numbers: range, size: int) -> Iterator[range]:
-    """`numbers` in pieces of `size`; the last may be smaller, none is dropped."""
-    return (numbers[i : i + size] for i in range(0, len(numbers), size))
-
-
 def check_images(images: Tensor, seeds: Sequence[int], who: str) -> None:
     """UserError that counts the images with NaN or infinite values, as a collapsed student makes them."""
     bad = int((~torch.isfinite(images).flatten(1).all(1)).sum())

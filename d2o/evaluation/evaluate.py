@@ -15,7 +15,7 @@ from d2o.evaluation.known_metrics import Want, combine
 from d2o.evaluation.leaks import leak_notes
 from d2o.evaluation.measures import Score, Sides
 from d2o.evaluation.passes import feature_probes, generator_pass, pair_pass, pictures_pass
-from d2o.evaluation.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe
+from d2o.evaluation.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe, PromptProbe
 from d2o.evaluation.protocol import Settings, hardware
 from d2o.evaluation.reference import Reference, generated_reference, measure_reference
 from d2o.evaluation.sample_grid import sample_grid
@@ -144,6 +144,8 @@ def _main_passes(
     probes = feature_probes(outputs)
     if any(want.metric.name == "clip-score" for want in plan.wants):
         probes.append(ClipProbe(plan.tools.clip(settings.clip_model)))
+    if any(want.metric.name == "prompt-accuracy" for want in plan.wants):
+        probes.append(PromptProbe())
     if isinstance(x, Pictures):
         works, resize = [pictures_pass(x, settings, probes)], x.resize
     else:

@@ -21,7 +21,8 @@ LOWER, HIGHER = "lower", "higher"
 class Metric:
     """`extractor`: the one that it is defined over; None: the one chosen for X. `output`: what it needs of each image,
     and (`reference`) of
-    the reference: "statistics", "rows" (every image's), or "" for nothing. `compute` gives one Score for each of
+    the reference: "statistics", "rows" (every image's), "answers" (X is a network that judges: `judges`), or "" for
+    nothing. `compute` gives one Score for each of
     `keys`.
     """
 
@@ -179,7 +180,38 @@ METRICS = {
                 "",
                 reference="pair",
             )
-            for space in ("sd15", "sd21", "sdxl", "sd3", "flux")
+            for space in ("sd15", "sd21", "sdxl", "sd3", "flux", "tiny-sd")
+        ),
+        Metric(
+            "prompt-accuracy",
+            "share of images that show the digit which their prompt names",
+            measures.prompt_accuracy,
+            {"prompt-accuracy": HIGHER},
+            "logits",
+            reference="",
+        ),
+        Metric(
+            "diversity",
+            "mean 1 - cosine of features among images of one prompt",
+            measures._dream_diversity,
+            {"diversity": HIGHER},
+            reference="diversity",
+        ),
+        Metric(
+            "top1",
+            "of a classifier (latent_classifier): share of images whose class it sees",
+            measures.of_a_judge,
+            {"top1": HIGHER},
+            "",
+            reference="answers",
+        ),
+        Metric(
+            "2afc",
+            "of a distance (latent_lpips, lpips-vgg, ...): share of judgements of triplets that it shares",
+            measures.of_a_judge,
+            {"2afc": HIGHER, "2afc-traditional": HIGHER, "2afc-cnn": HIGHER, "2afc-real": HIGHER},
+            "",
+            reference="answers",
         ),
     )
 }
@@ -226,6 +258,8 @@ def combine(
     least."""
     entries = {}
     for key, better in want.metric.keys.items():
+        if not all(key in run for run in runs):  # of a kind of triplets that is not in the set
+            continue
         found = [run[key] for run in runs]
         values = [score.value for score in found]
         spread = stats.stdev(values) if len(values) > 1 else found[0].std

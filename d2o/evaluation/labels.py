@@ -14,6 +14,12 @@ WORDS = {
     "lpips-vgg": "LPIPS(vgg)",
     "dreamsim": "DreamSim",
     "dreamdiv": "DreamDiv",
+    "prompt-accuracy": "prompt accuracy",
+    "top1": "top-1",
+    "2afc": "2AFC",
+    "2afc-traditional": "2AFC, traditional",
+    "2afc-cnn": "2AFC, cnn",
+    "2afc-real": "2AFC, real",
 }
 FRECHET = {
     "inception": "FID",

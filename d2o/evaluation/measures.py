@@ -169,7 +169,7 @@ def _density_coverage(sides: Sides, settings: Settings) -> dict[str, Score]:
     }
 
 
-def _mean(values: torch.Tensor, settings: Settings, **more: object) -> Score:
+def mean_score(values: torch.Tensor, settings: Settings, **more: object) -> Score:
     """The mean of one value an image, in float64, with the error of that mean if it was asked for."""
     score = Score(float(values.double().mean()), len(values), more=more)
     if settings.bootstrap:
@@ -182,12 +182,12 @@ def _mean(values: torch.Tensor, settings: Settings, **more: object) -> Score:
 
 
 def _clip_score(sides: Sides, settings: Settings) -> dict[str, Score]:
-    return {sides.key: _mean(sides.run.columns.column("clip-score"), settings, model=settings.clip_model)}
+    return {sides.key: mean_score(sides.run.columns.column("clip-score"), settings, model=settings.clip_model)}
 
 
 def paired(sides: Sides, settings: Settings) -> dict[str, Score]:
     """The mean of what was measured between an image and the teacher's of equal noise."""
-    return {sides.key: _mean(sides.run.columns.column(f"pair/{sides.key}"), settings)}
+    return {sides.key: mean_score(sides.run.columns.column(f"pair/{sides.key}"), settings)}
 
 
 def _dream_diversity(sides: Sides, settings: Settings) -> dict[str, Score]:
@@ -201,3 +201,18 @@ def _dream_diversity(sides: Sides, settings: Settings) -> dict[str, Score]:
             mean, prompts, more={"per_prompt": settings.per_prompt, "images": len(embeddings), "std_of_prompts": std}
         )
     }
+
+
+def prompt_accuracy(sides: Sides, settings: Settings) -> dict[str, Score]:
+    """Of the images whose prompt names a digit (`PromptProbe`), the share in which the extractor sees it."""
+    asked = sides.run.columns.column("prompt-class")
+    known = asked >= 0
+    if not bool(known.any()):
+        raise UserError(f"{sides.key}: no prompt names a digit", 'it is for prompts such as "a handwritten seven"')
+    seen = sides.run.column(sides.network, "logits").argmax(1)
+    return {sides.key: mean_score((seen == asked)[known].float(), settings, percent=True)}
+
+
+def of_a_judge(sides: Sides, settings: Settings) -> dict[str, Score]:
+    """Stands for `d2o.evaluation.judges`, whose X makes no images."""
+    raise UserError(f"{sides.key} is of a network that judges images, not of images")

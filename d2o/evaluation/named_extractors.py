@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from d2o.errors import UserError
 from d2o.evaluation.extractor import Device, Extractor
@@ -27,7 +28,8 @@ Prepare = Callable[[Tensor, torch.device], Tensor]
 
 class FeatureExtractor(Extractor):
     """The 8-bit protocol around features. `prepare`, described by `resize`, is how a published number comes to the
-    network's size; None: as the features themselves do. `whole`: a batch goes through in one piece."""
+    network's size, whatever theirs is; None: as the features themselves do. `whole`: a batch goes through in one
+    piece."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class FeatureExtractor(Extractor):
             network.dim,
             network.sha256,
             device,
-            shape=network.shape,
+            shape=network.shape if prepare is None else None,
             resize=resize or network.resize,
             classes=network.classes,
             outputs=network.has,
@@ -88,6 +90,11 @@ def _openai(images: Tensor, device: torch.device) -> Tensor:
     return clip_input(images).to(device)
 
 
+def _digits_area(images: Tensor, device: torch.device) -> Tensor:
+    grey = images.to(device, torch.float32).mean(1, keepdim=True)
+    return F.interpolate(grey, (8, 8), mode="area").round() / 127.5 - 1
+
+
 def _dreamsim(images: Tensor, device: torch.device) -> Tensor:
     return rounded_bicubic(images.to(device), dreamsim.SIZE) / 255
 
@@ -106,6 +113,7 @@ WAYS: dict[str, Way] = {
     "vgg16-fc2": Way("vgg16"),
     "lite0": Way("lite0"),
     "dreamsim": Way("dreamsim", _dreamsim),
+    "digits-area": Way("digits", _digits_area, "grey+area8"),  # of images of digits in any size
 }
 SHORT = {"inception-tf": "inception", "clip": "clip-vit-b-32"}
 """Names that results state as another."""

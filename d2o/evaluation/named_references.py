@@ -105,11 +105,6 @@ REFERENCES = {
 """Name -> published reference. clean-fid's are named by its own scheme, see `lookup`."""
 
 
-def reference_names() -> list[str]:
-    """The names that `lookup` knows, besides clean-fid's scheme."""
-    return sorted(REFERENCES)
-
-
 def is_named(text: str) -> bool:
     """Whether `text` is meant as a published reference: one of the names, or anything that begins with "clean-fid:"."""
     return text in REFERENCES or text.startswith(CLEAN)

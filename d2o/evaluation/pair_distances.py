@@ -16,7 +16,7 @@ from d2o.data.images import to_float
 from d2o.errors import UserError, unknown
 from d2o.evaluation.extractor import Device
 from d2o.features.lpips import LEAST, TITLES
-from d2o.losses.latent_lpips import RELEASED, load_latent_lpips
+from d2o.losses.latent_lpips import RELEASED, SHIPPED, load_latent_lpips
 from d2o.losses.perceptual import Trunk, load_lpips
 
 AT_ONCE = 16  # pairs in one pass of the network, which bounds its memory
@@ -100,7 +100,8 @@ class LatentDistance(PairDistance):
     """LatentLPIPS, without the L1 term and without augmentation."""
 
     def __init__(self, space: str, weights: Path | None = None, device: Device = "cpu"):
-        """`weights`: the released "tuned" file; None: it is looked for. UserError: not there, or another space's."""
+        """`weights`: the released "tuned" file, or one of d2o's own; None: it is looked for. UserError: not there, or
+        another space's."""
         self.network = load_latent_lpips(space, weights, device=device)
         sha256 = self.network.features.sha256
         super().__init__(f"latent-lpips-{space}", f"LatentLPIPS ({space})", sha256, "latent", device)
@@ -113,7 +114,7 @@ PAIR_DISTANCES: dict[str, Callable[[Path | None, Device], PairDistance]] = {
     "lpips": partial(LpipsDistance, "alex"),
     "lpips-alex": partial(LpipsDistance, "alex"),
     "lpips-vgg": partial(LpipsDistance, "vgg"),
-    **{f"latent-lpips-{space}": partial(LatentDistance, space) for space in RELEASED},
+    **{f"latent-lpips-{space}": partial(LatentDistance, space) for space in (*RELEASED, *SHIPPED)},
 }
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from d2o.errors import unknown
+from d2o.evaluation.judge_protocols import JUDGE_PRESETS
 from d2o.evaluation.presets import Preset
 
 # ---- what the protocols share ----------------------------------------------------------------------------------------
@@ -311,6 +312,7 @@ _ALL = (
         "not stated; EDM fid.py",
         ("reference, seeds and tool are not stated: those of EDM, which is the teacher",),
     ),
+    *JUDGE_PRESETS,
     # the teachers' own numbers
     Preset(
         "edm_cifar10",
@@ -368,10 +370,6 @@ _ALL = (
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
-def preset_names() -> list[str]:
-    return sorted(PRESETS)
-
-
 def find_preset(name: str) -> Preset:
     """UserError: unknown, with the nearest and the list."""
     if name not in PRESETS:
@@ -383,7 +381,7 @@ def protocol_table() -> list[list[str]]:
     """Header and one row for each preset, as the documentation prints them."""
     rows = [["protocol", "numbers of", "data", "metrics", "images", "reference", "equals"]]
     for p in _ALL:
-        runs = p.settings["repeats"]
+        runs, images = p.settings["repeats"], p.settings.get("n")
         many = f" x {runs}, {'smallest' if p.settings['report_as'] == 'min' else 'mean'}" if runs > 1 else ""
         rows.append(
             [
@@ -391,7 +389,7 @@ def protocol_table() -> list[list[str]]:
                 p.paper,
                 p.data,
                 ", ".join(p.metrics),
-                f"{p.settings['n']:,}{many}",
+                f"{images:,}{many}" if images else "all",
                 p.reference or "yours",
                 p.tool,
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +19,15 @@ from d2o.errors import UserError, unknown
 QUANTIZERS = ("edm_round", "dmd_trunc")
 FORMS = "none; crop (to the extractor's own size); or a size with its filter: 256, 256:lanczos, 256:bicubic"
 LARGEST = 4096
+
+
+class OpenOptions(TypedDict, total=False):
+    """Options of `data.images.open_images`."""
+
+    resolution: int | None
+    channels: int | None
+    resize: str
+    order: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Preparation:
             raise UserError(f"--resize crop makes squares, but the extractor takes {shape[2]}x{shape[1]} pixels")
         return replace(self, resolution=shape[2], channels=shape[0])
 
-    def reading(self) -> dict[str, Any]:
+    def reading(self) -> OpenOptions:
         """The options of `data.images.open_images` that do this to files, which may then differ in size."""
         if not self.changes:
             return {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from d2o.errors import UserError
 from d2o.evaluation import measures
 from d2o.evaluation.known_metrics import parse_metrics
 from d2o.evaluation.protocol import option
+from d2o.inputs import JsonObject
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Preset:
 
     `metrics`: as `--metrics` takes them. `settings`: what is fixed, by the name of the option (`pr_k`: --pr-k).
     `reference`: its name, as `--against` takes it; None: the user brings it. `n_ref`: images behind it, where that is
-    known. `extractor`: of every metric that has a choice and names none. `tool`: whose numbers it gives. `needs`:
-    options that only the user can give, and what is to be given.
+    known. `extractor`: of every metric that has a choice and names none; "" where none has. `tool`: whose numbers it
+    gives. `needs`: options that only the user can give, and what is to be given.
     """
 
     name: str
     paper: str
     data: str
     metrics: tuple[str, ...]
-    settings: Mapping[str, Any]
+    settings: JsonObject
     reference: str | None
     n_ref: int | None
     extractor: str
@@ -36,10 +36,11 @@ class Preset:
     needs: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> JsonObject:
         """Everything that it settles, by the name of the option."""
         against = {"against": self.reference} if self.reference else {}
-        return {"metrics": self.metrics, "extractor": self.extractor, **against, **self.settings}
+        extractor = {"extractor": self.extractor} if self.extractor else {}
+        return {"metrics": self.metrics, **extractor, **against, **self.settings}
 
     @property
     def extractors(self) -> set[str]:
@@ -70,7 +71,7 @@ def contradictions(preset: Preset, given: Mapping[str, object]) -> list[tuple[st
     return found
 
 
-def apply_preset(preset: Preset, given: Mapping[str, object]) -> dict[str, Any]:
+def apply_preset(preset: Preset, given: Mapping[str, object]) -> JsonObject:
     """`given` (only what the user gave explicitly, by the name of the option) with all that the protocol settles.
 
     UserError: options that contradict it, all of them; options that it needs (`needs`) and that are not there.

@@ -3,11 +3,13 @@ it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from d2o.data.captions import NUMERALS
 from d2o.evaluation.clip_scorer import ClipScore
 from d2o.evaluation.collect import ImageBatch
 from d2o.evaluation.extractor import Extractor
@@ -42,6 +44,23 @@ class LabelProbe:
     def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         labels = batch.labels if batch.labels is not None else torch.full((len(batch.images),), -1)
         return {"labels": labels.cpu().to(torch.int64)}
+
+
+class PromptProbe:
+    """The digit that each prompt names by a word ("seven") or numeral, as classes of the extractor `digits`; -1 where
+    it names none, or several."""
+
+    identity: JsonObject = {"prompts": "digits"}
+
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
+        assert batch.prompts is not None
+        return {"prompt-class": torch.tensor([digit_in(prompt) for prompt in batch.prompts], dtype=torch.int64)}
+
+
+def digit_in(prompt: str) -> int:
+    words = set(re.findall(r"[a-z]+|\d+", prompt.lower()))
+    named = {n for n, word in enumerate(NUMERALS[:10]) if words & {word, str(n)}}
+    return named.pop() if len(named) == 1 else -1
 
 
 class ClipProbe:

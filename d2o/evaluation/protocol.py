@@ -121,8 +121,17 @@ def noise_for(
     return noise, Condition(len(seeds), found)
 
 
+OWN = "own"
+"""Features of a network that is itself what is measured."""
+
+
 def protocol_line(protocol: JsonObject) -> str:
     """A record's protocol in one line, for footers."""
+    if protocol["features"] == OWN:
+        drawn = ["seeds {}..{}".format(*protocol["seeds"])] if protocol["seeds"] else []
+        return " · ".join(
+            [f"{protocol['ref']}, n = {_count(protocol['n_ref'])}", *drawn, f"resize {protocol['resize']}"]
+        )
     stated = {
         key: "not stated" if protocol[key] in (None, "") else protocol[key]
         for key in ("n_gen", "resize", "quantize", "n_ref")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from d2o.evaluation.reference import Reference, generated_reference, load_refere
 from d2o.evaluation.sides import Measured
 from d2o.evaluation.subjects import Generator, Pictures, pictures
 from d2o.evaluation.workplace import Workplace
+from d2o.inputs import JsonObject
 from d2o.runtime import worker
 from d2o.teachers.base import Spec
 
@@ -64,7 +64,7 @@ def training_images(data: DataSection) -> Pictures:
     return pictures(found, data.path)
 
 
-def images_of(protocol: str | None) -> dict[str, Any]:
+def images_of(protocol: str | None) -> JsonObject:
     """What a protocol says of how images are made."""
     return (
         {}
@@ -137,18 +137,3 @@ class FrechetEvaluator:
             ours, theirs = (side.statistics(self.extractor) for side in (run, self.reference.side))
         found = accuracy([run], x, self.extractor)
         return {"fd": ours.distance(theirs), **{key: entry["value"] for key, entry in found.items()}}
-
-
-def quick_fd(
-    generate: Callable[[Tensor, Condition], Tensor],
-    spec: Spec,
-    extractor: str,
-    reference: str,
-    n: int = 1000,
-    seed: int = 2_000_000,
-    batch: int = 250,
-    device: Device = "cpu",
-) -> dict[str, float]:
-    """The score of a student in training, as `FrechetEvaluator.score`; extractor and reference stay in memory between
-    calls. Reference images of another size are scaled and centre-cropped, as training data are."""
-    return FrechetEvaluator(extractor, reference, device).score(generate, spec, n=n, seed=seed, batch=batch)

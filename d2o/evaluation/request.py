@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from d2o.evaluation.extractor import Device
 from d2o.evaluation.presets import Preset
@@ -42,7 +41,7 @@ def command(request: Request, settings: Settings, x: str, reference: Reference |
     """The command line that measures `x` again."""
     words = ["d2o", "eval", x]
     against = request.against or (reference.name if reference and not request.preset else None)
-    given: dict[str, Any] = {
+    given: dict[str, str | None] = {
         "protocol": request.preset.name if request.preset else None,
         "against": against,
         "extractor": request.extractor,

@@ -3,7 +3,8 @@ anything is made of it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sized
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -145,6 +146,7 @@ class _Row(_Model):
     metrics: dict[str, _Metric]
     notes: list[str]
     paper: dict[str, FiniteFloat | list[FiniteFloat | None] | None] | None = None
+    about: dict[str, str] | None = None
     preset: JsonObject | None = None
 
 
@@ -177,7 +179,7 @@ def mistake(record: JsonObject) -> str | None:
     return None
 
 
-def _equal(model: M, *lists: list[Any]) -> M:
+def _equal(model: M, *lists: Sized) -> M:
     if len({len(values) for values in lists}) > 1:
         raise ValueError("lists of different lengths")
     return model

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
 from d2o.evaluation.checks import check_task
 from d2o.evaluation.collect import OpenMeter, silent
-from d2o.evaluation.evaluate import Evaluation, evaluate_one
+from d2o.evaluation.evaluate import FORMAT, Evaluation, evaluate_one
 from d2o.evaluation.extractor import Extractor
+from d2o.evaluation.judges import is_judge, open_judge
+from d2o.evaluation.judging import Judging, judge, prepare_judging
 from d2o.evaluation.known_metrics import Want, parse_metrics
 from d2o.evaluation.named_extractors import EXTRACTORS, default_extractor
 from d2o.evaluation.preset_check import check_result, hold_to, refuse
@@ -68,7 +71,7 @@ def evaluate_all(
         with _about(text, many):
             found = ready(text)
         kept.append(
-            found if many == 1 or not isinstance(found.x, Generator) else None
+            found if many == 1 or isinstance(found.x, Pictures | Numbers) else None
         )  # networks of several X one after another
     with nullcontext(place) if place is not None else Workplace(request.work, stop=stop) as place:
         for i, text in enumerate(request.xs):
@@ -85,25 +88,32 @@ def evaluate_all(
 
 def _evaluate(
     i: int,
-    ready: _Ready,
+    ready: _Ready | Judging,
     request: Request,
     settings: Settings,
     references: dict[str, Reference],
     place: Workplace,
     meter: OpenMeter,
 ) -> Evaluation | None:
-    reference = None
+    name, reference = request.names[i] if request.names else None, None
+    if isinstance(ready, Judging):
+        record = judge(ready, settings, name, request.device, place, meter)
+        return None if record is None else _complete(i, Evaluation({**FORMAT, **record}, None), request, settings)
     if ready.reference is not None:
         outputs, _ = reference_outputs(ready.plan)
         reference = references[ready.reference] = measure_reference(
             references[ready.reference], outputs, settings, request.device, place, meter
         )
-    name = request.names[i] if request.names else None
     result = evaluate_one(
         ready.x, reference, ready.plan, settings, name=name, device=request.device, place=place, meter=meter
     )
-    if result is None:
-        return None
+    return None if result is None else _complete(i, result, request, settings, reference)
+
+
+def _complete(
+    i: int, result: Evaluation, request: Request, settings: Settings, reference: Reference | None = None
+) -> Evaluation:
+    """With what the request says beyond the measurement. UserError: it was not by the protocol after all."""
     if request.preset is not None:
         refuse(request.preset, check_result(request.preset, result.record["protocol"]))
         result.record["preset"] = {
@@ -124,17 +134,27 @@ class _Preparing:
     def __init__(self, request: Request, settings: Settings, references: dict[str, Reference]):
         self.request, self.settings, self.references = request, settings, references
         for text in request.xs:
-            check_there(text)
+            if not is_judge(text):
+                check_there(text)
         self.asked = self.wants = parse_metrics(request.metrics or ["fd"])
-        self.tools = Tools(request.weights, request.device)
+        self.tools, self.triplets = Tools(request.weights, request.device), dict[tuple[str, int], TripletSet]()
         self.main = self.tools.extractor(request.extractor) if request.extractor else None
         if settings.resize == "crop" and self.main is None:
             raise UserError("--resize crop needs --extractor: it gives the size")
         if not request.reference_needed and request.against is None:
             self.wants = [want for want in self.wants if want.metric.reference not in ("statistics", "rows")]
 
-    def __call__(self, text: str) -> _Ready:
+    def __call__(self, text: str) -> _Ready | Judging:
         request, settings = self.request, self.settings
+        if is_judge(text):
+            return prepare_judging(
+                open_judge(text, self.tools, request.device),
+                request.metrics,
+                request.against,
+                settings,
+                request.on_bad,
+                self.triplets,
+            )
         x = open_subject(text, settings, request.device, self.main, request.on_bad)
         if isinstance(x, Pictures):
             check_enough(x)

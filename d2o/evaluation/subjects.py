@@ -12,7 +12,8 @@ from torch import Tensor
 
 from d2o.condition import Condition, Embedded, Generate
 from d2o.data.images import ImageSet, open_images
-from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError, nearest
 from d2o.evaluation.extractor import Device, Extractor, check_images_fit
 from d2o.evaluation.prepare import parse_preparation, quantize

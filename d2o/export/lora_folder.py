@@ -19,10 +19,10 @@ from d2o.export.one_call import one_call, unclamped
 from d2o.export.parity import Parity, compare
 from d2o.export.smaller import TOLERANCE
 from d2o.export.student_folder import prompts
+from d2o.interop.hub import is_diffusers_folder
 from d2o.interop.safetensors_io import atomic_write
 from d2o.networks.edm_view import EDMView
 from d2o.networks.lora import as_diffusers
-from d2o.teachers.diffusers_folder import is_diffusers_folder
 from d2o.teachers.diffusers_parts import quiet
 from d2o.teachers.registry import locate
 

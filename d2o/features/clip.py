@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from d2o.features.common import bicubic, filled, fit, normalise, package, token_
 from d2o.interop.safetensors_io import file_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import find_weights
+from d2o.networks.config import Config
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 MODELS = {"clip-vit-b-32": "ViT-B-32-quickgelu", "clip-vit-g-14": "ViT-g-14"}
 """open_clip's name of the network behind each of ours. OpenAI's weights need the "quick" GELU that they were trained
@@ -43,7 +47,9 @@ class ClipFeatures(Features):
     of the blocks. Images: short side to 224, torch's bicubic with antialiasing, central square; the
     published numbers have Pillow's instead, rounded (the evaluation's extractors)."""
 
-    def __init__(self, name: str, network: Any, sha256: str = ""):
+    network: CLIP
+
+    def __init__(self, name: str, network: CLIP, sha256: str = ""):
         super().__init__(name, network, network.visual.output_dim, sha256, resize=f"bicubic{SIZE}+center_crop")
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
@@ -54,16 +60,14 @@ class ClipFeatures(Features):
         return normalise(x[:, :, top : top + SIZE, left : left + SIZE], MEAN, STD)
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        network: Any = self.network
-        transformer = network.visual.transformer
-        tokens = watch(transformer.resblocks, lambda: network.encode_image(x))
+        transformer = self.network.visual.transformer
+        tokens = watch(transformer.resblocks, lambda: self.network.encode_image(x))
         if not getattr(transformer, "batch_first", False):  # older releases of open_clip
             tokens = [t.transpose(0, 1) for t in tokens]
         return [token_map(t, 1) for t in tokens]
 
     def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        network: Any = self.network
-        return {"features": network.encode_image(x)}
+        return {"features": self.network.encode_image(x)}
 
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
@@ -76,7 +80,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     return placed(ClipFeatures(name, network, sha256), device)
 
 
-def load_clip(name: str, weights: Path | None = None) -> tuple[Any, str]:
+def load_clip(name: str, weights: Path | None = None) -> tuple[CLIP, str]:
     """open_clip's network of both towers on the CPU, frozen, in single precision, and the sha256 of its file. Errors as
     `load`."""
     name = full_name(name)
@@ -97,7 +101,7 @@ def tokenizer() -> Callable[[list[str], int], Tensor]:
     return package("open_clip.tokenizer").SimpleTokenizer()
 
 
-def read_clip(name: str, path: Path) -> Any:
+def read_clip(name: str, path: Path) -> CLIP:
     """The network with the weights of OpenAI's TorchScript file or of open_clip's .bin or .safetensors. UserError: as
     `load`."""
     name = full_name(name)
@@ -120,11 +124,11 @@ def plain_name(name: str) -> str:
     return name.removeprefix("state_dict.").removeprefix("module.")
 
 
-def configuration(name: str) -> dict[str, Any]:
+def configuration(name: str) -> Config:
     """open_clip's description of the network."""
     return package("open_clip").get_model_config(MODELS[name])
 
 
-def build_clip(config: dict[str, Any]) -> Any:
+def build_clip(config: Config) -> CLIP:
     """open_clip's network of a configuration, untrained."""
     return package("open_clip").CLIP(**config)

@@ -7,7 +7,8 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def at_once(device: torch.device) -> int:
     return CHUNK if device.type != "cpu" else max(4, min(CHUNK, 2 * torch.get_num_threads()))
 
 
-def package(module: str) -> Any:
+def package(module: str) -> ModuleType:
     """An optional package's module, imported. UserError: it is not installed."""
     torchvision_compat.ensure()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from d2o.features.backbone import Backbone
 from d2o.features.base import placed
 from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, filled, fit, package, token_map
 from d2o.interop.torch_files import read_tensors
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 NAMES = ("deit",)
 MODEL = "deit_base_distilled_patch16_224"
@@ -22,7 +25,7 @@ PREFIX_TOKENS, EACH = 2, 3
 class PatchTokens(nn.Module):
     """Prepared images -> tokens with their positions, [n, 2 + places, d]: what comes before timm's blocks."""
 
-    def __init__(self, network: Any):
+    def __init__(self, network: VisionTransformer):
         super().__init__()
         self.patch_embed = network.patch_embed
         self.position: Tensor = network.pos_embed
@@ -49,7 +52,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     return found
 
 
-def deit_backbone(network: Any, sha256: str = "") -> Backbone:
+def deit_backbone(network: VisionTransformer, sha256: str = "") -> Backbone:
     """A distilled DeiT of timm's, of 12 blocks, as a backbone: maps after the blocks 3, 6, 9 and 12."""
     blocks = list(network.blocks)
     stages = [nn.Sequential(*blocks[i : i + EACH]) for i in range(0, len(blocks), EACH)]
@@ -60,12 +63,12 @@ def deit_backbone(network: Any, sha256: str = "") -> Backbone:
     )
 
 
-def untrained_deit(model: str = MODEL) -> nn.Module:
+def untrained_deit(model: str = MODEL) -> VisionTransformer:
     """timm's network."""
     return package("timm").create_model(model, pretrained=False)
 
 
-def read_deit(path: Path) -> nn.Module:
+def read_deit(path: Path) -> VisionTransformer:
     """The network with the weights of Meta's file. UserError: as `load`."""
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path).items()}
     hint = "expected deit_base_distilled_patch16_224-df68dfff.pth as Meta published it; without a path, d2o fetches it"

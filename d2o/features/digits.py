@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class ClassifierFeatures(Features):
     network: Classifier
 
     def __init__(self, name: str, network: Classifier, sha256: str = ""):
-        config: dict[str, Any] = network.config
+        config = network.config
         shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
         super().__init__(
             name,

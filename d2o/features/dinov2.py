@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from d2o.features.common import (
 )
 from d2o.interop.torch_files import read_tensors
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
 ARCHITECTURES = {  # width, blocks, heads
     "dinov2_vits14": (384, 12, 6),
     "dinov2_vitb14": (768, 12, 12),
@@ -42,19 +45,20 @@ class DinoV2(Features):
     """Vector: the class token after the last norm. Maps: the tokens of places after a quarter, a half, three quarters
     and all of the blocks, 16 x 16. `network` is one of `vision_transformer`, for images of SIZE pixels."""
 
-    def __init__(self, name: str, network: Any, sha256: str = ""):
+    network: VisionTransformer
+
+    def __init__(self, name: str, network: VisionTransformer, sha256: str = ""):
         super().__init__(name, network, network.embed_dim, sha256, resize=f"bicubic{SIZE}")
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
         return normalise(bicubic(pixels, SIZE), IMAGENET_MEAN, IMAGENET_STD)
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        network: Any = self.network
-        return [token_map(tokens, 1) for tokens in watch(network.blocks, lambda: network.forward_features(x))]
+        seen = watch(self.network.blocks, lambda: self.network.forward_features(x))
+        return [token_map(tokens, 1) for tokens in seen]
 
     def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        network: Any = self.network
-        return {"features": network.forward_features(x)[:, 0]}
+        return {"features": self.network.forward_features(x)[:, 0]}
 
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
@@ -70,7 +74,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     return placed(DinoV2(name, network, sha256), device)
 
 
-def read_dinov2(name: str, path: Path) -> Any:
+def read_dinov2(name: str, path: Path) -> VisionTransformer:
     """The network with the weights of Meta's file, for images of SIZE pixels. UserError: as `load`."""
     tensors = read_tensors(path)
     tensors.pop("mask_token", None)  # for training only
@@ -82,7 +86,7 @@ def read_dinov2(name: str, path: Path) -> Any:
     return fit(vision_transformer(*ARCHITECTURES[name]), tensors, path, name, hint)
 
 
-def vision_transformer(width: int, blocks: int, heads: int, size: int = SIZE) -> Any:
+def vision_transformer(width: int, blocks: int, heads: int, size: int = SIZE) -> VisionTransformer:
     """timm's vision transformer with DINOv2's shape and names, for images of `size` pixels, untrained."""
     return package("timm.models.vision_transformer").VisionTransformer(
         size,

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from d2o.interop.safetensors_io import tensors_sha256
 from d2o.interop.torch_files import read_tensors
 from d2o.interop.weights import WEIGHTS, find_weights
 from d2o.networks.fill import fill_network
+
+if TYPE_CHECKING:
+    from dreamsim.feature_extraction.vision_transformer import VisionTransformer
 
 NAMES = ("dreamsim",)
 
@@ -46,7 +49,14 @@ class Ensemble(nn.Module):
     """DINO's class token after the last block, CLIP's and OpenCLIP's image embeddings, one after another; not
     normalised."""
 
-    def __init__(self, dino: Any, clip: Any, open_clip: Any, *, projections: list[Tensor]):
+    def __init__(
+        self,
+        dino: VisionTransformer,
+        clip: VisionTransformer,
+        open_clip: VisionTransformer,
+        *,
+        projections: list[Tensor],
+    ):
         """The three transformers, and the projections [width, embedding] of the last two."""
         super().__init__()
         self.dino, self.clip, self.open_clip = dino, clip, open_clip
@@ -78,7 +88,7 @@ class DreamSim(Features):
         return bicubic(pixels, SIZE) / 255
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        ensemble: Any = self.network
+        ensemble = self.network
         last = [part.blocks[-1:] for part in (ensemble.dino, ensemble.clip, ensemble.open_clip)]
         tokens = watch([block for blocks in last for block in blocks], lambda: ensemble(x))
         return [token_map(t, 1) for t in tokens]
@@ -170,7 +180,7 @@ def _state(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def build_trunk(kind: str, tensors: dict[str, Tensor], path: Path) -> Any:
+def build_trunk(kind: str, tensors: dict[str, Tensor], path: Path) -> VisionTransformer:
     """The package's `VisionTransformer` of the sizes that `tensors` have, with heads of 64. `kind`: "dino", "clip" or
     "open_clip".
 
@@ -178,8 +188,8 @@ def build_trunk(kind: str, tensors: dict[str, Tensor], path: Path) -> Any:
     """
     torchvision_compat.ensure()
     try:
-        from dreamsim.feature_extraction.load_clip_as_dino import QuickGELU  # type: ignore[import-untyped]
-        from dreamsim.feature_extraction.vision_transformer import VisionTransformer  # type: ignore[import-untyped]
+        from dreamsim.feature_extraction.load_clip_as_dino import QuickGELU
+        from dreamsim.feature_extraction.vision_transformer import VisionTransformer
     except ImportError as error:
         raise UserError(f"DreamSim needs the package dreamsim ({error})", "pip install dreamsim") from error
     patches, position = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
@@ -228,7 +238,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     return {name.rpartition("base_model.model.")[2]: value.float() for name, value in read_tensors(file).items()}, scale
 
 
-def merge_adapter(network: Any, adapter: dict[str, Tensor], prefix: str, scale: float) -> None:
+def merge_adapter(network: VisionTransformer, adapter: dict[str, Tensor], prefix: str, scale: float) -> None:
     """Add scale * B A to the query-key-value weights of every block, taking the matrices out of `adapter`. UserError:
     one is missing or misshapen."""
     for i, block in enumerate(network.blocks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from d2o.features.backbone import Backbone
 from d2o.features.base import Features, placed
 from d2o.features.common import bicubic, filled, fit, package
 from d2o.interop.torch_files import read_tensors
+
+if TYPE_CHECKING:
+    from timm.models.efficientnet import EfficientNet
 
 NAMES = ("lite0",)
 FEATURES, CLASSES, SIZE = 1280, 1000, 224
@@ -37,7 +40,9 @@ class Lite0(Features):
     """Vector: the activations before the classifier, averaged over places, [n, 1280]. Logits: of ImageNet's classes,
     [n, 1000]. Maps: as the backbone's."""
 
-    def __init__(self, network: Any, sha256: str = ""):
+    network: EfficientNet
+
+    def __init__(self, network: EfficientNet, sha256: str = ""):
         outputs = ("features", "logits")
         super().__init__("lite0", network, FEATURES, sha256, resize=f"bicubic{SIZE}", classes=CLASSES, outputs=outputs)
 
@@ -52,11 +57,8 @@ class Lite0(Features):
         return found
 
     def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        features = self.network.forward_features(x).mean((2, 3))  # type: ignore[operator]
-        return {
-            name: features if name == "features" else self.network.classifier(features)  # type: ignore[operator]
-            for name in wanted
-        }
+        features = self.network.forward_features(x).mean((2, 3))
+        return {name: features if name == "features" else self.network.classifier(features) for name in wanted}
 
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
@@ -76,26 +78,26 @@ CHANNELS = (24, 40, 112, 320)
 """Of the four maps: 56, 28, 14 and 7 pixels wide."""
 
 
-def stages(network: Any) -> list[nn.Sequential]:
+def stages(network: EfficientNet) -> list[nn.Sequential]:
     """timm's network in the four parts that a critic looks at: its head is left out."""
     b = network.blocks
     parts = [(network.conv_stem, network.bn1, b[0], b[1]), (b[2],), (b[3], b[4]), (b[5], b[6])]
     return [nn.Sequential(*part) for part in parts]
 
 
-def lite0_backbone(network: Any, sha256: str = "") -> Backbone:
+def lite0_backbone(network: EfficientNet, sha256: str = "") -> Backbone:
     """timm's network as a backbone. The published critics take mean and deviation 1/2, and bilinear, where the
     evaluation has what the weights were trained with."""
     half = (0.5, 0.5, 0.5)
     return Backbone(stages(network), CHANNELS, half, half, name="lite0", sha256=sha256)
 
 
-def untrained_lite0() -> Any:
+def untrained_lite0() -> EfficientNet:
     """ "tf_": padded as TensorFlow pads, with its epsilon in the batch norms."""
     return package("timm").create_model("tf_efficientnet_lite0", pretrained=False)
 
 
-def read_lite0(path: Path) -> Any:
+def read_lite0(path: Path) -> EfficientNet:
     """timm's network with the weights of the file. UserError: as `load`."""
     tensors = read_tensors(path)
     if "_conv_stem.weight" not in tensors:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from d2o.features.base import Features, placed
 from d2o.features.common import filled, package
 from d2o.interop import torchvision_compat
 from d2o.interop.torch_files import read_tensors
+
+if TYPE_CHECKING:
+    from lpips import LPIPS
 
 TITLES = {"alex": "AlexNet", "vgg": "VGG-16", "squeeze": "SqueezeNet"}
 LEAST = {"alex": 31, "vgg": 16, "squeeze": 17}
@@ -29,21 +32,20 @@ class LpipsFeatures(Features):
     """Maps: the activations that LPIPS compares, at the images' own size: five, SqueezeNet's seven. Vector: the means
     over places of all of them. `weights`: the calibrated weight [c] of each channel of each map."""
 
-    def __init__(self, trunk: str, network: Any, sha256: str = ""):
+    network: LPIPS
+
+    def __init__(self, trunk: str, network: LPIPS, sha256: str = ""):
         super().__init__(f"lpips-{trunk}", network, sum(network.chns), sha256, least=LEAST[trunk])
 
     @property
     def weights(self) -> list[Tensor]:
-        network: Any = self.network
-        return [head.model[-1].weight.flatten() for head in network.lins]
+        return [head.model[-1].weight.flatten() for head in self.network.lins]
 
     def prepare(self, images: Tensor) -> Tensor:
-        network: Any = self.network
-        return network.scaling_layer(images)
+        return self.network.scaling_layer(images)
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        network: Any = self.network
-        return list(network.net(x))
+        return list(self.network.net(x))
 
     def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         return {"features": torch.cat([found.mean((2, 3)) for found in self.taps(x)], 1)}
@@ -68,7 +70,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     return found
 
 
-def untrained_lpips(trunk: str) -> Any:
+def untrained_lpips(trunk: str) -> LPIPS:
     """`lpips.LPIPS` of a trunk; never asked for anything of the network. On the meta device it costs nothing."""
     torchvision_compat.ensure()
     try:
@@ -87,7 +89,7 @@ def heads(trunk: str) -> Path:
     return Path(inspect.getfile(package("lpips"))).parent / "weights" / "v0.1" / f"{trunk}.pth"
 
 
-def read_lpips(trunk: str, path: Path) -> Any:
+def read_lpips(trunk: str, path: Path) -> LPIPS:
     """`lpips.LPIPS` with its own linear heads and the trunk from torchvision's file. UserError: as `load`."""
     with torch.device("meta"):  # torchvision would draw the 138 million weights of VGG-16 first
         network = untrained_lpips(trunk)

@@ -26,11 +26,9 @@ class Published:
 
     `kind`: "nvidia" (`source` is the URL of a pickle that `interop.nvidia_pickle` reads) or "diffusers" (`source` is a
     repository of the hub, at `revision`). `solver`, `steps`, `cfg`: deterministic sampling as published. `parameters`
-    of the denoiser; `resolution` of the images in pixels. `vae`: name of the autoencoder in `AUTOENCODERS` whose
-    latents it makes, where the teacher does not bring its own; `space` that of its samples (`d2o.spaces`). `network`
-    is what `build_network` makes the denoiser of, for plans without the file; None where only the file says it.
-    `sha256` and `bytes` of the file (of the hub: of its one weights file) are None where no trustworthy source states
-    them.
+    of the denoiser; `resolution` of the images in pixels; `space` that of its samples (`d2o.spaces`). `network` is
+    what `build_network` makes the denoiser of, for plans without the file; None where only the file says it. `sha256`
+    and `bytes` of the file (of the hub: of its one weights file) are None where no trustworthy source states them.
     """
 
     name: str
@@ -47,7 +45,6 @@ class Published:
     sha256: str | None = None
     bytes: int | None = None
     revision: str | None = None
-    vae: str | None = None
     space: str = "pixels"
     network: JsonObject | None = None
 
@@ -84,7 +81,6 @@ def _edm2(size: str, snapshot: str, parameters: int) -> Published:
         "img_channels": 4,
         "label_dim": 1000,
     }
-    vae = "sd-vae-ft-mse"
     return Published(
         f"edm2-img512-{size}",
         "nvidia",
@@ -96,7 +92,6 @@ def _edm2(size: str, snapshot: str, parameters: int) -> Published:
         1.0,
         512,
         parameters,
-        vae=vae,
         space="edm2",
         network=network,
     )
@@ -256,14 +251,6 @@ def fetch(published: Published, progress: Received | None = None, say: Callable[
             date = datetime.now(timezone.utc).isoformat(timespec="seconds")
             atomic_write(stamp, f"{published.licence}\n{published.licence_url}\nshown {date}\n")
     return path
-
-
-def fetch_autoencoder(
-    published: Published, progress: Received | None = None, say: Callable[[str], None] | None = None
-) -> Path | None:
-    """The folder of the autoencoder whose latents the teacher makes; None where the teacher brings its own, or makes
-    pixels. As `fetch`."""
-    return fetch(AUTOENCODERS[published.vae], progress, say) if published.vae else None
 
 
 def licence_line(published: Published) -> str:

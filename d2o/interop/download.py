@@ -23,8 +23,9 @@ from filelock import FileLock
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.interop.content import check_content
+from d2o.interop.part_file import PartFile, feed, read_object
 from d2o.interop.safetensors_io import atomic_write, write_error
-from d2o.interop.transfer import PartFile, Received, failed, feed, fetch_fsspec, fetch_http, read_object
+from d2o.interop.transfer import Received, failed, fetch_fsspec, fetch_http
 
 LOCAL = ("file", "local", "memory")
 """Protocols that need no network."""

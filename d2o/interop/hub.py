@@ -10,8 +10,11 @@ from pathlib import Path
 
 from d2o.errors import UserError
 from d2o.interop.download import offline
-from d2o.interop.transfer import check_reachable, feed, read_object
+from d2o.interop.part_file import feed, read_object
+from d2o.interop.transfer import check_reachable
 
+INDEX = "model_index.json"
+"""In a model in diffusers' format: its components."""
 TEXTS = ("*.json", "*.txt", "*.md", "*spiece.model", "*tokenizer.model")
 """Configurations, tokenizers, the licence."""
 NEVER = (
@@ -121,13 +124,18 @@ def hub_snapshot(
     return folder
 
 
+def is_diffusers_folder(path: str | Path) -> bool:
+    """Whether a whole model in diffusers' format lies there."""
+    return (Path(path) / INDEX).is_file()
+
+
 def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
     """The folder of a repository in the hub's local cache, complete or not; None when it is not there. Never uses the
     network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in ("model_index.json", "config.json"):
+    for name in (INDEX, "config.json"):
         try:
             found = try_to_load_from_cache(repo, name, revision=revision or "main")
         except HFValidationError:
@@ -141,9 +149,9 @@ def missing_files(folder: str | Path, variant: str | None = None) -> list[str]:
     """What a folder in diffusers' layout lacks of its components, by file name; a folder of a single model is its own
     component."""
     folder = Path(folder)
-    index = read_object(folder / "model_index.json")
+    index = read_object(folder / INDEX)
     if index is None:
-        return _missing_weights(folder, variant) if (folder / "config.json").is_file() else ["model_index.json"]
+        return _missing_weights(folder, variant) if (folder / "config.json").is_file() else [INDEX]
     missing: list[str] = []
     for name, kind in index.items():
         if name.startswith("_") or name in UNUSED or not isinstance(kind, list) or len(kind) != 2 or not kind[1]:

@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 
@@ -165,7 +165,7 @@ class _Values:
 
     def __init__(self, size: int):
         self.bytes_left, self.values_left = size, MAX_VALUES
-        self.done: dict[int, Any] = {}  # by id; the unpickled root keeps the objects alive
+        self.done: dict[int, object] = {}  # by id; the unpickled root keeps the objects alive
 
     def value(self, item: object, depth: int) -> object:
         if item is None or isinstance(item, bool | int | float | str):

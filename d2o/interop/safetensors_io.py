@@ -11,7 +11,6 @@ import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,7 +149,7 @@ def _unsealed(record: JsonObject) -> JsonObject:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[Any]:
+def _open(path: str | os.PathLike, device: str = "cpu") -> Iterator[safe_open]:
     check_input(path, "a .safetensors file")
     try:
         with safe_open(path, framework="pt", device=device) as file:

@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import sys
 import threading
-from typing import Any
 
 # The operators that torchvision's Python part takes for granted while it is imported, with their schemas.
 SCHEMAS = {
@@ -22,7 +21,7 @@ SCHEMAS = {
 }
 
 _lock = threading.Lock()
-_library: Any = None  # a torch.library.Library takes its operators away again when it is collected, so we keep it
+_library: object = None  # a torch.library.Library takes its operators away again when it is collected, so we keep it
 
 
 def ensure() -> bool:

@@ -15,13 +15,16 @@ from d2o.augment.ada import RandomNumbers
 from d2o.augment.geometry import Resample
 from d2o.errors import UserError, unknown
 from d2o.features.latent_vgg import LEAST, NAMES, PREFIX, LatentVggFeatures, Taps, load, load_own
+from d2o.interop.assets import asset
 from d2o.losses.perceptual import Target, perceptual, single
 from d2o.losses.regression import l1 as mean_absolute
 from d2o.spaces.base import SpaceNumbers
-from d2o.spaces.load import SPACES, load_space
+from d2o.spaces.load import SPACES, TINY_SD, load_space
 
 RELEASED = tuple(name.removeprefix(PREFIX) for name in NAMES)
 """The latent spaces for which the authors released a network (its weights: `latent-lpips-NAME`)."""
+SHIPPED = {TINY_SD: "latent_lpips_tiny_sd.safetensors"}
+"""The latent spaces for which d2o ships one of its own."""
 OneDraw = Mapping[str, Tensor]
 """Random numbers of one transform for each sample, as `d2o.augment.latent` takes them."""
 
@@ -140,16 +143,19 @@ def load_latent_lpips(
     taps: Taps | None = None,
 ) -> LatentLPIPS:
     """The distance of the latent space `space`. `weights`: a released "tuned" state dict (for one of `RELEASED`), or a
-    checkpoint of d2o's own (.safetensors, for any space); None: the released one is looked for, but not for the meta
-    device. `taps`: where the last two maps are taken; None: "official", or as d2o's own file was trained.
+    checkpoint of d2o's own (.safetensors, for any space); None: the one that ships, or the released one, which is
+    looked for, but not for the meta device. `taps`: where the last two maps are taken; None: "official", or as d2o's
+    own file was trained.
 
     UserError: unknown space, no weights to be had, another space's.
     """
+    if weights is None and space in SHIPPED:
+        weights = asset(SHIPPED[space])
     if weights is not None and weights.suffix == ".safetensors":
         features, whose = load_own(weights, device, taps)
         if whose["name"] != space:
             raise UserError(f"{weights} compares latents of {whose['name']}, not of {space}")
         return LatentLPIPS(features, SPACES.get(space) or load_space(space).numbers, l1)
     if space not in RELEASED:
-        raise unknown("latent space", space, RELEASED)
+        raise unknown("latent space with a distance of its own", space, [*RELEASED, *SHIPPED])
     return LatentLPIPS(load(f"{PREFIX}{space}", weights, device, taps or "official"), SPACES[space], l1)

@@ -87,10 +87,10 @@ def generator_adversarial(
     return batch_pool(generator_loss(logits, GEN_ADV[kind]), size, keep)
 
 
-def discriminator_loss(
+def critic_adversarial(
     real: Tensor, fake: Tensor, size: int, real_weight: Tensor, fake_weight: Tensor, keep: Tensor | None = None
 ) -> Tensor:
-    """The score network's loss as a discriminator, of each image [B] (SiDA, eq. 9): w / 2 (-log D(real) - log(1 -
+    """The score network's loss as a critic, of each image [B] (SiDA, eq. 9): w / 2 (-log D(real) - log(1 -
     D(fake))).
 
     `real`, `fake`: maps [B, 1, h, w], each logarithm averaged over a group of `size` images; `real_weight`,

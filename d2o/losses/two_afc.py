@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+REAL = ("superres", "deblur", "color", "frameinterp")
+"""The kinds of BAPPS that real algorithms make, which papers print as one."""
 MARGIN = 0.1
 """Added to the denominators of the quotients of distances."""
 

@@ -1,14 +1,13 @@
 """A variational autoencoder, whose latents a latent diffusion model is trained in (Rombach et al. 2022, section 3.1),
-without a discriminator."""
+without a critic."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.latent import Autoencoder
 
@@ -70,7 +69,7 @@ class AutoencoderMethod(Method[AutoencoderOptions]):
         psnr = 10 * (4 / loop.mean(squares)).log10()  # images span 2
         return {"loss": loop.mean(losses), "l1": loop.mean(errors), "kl": loop.mean(divergences), "psnr": psnr}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"kind": "autoencoder", "network": self.autoencoder.config, "licence": self.licence}
 
 

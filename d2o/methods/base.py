@@ -22,6 +22,8 @@ from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
+from d2o.networks.config import Config
 from d2o.settings.section import Section
 from d2o.students.base import Student
 from d2o.students.student_section import StudentSection
@@ -35,6 +37,7 @@ class Options(Section):
 
 
 O = TypeVar("O", bound=Options)
+S = TypeVar("S", bound=Section)
 
 
 def find_methods() -> dict[str, str]:
@@ -70,7 +73,7 @@ class Setup(Generic[O]):
 
     options: O
     teacher: Teacher | None = None
-    network: dict[str, Any] | None = None
+    network: Config | None = None
     student: StudentSection = field(default_factory=StudentSection)
     images: ImageSet | LatentSet | TripletSet | None = None
     pairs: PairStore | None = None
@@ -88,7 +91,7 @@ class Setup(Generic[O]):
         stated = list(dict.fromkeys(licence for licence in licences if licence != UNSTATED))
         return "; ".join(stated) or UNSTATED
 
-    def need_network(self) -> dict[str, Any]:
+    def need_network(self) -> Config:
         if not self.network:
             raise UserError("the recipe has no `network:` section, and this method trains one from scratch")
         return self.network
@@ -196,7 +199,7 @@ class Method(ABC, Generic[O]):
         False  # whether processes can take samples together, if each has few (not micro-batches)
     )
     takes: ClassVar[str] = (
-        ""  # the teachers it distils, one of `d2o.methods.teachers.DISTILS`; "": it learns without one
+        ""  # the teachers it distils, one of `d2o.methods.teachers.REFUSES`; "": it learns without one
     )
     product: ClassVar[str] = "student"  # which of players() is the result
     classes: int = 0  # of the images, where it learns from their labels (a plan may not have the images)
@@ -246,7 +249,7 @@ class Method(ABC, Generic[O]):
         return 0
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """The product's part of a checkpoint's metadata: kind, network, and spec or student where it has one."""
 
     def spec(self) -> Spec | None:
@@ -261,7 +264,7 @@ class Method(ABC, Generic[O]):
         """Network calls of one generated sample."""
         return 1
 
-    def optim(self, name: str, options: Any) -> Any:
+    def optim(self, name: str, options: S) -> S:
         """The optimiser's settings of the network of that name, from the recipe's section for it."""
         return options
 

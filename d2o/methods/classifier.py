@@ -3,16 +3,15 @@ extractor."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.data.images import to_float
-from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
+from d2o.methods.holdout import hold_out, need_classes
 from d2o.networks.build import build_network
 
 
@@ -32,11 +31,7 @@ class ClassifierMethod(Method[ClassifierOptions]):
         assert setup.images is not None
         self.options = setup.options
         images = setup.images
-        if not images.classes or images.labels is None:
-            raise UserError(
-                f"{images.name} has no labels; method classifier needs them",
-                "give a folder with one sub-folder per class",
-            )
+        need_classes(images, self.name)
         channels, resolution, _ = images.shape
         config = {
             "arch": "classifier",
@@ -46,9 +41,7 @@ class ClassifierMethod(Method[ClassifierOptions]):
             **(setup.network or {}),
         }
         self.classifier = build_network(config)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(setup.seed))
-        held = int(self.options.holdout * len(images))
-        self.train_indices, self.held_indices = order[held:].sort().values, order[:held].sort().values
+        self.train_indices, self.held_indices = hold_out(len(images), self.options.holdout, setup.seed)
         self.images = images
 
     def players(self) -> dict[str, nn.Module]:
@@ -67,7 +60,7 @@ class ClassifierMethod(Method[ClassifierOptions]):
         loop.update("classifier")
         return {"loss": loop.mean(losses)}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"kind": "extractor", "network": self.classifier.config}
 
     @torch.inference_mode()

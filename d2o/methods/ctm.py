@@ -3,7 +3,7 @@ network is told where on the ODE to go. Neither the denoising loss nor the GAN o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from d2o.condition import Embedded
 from d2o.losses.consistency import column
 from d2o.methods.base import Batch, Draws, Loop
 from d2o.methods.grid import GridMethod, GridOptions
+from d2o.networks.config import Config
 from d2o.networks.second_time import second_time_config, with_second_time
 from d2o.students.base import Student
 from d2o.students.consistency import ConsistencyStudent
@@ -37,7 +38,7 @@ class CTM(GridMethod[CTMOptions]):
         told = isinstance(start, ConsistencyStudent) and start.form == "ctm"  # it takes s already
         return super().copied(network) if told else with_second_time(network)
 
-    def scratch(self, config: dict[str, Any]) -> nn.Module:
+    def scratch(self, config: Config) -> nn.Module:
         return super().scratch(second_time_config(config))
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

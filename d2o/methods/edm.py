@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2o.augment import edm as augment
 from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.build import build_network
@@ -109,7 +110,7 @@ class EDM(Method[EDMOptions]):
     def settle(self) -> None:
         keep_normalised(self.denoiser)  # EDM2's average is of the weights as the optimiser left them
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"kind": "teacher", "network": self.denoiser.config, "spec": self._spec}
 
     def spec(self) -> Spec:

@@ -5,9 +5,8 @@ x, and one network call learns to go where small steps of the teacher's solver l
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,6 +21,7 @@ from d2o.methods.base import Batch, Draws, Loop, Options, Setup
 from d2o.methods.student import StudentMethod
 from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
+from d2o.networks.config import Config
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.networks.edm_view import EDMView, called_at, lowest_level
 from d2o.students.base import Student
@@ -97,7 +97,7 @@ class JumpMethod(StudentMethod[J]):
             have = f"{images.classes} classes" if images.classes else "none"
             raise UserError(f"teacher {spec.name!r} has {spec.classes} classes, and the images have {have}")
 
-    def begin(self, setup: Setup[J], spec: Spec, own: Mapping[str, Any] | None = None) -> nn.Module:
+    def begin(self, setup: Setup[J], spec: Spec, own: Config | None = None) -> nn.Module:
         network = super().begin(setup, spec, own)
         network.precond = network_config(network)["precond"] = self.precond  # type: ignore[assignment]
         return network

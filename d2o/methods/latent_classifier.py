@@ -3,7 +3,7 @@ al. 2024, section 3.2 and appendix B.2, Table A2)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,9 @@ from d2o.data.images import ImageSet, open_images, to_float
 from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
+from d2o.methods.holdout import hold_out, need_classes
 from d2o.networks.build import build_network
 from d2o.networks.vgg_classifier import LatentClassifier, RunningStatistics
 from d2o.spaces.base import PIXELS
@@ -54,11 +56,8 @@ class LatentClassifierMethod(Method[LatentClassifierOptions]):
         images = setup.images
         assert images is not None and not isinstance(images, LatentSet | TripletSet)
         self.options, self.images, self.batch, self.licence = setup.options, images, setup.batch, setup.licence
-        if setup.device.type != "meta" and (not images.classes or images.labels is None):
-            raise UserError(
-                f"{images.name} has no labels; method latent-classifier needs them",
-                "give a folder with one sub-folder per class",
-            )
+        if setup.device.type != "meta":
+            need_classes(images, self.name)
         low, high = self.options.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"latent_classifier.crop_scale: expected 0 < from <= to <= 1, got [{low}, {high}]")
@@ -99,15 +98,12 @@ class LatentClassifierMethod(Method[LatentClassifierOptions]):
 
     def split(self, setup: Setup[LatentClassifierOptions]) -> None:
         """Which images are trained on, and which validated."""
-        order = (
-            torch.randperm(len(self.images), generator=torch.Generator().manual_seed(setup.seed))
-            if (setup.device.type != "meta")
-            else torch.arange(0)
+        bare = setup.device.type == "meta"  # for a plan, which may do without the images
+        self.train_indices, self.held_indices = hold_out(
+            0 if bare else len(self.images), self.options.holdout, setup.seed
         )
-        held = int(self.options.holdout * len(order))
-        self.train_indices, self.held_indices = order[held:].sort().values, order[:held].sort().values
         self.validation: ImageSet | None = None
-        if self.options.validation is not None and setup.device.type != "meta":
+        if self.options.validation is not None and not bare:
             channels, resolution, _ = self.images.shape
             found = open_images(self.options.validation, resolution=resolution, channels=channels)
             if found.class_names != self.images.class_names:
@@ -148,7 +144,7 @@ class LatentClassifierMethod(Method[LatentClassifierOptions]):
         every = self.options.decay_every
         return 1.0 if every is None else self.options.decay_factor ** (iteration * self.batch // every)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {
             "kind": "latent_classifier",
             "network": self.network.config,

@@ -8,7 +8,6 @@ classifier-free guidance (Ho and Salimans 2022, Algorithm 1). It trains teachers
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -26,6 +25,7 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.features.base import Features
 from d2o.features.load import load_features
+from d2o.inputs import JsonObject
 from d2o.interop.assets import asset
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.networks.bpe import WORD
@@ -129,7 +129,7 @@ class LatentDiffusion(Method[LatentDiffusionOptions]):
         loop.update("model")
         return {"loss": loop.mean(losses)}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"kind": "teacher", "network": self.model.config, "spec": self._spec}
 
     def spec(self) -> Spec:

@@ -4,7 +4,7 @@ is nearer (Zhang et al. 2018, on latents: Kang et al. 2024, section 3.2, Table A
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -14,21 +14,20 @@ from torch.nn import functional as F
 from d2o.data.images import to_float
 from d2o.data.triplets import TripletSet, open_triplets
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
+from d2o.losses.latent_lpips import SHIPPED
 from d2o.losses.perceptual import single, unit
-from d2o.losses.two_afc import agreement, ranking_inputs, weighted
+from d2o.losses.two_afc import REAL, agreement, ranking_inputs, weighted
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
+from d2o.methods.holdout import hold_out
 from d2o.networks.latent_vgg import Taps, TunedVGG
 from d2o.networks.load import load_weights
 from d2o.networks.ranking import RankingHead
 from d2o.networks.vgg_classifier import LatentClassifier
-from d2o.spaces.load import TINY_SD, load_space
-
-SHIPPED = "latent_lpips_tiny_sd.safetensors"
-
-REAL = ("superres", "deblur", "color", "frameinterp")
+from d2o.spaces.load import load_space
 
 
 class LatentLpipsOptions(Options):
@@ -78,12 +77,9 @@ class LatentLpipsMethod(Method[LatentLpipsOptions]):
         self.latent = (3 * self.space.numbers.channels, height // factor, width // factor)
         self.distance, self.ranking = self.with_trunk(setup), RankingHead()
         planned = setup.device.type == "meta"
-        order = torch.arange(0)
-        if not planned:
-            order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(setup.seed))
-        held = int(self.options.holdout * len(order))
-        self.train_indices, self.held_indices = order[held:].sort().values, order[:held].sort().values
-        self.epoch = max(len(order) - held, 1)
+        n = 0 if planned else len(self.images)
+        self.train_indices, self.held_indices = hold_out(n, self.options.holdout, setup.seed)
+        self.epoch = max(len(self.train_indices), 1)
         self.validation: TripletSet | None = None
         if self.options.validation is not None and not planned:
             found = open_triplets(self.options.validation, resolution=height, channels=3)
@@ -97,11 +93,11 @@ class LatentLpipsMethod(Method[LatentLpipsOptions]):
         where, space = self.options.trunk, self.space
         if setup.network:
             raise UserError("network: the distance has the form of its trunk", "leave it away")
-        if setup.device.type == "meta" and where != TINY_SD and not Path(where).exists():
+        if setup.device.type == "meta" and where not in SHIPPED and not Path(where).exists():
             return TunedVGG(space.numbers.channels, taps=self.options.taps).requires_grad_(
                 False
             )  # made before training
-        path = asset(SHIPPED) if where == TINY_SD else resolve_checkpoint(Path(where))
+        path = asset(SHIPPED[where]) if where in SHIPPED else resolve_checkpoint(Path(where))
         kind = read_meta(path).get("kind")
         if kind not in ("latent_classifier", "latent_lpips"):
             raise UserError(
@@ -173,7 +169,7 @@ class LatentLpipsMethod(Method[LatentLpipsOptions]):
         epoch = iteration * self.batch // self.epoch
         return max(0.0, 1 - max(0, epoch - self.options.constant_epochs) / self.options.decay_epochs)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         space = self.space.record
         return {"kind": "latent_lpips", "network": self.distance.config, "space": space, "licence": self.licence}
 

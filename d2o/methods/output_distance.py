@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.features.base import check_shape
-from d2o.losses.latent_lpips import ELatentLPIPS, load_latent_lpips
+from d2o.losses.latent_lpips import ELatentLPIPS, OneDraw, load_latent_lpips
 from d2o.losses.perceptual import load_lpips, load_perceptual
 from d2o.losses.regression import LOSSES, distance
 from d2o.methods.base import Draws, Options
-from d2o.teachers.base import Teacher
+from d2o.spaces.base import LatentSpace
+from d2o.teachers.base import Spec
 
 DistanceKind = Literal["mse", "l1", "pseudo_huber", "lpips", "perceptual", "latent_lpips", "e_latent_lpips"]
 
@@ -63,13 +65,23 @@ class DistanceOptions(Options):
     )
 
 
+class MakesSamples(Protocol):
+    """A teacher, or what else says of samples what they are."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def space(self) -> LatentSpace: ...
+
+
 class OutputDistance:
-    """d(x, y) [B] of samples [B, C, H, W] in the teacher's space; `network`: what it looks through, frozen.
+    """d(x, y) [B] of samples [B, C, H, W] in the space of `teacher`; `network`: what it looks through, frozen.
 
     UserError: a distance that does not go with the teacher's samples, weights that are not to be had.
     """
 
-    def __init__(self, options: DistanceOptions, teacher: Teacher, device: torch.device, key: str):
+    def __init__(self, options: DistanceOptions, teacher: MakesSamples, device: torch.device, key: str):
         self.options = options
         self.network: nn.Module | None = None
         spec, o = teacher.spec, options
@@ -106,11 +118,11 @@ class OutputDistance:
                     check_shape(spec.shape, judge.features, of="the teacher's samples")
                 self.network = judge
 
-    def draw(self, draw: Draws) -> Any:
+    def draw(self, draw: Draws) -> Sequence[OneDraw] | None:
         """The random numbers of one comparison of a micro-batch."""
         return self.network.draw(draw.randn, draw.rand) if isinstance(self.network, ELatentLPIPS) else None
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Any = None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, draws: Sequence[OneDraw] | None = None) -> Tensor:
         if self.options.kind in LOSSES:
             return distance(self.options.kind, x, y, self.options.huber_reduce)
         assert self.network is not None

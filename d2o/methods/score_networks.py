@@ -20,7 +20,8 @@ from d2o.methods.base import Draws, O, Setup
 from d2o.methods.student import StudentMethod
 from d2o.networks.build import network_config, set_dropout
 from d2o.networks.edm2_unet import EDM2Precond, remove_uncertainty
-from d2o.networks.edm_view import called_at
+from d2o.networks.edm_view import EDMView, called_at
+from d2o.networks.precond import Denoiser
 from d2o.students.base import Student
 from d2o.teachers.base import Spec, Teacher
 
@@ -38,7 +39,7 @@ class ScoreMethod(StudentMethod[O]):
     takes = "edm"
     teacher: Teacher
     student: Student
-    score: Any  # the teacher's class of network
+    score: Denoiser | EDMView  # the teacher's class of network
     at_sigma_max: ClassVar[bool] = False  # whether a student called at the teacher's highest level makes sense
 
     def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
@@ -61,10 +62,11 @@ class ScoreMethod(StudentMethod[O]):
                 f"set student.sigma: {start.sigma:g}",
             )
 
-    def begin_score(self, dropout: float | None = None, uncertainty: bool = True) -> Any:
+    def begin_score(self, dropout: float | None = None, uncertainty: bool = True) -> Denoiser | EDMView:
         """The score network: a copy of the teacher's to be trained, with another dropout if given, without EDM2's
         uncertainty head if asked."""
         score = copy.deepcopy(self.teacher.network)
+        assert isinstance(score, Denoiser | EDMView)  # `check_teacher`
         if dropout is not None:
             set_dropout(score, dropout)
         if not uncertainty:
@@ -110,7 +112,7 @@ def look(
     augment_labels: Tensor | None = None,
     cfg: float = 1.0,
     empty: Embedded = None,
-) -> Any:
+) -> tuple[Any, Any, Any]:
     """(denoised, map, uncertainty) from one pass of a score network at sigma [B, 1, 1, 1]; None for what `part` leaves
     out or the network has not. `cfg`: the denoised are guided away from those of the condition `empty`."""
     if cfg != 1:
@@ -194,7 +196,7 @@ def labels_of_images(method: str, setup: Setup[O], spec: Spec) -> Tensor | None:
     return images.labels.to(setup.device)
 
 
-def check_real_images(method: str, setup: Setup[O], teacher: Teacher) -> None:
+def check_real_images(setup: Setup[O], teacher: Teacher) -> None:
     """UserError: the images are not what the teacher makes, or cannot be brought into its latent space."""
     images, spec = setup.images, teacher.spec
     assert images is not None

@@ -11,7 +11,7 @@ guided, `cfg` and `score_cfg` guide the two scores: long and short guidance (SiD
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -102,7 +102,7 @@ class SiDOptions(Options):
         200_000, ge=0, description="images after which its loss becomes half SiD's and half adversarial"
     )
     lambda_adv: float = Field(0.01, ge=0, description="weight of the student's adversarial loss, times C H W")
-    lambda_d: float = Field(1.0, ge=0, description="weight of the score network's loss as a discriminator (EDM2: 100)")
+    lambda_d: float = Field(1.0, ge=0, description="weight of the score network's loss as a critic (EDM2: 100)")
     batch_pool: int | None = Field(
         None,
         ge=1,
@@ -130,7 +130,7 @@ class SiDOptions(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_for_both(cls, data: Any) -> Any:
+    def _one_for_both(cls, data: object) -> object:
         """`force_wn`, as older recipes have it, was one switch for both networks."""
         if not isinstance(data, dict) or "force_wn" not in data:
             return data
@@ -163,7 +163,7 @@ class SiD(ScoreMethod[SiDOptions]):
         self.check(o)
         self.labels_of_data = labels_of_images("sid", setup, self.teacher.spec) if self.needs(o) == "images" else None
         if o.adversarial:
-            check_real_images("sid", setup, self.teacher)
+            check_real_images(setup, self.teacher)
         force_normalised(self.student.network, o.student_force_wn)
         force_normalised(self.score, o.score_force_wn)
         self.stepped = False  # whether the student learned in this iteration
@@ -244,7 +244,7 @@ class SiD(ScoreMethod[SiDOptions]):
                     losses.edm_weight(sigma, self.score.sigma_data, u),
                 )
                 pool = pool_size("sid", o.batch_pool, self.batch, draw.count)
-                loss_d = losses.discriminator_loss(real, fake, pool, *weights, self.bad.counting(keep))
+                loss_d = losses.critic_adversarial(real, fake, pool, *weights, self.bad.counting(keep))
                 loss = loss + o.lambda_d * loss_d
                 note(log, logit_real=real.mean(), logit_fake=fake.mean(), loss_d=critic_loss(real, fake).mean())
             loop.backward(loss.mean())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,8 +21,9 @@ from d2o.critics.build import build_critic
 from d2o.critics.style import MBSTD_GROUP
 from d2o.diffusion.sde import get_process, perturb
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 from d2o.losses.adversarial import Critic, PathLength, critic_loss, generator_loss, path_lengths, r1_penalty, spread
-from d2o.methods.base import Batch, Draws, Loop, Options, Setup
+from d2o.methods.base import Batch, Draws, Loop, Options, S, Setup
 from d2o.methods.student import StudentMethod
 from d2o.networks.minibatch_std import group_size
 from d2o.networks.style_generator import StyleGenerator
@@ -74,7 +75,7 @@ class SPIGANOptions(Options):
     ada_interval: int = Field(4, ge=1, description="iterations between two moves of the probability")
     ada_kimg: float = Field(500, gt=0, description="thousand images in which the probability can go from 0 to 1")
     ada_fixed: float | None = Field(None, ge=0, le=1, description="hold the probability here instead")
-    critic: dict[str, Any] = Field(
+    critic: JsonObject = Field(
         {}, description="options of the critic (blocks, base, max_channels, mbstd_group, time, time_scale, ...)"
     )
 
@@ -128,13 +129,14 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
     def states(self) -> dict[str, nn.Module]:
         return {"ada": self.controller, "path_length": self.path_length}
 
-    def optim(self, name: str, options: Any) -> Any:
+    def optim(self, name: str, options: S) -> S:
         if not self.options.lazy_correction:
             return options
+        was = options.model_dump()
         every = self.options.pl_every if name == "generator" else self.options.r1_every
         c = every / (every + 1)
         return options.model_copy(
-            update={"lr": c * options.lr, "final_lr": c * options.final_lr, "betas": tuple(b**c for b in options.betas)}
+            update={"lr": c * was["lr"], "final_lr": c * was["final_lr"], "betas": tuple(b**c for b in was["betas"])}
         )
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:

@@ -4,8 +4,7 @@ checkpoints say."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from d2o.condition import Condition, Embedded
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.methods.adapters import begin_lora
 from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
+from d2o.networks.config import Config
 from d2o.networks.lora import merged, train_lora
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher, embed_labels
@@ -38,7 +39,7 @@ class StudentMethod(Method[O]):
 
     # How it begins ----------------------------------------------------------------------------------------------------
 
-    def begin(self, setup: Setup[O], spec: Spec, own: Mapping[str, Any] | None = None) -> nn.Module:
+    def begin(self, setup: Setup[O], spec: Spec, own: Config | None = None) -> nn.Module:
         """The student's network as training begins, all of it to be trained: a copy of that of `setup.start`, of the
         teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
         `own` (default: the teacher's) the recipe's `network:` changes. For `student.lora` the teacher's own weights
@@ -80,7 +81,7 @@ class StudentMethod(Method[O]):
         """A copy of the teacher's network, or of that of the student `start`, in the form that is trained."""
         return copy.deepcopy(network)
 
-    def scratch(self, config: dict[str, Any]) -> nn.Module:
+    def scratch(self, config: Config) -> nn.Module:
         """A network of this configuration with random weights, in the form that is trained."""
         return build_network(config)
 
@@ -158,7 +159,7 @@ class StudentMethod(Method[O]):
         """The student of which `product`, the trained network or its average, is the network."""
         return cast(Student, product)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         student = self.made(self.players()[self.product])
         network = network_config(student.network)
         return {"kind": "student", "network": network, "spec": student.spec, "student": student.record}

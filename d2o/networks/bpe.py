@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 BOS, EOS, END = "<|startoftext|>", "<|endoftext|>", "</w>"
 LENGTH = 77
@@ -60,7 +63,7 @@ class Tokens:
         }
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> CLIPTokenizer:
         """transformers' CLIPTokenizer of this vocabulary."""
         torchvision_compat.ensure()
         from transformers import CLIPTokenizer

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
     mine, seen, parts, values = threading.get_ident(), 0, 0, [0]
     limit = "the file holds" if holds is not None else "d2o builds"
 
-    def count(module: nn.Module, name: str, tensor: Any) -> None:
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal seen
         if threading.get_ident() != mine or tensor is None:
             return
@@ -89,7 +89,7 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
                 "expected a file made by `d2o`" if holds else "",
             )
 
-    def part(module: nn.Module, name: str, child: Any) -> None:
+    def part(module: nn.Module, name: str, child: nn.Module | None) -> None:
         nonlocal parts
         if threading.get_ident() == mine:
             parts += 1
@@ -108,7 +108,7 @@ def counted(holds: Mapping[str, Tensor] | None, where: str) -> Iterator[list[int
             handle.remove()
 
 
-def check_numbers(config: Any, where: str) -> None:
+def check_numbers(config: object, where: str) -> None:
     """UserError, naming the key: an integer in a description (or in a list or section of it) is beyond any that a
     network has."""
     if isinstance(config, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from d2o.errors import UserError, nearest, unknown
 from d2o.networks.budget import build_within, check_numbers
 from d2o.networks.classifier import Classifier
+from d2o.networks.config import Config
 from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, UNet
 from d2o.networks.edm_unet import ARCHITECTURES, EDMPrecond
 from d2o.networks.edm_view import EDMView
-from d2o.networks.latent import Autoencoder, TextToImage
+from d2o.networks.free_latents import FreeLatents
+from d2o.networks.latent import BROKEN, Autoencoder, TextToImage
 from d2o.networks.latent_vgg import TunedVGG
 from d2o.networks.ncsnpp_z import DDGANGenerator
 from d2o.networks.style_generator import StyleGenerator
 from d2o.networks.vgg_classifier import LatentClassifier
 from d2o.settings.wording import show
 
-PLAIN: dict[str, Any] = {
+PLAIN: Mapping[str, Callable[..., Any]] = {
     "classifier": Classifier,
     "ddgan": DDGANGenerator,
     "latent_classifier": LatentClassifier,
     "latent_lpips": TunedVGG,
+    "free_latents": FreeLatents,
     "style_generator": StyleGenerator,
 }
 """arch -> the one class that takes the other keys."""
@@ -43,16 +46,17 @@ Network = (
     | StyleGenerator
     | LatentClassifier
     | TunedVGG
+    | FreeLatents
     | Autoencoder
     | TextToImage
 )
 
 
 def build_network(
-    config: dict[str, Any],
+    config: Config,
     holds: Mapping[str, Tensor] | None = None,
     where: str = "network",
-    plain: Mapping[str, Any] = PLAIN,
+    plain: Mapping[str, Callable[..., Any]] = PLAIN,
 ) -> Network:
     """`config` holds `arch` (one of `NETWORKS`) and that network's arguments.
 
@@ -68,7 +72,7 @@ def build_network(
     return build_within(lambda: _build(config, plain), holds, where)
 
 
-def _build(config: dict[str, Any], plain: Mapping[str, Any]) -> Network:
+def _build(config: Config, plain: Mapping[str, Callable[..., Any]]) -> Network:
     config, known_archs = dict(config), (*FAMILIES, *plain)
     arch = config.pop("arch", None)
     if arch is None:
@@ -107,16 +111,7 @@ def _build(config: dict[str, Any], plain: Mapping[str, Any]) -> Network:
         if arch == "autoencoder_kl":
             return Autoencoder(**config)
         return EDM2Precond(**config) if arch == "edm2" else plain[arch](**config)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        MemoryError,
-    ) as error:
+    except BROKEN as error:
         raise UserError(f"network: cannot build {arch} from {config}: {error or type(error).__name__}") from error
 
 
@@ -128,7 +123,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_types(arch: str, config: dict[str, Any], plain: Mapping[str, Any]) -> None:
+def _check_types(arch: str, config: Config, plain: Mapping[str, Callable[..., Any]]) -> None:
     """UserError: an argument that is one number, word or switch is given as something else. (Of others the networks
     themselves know.)"""
     described = {name: (EDMPrecond, cls) for name, cls in ARCHITECTURES.items()}
@@ -147,7 +142,7 @@ def _check_types(arch: str, config: dict[str, Any], plain: Mapping[str, Any]) ->
             raise UserError(f"network.{key}: expected a finite number, got {value}")
 
 
-def _arguments(*classes: type) -> set[str]:
+def _arguments(*classes: Callable[..., object]) -> set[str]:
     return {name for cls in classes for name in inspect.signature(cls).parameters} - {"unet"}
 
 
@@ -176,6 +171,6 @@ def set_checkpointing(module: nn.Module, on: bool) -> bool:
     return bool(parts)
 
 
-def network_config(module: nn.Module) -> dict[str, Any]:
+def network_config(module: nn.Module) -> Config:
     """What `build_network` needs to build it again."""
     return module.config  # type: ignore[return-value]

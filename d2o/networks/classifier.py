@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.networks.config import Config
+
 
 class Classifier(nn.Module):
     """Convolutional classifier for small images. forward(x [B, C, R, R] in [-1, 1]) -> logits [B, classes].
@@ -23,7 +25,7 @@ class Classifier(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.config = {
+        self.config: Config = {
             "arch": "classifier",
             "img_resolution": img_resolution,
             "img_channels": img_channels,

@@ -1,27 +1,27 @@
 """EDM2's magnitude-preserving U-Net and its denoiser with the uncertainty head.
 
 Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", configuration G
-(section 2.3, appendix B). Every layer keeps the expected magnitude of its activations, so there are no norms with
-parameters and no biases. Parameter names are those of the published checkpoints, so their state dicts load with no
+(section 2.3, appendix B). Parameter names are those of the published checkpoints, so their state dicts load with no
 renaming.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2o.errors import UserError, unknown
+from d2o.networks.config import Config
 from d2o.networks.copying import local
+from d2o.networks.edm2_blocks import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 from d2o.networks.edm_blocks import run_block
-from d2o.networks.precond import Denoiser, channel_mean, check_part
+from d2o.networks.precond import Denoiser, Returned, channel_mean, check_part
 
-EDM2_SIZES: dict[str, dict[str, Any]] = {
+EDM2_SIZES: dict[str, Config] = {
     "xxs": {"model_channels": 64, "dropout": 0.0},
     "xs": {"model_channels": 128, "dropout": 0.0},
     "s": {"model_channels": 192, "dropout": 0.0},
@@ -32,143 +32,6 @@ EDM2_SIZES: dict[str, dict[str, Any]] = {
 }
 """The published sizes (`preset`): width, and the dropout they were trained with."""
 FORCE_WN = ("post_step", "pre_forward", "off")
-EPSILON = 1e-4
-
-
-def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """x scaled to unit root mean square over the dimensions `dim`; the norm is computed in float32."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    count = math.prod(
-        [x.shape[d] for d in ([dim] if isinstance(dim, int) else dim)]
-    )  # without the batch, whose size an exported graph leaves open
-    return x / (EPSILON + norm * math.sqrt(1 / count)).to(x.dtype)
-
-
-def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over the root mean square of its output for normal input (eq. 81)."""
-    return F.silu(x) / 0.596
-
-
-def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """(1 - t) a + t b, scaled to unit magnitude for independent inputs of unit magnitude (eq. 88)."""
-    return torch.lerp(a, b.to(a.dtype), t) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Channels of a, then of b, weighted so that they contribute as 1 - t to t whatever their numbers (eq. 103)."""
-    n_a, n_b = a.shape[1], b.shape[1]
-    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    """Embeddings stay in float32, as in the official half precision mode, and are cast where they enter the
-    convolutions."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
-
-
-class MPFourier(nn.Module):
-    """t [B] -> sqrt(2) cos(f t + p) [B, channels], with fixed random frequencies and phases (eq. 75)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.freqs: Tensor
-        self.phases: Tensor
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
-
-    def forward(self, t: Tensor) -> Tensor:
-        y = t.to(torch.float32).outer(self.freqs.to(torch.float32)) + self.phases.to(torch.float32)
-        return math.sqrt(2) * y.cos()
-
-
-class MPConv(nn.Module):
-    """A convolution, or with `kernel` 0 a linear layer, without bias, whose weight is normalised per output channel
-    before use (eq. 47)."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int):
-        super().__init__()
-        self.kernel = kernel
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *([kernel, kernel] if kernel else [])))
-
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        weight = self.normalized() * (gain / math.sqrt(self.weight[0].numel()))
-        if not self.kernel:
-            with _full_precision(x):
-                return F.linear(x.to(torch.float32), weight)
-        return F.conv2d(x, weight.to(x.dtype), padding=self.kernel // 2)
-
-    def normalized(self) -> Tensor:
-        """The weight with unit root mean square per output channel, float32."""
-        return normalize(self.weight.to(torch.float32), dim=tuple(range(1, self.weight.ndim)))
-
-
-class Block(nn.Module):
-    """Resampling by 2, two convolutions modulated by the embedding, self-attention. x [B, in, H, W], emb [B, E] -> [B,
-    out, H', W'].
-
-    Encoder blocks normalise each pixel of the main path; decoder blocks apply the 1x1 skip convolution at the end of
-    it.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        decoder: bool = False,
-        resample: str = "",
-        attention: bool = False,
-        channels_per_head: int = 64,
-        dropout: float = 0.0,
-        res_balance: float = 0.3,
-        attn_balance: float = 0.3,
-        clip_act: float | None = 256.0,
-    ):
-        super().__init__()
-        self.out_channels, self.decoder, self.resample = out_channels, decoder, resample
-        self.dropout, self.res_balance, self.attn_balance, self.clip_act = (
-            float(dropout),
-            res_balance,
-            attn_balance,
-            clip_act,
-        )
-        self.heads = out_channels // channels_per_head if attention else 0
-        self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, 3)
-        self.emb_linear = MPConv(emb_channels, out_channels, 0)
-        self.conv_res1 = MPConv(out_channels, out_channels, 3)
-        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1) if self.heads else None
-        self.attn_proj = MPConv(out_channels, out_channels, 1) if self.heads else None
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.resample == "down":
-            x = F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            b, c, h, w = x.shape
-            x = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
-        if not self.decoder:
-            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=1)
-        y = self.conv_res0(mp_silu(x))
-        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = F.dropout(mp_silu(y * scale[:, :, None, None].to(y.dtype)), self.dropout, self.training)
-        y = self.conv_res1(y)
-        if self.decoder and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, self.res_balance)
-        if self.attn_qkv is not None and self.attn_proj is not None:
-            x = mp_sum(x, self.attn_proj(self.attention(self.attn_qkv(x))), self.attn_balance)
-        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
-
-    def attention(self, qkv: Tensor) -> Tensor:
-        b, c, h, w = qkv.shape
-        # The 1x1 convolution's channels are ordered head, channel, (q, k, v); each is a unit-magnitude vector (cosine
-        # attention).
-        qkv = normalize(qkv.reshape(b, self.heads, c // 3 // self.heads, 3, h * w), dim=2)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c // 3, h, w)
 
 
 class UNet(nn.Module):
@@ -206,14 +69,15 @@ class UNet(nn.Module):
         widths = [model_channels * mult for mult in channel_mult]
         noise = model_channels * noise_mult if noise_mult is not None else widths[0]
         emb = model_channels * emb_mult if emb_mult is not None else max(widths)
-        block: dict[str, Any] = {
-            "emb_channels": emb,
-            "channels_per_head": channels_per_head,
-            "dropout": dropout,
-            "res_balance": res_balance,
-            "attn_balance": attn_balance,
-            "clip_act": clip_act,
-        }
+        block = partial(
+            Block,
+            emb_channels=emb,
+            channels_per_head=channels_per_head,
+            dropout=dropout,
+            res_balance=res_balance,
+            attn_balance=attn_balance,
+            clip_act=clip_act,
+        )
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise)
@@ -227,10 +91,10 @@ class UNet(nn.Module):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, channels, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = Block(channels, channels, resample="down", **block)
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
             skips.append(channels)
             for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = Block(channels, width, attention=res in attn_resolutions, **block)
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, attention=res in attn_resolutions)
                 channels = width
                 skips.append(channels)
 
@@ -238,19 +102,19 @@ class UNet(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             res = img_resolution >> level
             if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = Block(channels, channels, decoder=True, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = Block(channels, channels, decoder=True, **block)
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, decoder=True, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels, decoder=True)
             else:
-                self.dec[f"{res}x{res}_up"] = Block(channels, channels, decoder=True, resample="up", **block)
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, decoder=True, resample="up")
             for i in range(num_blocks + 1):
                 attention = res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = Block(
-                    channels + skips.pop(), width, decoder=True, attention=attention, **block
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    channels + skips.pop(), width, decoder=True, attention=attention
                 )
                 channels = width
         self.out_conv = MPConv(channels, img_channels, 3)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, part: str = "decoder") -> Any:
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, part: str = "decoder") -> Returned:
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
@@ -298,12 +162,12 @@ class EDM2Precond(Denoiser):
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
         force_wn: str = "post_step",
-        **unet: Any,
+        **unet: Any,  # noqa: ANN401 (arguments of `UNet`, as a configuration has them)
     ):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data)
         if force_wn not in FORCE_WN:
             raise unknown("network.force_wn", force_wn, FORCE_WN)
-        self.config = {
+        self.config: Config = {
             "arch": "edm2",
             "img_resolution": img_resolution,
             "img_channels": img_channels,
@@ -326,7 +190,7 @@ class EDM2Precond(Denoiser):
         augment_labels: Tensor | None = None,
         part: str = "decoder",
         return_logvar: bool = False,
-    ) -> Any:
+    ) -> Returned:
         check_part(part)
         if not self.normalised_before:
             self.before_forward()
@@ -368,7 +232,7 @@ class EDM2Precond(Denoiser):
         """Give every weight unit root mean square per output channel, in place (eq. 66). The network computes the same
         as before, since its layers normalise their weights anyway (up to the 1e-4 that guards the division)."""
         for module in self.modules():
-            if isinstance(module, MPConv):
+            if isinstance(module, MPConv) and not module.weight.is_meta:  # a plan's have no numbers
                 # Through `.data`: a second forward pass before the first one's backward must not invalidate what
                 # autograd has kept. Of a sharded weight each process normalises its own output channels.
                 weight = local(module.weight.data)

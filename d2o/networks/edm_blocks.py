@@ -6,7 +6,7 @@ Sources: Song et al. 2021 (DDPM++, NCSN++), Dhariwal & Nichol 2021 (ADM), Karras
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.utils.checkpoint
@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Init(TypedDict, total=False):
+    """How a layer begins, as `Linear` says it."""
+
+    mode: str
+    gain: float
+    bias_gain: float
+
+
 def _uniform_fan(shape: tuple[int, ...], fan_in: int, fan_out: int, mode: str, gain: float) -> Tensor:
     bound = {"xavier": math.sqrt(6 / (fan_in + fan_out)), "kaiming": math.sqrt(3 / fan_in)}[mode]
-    return gain * bound * (2 * torch.rand(shape) - 1)
+    values = torch.rand(shape)
+    # Without memory there is nothing to scale, and torch's arithmetic on meta imports its compiler first: seconds.
+    return values if values.is_meta else gain * bound * (2 * values - 1)
 
 
 def run_block(block: nn.Module, x: Tensor, emb: Tensor, checkpointing: bool) -> Tensor:
@@ -83,8 +93,8 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(_uniform_fan((out_channels, in_channels, kernel, kernel), *fans, mode, gain))
             self.bias = nn.Parameter(_uniform_fan((out_channels,), *fans, mode, bias_gain))
         if up or down:
-            f = torch.tensor(fir, dtype=torch.float32)
-            self.register_buffer("resample_filter", (f.outer(f) / f.sum() ** 2)[None, None])
+            rows = [[a * b / sum(fir) ** 2 for b in fir] for a in fir]
+            self.register_buffer("resample_filter", torch.tensor(rows, dtype=torch.float32)[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -130,9 +140,9 @@ class UNetBlock(nn.Module):
         fir: tuple[int, ...] = (1, 1),
         resample_proj: bool = False,
         scale_shift: bool = True,
-        init: dict[str, Any] | None = None,
-        init_zero: dict[str, Any] | None = None,
-        init_attn: dict[str, Any] | None = None,
+        init: Init | None = None,
+        init_zero: Init | None = None,
+        init_attn: Init | None = None,
     ):
         super().__init__()
         init, init_zero = init or {}, init_zero or {}

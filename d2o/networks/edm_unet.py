@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.networks.config import Config
 from d2o.networks.edm_blocks import (
     Conv2d,
     FourierEmbedding,
     GroupNorm,
+    Init,
     Linear,
     PositionalEmbedding,
     UNetBlock,
     run_block,
 )
-from d2o.networks.precond import Denoiser, channel_mean, check_part
+from d2o.networks.precond import Denoiser, Returned, channel_mean, check_part
 
 SQRT_HALF = math.sqrt(0.5)
 Enter = Callable[[str, Tensor, "Tensor | None"], Tensor]
@@ -69,20 +72,21 @@ class SongUNet(nn.Module):
         super().__init__()
         emb = model_channels * emb_mult
         noise = model_channels * noise_mult
-        init: dict[str, Any] = {"mode": "xavier"}
-        zero: dict[str, Any] = {"mode": "xavier", "gain": 1e-5}
-        block: dict[str, Any] = {
-            "emb_channels": emb,
-            "dropout": dropout,
-            "skip_scale": SQRT_HALF,
-            "eps": 1e-6,
-            "fir": tuple(fir),
-            "resample_proj": True,
-            "scale_shift": False,
-            "init": init,
-            "init_zero": zero,
-            "init_attn": {"mode": "xavier", "gain": math.sqrt(0.2)},
-        }
+        init: Init = {"mode": "xavier"}
+        zero: Init = {"mode": "xavier", "gain": 1e-5}
+        block = partial(
+            UNetBlock,
+            emb_channels=emb,
+            dropout=dropout,
+            skip_scale=SQRT_HALF,
+            eps=1e-6,
+            fir=tuple(fir),
+            resample_proj=True,
+            scale_shift=False,
+            init=init,
+            init_zero=zero,
+            init_attn={"mode": "xavier", "gain": math.sqrt(0.2)},
+        )
         self.label_dim = label_dim
         self.map_noise = (
             PositionalEmbedding(noise, endpoint=True) if embedding == "positional" else FourierEmbedding(noise)
@@ -102,7 +106,7 @@ class SongUNet(nn.Module):
                 channels = model_channels
                 skips.append(channels)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(channels, channels, down=True, **block)
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, down=True)
                 if encoder == "residual":
                     self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
                         aux, channels, 3, down=True, fir=tuple(fir), fused=True, **init
@@ -111,9 +115,7 @@ class SongUNet(nn.Module):
                 skips.append(channels)
             for i in range(num_blocks):
                 out = model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
-                    channels, out, heads=int(res in attn_resolutions), **block
-                )
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, out, heads=int(res in attn_resolutions))
                 channels = out
                 skips.append(channels)
 
@@ -121,14 +123,14 @@ class SongUNet(nn.Module):
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
             if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(channels, channels, heads=1, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(channels, channels, **block)
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, heads=1)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
             else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(channels, channels, up=True, **block)
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, up=True)
             for i in range(num_blocks + 1):
                 out = model_channels * mult
                 heads = int(i == num_blocks and res in attn_resolutions)
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(channels + skips.pop(), out, heads=heads, **block)
+                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), out, heads=heads)
                 channels = out
         res = img_resolution
         self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, 1e-6)
@@ -142,7 +144,7 @@ class SongUNet(nn.Module):
         augment: Tensor | None = None,
         part: str = "decoder",
         enter: Enter = as_it_is,
-    ) -> Any:
+    ) -> Returned:
         emb = self.map_noise(c_noise)
         emb = emb.reshape(len(emb), 2, -1).flip(1).reshape(emb.shape)  # (cos, sin) -> (sin, cos)
         if self.map_label is not None and labels is not None:
@@ -205,9 +207,9 @@ class DhariwalUNet(nn.Module):
     ):
         super().__init__()
         emb = model_channels * emb_mult
-        init: dict[str, Any] = {"mode": "kaiming", "gain": math.sqrt(1 / 3), "bias_gain": math.sqrt(1 / 3)}
-        zero: dict[str, Any] = {"mode": "kaiming", "gain": 0.0, "bias_gain": 0.0}
-        block: dict[str, Any] = {"emb_channels": emb, "dropout": dropout, "init": init, "init_zero": zero}
+        init: Init = {"mode": "kaiming", "gain": math.sqrt(1 / 3), "bias_gain": math.sqrt(1 / 3)}
+        zero: Init = {"mode": "kaiming", "gain": 0.0, "bias_gain": 0.0}
+        block = partial(UNetBlock, emb_channels=emb, dropout=dropout, init=init, init_zero=zero)
 
         def heads(res: int, channels: int) -> int:
             return channels // 64 if res in attn_resolutions else 0
@@ -229,11 +231,11 @@ class DhariwalUNet(nn.Module):
                 self.enc[f"{res}x{res}_conv"] = Conv2d(channels, model_channels * mult, 3, **init)
                 channels = model_channels * mult
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(channels, channels, down=True, **block)
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, down=True)
             skips.append(channels)
             for i in range(num_blocks):
                 out = model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(channels, out, heads=heads(res, out), **block)
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, out, heads=heads(res, out))
                 channels = out
                 skips.append(channels)
 
@@ -241,15 +243,13 @@ class DhariwalUNet(nn.Module):
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
             if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(channels, channels, heads=channels // 64, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(channels, channels, **block)
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, heads=channels // 64)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
             else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(channels, channels, up=True, **block)
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, up=True)
             for i in range(num_blocks + 1):
                 out = model_channels * mult
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(
-                    channels + skips.pop(), out, heads=heads(res, out), **block
-                )
+                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), out, heads=heads(res, out))
                 channels = out
         self.out_norm = GroupNorm(channels, 1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3, **zero)
@@ -262,7 +262,7 @@ class DhariwalUNet(nn.Module):
         augment: Tensor | None = None,
         part: str = "decoder",
         enter: Enter = as_it_is,
-    ) -> Any:
+    ) -> Returned:
         emb = self.map_noise(c_noise)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment)
@@ -319,11 +319,11 @@ class EDMPrecond(Denoiser):
         precond: str = "edm",
         sigma_min: float | None = None,
         sigma_max: float | None = None,
-        **unet: Any,
+        **unet: Any,  # noqa: ANN401 (arguments of the U-Net, as a configuration has them)
     ):
         super().__init__(img_resolution, img_channels, label_dim, sigma_data, precond, sigma_min, sigma_max)
         options = {"precond": precond if precond != "edm" else None, "sigma_min": sigma_min, "sigma_max": sigma_max}
-        self.config = {
+        self.config: Config = {
             "arch": arch,
             "img_resolution": img_resolution,
             "img_channels": img_channels,
@@ -346,7 +346,7 @@ class EDMPrecond(Denoiser):
         label: Tensor | None = None,
         augment_labels: Tensor | None = None,
         part: str = "decoder",
-    ) -> Any:
+    ) -> Returned:
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)

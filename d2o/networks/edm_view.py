@@ -7,18 +7,25 @@ alpha_t (Karras et al. 2022, appendix C). The network is asked at alpha_t x, at 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from d2o.condition import Text
+from d2o.condition import Embedded, Text
 from d2o.diffusion.levels import Levels, levels_of
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
+from d2o.networks.config import Config, as_json
 from d2o.networks.latent import build_diffusers
 from d2o.networks.lora import add_lora
-from d2o.networks.precond import CONSISTENCY_EPSILON, channel_mean, check_part
+from d2o.networks.precond import CONSISTENCY_EPSILON, Returned, channel_mean, check_part
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from diffusers.models.embeddings import TimestepEmbedding
 
 KINDS = ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "velocity")
@@ -48,15 +55,15 @@ class EDMView(nn.Module):
 
     def __init__(
         self,
-        net: dict[str, Any],
-        schedule: dict[str, Any],
+        net: Config,
+        schedule: JsonObject,
         prediction: str = "epsilon",
         sigma_data: float = 0.5,
         precond: str = "edm",
         augment_dim: int = 0,
         time_ids: list[float] | None = None,
         dropout: float | None = None,
-        lora: dict[str, Any] | None = None,
+        lora: JsonObject | None = None,
         module: nn.Module | None = None,
     ):
         super().__init__()
@@ -70,7 +77,7 @@ class EDMView(nn.Module):
         if (prediction == "velocity") != (schedule.get("kind") == "flow"):
             raise UserError(f"network: prediction {prediction} does not go with that schedule")
         rest = {key: value for key, value in net.items() if key != "class"}
-        self.net: Any = module if module is not None else build_diffusers(self.kind, rest, "network.net")
+        self.net: ModelMixin = module if module is not None else build_diffusers(self.kind, rest, "network.net")
         self.levels: Levels = levels_of(schedule)
         self.sigma_min, self.sigma_max = self.levels.sigma_min, self.levels.sigma_max
         self.time_ids = time_ids
@@ -78,7 +85,7 @@ class EDMView(nn.Module):
         if augment_dim:
             self.map_augment = nn.Linear(augment_dim, self._time_embedding().linear_2.out_features, bias=False)
         options = {"precond": (precond, "edm"), "augment_dim": (augment_dim, 0), "time_ids": (time_ids, None)}
-        self.config: dict[str, Any] = {
+        self.config: Config = {
             "arch": "edm_view",
             "net": net,
             "schedule": schedule,
@@ -92,20 +99,28 @@ class EDMView(nn.Module):
             add_lora(self, lora)
 
     @classmethod
-    def of(cls, module: Any, schedule: dict[str, Any], prediction: str, **options: Any) -> EDMView:
+    def of(
+        cls,
+        module: ModelMixin,
+        schedule: JsonObject,
+        prediction: str,
+        sigma_data: float = 0.5,
+        time_ids: list[float] | None = None,
+    ) -> EDMView:
         """The view of a diffusers network that is there already, whose weights it shares."""
         known = inspect.signature(type(module).__init__).parameters
         given = {key: as_json(value) for key, value in module.config.items() if key in known}
-        return cls({"class": type(module).__name__, **given}, schedule, prediction, module=module, **options)
+        net = {"class": type(module).__name__, **given}
+        return cls(net, schedule, prediction, sigma_data, time_ids=time_ids, module=module)
 
     def forward(
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: Tensor | Text | None = None,
+        condition: Embedded = None,
         augment_labels: Tensor | None = None,
         part: str = "decoder",
-    ) -> Any:
+    ) -> Returned:
         check_part(part)
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, device=x.device).reshape(-1).expand(len(x))
@@ -123,7 +138,7 @@ class EDMView(nn.Module):
                 return self._map(features[0], x)
         return denoised if part == "decoder" else (denoised, self._map(features[0], x))
 
-    def _denoise(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+    def _denoise(self, x: Tensor, sigma: Tensor, condition: Embedded) -> Tensor:
         s = sigma.to(torch.float32)[:, None, None, None]
         alpha = self.levels.alpha(s)
         out = self.call(alpha * x, self.levels.time(sigma), condition).to(torch.float32)
@@ -139,10 +154,11 @@ class EDMView(nn.Module):
             d = torch.lerp(x, d, ((s - self.sigma_min) / s).clamp(min=0))
         return d
 
-    def call(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def call(self, x_t: Tensor, t: Tensor, condition: Embedded) -> Tensor:
         """The network as its own family calls it: x_t, t [B] float32."""
         if self.kind == "UNet2DModel":
             return self.net(x_t, t, class_labels=condition, return_dict=False)[0][:, : x_t.shape[1]]
+        assert isinstance(condition, Text)
         states, pooled = condition.states, condition.pooled
         if self.kind == "UNet2DConditionModel":
             added = None
@@ -158,7 +174,7 @@ class EDMView(nn.Module):
 
     # Where features and embeddings are ----------------------------------------------------------------------------
 
-    def _time_embedding(self) -> Any:
+    def _time_embedding(self) -> TimestepEmbedding:
         return self.net.time_text_embed.timestep_embedder if self._transformer else self.net.time_embedding
 
     @property
@@ -175,8 +191,8 @@ class EDMView(nn.Module):
             raise UserError("disc_map: mid_mean needs a U-Net with a middle block, and this one has none")
         return found
 
-    def _catch(self, features: list[Tensor], stop: bool) -> Any:
-        def keep(module: nn.Module, args: Any, out: Any) -> None:
+    def _catch(self, features: list[Tensor], stop: bool) -> Callable[[], None]:
+        def keep(module: nn.Module, args: object, out: Returned) -> None:
             features.append(out[1] if self._transformer else out[0] if isinstance(out, tuple) else out)
             if stop:
                 raise _Enough
@@ -207,7 +223,7 @@ class EDMView(nn.Module):
         """Those of the residual blocks, as the networks' own argument `dropout` means."""
         from diffusers.models.resnet import ResnetBlock2D
 
-        return [m.dropout for m in self.net.modules() if isinstance(m, ResnetBlock2D)]  # type: ignore[misc]
+        return [m.dropout for m in self.net.modules() if isinstance(m, ResnetBlock2D)]
 
     @property
     def checkpointing(self) -> bool:
@@ -242,10 +258,3 @@ def lowest_level(network: nn.Module) -> float:
 
 class _Enough(Exception):
     """The features that were asked for are there; what follows them is not needed."""
-
-
-def as_json(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, (list, tuple)):
-        return [as_json(part) for part in value]
-    return {key: as_json(part) for key, part in value.items()} if isinstance(value, dict) else value

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from d2o.errors import UserError, unknown
-from d2o.networks.edm2_unet import Block
+from d2o.networks.edm2_blocks import Block
 from d2o.networks.edm_blocks import UNetBlock
 
 FREEZE = ("none", "conv", "conv_qkv", "conv_qkv_skip")

@@ -10,23 +10,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError, nearest
-from d2o.inputs import read_json
+from d2o.inputs import JsonObject, read_json
 from d2o.interop import torchvision_compat
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.bpe import BOS, EOS, Tokens, build_tokens
 from d2o.networks.budget import build_within, check_numbers
+from d2o.networks.config import Config
 from d2o.networks.fill import fill_network
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 N = TypeVar("N", bound=nn.Module)
 
-SD_SCHEDULER: dict[str, Any] = {
+SD_SCHEDULER: JsonObject = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -61,7 +66,7 @@ class Autoencoder(nn.Module):
     UserError: unknown arguments, or values that diffusers refuses.
     """
 
-    def __init__(self, **config: Any):
+    def __init__(self, **config: Any):  # noqa: ANN401 (arguments of AutoencoderKL)
         super().__init__()
         blocks = len(config.get("block_out_channels", (64,)))
         config = {
@@ -69,8 +74,8 @@ class Autoencoder(nn.Module):
             "up_block_types": ["UpDecoderBlock2D"] * blocks,
             **config,
         }
-        self.config = {"arch": "autoencoder_kl", **config}
-        self.vae = _build(_diffusers("AutoencoderKL"), config, "network")
+        self.config: Config = {"arch": "autoencoder_kl", **config}
+        self.vae: AutoencoderKL = _build(_diffusers("AutoencoderKL"), config, "network")
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents."""
@@ -99,7 +104,7 @@ class TextToImage(nn.Module):
     `Autoencoder`.
     """
 
-    def __init__(self, vae: dict[str, Any], unet: dict[str, Any], text_encoder: dict[str, Any], words: Sequence[str]):
+    def __init__(self, vae: Config, unet: Config, text_encoder: Config, words: Sequence[str]):
         super().__init__()
         self.tokens: Tokens = build_tokens(words)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -112,18 +117,18 @@ class TextToImage(nn.Module):
             **unet,
         }
         text_encoder = {"hidden_size": cross, "projection_dim": cross, "max_position_embeddings": 77, **text_encoder}
-        self.config = {
+        self.config: Config = {
             "arch": "text_to_image",
             "vae": vae,
             "unet": unet,
             "text_encoder": text_encoder,
             "words": sorted(words),
         }
-        self.vae = _build(
+        self.vae: AutoencoderKL = _build(
             _diffusers("AutoencoderKL"), {k: v for k, v in vae.items() if k != "arch"}, "network.vae"
         ).requires_grad_(False)
-        self.unet = _build(_diffusers("UNet2DConditionModel"), unet, "network.unet")
-        self.text_encoder = _text_encoder(text_encoder, self.tokens)
+        self.unet: UNet2DConditionModel = _build(_diffusers("UNet2DConditionModel"), unet, "network.unet")
+        self.text_encoder: CLIPTextModel = _text_encoder(text_encoder, self.tokens)
         self.register_load_state_dict_pre_hook(_rename_text_encoder)
 
     @property
@@ -155,11 +160,11 @@ class TextToImage(nn.Module):
         return self.unet(x_t, t, self.encode_text(ids)).sample
 
 
-def _rename_text_encoder(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _rename_text_encoder(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: object) -> None:
     """transformers 5 dropped the `text_model.` from the names inside a CLIPTextModel: read the weights under either
     name."""
     inner = prefix + "text_encoder."
-    long = any(name.startswith("text_model.") for name, _ in module.text_encoder.named_parameters())  # type: ignore[union-attr, operator]
+    long = any(name.startswith("text_model.") for name, _ in module.text_encoder.named_parameters())  # type: ignore[union-attr]
     for name in [name for name in tensors if name.startswith(inner)]:
         rest = name.removeprefix(inner).removeprefix("text_model.")
         tensors[inner + ("text_model." if long else "") + rest] = tensors.pop(name)
@@ -186,7 +191,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     return _described(Autoencoder, {k: v for k, v in meta["network"].items() if k != "arch"}, tensors, path)
 
 
-def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
+def load_text_to_image(path: str | Path) -> tuple[TextToImage, JsonObject]:
     """The whole model, in eval mode on the CPU, and the metadata of a checkpoint of method `latent-diffusion`.
     UserError: any other file."""
     path = resolve_checkpoint(path)
@@ -198,7 +203,7 @@ def load_text_to_image(path: str | Path) -> tuple[TextToImage, dict[str, Any]]:
     return _described(TextToImage, config, load_file(path)[0], path).eval(), meta
 
 
-def _described(cls: type[N], config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> N:
+def _described(cls: type[N], config: Config, tensors: dict[str, Tensor], path: Path) -> N:
     """The network that a file describes, with the file's tensors. UserError: it is none, or they do not fit."""
 
     def make() -> N:
@@ -231,7 +236,7 @@ def _from_diffusers(folder: Path) -> Autoencoder:
     )
 
 
-def _text_encoder(config: dict[str, Any], tokens: Tokens) -> nn.Module:
+def _text_encoder(config: Config, tokens: Tokens) -> nn.Module:
     torchvision_compat.ensure()
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -256,12 +261,12 @@ def _diffusers(name: str) -> type[nn.Module]:
     return getattr(diffusers, name)
 
 
-def build_diffusers(name: str, config: dict[str, Any], where: str) -> Any:
+def build_diffusers(name: str, config: Config, where: str) -> nn.Module:
     """One of diffusers' networks by its class's name. UserError: arguments that it does not have, or refuses."""
     return _build(_diffusers(name), config, where)
 
 
-def _build(cls: type[nn.Module], config: dict[str, Any], where: str) -> Any:
+def _build(cls: type[N], config: Config, where: str) -> N:
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     for key in config:
         if key not in known:

@@ -9,6 +9,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from d2o.errors import unknown
+from d2o.networks.config import Config
 
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 """Channels, in widths, and convolutions of VGG-16's five stages."""
@@ -80,7 +81,7 @@ class TunedVGG(nn.Module):
 
     def __init__(self, channels: int, batch_norm: bool = True, taps: str = "official", width: int = WIDTH):
         super().__init__()
-        self.config = {
+        self.config: Config = {
             "arch": "latent_lpips",
             "channels": channels,
             "batch_norm": batch_norm,

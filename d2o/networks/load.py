@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
 from d2o.networks.build import build_network
+from d2o.networks.config import Config
 from d2o.networks.fill import fill_network
 
 
 def load_weights(
-    network: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, assign: bool = False
+    network: Config, tensors: dict[str, Tensor], path: str | Path, assign: bool = False
 ) -> torch.nn.Module:
     """Build the network that a checkpoint describes and load its tensors. UserError when they do not fit: nothing is
     allocated then.

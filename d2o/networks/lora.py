@@ -68,14 +68,14 @@ def train_lora(view: nn.Module) -> None:
             p.requires_grad_(True)
 
 
-def _drop_base(view: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+def _drop_base(view: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
     for name in [name for name in state if name.startswith(prefix) and not is_adapter(name)]:
         del state[name]
 
 
-def _keep_base(view: Any, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+def _keep_base(view: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     """What a state dict does not hold stays as it is: the very tensors, which are not copied onto themselves."""
-    for name, tensor in view.net.state_dict(keep_vars=True).items():
+    for name, tensor in view.get_submodule("net").state_dict(keep_vars=True).items():
         if not is_adapter(name):
             state.setdefault(f"{prefix}net.{name}", tensor)
 

@@ -9,17 +9,16 @@ EDM family's NCSN++.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2o.networks.edm_blocks import Conv2d, GroupNorm, Linear, PositionalEmbedding
+from d2o.networks.edm_blocks import Conv2d, GroupNorm, Init, Linear, PositionalEmbedding
 
 FIR = (1, 3, 3, 1)
 SQRT_HALF = math.sqrt(0.5)
-ZERO: dict[str, Any] = {"gain": 1e-5}  # nearly, not exactly, 0: as published
+ZERO: Init = {"gain": 1e-5}  # nearly, not exactly, 0: as published
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.networks.config import Config
 from d2o.networks.edm_blocks import Conv2d, GroupNorm, Linear
 from d2o.networks.ncsnpp_blocks import (
     FIR,
@@ -62,7 +63,7 @@ class DDGANGenerator(nn.Module):
         classes: int = 0,
     ):
         super().__init__()
-        self.config = {
+        self.config: Config = {
             "arch": "ddgan",
             "img_resolution": img_resolution,
             "img_channels": img_channels,

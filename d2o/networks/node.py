@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
+from d2o.networks.config import Config
 from d2o.networks.style_layers import EqualizedLinear
 
 MAPPINGS = ("node", "mlp_t")
@@ -91,7 +92,7 @@ class NODEMapping(nn.Module):
             raise UserError(
                 f"network: the mapping needs r_layers of at least 1 and a step above 0, not {r_layers} and {step}"
             )
-        self.config = {
+        self.config: Config = {
             "arch": "node_mapping",
             "shape": list(shape),
             "h_dim": h_dim,

@@ -91,6 +91,8 @@ def sigma_range(precond: str) -> tuple[float, float]:
 
 PARTS = ("decoder", "encoder", "encoder_decoder")
 """What a denoiser returns: the denoised image, its encoder's map, or (denoised, map)."""
+Returned = Tensor | tuple[Tensor, ...]
+"""The one or the ones that were asked for."""
 DISC_MAPS = ("enc_last_mean", "mid_mean")
 """Where the map is taken: after the last block of the encoder, or after the two blocks in the U-Net's middle."""
 

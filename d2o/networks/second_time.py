@@ -7,11 +7,10 @@ another use here: they are an embedding of s. With the new map at 0 the network 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from d2o.networks.build import build_network, network_config
+from d2o.networks.config import Config
 from d2o.networks.edm_blocks import PositionalEmbedding
 
 CHANNELS = 128
@@ -24,7 +23,7 @@ def second_time(s: Tensor) -> Tensor:
     return _embedding(s.log().float() / 4)
 
 
-def second_time_config(config: dict[str, Any]) -> dict[str, Any]:
+def second_time_config(config: Config) -> Config:
     """The network configuration with an input for s."""
     return {**config, "augment_dim": CHANNELS}
 

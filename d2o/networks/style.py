@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError, unknown
+from d2o.networks.config import Config
 from d2o.networks.fir import fir_taps, up2
 from d2o.networks.style_layers import MODULATIONS, ModulatedConv, lrelu
 
@@ -90,7 +91,7 @@ class StyleSynthesis(nn.Module):
         super().__init__()
         if modulation not in MODULATIONS:
             raise unknown("network.modulation", modulation, MODULATIONS)
-        self.config = {
+        self.config: Config = {
             "arch": "style_synthesis",
             "img_resolution": img_resolution,
             "img_channels": img_channels,

@@ -4,12 +4,12 @@ et al. 2022, Figure 2)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError
+from d2o.networks.config import Config
 from d2o.networks.node import NODEMapping
 from d2o.networks.style import StyleSynthesis
 
@@ -26,12 +26,12 @@ class StyleGenerator(nn.Module):
         img_resolution: int,
         img_channels: int,
         h_dim: int = 512,
-        mapping: dict[str, Any] | None = None,
-        synthesis: dict[str, Any] | None = None,
+        mapping: Config | None = None,
+        synthesis: Config | None = None,
     ):
         super().__init__()
         mapping, synthesis = dict(mapping or {}), dict(synthesis or {})
-        self.config = {
+        self.config: Config = {
             "arch": "style_generator",
             "img_resolution": img_resolution,
             "img_channels": img_channels,

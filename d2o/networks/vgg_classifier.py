@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from d2o.networks.config import Config
 from d2o.networks.latent_vgg import WIDTH, LatentVGG
 
 MOMENTUM = 0.1
@@ -34,7 +35,7 @@ class LatentClassifier(nn.Module):
         dropout: float = 0.5,
     ):
         super().__init__()
-        self.config = {
+        self.config: Config = {
             "arch": "latent_classifier",
             "channels": channels,
             "classes": classes,

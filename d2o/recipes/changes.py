@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from d2o.inputs import JsonObject
 from d2o.recipes.differences import diff_recipes
 
 FREE = ("eval", "preview", "checkpoint", "log_every", "tracker", "strategy")
 """What is measured, shown, kept and logged, and where it is computed: no weight depends on it."""
 
 
-def forbidden(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> list[str]:
+def forbidden(before: JsonObject, now: JsonObject, done: int) -> list[str]:
     """Why a run with the resolved recipe `before`, `done` images of which are trained, cannot go on as `now`: a line
     for each setting; empty when it can. More (or fewer) images are allowed where the learning rate does not depend on
     their number."""

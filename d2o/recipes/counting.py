@@ -3,9 +3,9 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -19,6 +19,7 @@ from d2o.networks.full_precision import is_full
 from d2o.recipes.meta_ops import RememberedShapes
 
 META = torch.device("meta")
+T = TypeVar("T")
 
 
 def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
@@ -60,7 +61,7 @@ class _FusedAttention(torch.autograd.Function):
     on the meta device torch would keep the matrix of all pairs."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN401
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
         return out
@@ -69,7 +70,7 @@ class _FusedAttention(torch.autograd.Function):
 class _Fused(TorchFunctionMode):
     """Attention as `_FusedAttention`, wherever such kernels are not switched off (as for double backward passes)."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         if func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled():
             given = kwargs or {}
             return _FusedAttention.apply(*args[:3], *[given[key] for key in ("query", "key", "value")[len(args) :]])
@@ -120,7 +121,7 @@ class CountingLoop:
             handle.remove()
         self.freed()
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, *_: object) -> None:
         self.calls += 1
 
     @contextmanager
@@ -129,7 +130,7 @@ class CountingLoop:
         at a time, when it is computed again (`again`, of the largest)."""
         whole = torch.utils.checkpoint.checkpoint
 
-        def counted(block: Any, *args: Any, use_reentrant: Any = None, preserve_rng_state: Any = None) -> Any:
+        def counted(block: Callable[..., T], *args: object, **how: object) -> T:
             if not torch.is_grad_enabled():
                 return block(*args)
             for value in args:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 
-def diff_recipes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def diff_recipes(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     """How two resolved recipes differ, a line per key in a's order: `optim.lr: 0.001 -> 0.002`. A key that one lacks is
     `absent` there."""
     return _diff(a, b, ())
@@ -16,14 +15,14 @@ def diff_recipes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 _ABSENT = object()
 
 
-def _diff(a: Any, b: Any, path: tuple[str, ...]) -> list[str]:
+def _diff(a: object, b: object, path: tuple[str, ...]) -> list[str]:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         keys = list(dict.fromkeys([*a, *b]))
         return [line for key in keys for line in _diff(a.get(key, _ABSENT), b.get(key, _ABSENT), (*path, str(key)))]
     return [] if _same(a, b) else [f"{'.'.join(path)}: {_written(a)} -> {_written(b)}"]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -33,7 +32,7 @@ def _same(a: Any, b: Any) -> bool:
     )  # true is not 1; nan is itself
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     if value is _ABSENT:
         return "absent"
     return (

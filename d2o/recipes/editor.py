@@ -4,7 +4,6 @@ types. `d2o recipes check` knows more: what is missing, and what does not go tog
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from d2o.methods.base import get_method, method_names
 from d2o.recipes.schema import LOADER_KEYS, Recipe, section_key
@@ -57,18 +56,22 @@ def _refer(keys: Schema) -> Schema:
     return {key: {"$ref": f"#/definitions/keys/properties/{key}"} for key in keys}
 
 
-def _loose(node: Any) -> Any:
+def _loose(schema: Schema) -> Schema:
     """A pydantic schema without what is required, in draft 7, null allowed for every key."""
-    if isinstance(node, list):
-        return [_loose(item) for item in node]
-    if not isinstance(node, dict):
-        return node
+
+    def part(value: object) -> object:
+        if isinstance(value, list):
+            return [part(item) for item in value]
+        return _loose(value) if isinstance(value, dict) else value
+
     dropped = ("required", "title", "default", "words", "$defs")
-    loose = {key: value if key == "enum" else _loose(value) for key, value in node.items() if key not in dropped}
+    loose: Schema = {
+        key: value if key == "enum" else part(value) for key, value in schema.items() if key not in dropped
+    }
     if "prefixItems" in loose:
         loose["items"], loose["additionalItems"] = loose.pop("prefixItems"), False
-    if isinstance(node.get("properties"), dict):
-        loose["properties"] = {key: _or_null(_loose(value)) for key, value in node["properties"].items()}
+    if isinstance(schema.get("properties"), dict):
+        loose["properties"] = {key: _or_null(_loose(value)) for key, value in schema["properties"].items()}
     return loose
 
 

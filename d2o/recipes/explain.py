@@ -9,12 +9,12 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from d2o.errors import UserError, nearest
+from d2o.inputs import JsonObject
 from d2o.methods.base import get_method, method_names
 from d2o.recipes.find import find_recipe, recipe_names
 from d2o.recipes.layers import read_recipe
@@ -51,7 +51,7 @@ def explain(key: str) -> list[Explanation]:
     return [_explanation(name, rows[name].expected, rows[name].description, values) for name in found]
 
 
-def _explanation(key: str, expected: str, text: str, values: list[tuple[str, dict[str, Any]]]) -> Explanation:
+def _explanation(key: str, expected: str, text: str, values: list[tuple[str, JsonObject]]) -> Explanation:
     default = DEFAULT.search(text)
     used: dict[str, tuple[str, ...]] = {}
     for name, keys in values:
@@ -97,7 +97,7 @@ def _owner(model: type[BaseModel], path: list[str]) -> tuple[type[BaseModel], st
     return next((place for place in inner if place is not None), None)
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
     """The models in a type: of `OptimSection | None`, OptimSection."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -111,12 +111,12 @@ def _file(model: type[BaseModel]) -> str:
     return str(file.relative_to(package)) if file.is_relative_to(package) else str(file)
 
 
-def _values() -> list[tuple[str, dict[str, Any]]]:
+def _values() -> list[tuple[str, JsonObject]]:
     """What the shipped recipes write, without --mini."""
     return [(name, plain(read_recipe(find_recipe(name), Problems()))) for name in recipe_names()]
 
 
-def _at(keys: Any, key: str) -> tuple[bool, Any]:
+def _at(keys: object, key: str) -> tuple[bool, object]:
     for part in key.split("."):
         if not isinstance(keys, dict) or part not in keys:
             return False, None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from d2o.inputs import JsonObject
 from d2o.settings.wording import KeyPath
 
 FORMER = "consistency"
@@ -14,12 +12,12 @@ IGNORED = {"n_counts", "n_max", "schedule_images", "p_mean", "p_std", "mu", "mid
 """Settings that the method passed over where they were another kind's; it refused the others."""
 
 
-def is_former(data: Mapping[str, Any]) -> bool:
+def is_former(data: JsonObject) -> bool:
     """Whether a recipe has the method, or its section, as they were called."""
     return data.get("method") == FORMER or (data.get("method") in KINDS and FORMER in data)
 
 
-def renewed(data: Mapping[str, Any]) -> dict[str, Any]:
+def renewed(data: JsonObject) -> JsonObject:
     """Plain data of a recipe as it is written now. Settings of other kinds are dropped at their defaults (resolved
     recipes list them all) and where they never counted; the others stay, for the schema to refuse."""
     rest = dict(data)
@@ -36,20 +34,20 @@ def renewed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "method": kind, kind: {key: value for key, value in given.items() if not _void(kind, key, value)}}
 
 
-def place_as_written(data: Mapping[str, Any], path: KeyPath) -> KeyPath:
+def place_as_written(data: JsonObject, path: KeyPath) -> KeyPath:
     """Where in the recipe as it was written stands what `path` names in the renewed one."""
     moved = path and path[0] in KINDS and FORMER in data and path[0] not in data
     return (FORMER, *path[1:]) if moved else path
 
 
-def renewed_key(key: str, data: Mapping[str, Any]) -> str:
+def renewed_key(key: str, data: JsonObject) -> str:
     """What a dotted key of the former method's section is called in the renewed recipe: `consistency.loss` ->
     `cd.loss`; any other key as it is."""
     section, dot, rest = key.partition(".")
     return f"{renewed(data)['method']}.{rest}" if section == FORMER and dot and is_former(data) else key
 
 
-def _void(kind: str, key: str, value: Any) -> bool:
+def _void(kind: str, key: str, value: object) -> bool:
     """Whether a setting says nothing of that kind."""
     from d2o.methods.base import get_method
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from yaml.nodes import MappingNode, SequenceNode
 
@@ -190,7 +189,7 @@ def merge(low: Node, high: Node) -> Node:
     return Node(merged, low.mark)
 
 
-def _names_images(layer: Node, key: str = "path") -> Any:
+def _names_images(layer: Node, key: str = "path") -> object:
     """What a layer says of `data.path`, or of another key of that section; None if nothing."""
     data = layer.value.get("data")
     return data.value[key].value if data is not None and isinstance(data.value, dict) and key in data.value else None

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from d2o.inputs import JsonObject
 from d2o.interop import catalogue
 from d2o.interop.download import offline
 from d2o.recipes.find import find_recipe, recipe_names
@@ -81,7 +81,7 @@ def _entry(name: str) -> Entry:
     )
 
 
-def target(reproduces: Mapping[str, Any]) -> str:
+def target(reproduces: JsonObject) -> str:
     """`reproduces:` in a line: paper, table, row, and the printed numbers."""
     where = [str(reproduces.get("paper") or "")]
     where += [f"{kind} {reproduces[kind]}" for kind in ("table", "figure") if reproduces.get(kind) is not None]
@@ -92,5 +92,5 @@ def target(reproduces: Mapping[str, Any]) -> str:
     return ": ".join(filter(None, (", ".join(filter(None, where)), printed)))
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value[0]} ± {value[1]}" if isinstance(value, list) and len(value) == 2 else str(value)

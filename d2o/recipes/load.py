@@ -9,10 +9,11 @@ variant, `mini:`, --set) null takes a key back: to none where none is allowed, e
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.recipes.find import find_recipe
 from d2o.recipes.layers import as_layer, merge, over, read_recipe, relicensed
 from d2o.recipes.schema import LOADER_KEYS, Recipe, check, shape_of
@@ -53,13 +54,11 @@ def _override(text: str, problems: Problems, flag: str = "--set") -> Node | None
     return result
 
 
-def _settled(node: Node, schema: Schema | None) -> Any:
+def _settled(section: Node, schema: Schema | None) -> JsonObject:
     """Plain data, without the keys that a null takes back to their default (see the top of this file)."""
-    if not isinstance(node.value, dict):
-        return node.value
     required = [key for member in members(schema or {}) for key in member.get("required", [])]
     plain = {}
-    for key, inner in node.value.items():
+    for key, inner in section.value.items():
         below = child(schema, key)
         if inner.value is None and below is not None and key not in required:
             if is_free(below):
@@ -68,7 +67,7 @@ def _settled(node: Node, schema: Schema | None) -> Any:
                 dropped = not may_be_null(below) and (inner.mark.overlay or is_section(below))
             if dropped:
                 continue
-        plain[key] = _settled(inner, below)
+        plain[key] = _settled(inner, below) if isinstance(inner.value, dict) else inner.value
     return plain
 
 
@@ -89,7 +88,7 @@ class _Placed(NamedTuple):
         return self.text if not key or self.mark.file in (f"--set {key}", f"--sweep {key}") else f"{key}: {self.text}"
 
 
-def _checked(root: Node, begun: Mapping[str, Any] | None) -> tuple[Recipe | None, list[_Placed]]:
+def _checked(root: Node, begun: JsonObject | None) -> tuple[Recipe | None, list[_Placed]]:
     """The Recipe of a merged tree, or None and what is wrong with it."""
     method = root.value["method"].value if "method" in root.value else None
     recipe, problems = check(fill_from_store(_settled(root, shape_of(method).tree), begun))
@@ -111,7 +110,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     mini: bool = False,
     sweep: Sequence[str] = (),
-    begun: Mapping[str, Any] | None = None,
+    begun: JsonObject | None = None,
 ) -> Recipe:
     """Read, merge and check a recipe. `overrides`: `key=value` of --set; `mini`: apply the recipe's `mini:` section;
     `sweep`: `key=value` of --sweep, over all others. What `pairs:` leaves open is as the store at `pairs.path` says, or

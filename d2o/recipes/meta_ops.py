@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))  # int: bool, too
-_known: dict[Hashable, _Form | tuple[_Form | None, ...]] = {}
+_known: dict[Hashable, _Form | list[_Form | None]] = {}
 
 
 class RememberedShapes(TorchDispatchMode):
@@ -20,7 +20,9 @@ class RememberedShapes(TorchDispatchMode):
     tensors of the same kind and the same other arguments before. What changes or views its arguments is called as
     ever."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         key = _key((args, tuple(kwargs.items()))) if _makes_new(func) else None
         if key is None:
@@ -28,16 +30,16 @@ class RememberedShapes(TorchDispatchMode):
         key = (func, key)
         if (form := _known.get(key)) is None:
             made = func(*args, **kwargs)
-            if (form := _form(made)) is not None:
+            if (form := _forms(made)) is not None:
                 _known[key] = form
             return made
-        return _empty(form) if isinstance(form[0], torch.Size) else tuple(f and _empty(f) for f in form)
+        return tuple(f and _empty(f) for f in form) if isinstance(form, list) else _empty(form)
 
 
-_new: dict[Any, bool] = {}
+_new: dict[OpOverload, bool] = {}
 
 
-def _makes_new(func: Any) -> bool:
+def _makes_new(func: OpOverload) -> bool:
     """Whether the results share no memory with the arguments, and the arguments stay as they are."""
     if (known := _new.get(func)) is None:
         schema = func._schema
@@ -45,7 +47,7 @@ def _makes_new(func: Any) -> bool:
     return known
 
 
-def _key(value: Any) -> Hashable | None:
+def _key(value: object) -> Hashable | None:
     """What a result's form depends on; None: something else."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype, value.device) if value.layout == torch.strided else None
@@ -55,17 +57,22 @@ def _key(value: Any) -> Hashable | None:
     return (type(value), value) if isinstance(value, _PLAIN) else None  # 1 == 1.0 == True
 
 
-def _form(made: Any) -> Any:
-    """None: not on the meta device, where there is more to a tensor than its form."""
-    if isinstance(made, Tensor):
-        return (made.shape, made.stride(), made.dtype) if made.is_meta and made.layout == torch.strided else None
+def _forms(made: object) -> _Form | list[_Form | None] | None:
+    """Of a tensor its form, of a tuple those of its tensors; None: there is anything else in it."""
     if not isinstance(made, tuple) or not made:
+        return _form(made)
+    forms = [_form(part) for part in made]
+    known = all(part is None or form is not None for part, form in zip(made, forms))
+    return forms if known and forms[0] is not None else None
+
+
+def _form(made: object) -> _Form | None:
+    """None: not a tensor on the meta device, or there is more to it than its form."""
+    if not isinstance(made, Tensor) or not made.is_meta or made.layout != torch.strided:
         return None
-    forms = tuple(_form(part) if isinstance(part, Tensor) else part for part in made)
-    known = all(f is None if part is None else isinstance(part, Tensor) and f for part, f in zip(made, forms))
-    return forms if known and isinstance(forms[0], tuple) else None
+    return made.shape, made.stride(), made.dtype
 
 
-def _empty(form: Any) -> Tensor:
+def _empty(form: _Form) -> Tensor:
     shape, strides, dtype = form
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")

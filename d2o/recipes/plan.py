@@ -62,6 +62,10 @@ from d2o.training.tracker import check_tracker
 T = TypeVar("T")
 
 
+MAKING_PAIRS, AS_PAPERS = "making pairs", "training, as papers count (NFE)"
+"""Of a plan's calls: those of the teacher, beforehand; those of the training, counted again in the papers' way."""
+
+
 @dataclass
 class Plan:
     """Parameters by network, bytes of memory (of each of the `processes`) and disk by part, network calls by phase.
@@ -79,6 +83,11 @@ class Plan:
     refused: list[str] = field(default_factory=list)
     iterations: int = 0
     processes: int = 1
+
+    @property
+    def network_calls(self) -> int:
+        """All of them, each once."""
+        return sum(n for what, n in self.calls.items() if what != AS_PAPERS)
 
     @property
     def starts(self) -> bool:
@@ -183,7 +192,7 @@ def _build(plan: Plan, method_class: type[Method], setup: Setup) -> Method:
     return method
 
 
-def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:
+def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:  # noqa: ANN401 (images, or what stands in for them)
     """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them."""
     try:
         return open_data(data, method)
@@ -262,12 +271,12 @@ def _check_metric(recipe: Recipe, method: Method, extractor: Extractor | None) -
         raise UserError(f"eval.metric: method {recipe.method} makes no images, so there is no Fréchet distance")
     if (
         recipe.eval
-        and recipe.eval.metric == "accuracy"
+        and recipe.eval.metric != "fd"
         and recipe.eval.extractor is None
         and type(method).validate is Method.validate
     ):
         raise UserError(
-            f"eval.metric: method {recipe.method} gives no metric of its own, and so no accuracy",
+            f"eval.metric: method {recipe.method} gives no metric of its own, and so no {recipe.eval.metric}",
             "eval.metric: fd measures it",
         )
     if spec is not None and extractor is not None and not spec.latent:
@@ -320,7 +329,7 @@ def _plan_pairs(plan: Plan, name: str, pairs: PairsSection, teacher: Teacher) ->
         else f"the pair store {folder} is made ({missing:,} pairs)"
     )
     solver = Solver(pairs.solver, pairs.steps)
-    plan.calls["making pairs"] = missing * solver.forwards(pairs.cfg)
+    plan.calls[MAKING_PAIRS] = missing * solver.forwards(pairs.cfg)
     plan.calls["making pairs, as papers count (NFE)"] = missing * solver.nfe
     plan.disk[f"pairs ({folder})"] = (
         missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
@@ -366,7 +375,7 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
         memory[f"activations (micro-batch {micro})"] = loop.peak
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if phase := method.phase(recipe.options):
-        plan.calls["training, as papers count (NFE)"] = Phase(phase, recipe.batch, plan.iterations).nfe
+        plan.calls[AS_PAPERS] = Phase(phase, recipe.batch, plan.iterations).nfe
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
         many, each = times(recipe), recipe.eval.samples
         plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
@@ -17,6 +16,7 @@ from pydantic_core import to_jsonable_python
 from d2o.data.data_section import DataSection
 from d2o.data.pairs_section import PairsSection
 from d2o.errors import UserError, unknown
+from d2o.inputs import Json, JsonObject
 from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
 from d2o.settings.section import NonEmpty, Section, Seed, field
 from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, word
@@ -24,6 +24,9 @@ from d2o.settings.yaml_text import dump
 from d2o.students.student_section import StudentSection
 from d2o.training.eval_section import EvalSection
 from d2o.training.train_section import TrainSection
+
+if TYPE_CHECKING:
+    from d2o.methods.base import Options
 
 LOADER_KEYS = {
     "extends": "another recipe, by path (relative to this file) or name, with a variant or without (NAME:VARIANT), that"
@@ -50,7 +53,7 @@ class SubjectSection(Section):
     teacher: NonEmpty | None = field(None, "builtin name, or path of a checkpoint")
     seed: Seed = field(0, "seed of everything random in training")
     data: DataSection | None = field(None, "real images")
-    network: dict[str, Any] | None = field(
+    network: JsonObject | None = field(
         None, "architecture, for what is trained from scratch: `arch` and that network's arguments"
     )
     student: StudentSection = Field(StudentSection(), description="how the one-step generator starts")
@@ -65,8 +68,8 @@ class SubjectSection(Section):
 class Recipe(TrainSection, SubjectSection):
     """One run. `options` holds the method's own section, validated by that method's `Options`."""
 
-    reproduces: dict[str, Any] | None = field(None, "the published number this aims at: paper, table, row, value, ...")
-    _options: Any = PrivateAttr(None)
+    reproduces: JsonObject | None = field(None, "the published number this aims at: paper, table, row, value, ...")
+    _options: Options | None = PrivateAttr(None)
     _notes: list[str] = PrivateAttr(default_factory=list)
 
     @field_validator("eval")
@@ -82,12 +85,13 @@ class Recipe(TrainSection, SubjectSection):
         return self._notes
 
     @property
-    def options(self) -> Any:
-        """The method's own settings, an instance of its `Options`. None only for a Recipe built without `from_dict`."""
+    def options(self) -> Options:
+        """The method's own settings, an instance of its `Options`."""
+        assert self._options is not None  # `check` puts them there, and nothing else makes a Recipe
         return self._options
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    def from_dict(cls, data: JsonObject, where: str = "recipe") -> Recipe:
         """From what `resolved` gives, e.g. in a checkpoint's metadata. UserError: one line per problem, `where` in
         front."""
         recipe, problems = check(data)
@@ -95,12 +99,10 @@ class Recipe(TrainSection, SubjectSection):
             raise UserError("\n".join(f"{where}: {dotted(p.path)}: {p.text}" for p in problems))
         return recipe
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> JsonObject:
         """All settings, defaults included, as plain data in a fixed order: a recipe without `extends` and `mini` that
         gives this one."""
-        data = self.model_dump()
-        if self._options is not None:
-            data[section_key(self.method)] = self._options.model_dump()
+        data = {**self.model_dump(), section_key(self.method): self.options.model_dump()}
         return to_jsonable_python(data, inf_nan_mode="constants")
 
     def to_yaml(self) -> str:
@@ -113,7 +115,7 @@ def section_key(method: str) -> str:
     return method.replace("-", "_")
 
 
-def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def check(data: JsonObject) -> tuple[Recipe | None, list[Problem]]:
     """The Recipe that plain data (no `extends`, no `mini`) stands for, or None and everything that is wrong with it."""
     if is_former(data):
         recipe, problems = _check(renewed(data))
@@ -123,13 +125,13 @@ def check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     return _check(data)
 
 
-def _check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def _check(data: JsonObject) -> tuple[Recipe | None, list[Problem]]:
     from d2o.methods.base import get_method, method_names
 
     rest, method, names = dict(data), data.get("method"), method_names()
     sections = {section_key(name): name for name in names}
     problems: list[Problem] = []
-    own: Any = None
+    own: Json = None
     known = isinstance(method, str) and method in names
     if known:
         own = rest.pop(section_key(str(method)), {})
@@ -166,7 +168,7 @@ def _check(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     return recipe, []
 
 
-def shape_of(method: Any = None) -> Shape:
+def shape_of(method: object = None) -> Shape:
     """What a recipe of that method may hold; without the method's own section when there is no such method."""
     from d2o.methods.base import get_method, method_names
 

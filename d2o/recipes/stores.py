@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from d2o.data.pairs_section import PairsSection
+from d2o.inputs import JsonObject
 
 
-def fill_from_store(data: dict[str, Any], begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def fill_from_store(data: JsonObject, begun: JsonObject | None = None) -> JsonObject:
     """A recipe's plain data, with what its `pairs:` do not say taken from the store at `pairs.path`, if there is one;
     the teacher too.
 
@@ -29,7 +27,7 @@ def fill_from_store(data: dict[str, Any], begun: Mapping[str, Any] | None = None
     return {**filled, "teacher": teacher} if filled.get("teacher") is None and teacher is not None else filled
 
 
-def _said_by(path: str) -> tuple[dict[str, Any], str | None]:
+def _said_by(path: str) -> tuple[JsonObject, str | None]:
     """The settings that a store was made with, and its teacher; nothing where there is no store."""
     from d2o.data.pair_files import open_store, store_folder
 

@@ -1,5 +1,5 @@
 """A recipe trained several times with other values of some keys: `d2o train RECIPE --sweep alpha=0,0.5,1 --sweep
-optim.lr=1e-4,2e-4`."""
+optim.lr=1e-4,2e-4`, or as some of its variants: `--sweep variant=mse,l1`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError, nearest
 from d2o.interop.outputs import check_output
+from d2o.recipes.find import find_recipe
 from d2o.recipes.former import FORMER, KINDS
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe, section_key, shape_of
+from d2o.settings.recipe_names import line_of
 from d2o.settings.wording import dotted, is_section
+
+VARIANT = "variant"
+"""In place of a key: the recipe's variants are the values."""
 
 
 @dataclass(frozen=True)
@@ -29,53 +33,91 @@ class Axis:
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep. `name` ("alpha=1.2") is also its folder; `settings`: key in the whole recipe -> value."""
+    """One run of a sweep. `name` ("alpha=1.2") is also its folder; `settings`: key in the whole recipe -> value;
+    `source`: the recipe as a command line names it."""
 
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     recipe: Recipe
+    source: str
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """`base` is the recipe without the sweep."""
+    """`base` is the recipe without the sweep; of variants the first one. `name` and `title` are those of them all."""
 
     base: Recipe
     axes: tuple[Axis, ...]
     members: tuple[Member, ...]
+    name: str
+    title: str
 
     @property
     def folder(self) -> str:
         """Where it goes if the user does not say, under runs."""
-        return "-".join([self.base.name, "sweep", *(_clean(axis.name) for axis in self.axes)])
+        return "-".join([self.name, "sweep", *(_clean(axis.name) for axis in self.axes)])
+
+    @property
+    def of_variants(self) -> bool:
+        return any(axis.key == VARIANT for axis in self.axes)
 
 
 def plan_sweep(name: str, overrides: Sequence[str], sweeps: Sequence[str], mini: bool = False) -> Sweep:
     """Every combination of the values, each a checked recipe. UserError: all that is wrong with keys and values, a line
     each."""
-    base = load_recipe(name, overrides, mini)
-    axes = tuple(_axis(text, base.method) for text in sweeps)
+    variants = _variants(name, sweeps)
+    base = load_recipe(_source(name, variants[0] if variants else None), overrides, mini)
+    axes = tuple(
+        Axis(VARIANT, VARIANT, variants) if text.partition("=")[0].strip() == VARIANT else _axis(text, base.method)
+        for text in sweeps
+    )
     if twice := next((axis.key for i, axis in enumerate(axes) if axis.key in [other.key for other in axes[:i]]), None):
         raise UserError(f"--sweep {twice}: given twice", "give all its values in one --sweep")
     members, lines, hint = [], dict[str, None](), ""
     for values in itertools.product(*(axis.values for axis in axes)):
-        changes = [f"{axis.key}={value}" for axis, value in zip(axes, values, strict=True)]
+        given = {axis.key: value for axis, value in zip(axes, values, strict=True)}
+        source = _source(name, given.get(VARIANT))
+        changes = [f"{key}={value}" for key, value in given.items() if key != VARIANT]
         try:
-            recipe = load_recipe(name, overrides, mini, changes)
+            recipe = load_recipe(source, overrides, mini, changes)
         except UserError as error:
             lines |= dict.fromkeys(error.message.splitlines())
             hint = hint or error.hint
             continue
-        settings = {axis.key: value_at(recipe.resolved(), axis.key) for axis in axes}
-        members.append(
-            Member(",".join(f"{_clean(axis.name)}={written(settings[axis.key])}" for axis in axes), settings, recipe)
-        )
+        settings = {key: given[key] if key == VARIANT else value_at(recipe.resolved(), key) for key in given}
+        label = ",".join(f"{_clean(axis.name)}={written(settings[axis.key])}" for axis in axes)
+        members.append(Member(label, settings, recipe, source))
     if lines:
         raise UserError("\n".join(lines), hint)
     for i, member in enumerate(members):
         if any(member.name == other.name for other in members[:i]):
             raise UserError(f"--sweep: {member.name} is there twice", "give each value once")
-    return Sweep(base, axes, tuple(members))
+    title = base.title or base.name
+    if not variants:
+        return Sweep(base, axes, tuple(members), base.name, title)
+    path = find_recipe(name).path
+    text = path.read_text(encoding="utf-8")
+    called = line_of(text, "name") or path.stem
+    return Sweep(base, axes, tuple(members), called, line_of(text, "title") or called)
+
+
+def _variants(name: str, sweeps: Sequence[str]) -> tuple[str, ...]:
+    """The values of `variant=a,b,c`, if it is there. UserError: none is given, or the recipe is one already."""
+    for text in sweeps:
+        key, _, rest = text.partition("=")
+        if key.strip() != VARIANT:
+            continue
+        if (already := find_recipe(name).variant) is not None:
+            raise UserError(f"--sweep {VARIANT}: {name} is the variant {already} already", "name the recipe alone")
+        values = split_values(rest)
+        if not all(values):
+            raise UserError(f"--sweep {VARIANT}: expected {VARIANT}=NAME,NAME,...", "`d2o recipes` lists variants")
+        return tuple(values)
+    return ()
+
+
+def _source(name: str, variant: str | None) -> str:
+    return name if variant is None else f"{name}:{variant}"
 
 
 def _axis(text: str, method: str) -> Axis:
@@ -127,15 +169,15 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def value_at(resolved: Mapping[str, Any], key: str) -> Any:
+def value_at(resolved: Mapping[str, object], key: str) -> object:
     """The value of a dotted key; None where its section is absent."""
-    value: Any = resolved
+    value: object = resolved
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value as it stands in the name of a folder: the same for 1.2 and 1.20."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
 from d2o.inputs import JsonObject, read_json
 from d2o.interop.checkpoint_record import check_checkpoint
-from d2o.interop.safetensors_io import atomic_write, read_meta
+from d2o.interop.safetensors_io import atomic_path, atomic_write, read_meta
 from d2o.recipes.changes import forbidden
 from d2o.recipes.former import renewed_key
 from d2o.recipes.schema import Recipe
 from d2o.recipes.sweep import Sweep
 from d2o.reports.curves import HIGHER_IS_BETTER, read_curves
 from d2o.reports.sweep_chart import Line, sweep_chart
+from d2o.reports.sweep_previews import last_previews
 
 FORMAT = {"format": "d2o-sweep", "version": 1}
 
@@ -36,6 +36,8 @@ def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
             f"{folder} was started from {before['from'] or 'no student'}",
             "give the same --from, or choose another --out",
         )
+    if sweep.of_variants:  # the first one need not be the same; each is held against its run by `check_run`
+        return
     changes = forbidden(before["recipe"], sweep.base.resolved(), 0)  # how far each member is: `check_run`
     if changes:
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
@@ -43,7 +45,8 @@ def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
 
 
 def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, str]) -> JsonObject:
-    """Write sweep.json and sweep.svg; returns the record. Members of earlier calls, with other values, stay in it."""
+    """Write sweep.json, sweep.svg and, of runs with previews, sweep.png; returns the record. Members of
+    earlier calls, with other values, stay in it."""
     metric = sweep.base.eval.metric if sweep.base.eval else "loss"
     names = [member.name for member in sweep.members]
     earlier = [] if (before := _read(folder)) is None else [m for m in before["members"] if m["name"] not in names]
@@ -55,7 +58,7 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     best = (max if metric in HIGHER_IS_BETTER else min)(scored, key=lambda m: m["best"]["value"], default=None)
     record = {
         **FORMAT,
-        "name": sweep.base.name,
+        "name": sweep.name,
         "keys": [axis.key for axis in sweep.axes],
         "from": str(start) if start else None,
         "metric": metric,
@@ -71,9 +74,12 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
         for m in members
     ]
     words = "Fréchet distance" if metric == "fd" else metric
-    picture = sweep_chart(sweep.base.title or sweep.base.name, lines, words, metric not in HIGHER_IS_BETTER)
+    picture = sweep_chart(sweep.title, lines, words, metric not in HIGHER_IS_BETTER)
     if picture:
         atomic_write(folder / "sweep.svg", picture)
+    if (sheet := last_previews([(m["name"], folder / m["folder"]) for m in members])) is not None:
+        with atomic_path(folder / "sweep.png") as temporary:
+            sheet.save(temporary, format="PNG")
     return record
 
 
@@ -104,7 +110,7 @@ def _renewed(record: JsonObject, path: Path) -> JsonObject:
 
 
 def _member(
-    folder: Path, name: str, settings: Mapping[str, Any], images: int, metric: str, failed: Mapping[str, str]
+    folder: Path, name: str, settings: Mapping[str, object], images: int, metric: str, failed: Mapping[str, str]
 ) -> JsonObject:
     """What a member's run folder says of it."""
     run = folder / name
@@ -135,10 +141,11 @@ def _member(
     }
 
 
-def _order(value: Any) -> tuple[int, Any]:
-    """Numbers by size, before everything else by its text."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (0, value) if number else (1, str(value))
+def _order(value: object) -> tuple[int, float]:
+    """Numbers by size, before everything else as it was given."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return 0, value
+    return 1, 0
 
 
 def rows(record: JsonObject) -> Sequence[Sequence[str]]:

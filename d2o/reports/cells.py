@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from d2o.inputs import JsonObject
 
@@ -34,13 +34,18 @@ ORDER = (
     "latent-lpips",
     "dreamsim",
     "dreamdiv",
+    "diversity",
+    "prompt-accuracy",
     "accuracy",
+    "top1",
+    "2afc",
 )
 DEFAULTS: dict[str, JsonObject] = {
     "fd": {"better": "lower"},
     "accuracy": {"label": "accuracy", "better": "higher", "percent": True},
+    **{key: {"percent": True} for key in ("top1", "2afc", "2afc-traditional", "2afc-cnn", "2afc-real")},
 }
-"""What results of d2o 0.1.0 do not say of their metrics."""
+"""What results of d2o 0.1.0, and rows that are only quoted, do not say of their metrics."""
 
 Result = JsonObject
 MetricEntry = JsonObject
@@ -132,13 +137,31 @@ def printed(value: float, std: float | None = None, percent: bool = False) -> st
     return f"{text} %" if percent else text
 
 
+COSTS = {
+    "parameters": "params, paper",
+    "batch": "batch, paper",
+    "images_per_s": "images/s, paper",
+    "pairs": "pairs, paper",
+    "nfe_pairs": "NFE of pairs, paper",
+    "nfe_train": "NFE of training, paper",
+    "nfe_total": "NFE in all, paper",
+    "a100_days": "A100-days, paper",
+}
+"""What papers print of a model's size and making -> the heading of its column."""
+
+
+def cost_text(key: str, value: float) -> str:
+    """98.3M, 43.6: counts of many zeros shortened."""
+    return magnitude(value) if key != "batch" and value >= 1e4 else f"{value:,.10g}"
+
+
 def printed_decimals(value: float) -> int:
     return len(f"{value:.10g}".partition(".")[2])
 
 
-def quoted(name: str, paper: JsonObject, source: str) -> Result:
+def quoted(name: str, paper: JsonObject, source: str, notes: Sequence[str] = ()) -> Result:
     """A row that was not measured: only what a paper prints."""
-    return {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": []}
+    return {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": [*notes]}
 
 
 def has_protocol(record: Result) -> bool:

@@ -9,11 +9,13 @@ from functools import partial
 
 from d2o.evaluation.protocol import protocol_line
 from d2o.reports.cells import (
+    COSTS,
     DEFAULTS,
     NONE,
     MetricEntry,
     Result,
     comparable,
+    cost_text,
     has_protocol,
     heading,
     magnitude,
@@ -68,6 +70,7 @@ def results_table(records: Sequence[Result]) -> Comparison:
     letters = {line: _letter(i) for i, line in enumerate(lines)}
     columns = [
         Column("name", "name", [r["name"] for r in records]),
+        *_words(records),
         _column(records, "n", "n", _n),
         *_metric_columns(records),
         _column(records, "distance", "to teacher", _distance),
@@ -194,12 +197,20 @@ def _metric_columns(records: Sequence[Result]) -> list[Column]:
             columns.append(Column("paper", "paper", cells))
     measured = {key for r in records for key, _ in metrics(r)} | {"nfe", "seconds"}
     for key in dict.fromkeys(key for paper in papers for key in paper if key not in measured):
-        columns.append(_column(records, "paper", f"{key}, paper", partial(_printed, key=key)))
+        columns.append(_column(records, "paper", COSTS.get(key, f"{key}, paper"), partial(_printed, key=key)))
     return columns
+
+
+def _words(records: Sequence[Result]) -> list[Column]:
+    """What a table says of its rows in words."""
+    keys = dict.fromkeys(key for r in records for key in r.get("about") or {})
+    return [Column("about", key, [(r.get("about") or {}).get(key, NONE) for r in records]) for key in keys]
 
 
 def _printed(record: Result, key: str) -> str:
     found = paper_of(record).get(key)
+    if found is not None and key in COSTS:
+        return cost_text(key, found[0])
     return NONE if found is None else printed(*found, percent=bool(DEFAULTS.get(key, {}).get("percent")))
 
 

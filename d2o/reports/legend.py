@@ -13,13 +13,14 @@ ERRORS = {
     "bootstrap": "standard deviation over bootstrap resamples of the images",
     "splits": "standard deviation over splits of the images",
     "subsets": "standard deviation over subsets of the images",
+    "seeds": "standard deviation over trainings with other seeds",
 }
 BOLD = "the best of the students that share a protocol"
 
 
 def legend(records: Sequence[Result], bold: bool = False) -> list[str]:
     """Warnings first, then what ±, the marks, the columns and the presets mean, then the records' own notes."""
-    papers = _papers(records)
+    papers, notes = _papers(records), dict.fromkeys(f"note: {n}" for r in records for n in r["notes"])
     records = [r for r in records if has_protocol(r)]
     lines = [*_warnings(records), *_errors(records), *_presets(records), *papers]
     if bold:
@@ -29,7 +30,7 @@ def legend(records: Sequence[Result], bold: bool = False) -> list[str]:
         *_own_n(records),
         *_distances(records),
         *_speeds(records),
-        *dict.fromkeys(f"note: {n}" for r in records for n in r["notes"]),
+        *notes,
     ]
 
 

@@ -8,6 +8,7 @@ rows:
   - {name: "EDM, 35 NFE", x: edm-cifar10-uncond-vp, options: {solver: heun, steps: 18}, paper: {nfe: 35, fid: 1.97}}
   - {name: SiDA, x: runs/sida_cifar10_uncond, recipe: sida_cifar10_uncond, paper: {nfe: 1, fid: [1.516, 0.010]}}
   - {name: DDPM, paper: {nfe: 1000, fid: 3.17}}       # without x: quoted, never measured
+notes: [...]                        # on the whole table, printed below it
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -23,22 +24,35 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from d2o.errors import UserError, nearest, unknown
+from d2o.evaluation.judges import JUDGES
 from d2o.evaluation.known_metrics import METRICS, parse_metrics
 from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
+from d2o.inputs import JsonObject
 from d2o.settings.recipe_names import is_shipped, parted
-from d2o.settings.section import Section
+from d2o.settings.section import NonEmpty, Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
 from d2o.settings.yaml_text import Mark, Problems, build, plain, read
 from d2o.shipped import shown, table_folders
 from d2o.teachers.registry import teacher_names
 
-PRINTED = ("nfe", "seconds", "accuracy")
-"""What a paper may print besides the numbers of d2o's metrics: network calls, seconds for one image, share of right
-classes."""
+PRINTED = (
+    "nfe",
+    "seconds",
+    "accuracy",
+    "parameters",
+    "batch",
+    "images_per_s",
+    "pairs",
+    "nfe_pairs",
+    "nfe_train",
+    "nfe_total",
+    "a100_days",
+)
+"""What a paper may print besides the numbers of d2o's metrics: network calls and seconds for one image, share of right
+classes; what a model took: batch, images a second, pairs, network calls in all, days of one GPU."""
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
 
@@ -62,19 +76,21 @@ RowOptions = create_model(
 
 class PaperRow(Section):
     """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
-    standard deviation].
+    standard deviation]; `about`: columns of words.
 
     `recipe` makes x; `start`: the run that it begins from (`d2o finetune RECIPE --from START`). `against`: another
-    reference than the table's.
+    reference than the table's. `cited`: why the paper's own row can only be quoted.
     """
 
     name: NonEmpty
     x: NonEmpty | None = None
     options: RowOptions = RowOptions()  # type: ignore[valid-type]
     paper: dict[str, Printed] = Field(default_factory=dict)
+    about: dict[str, NonEmpty] = Field(default_factory=dict)
     against: NonEmpty | None = None
     recipe: NonEmpty | None = None
     start: NonEmpty | None = None
+    cited: NonEmpty | None = None
 
     def printed(self, key: str) -> tuple[float, float | None] | None:
         """(value, standard deviation or None) as the paper prints it, or None."""
@@ -90,34 +106,71 @@ class PaperRow(Section):
         return f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
 
 
+@dataclass(frozen=True)
+class RowRun:
+    """One training of a row: its folder, the run that it begins from (None: none), and the seed of training (None: the
+    recipe's)."""
+
+    folder: str
+    start: str | None
+    seed: int | None
+
+
 class PaperTable(Section):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
-    names one."""
+    names one; `notes`: what to know of its numbers; `seeds`: a row that a recipe makes is trained with each of these,
+    and its numbers are their mean."""
 
     title: NonEmpty
     paper: NonEmpty
     protocol: NonEmpty | None = None
     options: RowOptions = RowOptions()  # type: ignore[valid-type]
     against: NonEmpty | None = None
+    notes: list[NonEmpty] = Field(default_factory=list)
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=1000)] = Field(default_factory=list)
     rows: Annotated[list[PaperRow], Field(min_length=1)]
 
-    def options_of(self, row: PaperRow) -> dict[str, Any]:
+    def options_of(self, row: PaperRow) -> JsonObject:
         """The row's options over the table's, only those that are written there."""
         return {**_given(self.options), **_given(row.options)}
 
     def against_of(self, row: PaperRow) -> str | None:
         return row.against or self.against
 
+    def runs_of(self, row: PaperRow, under: str | None = None) -> list[RowRun]:
+        """The trainings whose product a row measures; [] for what no recipe makes. `under`: the folder of runs, instead
+        of `runs`."""
+        if row.recipe is None or row.x is None:
+            return []
+        x, start = moved(row.x, under), row.start and moved(row.start, under)
+        if not self.seeds:
+            return [RowRun(x, start, None)]
+        return [RowRun(f"{x}_seed{seed}", start and f"{start}_seed{seed}", seed) for seed in self.seeds]
 
-def _given(options: BaseModel) -> dict[str, Any]:
+
+def _given(options: BaseModel) -> JsonObject:
     return options.model_dump(exclude_unset=True)
 
 
-def absent(row: PaperRow) -> str | None:
+def moved(path: str, under: str | None) -> str:
+    """The run `runs/NAME` in another folder of runs; other paths as they are."""
+    head, _, name = path.partition("/")
+    return os.path.join(under, name) if under is not None and head == "runs" and name else path
+
+
+def measured_runs(table: PaperTable, row: PaperRow, under: str | None = None) -> list[RowRun]:
+    """Those runs of a row that are here; of a table with seeds also the one that was trained without the table."""
+    found = [run for run in table.runs_of(row, under) if os.path.exists(run.folder)]
+    if not found and table.seeds and row.x is not None and os.path.exists(x := moved(row.x, under)):
+        return [RowRun(x, row.start, None)]
+    return found
+
+
+def absent(row: PaperRow, under: str | None = None) -> str | None:
     """Why a row that has an x cannot be measured now, and how to make it; None where it can be (or, a published
     teacher, fetched)."""
-    x = row.x
-    if x is None or x.startswith("real:") or x in teacher_names() or os.path.exists(x):
+    x = row.x and moved(row.x, under)
+    if x is None or x.startswith("real:") or x in (*teacher_names(), *JUDGES) or os.path.exists(x):
         return None
     if row.command is None:
         return f"{x} is not here"
@@ -207,17 +260,21 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         yield ("protocol",), _words(unknown("protocol", table.protocol, PRESETS))
     known = {key for metric in METRICS.values() for key in metric.keys} | set(PRINTED)
     names: set[str] = set()
+    if len(set(table.seeds)) < len(table.seeds):
+        yield ("seeds",), "a seed is there twice"
     for options, key in (
         (table.options, ("options",)),
         *((row.options, ("rows", i, "options")) for i, row in enumerate(table.rows)),
     ):
-        yield from ((key, text) for text in _wrong_options(_given(options)))  # type: ignore[misc]
+        yield from ((key, text) for text in _wrong_options(_given(options)))
     for i, row in enumerate(table.rows):
         if row.name in names:
             yield ("rows", i, "name"), f"another row is called {row.name!r}, too"
         names.add(row.name)
-        if row.x is None and not row.paper:
+        if row.x is None and not (row.paper or row.about):
             yield ("rows", i), "neither x nor paper: there is nothing to measure and nothing to quote"
+        if row.cited is not None and (row.x or row.recipe):
+            yield ("rows", i, "cited"), "the row is measured: it has x or a recipe"
         for name in row.paper:
             base = name.partition("@")[0]
             if base not in known:
@@ -230,7 +287,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
                 )
 
 
-def _wrong_options(given: dict[str, Any]) -> Iterator[str]:
+def _wrong_options(given: JsonObject) -> Iterator[str]:
     try:
         parse_metrics(given.pop("metrics", None) or ())
         for other in ("extractor", "teacher"):

@@ -19,7 +19,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def field(default: Any, description: str, **limits: Any) -> Any:
+def field(default: object, description: str, **limits: Any) -> Any:  # noqa: ANN401 (as pydantic's own)
     """A field whose description ends with its default; `...` is a required one."""
     if default is not ... and "(default" not in description:
         shown = json.dumps(default) if not isinstance(default, str) else default or "empty"

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from d2o.errors import nearest
+from d2o.inputs import JsonObject
 
 KeyPath = tuple[str | int, ...]
 """Where in the settings: ("optim", "betas", 0)."""
 
-Schema = dict[str, Any]
+Schema = JsonObject
 """A JSON schema without references; {} allows anything."""
 
 NUMBERS = {"integer", "number"}
@@ -36,7 +37,7 @@ def dotted(path: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as a recipe writes it, short."""
     if isinstance(value, Mapping):
         return "a section" if value else "an empty section"
@@ -84,20 +85,22 @@ def tree(model: type[BaseModel]) -> Schema:
     return _inline(schema, schema.get("$defs", {}), ())
 
 
-def _inline(node: Any, definitions: Schema, inside: tuple[str, ...]) -> Any:
-    if isinstance(node, list):
-        return [_inline(item, definitions, inside) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if isinstance(node.get("$ref"), str):
-        name = node["$ref"].removeprefix("#/$defs/")
+def _inline(schema: Schema, definitions: Schema, inside: tuple[str, ...]) -> Schema:
+    if isinstance(schema.get("$ref"), str):
+        name = schema["$ref"].removeprefix("#/$defs/")
         if name in inside:  # a model that holds itself: anything goes from here on
             return {}
         return {
             **_inline(definitions[name], definitions, (*inside, name)),
-            **{key: value for key, value in node.items() if key != "$ref"},
+            **{key: value for key, value in schema.items() if key != "$ref"},
         }
-    return {key: _inline(value, definitions, inside) for key, value in node.items() if key != "$defs"}
+
+    def part(value: object) -> object:
+        if isinstance(value, list):
+            return [part(item) for item in value]
+        return _inline(value, definitions, inside) if isinstance(value, dict) else value
+
+    return {key: part(value) for key, value in schema.items() if key != "$defs"}
 
 
 def members(schema: Schema) -> list[Schema]:
@@ -173,7 +176,7 @@ def _phrase(schema: Schema) -> str:
     return "a section (lines of `key: value`)" if kind == "object" else ""
 
 
-def _choices(schema: Schema) -> list[Any]:
+def _choices(schema: Schema) -> list[object]:
     return list(schema["enum"]) if "enum" in schema else [schema["const"]] if "const" in schema else []
 
 
@@ -183,12 +186,12 @@ _EXPECTED = ("_type", "_error", "_short", "_long", "_mismatch", "_than", "_equal
 """Ends of the names of pydantic's errors that "expected ..., got ..." says better than its own message."""
 
 
-def word(error: ValidationError, data: Any, prefix: KeyPath, shape: Shape) -> list[Problem]:
+def word(error: ValidationError, data: object, prefix: KeyPath, shape: Shape) -> list[Problem]:
     """The problems of `data`, which stands at `prefix` in the settings."""
     return list(dict.fromkeys(_word(details, data, prefix, shape) for details in error.errors(include_url=False)))
 
 
-def _word(details: ErrorDetails, data: Any, prefix: KeyPath, shape: Shape) -> Problem:
+def _word(details: ErrorDetails, data: object, prefix: KeyPath, shape: Shape) -> Problem:
     kind, location = details["type"], details["loc"]
     if (
         kind == "missing" and location and isinstance(location[-1], int)
@@ -212,7 +215,7 @@ def _word(details: ErrorDetails, data: Any, prefix: KeyPath, shape: Shape) -> Pr
     return Problem(path, f"expected {expected}, got {got}{_advice(schema, value)}")
 
 
-def _inside(location: Sequence[str | int], data: Any, prefix: KeyPath, shape: Shape) -> tuple[KeyPath, Any]:
+def _inside(location: Sequence[str | int], data: object, prefix: KeyPath, shape: Shape) -> tuple[KeyPath, object]:
     """Pydantic's location without the parts that name a member of a union, and the value there (None where a key is
     missing)."""
     path: list[str | int] = []
@@ -241,7 +244,7 @@ def _unknown_key(path: KeyPath, shape: Shape) -> str:
     return f"unknown key; did you mean {near!r}?" if near else f"unknown key; known here: {', '.join(known)}"
 
 
-def _advice(schema: Schema, value: Any) -> str:
+def _advice(schema: Schema, value: object) -> str:
     """What most likely was meant."""
     types = {member.get("type") for member in members(schema)}
     choices = [str(choice) for member in members(schema) for choice in _choices(member)]

@@ -17,7 +17,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from d2o.errors import UserError
-from d2o.inputs import check_input
+from d2o.inputs import Json, JsonObject, check_input
 from d2o.settings.wording import show
 from d2o.shipped import shown
 
@@ -44,7 +44,7 @@ class Mark:
 
 @dataclass
 class Node:
-    """A value of the file: a dict of Nodes, or plain data."""
+    """A value of the file: a dict of Nodes, or plain data; which of the two, its reader knows or asks."""
 
     value: Any
     mark: Mark
@@ -77,7 +77,7 @@ class Problems:
 class _Loader(yaml.SafeLoader):
     """Composes nodes; refuses aliases."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise ComposerError(None, None, "aliases", self.peek_event().start_mark)
         return super().compose_node(parent, index)
@@ -86,11 +86,11 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Lists on one line; quotes every text that YAML 1.1 or our loader would read as something else."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
-def _dump_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+def _dump_list(dumper: yaml.SafeDumper, data: list[object]) -> yaml.Node:
     return dumper.represent_sequence(TAG + "seq", data, flow_style=True)
 
 
@@ -110,7 +110,7 @@ _Dumper.add_representer(list, _dump_list)
 _Dumper.add_representer(str, _dump_text)
 
 
-def dump(data: dict[str, Any]) -> str:
+def dump(data: JsonObject) -> str:
     """The text of a file that reads back to equal data; keys keep their order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
 
@@ -208,7 +208,7 @@ def _at(mark: Mark) -> str:
     return f"{'.'.join(mark.path)}: " if mark.path else ""
 
 
-def _plain(node: yaml.Node, mark: Mark, problems: Problems) -> Any:
+def _plain(node: yaml.Node, mark: Mark, problems: Problems) -> Json:
     """Plain data: scalars, lists, and sections in lists."""
     if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
         return [_plain(item, mark, problems) for item in node.value]
@@ -224,7 +224,7 @@ def _plain(node: yaml.Node, mark: Mark, problems: Problems) -> Any:
     return None
 
 
-def _scalar(kind: str, text: str) -> Any:
+def _scalar(kind: str, text: str) -> str | float | bool | None:
     text.encode()  # a lone surrogate ("\ud800") is a UnicodeEncodeError, which is a ValueError: no file could hold it
     if kind == "int":
         number = int(text, 16 if text.lower().startswith("0x") else 10)
@@ -242,6 +242,6 @@ def _scalar(kind: str, text: str) -> Any:
     raise KeyError(kind)
 
 
-def plain(node: Node) -> Any:
-    """The values without their places."""
-    return {key: plain(value) for key, value in node.value.items()} if isinstance(node.value, dict) else node.value
+def plain(section: Node) -> JsonObject:
+    """The values of a section without their places."""
+    return {key: plain(node) if isinstance(node.value, dict) else node.value for key, node in section.value.items()}

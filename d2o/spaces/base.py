@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.networks.full_precision import full_precision
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from diffusers.configuration_utils import FrozenDict
 
 PIXELS = "pixels"
 UNNAMED = "unnamed"
@@ -67,7 +72,7 @@ class LatentSpace:
         self,
         name: str,
         numbers: SpaceNumbers,
-        load: Callable[[], Any],
+        load: Callable[[], AutoencoderKL],
         device: str | torch.device = "cpu",
         revision: str | None = None,
         published: bool = False,
@@ -75,31 +80,31 @@ class LatentSpace:
         self.published = published  # at one place, in one revision
         self.name, self.numbers, self.device, self.revision = name, numbers, torch.device(device), revision
         self._load = load
-        self._autoencoder: Any = None
+        self._autoencoder: AutoencoderKL | None = None
         self._sha256 = ""
 
     @classmethod
-    def of(cls, name: str, autoencoder: Any, device: str | torch.device = "cpu") -> LatentSpace:
+    def of(cls, name: str, autoencoder: AutoencoderKL, device: str | torch.device = "cpu") -> LatentSpace:
         """That of an AutoencoderKL that is there already. UserError: it scales its latents channel by channel."""
         return cls(name, numbers_of(autoencoder.config, name), lambda: autoencoder, device)
 
-    def __deepcopy__(self, memo: Any) -> LatentSpace:
+    def __deepcopy__(self, memo: object) -> LatentSpace:
         return self  # frozen, and shared by all who copy what holds it
 
     @property
-    def autoencoder(self) -> Any:
+    def autoencoder(self) -> AutoencoderKL:
         """On the device, frozen and in eval mode. UserError: it is nowhere, or damaged."""
         if self._autoencoder is None:
             self._autoencoder = self._load().to(self.device).eval().requires_grad_(False)
         return self._autoencoder
 
     @property
-    def loaded(self) -> Any:
+    def loaded(self) -> AutoencoderKL | None:
         """The autoencoder, if somebody has needed it; None otherwise."""
         return self._autoencoder
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """What a file says of it that needs it: name and revision, and sha256 of the autoencoder's weights where they
         are no published ones."""
         return {"name": self.name, "revision": self.revision} | ({} if self.published else {"sha256": self.sha256})
@@ -111,7 +116,7 @@ class LatentSpace:
             self._sha256 = tensors_sha256(self.autoencoder.state_dict())
         return self._sha256
 
-    def check(self, record: dict[str, Any], who: str) -> None:
+    def check(self, record: JsonObject, who: str) -> None:
         """UserError: this is not the space that `record` is of."""
         if (wanted := record.get("sha256")) and wanted != self.sha256:
             raise UserError(
@@ -183,7 +188,7 @@ class Pixels(LatentSpace):
         return x
 
 
-def numbers_of(config: Any, name: str) -> SpaceNumbers:
+def numbers_of(config: FrozenDict, name: str) -> SpaceNumbers:
     """The numbers that an AutoencoderKL's own configuration states. UserError: another scale for each channel."""
     if any(getattr(config, key, None) is not None for key in ("latents_mean", "latents_std")):
         what = "its autoencoder scales latents per channel (latents_mean), which d2o does not support"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,6 +15,9 @@ from d2o.interop.assets import asset
 from d2o.interop.hub import hub_snapshot, is_repository
 from d2o.networks.latent import Autoencoder, load_autoencoder, load_text_to_image
 from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace, Pixels, SpaceNumbers
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 TINY_SD, EDM2 = "tiny-sd", "edm2"
 MEAN = (5.81, 3.25, 0.12, -2.15)
@@ -88,21 +91,21 @@ def _open(name: str, device: str | torch.device) -> LatentSpace:
     return LatentSpace.of(name, autoencoder_in(path), device)
 
 
-def bare_autoencoder(channels: int) -> Any:
+def bare_autoencoder(channels: int) -> AutoencoderKL:
     """The autoencoder of any of `SPACES` on the meta device, for what it costs: all have the size of Stable
     Diffusion 1's, 83,653,863 parameters with 4 channels."""
     with torch.device("meta"):
         return Autoencoder(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=channels).vae
 
 
-def _fetched(name: str) -> Any:
+def _fetched(name: str) -> AutoencoderKL:
     if name not in SOURCES:
         raise UserError(f"the autoencoder of latent space {name} is not one that d2o fetches")
     entry = catalogue.AUTOENCODERS.get(SOURCES[name]) or catalogue.TEACHERS[SOURCES[name]]
     return autoencoder_in(catalogue.fetch(entry))
 
 
-def autoencoder_in(path: Path) -> Any:
+def autoencoder_in(path: Path) -> AutoencoderKL:
     """The AutoencoderKL in a diffusers folder (its own, or a pipeline's), or in a checkpoint of `d2o train`. UserError:
     there is none, or it is damaged."""
     if path.is_dir() and not (path / "checkpoints").is_dir():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.levels import DiscreteLevels
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import load_file, resolve_checkpoint, save_file, tensors_sha256
 from d2o.networks.build import build_network, network_config
+from d2o.networks.config import Config
 from d2o.networks.edm_view import EDMView, called_at
 from d2o.networks.load import load_weights
 from d2o.spaces.base import UNNAMED, LatentSpace
@@ -52,18 +53,18 @@ class Student(nn.Module):
         super().__init__()
         self.network, self.spec, self.sigma = network, spec, called_at(network, float(sigma))
         self.begins, self.factor = begins, factor_of(network, self.sigma, begins)
-        self.meta: dict[str, Any] = {}
+        self.meta: JsonObject = {}
         self._text: TextEncoders | None = None
         self._space: LatentSpace | None = None
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """What a checkpoint states beside network and spec: the kind, and that kind's settings."""
         usual = self.begins == "noise"
         return {"kind": "denoiser", "sigma": self.sigma, **({} if usual else {"begins": self.begins})}
 
     @classmethod
-    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
+    def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> Student:
         """Undo `record`."""
         return cls(network, spec, record["sigma"], record.get("begins", "noise"))
 
@@ -76,7 +77,7 @@ class Student(nn.Module):
         return self
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         rest = dict(self.record)
         return {"student": rest.pop("kind"), **rest, "network": network_config(self.network)}
 
@@ -124,7 +125,7 @@ class Student(nn.Module):
             )
         return name
 
-    def _needs(self, what: str) -> dict[str, Any]:
+    def _needs(self, what: str) -> JsonObject:
         return (self.meta.get("needs") or {}).get(what) or {}
 
     def embed(self, condition: Condition | Embedded) -> Embedded:
@@ -165,12 +166,12 @@ def factor_of(network: nn.Module, sigma: float, begins: str) -> float:
     return math.sqrt(1 + sigma**2)
 
 
-def build_student(config: dict[str, Any], spec: Spec) -> Student:
+def build_student(config: Config, spec: Spec) -> Student:
     """The untrained student that `config` describes."""
     return make_student(build_network(config["network"]), spec, {**config, "kind": config["student"]})
 
 
-def make_student(network: nn.Module, spec: Spec, record: dict[str, Any]) -> Student:
+def make_student(network: nn.Module, spec: Spec, record: JsonObject) -> Student:
     """The student of the kind that `record`, the `student` entry of a checkpoint, states. UserError: an unknown
     kind."""
     kind = record["kind"]
@@ -179,7 +180,7 @@ def make_student(network: nn.Module, spec: Spec, record: dict[str, Any]) -> Stud
     return import_module(STUDENTS[kind]).STUDENT.from_record(network, spec, record)
 
 
-def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **more: Any) -> dict[str, Any]:
+def checkpoint_meta(kind: str, network: Config, spec: Spec | None, **more: object) -> JsonObject:
     """The metadata of a checkpoint: what it is, and what made it."""
     record = {"format": "d2o", "version": 1, "kind": kind, "network": network, "d2o": __version__, **more}
     if spec is not None:
@@ -189,10 +190,10 @@ def checkpoint_meta(kind: str, network: dict[str, Any], spec: Spec | None, **mor
     return record
 
 
-def needs_of(spec: Spec) -> dict[str, Any]:
+def needs_of(spec: Spec) -> JsonObject:
     """What a student of that spec takes from elsewhere: text encoders and latent space, by name, revision and hash (of
     published ones, which come from one place, by name and revision). Empty if it needs nothing."""
-    needs: dict[str, Any] = {}
+    needs: JsonObject = {}
     if spec.text:
         needs["text"] = (kept_text(spec.text) or load_text(spec.text)).record
     if spec.latent and spec.space != UNNAMED:
@@ -200,7 +201,7 @@ def needs_of(spec: Spec) -> dict[str, Any]:
     return needs
 
 
-def save_student(path: str | Path, student: Student, **more: Any) -> None:
+def save_student(path: str | Path, student: Student, **more: object) -> None:
     """Write weights and everything needed to rebuild and trace the student."""
     meta = checkpoint_meta("student", network_config(student.network), student.spec, student=student.record, **more)
     save_file(path, student.network.state_dict(), meta)

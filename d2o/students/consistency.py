@@ -6,7 +6,6 @@ the first and the last can also take two.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 from d2o.losses.consistency import RHO, jump
 from d2o.networks.edm_view import lowest_level
 from d2o.networks.second_time import second_time
@@ -60,7 +60,7 @@ class ConsistencyStudent(Student):
         self.form, self.nfe, self.middle, self.clamp = form, steps, middle, clamp
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         return {
             "kind": "consistency",
             "form": self.form,
@@ -71,7 +71,7 @@ class ConsistencyStudent(Student):
         }
 
     @classmethod
-    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> ConsistencyStudent:
+    def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> ConsistencyStudent:
         """A record without `clamp` is from before there was one: that student goes on making the images that it
         made."""
         return cls(

@@ -1,7 +1,7 @@
 """Sampling to a file: images of a student, or of a teacher from the same noise. Image i depends on seed + i (and its
 label) alone.
 
-The work is cut into chunks that any number of workers make in any order (see data/work.py). They are kept as finished
+The work is cut into chunks that any number of workers make in any order (`d2o.work`). They are kept as finished
 parts in `OUT.parts` and joined at the end, so that OUT is there as a whole or not at all (a folder is filled in place,
 and finished when it has samples.json).
 """
@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from d2o.data.pair_tools import ShardProgress
 from d2o.data.prompts import Prompts
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import save_file, write_error
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import Say, StopFlag, Stopped
@@ -63,10 +63,10 @@ class Sampler:
     call: Callable[[Tensor, Condition], Tensor]
     spec: Spec
     device: torch.device
-    record: dict[str, Any]
+    record: JsonObject
     prompts: Prompts | None = None
     network: nn.Module | None = None
-    tune: Callable[[dict[str, Any]], None] = lambda recorded: None
+    tune: Callable[[JsonObject], None] = lambda recorded: None
 
     def condition(self, labels: Tensor | None, n: int) -> Condition:
         """What n images of these classes are asked to be."""
@@ -77,7 +77,7 @@ class Sampler:
         return Condition.of_labels(labels)
 
 
-def prompted(who: str, spec: Spec, record: dict[str, Any], prompts: Prompts | None) -> tuple[Spec, dict[str, Any]]:
+def prompted(who: str, spec: Spec, record: JsonObject, prompts: Prompts | None) -> tuple[Spec, JsonObject]:
     """Spec and record of what makes images of prompts: in what is written their numbers are the classes, image i has
     prompt i mod their number. As they are without prompts. UserError: none for `who` takes text, or the reverse."""
     if (spec.condition == "text") != (prompts is not None):
@@ -97,7 +97,7 @@ def student_sampler(student: Student, prompts: Prompts | None = None) -> Sampler
     device = next(student.parameters()).device
     dtype: torch.dtype | None = None
 
-    def tune(recorded: dict[str, Any]) -> None:
+    def tune(recorded: JsonObject) -> None:
         nonlocal dtype
         dtype = tune_network(student.network, recorded)
 
@@ -166,7 +166,7 @@ def make_samples(
     say: Say = lambda message: None,
     progress: ShardProgress = lambda done, total, note: None,
     stop: StopFlag | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Make, continue or add to `out` (no suffix: a folder; .zip, .tar, .npz), alone or beside other workers; returns
     its record (samples.json).
 
@@ -209,15 +209,15 @@ def _work(
     sampler: Sampler,
     archive: Archive,
     parts: WorkFolder,
-    done: dict[str, Any] | None,
-    mine: dict[str, Any],
+    done: JsonObject | None,
+    mine: JsonObject,
     n: int,
     how: Compute,
     asked: list[str],
     say: Say,
     progress: ShardProgress,
     stop: StopFlag | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Make the parts that are missing, and join them. `done`: the record of the smaller output that is there."""
     out = archive.out
     compute = (
@@ -267,7 +267,7 @@ def _work(
                     return None
             return encoded
 
-        def write(unit: Unit, pieces: list[Future[Part]]) -> dict[str, Any]:
+        def write(unit: Unit, pieces: list[Future[Part]]) -> JsonObject:
             try:
                 save_file(
                     parts.path / unit.file,
@@ -303,7 +303,7 @@ def _work(
     return public(record)
 
 
-def _taken(sampler: Sampler, old: Finished, record: dict[str, Any], unit: Unit) -> tuple[int, Future[Part]] | None:
+def _taken(sampler: Sampler, old: Finished, record: JsonObject, unit: Unit) -> tuple[int, Future[Part]] | None:
     """How many of the unit's images the finished output holds, and these; None for none, or if they are damaged
     there."""
     settings, count = record["settings"], min(unit.n, old.n - unit.start)
@@ -318,13 +318,13 @@ def _taken(sampler: Sampler, old: Finished, record: dict[str, Any], unit: Unit) 
     return count, found
 
 
-def _of_size(manifest: dict[str, Any], n: int) -> dict[str, Any]:
+def _of_size(manifest: JsonObject, n: int) -> JsonObject:
     """The manifest of the parts of n images."""
     record = manifest["record"]
     return {**manifest, "record": {**record, "settings": {**record["settings"], "n": n}}}
 
 
-def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tensor, Tensor | None]:
+def first_images(sampler: Sampler, record: JsonObject, n: int) -> tuple[Tensor, Tensor | None]:
     """The first n images of the output with that record, made again: uint8 [n, C, H, W] and their labels."""
     batch = record["compute"]["batch"]
     count = min(-(-n // batch) * batch, record["settings"]["n"])  # whole batches, as they were, for the same last bits
@@ -336,7 +336,7 @@ def first_images(sampler: Sampler, record: dict[str, Any], n: int) -> tuple[Tens
     return images, torch.cat(labels)[:n] if labels else None
 
 
-def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: int | None) -> dict[str, Any]:
+def new_record(sampler: Sampler, settings: SampleSettings, how: Compute, chunk: int | None) -> JsonObject:
     """What an output says about itself (and `chunk`, which it does not: it has no influence)."""
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, not {chunk}")
@@ -370,9 +370,7 @@ def chunk_of(chunk: int, batch: int) -> int:
     return -(-chunk // batch) * batch
 
 
-def _images(
-    sampler: Sampler, record: dict[str, Any], start: int, n: int
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def _images(sampler: Sampler, record: JsonObject, start: int, n: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(number of the first, uint8 [k, C, H, W], labels) in batches cut at multiples of the batch size."""
     settings, batch = record["settings"], record["compute"]["batch"]
     cuts = [(first, min(batch, start + n - first)) for first in range(start, start + n, batch)]

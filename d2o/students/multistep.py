@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.ddgan import DDGANProcess
+from d2o.inputs import JsonObject
 from d2o.students.base import Student
 from d2o.teachers.base import Spec
 
@@ -55,11 +55,11 @@ class MultistepStudent(Student):
         self.nfe, self.nz = steps, int(network.nz)  # type: ignore[arg-type]
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         return {"kind": "multistep", "steps": self.nfe}
 
     @classmethod
-    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> MultistepStudent:
+    def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> MultistepStudent:
         return cls(network, spec, record["steps"])
 
     def forward(self, noise: Tensor, condition: Condition | Embedded = None, randn: DrawNoise | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from d2o.errors import UserError
 from d2o.interop.checkpoint_record import LoraRecord
 from d2o.interop.records import check_record
 from d2o.networks.budget import check_numbers
-from d2o.networks.edm_view import EDMView, as_json
+from d2o.networks.config import as_json
+from d2o.networks.edm_view import EDMView
 from d2o.networks.fill import fill_network
 from d2o.networks.lora import adapter_ranks
 from d2o.teachers.registry import load_teacher
@@ -45,7 +46,7 @@ def on_base(config: dict[str, Any], tensors: dict[str, Tensor], path: str | Path
             "put the teacher that it was trained with in its place",
         )
     view = teacher.edm_view()
-    if not isinstance(view, EDMView) or not _same(as_json(view.config), config):
+    if not isinstance(view, EDMView) or not _same(dict(view.config), config):
         raise UserError(f"{path} describes another network than that of {base['name']}", "copy or make it again")
     given = {key: value for key, value in config.items() if key not in ("arch", "net")}
     try:
@@ -58,7 +59,9 @@ def on_base(config: dict[str, Any], tensors: dict[str, Tensor], path: str | Path
 
 def _same(found: dict[str, Any], told: dict[str, Any]) -> bool:
     """Whether two configurations are of the same teacher, as far as both versions of diffusers state it."""
-    theirs, ours = found["net"], told.get("net")
-    if not isinstance(ours, dict) or any(theirs[key] != value for key, value in ours.items() if key in theirs):
+    theirs, ours = as_json(found["net"]), told.get("net")
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
         return False
-    return all(found.get(key) == told.get(key) for key in ("schedule", "prediction", "time_ids"))
+    if any(theirs[key] != value for key, value in ours.items() if key in theirs):
+        return False
+    return all(as_json(found.get(key)) == told.get(key) for key in ("schedule", "prediction", "time_ids"))

@@ -6,12 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from d2o.data.archive import RECORD, Archive, Part, check_free
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import load_file, write_error
 from d2o.students.sample_record import check_parts, check_samples
 from d2o.work.folder import Unit, WorkFolder
@@ -21,7 +21,7 @@ def parts_of(out: Path) -> WorkFolder:
     return WorkFolder(out.with_name(out.name + ".parts"), "d2o-sample-parts", "parts")
 
 
-def join_parts(archive: Archive, parts: WorkFolder, units: list[Unit], record: dict[str, Any]) -> None:
+def join_parts(archive: Archive, parts: WorkFolder, units: list[Unit], record: JsonObject) -> None:
     def load() -> Iterator[Part]:
         return (load_file(parts.path / unit.file)[0] for unit in units)
 
@@ -36,7 +36,7 @@ def join_parts(archive: Archive, parts: WorkFolder, units: list[Unit], record: d
         raise write_error(archive.out, error) from error
 
 
-def finished(archive: Archive, parts: WorkFolder) -> dict[str, Any] | None:
+def finished(archive: Archive, parts: WorkFolder) -> JsonObject | None:
     """The record of the finished output; None if there is none. UserError: something else is in its place."""
     if archive.in_place and archive.out.is_dir() and any(archive.out.iterdir()):
         # In this order: the first worker writes the parts' manifest before the first image, and the record before the
@@ -47,11 +47,11 @@ def finished(archive: Archive, parts: WorkFolder) -> dict[str, Any] | None:
     return None if record is None else check_samples(record, str(archive.out))
 
 
-def public(record: dict[str, Any]) -> dict[str, Any]:
+def public(record: JsonObject) -> JsonObject:
     return {**record, "compute": {name: value for name, value in record["compute"].items() if name != "chunk"}}
 
 
-def refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path, hint: str) -> None:
+def refuse_other(old: JsonObject, new: JsonObject, out: Path, hint: str) -> None:
     """UserError when the output is of other settings or another network, naming each difference."""
     was, now = ({**record["source"], **record["settings"]} for record in (old, new))
     said = ("checkpoint", "licence", "nfe", "forwards", "options", "n")  # by others, or of no consequence

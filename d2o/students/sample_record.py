@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from d2o.data.pair_record import ComputeRecord, Count
+from d2o.inputs import JsonObject
 from d2o.interop.records import MAX_SEED, Record, check_record
 
 
@@ -39,13 +40,14 @@ class PartsRecord(SampleRecord):
     compute: Chunked
 
 
-def check_samples(record: dict[str, Any], where: str) -> dict[str, Any]:
+def check_samples(record: JsonObject, where: str) -> JsonObject:
     """The record itself. UserError, naming `where` and the key: not as d2o writes it."""
     check_record(SampleRecord, record, f"{where}: its samples.json is damaged", "move it away, and sample again")
     return record
 
 
-def check_parts(record: Any, where: str) -> dict[str, Any]:
+def check_parts(record: object, where: str) -> JsonObject:
     """As `check_samples`, of the record of parts that are being made."""
     check_record(PartsRecord, record, f"{where}: its record is damaged", f"remove {where} to begin again")
+    assert isinstance(record, dict)  # anything else was refused
     return record

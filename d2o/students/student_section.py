@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -23,7 +23,7 @@ class LoraSection(Section):
     )
 
 
-def _of_rank(value: Any) -> Any:
+def _of_rank(value: object) -> object:
     """`lora: 16` is short for `lora: {rank: 16}`."""
     if isinstance(value, bool) or (isinstance(value, int) and value < 1):
         raise ValueError(f"expected a rank, an integer of 1 or more, or a section, got {show(value)}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 from d2o.students.base import Student
 from d2o.students.multistep import OwnNoise
 from d2o.teachers.base import Spec
@@ -37,11 +38,11 @@ class StyleStudent(Student):
         self.noise, self.truncation = noise, truncation
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         return {"kind": "style", "noise": self.noise, "truncation": self.truncation}
 
     @classmethod
-    def from_record(cls, network: nn.Module, spec: Spec, record: dict[str, Any]) -> StyleStudent:
+    def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> StyleStudent:
         return cls(network, spec, record["noise"], record["truncation"])
 
     def forward(self, noise: Tensor, condition: Condition | Embedded = None) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from d2o.diffusion.guidance import guide
 from d2o.diffusion.schedules import EDMSchedule, Schedule
 from d2o.diffusion.solvers import Randn, Solver
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.records import MAX_VALUES, SpecRecord, check_record
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace
@@ -53,7 +56,7 @@ class Spec:
                 "d2o makes none so large",
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As files hold it: since the first version they say "pixel", or "latent" with the name of the space beside."""
         record = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "text"}
         record["space"] = "latent" if self.latent else "pixel"
@@ -61,7 +64,7 @@ class Spec:
         return record | ({"text": self.text} if self.text else {})
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any], where: Any = "the file") -> Spec:
+    def from_dict(cls, record: JsonObject, where: str | Path = "the file") -> Spec:
         """From `to_dict`; entries that an older d2o did not write have their defaults. UserError: entries that are
         missing, wrong, beyond what a sample can be, or that this d2o does not know; `where` is in front."""
         check_record(SpecRecord, record, f"{where} describes its generator wrongly")
@@ -102,13 +105,13 @@ class Teacher:
         self.spec = spec
         self.device = torch.device(device)
         self.dtype = dtype
-        self.meta: dict[str, Any] = {}
+        self.meta: JsonObject = {}
         self.origin = ""  # how `load_teacher` finds it again
         self.revision: str | None = None
         self._space: LatentSpace | None = None
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
-        self.call: Any = self.network  # what is called in its place: the same network, compiled
+        self.call: Callable[..., Any] = self.network  # what is called in its place: the same network, compiled
 
     def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
@@ -117,7 +120,7 @@ class Teacher:
         with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
             return self.predict(x_t, t, checked)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Embedded) -> Tensor:
         """`denoise` after its arguments were checked and spread: t [B] float32; under autocast where the teacher runs
         in half precision."""
         return self.call(x_t, t, condition)
@@ -127,8 +130,9 @@ class Teacher:
         device. What is embedded already comes back as it is. UserError: of a kind that this teacher does not take."""
         return embed_labels(self.spec, condition, self.device)
 
-    def unconditional(self, embedded: Any) -> Any:
+    def unconditional(self, embedded: Embedded) -> Embedded:
         """The empty condition, of the same kind and length."""
+        assert isinstance(embedded, Tensor)
         return torch.full_like(embedded, NO_CLASS)
 
     def guided(
@@ -180,7 +184,7 @@ class Teacher:
         networks are copies of. Here the network itself."""
         return self.network
 
-    def prepare(self, embedded: Any) -> Any:
+    def prepare(self, embedded: Embedded) -> Embedded:
         """Called once before many calls with one condition: the place for what does not change between them."""
         return embedded
 
@@ -203,7 +207,7 @@ class Teacher:
         """Diffusion space -> images [B, C, H, W] float32 in [-1, 1]; of pixels x itself, clipped."""
         return self.space.decode(x) if self.spec.latent else x.clamp(*self.spec.value_range)
 
-    def check_condition(self, embedded: Any, batch: int) -> Any:
+    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
         """The embedded condition if it fits. UserError: labels for an unconditional teacher, none for a conditional
         one, out of range."""
         return check_labels(self.spec, embedded, batch)

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import nn
 
 from d2o.errors import UserError, unknown
+from d2o.inputs import JsonObject
 from d2o.networks.processor import AUTO, PRECISIONS, chosen_precision, prefers_channels_last, to_channels_last
 from d2o.teachers.base import Teacher
 
@@ -47,7 +47,7 @@ class Compute:
         """What was asked for, other than the defaults."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
-    def describe(self, most: int, device: torch.device, network: object = None) -> dict[str, Any]:
+    def describe(self, most: int, device: torch.device, network: object = None) -> JsonObject:
         """As it is recorded, with what is chosen for that network and with what else the last bits depend on. There are
         no batches larger
         than `most`. UserError: as `check`."""
@@ -72,7 +72,7 @@ class Compute:
         return record
 
 
-def tune(teacher: Teacher, recorded: dict[str, Any]) -> None:
+def tune(teacher: Teacher, recorded: JsonObject) -> None:
     """Have the teacher run as recorded: precision, memory format, compilation. Changes its network; take its
     fingerprint before."""
     teacher.dtype = tune_network(teacher.network, recorded) or teacher.dtype
@@ -80,12 +80,12 @@ def tune(teacher: Teacher, recorded: dict[str, Any]) -> None:
         teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
 
 
-def changes(recorded: dict[str, Any]) -> bool:
+def changes(recorded: JsonObject) -> bool:
     """Whether `tune` changes a teacher: its weights' precision or order, or what is called in the network's place."""
     return any(recorded.get(name) for name in ("precision", "channels_last", "compile"))
 
 
-def tune_network(network: nn.Module, recorded: dict[str, Any]) -> torch.dtype | None:
+def tune_network(network: nn.Module, recorded: JsonObject) -> torch.dtype | None:
     """Weights in the recorded precision and memory format; the type to call the network under (autocast), None for
     fp32."""
     dtype = PRECISIONS[recorded.get("precision", "fp32")]
@@ -100,8 +100,8 @@ def tune_network(network: nn.Module, recorded: dict[str, Any]) -> torch.dtype | 
 
 
 def join_compute(
-    recorded: dict[str, Any], mine: dict[str, Any], out: str, say: Callable[[str], None], asked: Sequence[str]
-) -> dict[str, Any]:
+    recorded: JsonObject, mine: JsonObject, out: str, say: Callable[[str], None], asked: Sequence[str]
+) -> JsonObject:
     """The recorded way to compute, which everyone who works on `out` takes; says so where `asked` names something that
     is otherwise here.
 

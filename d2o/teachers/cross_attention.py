@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.condition import Text
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 BLOCKS = (
     "CrossAttnDownBlock2D",
@@ -29,12 +33,16 @@ BLOCKS = (
 )
 
 
-class Prepared:
+class Prepared(Text):
     """Encoded prompts for many calls, with every layer's keys and values from the first call on. With `empty`, the
-    empty prompt (of length 1),
-    it is for guided batches: B images with `text` and the same number with `empty`."""
+    empty prompt (of length 1), it is for guided batches: B images with `text` and the same number with `empty`, whose
+    vectors are in `pooled`; their states are only in the keys and values."""
 
     def __init__(self, text: Text, empty: Text | None = None):
+        pooled = text.pooled
+        if empty is not None and pooled is not None and empty.pooled is not None:
+            pooled = torch.cat([pooled, empty.pooled.expand_as(pooled)])
+        super().__init__(text.states, pooled)
         self.text, self.empty = text, empty
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._guided: Prepared | None = None
@@ -42,19 +50,13 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.text) * (1 if self.empty is None else 2)
 
-    @property
-    def pooled(self) -> Tensor | None:
-        if self.empty is None or self.text.pooled is None or self.empty.pooled is None:
-            return self.text.pooled
-        return torch.cat([self.text.pooled, self.empty.pooled.expand_as(self.text.pooled)])
-
     def guided(self, empty: Text) -> Prepared:
         """The same prompts for guided batches, made once."""
         if self._guided is None:
             self._guided = Prepared(self.text, empty)
         return self._guided
 
-    def keys_values(self, attn: Any) -> tuple[Tensor, Tensor]:
+    def keys_values(self, attn: Attention) -> tuple[Tensor, Tensor]:
         """The layer's keys and values of the text, [B, heads, L, d]."""
         if id(attn) not in self.kept:
             self.kept[id(attn)] = (self._project(attn.to_k, attn.heads), self._project(attn.to_v, attn.heads))
@@ -76,7 +78,7 @@ class GivenText:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         query = _split(attn.to_q(hidden_states), attn.heads)
         out = F.scaled_dot_product_attention(query, self.key, self.value).transpose(1, 2).flatten(2)  # type: ignore[arg-type]
         return attn.to_out[0](out) / attn.rescale_output_factor
@@ -87,7 +89,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def text_attentions(unet: Any) -> list[Any] | None:
+def text_attentions(unet: UNet2DConditionModel) -> list[Attention] | None:
     """The layers of a UNet2DConditionModel that attend to text; None where it has other than the plain kind of Stable
     Diffusion 1, 2 and XL."""
     from diffusers.models.attention_processor import AttnProcessor2_0
@@ -108,7 +110,7 @@ def text_attentions(unet: Any) -> list[Any] | None:
 
 
 @contextmanager
-def given_text(layers: list[Any], processors: list[GivenText], prepared: Prepared) -> Iterator[None]:
+def given_text(layers: list[Attention], processors: list[GivenText], prepared: Prepared) -> Iterator[None]:
     """Within the block, `layers` attend to `prepared`, by way of `processors`."""
     before = [attn.processor for attn in layers]
     try:
@@ -121,7 +123,7 @@ def given_text(layers: list[Any], processors: list[GivenText], prepared: Prepare
             attn.processor = processor
 
 
-def shared_layers(unet: Any) -> list[nn.Module]:
+def shared_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
     """The layers ahead of the first attention to text, alike in both halves of a guided batch. In XL the text reaches
     even the time embedding, so that only the first convolution is."""
     first = unet.down_blocks[0]
@@ -153,12 +155,12 @@ def once_for_both_halves(layers: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _halve(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def half(x: Any) -> Any:
+def _halve(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
+    def half(x: object) -> object:
         return x[: len(x) // 2] if isinstance(x, Tensor) else x
 
     return tuple(half(x) for x in args), {name: half(x) for name, x in kwargs.items()}
 
 
-def _repeat(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+def _repeat(layer: nn.Module, args: tuple[object, ...], out: Tensor) -> Tensor:
     return torch.cat([out, out])

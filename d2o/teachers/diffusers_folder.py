@@ -4,23 +4,28 @@ is run."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from d2o.condition import Condition
 from d2o.diffusion.schedules import SPACINGS, DiscreteSchedule, FlowSchedule
 from d2o.errors import UserError, unknown
+from d2o.interop.hub import INDEX
 from d2o.networks.budget import check_numbers
 from d2o.spaces.base import LatentSpace
 from d2o.spaces.load import kept_space
 from d2o.teachers.base import UNSTATED, Spec, Teacher
-from d2o.teachers.diffusers_parts import CLASSES, DDPM, INDEX, SD3, Components, quiet, read_config, words
+from d2o.teachers.diffusers_parts import CLASSES, DDPM, SD3, Components, quiet, read_config, words
 from d2o.teachers.flow import StableDiffusion3Teacher
 from d2o.teachers.prediction import PREDICTIONS
 from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from d2o.teachers.text import TextEncoders, clip_and_t5_text, clip_text, kept_text
 from d2o.teachers.unconditional import UNet2DTeacher
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import FrozenDict
 
 BETA_SCHEDULERS = (
     "DDIMScheduler",
@@ -51,11 +56,6 @@ NOT_TEACHERS = {
     "LDMPipeline": "latents of a VQ autoencoder are not supported",
     "ScoreSdeVe": "its network has continuous time",
 }
-
-
-def is_diffusers_folder(path: str | Path) -> bool:
-    """True for a folder with a model_index.json."""
-    return (Path(path) / INDEX).is_file()
 
 
 def load_diffusers(
@@ -112,7 +112,7 @@ def load_diffusers(
 
 def _try_out(teacher: Teacher, path: Path) -> None:
     """One step on the smallest possible noise, so that what is wrong with a folder shows now. UserError: it fails."""
-    config: Any = teacher.network.config
+    config: FrozenDict = teacher.network.config
     channels, height, width = teacher.spec.shape
     side = 2 ** len(config.block_out_channels) if "block_out_channels" in config else 2 * config.patch_size
     condition = Condition.of_labels([0]) if teacher.spec.classes else Condition.none(1)
@@ -270,7 +270,7 @@ def _unet2d(
     return UNet2DTeacher(unet, schedule, spec, device, dtype, prediction=prediction, clip=clip)
 
 
-def _shape(folder: Components, network: Any) -> tuple[int, int, int]:
+def _shape(folder: Components, network: ModelMixin) -> tuple[int, int, int]:
     size = network.config.sample_size
     sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sizes) != 2 or not all(isinstance(side, int) and side > 0 for side in sizes):

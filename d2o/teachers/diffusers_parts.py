@@ -7,14 +7,20 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from d2o.errors import UserError
-from d2o.inputs import MAX_JSON_BYTES, parse_json, read_file
+from d2o.inputs import MAX_JSON_BYTES, JsonObject, parse_json, read_file
 from d2o.interop import torchvision_compat
+from d2o.interop.hub import INDEX
 from d2o.networks.budget import check_numbers, counted, file_holdings
 
-INDEX = "model_index.json"
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model: TypeAlias = ModelMixin | PreTrainedModel
+
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 Classes = dict[str, tuple[str, ...]]
 SD: Classes = {
@@ -51,7 +57,7 @@ class Components:
     """The components of a diffusers folder. Only those that a family asks for are looked at, and only known classes are
     made. `bare`: on the meta device, of what the files say of their weights, of which none is read."""
 
-    def __init__(self, path: Path, index: dict[str, Any], bare: bool = False):
+    def __init__(self, path: Path, index: JsonObject, bare: bool = False):
         self.path, self.index, self.bare = path, index, bare
         for key in index:
             if "/" in key or "\\" in key or ".." in key:
@@ -94,10 +100,10 @@ class Components:
             )
         return file
 
-    def config(self, component: str) -> dict[str, Any]:
+    def config(self, component: str) -> JsonObject:
         return read_config(self.file(component, "config.json"))
 
-    def model(self, component: str) -> Any:
+    def model(self, component: str) -> Model:
         """A network with its weights, float32. UserError as `load_diffusers`."""
         import diffusers
         import transformers
@@ -131,7 +137,7 @@ class Components:
             )
         return model.float()
 
-    def text(self, suffixes: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    def text(self, suffixes: Sequence[str]) -> tuple[list[PreTrainedModel], list[PreTrainedTokenizerBase]]:
         """Text encoders and their tokenizers. UserError as `model`, and a tokenizer with words that its encoder does
         not know."""
         encoders, tokenizers = (
@@ -147,7 +153,7 @@ class Components:
                 )
         return encoders, tokenizers
 
-    def tokenizer(self, component: str) -> Any:
+    def tokenizer(self, component: str) -> PreTrainedTokenizerBase:
         import transformers
 
         _, kind = self.class_name(component)
@@ -164,7 +170,7 @@ class Components:
             raise UserError(f"{where} cannot be loaded as a {kind}: {words(error)}", "check the download") from error
 
 
-def _fits(cls: Any, config: dict[str, Any], library: str, where: Path, variant: str | None) -> tuple[Any, int]:
+def _fits(cls: type[Model], config: JsonObject, library: str, where: Path, variant: str | None) -> tuple[Model, int]:
     """The network on the meta device (nothing is allocated), and how many numbers the weights beside it are. UserError:
     config.json describes no such network, or one that is much larger than they."""
     import torch
@@ -222,7 +228,7 @@ def variant(folder: Path, stem: str) -> str | None:
     raise UserError(f"{folder} has no weights ({stem}.safetensors)", "download the whole repository")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> JsonObject:
     """A JSON object. UserError: missing, damaged, or something else."""
     try:
         found = parse_json(read_file(path, MAX_JSON_BYTES, "a JSON file"))

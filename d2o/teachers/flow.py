@@ -3,18 +3,21 @@ autoencoder's latents."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from d2o.condition import Text
+from d2o.condition import Embedded, Text
 from d2o.diffusion.schedules import FlowSchedule
 from d2o.networks.edm_view import EDMView
 from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Spec
 from d2o.teachers.stable_diffusion import SIGMA_DATA, TextTeacher
 from d2o.teachers.text import TextEncoders
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
 
 
 class StableDiffusion3Teacher(TextTeacher):
@@ -26,7 +29,7 @@ class StableDiffusion3Teacher(TextTeacher):
 
     def __init__(
         self,
-        transformer: Any,
+        transformer: SD3Transformer2DModel,
         space: LatentSpace,
         text: TextEncoders,
         schedule: FlowSchedule,
@@ -37,7 +40,8 @@ class StableDiffusion3Teacher(TextTeacher):
         super().__init__(transformer, space, text, transformer.config.joint_attention_dim, True, spec, device, dtype)
         self.schedule = schedule
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Text) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Embedded) -> Tensor:
+        assert isinstance(condition, Text)
         x_t = x_t.float()
         time = t * self.schedule.train_steps  # the network counts to 1000
         v = self.call(

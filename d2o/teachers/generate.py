@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +22,10 @@ from d2o.data.pair_record import check_manifest
 from d2o.data.pair_settings import REWIRED, PairSettings, check_probe, differences, new_manifest, with_n
 from d2o.data.pair_tools import ShardProgress
 from d2o.data.pairs import PairStore
-from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.networks.processor import AUTO, explain_precision
 from d2o.runtime import Say, StopFlag, Stopped, worker
 from d2o.teachers.base import Spec, Teacher
@@ -151,7 +152,7 @@ def make_pairs(
         settings, teacher, recorded["batch"], prompts, progress, stop, partial(_begun_shard, folder, manifest)
     )
 
-    def write(unit: Unit, made: ShardContent) -> dict[str, Any]:
+    def write(unit: Unit, made: ShardContent) -> JsonObject:
         entry = write_shard(folder, manifest, unit, made)
         timing.add(unit)
         return entry
@@ -181,7 +182,7 @@ def make_pairs(
     return PairStore(out, n=n)
 
 
-def _begun(folder: SharedFolder, new: dict[str, Any], out: str | Path) -> dict[str, Any]:
+def _begun(folder: SharedFolder, new: JsonObject, out: str | Path) -> JsonObject:
     """The manifest that holds in the folder, which is begun if it is empty. UserError: another store is there."""
     manifest = folder.open(new)
     check_manifest(manifest, f"{folder.url}/{MANIFEST}")
@@ -195,16 +196,16 @@ def _begun(folder: SharedFolder, new: dict[str, Any], out: str | Path) -> dict[s
     return manifest
 
 
-def grow(folder: SharedFolder, n: int) -> dict[str, Any]:
+def grow(folder: SharedFolder, n: int) -> JsonObject:
     """Let the store have at least n pairs; returns its manifest."""
     return folder.change(lambda manifest: with_n(manifest, max(n, manifest["settings"]["n"])))
 
 
-def _complete(folder: SharedFolder) -> Callable[[dict[str, Any]], bool]:
+def _complete(folder: SharedFolder) -> Callable[[JsonObject], bool]:
     return lambda manifest: not folder.left(PairSettings.from_manifest(manifest).units())
 
 
-def _begun_shard(folder: SharedFolder, manifest: dict[str, Any], unit: Unit) -> dict[str, Tensor]:
+def _begun_shard(folder: SharedFolder, manifest: JsonObject, unit: Unit) -> dict[str, Tensor]:
     """The tensors of the unit's shard from when the store was smaller; none if there is no such shard, or it is not as
     it was written."""
     entry = folder.recorded().get(unit.file)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import EDMSchedule
+from d2o.inputs import JsonObject
 from d2o.networks.edm_view import EDMView
 from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Teacher
@@ -29,10 +29,10 @@ class ViewTeacher(Teacher):
         self.teacher, self.meta = teacher, teacher.meta
         self.schedule = EDMSchedule(view.sigma_min, view.sigma_max)
 
-    def unconditional(self, embedded: Any) -> Any:
+    def unconditional(self, embedded: Embedded) -> Embedded:
         return self.teacher.unconditional(embedded)
 
-    def check_condition(self, embedded: Any, batch: int) -> Any:
+    def check_condition(self, embedded: Embedded, batch: int) -> Embedded:
         return self.teacher.check_condition(embedded, batch)
 
     def embed(self, condition: Condition | Embedded) -> Embedded:
@@ -49,7 +49,7 @@ class ViewTeacher(Teacher):
         return self.teacher.space
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         return self.teacher.record
 
     @property

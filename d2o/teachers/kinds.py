@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from d2o.errors import UserError
-from d2o.inputs import read_json
+from d2o.inputs import JsonObject, read_json
 from d2o.interop import catalogue
 from d2o.interop.assets import asset
-from d2o.interop.hub import is_repository
+from d2o.interop.hub import INDEX, is_diffusers_folder, is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
+from d2o.networks.config import Config
 from d2o.networks.precond import Denoiser
 from d2o.teachers.base import Teacher
 from d2o.teachers.in_edm import ViewTeacher
@@ -86,8 +86,8 @@ def expected_kind(name: str) -> TeacherKind | None:
                 return _edm(name, published.network or {})
             return TeacherKind(name, "flow" if published.solver == "euler" else "sd", text=True)
     path = asset(BUILTIN[name]) if name in BUILTIN else Path(name)
-    if (path / "model_index.json").is_file():
-        index = _index(path / "model_index.json")
+    if is_diffusers_folder(path):
+        index = _index(path / INDEX)
         return TeacherKind(name, PIPELINES.get(str(index.get("_class_name")), UNKNOWN), text="tokenizer" in index)
     if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
         return TeacherKind(name, UNKNOWN) if is_repository(name) else None  # on the hub all are in that format
@@ -103,13 +103,13 @@ def expected_kind(name: str) -> TeacherKind | None:
     return TeacherKind(name, "sd", text=True) if config.get("arch") == "text_to_image" else _edm(name, config)
 
 
-def _edm(name: str, config: dict[str, Any]) -> TeacherKind:
+def _edm(name: str, config: Config) -> TeacherKind:
     arch, precond = config.get("arch"), config.get("precond", "edm")
     family = "edm2" if arch == "edm2" else "edm" if precond in ("edm", "consistency") else "edm-other"
     return TeacherKind(name, family, arch, precond)
 
 
-def _index(path: Path) -> dict[str, Any]:
+def _index(path: Path) -> JsonObject:
     try:
         parts = read_json(path)
     except UserError:  # loading says it

@@ -3,9 +3,9 @@ default."""
 
 from __future__ import annotations
 
-from typing import Any
+from d2o.networks.config import Config
 
-SD15_UNET: dict[str, Any] = {
+SD15_UNET: Config = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -17,7 +17,7 @@ SD15_UNET: dict[str, Any] = {
     "cross_attention_dim": 768,
 }
 """Stable Diffusion 1.5: 859,520,964 parameters. `attention_head_dim` is the number of heads, as its files name it."""
-SDXL_UNET: dict[str, Any] = {
+SDXL_UNET: Config = {
     "sample_size": 128,
     "in_channels": 4,
     "out_channels": 4,
@@ -34,7 +34,7 @@ SDXL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 """Stable Diffusion XL base: 2,567,463,684 parameters."""
-SD3_TRANSFORMER: dict[str, Any] = {
+SD3_TRANSFORMER: Config = {
     "sample_size": 128,
     "patch_size": 2,
     "in_channels": 16,
@@ -49,7 +49,7 @@ SD3_TRANSFORMER: dict[str, Any] = {
 }
 """Stable Diffusion 3 medium: 2,028,328,000 parameters."""
 SD3_SHIFT = 3.0
-CLIP_L: dict[str, Any] = {
+CLIP_L: Config = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -57,7 +57,7 @@ CLIP_L: dict[str, Any] = {
     "projection_dim": 768,
 }
 """The text encoder of Stable Diffusion 1: 123,060,480 parameters; with its projection, which 3 has, 123,650,304."""
-CLIP_G: dict[str, Any] = {
+CLIP_G: Config = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -66,7 +66,7 @@ CLIP_G: dict[str, Any] = {
     "hidden_act": "gelu",
 }
 """The second one of XL and 3, with its projection: 694,659,840 parameters."""
-T5_XXL: dict[str, Any] = {
+T5_XXL: Config = {
     "vocab_size": 32128,
     "d_model": 4096,
     "d_kv": 64,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,10 +13,11 @@ from d2o.interop.assets import asset
 from d2o.interop.catalogue import NVIDIA_LICENCE, Published
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import Received, verify_file
-from d2o.interop.hub import cached_snapshot, hub_snapshot, is_repository
+from d2o.interop.hub import cached_snapshot, hub_snapshot, is_diffusers_folder, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.budget import file_holdings
+from d2o.networks.config import Config
 from d2o.networks.latent import TextToImage
 from d2o.networks.load import load_weights
 from d2o.networks.precond import Denoiser
@@ -92,7 +92,7 @@ def _load(
     path = Path(name)
     if not path.exists() and path.suffix not in (".safetensors", ".pkl"):
         return _diffusers(_from_hub(name), name, device, dtype, origin=name, space=name)
-    if (path / "model_index.json").is_file():
+    if is_diffusers_folder(path):
         return _diffusers(path, path.name, device, dtype)
     path = resolve_checkpoint(path)
     return _nvidia(path, device, dtype) if path.suffix == ".pkl" else _checkpoint(path, device, dtype)
@@ -111,7 +111,7 @@ def locate(name: str) -> Path:
     if published is not None and not path.exists():
         return catalogue.fetch(published)
     if path.exists() or path.suffix in (".safetensors", ".pkl"):
-        return path if (path / "model_index.json").is_file() else resolve_checkpoint(path)
+        return path if is_diffusers_folder(path) else resolve_checkpoint(path)
     return _from_hub(name)
 
 
@@ -195,7 +195,7 @@ def _nvidia(
 
 def edm_family(
     network: Denoiser,
-    config: dict[str, Any],
+    config: Config,
     name: str,
     steps: int,
     space: str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from d2o.teachers.cross_attention import (
 )
 from d2o.teachers.prediction import check_prediction, to_data
 from d2o.teachers.text import TextEncoders, check_text, embed_prompts, keep_text
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 SIGMA_DATA = 1.0
 """Standard deviation of latents, which their scaling factor is there for (Rombach et al. 2022, appendix G)."""
@@ -71,13 +74,14 @@ class TextTeacher(Teacher):
         """What guidance takes for no prompt, of length 1."""
         return self.prompts.empty
 
-    def unconditional(self, embedded: Any) -> Text:
+    def unconditional(self, embedded: Embedded) -> Text:
+        assert isinstance(embedded, Text)
         empty, rows = self.empty.to(self.device), len(embedded)
         return Text(empty.states.expand(rows, -1, -1), None if empty.pooled is None else empty.pooled.expand(rows, -1))
 
-    def check_condition(self, text: Any, batch: int) -> Any:
+    def check_condition(self, embedded: Embedded, batch: int) -> Text:
         """UserError: no encoded prompts, another number than the batch, states of another network."""
-        name, text = self.spec.name, check_text(self.spec, text, batch)
+        name, text = self.spec.name, check_text(self.spec, embedded, batch)
         if text.states.ndim != 3 or text.states.shape[-1] != self.width:
             raise UserError(
                 f"{name!r} takes text states [B, L, {self.width}], not {list(text.states.shape)}; they are another"
@@ -115,7 +119,7 @@ class StableDiffusionTeacher(TextTeacher):
 
     def __init__(
         self,
-        unet: Any,
+        unet: UNet2DConditionModel,
         space: LatentSpace,
         text: TextEncoders,
         schedule: DiscreteSchedule,
@@ -151,8 +155,8 @@ class StableDiffusionTeacher(TextTeacher):
         self.sizes = [float(number) for number in (height, width, 0, 0, height, width)]
         self.time_ids = torch.tensor([self.sizes], dtype=torch.float32, device=self.device)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Text | Prepared) -> Tensor:
-        text = condition.text if isinstance(condition, Prepared) else condition
+    def predict(self, x_t: Tensor, t: Tensor, condition: Embedded) -> Tensor:
+        assert isinstance(condition, Text)
         added = (
             {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(len(condition), -1)} if self.xl else None
         )
@@ -163,29 +167,26 @@ class StableDiffusionTeacher(TextTeacher):
                 if condition.empty is not None and self.call is self.network:  # compilers make little of the hooks
                     stack.enter_context(once_for_both_halves(self._shared))
             # Whole numbers: in half precision 999 would become 1000.
-            out = self.call(x_t, t.round().long(), text.states, added_cond_kwargs=added, return_dict=False)[0]
+            out = self.call(x_t, t.round().long(), condition.states, added_cond_kwargs=added, return_dict=False)[0]
         return to_data(self.prediction, out, x_t, t, self.schedule)
 
-    def prepare(self, embedded: Any) -> Any:
+    def prepare(self, embedded: Embedded) -> Embedded:
         plain = self.network._compiled_call_impl is not None or self._attentions is None
         return Prepared(embedded) if not plain and isinstance(embedded, Text) else embedded
 
     def guided(
-        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded | Prepared = None, cfg: float = 1.0
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float = 1.0
     ) -> Tensor:
         if cfg == 1.0 or not isinstance(condition, Prepared):
-            return super().guided(x_t, t, cast("Embedded", condition), cfg)
+            return super().guided(x_t, t, condition, cfg)
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        both = cast("Embedded", condition.guided(self.empty))
+        both = condition.guided(self.empty)
         d_c, d_u = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return guide(d_c, d_u, cfg)
 
     def edm_view(self) -> EDMView:
         ids = self.sizes if self.xl else None
         return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA, time_ids=ids)
-
-    def check_condition(self, text: Any, batch: int) -> Any:
-        return text if isinstance(text, Prepared) else super().check_condition(text, batch)
 
     @property
     def empty(self) -> Text:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,9 +13,13 @@ from torch.nn import functional as F
 
 from d2o.condition import Condition, Embedded, Text
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.spaces.load import device_name
 from d2o.teachers.base import Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE_BYTES = 256 * 2**20
 T5_LENGTH = 256
@@ -96,7 +100,7 @@ class TextEncoders:
         device: str | torch.device = "cpu",
         cache_bytes: int = CACHE_BYTES,
         revision: str | None = None,
-        tokenizers: Sequence[Any] = (),
+        tokenizers: Sequence[PreTrainedTokenizerBase] = (),
     ):
         self.name, self.revision, self.device = name, revision, torch.device(device)
         self.tokenizers = list(tokenizers)  # one for each encoder
@@ -104,7 +108,7 @@ class TextEncoders:
         self.prompts = PromptCache(encode_one, cache_bytes)
         self._sha256 = ""
 
-    def __deepcopy__(self, memo: Any) -> TextEncoders:
+    def __deepcopy__(self, memo: object) -> TextEncoders:
         return self  # frozen, and shared by all who copy what holds it
 
     def __call__(self, prompts: Sequence[str]) -> Text:
@@ -120,13 +124,13 @@ class TextEncoders:
         }
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """What a file says of them that needs them: name, revision, sha256 of the weights."""
         if not self._sha256:
             self._sha256 = tensors_sha256(self.weights())
         return {"name": self.name, "revision": self.revision, "sha256": self._sha256}
 
-    def check(self, record: dict[str, Any], who: str) -> None:
+    def check(self, record: JsonObject, who: str) -> None:
         """UserError: these are not those that `record` is of."""
         if (wanted := record.get("sha256")) and wanted != self.record["sha256"]:
             raise UserError(
@@ -159,7 +163,7 @@ def kept_text(name: str, device: str | torch.device | None = None) -> TextEncode
 def clip_text(
     name: str,
     encoders: Sequence[nn.Module],
-    tokenizers: Sequence[Any],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     device: str | torch.device = "cpu",
     cache_bytes: int = CACHE_BYTES,
     revision: str | None = None,
@@ -172,8 +176,8 @@ def clip_text(
 
 def clip_and_t5_text(
     name: str,
-    encoders: Sequence[Any],
-    tokenizers: Sequence[Any],
+    encoders: Sequence[PreTrainedModel | None],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     width: int,
     device: str | torch.device = "cpu",
     t5_length: int = T5_LENGTH,
@@ -182,11 +186,12 @@ def clip_and_t5_text(
 ) -> TextEncoders:
     """Those of Stable Diffusion 3: two CLIPs and a T5, or None in its place (its states are zeros then); states of
     `width`. UserError: another number of them."""
-    if len(encoders) != 3 or len(tokenizers) != 3 or encoders[0] is None or encoders[1] is None:
+    there = [encoder for encoder in encoders if encoder is not None]
+    clips = [encoder for encoder in encoders[:2] if encoder is not None]
+    if len(encoders) != 3 or len(tokenizers) != 3 or len(clips) != 2:
         raise UserError(f"{name}: Stable Diffusion 3 takes two CLIP text encoders and a T5 (or None in its place)")
     t5 = None if encoders[2] is None else (encoders[2], tokenizers[2])
-    one = joined_states_and_t5(encoders[:2], tokenizers[:2], t5, width, t5_length, torch.device(device))
-    there = [encoder for encoder in encoders if encoder is not None]
+    one = joined_states_and_t5(clips, tokenizers[:2], t5, width, t5_length, torch.device(device))
     return TextEncoders(name, there, one, device, cache_bytes, revision, tokenizers[: len(there)])
 
 
@@ -214,18 +219,18 @@ def _size(text: Text) -> int:
     return text.states.nbytes + (0 if text.pooled is None else text.pooled.nbytes)
 
 
-def token_ids(tokenizer: Any, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> tuple[Tensor, Tensor]:
     """Token indices and mask [1, length], padded and cut to `length`."""
     found = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return found["input_ids"], found["attention_mask"]
 
 
-def clip_length(encoder: Any, tokenizer: Any) -> int:
+def clip_length(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """77 for CLIP as published. A tokenizer that does not say takes what its encoder has positions for."""
     return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
-def last_states(encoder: Any, tokenizer: Any, device: torch.device) -> EncodeOne:
+def last_states(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> EncodeOne:
     """Stable Diffusion 1 and 2: the last hidden states with the final norm, [1, 77, D]."""
 
     def encode(prompt: str) -> Text:
@@ -236,7 +241,9 @@ def last_states(encoder: Any, tokenizer: Any, device: torch.device) -> EncodeOne
     return encode
 
 
-def penultimate(encoder: Any, tokenizer: Any, prompt: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def penultimate(
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """The last hidden states but one [1, 77, D], and the projected vector [1, P] of an encoder that has one."""
     ids, _ = token_ids(tokenizer, prompt, clip_length(encoder, tokenizer))
     out = encoder(ids.to(device), output_hidden_states=True)
@@ -244,7 +251,9 @@ def penultimate(encoder: Any, tokenizer: Any, prompt: str, device: torch.device)
     return out.hidden_states[-2].float(), None if pooled is None else pooled.float()
 
 
-def joined_states(encoders: Sequence[nn.Module], tokenizers: Sequence[Any], device: torch.device) -> EncodeOne:
+def joined_states(
+    encoders: Sequence[nn.Module], tokenizers: Sequence[PreTrainedTokenizerBase], device: torch.device
+) -> EncodeOne:
     """SDXL: the penultimate states of both encoders side by side, [1, 77, D_1 + D_2], and the second one's projected
     vector."""
 
@@ -260,8 +269,8 @@ def joined_states(encoders: Sequence[nn.Module], tokenizers: Sequence[Any], devi
 
 def joined_states_and_t5(
     encoders: Sequence[nn.Module],
-    tokenizers: Sequence[Any],
-    t5: tuple[nn.Module, Any] | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    t5: tuple[nn.Module, PreTrainedTokenizerBase] | None,
     width: int,
     length: int,
     device: torch.device,

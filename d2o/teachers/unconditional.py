@@ -4,17 +4,21 @@ Nichol and Dhariwal 2021)."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from d2o.condition import Embedded
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import tensors_sha256
 from d2o.networks.edm_view import EDMView
-from d2o.teachers.base import Spec, Teacher
+from d2o.teachers.base import Spec, Teacher, check_labels
 from d2o.teachers.prediction import check_prediction, to_data
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 SIGMA_DATA = 0.5
 """Standard deviation of images in [-1, 1], as EDM has it."""
@@ -34,7 +38,7 @@ class UNet2DTeacher(Teacher):
 
     def __init__(
         self,
-        unet: Any,
+        unet: UNet2DModel,
         schedule: DiscreteSchedule,
         spec: Spec,
         device: str | torch.device = "cpu",
@@ -52,7 +56,7 @@ class UNet2DTeacher(Teacher):
                 f" {2 * channels}"
             )
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Embedded) -> Tensor:
         x_t = x_t.float()
         out = self.call(x_t, t.round().long(), class_labels=condition, return_dict=False)[0][:, : x_t.shape[1]]
         x = to_data(self.prediction, out, x_t, t, self.schedule)
@@ -62,10 +66,10 @@ class UNet2DTeacher(Teacher):
         """Without the clipping, which is the solvers', not the network's."""
         return EDMView.of(self.network, self.schedule.record(), self.prediction, sigma_data=SIGMA_DATA)
 
-    def check_condition(self, condition: Any, batch: int) -> Any:
+    def check_condition(self, embedded: Embedded, batch: int) -> Tensor | None:
         """As for any teacher by class, but these networks have no class for "none": UserError where one is asked
         for."""
-        labels = super().check_condition(condition, batch)
+        labels = check_labels(self.spec, embedded, batch)
         if labels is not None and labels.device.type == "cpu" and labels.numel() and int(labels.min()) < 0:
             raise UserError(
                 f"{self.spec.name!r} was trained with a class for every image; it has none for 'no class' (-1)"

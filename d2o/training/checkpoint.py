@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import check_file, load_file, read_meta, save_file
 from d2o.training import parts
@@ -25,7 +25,7 @@ def state_file(run: Path) -> Path:
     return run / "checkpoints" / "state.safetensors"
 
 
-def read_state(run: Path) -> dict[str, Any] | None:
+def read_state(run: Path) -> JsonObject | None:
     """The record of a run's state, after a look at all of its bytes; None: nothing was saved yet. UserError: it is
     damaged (and what is left to do), or there are checkpoints without one."""
     path = state_file(run)
@@ -61,7 +61,7 @@ def _from(checkpoint: Path) -> str:
     return f"train its student further, as a run of its own: d2o finetune RECIPE --from {checkpoint} --out ANOTHER"
 
 
-def settle(run: Path, record: dict[str, Any], products: Products) -> list[str]:
+def settle(record: JsonObject, products: Products) -> list[str]:
     """Bring the checkpoints in the folder to what the state's record says. Returns the names of those that are
     missing."""
     parts.drop(products.folder, record.get("parts"))
@@ -84,12 +84,12 @@ def tensors_of(players: Mapping[str, Player], states: Mapping[str, nn.Module]) -
     return tensors
 
 
-def save_state(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+def save_state(path: Path, tensors: dict[str, Tensor], record: JsonObject) -> None:
     """The commit; `record` holds the plain values (iteration, best metric, recipe...)."""
     save_file(path, tensors, {"format": "d2o", "version": 1, "kind": "state", "d2o": __version__, **record})
 
 
-def load_state(path: Path, players: Mapping[str, Player], states: Mapping[str, nn.Module]) -> dict[str, Any]:
+def load_state(path: Path, players: Mapping[str, Player], states: Mapping[str, nn.Module]) -> JsonObject:
     """Give the players and states what a state holds, whichever way it and they are divided among processes; returns
     the record. UserError when the file is not a training state or does not fit."""
     tensors, record = load_file(path)

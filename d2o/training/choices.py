@@ -4,7 +4,7 @@ that."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,11 +30,11 @@ def choose(
     recipe: Recipe, product: nn.Module, device: torch.device, say: Callable[[str], None], sharded: bool = False
 ) -> Recipe:
     """The recipe with precision and memory order for that network on that device in place of `auto`; says so.
-    (`threads`: threads.py.)"""
-    changes: dict[str, Any] = {}
+    (`threads`: `training.cpu_threads`.)"""
+    changes: dict[str, object] = {}
     if recipe.precision == AUTO:
-        changes["precision"] = chosen_precision(AUTO, device)
-        say(explain_precision(changes["precision"], device))
+        precision = changes["precision"] = chosen_precision(AUTO, device)
+        say(explain_precision(precision, device))
     elif recipe.precision == "bf16" and bf16_unit(device) is None:
         say("precision bf16: nothing here computes in bf16, so it is imitated, slower than fp32")
     if recipe.channels_last == AUTO:

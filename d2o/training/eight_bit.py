@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ BLOCK, LEAST = 256, 4096
 _PARTS = ("codes", "scale")
 
 
-def check_installed() -> Any:
+def check_installed() -> ModuleType:
     """torchao's optimisers. UserError: it is not installed."""
     logging.disable(logging.WARNING)  # of kernels for other devices, which it cannot load
     try:
@@ -43,7 +44,7 @@ def eight_bit_adam(
     base: Any = getattr(check_installed(), CLASSES[options.name])
 
     class EightBit(base):  # type: ignore[misc]
-        def step(self, closure: Callable[[], float] | None = None) -> Any:
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
             """torchao compiles the update for each shape of tensor, which takes a CPU a minute each, and spares it
             little."""
             cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -26,8 +26,10 @@ class EvalSection(Section):
     """A metric measured on the way; the best checkpoint is chosen by it."""
 
     every: Count = field(..., "images between two measurements")
-    metric: Literal["fd", "accuracy"] = field(
-        "fd", "fd: Fréchet distance, lower is better; accuracy: what the method validates by, higher is better"
+    metric: Literal["fd", "accuracy", "distance"] = field(
+        "fd",
+        "fd: Fréchet distance; accuracy, distance: what the method validates by, the one if higher is better, the other"
+        " if lower",
     )
     protocol: NonEmpty | None = field(
         None,
@@ -66,7 +68,7 @@ class EvalSection(Section):
 
     @field_validator("extractor", "n", "reference")
     @classmethod
-    def _as_the_protocol(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_the_protocol(cls, value: object, info: ValidationInfo) -> object:
         """What the protocol says, or 1000 samples; a distance without a network or a reference is refused."""
         key = str(info.field_name)
         if not {"metric", "protocol"} <= info.data.keys():  # they are wrong themselves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ BUCKET = 2**23
 class _Flight(NamedTuple):
     """A bucket on its way: the sum over the processes will be in `flat`."""
 
-    work: Any
+    work: dist.Work
     flat: Tensor
     parameters: list[nn.Parameter]
 
@@ -92,4 +92,6 @@ class Exchange:
             return
         parameters, self.waiting = self.waiting, []
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        self.flights.append(_Flight(dist.all_reduce(flat, async_op=True), flat, parameters))
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None
+        self.flights.append(_Flight(work, flat, parameters))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from d2o.networks.minibatch_std import MinibatchStd
 
@@ -34,16 +34,22 @@ def gather_pools(networks: Iterable[nn.Module], rank: int, world: int) -> None:
                 part.gather = AllProcesses(rank, world) if world > 1 else None
 
 
+class _Place(FunctionCtx):
+    """What the two ways remember of a call: the process, and how many there are."""
+
+    place: tuple[int, int]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: int, world: int) -> Tensor:
+    def forward(ctx: _Place, x: Tensor, rank: int, world: int) -> Tensor:
         ctx.place = rank, world
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Place, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _Own.apply(gradient, *ctx.place), None, None
 
 
@@ -51,12 +57,12 @@ class _Own(torch.autograd.Function):
     """The other way: of each process's [world * n, ...] the sum, and of that this process's [n, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: int, world: int) -> Tensor:
+    def forward(ctx: _Place, x: Tensor, rank: int, world: int) -> Tensor:
         ctx.place = rank, world
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(world)[rank].contiguous()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Place, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _Gather.apply(gradient, *ctx.place), None, None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from d2o.inputs import JsonObject
 from d2o.runtime import Say
 from d2o.training.divergence import Divergence
 from d2o.training.due import Due
@@ -75,7 +76,7 @@ class Journal:
         progress(images, "  ".join(text).rstrip())
         self._begin(iteration)
 
-    def write(self, iteration: int, images: int, **values: Any) -> None:
+    def write(self, iteration: int, images: int, **values: object) -> None:
         if self.log:
             self.log.write(iteration, images, **values)
 
@@ -93,9 +94,9 @@ class Journal:
 
     # For the training state -------------------------------------------------------------------------------------------
 
-    def record(self, rows: list[ScalarRow]) -> dict[str, Any]:
+    def record(self, rows: list[ScalarRow]) -> JsonObject:
         """What a resumed run goes on with; `rows`: what `scalars` has, which all processes have to read."""
-        record: dict[str, Any] = {}
+        record: JsonObject = {}
         if rows:
             record["since"] = [list(row.items()) for row in rows]  # pairs: the record sorts names, the log does not
         if self.watch.started:
@@ -104,7 +105,7 @@ class Journal:
             record["divergence"] = self.divergence.state
         return record
 
-    def restore(self, record: Mapping[str, Any]) -> None:
+    def restore(self, record: JsonObject) -> None:
         """Undo `record`."""
         self.divergence = Divergence(record.get("divergence"))
         watched = record.get("watch") or {}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from d2o.interop.safetensors_io import atomic_write
 
 _print_traceback = threading.excepthook
 
 
-def _said_by_the_next_write(args: Any) -> None:
+def _said_by_the_next_write(args: threading.ExceptHookArgs) -> None:
     """TensorBoard writes in a thread of its own. What goes wrong there (a full disk) is raised again by the next write,
     and said there in one
     line: the thread prints no traceback before it."""
@@ -39,13 +39,11 @@ class RunLog:
         # Scalars are written at images. Where an earlier process has left some, those from the next image on are void.
         self.board = SummaryWriter(str(board), purge_step=images + 1 if board.exists() else None)
 
-    def write(self, iteration: int, images: int, **values: Any) -> None:
+    def write(self, iteration: int, images: int, **values: object) -> None:
         self.file.write(json.dumps({"iteration": iteration, "images": images, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            for key, number in value.items() if isinstance(value, dict) else ((None, value),):
-                if isinstance(number, (int, float)):
-                    self.board.add_scalar(name if key is None else f"{name}/{key}", number, images)
+        for name, number in scalars_in(values):
+            self.board.add_scalar(name, number, images)
 
     def sync(self) -> None:
         """Let the lines so far reach the disk, before a state does that comes after them."""
@@ -55,6 +53,14 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+def scalars_in(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line of the log, those of a section by SECTION/NAME."""
+    for name, value in values.items():
+        for key, number in value.items() if isinstance(value, dict) else ((None, value),):
+            if isinstance(number, (int, float)):
+                yield name if key is None else f"{name}/{key}", number
 
 
 def _iteration(line: str) -> float:

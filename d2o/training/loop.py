@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from d2o.condition import Condition, Generate
 from d2o.data.order import mix
 from d2o.data.stored_latents import LatentSet
 from d2o.data.triplets import TripletSet
+from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
@@ -114,7 +115,7 @@ class Trainer:
         self.schedule = Calendar(recipe)
         self.iterations = self.schedule.iterations
         self.iteration = 0  # done so far
-        self.best: dict[str, Any] | None = None
+        self.best: JsonObject | None = None
         self.scores: dict[str, float] = {}
         self.norms: dict[str, list[Tensor]] = {}  # of the gradients of this iteration's updates
         self.journal = Journal(recipe, folder, self.device, rank, world, say)

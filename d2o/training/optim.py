@@ -44,7 +44,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def decay_groups(parameters: Mapping[str, nn.Parameter], options: OptimSection) -> list[dict[str, Any]]:
+def decay_groups(parameters: Mapping[str, nn.Parameter], options: OptimSection) -> list[dict[str, object]]:
     """Those that weight decay takes; those whose names fit `options.no_decay`, which have none; then a group for each
     pattern of `options.decays`, of the names that fit it first."""
     asked = [("no_decay", pattern, 0.0) for pattern in options.no_decay]
@@ -60,7 +60,7 @@ def decay_groups(parameters: Mapping[str, nn.Parameter], options: OptimSection) 
             )
         mine = {name for name in fitting if left.pop(name, None) is not None}
         found.setdefault((key if key == "no_decay" else pattern, decay), []).extend(mine)
-    groups: list[dict[str, Any]] = [{"params": list(left.values())}]
+    groups: list[dict[str, object]] = [{"params": list(left.values())}]
     for (_, decay), names in found.items():
         groups.append({"params": [p for name, p in parameters.items() if name in set(names)], "weight_decay": decay})
     return [group for group in groups if group["params"]] or groups[:1]

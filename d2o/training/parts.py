@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import file_sha256, write_error
 
 PLACES = ("state-a", "state-b")
 
-Parts = Mapping[str, Any]
+Parts = JsonObject
 """`{"folder": one of PLACES, "files": {name: sha256}}`, as the state's record has it."""
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2o.inputs import JsonObject
 from d2o.networks.processor import PRECISIONS
 from d2o.training.optim import all_finite
 
 START, LOWEST, GROWTH = 2.0**16, 1.0, 2000
 
 
-def autocast(precision: str, device: torch.device, sharded: bool = False) -> AbstractContextManager[Any]:
+def autocast(precision: str, device: torch.device, sharded: bool = False) -> AbstractContextManager[object]:
     """The method's step in that precision; weights, their gradients and the optimiser's moments stay float32. Of
     sharded weights no cast ones are kept: they would outlive the gathered ones."""
     dtype = PRECISIONS[precision]
@@ -61,10 +61,10 @@ class LossScale:
             self.scale, self.clean = self.scale * 2, 0
         self.overflow = False
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """For the training state; nothing unless it is used."""
         return {"loss_scale": {"scale": self.scale, "clean": self.clean}} if self.on else {}
 
-    def load(self, record: dict[str, Any]) -> None:
+    def load(self, record: JsonObject) -> None:
         if self.on and (saved := record.get("loss_scale")):
             self.scale, self.clean = saved["scale"], saved["clean"]

@@ -22,10 +22,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import file_sha256, read_meta, save_file
 
 SNAPSHOTS = "images-*.safetensors"
@@ -46,7 +46,7 @@ class Products:
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
-    def put(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def put(self, name: str, tensors: dict[str, Tensor], meta: JsonObject) -> None:
         """Write a checkpoint that becomes visible with the next state."""
         self.digests[name] = save_file(self._next(name), tensors, meta)
 

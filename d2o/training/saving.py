@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from d2o.inputs import JsonObject
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed, parts
 from d2o.training.checkpoint import load_state, save_state, settle, state_file, tensors_of
@@ -42,7 +43,7 @@ def resume(t: Trainer) -> None:
     here = snapshot(record["images"])
     missing: list[str] = []
     if t.rank == 0:
-        missing = settle(t.folder, record, t.products)
+        missing = settle(record, t.products)
         drop_previews(t.folder, record["images"])
         if gone := [name for name in missing if name not in ("last", here)]:
             what = "removed or changed since the run wrote it, and cannot be made again"
@@ -62,7 +63,7 @@ def save(t: Trainer, numbered: bool) -> None:
     names = ["last", *([snapshot(t.images)] if numbered and t.recipe.checkpoint.keep else [])]
     put_product(t, *names)
     t.products.keep(t.recipe.checkpoint.keep)
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "iteration": t.iteration,
         "images": t.images,
         "best": t.best,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.evaluation.quick import FrechetEvaluator
 from d2o.evaluation.workplace import Workplace
+from d2o.inputs import JsonObject
 from d2o.interop.discard import discard
 from d2o.interop.temporary import sweep
 from d2o.methods.base import Method
@@ -60,7 +61,7 @@ def cost(recipe: Recipe, e: EvalSection, nfe: int) -> str:
     )
 
 
-def same_measure(before: dict[str, Any] | None, now: EvalSection | None) -> bool:
+def same_measure(before: JsonObject | None, now: EvalSection | None) -> bool:
     """Whether numbers by the `eval:` section `before` (plain data) and by `now` compare; true where nothing is measured
     now."""
     if now is None:
@@ -106,9 +107,9 @@ class Scoring:
             raise UserError(
                 f"eval.metric: method {self.recipe.method} makes no images, so there is no Fréchet distance"
             )
-        if e.metric == "accuracy" and evaluator is None and type(self.method).validate is Method.validate:
+        if e.metric != "fd" and evaluator is None and type(self.method).validate is Method.validate:
             raise UserError(
-                f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no accuracy",
+                f"eval.metric: method {self.recipe.method} gives no metric of its own, and so no {e.metric}",
                 "eval.metric: fd measures it",
             )
         if evaluator is not None and self.spec is not None:

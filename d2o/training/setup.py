@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +14,13 @@ from d2o.data.images import ImageSet
 from d2o.data.known import GET
 from d2o.data.pair_settings import PairSettings
 from d2o.data.pairs_section import PairsSection
-from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet, open_set
 from d2o.data.triplets import TripletSet, open_triplets
 from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
+from d2o.inputs import JsonObject
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
 from d2o.networks.freeze import freeze
@@ -220,7 +222,7 @@ def try_out(recipe: Recipe, setup: Setup) -> None:
     Scoring(recipe, method, Path(), setup.device, rank, world, lambda message: None, setup.prompts).check()
 
 
-def provenance_of(setup: Setup) -> list[dict[str, Any]]:
+def provenance_of(setup: Setup) -> list[JsonObject]:
     """The history of the student that training starts from, with that student's own fingerprint last; empty without
     one."""
     if setup.start is None:

@@ -7,7 +7,7 @@ import ctypes
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -168,14 +168,14 @@ class Shard(Replicate):
                     part.reshard()
         self.kept.clear()
 
-    def _watch(self, root: Any, args: Any, output: Any) -> None:
+    def _watch(self, root: nn.Module, args: object, output: object) -> None:
         from torch.utils._pytree import tree_leaves
 
         for value in tree_leaves(output):
             if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(lambda gradient: self._keep(root))
+                value.register_hook(lambda gradient: self._keep(cast("FSDPModule", root)))
 
-    def _keep(self, root: Any) -> None:
+    def _keep(self, root: FSDPModule) -> None:
         """A backward pass has come to the network's output. If it can itself be differentiated (R1, path lengths), the
         second one goes through the same gathered parameters: they stay until it has ended."""
         if torch.is_grad_enabled():

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from d2o.errors import UserError
+from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import atomic_write
+from d2o.training.logging import scalars_in
 
 if TYPE_CHECKING:
     from d2o.recipes.schema import Recipe
@@ -25,7 +28,7 @@ _NEEDED = {"wandb": "init", "mlflow": "MlflowClient"}
 class Log(Protocol):
     """What a run writes its numbers to, see `logging.RunLog`."""
 
-    def write(self, iteration: int, images: int, **values: Any) -> None: ...
+    def write(self, iteration: int, images: int, **values: object) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -48,7 +51,7 @@ def check_tracker(recipe: Recipe) -> None:
         _package(recipe.tracker.name)
 
 
-def tracked(log: Any, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Any:
+def tracked(log: Log, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Log:
     """The log, which also goes to the recipe's tracker if it names one. UserError: not installed, or it cannot be
     reached."""
     if recipe.tracker is None:
@@ -82,13 +85,9 @@ class _Tracked:
     def sync(self) -> None:
         self._log.sync()
 
-    def write(self, iteration: int, images: int, **values: Any) -> None:
+    def write(self, iteration: int, images: int, **values: object) -> None:
         self._log.write(iteration, images, **values)
-        numbers = {}
-        for name, value in values.items():
-            for key, number in value.items() if isinstance(value, dict) else ((None, value),):
-                if isinstance(number, (int, float)):
-                    numbers[name if key is None else f"{name}/{key}"] = float(number)
+        numbers = {name: float(number) for name, number in scalars_in(values)}
         self._attempt(lambda: self._service.log(numbers, images))
 
     def close(self) -> None:
@@ -109,7 +108,7 @@ class _Tracked:
 
 
 class _Wandb:
-    def __init__(self, wandb: Any, recipe: Recipe, asked: TrackerSection, folder: Path, known: str | None):
+    def __init__(self, wandb: ModuleType, recipe: Recipe, asked: TrackerSection, folder: Path, known: str | None):
         settings = wandb.Settings(base_url=asked.uri) if asked.uri else None
         self.run = wandb.init(
             project=asked.project,
@@ -130,7 +129,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, mlflow: Any, recipe: Recipe, asked: TrackerSection, folder: Path, known: str | None):
+    def __init__(self, mlflow: ModuleType, recipe: Recipe, asked: TrackerSection, folder: Path, known: str | None):
         self.metric, self.client = mlflow.entities.Metric, mlflow.MlflowClient(tracking_uri=asked.uri)
         self.sent: dict[str, int] = {}
         if known is None:
@@ -156,13 +155,13 @@ class _Mlflow:
         self.client.set_terminated(self.id)
 
 
-SERVICES: dict[str, Callable[[Any, Recipe, TrackerSection, Path, str | None], Service]] = {
+SERVICES: dict[str, Callable[[ModuleType, Recipe, TrackerSection, Path, str | None], Service]] = {
     "wandb": _Wandb,
     "mlflow": _Mlflow,
 }
 
 
-def _package(name: str) -> Any:
+def _package(name: str) -> ModuleType:
     try:
         module = import_module(name)
     except ImportError as error:
@@ -194,7 +193,7 @@ def _recorded(path: Path) -> dict[str, str]:
     return record
 
 
-def _flat(settings: dict[str, Any], before: str = "") -> dict[str, str]:
+def _flat(settings: JsonObject, before: str = "") -> dict[str, str]:
     """Nested settings as `a.b`: text, of at most the length that MLflow keeps."""
     flat: dict[str, str] = {}
     for key, value in settings.items():

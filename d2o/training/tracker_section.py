@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
@@ -23,7 +23,7 @@ class TrackerSection(Section):
     )
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> object:
     """`tracker: wandb` is short for `tracker: {name: wandb}`."""
     if isinstance(value, str) and value not in ("wandb", "mlflow"):
         raise ValueError(f"expected 'wandb', 'mlflow' or a section, got {show(value)}")

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+
+from d2o.inputs import JsonObject
 
 NEEDS = {"loss_d", "logit_real"}
 """Scalars that tell a method with a critic."""
@@ -90,8 +91,8 @@ class Watch:
     `state` is all there is to it, plain numbers and text, for the record that a resumed run continues from.
     """
 
-    def __init__(self, state: dict[str, Any] | None = None):
-        self.state: dict[str, Any] = state or {
+    def __init__(self, state: JsonObject | None = None):
+        self.state: JsonObject = state or {
             "lines": 0,
             "recent": {},
             "norms": {},
@@ -188,7 +189,7 @@ class Watch:
             return ", ".join(fault.name for fault, _ in self._now())
         return "stable" if self.verdict else ""
 
-    def _now(self) -> list[tuple[Fault, dict[str, Any]]]:
+    def _now(self) -> list[tuple[Fault, JsonObject]]:
         bad = self.state["bad"]
         return sorted(
             ((fault, bad[fault.name]) for fault in self._faults() if fault.name in bad),

@@ -313,6 +313,24 @@ def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
         run("--table", "none.yaml")
 
 
+def test_a_table_says_why_a_row_is_only_cited_and_has_columns_of_words(work: Path, capsys) -> None:
+    Path("mine.yaml").write_text(
+        "title: Mine\npaper: A paper\nnotes: [two of its numbers disagree]\nagainst: real:digits-2afc/b\nrows:\n"
+        "  - {name: here, x: latent-mse-tiny-sd, about: {space: latent}, paper: {2afc: 0.5, a100_days: 43.6}}\n"
+        "  - {name: there, paper: {parameters: 900.0e+6, top1: 0.7159}, cited: nobody published it}\n"
+    )
+    out = run("--table", "mine.yaml", "--json", "t.json", "--device", "cpu")
+    here, there = json.loads(Path("t.json").read_text())
+    assert (
+        here["about"] == {"space": "latent"} and here["notes"][-1] == there["notes"][0] == "two of its numbers disagree"
+    )
+    assert there["notes"][1] == "there: nobody published it" and 0.3 < here["metrics"]["2afc"]["value"] < 1
+    for words in ("space", "900M", "71.59 %", "43.6", "note: there: nobody published it"):
+        assert words in out
+    assert "not measured: there: nobody published it" in capsys.readouterr().err
+    run("--compare", "t.json", "--markdown", "t.md", "--csv", "t.csv", "--report", "t.html")
+
+
 def test_other_workers_say_and_write_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -9,7 +9,9 @@ import signal
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from d2o.cli.app import main
 from d2o.interop.safetensors_io import read_meta
@@ -128,6 +130,22 @@ def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
         and {m["name"]: m["seen"] for m in json.loads((out / "sweep.json").read_text())["members"]}["optim.lr=0.001"]
         == 128
     )
+
+
+def test_variants_side_by_side_with_their_last_previews(recipe, tmp_path):
+    text = recipe.read_text() + "variants:\n  flat: {ode: {loss: l1}}\n  square: {ode: {loss: mse}}\n"
+    recipe.write_text(text + "preview: {every: 32, n: 4}\n")
+    out = tmp_path / "sweep"
+    assert d2o("train", recipe, "--sweep", "variant=square,flat", "--mini", "--out", out) == 0
+    record = json.loads((out / "sweep.json").read_text())
+    assert [m["name"] for m in record["members"]] == ["variant=square", "variant=flat"]  # in their order
+    assert record["members"][0]["settings"] == {"variant": "square"} and record["keys"] == ["variant"]
+    assert read_meta(out / "variant=flat" / "checkpoints" / "last.safetensors")["recipe"]["ode"]["loss"] == "l1"
+    one = Image.open(sorted((out / "variant=flat" / "previews").iterdir())[-1])
+    both = Image.open(out / "sweep.png")
+    assert both.width == one.width and both.height > 2 * one.height
+    assert (np.array(both)[-10 - one.height : -10] == np.array(one.convert("RGB"))).all()
+    assert d2o("train", recipe, "--sweep", "variant=flat", "--mini", "--out", out) == 0  # another first one
 
 
 def test_a_member_killed_at_its_first_file_does_not_stop_the_sweep(recipe, tmp_path, capsys):

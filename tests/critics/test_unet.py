@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2o.condition import Condition
+from d2o.condition import Condition, Text
 from d2o.critics.build import build_critic
 from d2o.critics.unet import PER_RESNET_3X3, UNetCritic
 from d2o.errors import UserError
@@ -233,8 +233,8 @@ def test_what_is_left_in_a_network_after_a_pass():
     x, z, condition = asked("sd")
     critic = UNetCritic.of(teacher("sd"))
     critic(x, z, condition)
-    with pytest.raises((RuntimeError, AttributeError)):
-        critic(x, z, None)
+    with pytest.raises(RuntimeError):  # in the first attention to text
+        critic(x, z, Text(condition.states[:, :, 1:]))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in critic.modules())
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from d2o.data import prompts as module
-from d2o.data.prompts import Prompts, open_prompts, pack, unpack
+from d2o.data import prompt_files as module
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts, pack, unpack
 from d2o.errors import UserError
 
 TEXTS = [

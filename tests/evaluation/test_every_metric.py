@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2o.condition import Condition
 from d2o.data.draws import draw
 from d2o.data.images import open_images
 from d2o.errors import UserError
@@ -20,12 +21,14 @@ from d2o.evaluation.leaks import leak_notes
 from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.prepare import parse_preparation, quantize
 from d2o.evaluation.presets import Preset
+from d2o.evaluation.probes import digit_in
 from d2o.evaluation.protocol import Settings
 from d2o.evaluation.request import Request
 from d2o.evaluation.run import evaluate_all
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import save_statistics
 from d2o.evaluation.tools import Tools
+from d2o.metrics.diversity import dream_diversity
 from d2o.metrics.frechet import Moments, frechet_distance
 from d2o.metrics.inception_score import inception_score
 from d2o.metrics.kid import kid
@@ -431,3 +434,32 @@ def test_a_student_trained_on_the_metrics_backbone_is_flagged(stand_ins: None, d
     save_student(tmp_path / "s.safetensors", tiny_student(), recipe=recipe, teacher={"name": "tiny"})
     (record,) = evaluate(tmp_path / "s.safetensors", against="real:digits", metrics=["fd@lite0"])
     assert any("the same backbone" in note for note in record["notes"])
+
+
+def test_prompt_accuracy_and_diversity_of_a_teacher_of_text(digits: Path, text: Path) -> None:
+    few = replace(SMALL, n=12, steps=3, prompts=str(text), per_prompt=4)
+    (record,) = evaluate("tiny-sd", metrics=["prompt-accuracy", "diversity"], settings=few)
+    got, extractor = record["metrics"], load_extractor("digits")
+
+    def images(prompts: list[str]) -> torch.Tensor:
+        noise, _ = draw(7, 0, 12, SPEC.shape, 0, "none")
+        made = TinyText().sample(noise, Condition.of_prompts(prompts), "heun", 3)
+        return quantize(made.clamp(-1, 1))
+
+    prompts = ["one", "the two", "and three"]
+    seen = extractor.logits(images(prompts * 4)).argmax(1)
+    assert got["prompt-accuracy"]["value"] == (seen == torch.tensor([1, 2, 3] * 4)).float().mean().item()
+    assert got["prompt-accuracy"]["percent"] and got["prompt-accuracy"]["label"] == "prompt accuracy(digits)"
+    features = extractor.features(images([prompt for prompt in prompts for _ in range(4)]))
+    assert got["diversity"]["value"] == pytest.approx(dream_diversity(features, 4)[0], rel=1e-4)
+    (text.parent / "prompts.txt").write_text("a dog\n")
+    with pytest.raises(UserError, match="no prompt names a digit"):
+        evaluate("tiny-sd", metrics=["prompt-accuracy"], settings=few)
+    assert [digit_in(p) for p in ("Seven!", "a 7", "two or three", "digit 12")] == [7, 7, -1, -1]
+
+
+def test_the_classifier_of_digits_looks_at_images_of_any_size() -> None:
+    extractor, pixels = load_extractor("digits-area"), open_images("real:digits").images(range(20))
+    large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(extractor.features(large), load_extractor("digits").features(pixels))
+    assert (extractor.name, extractor.shape, extractor.resize) == ("digits-area", None, "grey+area8")

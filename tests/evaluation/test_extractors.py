@@ -19,7 +19,6 @@ torchvision_compat.ensure()  # before anything here imports torchvision
 
 import torch_fidelity.feature_extractor_vgg16 as fidelity  # noqa: E402
 import torchvision  # noqa: E402
-from sklearn.datasets import load_sample_images  # noqa: E402
 from transformers import Dinov2Config, Dinov2Model  # noqa: E402
 
 with (
@@ -112,6 +111,8 @@ def lite():
 def test_lite0_sees_what_is_in_a_photograph(lite):
     """A Chinese palace is ImageNet's 698, a flower of the daisies' family its 985: weights, names, padding and
     normalisation are right."""
+    from sklearn.datasets import load_sample_images  # slow to import
+
     for photograph, label in zip(load_sample_images().images, (698, 985)):
         x = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None]
         assert lite.logits(x[:, :, :, 106:533])[0].argmax() == label

@@ -11,7 +11,7 @@ from d2o.errors import UserError
 from d2o.evaluation.known_metrics import parse_metrics
 from d2o.evaluation.named_extractors import EXTRACTORS
 from d2o.evaluation.named_references import REFERENCES
-from d2o.evaluation.paper_protocols import PRESETS, find_preset, preset_names, protocol_table
+from d2o.evaluation.paper_protocols import PRESETS, find_preset, protocol_table
 from d2o.evaluation.preset_check import check_result
 from d2o.evaluation.presets import apply_preset
 from d2o.evaluation.protocol import Settings
@@ -21,13 +21,14 @@ SIDA = find_preset("sida_cifar10")
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_names_what_exists_and_settles_valid_options(name):
     preset = PRESETS[name]
     assert preset.name == name
     settings = Settings(**preset.settings)  # known options, values in range
-    assert {"n", "repeats", "resize", "quantize"} <= set(preset.settings)
-    assert preset.extractors <= set(EXTRACTORS) and preset.extractor in EXTRACTORS
+    judged = preset.metrics in (("top1",), ("2afc",))  # of networks, which are given images as they are
+    assert {"repeats", "resize", *(() if judged else ("n", "quantize"))} <= set(preset.settings)
+    assert preset.extractors <= set(EXTRACTORS) and preset.extractor in (*EXTRACTORS, *([""] * judged))
     keys = {want.metric.name for want in parse_metrics(preset.metrics)}
     assert not keys & {"pr", "prdc"} or {"pr_k", "pr_dtype"} <= set(preset.settings)
     assert "is" not in keys or "is_mode" in preset.settings

@@ -11,7 +11,7 @@ import torch
 from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.interop import catalogue, download
-from d2o.interop.catalogue import AUTOENCODERS, fetch, fetch_autoencoder, find, licence_line, names, path_if_here
+from d2o.interop.catalogue import AUTOENCODERS, fetch, find, licence_line, names, path_if_here
 from d2o.teachers.planned import planned_teacher
 
 EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")] + [
@@ -199,11 +199,10 @@ def test_a_pipeline_put_there_by_hand(home):
 
 
 def test_the_autoencoder_of_edm2(home):
-    assert fetch_autoencoder(find("edm-cifar10-cond-vp")) is None and fetch_autoencoder(find("sd15")) is None
-    entry = AUTOENCODERS[find("edm2-img512-m").vae]
+    entry = AUTOENCODERS["sd-vae-ft-mse"]
     assert entry.source == "stabilityai/sd-vae-ft-mse" and entry.licence == "MIT" and entry.name not in names()
     put(entry.place / "config.json", b"{}")
     weights = put(entry.place / "diffusion_pytorch_model.safetensors", b"not these")
     with pytest.raises(UserError, match="damaged or another file"):  # its checksum is known
-        fetch_autoencoder(find("edm2-img512-m"))
+        fetch(entry)
     assert weights.is_file()  # what a user put there is theirs to remove

@@ -19,7 +19,8 @@ import pytest
 from d2o import inputs
 from d2o.cli.app import main
 from d2o.data.images import open_images
-from d2o.data.prompts import MAX_LINE_BYTES, MAX_PROMPT_BYTES, Prompts, open_prompts
+from d2o.data.prompt_files import MAX_LINE_BYTES, open_prompts
+from d2o.data.prompts import MAX_PROMPT_BYTES, Prompts
 from d2o.errors import UserError
 from d2o.evaluation.results import load_records
 from d2o.evaluation.statistics_files import load_statistics

@@ -12,11 +12,11 @@ from d2o.data.triplets import open_triplets
 from d2o.errors import MissingImages, UserError
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file, save_file
-from d2o.losses.latent_lpips import load_latent_lpips
+from d2o.losses.latent_lpips import SHIPPED, load_latent_lpips
 from d2o.losses.perceptual import perceptual
 from d2o.losses.two_afc import agreement, ranking_inputs, weighted
 from d2o.methods.base import Setup
-from d2o.methods.latent_lpips import SHIPPED, LatentLpipsMethod
+from d2o.methods.latent_lpips import LatentLpipsMethod
 from d2o.networks.build import build_network
 from d2o.recipes.schema import Recipe
 from d2o.runtime import StopFlag
@@ -223,7 +223,7 @@ def test_mistakes_are_told(tmp_path, trunk):
 
 
 def test_the_shipped_distance_knows_the_order_better_than_the_mean_squared_error_of_latents():
-    path = asset(SHIPPED)
+    path = asset(SHIPPED["tiny-sd"])
     assert path.stat().st_size < 1_000_000
     distance, space = load_latent_lpips("tiny-sd", path), load_space("tiny-sd")
     assert distance.features.network.config["width"] == 6

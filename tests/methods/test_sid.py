@@ -150,7 +150,7 @@ def test_an_adversarial_iteration_adds_both_terms_and_takes_the_images_classes()
     shown = g(
         batch.images + noise, sigma.flatten(), batch.condition.labels, part="encoder"
     )  # the same level, noise and classes
-    loss = (weight * (denoised - y) ** 2).sum((1, 2, 3)).mean() + losses.discriminator_loss(
+    loss = (weight * (denoised - y) ** 2).sum((1, 2, 3)).mean() + losses.critic_adversarial(
         shown, fake, 4, weight, weight
     ).mean()
     assert loop.losses[0] == pytest.approx(loss.item(), rel=1e-4)

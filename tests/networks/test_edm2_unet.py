@@ -11,7 +11,8 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.networks.build import build_network, count_parameters, set_dropout
-from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond, MPConv, mp_cat, mp_silu, mp_sum
+from d2o.networks.edm2_blocks import MPConv, mp_cat, mp_silu, mp_sum
+from d2o.networks.edm2_unet import EDM2_SIZES, EDM2Precond
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
 TINY = {

@@ -101,9 +101,11 @@ def test_the_teacher_can_be_trained_again_and_used(tmp_path):
             "--out",
             out,
             "--set",
-            "images=12800",
+            "batch=128",
             "--set",
-            "eval={every: 6400, n: 200}",
+            "images=6400",
+            "--set",
+            "eval={every: 3200, n: 200}",
         )
         == 0
     )

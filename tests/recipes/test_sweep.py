@@ -64,6 +64,26 @@ def test_keys_of_the_recipe_and_of_the_methods_own_section():
     )  # a free section
 
 
+def test_variants_in_place_of_a_key():
+    sweep = plan_sweep("d2g_tiny_sd", ["batch=8"], ["variant=mse,gan", "seed=0,1"], mini=True)
+    assert [m.name for m in sweep.members][:3] == ["variant=mse,seed=0", "variant=mse,seed=1", "variant=gan,seed=0"]
+    assert [(m.source, m.recipe.name, m.recipe.seed) for m in sweep.members][-1] == (
+        "d2g_tiny_sd:gan",
+        "d2g_tiny_sd_gan",
+        1,
+    )
+    assert sweep.members[2].settings == {"variant": "gan", "seed": 0}
+    assert sweep.folder == "d2g_tiny_sd-sweep-variant-seed" and sweep.title == "Diffusion2GAN of tiny-sd, stage 1"
+    assert plan_sweep("latent_reconstruction", [], ["variant=b"]).folder == "latent_reconstruction-sweep-variant"
+    for name, text, words in (
+        ("d2g_tiny_sd:gan", "variant=mse", "is the variant gan already"),
+        ("d2g_tiny_sd", "variant=mse,", "expected variant=NAME"),
+        ("d2g_tiny_sd", "variant=mse,mze", "no variant 'mze'; did you mean 'mse'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_sweep(name, [], [text])
+
+
 @pytest.mark.parametrize(
     "sweeps, words",
     [

@@ -6,7 +6,8 @@ import torch
 
 from d2o.condition import Condition
 from d2o.errors import UserError
-from d2o.teachers.diffusers_folder import discrete_schedule, is_diffusers_folder, load_diffusers
+from d2o.interop.hub import is_diffusers_folder
+from d2o.teachers.diffusers_folder import discrete_schedule, load_diffusers
 from d2o.teachers.diffusers_parts import Components, read_config
 from d2o.teachers.text import kept_text
 from tests.teachers import pipelines

@@ -51,7 +51,6 @@ def warm(long: bool = False) -> None:
     import torch
 
     torch.set_num_threads(1)
-    import sklearn.datasets  # noqa: F401
     import torch._dynamo
     import torch.utils.tensorboard
     from PIL import Image

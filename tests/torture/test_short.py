@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import workers
 from tests.torture import forks
 from tests.torture.commands import COMMANDS
 from tests.torture.compare import LEFTOVER, differences, snapshot
@@ -18,26 +18,31 @@ from tests.torture.events import Events
 from tests.torture.mutate import FORMATS, RAW
 from tests.torture.specimens import QUICK
 
-ROOT = Path(__file__).parents[2]
 KINDS = [command.name for command in COMMANDS if command.quick]
 AMOUNT = ["--quick", "--kills", "5", "--events", "2", "--full", "1", "--mutations", "90", "--jobs", "1"]
 
 
+def _torture(log: str, arguments: list[str]) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    sys.argv[1:] = arguments
+    from tests.torture.__main__ import main
+
+    sys.exit(main())
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """All trials, made by a process of its own: this one has threads, and could not fork."""
-    path = tmp_path_factory.mktemp("torture") / "results.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.torture", *AMOUNT, "--json", path],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert path.exists(), done.stdout + done.stderr
+    """All trials, made by a process of its own: this one has threads, and could not fork. The server of processes has
+    imported torch."""
+    folder = tmp_path_factory.mktemp("torture")
+    path, log = folder / "results.json", folder / "log"
+    process = workers.CONTEXT.Process(target=_torture, args=(str(log), [*AMOUNT, "--json", str(path)]))
+    process.start()
+    code = workers.finish(process, 800)
+    assert path.exists(), log.read_text()
     found = json.loads(path.read_text())
-    assert done.returncode == (1 if found["failed"] else 0), done.stdout + done.stderr
+    assert code == (1 if found["failed"] else 0), log.read_text()
     return found["results"]
 
 

@@ -1,10 +1,10 @@
-"""Trains the tiny recipes of test_processes.py, alone or as one of several processes: python -m
-tests.training.processes OUT JOBS, a file of JSON."""
+"""Trains the tiny recipes of test_processes.py, alone or by several processes, which are forked from the server of
+processes: torchrun's would each import torch first. (Those of test_loop.py are torchrun's.)"""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
+import socket
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,6 +16,7 @@ from d2o.runtime import StopFlag, Stopped
 from d2o.training.distributed import process_group
 from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
+from tests import workers
 
 
 class Job(TypedDict):
@@ -52,5 +53,22 @@ def main(out: Path, jobs: list[Job]) -> None:
                 assert trainer.iteration == job["stop"]
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+def main_of_several(out: Path, jobs: list[Job], log: Path, count: int) -> str:
+    """`main` by `count` processes; what they wrote to stderr, which went to `log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = [workers.CONTEXT.Process(target=_member, args=(rank, count, port, out, jobs, log)) for rank in range(count)]
+    for process in group:
+        process.start()
+    codes = [workers.finish(process, 600) for process in group]
+    assert codes == [0] * count, log.read_text()
+    return log.read_text()
+
+
+def _member(rank: int, count: int, port: str, out: Path, jobs: list[Job], log: Path) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in there.items()})
+    main(out, jobs)

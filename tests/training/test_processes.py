@@ -4,11 +4,7 @@ does."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,7 @@ from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file
 from d2o.training.checkpoint import read_state
 from tests.helpers import tiny_teacher
-from tests.training.processes import Job, main
+from tests.training.processes import Job, main, main_of_several
 
 COMMON = """
 data: {path: real:digits, limit: 40}
@@ -91,7 +87,7 @@ NAMES = ("dd", "spi", "sida")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Folders of runs of one process and of two, and what the two wrote to stderr."""
+    """Folders of runs of one process and of two, and what the two said."""
     folder = tmp_path_factory.mktemp("processes")
     tiny_teacher(folder / "teacher.safetensors")
     for name, text in zip(NAMES, (DDGAN, SPIGAN, SIDA.format(teacher=folder / "teacher.safetensors")), strict=True):
@@ -117,26 +113,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         job("lora", "lora_shard", "strategy=shard"),
     ]
     main(folder / "one", here)
-    (folder / "jobs.json").write_text(json.dumps(there))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.training.processes", str(folder / "two"), str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    said = main_of_several(folder / "two", there, folder / "said", 2)
     shutil.copytree(folder / "two" / "sida_half", folder / "two" / "sida_whole")
     killed = folder / "two" / "sida_whole" / "checkpoints" / "state-b"  # what kill -9 leaves of the next save
     killed.mkdir()
     for path in (killed.with_name("state-a")).iterdir():
         (killed / path.name).write_bytes(path.read_bytes()[:-100])
     main(folder / "two", [job("sida", "sida_whole", "eval=null")])
-    return folder / "one", folder / "two", done.stderr
+    return folder / "one", folder / "two", said
 
 
 def product(run: Path) -> dict[str, torch.Tensor]:

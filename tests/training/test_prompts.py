@@ -10,7 +10,8 @@ import torch
 
 from d2o.cli.app import main
 from d2o.data.images import open_images
-from d2o.data.prompts import Prompts, open_prompts
+from d2o.data.prompt_files import open_prompts
+from d2o.data.prompts import Prompts
 from d2o.errors import UserError
 from d2o.evaluation.quick import FrechetEvaluator
 from d2o.interop.safetensors_io import save_file

@@ -1,0 +1,49 @@
+"""Every variant of Diffusion2GAN in small, which the table `d2g_mini` names, trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o.recipes.find import find_recipe, recipe_names
+from d2o.recipes.load import load_recipe
+from d2o.reports.paper_tables import load_table
+from d2o.runtime import StopFlag
+from d2o.students.base import load_student
+from d2o.training.loop import Trainer
+from d2o.training.setup import prepare
+
+NAMES = [name for name in recipe_names() if name.partition(":")[0] == "d2g_tiny_sd"]
+
+
+def test_the_table_names_what_is_there():
+    rows = [row for row in load_table("d2g_mini").rows if row.recipe]
+    assert {row.recipe for row in rows} == {*NAMES}
+    for row in rows:  # stage 2 begins from stage 1, everything else from the teacher
+        recipe = load_recipe(row.recipe)
+        second = recipe.images == 32_000
+        assert row.start == ("runs/d2g_tiny_sd" if second else None) and (recipe.optim.lr < 1e-4) == second
+        assert row.options.cfg == recipe.pairs.cfg or load_table("d2g_mini").options.cfg == recipe.pairs.cfg
+    assert find_recipe("d2g_tiny_sd").path.exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("d2g")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains(name, folder):
+    """Two iterations, of which the second one's R1 is not due."""
+    few = ["batch=2", "images=4", "pairs.n=4", "pairs.steps=2", "preview=null", "checkpoint.every=4", "log_every=1"]
+    store = folder / f"pairs-{load_recipe(name).pairs.cfg}"
+    recipe = load_recipe(name, [*few, "threads=1", f"pairs.path={store}"], mini=True)
+    setup = prepare(recipe, torch.device("cpu"), None, lambda *_: None, lambda *_: None, StopFlag())
+    run = folder / recipe.name
+    run.mkdir()
+    trainer = Trainer(recipe, setup, run)
+    trainer.run(lambda *_: None, StopFlag())
+    assert ("critic" in trainer.players) == (recipe.options.lambda_gan > 0)
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(lines) == 2 and not any(word in line for line in lines for word in ("NaN", "Infinity"))
+    assert load_student(run / "checkpoints" / "last.safetensors").nfe == 1
