@@ -45,7 +45,8 @@ def memory_of(
     memory[f"optimiser ({names})"] = sum(
         moments(o, _held(p, processes) if shard else p.numel()) for name, o in options.items() for p in trained[name]
     )
-    memory["EMA"] = size(trained[method.product])  # what is not trained is its own average
+    stored = {id(tensor) for tensor in players[method.product].state_dict(keep_vars=True).values()}
+    memory["EMA"] = size(p for p in players[method.product].parameters() if id(p) in stored)  # not a LoRA's base
     for name, state in method.states().items():
         buffers = sum(b.numel() * b.element_size() for b in state.buffers())
         if (kept := size(state.parameters()) + buffers) > 2**16:

@@ -13,7 +13,7 @@ from d2o.networks.copying import follow
 class EMA:
     """beta per update, of which the loop makes one an iteration: `decay` as it is, or 0.5^(batch / h) with h =
     min(half_life, ramp * images seen) (Karras et al. 2022, appendix F.2); with neither, or before `start` images, the
-    copy follows the weights at once. Buffers are copied. Parameters that are not trained may be the network's own.
+    copy follows the weights at once. Buffers are copied. Parameters may be the network's own (a LoRA's base).
 
     `copied`: the copy to take instead of a new one, of a network that cannot be copied any more (it is sharded).
     """

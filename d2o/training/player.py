@@ -51,8 +51,9 @@ class Player:
         self.exchange = strategy.exchange(self.parameters.values())
         self.ema: EMA | None = None
         if average is not None and empty is not None:
-            copied = {  # what is not trained is its own average
-                old: nn.Parameter(p.detach().clone(), requires_grad=False) if p.requires_grad else p
+            stored = {id(tensor) for tensor in network.state_dict(keep_vars=True).values()}
+            copied = {  # what no state holds, the base of a LoRA, is its own average
+                old: nn.Parameter(p.detach().clone(), requires_grad=False) if id(p) in stored else p
                 for old, p in zip(empty.parameters(), network.parameters(), strict=True)
             }
             settings = (average.half_life, average.decay, average.ramp, average.start)
