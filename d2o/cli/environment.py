@@ -55,6 +55,7 @@ SETTINGS = (
 EXTRAS = {
     "eval": "networks of d2o eval beside Inception (CLIP, DINOv2, DreamSim, LPIPS, EfficientNet-lite0)",
     "pairs": "prompts in .parquet files",
+    "lora": "student.lora",
     "export": "d2o export --format onnx",
     "wandb": "tracker: wandb",
     "mlflow": "tracker: mlflow",

@@ -22,7 +22,7 @@ FORMAT = typer.Option(
     help=(
         "onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or"
         " diffusers (a folder for its pipelines: a text-to-image teacher, or a one-call student of a teacher in that"
-        " format)."
+        " format; of a LoRA student its LoRA)."
     ),
     autocompletion=complete.among("onnx", "program", "safetensors", "diffusers"),
 )
@@ -73,6 +73,14 @@ TOLERANCE = typer.Option(
     ),
     show_default=False,
 )
+MERGED = typer.Option(
+    False,
+    "--merged",
+    help=(
+        "For --format diffusers of a LoRA student: the whole model with the adapters in its weights, instead of the"
+        " adapters alone."
+    ),
+)
 FORCE = typer.Option(False, "--force", help="Overwrite another file or model card of that name.")
 
 
@@ -85,6 +93,7 @@ def export(
     student_sigma: float = STUDENT_SIGMA,
     check_n: int = CHECK_N,
     tolerance: float = TOLERANCE,
+    merged: bool = MERGED,
     force: bool = FORCE,
 ) -> None:
     """Write a student as ONNX, as a torch.export program or as weights in another precision, compare it with the
@@ -104,6 +113,7 @@ def export(
         student_sigma=student_sigma,
         check_n=check_n,
         tolerance=tolerance,
+        merged=merged,
         force=force,
         say=console.say,
     )

@@ -14,6 +14,8 @@ from d2o.cli.train_run import begin_run, begun_recipe, check_options, check_run,
 from d2o.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from d2o.recipes.schema import Recipe
 
 OUT = typer.Option(
@@ -259,7 +261,7 @@ def _plan(
     processes: int,
 ) -> None:
     """`--plan`: all that would keep the command from starting, in one answer. typer.Exit 1 if there is any."""
-    from d2o.cli.plan import show_plan, verdict
+    from d2o.cli.plan import show_fit, show_plan, verdict
     from d2o.interop.outputs import check_output
     from d2o.recipes.plan import make_plan
 
@@ -268,12 +270,15 @@ def _plan(
         lambda: check_options(recipe, data, start),
         lambda: check_output(folder, folder=True),
         lambda: check_run(folder, recipe, resume, start),
-        lambda: open_device(device_name),
+        lambda: devices.append(open_device(device_name)),
     )
+    devices: list[torch.device] = []
     for check in checks:
         try:
             check()
         except UserError as error:
             plan.refused.append(str(error))
     show_plan(recipe, plan)
+    for device in devices:
+        show_fit(recipe, plan, device)
     verdict([plan])

@@ -39,6 +39,7 @@ FORMATS = {
     "program": "torch.export program",
     "safetensors": "d2o checkpoint (safetensors)",
     "diffusers": "diffusers folder",
+    "lora": "LoRA for a diffusers pipeline",
 }
 
 
@@ -74,7 +75,9 @@ def _front_matter(source: Loaded, file_format: str) -> str:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:
         front = {"license": "other", "license_name": _slug(licence)}
-    front["library_name"] = "diffusers" if file_format == "diffusers" else "d2o"
+    front["library_name"] = "diffusers" if file_format in ("diffusers", "lora") else "d2o"
+    if file_format == "lora" and (base := snippets.hub_name(source)):
+        front["base_model"] = base
     if source.spec.condition == "none" and source.kind == "student":
         front["pipeline_tag"] = "unconditional-image-generation"
     one_step = ["one-step", "distillation"] if source.kind == "student" else ["teacher"]
@@ -114,11 +117,24 @@ def _what(source: Loaded, file_format: str, detail: str, source_name: str) -> st
         "condition": labels,
         **({} if source.guidance is None else {"guidance scale": "{:g} to {:g}, told to it".format(*source.guidance)}),
         "network": _code((meta.get("network") or {}).get("arch", "not recorded")),
+        **_lora(meta),
         "parameters": f"{sum(p.numel() for p in source.network.parameters()):,}",
         "images trained on": f"{meta['images']:,}" if isinstance(meta.get("images"), int) else "not recorded",
         "d2o version": f"{_text(meta.get('d2o', 'not recorded'))} (checkpoint), {__version__} (export)",
     }
     return what + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _lora(meta: JsonObject) -> dict[str, str]:
+    """What a LoRA is, and of which weights."""
+    lora = (meta.get("network") or {}).get("lora")
+    if not lora:
+        return {}
+    base = lora["base"]
+    revision = f", revision {_code(base['revision'])}" if base.get("revision") else ""
+    digest = f", weights sha256 {_code(base['sha256'])}" if base.get("sha256") else ""
+    change = f"rank {lora['rank']}, alpha {lora['alpha']:g}, of layers {_code(', '.join(lora['targets']))}"
+    return {"LoRA": change, "base": f"{_code(base['name'])}{revision}{digest}"}
 
 
 def _teacher(source: Loaded) -> str:
@@ -217,7 +233,7 @@ def _limitations(source: Loaded, file_format: str) -> str:
             "The noise inputs of the synthesis network are the checkpoint's constant ones; d2o itself gives every image"
             " its own."
         )
-    if file_format == "diffusers":
+    if file_format in ("diffusers", "lora"):
         steps = "one step" if source.student.nfe == 1 else f"{source.student.nfe} steps"
         points.append(f"The scheduler in the folder has the {steps} that the student was trained for; no other fits.")
     elif not spec.latent:

@@ -14,6 +14,7 @@ from d2o.errors import UserError, unknown
 from d2o.export.card import card
 from d2o.export.diffusers import write_diffusers
 from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, stated
+from d2o.export.lora_folder import write_lora
 from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, Runner, compare
 from d2o.export.program import open_program, write_program
@@ -58,11 +59,13 @@ def export_checkpoint(
     student_sigma: float | None = None,
     check_n: int = 16,
     tolerance: float | None = None,
+    merged: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> Exported:
     """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program
-    or safetensors; or a text-to-image teacher, or a student of a teacher in diffusers' format, as a diffusers folder.
+    or safetensors; or a text-to-image teacher, or a student of a teacher in diffusers' format, as a diffusers folder
+    (a LoRA student as a LoRA, or `merged` as the whole model).
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
     diffusers: the folder
@@ -92,7 +95,9 @@ def export_checkpoint(
             raise UserError(
                 "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
             )
-        return _diffusers(checkpoint, out, precision, check_n, tolerance, force, say)
+        return _diffusers(checkpoint, out, precision, check_n, tolerance, merged, force, say)
+    if merged:
+        raise UserError(f"--merged is for --format diffusers; {file_format} holds a LoRA student as it is called")
     source = load_exportable(checkpoint, student_sigma)
     target = _target(source, checkpoint, file_format, precision, out)
     if file_format in ("onnx", "program"):
@@ -123,17 +128,24 @@ def _diffusers(
     dtype: str,
     check_n: int,
     tolerance: float,
+    merged: bool,
     force: bool,
     say: Callable[[str], None],
 ) -> Exported:
     given = find_checkpoint(checkpoint)
+    meta = read_meta(given) if given.suffix == ".safetensors" else {}
+    lora = bool((meta.get("network") or {}).get("lora"))
+    if merged and not lora:
+        raise UserError(f"--merged is for LoRA students; {given.name} holds all weights", "leave it away")
+    as_lora = lora and not merged
     beside = Path(checkpoint) if Path(checkpoint).is_dir() else given.parent
-    target = Path(out) if out is not None else beside / f"{given.stem}-diffusers"
+    target = Path(out) if out is not None else beside / f"{given.stem}-{'lora' if as_lora else 'diffusers'}"
     check_output(target, folder=True)
-    say(f"exporting {given.name} as a diffusers folder, {dtype}")
-    if given.suffix == ".safetensors" and read_meta(given).get("kind") == "student":
+    say(f"exporting {given.name} as a {'LoRA for diffusers' if as_lora else 'diffusers folder'}, {dtype}")
+    if meta.get("kind") == "student":
         source = load_exportable(given, text=True)
-        parity, unchanged = write_student(source, target, dtype, check_n, tolerance, force)
+        write = write_lora if as_lora else write_student
+        parity, unchanged = write(source, target, dtype, check_n, tolerance, force)
         return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
     parity, meta, unchanged = write_diffusers(given, target, dtype, check_n, tolerance, force)
     spec = meta.get("spec") or {}

@@ -19,6 +19,8 @@ from d2o.teachers.diffusers_parts import quiet, read_config
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+LORA = "pytorch_lora_weights.safetensors"
+"""The file that pipelines look for in a folder of a LoRA."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -63,7 +65,8 @@ def keep(folder: Path, target: Path, force: bool) -> bool:
 
 
 def _replaceable(target: Path) -> bool:
-    return target.is_dir() and (not any(target.iterdir()) or (target / "model_index.json").is_file())
+    known = ("model_index.json", LORA)
+    return target.is_dir() and (not any(target.iterdir()) or any((target / name).is_file() for name in known))
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from d2o.inputs import JsonObject
 from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import file_sha256, read_meta, resolve_checkpoint
 from d2o.networks.build import network_config
+from d2o.networks.lora import merged
 from d2o.students.base import Student, checkpoint_meta, load_student
 from d2o.students.few_step import FewStepStudent
 from d2o.students.style import StyleStudent
@@ -163,14 +164,15 @@ def load_exportable(path: str | Path, student_sigma: float | None = None, text: 
 
 
 def for_graph(source: Loaded) -> None:
-    """Make the student one that a graph can hold: without random numbers of its own. UserError: one that draws them
-    between its calls."""
+    """Make the student one that a graph can hold: without random numbers of its own, adapters merged. UserError: one
+    that draws them between its calls."""
     student = getattr(source.call, "student", None)
     if student is None:
         return
     if student.nfe > 1 and not isinstance(student, FewStepStudent):
         what = f"{source.path} draws noise of its own between its {student.nfe} network calls, which a graph cannot"
         raise UserError(what, "--format safetensors keeps it as it is")
+    source.network = student.network = merged(student.network)
     if isinstance(student, StyleStudent) and student.noise == "own":
         student.noise = "const"  # the card says so
 

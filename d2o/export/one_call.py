@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from d2o.diffusion.levels import DiscreteLevels, FlowLevels
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
 from d2o.networks.edm_view import EDMView, lowest_level
+from d2o.networks.lora import merged
 from d2o.networks.second_time import second_time
 from d2o.students.base import Student
 from d2o.students.consistency import ConsistencyStudent
@@ -58,7 +59,8 @@ def one_call(student: Student, path: str | Path) -> OneCall:
         what = f"{path} makes an image in {student.nfe} network calls; the folder would hold one of them"
         raise UserError(what, "of a few-step student with the usual `student.levels` it holds all")
     with torch.no_grad():
-        net = copy.deepcopy(view.net).eval()
+        whole: Any = merged(view)  # a copy, where there was something to merge
+        net = (copy.deepcopy(view.net) if whole is view else whole.net).eval()
         _without_variance(net)
         _without_second_time(view, net, student)
         if isinstance(view.levels, FlowLevels):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
 from d2o.export.loaded import Loaded
+from d2o.interop import catalogue
+from d2o.teachers.registry import BUILTIN
 
 BATCH = 4
 
 
 def usage(source: Loaded, file_name: str, file_format: str) -> str:
     """Text and one code block for this file."""
-    lines = {"onnx": _onnx, "program": _program, "safetensors": _safetensors, "diffusers": _diffusers}[file_format](
-        source, file_name
-    )
+    lines = {
+        "onnx": _onnx,
+        "program": _program,
+        "safetensors": _safetensors,
+        "diffusers": _diffusers,
+        "lora": _lora,
+    }[file_format](source, file_name)
     needs = {
         "onnx": "`pip install onnxruntime numpy`; d2o and torch are not needed.",
         "program": (
@@ -24,16 +31,20 @@ def usage(source: Loaded, file_name: str, file_format: str) -> str:
         ),
         "safetensors": "`pip install d2o`.",
         "diffusers": "`pip install diffusers transformers`; d2o is not needed.",
+        "lora": "`pip install diffusers transformers peft`.",
     }[file_format]
     return f"{needs} {_about(source, file_format)}\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def _about(source: Loaded, file_format: str) -> str:
+    if file_format == "lora":
+        return (
+            f"The adapters go into the teacher's pipeline; {_discrete(source)}, as the folder has it, makes the"
+            " student's one step."
+        )
     if file_format == "diffusers":
         flow = (source.meta.get("network") or {}).get("prediction") == "velocity"
-        begins = (source.meta.get("student") or {}).get("begins")
-        discrete = "DDIMScheduler" if begins == "x_T" else "EulerDiscreteScheduler"
-        scheduler = "FlowMatchEulerDiscreteScheduler" if flow else discrete
+        scheduler = "FlowMatchEulerDiscreteScheduler" if flow else _discrete(source)
         warned = " (diffusers may warn that it expects another scheduler; this one has what the pipeline asks for.)"
         return (
             f"The call below is the whole of it: {scheduler}, as the folder has it, makes the student's one step."
@@ -131,6 +142,39 @@ def _diffusers(source: Loaded, file_name: str) -> list[str]:
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(file_name)}{without})",
         f"images = pipeline({asked}).images  # PIL",
     ]
+
+
+def _lora(source: Loaded, file_name: str) -> list[str]:
+    name = source.meta["network"]["lora"]["base"]["name"]
+    base, first = (
+        json.dumps(hub_name(source) or name),
+        [f"from diffusers import {_discrete(source)}, DiffusionPipeline"],
+    )
+    if name in BUILTIN:
+        base, first = f"locate({json.dumps(name)})", [*first, "", "from d2o.teachers.registry import locate"]
+    return [
+        *first,
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({base})",
+        f"pipeline.load_lora_weights({json.dumps(file_name)})",
+        f'pipeline.scheduler = {_discrete(source)}.from_pretrained({json.dumps(file_name)}, subfolder="scheduler")',
+        'images = pipeline("a photo of a dog", num_inference_steps=1, guidance_scale=0.0).images  # PIL',
+    ]
+
+
+def hub_name(source: Loaded) -> str:
+    """The hub's name of the teacher that a LoRA changes; "" for one that is not there."""
+    name = source.meta["network"]["lora"]["base"]["name"]
+    published = catalogue.find(name)
+    if published is not None:
+        return published.source
+    return "" if name in BUILTIN or Path(name).is_absolute() else name
+
+
+def _discrete(source: Loaded) -> str:
+    """The scheduler of a student with a discrete schedule."""
+    begins = (source.meta.get("student") or {}).get("begins")
+    return "DDIMScheduler" if begins == "x_T" else "EulerDiscreteScheduler"
 
 
 def _torch_inputs(source: Loaded, guidance: bool = True) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import file_sha256
-from d2o.interop.weights import find_weights
+from d2o.interop.weights import find_weights, want
 from d2o.networks.fill import fill_network
 
 N = TypeVar("N", bound=nn.Module)
@@ -98,6 +98,7 @@ def filled(
     """The network with the weights called `name`, from the file `weights` or from where `find_weights` has them, and
     the file's sha256. On the meta device, for what it costs, no weights are looked for."""
     if torch.device(device).type == "meta":
+        want(name, weights)
         with torch.device("meta"):
             return build().eval().requires_grad_(False), ""
     path = find_weights(name, weights)

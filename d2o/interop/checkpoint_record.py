@@ -83,6 +83,15 @@ class NeedRecord(Record):
     sha256: Sha256 | None = None
 
 
+class LoraRecord(Record):
+    """Adapters, and the teacher whose weights they change."""
+
+    rank: Annotated[int, Field(ge=1, le=2**20)]
+    alpha: Positive
+    targets: Annotated[list[str], Field(min_length=1)]
+    base: NeedRecord
+
+
 class NeedsRecord(Record):
     text: NeedRecord | None = None
     space: NeedRecord | None = None

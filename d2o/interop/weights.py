@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,6 +245,44 @@ def find_weights(name: str, given: str | os.PathLike | None = None, progress: Re
     if entry.sha256 is None:
         _check_prefix(entry, path, fetched)
     return path
+
+
+_wanted: ContextVar[list[tuple[str, Path | None]] | None] = ContextVar("wanted", default=None)
+
+
+@contextmanager
+def wanted() -> Iterator[list[tuple[str, Path | None]]]:
+    """The weights that are asked for in this block by who does without them (`want`), for a plan: name, and the file
+    that was given."""
+    found: list[tuple[str, Path | None]] = []
+    token = _wanted.set(found)
+    try:
+        yield found
+    finally:
+        _wanted.reset(token)
+
+
+def want(name: str, given: Path | None = None) -> None:
+    """Say that the weights `name` will be needed; nothing is looked for."""
+    found = _wanted.get()
+    if found is not None and (name, given) not in found:
+        found.append((name, given))
+
+
+def absence_of(name: str, given: Path | None = None) -> str | None:
+    """What is to be said of weights that `find_weights` would fetch; None: they are here. UserError as there, of a file
+    that was given."""
+    entry = WEIGHTS[name]
+    if given is not None:
+        _given(entry, given)
+        return None
+    if (home() / "weights" / entry.file).exists() or _in_torchs_cache(entry) or _packaged(entry):
+        return None
+    if not entry.url:
+        raise UserError(
+            f"the weights {name!r} ({entry.file}) are not on this machine", _ways(entry, home() / "weights")
+        )
+    return f"the weights {name!r} are not on this machine; training fetches them from {entry.url} ({entry.licence})"
 
 
 def _given(entry: Weights, path: Path) -> Path:

@@ -8,7 +8,7 @@ then over the maps ("mean"), or summed over the maps ("sum"): the paper does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2o.errors import unknown
 from d2o.losses.adversarial import fake_loss, generator_loss, mean_per_image, real_loss
+from d2o.networks.full_precision import full_precision
 
 REDUCTIONS = ("mean", "sum")
 R1_OF = ("x", "xz")
@@ -96,6 +97,5 @@ def twice_differentiable(device: torch.device) -> Iterator[None]:
     differentiated twice as fused kernels cannot, and everything in full precision."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    exact = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-    with sdpa_kernel(SDPBackend.MATH), exact:
+    with sdpa_kernel(SDPBackend.MATH), full_precision(device.type):
         yield

@@ -14,9 +14,11 @@ from d2o.data.prompts import Prompts
 from d2o.diffusion.guidance import Range
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
+from d2o.methods.adapters import begin_lora
 from d2o.methods.base import Batch, Draws, Method, O, Setup
 from d2o.networks.build import build_network, network_config, set_dropout
 from d2o.networks.config import Config
+from d2o.networks.lora import merged, train_lora
 from d2o.networks.scale_input import add_scale_input
 from d2o.students.base import Student, make_student
 from d2o.students.few_step import FewStepStudent, spaced_levels
@@ -43,15 +45,24 @@ class StudentMethod(Method[O]):
     def begin(self, setup: Setup[O], spec: Spec, own: Config | None = None) -> nn.Module:
         """The student's network as training begins, all of it to be trained: a copy of that of `setup.start`, of the
         teacher's, or, for `student.init: scratch` and without a teacher, one with random weights, whose configuration
-        `own` (default: the teacher's) the recipe's `network:` changes. UserError: `setup.start` does not fit."""
+        `own` (default: the teacher's) the recipe's `network:` changes. For `student.lora` the teacher's own weights
+        with adapters, which alone are trained; without it, those of `setup.start` are merged into its weights.
+        UserError: `setup.start` does not fit."""
         self.device, self.prompts = setup.device, setup.prompts
         if getattr(setup.student, "steps", 1) != 1 and not self.few_steps:
             what = f"student.steps: method {self.name} has no students of {setup.student.steps} steps by these losses"
             raise UserError(what, "leave it away, or take method diffusion2gan or ode")
         teacher = None if self.teacher is None else self.teacher.network
+        lora = getattr(setup.student, "lora", None)
         if setup.start is not None:
             self.check_start(setup, setup.start, spec)
-            network = self.copied(setup.start.network, setup.start)
+        if lora is not None:
+            if type(self).copied is not StudentMethod.copied:
+                what = f"student.lora: method {self.name} changes the network itself, which a LoRA cannot hold"
+                raise UserError(what, "student.lora: null trains all weights")
+            network: nn.Module = begin_lora(lora, self.teacher, setup)
+        elif setup.start is not None:
+            network = self.copied(merged(setup.start.network), setup.start)
         elif teacher is not None and setup.student.init == "teacher":
             network = self.copied(teacher)
         else:
@@ -59,13 +70,20 @@ class StudentMethod(Method[O]):
             network = self.scratch({**(given or {}), **(setup.network or {})})
         if setup.student.dropout is not None:
             set_dropout(network, setup.student.dropout)
-        return network.requires_grad_(True).train()
+        if lora is not None:
+            train_lora(network)
+        else:
+            network.requires_grad_(True)
+        return network.train()
 
     def begin_student(self, setup: Setup[O], spec: Spec) -> Student:
         """`begin`, as a student: called at `student.sigma`, or of the kind and as the one that it starts from; told the
         guidance scale where each pair has its own."""
         network, start, guidance = self.begin(setup, spec), setup.start, setup.guidance
         if guidance is not None and (start is None or start.guidance is None):
+            if getattr(setup.student, "lora", None) is not None:
+                what = "student.lora: a LoRA has no place for the input by which a student is told the guidance scale"
+                raise UserError(what, "give pairs.cfg one number, or train all weights (student.lora: null)")
             add_scale_input(network)
         if start is not None:
             told = {} if guidance is None else {"guidance": guidance}

@@ -9,9 +9,9 @@ import math
 from typing import TypedDict
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 class Init(TypedDict, total=False):
@@ -36,7 +36,7 @@ def run_block(block: nn.Module, x: Tensor, emb: Tensor, checkpointing: bool) -> 
     if not (checkpointing and torch.is_grad_enabled()):
         return block(x, emb)
     random = block.training and bool(block.dropout)
-    return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=random)
+    return torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=random)
 
 
 class Linear(nn.Module):

@@ -20,6 +20,7 @@ from d2o.errors import UserError, unknown
 from d2o.inputs import JsonObject
 from d2o.networks.config import Config, as_json
 from d2o.networks.latent import build_diffusers
+from d2o.networks.lora import add_lora
 from d2o.networks.precond import CONSISTENCY_EPSILON, Returned, channel_mean, check_part
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class EDMView(nn.Module):
     network is told the nearest time that it knows. `precond` "consistency": x + (sigma - sigma_min) / sigma (D - x),
     which is x itself at sigma_min, as consistency models have it built in (Song et al. 2023, eq. 5). `augment_labels`
     [B, augment_dim] go through a linear map into the time embedding (0 at first, if `with_second_time` made it), or
-    through that of a UNet2DConditionModel with `time_cond_proj_dim`.
+    through that of a UNet2DConditionModel with `time_cond_proj_dim`. `lora`: adapters of the network
+    (`d2o.networks.lora`), whose state dict then is theirs alone.
     `part` as in `Denoiser`; maps of transformers are those of their middle. UserError: a network, prediction or
     schedule that d2o does not know; dropout of a network that has none.
     """
@@ -62,6 +64,7 @@ class EDMView(nn.Module):
         augment_dim: int = 0,
         time_ids: list[float] | None = None,
         dropout: float | None = None,
+        lora: JsonObject | None = None,
         module: nn.Module | None = None,
     ):
         super().__init__()
@@ -93,6 +96,8 @@ class EDMView(nn.Module):
         }
         if dropout is not None:
             self.dropout = self.config["dropout"] = dropout
+        if lora is not None:
+            add_lora(self, lora)
 
     @classmethod
     def of(

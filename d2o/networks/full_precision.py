@@ -6,20 +6,43 @@ with it bfloat16's rounding: some 3 % of a latent's standard deviation.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from d2o.networks.edm_view import EDMView
 
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+@contextmanager
+def full_precision(kind: str) -> Iterator[None]:
+    """Compute the block in full precision on devices of that kind, whatever autocast says around it. The meta device
+    knows no autocast: plans ask `is_full`."""
+    if kind == "meta":
+        token = _inside.set(True)
+        try:
+            yield
+        finally:
+            _inside.reset(token)
+    else:
+        with torch.autocast(kind, enabled=False):
+            yield
+
+
+def is_full() -> bool:
+    """Whether a plan is inside of such a block."""
+    return _inside.get()
+
 
 class FullPrecisionConv2d(nn.Conv2d):
     """A convolution that autocast leaves in float32, with what enters it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        with full_precision(x.device.type):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x.float(), self.weight.float(), bias)
 

@@ -4,18 +4,24 @@ them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from d2o.condition import Condition
 from d2o.methods.base import Batch, Draws, Method, Reals, Setup
+from d2o.networks.full_precision import is_full
 from d2o.recipes.meta_ops import RememberedShapes
 from d2o.students.few_step import FewStepStudent
 
 META = torch.device("meta")
+T = TypeVar("T")
 
 
 def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
@@ -66,59 +72,109 @@ class _MetaDraws(Draws):
         return torch.full(shape, 0.5)
 
 
+class _FusedAttention(torch.autograd.Function):
+    """What the kernels of every device keep of softmax(Q K^T) V: its arguments, its result, and a number for each row;
+    on the meta device torch would keep the matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN401
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        return out
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as `_FusedAttention`, wherever such kernels are not switched off (as for double backward passes)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+        if func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled():
+            given = kwargs or {}
+            return _FusedAttention.apply(*args[:3], *[given[key] for key in ("query", "key", "value")[len(args) :]])
+        return func(*args, **(kwargs or {}))
+
+
+class Kept:
+    """What autograd keeps for the backward pass: bytes, each tensor once, parameters not at all. `half`: numbers in two
+    bytes each, as autocast has them, but for what is computed in full precision."""
+
+    def __init__(self, half: bool = False, beside: Kept | None = None):
+        self.bytes, self.half, self.beside = 0, half, beside
+        self.seen: set[int] = set()
+        self.tensors: list[Tensor] = []
+
+    def save(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage()._cdata
+        elsewhere = self.beside is not None and place in self.beside.seen
+        if not isinstance(tensor, nn.Parameter) and place not in self.seen and not elsewhere:
+            self.seen.add(place)
+            self.tensors.append(tensor)  # alive, so that its address is not used again
+            halved = self.half and tensor.dtype == torch.float32 and not is_full()
+            self.bytes += tensor.numel() * (2 if halved else tensor.element_size())
+        return tensor
+
+    def clear(self) -> None:
+        self.bytes = 0
+        self.seen.clear()
+        self.tensors.clear()
+
+    def watch(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self.save, lambda tensor: tensor)
+
+
 class CountingLoop:
     """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the
-    backward pass."""
+    backward pass, `peak` of the largest one of the step; `half` as in `Kept`."""
 
-    def __init__(self, method: Method, micro: int):
-        self.networks, self.micro, self.calls, self.bytes, self.peak = method.players(), micro, 0, 0, 0
-        self.seen: set[int] = set()
-        self.kept: list[Tensor] = []
+    def __init__(self, method: Method, micro: int, half: bool = False):
+        self.networks, self.micro, self.calls, self.peak = method.players(), micro, 0, 0
+        self.kept, self.again = Kept(half), 0
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
-        for block in [
-            block
-            for net in self.networks.values()
-            for part in net.modules()
-            if getattr(part, "checkpointing", False)
-            for blocks in part.children()
-            if isinstance(blocks, nn.ModuleDict)
-            for block in blocks.values()
-        ]:
-            handles.append(block.register_forward_pre_hook(self._keep))
-        with RememberedShapes(), torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
+        with RememberedShapes(), _Fused(), self._recomputing(), self.kept.watch():
             method.step(self, batch, method.heaviest())
         for handle in handles:
             handle.remove()
+        self.freed()
 
     def _count(self, network: nn.Module, *_: object) -> None:
         self.calls += network.nfe if isinstance(network, FewStepStudent) else 1
 
-    def _keep(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        """What checkpointing keeps of a block is what goes into it."""
-        if torch.is_grad_enabled():
-            for tensor in args:
-                if isinstance(tensor, Tensor):
-                    self._save(tensor)
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Activation checkpointing keeps what goes into a block. What the block computes inside is there for one block
+        at a time, when it is computed again (`again`, of the largest)."""
+        whole = torch.utils.checkpoint.checkpoint
 
-    def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.kept.append(tensor)  # alive, so that its address is not used again
-            self.bytes += tensor.numel() * tensor.element_size()
-        return tensor
+        def counted(block: Callable[..., T], *args: object, **how: object) -> T:
+            if not torch.is_grad_enabled():
+                return block(*args)
+            for value in args:
+                if isinstance(value, Tensor):
+                    self.kept.save(value)
+            inside = Kept(self.kept.half, beside=self.kept)
+            with inside.watch():
+                out = block(*args)
+            self.again = max(self.again, inside.bytes)
+            return out
+
+        torch.utils.checkpoint.checkpoint = counted  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.utils.checkpoint.checkpoint = whole
 
     def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
         yield batch, _MetaDraws(self.micro)
 
     def backward(self, loss: Tensor) -> None:
         """What was kept is freed here, so that of several backward passes in a step the largest counts."""
-        self.peak = max(self.peak, self.bytes)
-        self.bytes = 0
-        self.seen.clear()
+        self.freed()
+
+    def freed(self) -> None:
+        self.peak = max(self.peak, self.kept.bytes + self.again)
         self.kept.clear()
+        self.again = 0
 
     def update(self, name: str) -> None: ...
 

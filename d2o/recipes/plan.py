@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -31,14 +32,16 @@ from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
 from d2o.interop.hub import cached_snapshot, is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
+from d2o.interop.weights import absence_of, wanted
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
 from d2o.metrics.nfe import Phase
 from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
+from d2o.networks.fill import fill_network
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
-from d2o.recipes.memory import memory_of
+from d2o.recipes.memory import disk_of, memory_of
 from d2o.recipes.schema import Recipe
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
@@ -47,6 +50,7 @@ from d2o.teachers.kinds import expected_kind
 from d2o.teachers.planned import planned_teacher
 from d2o.teachers.registry import load_teacher
 from d2o.teachers.stable_diffusion import TextTeacher
+from d2o.training.eight_bit import check_installed
 from d2o.training.eval_section import Distance
 from d2o.training.frozen import count_frozen
 from d2o.training.player import check_players
@@ -83,7 +87,7 @@ class Plan:
     @property
     def network_calls(self) -> int:
         """All of them, each once."""
-        return sum(n for what, n in self.calls.items() if what != AS_PAPERS)
+        return sum(n for what, n in self.calls.items() if "as papers count" not in what)
 
     @property
     def starts(self) -> bool:
@@ -118,6 +122,8 @@ def make_plan(
     )
     setup.guidance = _attempt(plan.refused, lambda: guidance_of(recipe))
     _attempt(plan.missing, lambda: check_tracker(recipe))
+    if recipe.eight_bit:
+        _attempt(plan.missing, check_installed)
     name = recipe.teacher
     if name and _fits(plan, recipe.method, name):
         known = {} if teachers is None else teachers
@@ -158,7 +164,7 @@ def make_plan(
     )
     if any(lacking) or (start is not None and setup.start is None):
         return plan
-    method = _attempt(plan.refused, lambda: _build(method_class, setup))
+    method = _attempt(plan.refused, lambda: _build(plan, method_class, setup))
     parts = _attempt(plan.refused, lambda: divide(recipe, 0, processes))
     if method is not None:
         _attempt(plan.refused, lambda: _check_metric(recipe, method, evaluator))
@@ -178,14 +184,17 @@ def _fits(plan: Plan, method: str, teacher: str) -> bool:
     return len(plan.refused) == before
 
 
-def _build(method_class: type[Method], setup: Setup) -> Method:
-    with META, warnings.catch_warnings():
+def _build(plan: Plan, method_class: type[Method], setup: Setup) -> Method:
+    with META, wanted() as weights, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # weights that are loaded into a network on meta stay where they are: none are needed here
         method = method_class(setup)
         freeze(method.players()[method.product], setup.student.freeze)
-        return method
+    for name, given in weights:
+        if what := _attempt(plan.missing, partial(absence_of, name, given)):
+            plan.fetched(what)
+    return method
 
 
 def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:  # noqa: ANN401 (images, or what stands in for them)
@@ -300,8 +309,11 @@ def _student(path: Path) -> Student:
     meta = check_checkpoint(read_meta(path), path)
     if meta.get("kind") != "student":
         raise UserError(f"{path} is not a student")
-    with META:
-        network = build_network(meta["network"], file_holdings([path]), f"{path}: network")
+    held, lora = file_holdings([path]), bool(meta["network"].get("lora"))
+    with META:  # a LoRA's file holds its adapters alone
+        network = build_network(meta["network"], None if lora else held, f"{path}: network")
+        if lora:
+            fill_network(network, held, path, assign=True)
         return make_student(network, Spec.from_dict(meta["spec"], path), meta["student"])
 
 
@@ -322,7 +334,9 @@ def _plan_pairs(plan: Plan, name: str, pairs: PairsSection, teacher: Teacher) ->
         if there
         else f"the pair store {folder} is made ({missing:,} pairs)"
     )
-    plan.calls[MAKING_PAIRS] = missing * Solver(pairs.solver, pairs.steps).forwards(pairs.cfg)
+    solver = Solver(pairs.solver, pairs.steps)
+    plan.calls[MAKING_PAIRS] = missing * solver.forwards(pairs.cfg)
+    plan.calls["making pairs, as papers count (NFE)"] = missing * solver.nfe
     plan.disk[f"pairs ({folder})"] = (
         missing * math.prod(spec.shape) * ((4 if pairs.dtype == "fp32" else 2) + (4 if pairs.store_noise else 0))
     )
@@ -354,22 +368,21 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
     frozen = plan.memory  # what is only called, which every process has whole
     if not _passes(plan.refused, lambda: check_players(recipe, method, players, plan.processes)):
         return
-    whole = memory_of(recipe, method, players, 1, shard=False)
     plan.memory = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=False)}
     if plan.processes > 1:
         plan.sharded = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=True)}
-    loop = CountingLoop(method, micro)
+    loop = CountingLoop(method, micro, half=recipe.precision != "fp32")
     loop.run(method, meta_batch(method, setup, micro))
+    if setup.teacher is not None and setup.teacher.spec.latent and (vae := setup.teacher.space.loaded) is not None:
+        plan.networks["autoencoder (frozen)"] = count_parameters(vae)
+        for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
+            memory["autoencoder"] = 4 * plan.networks["autoencoder (frozen)"]
     for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
-        memory[f"activations (micro-batch {micro})"] = max(loop.peak, loop.bytes) // (
-            1 if recipe.precision == "fp32" else 2
-        )
+        memory[f"activations (micro-batch {micro})"] = loop.peak
     plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
     if phase := method.phase(recipe.options):
         plan.calls[AS_PAPERS] = Phase(phase, recipe.batch, plan.iterations, method.nfe()).nfe
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
         many, each = times(recipe), recipe.eval.samples
         plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()
-    product = whole["EMA"]
-    states = product + sum(size for part, size in whole.items() if part != "gradients" and part != "EMA")
-    plan.disk["checkpoints"] = states + product * (recipe.checkpoint.keep + 1 + (1 if recipe.eval else 0))
+    plan.disk["checkpoints"] = disk_of(recipe, method, players)

@@ -12,6 +12,7 @@ from torch import Tensor
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import tensors_sha256
+from d2o.networks.full_precision import full_precision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -98,6 +99,11 @@ class LatentSpace:
         return self._autoencoder
 
     @property
+    def loaded(self) -> AutoencoderKL | None:
+        """The autoencoder, if somebody has needed it; None otherwise."""
+        return self._autoencoder
+
+    @property
     def record(self) -> JsonObject:
         """What a file says of it that needs it: name and revision, and sha256 of the autoencoder's weights where they
         are no published ones."""
@@ -153,11 +159,9 @@ class LatentSpace:
 
     def pixels(self, x: Tensor) -> Tensor:
         """`decode` for a loss: all at once, not limited to [-1, 1], and gradients flow to the latents."""
-        if x.device.type == "meta":  # a plan, which needs no autoencoder, and does not count what decoding keeps
-            return x.new_zeros(len(x), *self.image_shape(tuple(x.shape))) + x.mean()
         vae = self.autoencoder
         raw = self.numbers.raw(x.to(vae.device, torch.float32)).to(vae.dtype)
-        with torch.autocast(raw.device.type, enabled=False):
+        with full_precision(raw.device.type):
             images = vae.decode(raw, return_dict=False)[0].float()
         return images if self.numbers.low == -1 else images * 2 - 1
 

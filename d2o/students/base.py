@@ -24,6 +24,7 @@ from d2o.networks.load import load_weights
 from d2o.networks.scale_input import scale_embedding
 from d2o.spaces.base import UNNAMED, LatentSpace
 from d2o.spaces.load import load_space
+from d2o.students.on_base import on_base
 from d2o.teachers.base import Spec, check_labels, embed_labels
 from d2o.teachers.text import TextEncoders, check_text, embed_prompts, kept_text
 from d2o.teachers.text_encoders import load_text
@@ -264,7 +265,7 @@ def save_student(path: str | Path, student: Student, **more: object) -> None:
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
     """A student from its checkpoint or run folder, in eval mode. UserError: missing, truncated or foreign file, or not
-    a student."""
+    a student; a LoRA whose teacher is not here."""
     path = resolve_checkpoint(path)
     tensors, meta = load_file(path)
     if meta.get("kind") != "student":
@@ -275,9 +276,8 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     if isinstance(meta.get("student"), dict) and meta["student"].get("kind") not in STUDENTS:
         raise unknown(f"kind of student in {path}", str(meta["student"].get("kind"))[:40], STUDENTS)
     check_checkpoint(meta, path)
-    student = make_student(
-        load_weights(meta["network"], tensors, path), Spec.from_dict(meta["spec"], path), meta["student"]
-    )
+    load = on_base if meta["network"].get("lora") else load_weights
+    student = make_student(load(meta["network"], tensors, path), Spec.from_dict(meta["spec"], path), meta["student"])
     student.meta = meta
     return student.to(device).eval().requires_grad_(False)
 

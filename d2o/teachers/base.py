@@ -106,6 +106,8 @@ class Teacher:
         self.device = torch.device(device)
         self.dtype = dtype
         self.meta: JsonObject = {}
+        self.origin = ""  # how `load_teacher` finds it again
+        self.revision: str | None = None
         self._space: LatentSpace | None = None
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
@@ -224,6 +226,15 @@ class Teacher:
                 f" {show_cfg(cfg)})"
             )
             raise UserError(what, "leave --cfg away")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a file says of it that needs its network: name, revision, sha256 of the network's weights (None in a
+        plan)."""
+        if not hasattr(self, "_sha256"):
+            meta = self.device.type == "meta"
+            self._sha256 = None if meta else tensors_sha256(self.network.state_dict())
+        return {"name": self.origin or self.spec.name, "revision": self.revision, "sha256": self._sha256}
 
     @property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from d2o.condition import Condition, Embedded
 from d2o.diffusion.schedules import EDMSchedule
+from d2o.inputs import JsonObject
 from d2o.networks.edm_view import EDMView
 from d2o.spaces.base import LatentSpace
 from d2o.teachers.base import Teacher
@@ -46,6 +47,10 @@ class ViewTeacher(Teacher):
     @property
     def space(self) -> LatentSpace:
         return self.teacher.space
+
+    @property
+    def record(self) -> JsonObject:
+        return self.teacher.record
 
     @property
     def fingerprint(self) -> str:

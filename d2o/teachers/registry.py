@@ -13,7 +13,7 @@ from d2o.interop.assets import asset
 from d2o.interop.catalogue import NVIDIA_LICENCE, Published
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import Received, verify_file
-from d2o.interop.hub import hub_snapshot, is_diffusers_folder, is_repository
+from d2o.interop.hub import cached_snapshot, hub_snapshot, is_diffusers_folder, is_repository
 from d2o.interop.nvidia_pickle import read_nvidia_pickle
 from d2o.interop.safetensors_io import load_file, read_meta, resolve_checkpoint
 from d2o.networks.budget import file_holdings
@@ -53,7 +53,27 @@ def load_teacher(
     downloads. UserError: unknown name (with the nearest), missing, truncated or foreign file, no network to download
     with (which says what to put where).
     """
-    name = str(name_or_path)
+    teacher = _load(str(name_or_path), device, dtype, say, progress)
+    teacher.origin, teacher.revision = origin_of(str(name_or_path))
+    return teacher
+
+
+def origin_of(name: str) -> tuple[str, str | None]:
+    """How a teacher that was loaded by `name` is found again from any folder, and in which revision."""
+    if name in BUILTIN:
+        return name, None
+    path, published = Path(name), catalogue.find(name)
+    if path.exists():
+        return str(path.resolve()), None
+    if published is not None:
+        return name, published.revision
+    snapshot = cached_snapshot(name)
+    return name, None if snapshot is None else snapshot.name
+
+
+def _load(
+    name: str, device: str | torch.device, dtype: torch.dtype | None, say: Say | None, progress: Received | None
+) -> Teacher:
     if name in BUILTIN:
         path = asset(BUILTIN[name])
         if path.is_dir():

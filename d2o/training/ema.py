@@ -13,7 +13,7 @@ from d2o.networks.copying import follow
 class EMA:
     """beta per update, of which the loop makes one an iteration: `decay` as it is, or 0.5^(batch / h) with h =
     min(half_life, ramp * images seen) (Karras et al. 2022, appendix F.2); with neither, or before `start` images, the
-    copy follows the weights at once. Buffers are copied.
+    copy follows the weights at once. Buffers are copied. Parameters may be the network's own (a LoRA's base).
 
     `copied`: the copy to take instead of a new one, of a network that cannot be copied any more (it is sharded).
     """
@@ -43,6 +43,8 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, images: int, batch: int) -> None:
         """`images` seen before this update, `batch` images in it."""
-        follow(self.network.parameters(), network.parameters(), 1 - self.beta(images, batch))
+        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
+        moving = [pair for pair in pairs if pair[0] is not pair[1]]
+        follow([mine for mine, _ in moving], [theirs for _, theirs in moving], 1 - self.beta(images, batch))
         for a, b in zip(self.network.buffers(), network.buffers(), strict=True):
             a.copy_(b)

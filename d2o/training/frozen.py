@@ -13,7 +13,9 @@ from d2o.methods.base import Method
 def hold_frozen(method: Method, device: torch.device) -> None:
     """Put the networks of `Method.frozen` on the device, in eval mode, without gradients of their own. ValueError: one
     that is also trained or in the training state, a mistake of the method's."""
-    kept = {id(p) for net in (*method.players().values(), *method.states().values()) for p in weights_and_buffers(net)}
+    own = (*method.players().values(), *method.states().values())
+    kept = {id(t) for net in own for t in net.state_dict(keep_vars=True).values()}  # not the base of a LoRA
+    kept |= {id(p) for net in own for p in net.parameters() if p.requires_grad}
     for name, network in method.frozen().items():
         if any(id(p) in kept for p in weights_and_buffers(network)):
             raise ValueError(f"{name!r} of {type(method).__name__}.frozen() is also trained, or in the training state")

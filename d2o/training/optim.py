@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.errors import UserError
+from d2o.training import eight_bit
 
 if TYPE_CHECKING:
     from d2o.training.optim_section import OptimSection
@@ -26,10 +27,21 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimSectio
     if options.name == "sgd":
         return torch.optim.SGD(groups, momentum=options.betas[0], foreach=True, **common)
     common |= {"betas": tuple(options.betas), "eps": options.eps}
+    if options.state == "8bit":
+        return eight_bit.eight_bit_adam(groups, options, common)
     if options.name == "radam":
         return torch.optim.RAdam(groups, foreach=True, **common)
     fused = all(p.device.type == "cuda" for p in parameters.values())
     return OPTIMIZERS[options.name](groups, fused=fused, foreach=not fused, **common)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of all groups, which some optimisers keep as a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], options: OptimSection) -> list[dict[str, object]]:

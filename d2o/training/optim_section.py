@@ -14,6 +14,11 @@ class OptimSection(Section):
     """An optimiser and its learning rate."""
 
     name: Literal["adam", "adamw", "radam", "sgd"] = field("adam", "optimiser")
+    state: Literal["fp32", "8bit"] = field(
+        "fp32",
+        "how the two moments are kept: fp32, or 8bit, a quarter of the memory (adam and adamw; pip install"
+        " 'd2o[8bit]'; of processes that hold all of a network)",
+    )
     lr: Positive = field(..., "learning rate, the highest of the schedule")
     betas: tuple[Beta, Beta] = field(
         (0.9, 0.999), "decay of the two moments, per iteration; sgd: the first is its momentum (default [0.9, 0.999])"
@@ -37,6 +42,13 @@ class OptimSection(Section):
     final_lr: float = field(0.0, "learning rate at the end of a cosine or linear schedule", ge=0)
     clip_norm: Positive | None = field(None, "largest norm of the whole gradient")
     clip_value: Positive | None = field(None, "largest absolute value of a gradient's element")
+
+    @field_validator("state")
+    @classmethod
+    def _of_adam(cls, value: str, info: ValidationInfo) -> str:
+        if value == "8bit" and (name := info.data.get("name")) not in ("adam", "adamw"):
+            raise ValueError(f"8bit is for adam and adamw, not {name}")
+        return value
 
     @field_validator("final_lr")
     @classmethod

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from d2o.networks.copying import local, outline, replaced
+from d2o.training.eight_bit import put_together, taken_apart
 from d2o.training.ema import EMA
-from d2o.training.optim import GradientGuard, build_optimizer, clip, decay_groups, learning_rate
+from d2o.training.optim import GradientGuard, build_optimizer, clip, decay_groups, learning_rate, set_rate
 from d2o.training.share import optimisers
 from d2o.training.strategy import Replicate, check_strategy, is_share, whole
 
@@ -50,8 +51,9 @@ class Player:
         self.exchange = strategy.exchange(self.parameters.values())
         self.ema: EMA | None = None
         if average is not None and empty is not None:
-            copied = {
-                old: nn.Parameter(p.detach().clone(), requires_grad=False)
+            stored = {id(tensor) for tensor in network.state_dict(keep_vars=True).values()}
+            copied = {  # what no state holds, the base of a LoRA, is its own average
+                old: nn.Parameter(p.detach().clone(), requires_grad=False) if id(p) in stored else p
                 for old, p in zip(empty.parameters(), network.parameters(), strict=True)
             }
             settings = (average.half_life, average.decay, average.ramp, average.start)
@@ -72,8 +74,7 @@ class Player:
             if measure and gradients:
                 norm = strategy.norm(gradients)
             clip(gradients, self.options, strategy.norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             self.optimizer.step()
             torch.clear_autocast_cache()  # later calls in the same iteration are of the new weights
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,10 +108,9 @@ class Player:
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's tensors as `<parameter>/<key>`."""
         return {
-            f"{name}/{key}": self.strategy.like(torch.as_tensor(value), self.parameters[name])
+            f"{name}/{key}": self.strategy.like(value, self.parameters[name])
             for name, handle in self.handles.items()
-            for key, value in self.optimizer.state.get(handle, {}).items()
-            if value is not None
+            for key, value in taken_apart(self.optimizer.state.get(handle, {})).items()
         }
 
     def load_moments(self, tensors: dict[str, Tensor]) -> None:
@@ -123,7 +123,8 @@ class Player:
             name, key = path.rsplit("/", 1)
             handle = self.handles[names[int(name)] if name.isdigit() else name]
             state.setdefault(position[id(handle)], {})[key] = local(tensor)
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        whole = {place: put_together(plain, places[place]) for place, plain in state.items()}
+        self.optimizer.load_state_dict({"state": whole, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def check_players(recipe: Recipe, method: Method, networks: Mapping[str, nn.Module], world: int) -> None:

@@ -32,6 +32,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.kinds import expected_kind
 from d2o.teachers.registry import load_teacher
+from d2o.training.eight_bit import check_installed
 from d2o.training.player import check_players
 from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
@@ -180,6 +181,8 @@ def prepare(
         licence=licence_of(recipe),
         guidance=guidance_of(recipe),
     )
+    if recipe.eight_bit:
+        check_installed()
     needs = method.needs(recipe.options)
     if needs == "none" and recipe.teacher is None:
         raise UserError(

@@ -195,6 +195,9 @@ def check_strategy(recipe: Recipe, world: int) -> None:
         return
     if recipe.channels_last is True:
         raise UserError("channels_last: strategy shard divides rows of weights in their usual order", "leave it away")
+    if recipe.eight_bit:
+        what = "optim.state: 8bit rounds in blocks of a whole tensor, and with strategy shard no process has one"
+        raise UserError(what, "shares of moments are small already: optim.state: fp32")
     if recipe.compile:
         raise UserError("compile: torch.compile has not been tried with strategy shard", "compile: false")
 

@@ -68,6 +68,12 @@ class TrainSection(Section):
     preview: PreviewSection | None = field(None, "grids of samples on the way")
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="what is kept on the way")
 
+    @property
+    def eight_bit(self) -> bool:
+        """Whether an optimiser keeps its moments in eight bits."""
+        given = (self.optim, self.optim_critic, *self.optim_critics.values())
+        return "8bit" in [section.state for section in given if section is not None]
+
     @field_validator("micro_batch")
     @classmethod
     def _part_of_batch(cls, value: int | None, info: ValidationInfo) -> int | None:

@@ -209,3 +209,31 @@ def test_a_teacher_in_a_folder_is_planned_without_its_weights(plan, tmp_path, mo
     assert code == 1 and "unet has no weights" in out
     code, out = plan("train", "ode.yaml", "--set", "teacher=nobody/nothing")
     assert code == 1 and "missing: teacher nobody/nothing" in out and "hf download nobody/nothing" in out
+
+
+def test_what_diffusion2gan_costs_in_stable_diffusion_s_size(plan, monkeypatch):
+    """Pixel LPIPS brings a network to fetch, and the decoder that it looks through; adapters are few, their base is the
+    teacher itself."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    given = ("--set", "micro_batch=1", "--set", "student.lora=4", "--set", "optim.state=8bit")
+    said = " ".join(plan("train", "d2g_sd_cfg3:lpips", *given)[1].replace("│", " ").split())
+    for words in (
+        "student 797,184",
+        "student (frozen part) 859,520,964",
+        "optimiser (adamw 8bit) ",
+        "the weights 'lpips-vgg' are not on this machine; training fetches them from https://download.pytorch.org",
+        "autoencoder (frozen) 83,653,863",
+        "making pairs, as papers count (NFE) 150,000,000",
+        "98.3 GB",
+        "on cpu, which has",
+    ):
+        assert words in said
+    assert "frozen weights in them" not in said
+    assert "checkpoints 16.6 MB" in said, said[said.index("checkpoints") :][:40]
+
+
+def test_eight_bit_moments_do_not_go_with_shares(plan):
+    given = ("--set", "optim.state=8bit", "--set", "strategy=shard", "--set", "eval=null")
+    said = plan("train", "quickstart", *given, "--processes", 2)[1]
+    assert "8bit rounds in blocks of a whole tensor" in " ".join(said.split())

@@ -763,7 +763,8 @@ def test_diff():
         "optim.lr: 0.001 -> 0.002",
         "optim.betas: [0.9, 0.999] -> [0.0, 0.5]",
         (
-            'optim_critic: {"name": "adam", "lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0,'
+            'optim_critic: {"name": "adam", "state": "fp32", "lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-08,'
+            ' "weight_decay": 0.0,'
             ' "no_decay": [], "decays": {}, "schedule": "constant", "warmup": 0, "final_lr": 0.0,'
             ' "clip_norm": null, "clip_value": null} -> null'
         ),
@@ -802,6 +803,7 @@ def test_every_key_is_described_with_its_default():
         "eval.every",
         "preview.every",
         "tracker.name",
+        "student.lora.rank",
     }
     for key, row in rows.items():
         if not key.startswith("fake") and key not in sections | required:

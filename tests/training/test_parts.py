@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 
 def options(**more):
     values = {
+        "state": "fp32",
         "name": "adam",
         "lr": 0.1,
         "betas": (0.9, 0.999),

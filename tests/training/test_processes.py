@@ -64,6 +64,21 @@ OPTIONS = (
     'optim.no_decay=["*bias"]',
     "bad_gradients=skip",
 )
+LORA = """
+name: lora
+method: diffusion2gan
+teacher: tiny-sd
+student: {{sigma: 14.6146, begins: x_T, lora: 4}}
+pairs: {{n: 8, steps: 1, shard_size: 8, prompts: {prompts}, path: {pairs}}}
+diffusion2gan: {{distance: {{kind: mse}}}}
+optim: {{name: sgd, lr: 1.0e-2, betas: [0.0, 0.9]}}
+ema: {{half_life: 30}}
+batch: 8
+images: 32
+log_every: 1
+threads: 1
+checkpoint: {{every: 1000, keep: 0}}
+"""
 NAMES = ("dd", "spi", "sida")
 
 
@@ -74,13 +89,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     tiny_teacher(folder / "teacher.safetensors")
     for name, text in zip(NAMES, (DDGAN, SPIGAN, SIDA.format(teacher=folder / "teacher.safetensors")), strict=True):
         (folder / f"{name}.yaml").write_text(text + COMMON)
+    (folder / "prompts.txt").write_text("a photo of a seven\nthree\n")
+    (folder / "lora.yaml").write_text(LORA.format(prompts=folder / "prompts.txt", pairs=folder / "pairs"))
 
     def job(name: str, run: str, *changes: str, stop: int = 0) -> Job:
         return {"recipe": str(folder / f"{name}.yaml"), "changes": list(changes), "run": run, "stop": stop}
 
     here = (
         [job(name, name) for name in NAMES]
-        + [job("sida", "sida_options", *OPTIONS)]
+        + [job("sida", "sida_options", *OPTIONS), job("lora", "lora")]
         + [job("dd", "../two/dd_later", "eval=null", stop=2)]
     )
     there = [
@@ -88,6 +105,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         job("dd", "dd_later", "strategy=shard"),  # begun by one process
         job("sida", "sida_options", "strategy=shard", *OPTIONS),
         job("spi", "spi_shard", "strategy=shard", "eval=null"),  # the critic's groups reach over both
+        job("lora", "lora"),
+        job("lora", "lora_shard", "strategy=shard"),
     ]
     main(folder / "one", here)
     return folder / "one", folder / "two", main_of_several(folder / "two", there, folder / "said", 2)
@@ -130,6 +149,17 @@ def test_sharded_runs_end_with_the_weights_of_one_process(runs, name, run):
     assert one.keys() == other.keys() and len(one) > 20
     assert max((one[key].float() - other[key].float()).abs().max().item() for key in one) < 1e-5
     assert [line["iteration"] for line in log(runs[1] / run) if "eval" not in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("run", ["lora", "lora_shard"])
+def test_a_lora_on_two_processes_is_that_of_one(runs, run):
+    one, two = product(runs[0] / "lora"), product(runs[1] / run)
+    assert one.keys() == two.keys() and all(".lora_" in key for key in two)
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
+    assert max(one[key].abs().max().item() for key in one if ".lora_B." in key) > 1e-3  # they have moved
+    parts = runs[1] / run / "checkpoints"
+    held = sum(path.stat().st_size for path in parts.rglob("*.safetensors"))
+    assert held < 10 * (parts / "last.safetensors").stat().st_size  # nothing of the base is saved, nor shared
 
 
 def test_what_is_on_the_disk_of_a_sharded_run(runs):
