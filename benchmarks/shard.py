@@ -80,17 +80,16 @@ def settings_of(name: str, eps: str, how: str) -> Recipe:
     parts = [f"micro_batch={own.batch // 2}"] if how == "micro" else []
     strategy = f"strategy={'shard' if how == 'shard' else 'replicate'}"
     length = f"images={ITERATIONS * own.batch}"
-    return load_recipe(recipe, [*quiet, *calm, *parts, strategy, length, *RECIPES[name]], mini=True)
+    own_pairs = [f"{change}_double" for change in RECIPES[name] if change.startswith(PAIRS) and eps == "double"]
+    return load_recipe(recipe, [*quiet, *calm, *parts, strategy, length, *RECIPES[name], *own_pairs], mini=True)
 
 
 def train(out: Path, eps: str, how: str, recipes: list[str]) -> None:
     """One of the processes."""
     import torch
 
-    if eps == "double":  # whatever asks for single precision gets this
-        torch.float32 = torch.float64
-        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-        torch.set_default_dtype(torch.float64)
+    if eps == "double":
+        in_double()
     from d2o.errors import UserError
     from d2o.interop.safetensors_io import save_file
     from d2o.runtime import StopFlag
@@ -120,6 +119,28 @@ def train(out: Path, eps: str, how: str, recipes: list[str]) -> None:
             trainer.run(lambda done, note: None, StopFlag())
             if rank == 0:
                 print(f"{name}: {eps}, {world} processes, {how}", file=sys.stderr, flush=True)
+
+
+def in_double() -> None:
+    """From now on, whatever asks for single precision gets double. Files are read as they are."""
+    import torch
+
+    from d2o.interop import safetensors_io
+
+    single, double, load = torch.float32, torch.float64, safetensors_io.load_file
+
+    def loaded(*arguments: Any, **more: Any) -> Any:
+        torch.float32 = single
+        try:
+            tensors, meta = load(*arguments, **more)
+        finally:
+            torch.float32 = double
+        return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}, meta
+
+    safetensors_io.load_file = loaded
+    torch.float32 = double
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    torch.set_default_dtype(double)
 
 
 def equal(
