@@ -191,10 +191,11 @@ class StudentMethod(Method[O]):
             return embed_labels(self._spec, condition, self.device)
         return self.teacher.embed(condition)
 
-    def asked(self, condition: Condition) -> Asked:
+    def asked(self, condition: Condition | Embedded) -> Asked:
         """`embedded`, with the guidance scales where the student is told them."""
         found = self.embedded(condition)
-        return found if condition.guidance is None else Guided(found, condition.guidance)
+        scale = condition.guidance if isinstance(condition, Condition) else None
+        return found if scale is None else Guided(found, scale)
 
     # The product ------------------------------------------------------------------------------------------------------
 

@@ -37,12 +37,17 @@ class Explanation:
 
 
 def explain(key: str) -> list[Explanation]:
-    """The key of that dotted name; or all whose name ends in it (`lr`: `optim.lr` and `optim_critic.lr`).
+    """The key of that dotted name; or all whose name ends in it (`lr`: `optim.lr` and `optim_critic.lr`), short names
+    first.
 
     UserError: there is none, with the nearest one.
     """
     rows = {row.key: row for method in (None, *method_names()) for row in describe(method)}
-    found = [key] if key in rows else [name for name in rows if name.endswith(f".{key}")]
+    found = (
+        [key]
+        if key in rows
+        else sorted((name for name in rows if name.endswith(f".{key}")), key=lambda name: name.count("."))
+    )
     if not found:
         near = nearest(key, rows) or nearest(key, {name.rpartition(".")[2] for name in rows})
         advice = f": did you mean {near!r}?" if near else ""

@@ -44,9 +44,11 @@ def test_the_commands_of_a_head_can_be_typed(path, runs):
     for name, *words in found:
         given = COMMANDS[name].make_context(name, list(words)).params  # what is unknown or missing is refused
         if name in ("train", "finetune"):
-            recipe = ":".join([given["recipe"], *given["variant"]])
-            load_recipe(recipe, given["set_"], given["mini"])
-            assert name == "train" or find_recipe(recipe).path.name == path.name
+            swept = re.findall(r"variant=([^\s]+)", " ".join(given["sweep"]))
+            for variant in swept[0].split(",") if swept else given["variant"] or [None]:
+                recipe = given["recipe"] if variant is None else f"{given['recipe']}:{variant}"
+                load_recipe(recipe, given["set_"], given["mini"])
+                assert name == "train" or find_recipe(recipe).path.name == path.name
         for run in re.findall(r"runs/([^/\s]+)", " ".join(words)):
             assert run.removesuffix("-mini") in runs or "--out" in words or run == "pairs", run
         assert given.get("protocol") in (None, *PRESETS)

@@ -89,7 +89,7 @@ def test_variants_in_place_of_a_key():
     [
         (["optim.lrr=1"], ["--sweep optim.lrr: unknown key; did you mean 'optim.lr'?"]),
         (["losss=l1"], ["--sweep losss: unknown key; did you mean 'loss'?"]),
-        (["optim=1"], ["--sweep optim: a section; sweep one of its keys (name, lr"]),
+        (["optim=1"], ["--sweep optim: a section; sweep one of its keys (name, state, lr"]),
         (["optim.lr"], ["--sweep optim.lr: expected key=value,value"]),
         (["optim.lr=1e-4,,1e-3"], ["--sweep optim.lr: a value is missing"]),
         (["optim.lr=1e-4", "optim.lr=1e-3"], ["--sweep optim.lr: given twice"]),
