@@ -24,7 +24,7 @@ import torch
 
 from d2o.condition import Text
 from d2o.data.pair_settings import PairSettings
-from d2o.data.prompts import open_prompts
+from d2o.data.prompt_files import open_prompts
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import save_file
