@@ -13,6 +13,7 @@ those of a machine that may have other work.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import resource
 import tempfile
@@ -26,6 +27,7 @@ from d2o.condition import Text
 from d2o.data.pair_settings import PairSettings
 from d2o.data.prompt_files import open_prompts
 from d2o.diffusion.schedules import DiscreteSchedule
+from d2o.evaluation.protocol import hardware
 from d2o.interop import torchvision_compat
 from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Setup
@@ -136,6 +138,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             assert not torch.equal(before[name], first[name]), f"{name} has not moved"
         trained = {name: sum(p.numel() for p in player.parameters.values()) for name, player in trainer.players.items()}
         numbers = {"trained": trained, "seconds": round(seconds, 1), "peak_GB": peak(), "peak_GB_before": made_of}
+        numbers |= {"hardware": hardware(), "date": datetime.date.today().isoformat()}
         return numbers | scalars
 
 
