@@ -223,7 +223,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def test_the_shipped_tiny_sd_draws_what_it_is_asked_for():
     from d2o.export.folder import open_pipeline
 
-    pipeline, extractor, n = open_pipeline(asset("tiny-sd")), load_features("digits"), 40
+    pipeline, extractor, n = open_pipeline(asset("tiny-sd")), load_features("digits"), 60
     pipeline.set_progress_bar_config(disable=True)
     labels = torch.arange(n) % 10
 
