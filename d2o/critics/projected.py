@@ -17,6 +17,7 @@ from d2o.errors import UserError
 from d2o.features import Backbone, load_backbone
 from d2o.features.backbone import SIZE, probe
 from d2o.features.common import at_once
+from d2o.networks.frozen_conv import hold_convolutions
 from d2o.networks.pooled_norm import settle_norms
 from d2o.networks.spectral_conv import settle_sigmas
 
@@ -76,6 +77,7 @@ class ProjectedCritic(nn.Module):
                 backbone = load_backbone(name, device, None if file is None else Path(file), size)
             if bn_probe:
                 probe(backbone)
+            hold_convolutions(backbone)
             self.names.append(ALIASES.get(name, name))
             found.append(backbone)
         self.backbones = nn.ModuleList(found)
