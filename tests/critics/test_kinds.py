@@ -201,6 +201,14 @@ def test_bad_sections(keys, words):
         section(pool=0)
 
 
+def test_a_resolved_section_is_one_again():
+    """A run's recipe lists every key, also those of other kinds."""
+    for kind, keys in KINDS.items():
+        again = CriticSection.model_validate(section(kind, **keys).model_dump())
+        assert again == section(kind, **keys)
+        again.check()
+
+
 def test_the_table_of_classes(tmp_path, monkeypatch):
     """By name, from whatever file holds it; that it is missing is said before anything costs time."""
     table = torch.randn(1000, 320)
