@@ -22,7 +22,8 @@ class Backbone(Features):
     Images go to [0, 1], are normalised by `mean` and `std` there, and only then resized to `size` pixels (bilinear,
     not antialiased), as the published critics do (Zheng & Yang 2024, appendix B.4, and their code). `channels`: those
     of the four maps. `taps`: for each level what makes a map of what its module gives, where that is no map
-    itself (tokens). Its vector is the mean over places of the last map.
+    itself (tokens). `grid`: the maps are grids of tokens, all of one size. Its vector is the mean over places of the
+    last map.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Backbone(Features):
         std: Sequence[float],
         *,
         taps: Sequence[nn.Module] | None = None,
+        grid: bool = False,
         size: int = SIZE,
         name: str = "backbone",
         sha256: str = "",
+        takes: tuple[int, ...] = (1, 3),
     ):
         if len(stages) != LEVELS or len(channels) != LEVELS:
             raise ValueError(
@@ -44,8 +47,8 @@ class Backbone(Features):
         network = nn.ModuleDict(
             {"stages": nn.ModuleList(stages), "taps": nn.ModuleList(taps or [nn.Identity()] * LEVELS)}
         )
-        super().__init__(name, network, channels[-1], sha256, resize=f"bilinear{size}")
-        self.channels, self.size = tuple(channels), size
+        super().__init__(name, network, channels[-1], sha256, resize=f"bilinear{size}", takes=takes)
+        self.channels, self.size, self.grid = tuple(channels), size, grid
         self.mean: Tensor
         self.std: Tensor
         for key, values in (("mean", mean), ("std", std)):

@@ -107,8 +107,31 @@ def hold(network: nn.Module) -> nn.Module:
                 continue
             del module._parameters[name]
             module.register_buffer(name, held.setdefault(id(parameter), parameter.detach()))
+            module.__dict__.setdefault("_held", []).append(name)
         module._non_persistent_buffers_set.update(module._buffers)
     return network
+
+
+def release(features: Features, images: Tensor) -> list[Tensor]:
+    """Make parameters again of the weights that its maps of such images depend on: they are trained, saved and copied
+    as those of any network, where a critic begins with them. What was no parameter (statistics of batch norms) stays as
+    it is, and so does eval mode. The maps."""
+    places = [(module, name) for module in features.network.modules() for name in module.__dict__.get("_held", [])]
+    freed = {id(module._buffers[name]): nn.Parameter(module._buffers[name]) for module, name in places}  # type: ignore[arg-type]
+    places = [(module, name, freed[id(module._buffers.pop(name))]) for module, name in places]  # type: ignore[misc]
+    for module, name, weight in places:  # type: ignore[misc]
+        module.register_parameter(name, weight)
+    with torch.enable_grad():
+        maps = features.maps(images)
+        found = torch.autograd.grad([y.sum() for y in maps], list(freed.values()), allow_unused=True)
+    used = {id(weight) for weight, gradient in zip(freed.values(), found) if gradient is not None}
+    for module, name, weight in places:  # type: ignore[misc]
+        if id(weight) not in used:
+            del module._parameters[name]
+            module.register_buffer(name, weight.detach(), persistent=False)
+        else:
+            module._non_persistent_buffers_set.discard(name)
+    return [y.detach() for y in maps]
 
 
 def coloured(images: Tensor, features: Features) -> Tensor:

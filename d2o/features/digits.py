@@ -6,10 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2o.errors import UserError
-from d2o.features.base import Features
+from d2o.features.backbone import SIZE, Backbone
+from d2o.features.base import Features, placed
 from d2o.interop.assets import asset
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.safetensors_io import file_sha256, load_file
@@ -57,6 +58,28 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
             "re-install d2o, or train them: d2o train recipes/classifier_digits.yaml, then --extractor PATH",
         )
     return read_classifier("digits", path, device)
+
+
+def load_as_backbone(
+    name: str, weights: Path | None = None, device: str | torch.device = "cpu", size: int = SIZE
+) -> Backbone:
+    """The classifier's four stages as a backbone, whose images are resized to `size` pixels; two maps of that size and
+    two of half of it. Errors as `load`."""
+    features = load(name, weights, device)
+    assert isinstance(features, ClassifierFeatures)
+    network, half = features.network, [0.5] * features.network.config["img_channels"]
+    found = Backbone(
+        [nn.Sequential(*stage, nn.SiLU()) for stage in network.stages()],
+        [stage[0].out_channels for stage in network.stages()],
+        half,
+        half,
+        size=size,
+        name=name,
+        sha256=features.sha256,
+        takes=(len(half),),
+    )
+    placed(found, device)
+    return found
 
 
 def read_classifier(name: str, path: Path, device: str | torch.device = "cpu") -> ClassifierFeatures:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from d2o.errors import UserError
 from d2o.features.backbone import Backbone
 from d2o.features.base import Features, placed
-from d2o.features.common import bicubic, filled, fit, package
+from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, bicubic, filled, fit, package
 from d2o.interop.torch_files import read_tensors
 
 if TYPE_CHECKING:
     from timm.models.efficientnet import EfficientNet
 
-NAMES = ("lite0",)
+NAMES = ("lite0", "tf_efficientnet_lite0")
+B0 = "tf_efficientnet_b0"
+"""A backbone alone: the official code of GDD has it beside ViT-B."""
 FEATURES, CLASSES, SIZE = 1280, 1000, 224
 WHAT = "EfficientNet-lite0"
 HINT = (
@@ -64,14 +66,25 @@ class Lite0(Features):
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
     """The features with the weights in `weights`, else those that `find_weights` has. UserError: none to be had, or
     not this network's; timm is not installed."""
+    if name == B0:
+        return load_as_backbone(name, weights, device)
     network, sha256 = filled("lite0", untrained_lite0, read_lite0, weights, device)
     return placed(Lite0(network, sha256), device)
 
 
-def load_as_backbone(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
-    """The same network as a backbone of a critic. Errors as `load`."""
-    network, sha256 = filled("lite0", untrained_lite0, read_lite0, weights, device)
-    return placed(lite0_backbone(network, sha256), device)
+def load_as_backbone(
+    name: str, weights: Path | None = None, device: str | torch.device = "cpu", size: int = SIZE
+) -> Backbone:
+    """The same network as a backbone of a critic, or (B0) its larger sister, whose images are resized to `size`
+    pixels. Errors as `load`."""
+    if name == B0:
+        network, sha256 = filled("efficientnet-b0", untrained_b0, read_b0, weights, device)
+        found = Backbone(stages(network), CHANNELS, IMAGENET_MEAN, IMAGENET_STD, size=size, name=B0, sha256=sha256)
+    else:
+        network, sha256 = filled("lite0", untrained_lite0, read_lite0, weights, device)
+        found = lite0_backbone(network, sha256, size)
+    placed(found, device)
+    return found
 
 
 CHANNELS = (24, 40, 112, 320)
@@ -85,11 +98,11 @@ def stages(network: EfficientNet) -> list[nn.Sequential]:
     return [nn.Sequential(*part) for part in parts]
 
 
-def lite0_backbone(network: EfficientNet, sha256: str = "") -> Backbone:
+def lite0_backbone(network: EfficientNet, sha256: str = "", size: int = SIZE) -> Backbone:
     """timm's network as a backbone. The published critics take mean and deviation 1/2, and bilinear, where the
     evaluation has what the weights were trained with."""
     half = (0.5, 0.5, 0.5)
-    return Backbone(stages(network), CHANNELS, half, half, name="lite0", sha256=sha256)
+    return Backbone(stages(network), CHANNELS, half, half, size=size, name="lite0", sha256=sha256)
 
 
 def untrained_lite0() -> EfficientNet:
@@ -97,9 +110,21 @@ def untrained_lite0() -> EfficientNet:
     return package("timm").create_model("tf_efficientnet_lite0", pretrained=False)
 
 
+def untrained_b0() -> EfficientNet:
+    return package("timm").create_model(B0, pretrained=False)
+
+
+def read_b0(path: Path) -> EfficientNet:
+    """timm's EfficientNet-B0 with the weights of timm's file. UserError: as `load`."""
+    hint = "expected timm's tf_efficientnet_b0_aa-827b6e33.pth; without a path, d2o finds or fetches it"
+    return fit(untrained_b0(), read_tensors(path), path, "EfficientNet-B0", hint)
+
+
 def read_lite0(path: Path) -> EfficientNet:
-    """timm's network with the weights of the file. UserError: as `load`."""
+    """timm's network with the weights of the file, or of timm's own. UserError: as `load`."""
     tensors = read_tensors(path)
+    if "conv_stem.weight" in tensors:
+        return fit(untrained_lite0(), tensors, path, WHAT, HINT)
     if "_conv_stem.weight" not in tensors:
         raise UserError(f"{path} is not {WHAT}: it has no '_conv_stem.weight'", HINT)
     return fit(untrained_lite0(), {timm_name(name, path): tensor for name, tensor in tensors.items()}, path, WHAT, HINT)

@@ -21,7 +21,11 @@ MODULES: dict[str, str] = {
     "vgg16": "vgg16",
     "vgg16_bn": "vgg16",
     "lite0": "lite0",
+    "tf_efficientnet_lite0": "lite0",
+    "tf_efficientnet_b0": "lite0",
     "deit": "deit",
+    **{f"deit_{size}_distilled_patch16_224": "deit" for size in ("tiny", "small", "base")},
+    "vit_base_patch16_224": "deit",
     **{f"dinov2_vit{size}14": "dinov2" for size in "sbl"},
     **{name: "clip" for name in ("clip", "clip-vit-b-32", "clip-vit-g-14")},
     "dreamsim": "dreamsim",
@@ -30,7 +34,10 @@ MODULES: dict[str, str] = {
 }
 """Name -> the module of d2o.features that loads it, imported when it is needed."""
 
-BACKBONES = {"vgg16_bn": "load", "deit": "load", "lite0": "load_as_backbone"}
+BACKBONES = {
+    **{name: "load" for name, module in MODULES.items() if module == "deit"},
+    **{name: "load_as_backbone" for name in ("vgg16_bn", "digits", *(n for n, m in MODULES.items() if m == "lite0"))},
+}
 """Of these, what serves as a `Backbone` of a projected critic -> the function of its module."""
 
 
@@ -72,11 +79,13 @@ def own_classifier(name: str, device: str | torch.device, known: dict[str, str])
     return features
 
 
-def load_backbone(name: str, device: str | torch.device = "cpu", weights: Path | None = None) -> Backbone:
-    """The backbone `name`, one of BACKBONES, prepared as the published projected critics do. Weights and errors as
-    `load_features`."""
+def load_backbone(
+    name: str, device: str | torch.device = "cpu", weights: Path | None = None, size: int = 224
+) -> Backbone:
+    """The backbone `name`, one of BACKBONES, prepared as the published projected critics do; `size` that images are
+    resized to. Weights and errors as `load_features`."""
     if name not in BACKBONES:
         raise unknown("backbone", name, BACKBONES)
     with torch.random.fork_rng(devices=[]):
         module = importlib.import_module(f"d2o.features.{MODULES[name]}")
-        return getattr(module, BACKBONES[name])(name, weights, device)
+        return getattr(module, BACKBONES[name])(name, weights, device, size)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from d2o.features.backbone import SIZE as BACKBONE_SIZE
 from d2o.features.backbone import Backbone
 from d2o.features.base import Features, placed
 from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD, filled, fit, normalise
@@ -90,20 +91,29 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     """The features `name` of NAMES with the weights in `weights`, else those that `find_weights` has. UserError: none
     to be had, or not this network's."""
     if name == "vgg16_bn":
-        convolutions, sha256 = filled("vgg16_bn", batch_normed, read_vgg_bn, weights, device)
-        return placed(vgg16_backbone(convolutions, sha256), device)
+        return load_as_backbone(name, weights, device)
     network, sha256 = filled("vgg16-fc2", Vgg16, read_vgg, weights, device)
     return placed(Vgg16Features(network, sha256), device)
+
+
+def load_as_backbone(
+    name: str, weights: Path | None = None, device: str | torch.device = "cpu", size: int = BACKBONE_SIZE
+) -> Backbone:
+    """vgg16_bn, whose images are resized to `size` pixels. Errors as `load`."""
+    convolutions, sha256 = filled("vgg16_bn", batch_normed, read_vgg_bn, weights, device)
+    placed(found := vgg16_backbone(convolutions, sha256, size), device)
+    return found
 
 
 TAPS = (13, 23, 33, 43)
 """Layers of vgg16_bn up to the activations before its second, third, fourth and fifth pooling."""
 
 
-def vgg16_backbone(convolutions: nn.Sequential, sha256: str = "") -> Backbone:
+def vgg16_backbone(convolutions: nn.Sequential, sha256: str = "", size: int = BACKBONE_SIZE) -> Backbone:
     """vgg16_bn's convolutional layers as a backbone: maps of 128, 256, 512 and 512 channels, 112 pixels and less."""
     stages = [convolutions[i:j] for i, j in zip((0, *TAPS), TAPS)]
-    return Backbone(stages, (128, 256, 512, 512), IMAGENET_MEAN, IMAGENET_STD, name="vgg16_bn", sha256=sha256)
+    widths = (128, 256, 512, 512)
+    return Backbone(stages, widths, IMAGENET_MEAN, IMAGENET_STD, size=size, name="vgg16_bn", sha256=sha256)
 
 
 def batch_normed() -> nn.Sequential:

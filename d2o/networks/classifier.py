@@ -47,16 +47,20 @@ class Classifier(nn.Module):
         self.output = nn.Linear(feature_dim, classes)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        stages = []
-        for conv, norm in (
+        found = []
+        for conv, norm in self.stages():
+            x = F.silu(norm(conv(x)))
+            found.append(x)
+        return found
+
+    def stages(self) -> list[tuple[nn.Conv2d, nn.GroupNorm]]:
+        """Convolution and normalisation of each."""
+        return [
             (self.conv0, self.norm0),
             (self.conv1, self.norm1),
             (self.conv2, self.norm2),
             (self.conv3, self.norm3),
-        ):
-            x = F.silu(norm(conv(x)))
-            stages.append(x)
-        return stages
+        ]
 
     def features(self, x: Tensor) -> Tensor:
         return F.silu(self.hidden(F.dropout(self.maps(x)[-1].flatten(1), self.dropout, self.training)))

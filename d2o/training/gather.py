@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from d2o.networks.minibatch_std import MinibatchStd
+from d2o.networks.pooled_norm import PooledBatchNorm
 
 
 class AllProcesses:
@@ -31,6 +32,7 @@ def gather_pools(networks: Iterable[nn.Module], rank: int, world: int) -> None:
         for part in network.modules():
             if isinstance(part, MinibatchStd):
                 part.in_a_row = True
+            if isinstance(part, MinibatchStd | PooledBatchNorm):
                 part.gather = AllProcesses(rank, world) if world > 1 else None
 
 

@@ -185,7 +185,7 @@ def test_published_files_are_read(tmp_path, monkeypatch):
         assert torch.allclose(found.maps(x)[3], vgg16.vgg16_backbone(network.eval()).maps(x)[3], atol=1e-5)
     assert len(found.sha256) == 64
     make = deit.untrained_deit
-    monkeypatch.setattr(deit, "untrained_deit", lambda: make("deit_tiny_distilled_patch16_224"))
+    monkeypatch.setattr(deit, "untrained_deit", lambda *_: make("deit_tiny_distilled_patch16_224"))
     tiny = deit.untrained_deit()
     torch.save({"model": tiny.state_dict()}, tmp_path / "deit.pth")
     with torch.no_grad():
