@@ -78,10 +78,10 @@ class CriticSection(Section):
         return group_size(self.style.get("mbstd_group", MBSTD_GROUP), batch) if self.kind == "style" else 1
 
     def check(self) -> None:
-        """UserError: keys that this kind does not read, or that do not go together."""
+        """UserError: settings that this kind does not read, or that do not go together."""
         read = OF[self.kind]
-        for key in self.model_fields_set - {"kind"}:
-            if key not in read:
+        for key, of in type(self).model_fields.items():
+            if key != "kind" and key not in read and getattr(self, key) != of.default:  # resolved recipes list them all
                 raise UserError(f"critic.{key}: kind {self.kind} does not read it", f"it reads {', '.join(read)}")
         if self.pretrained is not None and self.style:
             raise UserError("critic.style: the options of a pretrained critic are those of its run", "leave it away")

@@ -22,6 +22,7 @@ from d2o.augment.ada import PIPES, AdaController, AdaPipeline
 from d2o.condition import Embedded
 from d2o.critics.build import make_critic
 from d2o.critics.critic_section import CriticSection
+from d2o.critics.projected import ProjectedCritic
 from d2o.diffusion.solvers import Denoise
 from d2o.errors import UserError, unknown
 from d2o.losses import consistency as c
@@ -170,10 +171,11 @@ class GDD(StudentMethod[GDDOptions]):
         return {"student": self.student, "critic": self.critic}
 
     def frozen(self) -> dict[str, nn.Module]:
+        looked_through = {"backbones": self.critic.backbones} if isinstance(self.critic, ProjectedCritic) else {}
         if self.distance is None:
-            return {}
-        features = {} if self.distance.network is None else {"distance": self.distance.network}
-        return {"teacher": self.teacher.network, **features}
+            return looked_through
+        distance = {} if self.distance.network is None else {"distance": self.distance.network}
+        return {"teacher": self.teacher.network, **looked_through, **distance}
 
     def states(self) -> dict[str, nn.Module]:
         return {} if self.pipeline is None else {"ada": self.controller}
