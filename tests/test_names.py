@@ -18,6 +18,9 @@ SAME_JOB = {
     "load": "d2o.features.",
     # The augmentations of a paper, each in its module: called as `edm.augment`, `latent.augment`.
     "augment": "d2o.augment.",
+    "translation": "d2o.augment.",  # of DiffAugment an operation on images; of ADA a map of the plane
+    # Of networks that are features too, what a critic takes: `features.load` calls it.
+    "load_as_backbone": "d2o.features.",
 }
 """Functions that stand in several modules of one package, which are chosen between by name."""
 ROLES = {"base", "build", "folder", "generate", "load"}

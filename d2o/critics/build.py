@@ -74,7 +74,6 @@ def make_critic(
             diffaug=section.diffaug,
             seed=section.seed,
             table=class_table(files.get(CLASSES), device) if named else None,
-            wide=section.wide,
             device=device,
         )
     kind, trunk, file = VGG16Critic if section.kind == "vgg16" else LpipsCritic, section.trunk, files.get(section.trunk)

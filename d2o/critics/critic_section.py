@@ -14,7 +14,7 @@ from d2o.networks.minibatch_std import group_size
 from d2o.settings.section import Count, NonEmpty, Resolution, Section, Seed, field
 
 OF = {
-    "projected": ("backbones", "embedding", "bn_probe", "pool", "diffaug", "size", "width", "seed", "weights", "wide"),
+    "projected": ("backbones", "embedding", "bn_probe", "pool", "diffaug", "size", "width", "seed", "weights"),
     "style": ("style", "pretrained", "diffaug"),
     "vgg16": ("trunk", "freeze_trunk", "diffaug", "size", "weights"),
     "lpips": ("trunk", "freeze_trunk", "diffaug", "size", "weights"),
@@ -59,7 +59,6 @@ class CriticSection(Section):
     weights: dict[NonEmpty, NonEmpty] = field(
         {}, "files of weights by the name of a backbone, a trunk or imagenet-lite0-classes, instead of those found"
     )
-    wide: bool = field(True, "projected: computed in float32 whatever `precision` says, as published")
     trunk: NonEmpty = field(
         "lpips-vgg", "vgg16, lpips: the network that is trained on; a backbone may stand in for it, at `size` pixels"
     )

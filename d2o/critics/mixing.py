@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2o.networks.frozen_conv import hold_convolutions
+
 WIDTH = 64
 ACROSS, MIXED = (1, 2, 4, 8), (1, 1, 2, 4)
 """Of it, the channels of the four levels after cross-channel mixing, and those of the maps that heads are given."""
@@ -37,6 +39,7 @@ class Mixing(nn.Module):
             wide = [width * times for times in ACROSS]
             self.across_channels = as_buffers(nn.ModuleList(map(conv1x1, channels, wide)))
             self.across_scales = as_buffers(nn.ModuleList(conv1x1(n, width * times) for n, times in zip(wide, MIXED)))
+        hold_convolutions(self)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         if self.pyramid is not None:

@@ -31,7 +31,7 @@ def pretrained_critic(run: str, shape: tuple[int, int, int], device: str | torch
             "go on with it in one process for an iteration (d2o train --resume), which writes it whole",
         )
     options = (recipe.get(SECTION) or {}).get("critic") or {}
-    with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
+    with torch.device("cpu"):  # also of a plan, which has all on the meta device
         critic = StyleCritic(**{"img_resolution": shape[-1], "img_channels": shape[0], **options})
     held = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     try:
@@ -39,4 +39,4 @@ def pretrained_critic(run: str, shape: tuple[int, int, int], device: str | torch
     except RuntimeError as error:
         what = f"critic.pretrained: the critic of {run} is not one of {shape[0]} x {shape[1]} x {shape[2]} images"
         raise UserError(what) from error
-    return critic
+    return critic.to(device)

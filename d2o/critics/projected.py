@@ -4,7 +4,6 @@ appendix B.4; Sauer et al. 2021, "Projected GANs Converge Faster")."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from d2o.errors import UserError
 from d2o.features import Backbone, load_backbone
 from d2o.features.backbone import SIZE, probe
 from d2o.features.common import at_once
-from d2o.networks.full_precision import full_precision
+from d2o.networks.frozen_conv import hold_convolutions
 from d2o.networks.pooled_norm import settle_norms
 from d2o.networks.spectral_conv import settle_sigmas
 
@@ -34,19 +33,20 @@ class ProjectedCritic(nn.Module):
     """critic(x [B, C, H, W] in [-1, 1], labels [B] or None, draws or None) -> logits, of each backbone [B, M], high for
     real.
 
-    `backbones`: names of `d2o.features.load.BACKBONES`, or pairs of a name and a `Backbone`. `weights`: files of those
+    `backbones`: names of `d2o.features.load.BACKBONES`, or pairs of a name and a `Backbone`; `weights`: files of those
     names, instead of the ones that are found. Each has its random projections (`Mixing`, drawn by `seed`, stored with
     the critic) and four heads, whose logits are in a row, finest level first. `size` that images are resized to; below
-    224 the heads are as deep as the maps allow. `width`: a 64th of the published channels times it. `classes` of conditional heads (0: none) and their `embedding`:
-    "imagenet_lite0" (each head trains a copy of `table` [1000, 320]; None: drawn at random) or "learned".
+    224 the heads are as deep as the maps allow. `width`: channels of the finest level behind the projections, of the
+    rest in proportion. `classes` of conditional heads (0: none) and their `embedding`: "imagenet_lite0" (each head
+    trains a copy of `table` [1000, 320]; None: drawn at random) or "learned".
     `bn_probe`: the backbones' batch norms are moved as in the published critic (`d2o.features.backbone.probe`).
     `pool`: images that batch norms of the heads take together (None: the whole batch), see `PooledBatchNorm`.
-    `diffaug`: DiffAugment, for each backbone by itself, where a call brings `draws`. `wide`: all in float32, whatever
-    autocast says.
+    `diffaug`: DiffAugment, for each backbone by itself, where a call brings `draws`.
 
     Batch norm makes a logit depend on the other images of the pool: real and made ones are looked at in calls of their
     own. After an iteration `settle` has to be called, for what moves once an iteration: running statistics and the
-    power iterations of spectral normalisation. UserError: unknown names; absent weights; a map too small for a head.
+    power iterations of spectral normalisation. The published critic computes in float32. UserError: unknown names;
+    absent weights; a map too small for a head.
     """
 
     def __init__(
@@ -63,13 +63,12 @@ class ProjectedCritic(nn.Module):
         diffaug: bool = False,
         seed: int = 0,
         table: Tensor | None = None,
-        wide: bool = True,
         device: str | torch.device = "cpu",
     ):
         super().__init__()
         if not backbones:
             raise UserError("critic.backbones: none given", "the published ones: " + ", ".join(PUBLISHED))
-        self.classes, self.diffaug, self.wide = classes, diffaug, wide
+        self.classes, self.diffaug = classes, diffaug
         self.names, found = [], []
         for given in backbones:
             name, backbone = given if isinstance(given, tuple) else (given, None)
@@ -78,6 +77,7 @@ class ProjectedCritic(nn.Module):
                 backbone = load_backbone(name, device, None if file is None else Path(file), size)
             if bn_probe:
                 probe(backbone)
+            hold_convolutions(backbone)
             self.names.append(ALIASES.get(name, name))
             found.append(backbone)
         self.backbones = nn.ModuleList(found)
@@ -92,12 +92,10 @@ class ProjectedCritic(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None, draws: SampleDraws | None = None) -> list[Tensor]:
         logits = []
-        with full_precision(x.device.type) if self.wide else nullcontext():
-            x = x.float() if self.wide else x
-            for i, heads in enumerate(self.heads):
-                seen = diffaugment(x, draws) if self.diffaug and draws is not None else x
-                maps = self.look(i, seen)
-                logits.append(torch.cat([head(y, labels) for head, y in zip(heads, maps, strict=True)], 1))  # type: ignore[call-overload]
+        for i, heads in enumerate(self.heads):
+            seen = diffaugment(x, draws) if self.diffaug and draws is not None else x
+            maps = self.look(i, seen)
+            logits.append(torch.cat([head(y, labels) for head, y in zip(heads, maps, strict=True)], 1))  # type: ignore[call-overload]
         return logits
 
     def logits(self, x: Tensor, labels: Tensor | None = None) -> list[Tensor]:

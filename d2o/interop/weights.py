@@ -358,9 +358,9 @@ def _in_hubs_cache(entry: Weights) -> Path | None:
     """The file that timm has fetched from the hub, which holds the same under timm's names; None: it has not."""
     if not entry.hub:
         return None
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(entry.hub, "model.safetensors")
+    found = try_to_load_from_cache(entry.hub, "model.safetensors", cache_dir=constants.HF_HUB_CACHE)
     return Path(found) if isinstance(found, str) else None
 
 

@@ -72,10 +72,10 @@ def check_loss(kind: str) -> str:
 
 def over_parts(paid: Callable[[Tensor], Tensor], logits: Logits) -> Tensor:
     """What is paid for each logit, averaged over those of an image of one part, and added over the parts -> [B]."""
-    return torch.stack([mean_per_image(paid(part)) for part in parts_of(logits)]).sum(0)
+    return torch.stack([mean_per_image(paid(part)) for part in every_part(logits)]).sum(0)
 
 
-def parts_of(logits: Logits) -> Sequence[Tensor]:
+def every_part(logits: Logits) -> Sequence[Tensor]:
     """The logits [B, ...] of each part of a critic."""
     return [logits] if isinstance(logits, Tensor) else logits
 
@@ -98,7 +98,7 @@ def r1_penalty(critic: Critic, x: Tensor, labels: Tensor | None = None) -> Tenso
 
 def squared_gradient(logits: Logits, x: Tensor) -> Tensor:
     """The same [B] of logits that a critic has already given for x [B, ...], which requires gradients."""
-    total = torch.stack([part.sum() for part in parts_of(logits)]).sum()
+    total = torch.stack([part.sum() for part in every_part(logits)]).sum()
     (gradient,) = torch.autograd.grad(total, x, create_graph=True)
     return gradient.square().flatten(1).sum(1)
 

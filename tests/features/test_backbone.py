@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from d2o.errors import UserError
-from d2o.features import Backbone, deit, lite0, load_backbone, vgg16
+from d2o.features import Backbone, deit, lite0, load_backbone, load_features, vgg16
 from d2o.features.backbone import probe
 from d2o.features.common import IMAGENET_MEAN, IMAGENET_STD
 
@@ -197,3 +197,26 @@ def test_published_files_are_read(tmp_path, monkeypatch):
 def deit_input(x):
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return F.interpolate(((x + 1) / 2 - mean) / std, (224, 224), mode="bilinear")
+
+
+def test_timm_s_own_files_are_read(tmp_path):
+    """EfficientNets under timm's names, as it keeps them in its cache; at another size than 224."""
+    for name, make in (("tf_efficientnet_lite0", lite0.untrained_lite0), ("tf_efficientnet_b0", lite0.untrained_b0)):
+        network = make().eval()
+        save_file(network.state_dict(), tmp_path / f"{name}.safetensors")
+        backbone = load_backbone(name, weights=tmp_path / f"{name}.safetensors", size=64)
+        x = torch.rand(1, 3, 32, 32) * 2 - 1
+        with torch.no_grad():
+            maps, theirs = backbone.maps(x), network.forward_intermediates(backbone.prepare(x), intermediates_only=True)
+        assert [tuple(y.shape[1:]) for y in maps] == [(c, s, s) for c, s in zip(lite0.CHANNELS, (16, 8, 4, 2))]
+        torch.testing.assert_close(maps, theirs[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_classifier_that_ships_is_a_backbone():
+    """Four stages, at any size."""
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    torch.testing.assert_close(load_backbone("digits", size=8).maps(x), load_features("digits").maps(x))
+    maps = load_backbone("digits", size=32).maps(x)
+    assert [tuple(y.shape[1:]) for y in maps] == [(32, 32, 32), (32, 32, 32), (64, 16, 16), (64, 16, 16)]
+    with pytest.raises(UserError, match="takes 1 channels"):
+        load_backbone("digits", size=32).maps(torch.zeros(1, 3, 32, 32))

@@ -6,7 +6,7 @@ from torch import nn
 
 from d2o.errors import UserError
 from d2o.evaluation.named_extractors import WAYS, load_extractor
-from d2o.features import Features, load_features
+from d2o.features import Features, deit, load_features
 from d2o.features import clip as clip_features
 from d2o.features.load import MODULES
 from d2o.interop.weights import WEIGHTS
@@ -23,6 +23,12 @@ MAPS = {  # channels and sides of the maps of 64 px images
     "dinov2_vits14": [(384, 16)] * 4,
     "dinov2_vitb14": [(768, 16)] * 4,
     "dinov2_vitl14": [(1024, 16)] * 4,
+    "tf_efficientnet_lite0": [(24, 56), (40, 28), (112, 14), (320, 7)],
+    "tf_efficientnet_b0": [(24, 56), (40, 28), (112, 14), (320, 7)],
+    "deit_tiny_distilled_patch16_224": [(192, 14)] * 4,
+    "deit_small_distilled_patch16_224": [(384, 14)] * 4,
+    "deit_base_distilled_patch16_224": [(768, 14)] * 4,
+    "vit_base_patch16_224": [(768, 14)] * 4,
     "clip": [(768, 7)] * 4,
     "clip-vit-b-32": [(768, 7)] * 4,
     "clip-vit-g-14": [(1408, 16)] * 4,
@@ -34,7 +40,12 @@ MAPS = {  # channels and sides of the maps of 64 px images
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MAPS if name not in ("clip", "clip-vit-g-14", "dinov2_vitb14", "dinov2_vitl14")]
+    "name",
+    [
+        name
+        for name in MAPS
+        if name not in ("clip", "clip-vit-g-14", "dinov2_vitb14", "dinov2_vitl14", "deit_base_distilled_patch16_224")
+    ],
 )
 def test_maps_and_vectors_of_each(name):
     """On the meta device, where no weights are looked for."""
@@ -48,7 +59,8 @@ def test_maps_and_vectors_of_each(name):
 
 def test_every_name_is_in_the_table_and_has_weights():
     assert set(MODULES) == {*MAPS, "dreamsim"}
-    of = {"digits": "", "vgg16": "vgg16-fc2", "clip": "clip-vit-b-32"}
+    of = {"digits": "", "vgg16": "vgg16-fc2", "clip": "clip-vit-b-32", "tf_efficientnet_lite0": "lite0"}
+    of |= {"tf_efficientnet_b0": "efficientnet-b0", **deit.WEIGHTS}
     assert {of.get(name, name) for name in MODULES} - {""} <= set(WEIGHTS)
     assert {way.features for way in WAYS.values()} <= set(MODULES)
 

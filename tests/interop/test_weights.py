@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from d2o.errors import UserError
-from d2o.interop.weights import WEIGHTS, Weights, find_weights
+from d2o.interop.weights import WEIGHTS, Weights, absence_of, find_weights
 
 CONTENT = b"\x80\x02" + b"K\x00K\x010" * 1000 + b"."  # a pickle, as the name .pth says
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -126,6 +126,24 @@ def test_torch_hub_s_cache_is_looked_in(entry, place, monkeypatch, tmp_path):
     entry(url="")  # nobody says what it should be
     with pytest.raises(UserError, match="not on this machine"):
         find_weights("net")
+
+
+def test_timm_s_copy_in_the_hub_s_cache_is_found(entry, place, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("D2O_OFFLINE", "1")
+    entry(url="https://example.invalid/net.pth", hub="timm/net.in1k")
+    with pytest.raises(UserError, match="not on this machine"):
+        find_weights("net")
+    folder, revision = tmp_path / "hub" / "models--timm--net.in1k", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    cached = folder / "snapshots" / revision / "model.safetensors"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(CONTENT)
+    assert find_weights("net") == cached and absence_of("net") is None
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT)
+    assert find_weights("net") == place  # d2o's own comes first
 
 
 def test_an_absent_package(entry, place):

@@ -36,6 +36,7 @@ OPTIONS = (
     "optim_critic={name: sgd, lr: 0.5, betas: [0.5, 0.9], clip_value: 0.001}",
     "ema={decay: 0.5, start: 16}",
 )
+PROJECTED = ("method=tiny-projected", "optim={name: sgd, lr: 0.01, betas: [0.0, 0.9]}")
 EDM2 = ("method=tiny-edm2", "optim={name: sgd, lr: 0.1, betas: [0.0, 0.9]}", "ema={decay: 0.5, start: 1000}")
 KILLED = {
     "part": Kill(0, "write", "shard-00001", -2),
@@ -79,6 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     bad.append(("explodes", "method=tiny-explodes", "bad_gradients=skip", rare))
     with pytest.MonkeyPatch.context() as patch:
         shards.register(patch)
+        main(one, [job(run, *PROJECTED, *how) for run, how in (("projected", ()), ("projected_4", ("micro_batch=4",)))])
         main(one, [job("gan"), job("options", *OPTIONS, rare), job("edm2", *EDM2, rare), *(job(*made) for made in bad)])
         halves = [f"precision={half}" for half in ("bf16", "fp16")]
         changes = shards.train(
@@ -90,6 +92,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 sharded("edm2", *EDM2, rare),
                 *(sharded(*made) for made in bad),
                 *(make(f"{make.__name__}_{half[-4:]}", half, rare) for half in halves for make in (job, sharded)),
+                job("projected", *PROJECTED),
+                sharded("projected_shard", *PROJECTED),
                 sharded("more", rare, stop=2),
             ],
             watched="whole",
@@ -99,6 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             shards.train(2, several, [sharded(name)], watched=name, kill=kill._replace(nth=len(found) + 1 + kill.nth))
         shutil.copytree(several / "part", several / "killed")
         shards.train(4, several, [sharded("more", rare), sharded("killed"), sharded("fewer", rare, stop=1)])
+        shards.train(4, several, [job("projected_of_4", *PROJECTED)])
         shards.train(2, several, [*(sharded(name) for name in KILLED), sharded("fewer", rare, stop=3)])
         main(several, [sharded("fewer", rare)])
     return Runs(one, several)
@@ -132,6 +137,25 @@ def test_edm2_normalises_its_weights_before_each_pass(runs):
     assert apart(one, runs.shared("edm2")) < 1e-6
     rms = one["unet.enc.4x4_block0.conv_res0.weight"].square().mean((1, 2, 3)).sqrt()
     torch.testing.assert_close(rms, torch.ones(len(rms)), rtol=0, atol=0.02)
+
+
+def states(path: Path) -> dict[str, Tensor]:
+    found = load_file(path / "checkpoints" / "state.safetensors")[0]
+    return {key: value for key, value in found.items() if key.startswith("network/")}
+
+
+@pytest.mark.parametrize("run", ["projected_4", "projected", "projected_of_4"])
+def test_a_projected_critic_is_the_same_for_any_micro_batches_and_processes(runs, run):
+    """Weights, singular vectors and running statistics of pools of 4 images: in a process with a whole pool each, and
+    of four processes with half a pool each; R1's second backward pass goes through them."""
+    one, other = states(runs.one / "projected"), states((runs.one if run == "projected_4" else runs.several) / run)
+    assert one.keys() == other.keys() and any(".running_var" in key for key in one)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_a_projected_critic_can_be_sharded(runs):
+    torch.testing.assert_close(runs.shared("projected_shard"), runs.alone("projected"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero"])
