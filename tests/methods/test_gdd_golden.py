@@ -139,13 +139,17 @@ def test_losses_and_gradients(critic, kind):
     short = "ns" if kind == "nonsaturating" else "hinge"
     gdd = method(critic, loss=kind)
     made = []
-    gdd.student.register_forward_hook(lambda module, args, x: x.requires_grad and x.retain_grad() or made.append(x))
+    gdd.student.register_forward_hook(lambda module, args, x: (x.requires_grad and x.retain_grad()) or made.append(x))
     loop = Given(gdd)
     gdd.student_step(loop, BATCH, {})
     assert loop.losses[0] == pytest.approx(float(GOLDEN[f"{short}_g_loss"]), rel=1e-4)
     close(made[0].grad, GOLDEN[f"{short}_g_grad"], 1e-2)
     if kind == "nonsaturating":
-        close(norms(gdd.student.network, loop.gradients["student"], NAMES["g_parameters"]), GOLDEN["ns_g_param_grad_norm"], 1e-2)
+        close(
+            norms(gdd.student.network, loop.gradients["student"], NAMES["g_parameters"]),
+            GOLDEN["ns_g_param_grad_norm"],
+            1e-2,
+        )
     loop = Given(gdd)
     gdd.critic_step(loop, BATCH, {})
     assert loop.losses[0] == pytest.approx(float(GOLDEN[f"{short}_d_loss"]), rel=1e-4)
@@ -179,7 +183,9 @@ def norms(network: nn.Module, flat: torch.Tensor, names: list[str]) -> torch.Ten
 
 
 def check_critic(gdd: GDD, loop: Loop, prefix: str) -> None:
-    own = own_names(["resnet18"], [[len(h.blocks) for h in heads] for heads in gdd.critic.heads], gdd.critic.state_dict())
+    own = own_names(
+        ["resnet18"], [[len(h.blocks) for h in heads] for heads in gdd.critic.heads], gdd.critic.state_dict()
+    )
     names = [own[name] for name in NAMES["d_parameters"]]
     close(norms(gdd.critic, loop.gradients["critic"], names), GOLDEN[f"{prefix}_d_grad_norm"], 1e-2)
     sizes = [p.numel() for p in gdd.critic.parameters()]
