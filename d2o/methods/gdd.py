@@ -46,7 +46,6 @@ from d2o.students.few_step import FewStepStudent
 from d2o.teachers.base import Spec
 
 S = TypeVar("S", bound=Section)
-Log = dict[str, list[Tensor]]
 
 
 class PenaltyOptions(Options):
@@ -199,14 +198,14 @@ class GDD(StudentMethod[GDDOptions]):
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """The student's step, the critic's against new images of the updated student, and R1, in the code's order."""
-        log: Log = {}
+        log: dict[str, list[Tensor]] = {}
         self.student_step(loop, batch, log)
         self.critic_step(loop, batch, log)
         if self.options.r1.gamma and iteration > 0 and iteration % self.options.r1.interval == 0:
             self.penalty_step(loop, batch, log)
         return {key: loop.mean(values) for key, values in log.items()}
 
-    def student_step(self, loop: Loop, batch: Batch, log: Log) -> None:
+    def student_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
         o = self.options
         for micro, draw in loop.micro_batches(batch):
             z, embedded = draw.randn(*self._spec.shape), self.asked(self.condition_of(micro))
@@ -223,7 +222,7 @@ class GDD(StudentMethod[GDDOptions]):
             log.setdefault("loss_g", []).append(paid / len(logits))
         loop.update("student")
 
-    def critic_step(self, loop: Loop, batch: Batch, log: Log) -> None:
+    def critic_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
         signs = []
         for micro, draw in loop.micro_batches(batch, 1):
             z, embedded = draw.randn(*self._spec.shape), self.asked(self.condition_of(micro))
@@ -245,7 +244,7 @@ class GDD(StudentMethod[GDDOptions]):
             self.controller.update(loop.everywhere(loop.mean(signs)))
             log["ada_p"] = [self.controller.p]
 
-    def penalty_step(self, loop: Loop, batch: Batch, log: Log) -> None:
+    def penalty_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
         """R1 of the real images, whose gradient comes through the frozen backbones; without DiffAugment, through ADA as
         StyleGAN2 has it."""
         r1 = self.options.r1
