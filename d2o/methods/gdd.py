@@ -36,10 +36,9 @@ from d2o.methods.teachers import check_teacher
 from d2o.networks.build import network_config
 from d2o.networks.config import Config
 from d2o.networks.edm2_unet import keep_normalised, remove_uncertainty
-from d2o.networks.edm_unet import remove_augment
+from d2o.networks.edm_unet import EDMPrecond, remove_augment
 from d2o.networks.edm_view import lowest_level
 from d2o.networks.full_precision import full_precision
-from d2o.networks.precond import Denoiser
 from d2o.settings.section import Section
 from d2o.students.base import Student
 from d2o.students.few_step import FewStepStudent
@@ -154,7 +153,7 @@ class GDD(StudentMethod[GDDOptions]):
         network = super().begin(setup, spec, own)
         remove_uncertainty(network)
         remove_augment(network)
-        if isinstance(network, Denoiser) and network.precond == "edm":
+        if isinstance(network, EDMPrecond) and network.precond == "edm":
             network.precond = network_config(network)["precond"] = "consistency"
         return network
 
