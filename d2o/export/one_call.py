@@ -79,8 +79,10 @@ def unclamped(student: Student) -> Student:
 
 
 def _trailing(student: Student) -> bool:
-    """Whether its calls are the steps of diffusers' schedulers with trailing spacing."""
+    """Whether its calls are the steps of diffusers' schedulers with trailing spacing, the last one to 0."""
     if not isinstance(student, FewStepStudent) or not isinstance(student.network.levels, DiscreteLevels):
+        return False
+    if student.last:
         return False
     return list(student.levels[1:]) == spaced_levels(student.network, student.sigma, student.nfe)
 

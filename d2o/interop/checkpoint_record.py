@@ -53,6 +53,7 @@ class DenoiserRecord(Record):
 class FewStepRecord(DenoiserRecord):
     kind: Literal["few_step"]  # type: ignore[assignment]
     then: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+    last: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class MultistepRecord(Record):

@@ -51,7 +51,7 @@ class StudentMethod(Method[O]):
         self.device, self.prompts = setup.device, setup.prompts
         if getattr(setup.student, "steps", 1) != 1 and not self.few_steps:
             what = f"student.steps: method {self.name} has no students of {setup.student.steps} steps by these losses"
-            raise UserError(what, "leave it away, or take method diffusion2gan or ode")
+            raise UserError(what, "leave it away, or take method diffusion2gan, gdd or ode")
         teacher = None if self.teacher is None else self.teacher.network
         lora = getattr(setup.student, "lora", None)
         if setup.start is not None:

@@ -362,3 +362,11 @@ class EDMPrecond(Denoiser):
             f, features = found
         denoised = torch.addcmul(c_skip * x, c_out, f[:, : self.img_channels].to(torch.float32))
         return denoised if features is None else (denoised, channel_mean(features))
+
+
+def remove_augment(network: nn.Module) -> None:
+    """Take the input of augmentation labels off a denoiser of EDM, in place: a student is never told any; other
+    networks have none."""
+    if isinstance(network, EDMPrecond):
+        network.model.map_augment = None
+        network.config.pop("augment_dim", None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 from d2o.methods.base import get_method, method_names
+from d2o.recipes.aliases import ALIASES
 from d2o.recipes.schema import LOADER_KEYS, Recipe, section_key
 from d2o.settings.recipe_names import VARIANT
 from d2o.settings.wording import Schema, is_free, may_be_null, tree
@@ -18,7 +19,9 @@ def recipe_schema() -> Schema:
     for name in method_names():
         options = _loose(tree(get_method(name).Options))
         keys[section_key(name)] = {**_or_null(options), "description": f"settings of method {name}"}
-    keys["method"] = {**keys["method"], "enum": [*method_names(), None]}
+    for name, alias in ALIASES.items():
+        keys[section_key(name)] = {"type": ["object", "null"], "description": f"as `{section_key(alias.method)}:`"}
+    keys["method"] = {**keys["method"], "enum": [*method_names(), *ALIASES, None]}
     layer: Schema = {"type": "object", "properties": keys, "additionalProperties": False}
     mini: Schema = {"$ref": "#/definitions/keys", "description": LOADER_KEYS["mini"]}
     variant = {**layer, "type": ["object", "null"], "properties": {**_refer(keys), "mini": mini}}

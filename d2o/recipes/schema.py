@@ -17,6 +17,7 @@ from d2o.data.data_section import DataSection
 from d2o.data.pairs_section import PairsSection
 from d2o.errors import UserError, unknown
 from d2o.inputs import Json, JsonObject
+from d2o.recipes.aliases import method_of, own_name, place_of
 from d2o.recipes.former import FORMER, GOES, KINDS, is_former, place_as_written, renewed
 from d2o.settings.section import NonEmpty, Section, Seed, field
 from d2o.settings.wording import Problem, Schema, Shape, dotted, phrase, tree, word
@@ -117,6 +118,11 @@ def section_key(method: str) -> str:
 
 def check(data: JsonObject) -> tuple[Recipe | None, list[Problem]]:
     """The Recipe that plain data (no `extends`, no `mini`) stands for, or None and everything that is wrong with it."""
+    recipe, problems = _of_former(own_name(data))
+    return recipe, [Problem(place_of(data, problem.path), problem.text) for problem in problems]
+
+
+def _of_former(data: JsonObject) -> tuple[Recipe | None, list[Problem]]:
     if is_former(data):
         recipe, problems = _check(renewed(data))
         if recipe is not None:
@@ -172,7 +178,7 @@ def shape_of(method: object = None) -> Shape:
     """What a recipe of that method may hold; without the method's own section when there is no such method."""
     from d2o.methods.base import get_method, method_names
 
-    whole = _tree(Recipe)
+    whole, method = _tree(Recipe), method_of(method)
     if isinstance(method, str) and method in method_names():
         own = {**_tree(get_method(method).Options), "description": f"settings of method {method}"}
         whole = {**whole, "properties": {**whole["properties"], section_key(method): own}}

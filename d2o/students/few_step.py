@@ -1,6 +1,7 @@
 """Students of a few calls along the teacher's probability-flow ODE, without fresh noise (Zheng & Yang 2024, GDD,
 section 3: their few-step generators): x_0 = D(x_t; t), then x_u = x_0 + (u / t) (x_t - x_0), and again; the last call's
-x_0 is the sample. A sample stays a function of its noise and condition."""
+x_0 is the sample, or where the ODE goes by it at the lowest level. A sample stays a function of its noise and
+condition."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from d2o.teachers.base import Spec
 
 
 class FewStepStudent(Student):
-    """A student as `Student`, called at sigma and then at the levels `then`, which fall. UserError: they do not, or are
-    none that the network knows."""
+    """A student as `Student`, called at sigma and then at the levels `then`, which fall. `last`: the level to which the
+    last call leads, below them; 0: its x_0. UserError: they do not fall, or are none that the network knows."""
 
     def __init__(
         self,
@@ -35,28 +36,32 @@ class FewStepStudent(Student):
         then: Sequence[float],
         begins: str = "noise",
         guidance: Range | None = None,
+        last: float = 0.0,
     ):
         super().__init__(network, spec, sigma, begins, guidance)
+        self.last = last
         self.levels = (self.sigma, *(called_at(network, float(level)) for level in then))
         low = lowest_level(network)
-        if not then or any(a <= b for a, b in pairwise(self.levels)) or self.levels[-1] < low:
+        if not then or any(a <= b for a, b in pairwise(self.levels)) or self.levels[-1] < max(low, 1.001 * last):
             wanted = f"levels below {self.sigma:g} that fall, none below {low:.3g}"
             raise UserError(f"student.levels: {list(then)}: expected {wanted}")
         self.nfe = len(self.levels)
 
     @property
     def record(self) -> JsonObject:
-        return {**super().record, "kind": "few_step", "then": list(self.levels[1:])}
+        record = {**super().record, "kind": "few_step", "then": list(self.levels[1:])}
+        return record | ({"last": self.last} if self.last else {})
 
     @classmethod
     def from_record(cls, network: nn.Module, spec: Spec, record: JsonObject) -> FewStepStudent:
         plain = Student.from_record(network, spec, record)
-        return cls(network, spec, plain.sigma, record["then"], plain.begins, plain.guidance)
+        last = record.get("last", 0.0)
+        return cls(network, spec, plain.sigma, record["then"], plain.begins, plain.guidance, last)
 
     def call(self, noise: Tensor, embedded: Embedded, scale: Tensor | None = None) -> Tensor:
         told = () if scale is None else (scale_embedding(scale),)
         x = noise.to(torch.float32) * self.factor
-        for t, u in pairwise((*self.levels, 0.0)):
+        for t, u in pairwise((*self.levels, self.last)):
             d = self.network(x, noise.new_full((1,), t, dtype=torch.float32), embedded, *told)
             x = d if u == 0 else d + (u / t) * (x - d)
         return x

@@ -46,8 +46,8 @@ class StudentSection(Section):
     )
     steps: Annotated[int, Field(ge=1, le=1000)] = field(
         1,
-        "network calls of a sample (diffusion2gan and ode): each estimates the image, the next one begins on the way"
-        " from there to what the last one was given; trained by the last one's image, with gradients through all",
+        "network calls of a sample (diffusion2gan, gdd and ode): each estimates the image, the next one begins on the"
+        " way from there to what the last one was given; trained by the last one's image, with gradients through all",
     )
     levels: list[Positive] | None = field(
         None,

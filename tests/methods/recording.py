@@ -58,5 +58,8 @@ class Loop:
         yield self.networks[name]
         self.networks[name].requires_grad_(True)
 
+    def everywhere(self, value):
+        return value
+
     def mean(self, values):
         return torch.stack(values).mean().detach()

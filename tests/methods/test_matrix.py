@@ -33,6 +33,7 @@ ROWS = {
     "dmd": ("dmd", {}),
     "dmd with pairs": ("dmd", {"lambda_reg": 0.25, "regression": "mse"}),
     "diff-instruct": ("dmd", {"kind": "diff_instruct"}),
+    "gdd": ("gdd", {"critic": {"kind": "style", "style": {"base": 64, "max_channels": 8}}, "r1": {"interval": 2}}),
     "cd": ("cd", {"N": 4}),
     "pd": ("pd", {"N": 4, "stage_images": 4}),
     "ctm": ("ctm", {"N": 4}),

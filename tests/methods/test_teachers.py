@@ -29,7 +29,7 @@ def run(*arguments: object) -> int:
 
 
 def test_methods_that_distil():
-    assert DISTILLING == ["cd", "ctm", "diffusion2gan", "dmd", "ode", "pd", "sid"]
+    assert DISTILLING == ["cd", "ctm", "diffusion2gan", "dmd", "gdd", "ode", "pd", "sid"]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_refusal_says_why_and_what_can_be_done(ddpm):
         check_kind("cd", expected_kind("edm2-img512-xs"))
     assert "is an EDM2 network, which method cd cannot learn from: " in caught.value.message
     assert (
-        "methods that take this teacher: diffusion2gan, dmd, ode, sid\n" in caught.value.hint
+        "methods that take this teacher: diffusion2gan, dmd, gdd, ode, sid\n" in caught.value.hint
         and "EDM" in caught.value.hint
     )
     assert not any(why_not("cd", kind) for kind in [expected_kind("digits"), expected_kind("owner/name")])
@@ -73,7 +73,7 @@ def test_what_each_method_takes_of_the_published_teachers():
     text = {"sd15", "sdxl", "sd3-medium"}
     assert taken == {
         **dict.fromkeys(("cd", "ctm", "pd"), edm | text),
-        **dict.fromkeys(("diffusion2gan", "dmd", "ode", "sid"), edm | edm2 | text),
+        **dict.fromkeys(("diffusion2gan", "dmd", "gdd", "ode", "sid"), edm | edm2 | text),
     }
 
 
@@ -99,7 +99,7 @@ def test_another_preconditioning_is_not_consistencys():
     assert takes("ode", kind_of(teacher)) and not takes("ctm", kind_of(teacher))
     with pytest.raises(UserError, match="is in preconditioning vp") as caught:
         check_teacher("pd", teacher)
-    assert "methods that take this teacher: diffusion2gan, dmd, ode, sid" in caught.value.hint
+    assert "methods that take this teacher: diffusion2gan, dmd, gdd, ode, sid" in caught.value.hint
 
 
 @pytest.mark.parametrize("words", [["train", "cd_digits"], ["finetune", "cd_digits", "--from", "nowhere.safetensors"]])
