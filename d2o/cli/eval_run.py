@@ -27,6 +27,8 @@ STDOUT = Path("-")
 def check_asked(values: Values) -> None:
     """Refuse what contradicts itself before anything is loaded."""
     x, table, compare = values["x"], values["table"], values["compare"]
+    if values["act_stat"] != "mean_abs":
+        raise UserError("--act-stat says what is taken of layers", "add --activations FILE.svg, or leave it away")
     if compare and table:
         raise UserError("--compare puts results together, --table measures: give one of them")
     if values["runs"] and not table:
@@ -185,7 +187,7 @@ def _one_after_another(
     from d2o.evaluation.statistics_files import save_statistics
 
     records = []
-    for result in evaluate_all(request, settings, _meter, place=place):
+    for result in evaluate_all(request, settings, open_meter, place=place):
         records.append(result.record)
         if save_stats and worker()[0] == 0:
             if result.statistics is None:
@@ -199,7 +201,7 @@ def _one_after_another(
 
 
 @contextmanager
-def _meter(title: str, total: int) -> Iterator[_Progress]:
+def open_meter(title: str, total: int) -> Iterator[_Progress]:
     with console.meter(title, total) as bar:
         yield _Progress(bar)
 
