@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from d2o.data.prompts import Prompts
     from d2o.teachers.base import Teacher
 
-LAYERS = ("x", "activations", "act_stat", "n", "seed", "labels", "prompt", "prompts", "batch", "solver", "steps")
-LAYERS += ("device", "work", "json", "name")
-CURVES = ("curves", "run", "table", "runs", "metrics", "name", "json", "title")
+LAYERS = {"x", "activations", "act_stat", "n", "seed", "labels", "prompt", "prompts", "batch", "solver", "steps"}
+LAYERS |= {"device", "work", "json", "name"}
+CURVES = {"curves", "run", "table", "runs", "metrics", "name", "json", "title"}
 
 
 def draw_activations(values: Values, given: set[str]) -> None:
@@ -116,8 +116,8 @@ def draw_curves(values: Values, given: set[str]) -> None:
     console.say(f"wrote {picture}" + ("" if numbers in (None, STDOUT) else f" and {numbers}"))
 
 
-def _only(given: set[str], allowed: Sequence[str], what: str) -> None:
-    for name in sorted(given - set(allowed)):
+def _only(given: set[str], allowed: set[str], what: str) -> None:
+    for name in sorted(given - allowed):
         option = "X" if name == "x" else f"--{name.replace('_', '-')}"
         raise UserError(f"{option} is not for {what}, which measures no metric", "leave it away")
 

@@ -233,6 +233,8 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
     for i, row in enumerate(table.rows):
         runs = measured_runs(table, row, under)
         reason = None if runs else absent(row, under)
+        if row.x is not None and reason is None and "teacher" not in given:
+            reason = table.lacks_teacher(row, under)
         if row.x is None or reason is not None:
             if (why := reason or row.cited) is not None:
                 console.say(f"not measured: {row.name}: {why}")
@@ -243,7 +245,11 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
             continue
         chosen = {
             key: value
-            for key, value in {"against": table.against_of(row), **table.options_of(row)}.items()
+            for key, value in {
+                "against": table.against_of(row),
+                **table.options_of(row),
+                "teacher": table.teacher_of(row, under),
+            }.items()
             if value is not None
         }
         row_values = {

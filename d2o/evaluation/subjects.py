@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2o.condition import Asked, Condition, Generate
 from d2o.data.images import ImageSet, open_images
+from d2o.data.prompt_files import open_prompts
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError, nearest
 from d2o.evaluation.extractor import Device, Extractor, check_images_fit

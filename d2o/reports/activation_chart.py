@@ -15,7 +15,10 @@ from d2o.reports.sweep_chart import STYLE, colours_along
 
 RED_BLUE = ((0xB2, 0x18, 0x2B), (0xEF, 0x8A, 0x62), (0x8E, 0x8E, 0x8E), (0x67, 0xA9, 0xCF), (0x21, 0x66, 0xAC))
 """Shallow to deep, as the paper colours them."""
-OWN = ".guide{stroke:#b9b5aa;stroke-dasharray:4 4}text.guide{stroke:none;font-size:12px;fill:#8a877f}.small{font-size:13px}"
+OWN = (
+    ".guide{stroke:#b9b5aa;stroke-dasharray:4 4}text.guide{stroke:none;font-size:12px;fill:#8a877f}"
+    ".small{font-size:13px}"
+)
 LEFT, TOP, PANEL, ROW, LEGEND = 16, 62, HEIGHT + 44, 17, 300
 GUIDES = (60.0, 40.0)
 """Noise levels at which the paper sees almost all layers active."""
@@ -67,9 +70,8 @@ def _panel(part: str, layers: Sequence[JsonObject], record: JsonObject, top: int
         name = layer["name"].removeprefix("model.")
         rows.append(f'<line x1="{x}" x2="{x + 20}" y1="{y - 5}" y2="{y - 5}" stroke="{colour}" stroke-width="3"/>')
         rows.append(f'<text class="small" x="{x + 28}" y="{y}">{escape(_shortened(name))}</text>')
-        rows.append(
-            f'<text class="small" x="{x + LEGEND - 10}" y="{y}" text-anchor="end">{short(layer["peak"]["sigma"])}</text>'
-        )
+        at = short(layer["peak"]["sigma"])
+        rows.append(f'<text class="small" x="{x + LEGEND - 10}" y="{y}" text-anchor="end">{at}</text>')
     return (
         f'<style>{own}</style><text x="{LEFT}" y="{top + 14}" style="font-weight:600">{part.capitalize()}</text>'
         f'<text class="small" x="{x + LEGEND - 10}" y="{top + 14}" text-anchor="end">greatest at σ</text>'

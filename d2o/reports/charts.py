@@ -59,7 +59,9 @@ def line_chart(
         body.append(f'<line class="tick" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(tick):.1f}" y2="{sy(tick):.1f}"/>')
         body.append(f'<text x="{LEFT - 8}" y="{sy(tick) + 5:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick, words in x_ticks if x_ticks is not None else [(t, short(t)) for t in _ticks(x_low, x_high)]:
-        body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{escape(words)}</text>')
+        anchor = "end" if x_ticks and tick == x_high else "middle"  # long words stay inside
+        at = f'x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}"'
+        body.append(f'<text {at} text-anchor="{anchor}">{escape(words)}</text>')
     for place, words in guides:
         body.append(
             f'<line class="guide" x1="{sx(place):.1f}" x2="{sx(place):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
