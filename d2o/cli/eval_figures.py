@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,6 @@ from d2o.cli import console
 from d2o.cli.eval_run import STDOUT, Values, open_meter
 from d2o.cli.opening import open_device, open_teacher
 from d2o.errors import UserError, unknown
-from d2o.inputs import JsonObject
 from d2o.runtime import stop_flag, worker
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ def draw_activations(values: Values, given: set[str]) -> None:
     UserError: options that are not for it, no teacher, a network without a U-Net, outputs that hold something else.
     """
     from d2o.evaluation.activations import ActivationSettings, measure_activations
+    from d2o.evaluation.results import compact_json
     from d2o.evaluation.workplace import Workplace
     from d2o.interop.safetensors_io import atomic_write
     from d2o.networks.unet_layers import last_convolutions
@@ -57,12 +57,13 @@ def draw_activations(values: Values, given: set[str]) -> None:
         )
         if record is None:
             return
+        record["command"] = _command(values, given)
         atomic_write(picture, activation_chart(record))
         if numbers == STDOUT:
-            console.out.file.write(_text(record))
+            console.out.file.write(compact_json(record))
             console.out.file.flush()
         else:
-            atomic_write(numbers, _text(record))
+            atomic_write(numbers, compact_json(record))
     for layer in record["layers"] if numbers != STDOUT else []:
         at = ", ".join(f"{m['sigma']:.3g} ({m['height']:.2f})" for m in layer["maxima"][:3])
         console.out.print(f"{layer['part']} {layer['depth']:>2}  {layer['name']}: greatest at sigma {at}", markup=False)
@@ -74,6 +75,7 @@ def draw_curves(values: Values, given: set[str]) -> None:
 
     UserError: options that are not for it, runs without a log, no score that all of them have.
     """
+    from d2o.evaluation.results import compact_json
     from d2o.interop.safetensors_io import atomic_write
     from d2o.reports.curves import HIGHER_IS_BETTER
     from d2o.reports.sweep_chart import Line, sweep_chart
@@ -107,23 +109,31 @@ def draw_curves(values: Values, given: set[str]) -> None:
         ],
     }
     if numbers == STDOUT:
-        console.out.file.write(_text(record))
+        console.out.file.write(compact_json(record))
         console.out.file.flush()
     elif numbers is not None:
-        atomic_write(numbers, _text(record))
+        atomic_write(numbers, compact_json(record))
     for name, points in found.items():
         console.say(f"{name}: {metric} {ends[name]:.4g} at best, {points[-1][1]:.4g} after {points[-1][0]:,.0f} images")
     console.say(f"wrote {picture}" + ("" if numbers in (None, STDOUT) else f" and {numbers}"))
+
+
+def _command(values: Values, given: set[str]) -> str:
+    """The command line that measures the layers again."""
+    words = ["d2o", "eval", values["x"][0], "--activations", str(values["activations"])]
+    asked = values["prompts"]
+    for name in sorted(given - {"x", "activations", "json", "work", "prompt", "prompts"}):
+        value = values[name][0] if name == "name" else values[name]
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    for prompt in asked if isinstance(asked, tuple) else ():
+        words += ["--prompt", prompt]
+    return shlex.join(words + (["--prompts", asked] if isinstance(asked, str) else []))
 
 
 def _only(given: set[str], allowed: set[str], what: str) -> None:
     for name in sorted(given - allowed):
         option = "X" if name == "x" else f"--{name.replace('_', '-')}"
         raise UserError(f"{option} is not for {what}, which measures no metric", "leave it away")
-
-
-def _text(record: JsonObject) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _check_picture(path: Path, option: str) -> None:
