@@ -162,6 +162,11 @@ def write() -> None:
         from activations import table as layers
 
         put(ROOT / "docs" / "results.md", "activations", layers(json.loads(path.read_text())))
+    from table_results import COLUMNS, load_table
+    from table_results import write as write_rows
+
+    for name in COLUMNS:
+        write_rows(name, load_table(name))
 
 
 if __name__ == "__main__":
