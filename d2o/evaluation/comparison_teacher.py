@@ -23,7 +23,7 @@ def reference_teacher(
 ) -> tuple[Generator | None, list[str]]:
     """The teacher that a generator is measured against from equal noise, and notes on why not or how: a diffusion
     teacher as it is usually sampled, a student as it was trained (GDD, section 2.2, compares students of one and of
-    several calls).
+    several calls), or as --teacher-solver and --teacher-steps say.
 
     `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here. Where
     both make the same samples there is none, unless a metric that is `needed` asks for it.
@@ -43,6 +43,7 @@ def reference_teacher(
                 "give a teacher, a student or a run; images and statistics are compared with by --against",
             )
         check_same_task(teacher, subject)
+        check_sampling(teacher, settings)
     except UserError as error:
         if name is not None:
             raise
@@ -67,6 +68,17 @@ def check_same_task(teacher: Generator, subject: Generator) -> None:
         )
 
 
+def check_sampling(teacher: Generator, settings: Settings) -> None:
+    """UserError for --teacher-solver or --teacher-steps of a student that they do not change."""
+    if teacher.kind == "teacher":
+        return
+    if settings.teacher_solver is not None:
+        raise UserError(f"--teacher-solver: {teacher.source} is a student, which no solver samples", "leave it away")
+    if settings.teacher_steps is not None and "steps" not in teacher.record:
+        calls = f"{teacher.record['nfe']} call{'s' * (teacher.record['nfe'] != 1)}"
+        raise UserError(f"--teacher-steps: {teacher.source} is a student of {calls}", "leave it away")
+
+
 def _takes(spec: Spec) -> tuple[object, ...]:
     return spec.shape, spec.latent, spec.condition, spec.classes
 
@@ -77,9 +89,9 @@ def _told(spec: Spec) -> str:
 
 
 def reference_settings(settings: Settings) -> Settings:
-    """The settings under which a generator serves as the measure of others: its usual solver and number of steps,
-    whatever --solver and --steps say of X."""
-    return replace(settings, solver=None, steps=None)
+    """The settings under which a generator serves as the measure of others: its usual solver and steps, or
+    --teacher-solver and --teacher-steps, whatever --solver and --steps say of X."""
+    return replace(settings, solver=settings.teacher_solver, steps=settings.teacher_steps)
 
 
 def described(teacher: Generator) -> JsonObject:

@@ -160,56 +160,6 @@ def open_subject(
     return _pictures(text, settings, extractor, on_bad)
 
 
-<<<<<<< HEAD
-=======
-def reference_teacher(
-    subject: Subject, name: str | None, settings: Settings, device: Device = "cpu"
-) -> tuple[Generator | None, list[str]]:
-    """The teacher that a generator is measured against from equal noise, sampled with its usual solver or with
-    --teacher-solver and --teacher-steps, and notes on why not or how.
-
-    `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
-    """
-    if not isinstance(subject, Generator):
-        return None, []
-    choice = name or (
-        subject.source if subject.kind == "teacher" else subject.teacher
-    )  # a teacher's few steps beside its many
-    if choice is None or (name is None and choice not in BUILTIN and not Path(choice).exists()):
-        return None, [f"no distance to the teacher ({choice or 'not stated'}): it is not here; name it with --teacher"]
-    try:
-        teacher = open_subject(choice, reference_settings(settings), device)
-        if not isinstance(teacher, Generator) or teacher.kind != "teacher":
-            raise UserError(f"--teacher {choice} is not a teacher (kind: {teacher.kind})")
-        if _takes(teacher.spec) != _takes(subject.spec):
-            theirs, ours = (f"{list(s.shape)} images of {s.classes} classes" for s in (teacher.spec, subject.spec))
-            raise UserError(f"teacher {choice} makes {theirs}, {subject.source} {ours}")
-    except UserError as error:
-        if name is not None:
-            raise
-        return None, [f"no distance to the teacher: {error.message}"]
-    if all(subject.record.get(key) == teacher.record[key] for key in ("sha256", "solver", "steps")):
-        return None, []  # the same samples
-    expected = subject.record.get("teacher_sha256")
-    if expected is not None and expected != teacher.record["fingerprint"]:
-        return teacher, [
-            f"{subject.source} was distilled from another {choice} than the one measured against (weights"
-            f" {expected[:12]})"
-        ]
-    return teacher, []
-
-
-def _takes(spec: Spec) -> tuple[object, ...]:
-    return spec.shape, spec.condition, spec.classes
-
-
-def reference_settings(settings: Settings) -> Settings:
-    """The settings under which a teacher serves as the measure of others: its usual solver or --teacher-solver and
-    --teacher-steps, whatever --solver and --steps say of X."""
-    return replace(settings, solver=settings.teacher_solver, steps=settings.teacher_steps)
-
-
->>>>>>> main
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
     model = load_teacher(text, device)
     ordered = arrange(model.network, device)

@@ -72,6 +72,8 @@ def test_students_of_several_calls_as_a_run_and_as_a_file(digits: Path, one: Pat
     twice = measured(consistency, consistency, settings=replace(SMALL, steps=2))  # the teacher: as it was trained
     assert twice["x"]["nfe"] == 2 and twice["metrics"]["distance"]["teacher"]["steps"] == 1
     assert twice["metrics"]["distance"]["rmse"] > 0
+    both = measured(consistency, consistency, settings=replace(SMALL, steps=2, teacher_steps=2))
+    assert both["metrics"]["distance"]["teacher"]["steps"] == 2 and both["metrics"]["distance"]["rmse"] == 0
 
 
 def test_every_run_of_repeats_has_the_teacher_s_images_of_its_own_seeds(digits: Path, one: Path) -> None:
@@ -110,6 +112,10 @@ def test_what_cannot_be_a_teacher_is_said(digits: Path, one: Path, tmp_path: Pat
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="without a checkpoint"):
         measured(one, run)
+    with pytest.raises(UserError, match="--teacher-steps: .* is a student of 1 call"):
+        measured(one, one, settings=replace(SMALL, teacher_steps=2))
+    with pytest.raises(UserError, match="--teacher-solver: .* is a student, which no solver samples"):
+        measured(one, one, settings=replace(SMALL, teacher_solver="euler"))
     with pytest.raises(UserError, match="real:digits is not a teacher") as caught:
         measured(one, Path("real:digits"))
     assert caught.value.hint and "--against" in caught.value.hint
