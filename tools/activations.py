@@ -23,7 +23,7 @@ from d2o.evaluation.results import compact_json
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 STATS = ("mean_abs", "rms", "mean")
-TRAIN = "d2o train teacher_digits --set network.arch=ncsnpp --set images=200000 --set eval=null --set threads=1"
+TRAIN = "d2o train teacher_digits --mini --set network.arch=ncsnpp --set eval=null --set threads=1"
 TEACHERS = {"digits": "digits", "digits_ncsnpp": "{runs}/teacher_ncsnpp"}
 """Name -> X. The first ships; the second is trained by `TRAIN`."""
 

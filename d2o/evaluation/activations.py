@@ -219,7 +219,7 @@ def _layer(layer: BlockLayer, values: np.ndarray, levels: Sequence[float]) -> Js
     from scipy.signal import find_peaks
 
     low, high = float(values.min()), float(values.max())
-    scaled = scale(values)
+    scaled = min_max(values)
     places, _ = find_peaks(np.concatenate([[-1.0], scaled, [-1.0]]), prominence=PROMINENT)  # ends may be maxima, too
     order = sorted((int(place) - 1 for place in places), key=lambda at: -scaled[at])
 
@@ -238,7 +238,7 @@ def _layer(layer: BlockLayer, values: np.ndarray, levels: Sequence[float]) -> Js
     }
 
 
-def scale(values: np.ndarray) -> np.ndarray:
+def min_max(values: np.ndarray) -> np.ndarray:
     """(O_t - min) / (max - min) over the time steps of a layer; 0 where it is constant."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from d2o.evaluation.activations import scale
+from d2o.evaluation.activations import min_max
 from d2o.inputs import JsonObject
 from d2o.reports.charts import HEIGHT, WIDTH, Series, line_chart, short
 from d2o.reports.sweep_chart import STYLE, colours_along
@@ -22,7 +22,7 @@ OWN = (
 LEFT, TOP, PANEL, ROW, LEGEND = 16, 62, HEIGHT + 44, 17, 300
 GUIDES = (60.0, 40.0)
 """Noise levels at which the paper sees almost all layers active."""
-TICKS = 5
+TICKS = 4
 WORDS = {"mean_abs": "mean |output|", "rms": "root mean square of outputs", "mean": "mean output"}
 
 
@@ -51,7 +51,7 @@ def activation_chart(record: JsonObject) -> str:
 
 def _panel(part: str, layers: Sequence[JsonObject], record: JsonObject, top: int) -> str:
     steps, sigma = record["i"], record["sigma"]
-    series = [Series(layer["name"], range(len(steps)), scale(np.array(layer["values"])).tolist()) for layer in layers]
+    series = [Series(layer["name"], range(len(steps)), min_max(np.array(layer["values"])).tolist()) for layer in layers]
     places = [round(k * (len(steps) - 1) / (TICKS - 1)) for k in range(TICKS)]
     ticks = [(float(at), f"{steps[at]} (σ {short(sigma[at])})") for at in places]
     guides = [

@@ -17,7 +17,7 @@ from d2o.evaluation.activations import (
     ActivationSettings,
     activations,
     measure_activations,
-    scale,
+    min_max,
     time_grid,
 )
 from d2o.evaluation.workplace import Workplace
@@ -97,11 +97,11 @@ def test_a_record_says_where_each_layer_is_greatest(tmp_path: Path):
                 "height": 1.0,
             }
         )
-        scaled = scale(values)
+        scaled = min_max(values)
         for point in layer["maxima"]:
             at = 8 - point["i"]
             assert all(scaled[at] >= scaled[other] for other in (at - 1, at + 1) if 0 <= other < 8)
-    assert (scale(np.array([2.0, 2.0])) == 0).all() and scale(np.array([1.0, 3.0, 2.0])).tolist() == [0, 1, 0.5]
+    assert (min_max(np.array([2.0, 2.0])) == 0).all() and min_max(np.array([1.0, 3.0, 2.0])).tolist() == [0, 1, 0.5]
     other = measure_activations(teacher, "tiny", replace(SMALL, batch=6))  # batches change nothing
     assert other is not None
     for ours, theirs in zip(record["layers"], other["layers"], strict=True):
