@@ -226,7 +226,10 @@ def _scores(runs: Mapping[str, Path], asked: Sequence[str]) -> tuple[str, dict[s
     logs = {name: read_curves(path).scores for name, path in runs.items()}
     for name, scores in logs.items():
         if not scores:
-            raise UserError(f"{runs[name]} was not measured while it was trained: its log has no scores", "`eval:`")
+            raise UserError(
+                f"{runs[name]} was not measured while it was trained: its log has no scores",
+                "a recipe's section `eval:` asks for that",
+            )
     common = [key for key in next(iter(logs.values())) if all(key in scores for scores in logs.values())]
     if len(asked) > 1:
         raise UserError("--curves draws one score", "give one with --metrics")
