@@ -27,6 +27,9 @@ TRAIN = "d2o train teacher_digits --mini --set network.arch=ncsnpp --set eval=nu
 TEACHERS = {"digits": "digits", "digits_ncsnpp": "{runs}/teacher_ncsnpp"}
 """Name -> X. The first ships; the second is trained by `TRAIN`."""
 
+MAXIMA = 5
+"""How many of a layer's maxima are kept, behind their number."""
+
 
 def run(line: str) -> None:
     print(f"$ {line}", flush=True)
@@ -57,7 +60,10 @@ def measure(runs: str) -> dict[str, Any]:
         if "mean_abs" in target.name:
             shutil.copy(target, ROOT / "docs" / f"activations_{target.stem.removesuffix('_mean_abs')}.svg")
         else:  # where they are greatest is enough
+            record = {k: v for k, v in record.items() if k not in ("i", "sigma")}
             record["layers"] = [{k: v for k, v in layer.items() if k != "values"} for layer in record["layers"]]
+        for layer in record["layers"]:
+            layer["maxima"] = [len(layer["maxima"]), *layer["maxima"][:MAXIMA]]
         records[target.stem] = record
     return {"commands": lines, "records": records}
 
