@@ -158,6 +158,10 @@ def write() -> None:
         from latent_lpips import tables
 
         put(ROOT / "docs" / "results.md", "latent_lpips", tables(json.loads(path.read_text())))
+    if (path := ROOT / "results" / "activations.json").exists():
+        from activations import table as layers
+
+        put(ROOT / "docs" / "results.md", "activations", layers(json.loads(path.read_text())))
     from table_results import COLUMNS, load_table
     from table_results import write as write_rows
 

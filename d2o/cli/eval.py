@@ -102,7 +102,12 @@ WEIGHTS = _what(
     help="Weights file of a network: [NAME=]PATH. Default: in $D2O_HOME/weights, else downloaded.",
 )
 TEACHER = _what(
-    "--teacher", help="Teacher to measure the distance to. Default: the one that the student names, if it is here."
+    "--teacher",
+    help=(
+        "Teacher, student or run to measure the distance to, and rel-fd, rel-fid: from the same seeds and conditions."
+        " Default: the teacher that the student names, if it is here."
+    ),
+    autocompletion=complete.subjects,
 )
 NO_DISTANCE = _what(
     "--no-teacher-distance", default=False, help="Leave out the distance to the teacher from equal noise."
@@ -219,6 +224,23 @@ SAVE_STATS = _out("--save-stats", help="Write X's feature statistics to this .np
 NAME = _out("--name", default=[], help="Row label; give one for each X, in their order.")
 RUN = _out("--run", default=[], help="Run folder whose training curves the report shows. Repeatable.")
 TITLE = _out("--title", default="d2o report", help="Title of the report.")
+ACTIVATIONS = _out(
+    "--activations",
+    metavar="FILE.svg",
+    help=(
+        "Instead of metrics: how active each layer of X, a teacher, is over the noise levels of sampling (--steps, by"
+        " default 256; --n 64), as a picture, and as FILE.json."
+    ),
+)
+ACT_STAT = _numbers("--act-stat", default="mean_abs", help="With --activations: mean_abs, rms or mean of outputs.")
+CURVES = _out(
+    "--curves",
+    metavar="FILE.svg",
+    help=(
+        "Measure nothing: draw the score that runs (--run, or those of a --table) logged over the images they had"
+        " seen, in one picture. --metrics names another score than their first."
+    ),
+)
 COMPARE = _out(
     "--compare",
     default=False,
@@ -277,6 +299,9 @@ def evaluate(
     name: list[str] = NAME,
     run: list[Path] = RUN,
     title: str = TITLE,
+    activations: Path = ACTIVATIONS,
+    act_stat: str = ACT_STAT,
+    curves: Path = CURVES,
     compare: bool = COMPARE,
 ) -> None:
     """Measure students, teachers and images, and say how it was measured.
@@ -287,9 +312,6 @@ def evaluate(
     command continues; under torchrun the processes share the work.
     """
     values = dict(context.params)
-    outputs = Targets(json, csv, markdown, report, run, title)
-    check_asked(values)
-    outputs.check(save_stats)
     given = {
         key
         for key in values
@@ -299,6 +321,13 @@ def evaluate(
         if prompts:
             raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
         values["prompts"], given = tuple(asked), given | {"prompts"}
+    if activations or curves:
+        from d2o.cli.eval_figures import draw_activations, draw_curves
+
+        return draw_activations(values, given) if activations else draw_curves(values, given)
+    outputs = Targets(json, csv, markdown, report, run, title)
+    check_asked(values)
+    outputs.check(save_stats)
     with nullcontext(outputs.read(values["x"])) if compare else measured(values, given) as records:
         if worker()[0] == 0:
             outputs.write(records)

@@ -27,6 +27,8 @@ STDOUT = Path("-")
 def check_asked(values: Values) -> None:
     """Refuse what contradicts itself before anything is loaded."""
     x, table, compare = values["x"], values["table"], values["compare"]
+    if values["act_stat"] != "mean_abs":
+        raise UserError("--act-stat says what is taken of layers", "add --activations FILE.svg, or leave it away")
     if compare and table:
         raise UserError("--compare puts results together, --table measures: give one of them")
     if values["runs"] and not table:
@@ -185,7 +187,7 @@ def _one_after_another(
     from d2o.evaluation.statistics_files import save_statistics
 
     records = []
-    for result in evaluate_all(request, settings, _meter, place=place):
+    for result in evaluate_all(request, settings, open_meter, place=place):
         records.append(result.record)
         if save_stats and worker()[0] == 0:
             if result.statistics is None:
@@ -199,7 +201,7 @@ def _one_after_another(
 
 
 @contextmanager
-def _meter(title: str, total: int) -> Iterator[_Progress]:
+def open_meter(title: str, total: int) -> Iterator[_Progress]:
     with console.meter(title, total) as bar:
         yield _Progress(bar)
 
@@ -231,6 +233,8 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
     for i, row in enumerate(table.rows):
         runs = measured_runs(table, row, under)
         reason = None if runs else absent(row, under)
+        if row.x is not None and reason is None and "teacher" not in given:
+            reason = table.lacks_teacher(row, under)
         if row.x is None or reason is not None:
             if (why := reason or row.cited) is not None:
                 console.say(f"not measured: {row.name}: {why}")
@@ -241,7 +245,11 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
             continue
         chosen = {
             key: value
-            for key, value in {"against": table.against_of(row), **table.options_of(row)}.items()
+            for key, value in {
+                "against": table.against_of(row),
+                **table.options_of(row),
+                "teacher": table.teacher_of(row, under),
+            }.items()
             if value is not None
         }
         row_values = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2o.evaluation.account import doubts, has, protocol_of
@@ -10,6 +11,7 @@ from d2o.evaluation.accuracy import accuracy
 from d2o.evaluation.checks import check_task, told
 from d2o.evaluation.collect import OpenMeter, Probe, silent
 from d2o.evaluation.columns import Columns
+from d2o.evaluation.comparison_teacher import described
 from d2o.evaluation.extractor import Device
 from d2o.evaluation.known_metrics import Want, combine
 from d2o.evaluation.leaks import leak_notes
@@ -17,7 +19,7 @@ from d2o.evaluation.measures import Score, Sides
 from d2o.evaluation.passes import feature_probes, generator_pass, pair_pass, pictures_pass
 from d2o.evaluation.probes import ClipProbe, DistanceProbe, DreamSimProbe, PairProbe, PromptProbe
 from d2o.evaluation.protocol import Settings, hardware
-from d2o.evaluation.reference import Reference, generated_reference, measure_reference
+from d2o.evaluation.reference import Reference
 from d2o.evaluation.sample_grid import sample_grid
 from d2o.evaluation.sides import Given, Measured, Side
 from d2o.evaluation.speed import latency, throughput
@@ -60,24 +62,31 @@ def evaluate_one(
     place = place or Workplace(memory=True)
     check_task(x, reference, plan, settings)
     runs = _main_passes(x, plan, settings, device, place, meter)
-    teacher_reference = _teacher_reference(x, plan, settings, device, place, meter)
+    taught = _teacher_passes(plan, settings, device, place, meter)
     diversity = _diversity_pass(x, plan, settings, device, place, meter)
     pairs = _pair_pass(x, plan, settings, device, place, meter)
     if worker()[0] != 0:
         return None
-    sources = {"teacher": teacher_reference, "statistics": reference, "rows": reference}
     metrics: JsonObject = {}
     for want in plan.wants:
         place.check_stop(f"{want.metric.name} of {x.name}")
         extractor, kind = plan.extractor(want), want.metric.reference
-        other = sources[kind].side if kind in sources else None  # type: ignore[union-attr]
         sides = [diversity] if kind == "diversity" else [pairs] if kind == "pair" else runs
+        others: Sequence[Side | None] = [None] * len(sides)
+        if kind == "teacher":
+            others = taught
+        elif kind in ("statistics", "rows") and reference is not None:
+            others = [reference.side] * len(sides)
         found = [
             _score(want, Sides(side, other, extractor, want.metric.output, next(iter(want.metric.keys))), settings)
-            for side in sides
+            for side, other in zip(sides, others, strict=True)
             if side
         ]
-        metrics |= combine(want, extractor, found, settings)
+        entries = combine(want, extractor, found, settings)
+        if want.needs_teacher and plan.teacher is not None:
+            beside = {"to": plan.teacher.source, "to_sha256": plan.teacher.record["sha256"]}
+            entries = {key: entry | beside for key, entry in entries.items()}
+        metrics |= entries
     metrics |= accuracy([run for run in runs if isinstance(run, Measured)], x, plan.main)
     seconds = [s for run in runs if isinstance(run, Measured) for s in run.columns.seconds]
     if isinstance(x, Generator):
@@ -160,16 +169,21 @@ def _main_passes(
     return sides
 
 
-def _teacher_reference(
-    x: Subject, plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
-) -> Reference | None:
-    """The teacher's images of the same seeds, for rel-FID (GDD)."""
+def _teacher_passes(
+    plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
+) -> Sequence[Side]:
+    """The teacher's images of the same seeds in every run, for rel-FID (GDD)."""
     outputs = plan.outputs("teacher")
     if not outputs:
-        return None
-    assert plan.teacher is not None
-    reference = generated_reference(plan.teacher.name, plan.teacher, outputs, settings)
-    return measure_reference(reference, outputs, settings, device, place, meter)
+        return []
+    teacher = plan.teacher
+    assert teacher is not None
+    for extractor, _ in outputs.values():
+        check_subject(teacher, extractor)
+    probes, resize = feature_probes(outputs), settings.preparation.describe()
+    with meter(f"teacher {teacher.name}", settings.n * settings.repeats) as progress:
+        works = [generator_pass(teacher, settings, run, probes, device) for run in range(settings.repeats)]
+        return [Measured(place.collect(work, progress), resize) for work in works]
 
 
 def _diversity_pass(
@@ -210,12 +224,11 @@ def _pair_pass(
 def _distance(columns: Columns, teacher: Generator, settings: Settings) -> JsonObject:
     """How far x's images are from the teacher's of the same noise and condition: the root mean square per pixel (values
     in [-1, 1]) and the mean Euclidean distance of features (of 8-bit images); with the teacher's speed and calls."""
-    made = {key: teacher.record[key] for key in ("sha256", "solver", "steps", "cfg", "nfe", "forwards")}
     speed = {"samples_per_s": len(columns.seconds) * columns.batch / sum(columns.seconds)} if columns.seconds else {}
     return {
         "rmse": columns.mean("pair/square") ** 0.5,
         "feature": columns.mean("pair/feature"),
         "n": columns.n,
         "seeds": [settings.seed, settings.seed + columns.n - 1],
-        "teacher": {"source": teacher.source, **speed, **made},
+        "teacher": {**speed, **described(teacher)},
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from d2o.errors import UserError
 from d2o.evaluation.collect import OpenMeter, silent
+from d2o.evaluation.comparison_teacher import reference_settings
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.named_references import REFERENCES, find_reference, is_named, load_reference_statistics
 from d2o.evaluation.passes import Outputs, feature_probes, generator_pass, pictures_pass
@@ -24,7 +25,6 @@ from d2o.evaluation.subjects import (
     check_subject,
     check_there,
     open_subject,
-    reference_settings,
 )
 from d2o.evaluation.workplace import Workplace
 from d2o.interop.assets import asset

@@ -32,8 +32,8 @@ class _X(_Model):
 
 class _Teacher(_Model):
     source: str
-    solver: str
-    steps: Count
+    solver: str | None = None  # of diffusion teachers
+    steps: Count | None = None
     nfe: Count
     samples_per_s: FiniteFloat | None = None
 

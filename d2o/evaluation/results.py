@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def results_json(records: Sequence[JsonObject]) -> str:
     """The content of such a file."""
     data = records[0] if len(records) == 1 else list(records)
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def compact_json(record: JsonObject) -> str:
+    """The content of a file of figures: JSON in which a list of numbers is one line."""
+
+    def line(found: re.Match[str]) -> str:
+        return re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]") if "\n" in found[0] else found[0]
+
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[[-+.\deE,\s]+\]", line, text) + "\n"
 
 
 def load_records(path: str | Path) -> list[JsonObject]:

@@ -11,6 +11,7 @@ from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
 from d2o.evaluation.checks import check_task
 from d2o.evaluation.collect import OpenMeter, silent
+from d2o.evaluation.comparison_teacher import reference_teacher
 from d2o.evaluation.evaluate import FORMAT, Evaluation, evaluate_one
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.judges import is_judge, open_judge
@@ -29,7 +30,6 @@ from d2o.evaluation.subjects import (
     Subject,
     check_there,
     open_subject,
-    reference_teacher,
 )
 from d2o.evaluation.task import Task, reference_outputs
 from d2o.evaluation.tools import Tools
@@ -161,8 +161,9 @@ class _Preparing:
         self.main = self.main or _main(x, self.asked, self.tools)
         teacher: Generator | None = None
         notes: list[str] = []
-        if request.teacher_distance or any(want.needs_teacher for want in self.wants):
-            teacher, notes = reference_teacher(x, request.teacher, settings, request.device)
+        needed = any(want.needs_teacher for want in self.wants)
+        if request.teacher_distance or needed:
+            teacher, notes = reference_teacher(x, request.teacher, settings, request.device, needed)
         if (
             settings.steps is not None
             and request.preset is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -146,6 +146,11 @@ def open_subject(
         return _teacher(text, path.stem, path, settings, device)
     if path.is_dir() and (path / "checkpoints").is_dir():
         return _checkpoint(text, resolve_checkpoint(path), settings, device)
+    if (path / "recipe.yaml").is_file() and (path / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{path} is a run without a checkpoint",
+            "its training has saved none yet: go on with `d2o train ... --resume`",
+        )
     if path.is_dir() and _is_pair_store(path):
         return _pairs(text, settings, device)
     if path.suffix == ".safetensors":
@@ -153,53 +158,6 @@ def open_subject(
     if path.suffix in (".npz", ".npy", ".pkl", ".pt") and is_statistics(path):
         return Numbers(text, text, lambda name: load_statistics(path, name))
     return _pictures(text, settings, extractor, on_bad)
-
-
-def reference_teacher(
-    subject: Subject, name: str | None, settings: Settings, device: Device = "cpu"
-) -> tuple[Generator | None, list[str]]:
-    """The teacher that a generator is measured against from equal noise, sampled with its usual solver or with
-    --teacher-solver and --teacher-steps, and notes on why not or how.
-
-    `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
-    """
-    if not isinstance(subject, Generator):
-        return None, []
-    choice = name or (
-        subject.source if subject.kind == "teacher" else subject.teacher
-    )  # a teacher's few steps beside its many
-    if choice is None or (name is None and choice not in BUILTIN and not Path(choice).exists()):
-        return None, [f"no distance to the teacher ({choice or 'not stated'}): it is not here; name it with --teacher"]
-    try:
-        teacher = open_subject(choice, reference_settings(settings), device)
-        if not isinstance(teacher, Generator) or teacher.kind != "teacher":
-            raise UserError(f"--teacher {choice} is not a teacher (kind: {teacher.kind})")
-        if _takes(teacher.spec) != _takes(subject.spec):
-            theirs, ours = (f"{list(s.shape)} images of {s.classes} classes" for s in (teacher.spec, subject.spec))
-            raise UserError(f"teacher {choice} makes {theirs}, {subject.source} {ours}")
-    except UserError as error:
-        if name is not None:
-            raise
-        return None, [f"no distance to the teacher: {error.message}"]
-    if all(subject.record.get(key) == teacher.record[key] for key in ("sha256", "solver", "steps")):
-        return None, []  # the same samples
-    expected = subject.record.get("teacher_sha256")
-    if expected is not None and expected != teacher.record["fingerprint"]:
-        return teacher, [
-            f"{subject.source} was distilled from another {choice} than the one measured against (weights"
-            f" {expected[:12]})"
-        ]
-    return teacher, []
-
-
-def _takes(spec: Spec) -> tuple[object, ...]:
-    return spec.shape, spec.condition, spec.classes
-
-
-def reference_settings(settings: Settings) -> Settings:
-    """The settings under which a teacher serves as the measure of others: its usual solver or --teacher-solver and
-    --teacher-steps, whatever --solver and --steps say of X."""
-    return replace(settings, solver=settings.teacher_solver, steps=settings.teacher_steps)
 
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
@@ -211,7 +169,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         raise UserError(f"`d2o eval` samples deterministically; {solver.name} is not", "take another --solver")
     cfg = 1.0 if settings.cfg is None else settings.cfg
     model.check_cfg(cfg)
-    prompts = _prompts(settings, model.spec)
+    prompts = prompts_for(settings, model.spec)
     record = {
         "sha256": file_sha256(path) if path is not None and path.is_file() else model.fingerprint,
         "fingerprint": model.fingerprint,
@@ -243,7 +201,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
     )
 
 
-def _prompts(settings: Settings, spec: Spec) -> Prompts | None:
+def prompts_for(settings: Settings, spec: Spec) -> Prompts | None:
     """The prompts of a generator that takes text; None of another (a reference by class may stand beside). UserError:
     none are given for it."""
     if spec.condition != "text":
@@ -301,7 +259,7 @@ def _checkpoint(text: str, path: Path, settings: Settings, device: Device) -> Ge
         torch.inference_mode()(model.decode),
         made_from.get("name"),
         record,
-        prompts=_prompts(settings, model.spec),
+        prompts=prompts_for(settings, model.spec),
         embed=model.embed if model.spec.condition == "text" else None,
         recipe=model.meta.get("recipe") or {},
     )

@@ -28,10 +28,17 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False, colours: int = COLOURS
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    colours: int = COLOURS,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    guides: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """One SVG element; `colours`: of the style sheet, taken in turn. Points that are not finite (or not positive on a
-    log axis) are left out; an empty string when none remain."""
+    """One SVG element; `colours`: of the style sheet, taken in turn; `x_ticks`: places on the axis and what is written
+    there; `guides`: vertical lines likewise. Points that are not finite (or not positive on a log axis) are left out;
+    an empty string when none remain."""
     lines = [_clean(s, log_y) for s in series]
     points = [p for _, p in lines if p]
     if not points:
@@ -51,8 +58,17 @@ def line_chart(
     for tick in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high):
         body.append(f'<line class="tick" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(tick):.1f}" y2="{sy(tick):.1f}"/>')
         body.append(f'<text x="{LEFT - 8}" y="{sy(tick) + 5:.1f}" text-anchor="end">{short(tick)}</text>')
-    for tick in _ticks(x_low, x_high):
-        body.append(f'<text x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{short(tick)}</text>')
+    for tick, words in x_ticks if x_ticks is not None else [(t, short(t)) for t in _ticks(x_low, x_high)]:
+        anchor = "end" if x_ticks and tick == x_high else "middle"  # long words stay inside
+        at = f'x="{sx(tick):.1f}" y="{HEIGHT - BOTTOM + 20}"'
+        body.append(f'<text {at} text-anchor="{anchor}">{escape(words)}</text>')
+    for place, words in guides:
+        body.append(
+            f'<line class="guide" x1="{sx(place):.1f}" x2="{sx(place):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
+        body.append(
+            f'<text class="guide" x="{sx(place):.1f}" y="{TOP - 3}" text-anchor="middle">{escape(words)}</text>'
+        )
     body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     body.append(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}"'

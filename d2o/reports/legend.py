@@ -28,6 +28,7 @@ def legend(records: Sequence[Result], bold: bool = False) -> list[str]:
     return [
         *lines,
         *_own_n(records),
+        *_relative(records),
         *_distances(records),
         *_speeds(records),
         *notes,
@@ -118,17 +119,33 @@ def _distances(records: Sequence[Result]) -> list[str]:
     lines = []
     distances = [r["metrics"]["distance"] for r in records if "distance" in r["metrics"]]
     for d in {
-        (d["teacher"]["source"], d["teacher"]["solver"], d["teacher"]["steps"], d["n"]): d for d in distances
+        (d["teacher"]["source"], d["teacher"].get("solver"), d["teacher"].get("steps"), d["n"]): d for d in distances
     }.values():
         t = d["teacher"]
         line = (
-            f"to teacher: distance to {t['source']} ({t['solver']}, {t['steps']} steps) from equal noise: "
+            f"to teacher: distance to {t['source']} ({_sampled(t)}) from equal noise: "
             f"rms per pixel, values in [-1, 1], {d['n']:,} images"
         )
         if "samples_per_s" in t:
             line += f"; the teacher makes {number(t['samples_per_s'])} images/s with {t['nfe']} network calls each"
         lines.append(line)
     return lines
+
+
+def _sampled(teacher: JsonObject) -> str:
+    if teacher.get("solver") is None:
+        return f"a student of {teacher['nfe']} call{'s' * (teacher['nfe'] != 1)}"
+    return f"{teacher['solver']}, {teacher['steps']} steps"
+
+
+def _relative(records: Sequence[Result]) -> list[str]:
+    """What the distances to a teacher's images are taken to."""
+    found: dict[str, dict[str, None]] = {}
+    for r in records:
+        for key, m in metrics(r):
+            if key.startswith("rel-") and m.get("to"):
+                found.setdefault(m["label"], {})[m["to"]] = None
+    return [f"{label}: to the images of {', '.join(sources)} from the same seeds" for label, sources in found.items()]
 
 
 def _speeds(records: Sequence[Result]) -> list[str]:

@@ -67,7 +67,9 @@ def sweep_chart(title: str, lines: Sequence[Line], y_label: str, lower_is_better
         told = f"{escape(line.name)}, last {short(last)}"
         legend.append(f'<text{bold} x="{x + 28}" y="{y}">{escape(_shortened(line.name))}<title>{told}</title></text>')
         legend.append(f'<text{bold} x="{x + LEGEND - 10}" y="{y}" text-anchor="end">{short(best)}</text>')
-    colours = "".join(f".s{i}{{stroke:{c}}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(_colours(len(drawn))))
+    colours = "".join(
+        f".s{i}{{stroke:{c}}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(colours_along(RAMP, len(drawn)))
+    )
     width, height = x + LEGEND, max(TOP + HEIGHT, TOP + ROW * (len(drawn) + 1)) + 8
     about = (
         f"{y_label}{', logarithmic' if log else ''}; beside each run its {'lowest' if lower_is_better else 'highest'}"
@@ -85,12 +87,12 @@ def _shortened(name: str) -> str:
     return name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
 
 
-def _colours(n: int) -> list[str]:
-    """n colours along the ramp."""
+def colours_along(ramp: Sequence[tuple[int, int, int]], n: int) -> list[str]:
+    """n colours along a ramp of red, green, blue."""
     found = []
     for i in range(n):
-        at = i / max(n - 1, 1) * (len(RAMP) - 1)
-        low = min(int(at), len(RAMP) - 2)
-        mixed = (round(a + (at - low) * (b - a)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
+        at = i / max(n - 1, 1) * (len(ramp) - 1)
+        low = min(int(at), len(ramp) - 2)
+        mixed = (round(a + (at - low) * (b - a)) for a, b in zip(ramp[low], ramp[low + 1], strict=True))
         found.append("#" + "".join(f"{value:02x}" for value in mixed))
     return found
