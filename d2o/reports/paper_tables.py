@@ -117,7 +117,9 @@ class PaperRow(Section):
             return None
         name = self.recipe if parted(self.recipe).variant else f"recipes/{self.recipe}.yaml"
         line = f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
-        return " ".join([line, *(f"--set {change}" for change in self.changes), *([f"--out {self.x}"] * bool(self.set))])
+        return " ".join(
+            [line, *(f"--set {change}" for change in self.changes), *([f"--out {self.x}"] * bool(self.set))]
+        )
 
 
 @dataclass(frozen=True)
