@@ -115,6 +115,11 @@ class DMDOptions(Options):
             " (Diff-Instruct's code)"
         ),
     )
+    lambda_kl: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the matching gradient; 0: regression alone, no score network (DMD without KL)",
+    )
     lambda_reg: float = Field(
         0.0,
         ge=0,
@@ -157,11 +162,15 @@ class DMD(ScoreMethod[DMDOptions]):
             self.check_latents("regression", self.options.regression, ("lpips", "perceptual"))
         self.student = self.begin_student(setup, self.teacher.spec)
         self._spec = self.student.spec
-        self.score = self.begin_score(self.options.score_dropout)
-        self.uncertain = has_uncertainty(self.score)
-        self.check_augment(self.options.augment)
+        if self.options.lambda_kl:
+            self.score = self.begin_score(self.options.score_dropout)
+            self.uncertain = has_uncertainty(self.score)
+            self.check_augment(self.options.augment)
         asked = self.options.lambda_reg > 0
         self.judge = regression_network(self.options, self.teacher.spec, setup.device) if asked else None
+
+    def players(self) -> dict[str, nn.Module]:
+        return super().players() if self.options.lambda_kl else {"student": self.student}
 
     def frozen(self) -> dict[str, nn.Module]:
         return {**super().frozen(), **({} if self.judge is None else {"regression": self.judge})}
@@ -169,6 +178,9 @@ class DMD(ScoreMethod[DMDOptions]):
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
         made: list[Made] = []
+        if not self.options.lambda_kl:
+            self.regression_step(loop, batch, log)
+            return {"loss": loop.mean(log["loss"])}
         if self.options.order == "generator_first":
             made = self.generator_step(loop, batch, log)
         for k in range(self.options.score_steps):
@@ -192,6 +204,7 @@ class DMD(ScoreMethod[DMDOptions]):
             gradient = matching_gradient(x, real, fake, str(self.options.weight))
             loss = surrogate(x, gradient, str(self.options.reduce)).mean()
             log["loss"].append(loss)
+            loss = self.options.lambda_kl * loss
             if reference is not None:
                 assert micro.target is not None
                 regression = self.distance(reference, micro.target).mean()
@@ -201,6 +214,16 @@ class DMD(ScoreMethod[DMDOptions]):
             made.append(Made(x.detach(), embedded))
         loop.update("student")
         return made
+
+    def regression_step(self, loop: Loop, batch: Batch, log: dict[str, list[Tensor]]) -> None:
+        """One step of the student by the pairs alone (Yin et al. 2024, the ablation without the KL term)."""
+        for micro, _ in loop.micro_batches(batch):
+            assert micro.noise is not None and micro.target is not None
+            x = loop.net("student")(micro.noise, self.embedded(micro.condition))
+            loss = self.options.lambda_reg * self.distance(x, micro.target).mean()
+            log["loss"].append(loss)
+            loop.backward(loss)
+        loop.update("student")
 
     def settle(self) -> None:
         keep_normalised(self.student.network)
@@ -279,6 +302,8 @@ def checked_options(options: DMDOptions) -> DMDOptions:
     if options.samples == "same" and options.order == "score_first":
         what = "dmd.samples: with order score_first there are no samples yet for the score network"
         raise UserError(what, "set samples: fresh")
+    if not options.lambda_kl and not options.lambda_reg:
+        raise UserError("dmd.lambda_kl: 0, and dmd.lambda_reg too: the student would learn nothing", "set one above 0")
     if options.lambda_reg and options.regression == "perceptual" and options.extractor is None:
         what = "dmd.extractor: the perceptual distance needs a feature extractor"
         raise UserError(what, "for example `dmd.extractor: digits`")

@@ -44,7 +44,8 @@ class SongUNet(nn.Module):
 
     forward(x [B, C, R, R], c_noise [B], labels one-hot [B, label_dim] or None, augment [B, augment_dim] or None) -> [B,
     out_channels, R, R]; with `part` "encoder" the features [B, c, h, w] that `disc_map` names, with "encoder_decoder"
-    both. `enter`: see `Enter`.
+    both. `enter`: see `Enter`. `fourier_scale`: standard deviation of the Fourier embedding's frequencies (improved
+    consistency training: 0.02).
     """
 
     disc_map = "enc_last_mean"
@@ -66,6 +67,7 @@ class SongUNet(nn.Module):
         dropout: float = 0.10,
         embedding: str = "positional",
         noise_mult: int = 1,
+        fourier_scale: float = 16.0,
         encoder: str = "standard",
         fir: tuple[int, ...] = (1, 1),
     ):
@@ -89,7 +91,9 @@ class SongUNet(nn.Module):
         )
         self.label_dim = label_dim
         self.map_noise = (
-            PositionalEmbedding(noise, endpoint=True) if embedding == "positional" else FourierEmbedding(noise)
+            PositionalEmbedding(noise, endpoint=True)
+            if embedding == "positional"
+            else FourierEmbedding(noise, fourier_scale)
         )
         self.map_label = Linear(label_dim, noise, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise, bias=False, **init) if augment_dim else None

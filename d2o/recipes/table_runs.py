@@ -39,7 +39,7 @@ def table_members(table: str, overrides: Sequence[str], mini: bool, under: str) 
         for run in paper.runs_of(row, under):
             if run.folder in found:  # several rows are of one student
                 continue
-            changes = (*overrides, *([] if run.seed is None else [f"seed={run.seed}"]))
+            changes = (*row.changes, *overrides, *([] if run.seed is None else [f"seed={run.seed}"]))
             assert row.recipe is not None
             try:
                 recipe = load_recipe(row.recipe, changes, mini)

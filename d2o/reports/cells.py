@@ -146,6 +146,11 @@ COSTS = {
     "nfe_train": "NFE of training, paper",
     "nfe_total": "NFE in all, paper",
     "a100_days": "A100-days, paper",
+    "milliseconds": "ms, paper",
+    "gigabytes": "GB, paper",
+    "seconds_per_kimg": "s/1k images, paper",
+    "hours_per_10mimg": "h/10M images, paper",
+    "days_per_100mimg": "days/100M images, paper",
 }
 """What papers print of a model's size and making -> the heading of its column."""
 

@@ -7,7 +7,7 @@ protocol: sida_cifar10              # or `options:` alone; both: the options mus
 rows:
   - {name: "EDM, 35 NFE", x: edm-cifar10-uncond-vp, options: {solver: heun, steps: 18}, paper: {nfe: 35, fid: 1.97}}
   - {name: SiDA, x: runs/sida_cifar10_uncond, recipe: sida_cifar10_uncond, paper: {nfe: 1, fid: [1.516, 0.010]}}
-  - {name: DDPM, paper: {nfe: 1000, fid: 3.17}}       # without x: quoted, never measured
+  - {name: DDPM, cited: "WHY", paper: {nfe: 1000, fid: 3.17}}   # without x: quoted, never measured
 notes: [...]                        # on the whole table, printed below it
 """
 
@@ -49,9 +49,15 @@ PRINTED = (
     "nfe_train",
     "nfe_total",
     "a100_days",
+    "milliseconds",
+    "gigabytes",
+    "seconds_per_kimg",
+    "hours_per_10mimg",
+    "days_per_100mimg",
 )
 """What a paper may print besides the numbers of d2o's metrics: network calls and seconds for one image, share of right
-classes; what a model took: batch, images a second, pairs, network calls in all, days of one GPU."""
+classes; what a model took: batch, images a second, pairs, network calls in all, days of one GPU; of a loss or a
+training milliseconds of one image, memory of one GPU, time for 1,000, 10 million and 100 million images."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Printed = Number | Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -78,8 +84,9 @@ class PaperRow(Section):
     """A row. `x`: what is measured, None for what the paper only quotes; `paper`: what it prints, a value or [value,
     standard deviation]; `about`: columns of words.
 
-    `recipe` makes x; `start`: the run that it begins from (`d2o finetune RECIPE --from START`). `against`: another
-    reference than the table's. `cited`: why the paper's own row can only be quoted.
+    `recipe` makes x, with the changes of `set` (key of the recipe -> value), as `--set` makes them; `start`: the run
+    that it begins from (`d2o finetune RECIPE --from START`). `against`: another reference than the table's. `cited`:
+    why the paper's own row can only be quoted.
     """
 
     name: NonEmpty
@@ -89,6 +96,7 @@ class PaperRow(Section):
     about: dict[str, NonEmpty] = Field(default_factory=dict)
     against: NonEmpty | None = None
     recipe: NonEmpty | None = None
+    set: dict[str, bool | int | Number | NonEmpty] = Field(default_factory=dict)
     start: NonEmpty | None = None
     cited: NonEmpty | None = None
 
@@ -98,12 +106,20 @@ class PaperRow(Section):
         return None if value is None else (value[0], value[1]) if isinstance(value, list) else (value, None)
 
     @property
+    def changes(self) -> list[str]:
+        """`set`, as `--set` takes it."""
+        return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.set.items()]
+
+    @property
     def command(self) -> str | None:
         """The command that makes x."""
         if self.recipe is None:
             return None
         name = self.recipe if parted(self.recipe).variant else f"recipes/{self.recipe}.yaml"
-        return f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
+        line = f"d2o finetune {name} --from {self.start}" if self.start else f"d2o train {name}"
+        return " ".join(
+            [line, *(f"--set {change}" for change in self.changes), *([f"--out {self.x}"] * bool(self.set))]
+        )
 
 
 @dataclass(frozen=True)
@@ -284,6 +300,8 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
         names.add(row.name)
         if row.x is None and not (row.paper or row.about):
             yield ("rows", i), "neither x nor paper: there is nothing to measure and nothing to quote"
+        if row.set and row.recipe is None:
+            yield ("rows", i, "set"), "there is no recipe that it could change"
         if row.cited is not None and (row.x or row.recipe):
             yield ("rows", i, "cited"), "the row is measured: it has x or a recipe"
         for name in row.paper:

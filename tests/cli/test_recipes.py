@@ -85,7 +85,7 @@ def test_check_tells_every_problem_with_its_line(run):
 def test_explain(run):
     out = run("recipes explain alpha")[0]
     assert out.startswith("sid.alpha\n") and "weight of the squared difference" in out and "d2o/methods/sid.py" in out
-    assert "default" in out and "a number" in out and "and 31 more" in out
+    assert "default" in out and "a number" in out and "and 35 more" in out
     out = run("recipes explain clip_value")[0]
     assert "optim.clip_value" in out and "optim_critic.clip_value" in out
     assert "did you mean 'optim.lr'?" in run("recipes explain optim.lrr", 2)[1]

@@ -86,6 +86,28 @@ def test_an_iteration_of_dmd_is_its_algorithm():
     assert torch.allclose(loop.gradients["student"], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
+def test_without_kl_the_pairs_alone_are_learned():
+    """Yin et al. 2024's ablation without distribution matching: no score network; and the weight of what is matched."""
+    method, data = dmd(lambda_kl=0.0, lambda_reg=0.5, regression="l1"), pairs()
+    assert list(method.players()) == ["student"] and method.needs(method.options) == "pairs"
+    loop = Loop(method, total=6)
+    scalars = method.step(loop, data, 0)
+    expected = tiny_teacher().denoise(80 * data.noise, 80.0, data.condition.labels)
+    expected = 0.5 * (expected - data.target).abs().mean().item()
+    assert loop.updated == ["student"] and list(scalars) == ["loss"]
+    assert scalars["loss"].item() == pytest.approx(expected, rel=1e-5) == pytest.approx(loop.losses[0])
+    found = []
+    for weight in (1.0, 0.25):
+        method = dmd(lambda_kl=weight)
+        moved(method.score)
+        loop = Loop(method, total=6)
+        assert method.step(loop, Batch(), 0)["loss"].item() > 0
+        found.append(loop.losses[0])
+    assert found[1] == pytest.approx(0.25 * found[0], rel=1e-5)
+    with pytest.raises(UserError, match="would learn nothing"):
+        dmd(lambda_kl=0.0)
+
+
 def test_an_iteration_of_diff_instruct_is_its_algorithm():
     """Luo et al. 2023, algorithm 1: the score network learns first, from samples of its own; then the student's step,
     sums over the pixels."""

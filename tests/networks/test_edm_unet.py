@@ -129,3 +129,16 @@ def test_bad_configurations_are_refused():
         build_network({"arch": "adm", "img_resolution": 8, "img_channels": 1, "num_block": 2})
     with pytest.raises(UserError, match="cannot build"):
         build_network({"arch": "ddpmpp", "img_resolution": 8})
+
+
+def test_frequencies_of_the_noise_embedding():
+    """Improved consistency training has them 800 times lower (Song & Dhariwal 2024); others are as they were."""
+    config = {"arch": "ncsnpp", "img_resolution": 8, "img_channels": 1, "model_channels": 32, "channel_mult": [1]}
+    torch.manual_seed(0)
+    usual = build_network(config)
+    torch.manual_seed(0)
+    lower = build_network({**config, "fourier_scale": 0.02})
+    assert torch.allclose(lower.model.map_noise.freqs, usual.model.map_noise.freqs * 0.02 / 16)
+    assert "fourier_scale" not in usual.config and lower.config["fourier_scale"] == 0.02
+    with pytest.raises(UserError, match="network.fourier_scale: expected a number"):
+        build_network({**config, "fourier_scale": "low"})

@@ -1,0 +1,236 @@
+"""Every number of the papers' tables of SiDA, SPI-GAN and Diffusion2GAN as it is printed, and what makes each row."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from d2o.errors import UserError
+from d2o.recipes.find import find_recipe, recipe_names
+from d2o.recipes.load import load_recipe
+from d2o.recipes.sweep import plan_sweep
+from d2o.recipes.table_runs import table_members
+from d2o.reports.paper_tables import PaperRow, absent, find_table, load_table, table_names
+from d2o.settings.recipe_names import is_shipped, shipped_file
+from tests.recipes.test_heads import COMMANDS, commands
+
+OURS = [name for name in table_names() if name.startswith(("sida", "spi_gan", "d2g"))]
+
+
+def rows(table: str) -> dict[str, PaperRow]:
+    return {row.name: row for row in load_table(table).rows}
+
+
+def numbers(table: str, key: str) -> list[float | tuple[float, float] | None]:
+    """What the table prints under a key, row after row; with its deviation where it has one."""
+    found = (row.printed(key) for row in load_table(table).rows)
+    return [None if pair is None else pair if pair[1] is not None else pair[0] for pair in found]
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+SIDA_FID = {
+    "sida_table1": [1.97, 3.17, 4.16, 2.65, 4.00, 2.90, 4.17, 2.83, 1.88, (2.92, 0.05), 2.54, 2.51, 4.53, 2.71, 3.77]
+    + [1.98, 1.54, (2.028, 0.020), (1.923, 0.017), (1.516, 0.010), (1.499, 0.012), (1.519, 0.009)],
+    "sida_table2": [1.79, 14.73, (3.49, 0.17), (2.42, 0.04), 6.25, 4.19, 2.27, 2.66, 3.82, 5.58, 1.73, 1.44]
+    + [(1.932, 0.019), (1.710, 0.011), (1.436, 0.009), (1.403, 0.010), (1.396, 0.014)],
+    "sida_table3": [1.36, 2.64, 1.23, 11.00, 2.07, 17.52, 15.49, 4.26, 2.91, 2.16, 4.02, 3.25, 8.95, 2.05, 16.3, 9.49]
+    + [7.83, 4.70, 5.57, 4.97, 2.62, 1.92, 1.73, 1.16, 2.2, 1.51, 1.28]
+    + [(2.022, 0.031), (1.524, 0.009), (1.353, 0.025), (1.114, 0.019), (1.110, 0.018)],
+    "sida_table4": [3.53, 2.56, 2.25, 2.06, 1.96, 1.91, 2.91, 2.23, 2.01, 1.88, 1.85, 1.81]
+    + [10.13, 5.84, 5.15, 4.33, 4.29, 9.86, 5.53, 4.65, 3.73, 3.76]
+    + [3.07, 2.75, 2.55, 2.40, 2.28, 2.50, 2.26, 2.04, 1.93, 1.88]
+    + [(3.353, 0.041), (2.707, 0.054), (2.060, 0.038), (1.907, 0.016), (2.005, 0.024)]
+    + [(2.228, 0.037), (1.756, 0.023), (1.546, 0.023), (1.501, 0.024), (1.449, 0.033)]
+    + [(2.156, 0.028), (1.669, 0.019), (1.488, 0.038), (1.465, 0.028)],
+    "sida_table5": [2.39, 2.60, 3.11, 9.00, (1.710, 0.018), (1.550, 0.017), (1.134, 0.012), (1.040, 0.011)]
+    + [(1.109, 0.015)],
+    "sida_table6": [1.96, (1.628, 0.017), (1.711, 0.020), (1.345, 0.015), (1.276, 0.010), (1.366, 0.018)],
+}
+
+
+@pytest.mark.parametrize("table", SIDA_FID)
+def test_fid_of_sida_s_tables(table):
+    assert numbers(table, "fid") == SIDA_FID[table]
+
+
+def test_what_else_sida_s_tables_print():
+    nfe = [35, 1000, 100, 48, 1000, 4000, 15, 100, 35, *[1] * 13]
+    assert numbers("sida_table1", "nfe") == nfe
+    score = [9.68, (9.46, 0.11), *[None] * 5, 9.34, 9.84, (9.83, 0.04), None, 9.76, 9.89, (9.86, 0.04), None, None]
+    score += [10.10, (10.017, 0.047), (9.980, 0.042), (10.323, 0.048), (10.188, 0.035), (10.252, 0.027)]
+    assert numbers("sida_table1", "is") == score
+    assert numbers("sida_table3", "nfe") == (
+        [511, 79, 1000, 250, 250, 50, 15, 50, 250, 250, 1, 1, 2, 8, 1, 1, 1, 2, 1, 2, 1, 1, 2, *[1] * 9]
+    )
+    precision = [0.71, 0.67, 0.74, 0.70, 0.72, 0.63, 0.68, None, 0.69, None, None, 0.75, None]
+    assert numbers("sida_table3_pr", "precision") == [*precision, 0.73, 0.74, 0.74, 0.75, 0.75]
+    recall = [0.67, 0.58, 0.63, 0.63, 0.63, 0.65, 0.36, 0.61, 0.64, 0.57, 0.57, 0.60, 0.59]
+    assert numbers("sida_table3_pr", "recall") == [*recall, 0.63, 0.63, 0.63, 0.62, 0.62]
+    assert numbers("sida_table7", "fd-dinov2") == (
+        [103.39, 68.64, 58.44, 52.25, 45.96, 42.84, 79.94, 52.32, 41.98, 38.20, 35.67, 33.09]
+        + [(91.75, 0.55), (65.08, 0.32), (55.92, 0.25), (56.25, 0.40), (55.87, 0.21)]
+        + [(93.67, 0.40), (68.76, 0.45), (53.40, 0.60), (48.47, 0.45), (46.47, 0.27)]
+        + [(86.96, 0.32), (62.19, 0.36), (49.01, 0.54), (45.92, 0.33)]
+    )
+
+
+def test_table_8_of_sida_and_its_recipes():
+    table = "sida_table8"
+    assert numbers(table, "batch") == [256, 8192, 512, 512] * 2
+    assert numbers(table, "gigabytes") == [13.0, 46.7, 31.1, 31.1] * 2
+    assert numbers(table, "seconds_per_kimg") == [3.3, 3.1, 1.1, 1.1, 3.6, 3.5, 1.2, 1.2]
+    assert numbers(table, "hours_per_10mimg") == [9.2, 8.6, 3.1, 3.1, 10.0, 9.7, 3.3, 3.3]
+    assert numbers(table, "days_per_100mimg") == [3.8, 3.6, 1.3, 1.3, 4.2, 4.1, 1.4, 1.4]
+    assert [row.about["GB reserved"] for row in rows(table).values()] == (
+        ["13.3", "48.0", "31.3", "31.3", "13.4", "48.1", "31.3", "31.3"]
+    )
+    for row in rows(table).values():  # the recipes have the settings that the table prints
+        recipe = load_recipe(row.recipe)
+        assert recipe.batch == row.paper["batch"] and recipe.optim.lr == float(row.about["lr"])
+        first = 0.9 if row.name == "SiD, FFHQ 64x64" else 0.0  # the authors' script, against the table
+        assert recipe.optim.eps == float(row.about["Adam eps"]) and recipe.optim.betas == (first, 0.999)
+        assert recipe.ema.half_life == float(row.about["EMA half-life"].rstrip("M")) * 1e6
+        size = int(row.about["batch of a GPU"]) * int(row.about["accumulated"])
+        assert size * 8 == recipe.batch
+
+
+def test_tables_of_spi_gan():
+    table = rows("spi_gan_table1")
+    assert [row.printed("fid")[0] for row in table.values()] == (
+        [3.09, 3.75, 3.21, 25.3, 6.10, 2.87, 2.20, 2.41, 3.08, 2.10, 4.67, 3.41, 9.58, 2.90, 4.00, 2.33, 7.34, 2.44]
+        + [9.36, 21.7, 9.62, 12.4, 9.26, 8.32, 2.92, 5.79, 48.9, 65.9, 23.5, 40.6, 12.2]
+    )
+    counts = Counter(key for row in table.values() for key in row.paper)
+    assert counts == {"fid": 31, "is": 26, "recall": 18, "nfe": 29, "seconds": 16}  # less TransGAN's two doubtful cells
+    assert table["Score SDE (VE)"].paper == {"nfe": 2000, "seconds": 423.2, "fid": 2.2, "is": 9.89, "recall": 0.59}
+    assert table["LSGM"].paper == {"nfe": 147, "seconds": 44.5, "fid": 2.1, "is": 9.87, "recall": 0.61}
+    assert table["SPI-GAN, K = 2"].paper == {"nfe": 1, "seconds": 0.04, "fid": 3.09, "is": 10.3, "recall": 0.66}
+    assert table["VAEBM"].paper == {"nfe": 16, "seconds": 8.79, "fid": 12.2, "is": 8.43, "recall": 0.53}
+    two = [6.62, 7.64, 7.23, 7.22, 7.16, 29.7, 20.4, 24.8, 8.03, 19.2, 10.2, 15.8]
+    assert numbers("spi_gan_table2", "fid-pytorch") == two
+    assert numbers("spi_gan_table3", "fid-pytorch") == [6.03, 5.25, 7.89, 7.32, 25.6, 6.42, 4.21, 3.86, 2.92]
+    four = {"is": [8.93, 9.42, 10.3, 9.65, 9.68, 9.61, 8.58], "fid": [14.6, 10.5, 3.09, 8.45, 5.49, 6.25, 20.8]}
+    four["recall"] = [0.19, 0.60, 0.66, 0.68, 0.67, 0.65, 0.63]
+    assert {key: numbers("spi_gan_table4", key) for key in four} == four
+    assert numbers("spi_gan_table5", "recall") == [0.28, 0.16, 0.43]
+    assert numbers("spi_gan_table5", "coverage") == [0.65, 0.58, 0.57]
+    assert numbers("spi_gan_fig8", "fid") == [3.09, 20.8]
+
+
+def test_table_8_of_spi_gan_and_its_recipes():
+    for row in rows("spi_gan_table8").values():
+        recipe, about = load_recipe(row.recipe), row.about
+        options = recipe.options
+        assert options.ada_target == float(about["ADA target"]) and options.ada_interval == int(about["ADA interval"])
+        assert 100 * options.mixing_prob == float(about["mixing, %"])
+        assert recipe.network["mapping"]["r_layers"] == int(about["mapping layers"])
+        assert options.critic["blocks"] == {"Original": "orig", "Residual": "resnet"}[about["critic"]]
+        assert recipe.optim.lr == float(about["lr G"]) and recipe.optim_critic.lr == float(about["lr D"])
+        assert recipe.ema.decay == float(about["EMA"]) and options.r1_gamma == float(about["R1"])
+        assert options.pl_every == int(about["lazy G"]) and options.r1_every == int(about["lazy D"])
+        assert options.pl_weight == float(about["path length"])
+    assert [row.about["mapping layers"] for row in rows("spi_gan_table8").values()] == ["1", "7", "7"]
+
+
+def test_tables_of_diffusion2gan():
+    scores = {
+        "d2g_table1": ([25.94, 110.55, None, 87.60, 67.17, 22.95, 14.72], [0.288, 0.222, None, 0.230, 0.244, 0.299]),
+        "d2g_table2": ([14.72, 13.97, 12.04, 11.97, 10.60, 9.58, 9.45, 8.74], [0.292, 0.293, 0.300, 0.302, 0.303]),
+        "d2g_table4": ([20.1, 26.4, 24.2, 23.4, 22.5, 19.7, 19.5, 19.1], [0.318, 0.300, 0.300, 0.304, 0.311, 0.326]),
+        "d2g_table5": ([28.10, 30.14, 25.49, 25.56], [0.342, 0.324, 0.347, 0.346]),
+    }
+    for table, (fid, clip) in scores.items():
+        assert numbers(table, "fid-clean") == fid and numbers(table, "clip-score")[: len(clip)] == clip
+    three = [10.39, 7.27, 8.74, 10.65, 9.09, 13.90, 13.10, 12.78, 11.67, 11.49, 9.29]
+    assert numbers("d2g_table3", "fid-clean") == three
+    assert numbers("d2g_table3", "seconds") == [None, 9.1, 2.59, None, 0.13, 0.10, 0.09, 0.09, None, 0.09, 0.09]
+    assert rows("d2g_table3")["MD-UFOGen"].about["seconds, paper"] == "< 0.09"
+    assert numbers("d2g_table4", "seconds") == [0.88, 0.21, 0.34, 0.09, 0.09, 0.09, 0.09, 2.59]
+    assert numbers("d2g_table5", "dreamdiv") == [0.232, 0.315, 0.268, 0.338]
+    assert numbers("d2g_table5", "dreamsim") == [0.368, 0.345, 0.284, 0.0]
+    assert numbers("d2g_table6", "fid") == [3.67, 8.51, 5.62, 3.85, 3.25, 3.16]
+    assert numbers("d2g_table7", "fid-clean") == [13.10, 15.94, 9.29]
+    assert numbers("d2g_table7", "a100_days") == [183.2, 36.0, 43.6]
+    assert numbers("d2g_table1_pr", "recall") == [0.53, 0.33, None, 0.40, 0.54, 0.58, 0.65]
+    assert numbers("d2g_table2_pr", "precision") == [0.66, 0.68, 0.70, 0.70, 0.73, 0.72, 0.73, 0.72]
+    assert numbers("d2g_fig4", "milliseconds") == [117, 12.1] and numbers("d2g_fig4", "gigabytes") == [15.0, 0.6]
+
+
+# ---- what makes the rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", OURS)
+def test_every_row_is_made_measured_or_cited_for_a_reason_of_its_own(table):
+    reasons = Counter(row.cited for row in load_table(table).rows if row.cited)
+    assert all(count == 1 for count in reasons.values()), reasons.most_common(1)
+    for row in load_table(table).rows:
+        assert row.x or row.cited, row.name
+        assert row.cited is None or len(row.cited) > 15, row.name
+
+
+@pytest.mark.parametrize("table", table_names())
+def test_every_recipe_that_a_row_names_is_there(table):
+    """Of a method that is still to come its whole file is: none of its variants is written to yet."""
+    for row in load_table(table).rows:
+        if row.recipe is None:
+            continue
+        if not is_shipped(row.recipe):
+            assert row.recipe.startswith("gdd_") and shipped_file(row.recipe.partition(":")[0]) is None, row.recipe
+            continue
+        assert str(find_recipe(row.recipe).path).endswith(".yaml") and row.recipe in recipe_names()
+
+
+@pytest.mark.parametrize("table", OURS)
+def test_the_commands_of_a_head_can_be_typed(table):
+    for name, *words in commands(find_table(table).read_text(encoding="utf-8")):
+        given = COMMANDS[name].make_context(name, list(words)).params  # what is unknown or missing is refused
+        assert given.get("table") in (None, table) or name == "eval"
+        if given.get("recipe"):
+            swept = [text for text in given["sweep"] if not text.startswith("variant=")]
+            plan_sweep(given["recipe"], [], swept) if swept else find_recipe(given["recipe"])
+        known = {row.x for row in load_table(table).rows} | {"runs/spi_gan_digits"}
+        runs = re.findall(r"runs/[^/\s]+", " ".join(words))
+        assert set(runs) <= known | {str(given.get("from_") or given.get("start"))}, runs
+
+
+@pytest.mark.parametrize("mini", [False, True])
+def test_rows_that_set_keys(mini):
+    """The sweep of Figure 1: a recipe seven times with another alpha."""
+    members = table_members("sida_fig1", [], mini, "there")
+    assert [member.recipe.options.alpha for member in members] == [-0.25, 0, 0.5, 0.75, 1, 1.2, 1.5, 1.0]
+    assert {member.folder.parent for member in members} == {Path("there")} and len({m.folder for m in members}) == 8
+    assert members[7].recipe.options.lambda_sid == 0 and members[0].recipe.images == (6400 if mini else 5_120_000)
+    assert members[0].overrides == ("sid.alpha=-0.25",)
+    starts = {member.start for member in table_members("sida_fig2", ["images=12800"], mini, "runs")}
+    assert starts == {None, Path("runs/sid_cifar10_uncond_a1.2")}
+
+
+def test_the_command_of_a_row_that_sets_keys(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    row = rows("sida_fig2")["alpha 0.5"]
+    command = "d2o finetune sid2a_cifar10:uncond_20k --from runs/sid_cifar10_uncond_a1.2 --set sid.alpha=0.5"
+    assert row.command == f"{command} --out runs/sida_fig2_a0.5" and row.command in absent(row)
+    assert PaperRow(name="a", x="runs/a", recipe="quickstart", set={"ode.loss": "mse", "compile": True}).command == (
+        "d2o train recipes/quickstart.yaml --set ode.loss=mse --set compile=true --out runs/a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("{name: a, x: digits, set: {images: 8}}", "rows[0].set: there is no recipe that it could change"),
+        ("{name: a, x: runs/a, recipe: quickstart, set: {images: [8]}}", "rows[0].set"),
+    ],
+)
+def test_keys_that_cannot_be_set_are_refused(row, problem, tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text(f"title: t\npaper: p\nrows:\n  - {row}\n")
+    with pytest.raises(UserError, match=re.escape(problem)):
+        load_table(path)
+    path.write_text("title: t\npaper: p\nrows:\n  - {name: a, x: runs/a, recipe: quickstart, set: {imagess: 8}}\n")
+    with pytest.raises(UserError, match="a: --set imagess: unknown key"):
+        table_members(str(path), [], False, "runs")
