@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
+gc.disable()  # until everything is imported: nothing of it is garbage
+
 # Before anything is imported that reads them. Commands are tested through their output: no colours, one width.
 os.environ.update(
     NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg"
@@ -60,6 +62,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
