@@ -24,7 +24,10 @@ from d2o.runtime import share_cores  # noqa: E402
 # as the command does it: idle threads of tests make way, for each other and for the processes that tests start
 share_cores()
 
+import copy  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -32,6 +35,9 @@ from hypothesis import settings  # noqa: E402
 
 # Tiny networks gain nothing from more threads, and sums come out the same on small and large machines.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+if TYPE_CHECKING:
+    from d2o.export.loaded import Loaded
 
 settings.register_profile(
     "d2o", deadline=None, derandomize=True
@@ -78,6 +84,25 @@ def extractor_file(tmp_path: Path) -> Path:
     from tests.samples import make_extractor
 
     return make_extractor(tmp_path / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def one_graph_a_network() -> Iterator[None]:
+    """ONNX files and programs of the same network start from (copies of) the same graph: it takes seconds."""
+    from d2o.export import onnx, program
+
+    graphs: dict[str, torch.export.ExportedProgram] = {}
+    traced = program.trace
+
+    def trace(source: Loaded) -> torch.export.ExportedProgram:
+        if source.fingerprint not in graphs:
+            graphs[source.fingerprint] = traced(source)
+        return copy.deepcopy(graphs[source.fingerprint])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (onnx, program):
+            patch.setattr(module, "trace", trace)
+        yield
 
 
 _leave, _process = os._exit, os.getpid()
