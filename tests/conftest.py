@@ -48,11 +48,23 @@ settings.load_profile("d2o")
 LONG = (
     "recipes/test_shipped.py",
     "torture/test_short.py",
-    "methods/test_latent.py",
+    "methods/test_matrix.py",
+    "training/test_processes.py",
     "export/test_onnx.py",
     "training/test_loop.py",
-    "methods/test_matrix.py",
+    "recipes/test_d2g_tiny_sd.py",
+    "methods/test_latent.py",
+    "methods/test_mixture.py",
+    "students/test_told_student.py",
+    "training/test_shards.py",
+    "students/test_generate.py",
     "methods/test_consistency.py",
+    "evaluation/test_evaluate.py",
+    "students/test_lora_student.py",
+    "methods/test_sid.py",
+    "test_packaging.py",
+    "training/test_two_networks.py",
+    "export/test_program.py",
 )
 """Files that take longest, the longest first."""
 
