@@ -158,6 +158,11 @@ def write() -> None:
         from latent_lpips import tables
 
         put(ROOT / "docs" / "results.md", "latent_lpips", tables(json.loads(path.read_text())))
+    from table_results import COLUMNS, load_table
+    from table_results import write as write_rows
+
+    for name in COLUMNS:
+        write_rows(name, load_table(name))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,10 @@ STEPS = _making(
         "consistency student as X: network calls, 1 or 2."
     ),
 )
+TEACHER_SOLVER = _making(
+    "--teacher-solver", help="Solver of a teacher that X is measured against (rel-fd, distance); default: its usual."
+)
+TEACHER_STEPS = _making("--teacher-steps", help="Its steps; default: its usual number.")
 CFG = _making(
     "--cfg",
     help=(
@@ -245,6 +249,8 @@ def evaluate(
     batch: int = BATCH,
     solver: str = SOLVER,
     steps: int = STEPS,
+    teacher_solver: str = TEACHER_SOLVER,
+    teacher_steps: int = TEACHER_STEPS,
     cfg: float = CFG,
     resize: str = RESIZE,
     quantize: str = QUANTIZE,

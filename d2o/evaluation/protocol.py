@@ -37,6 +37,8 @@ class Settings:
     batch: int = 250
     solver: str | None = None  # of teachers; None: the teacher's usual one
     steps: int | None = None
+    teacher_solver: str | None = None  # of the teacher that X is measured against; None: its usual one
+    teacher_steps: int | None = None
     cfg: float | None = None  # guidance of teachers (None: 1, which is none), and of students that are told it
     repeats: int = 1  # runs over disjoint blocks of seeds
     report_as: str = "mean"  # of several runs: "mean" (with the deviation) or "min", as EDM reports
@@ -71,8 +73,9 @@ class Settings:
         for name, low in lows.items():
             if getattr(self, name) < low:
                 raise UserError(f"{option(name)} must be at least {low}, not {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps must be at least 1, not {self.steps}")
+        for name, steps in (("steps", self.steps), ("teacher_steps", self.teacher_steps)):
+            if steps is not None and steps < 1:
+                raise UserError(f"{option(name)} must be at least 1, not {steps}")
         if self.bootstrap == 1:
             raise UserError("--bootstrap 1 gives no error bar", "give some hundred, or 0 for none")
         choices = {"quantize": QUANTIZE, "report_as": REPORTS, "pr_dtype": DTYPES, "is_mode": IS_MODES}
@@ -80,8 +83,9 @@ class Settings:
             if getattr(self, name) not in known:
                 raise UserError(f"{option(name)} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         parse_preparation(self.resize)
-        if self.solver is not None:
-            get_solver(self.solver)
+        for solver in (self.solver, self.teacher_solver):
+            if solver is not None:
+                get_solver(solver)
         check_range(max(self.n * self.repeats, self.distance_n), self.seed)
 
     @property

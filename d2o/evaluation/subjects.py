@@ -158,8 +158,8 @@ def open_subject(
 def reference_teacher(
     subject: Subject, name: str | None, settings: Settings, device: Device = "cpu"
 ) -> tuple[Generator | None, list[str]]:
-    """The teacher that a generator is measured against from equal noise, sampled with its usual solver, and notes on
-    why not or how.
+    """The teacher that a generator is measured against from equal noise, sampled with its usual solver or with
+    --teacher-solver and --teacher-steps, and notes on why not or how.
 
     `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here.
     """
@@ -197,9 +197,9 @@ def _takes(spec: Spec) -> tuple[object, ...]:
 
 
 def reference_settings(settings: Settings) -> Settings:
-    """The settings under which a teacher serves as the measure of others: its usual solver, whatever --solver and
-    --steps say of X."""
-    return replace(settings, solver=None, steps=None)
+    """The settings under which a teacher serves as the measure of others: its usual solver or --teacher-solver and
+    --teacher-steps, whatever --solver and --steps say of X."""
+    return replace(settings, solver=settings.teacher_solver, steps=settings.teacher_steps)
 
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:

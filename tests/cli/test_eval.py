@@ -92,6 +92,15 @@ def test_table_json_and_report(work: Path) -> None:
     assert not [p for p in work.iterdir() if p.name.endswith(".tmp")]
 
 
+def test_the_teacher_as_a_measure_has_a_solver_of_its_own(work: Path) -> None:
+    of_it = ("--teacher", "teacher.safetensors", "--teacher-solver", "euler", "--teacher-steps", "3")
+    run("student.safetensors", "--metrics", "rel-fd", *of_it, *SMALL, "--json", "e.json")
+    record = json.loads(Path("e.json").read_text())
+    made = record["metrics"]["distance"]["teacher"]
+    assert (made["solver"], made["steps"], made["nfe"]) == ("euler", 3, 3)
+    assert "--teacher-solver euler --teacher-steps 3" in record["command"]
+
+
 def test_json_to_standard_output_is_all_that_is_there(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["eval", "student.safetensors", "real:digits/a", "--against", "real:digits", *SMALL, "--json", "-"])

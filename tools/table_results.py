@@ -1,0 +1,197 @@
+"""The runs of a table with seeds, trained and measured one after another: `python tools/table_results.py d2g_mini`.
+
+Every training is one file results/TABLE/RUN.json: the commands that made it, the budget that was used, and d2o's own
+record of the evaluation; a run whose file is there and was made by the same recipe is left out, so that the same
+command goes on where it was stopped, on another machine too. Seeds come one after another, each with all its rows.
+`--rows TEXT`: rows whose name holds it, alone. `--write`: measure nothing, only write the table into docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2o.evaluation.protocol import option
+from d2o.evaluation.seeds import over_seeds
+from d2o.recipes.load import load_recipe
+from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = {
+    "d2g_mini": [
+        ("rel-fd@digits-area", "rel-FD", "{:.3f}", 1),
+        ("prompt-accuracy@digits-area", "prompt accuracy, %", "{:.1f}", 100),
+        ("diversity@digits-area", "diversity", "{:.4f}", 1),
+        ("rmse", "rmse to teacher", "{:.3f}", 1),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row's run, or what the row measures without training."""
+
+    table: str
+    row: PaperRow
+    run: RowRun | None
+    options: dict[str, Any]
+
+    @property
+    def x(self) -> str:
+        return self.run.folder if self.run is not None else str(self.row.x)
+
+    @property
+    def record(self) -> Path:
+        own = "".join(f"_{key}{value:g}" for key, value in self.options.items() if key == "cfg" and self.told)
+        return ROOT / "results" / self.table / f"{Path(self.x).name.replace('-', '_')}{own}.json"
+
+    @property
+    def told(self) -> bool:
+        return "told guidance" in self.row.name
+
+    @property
+    def recipe_hash(self) -> str | None:
+        """Of the recipe as it is resolved: a record of another one is measured again."""
+        if self.run is None or self.row.recipe is None:
+            return None
+        resolved = load_recipe(self.row.recipe, [f"seed={self.run.seed}"]).model_dump_json()
+        return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+
+    def commands(self) -> list[str]:
+        lines = []
+        if self.run is not None:
+            verb = (
+                f"finetune {self.row.recipe} --from {self.run.start}" if self.run.start else f"train {self.row.recipe}"
+            )
+            lines.append(f"d2o {verb} --set seed={self.run.seed} --out {self.run.folder} --resume")
+        words = []
+        for key, value in self.options.items():
+            words += [option(key), ",".join(value) if isinstance(value, list) else f"{value}"]
+        name = shlex.quote(self.row.name)
+        return [*lines, f"d2o eval {self.x} {shlex.join(words)} --name {name} --work runs/work --json runs/record.json"]
+
+
+def jobs(name: str, table: PaperTable) -> Iterator[Job]:
+    """What needs no training first, then seed after seed, what others begin from first."""
+    for row in table.rows:
+        if row.x is not None and row.recipe is None:
+            yield Job(name, row, None, table.options_of(row))
+    for seed in table.seeds:
+        for row in table.rows:
+            for run in table.runs_of(row):
+                if run.seed == seed:
+                    yield Job(name, row, run, table.options_of(row))
+
+
+def current(job: Job) -> dict[str, Any] | None:
+    """The job's record, if it is there and its recipe is still the same."""
+    if not job.record.exists():
+        return None
+    record = json.loads(job.record.read_text())
+    return record if record["recipe"] == job.recipe_hash else None
+
+
+def measure(job: Job) -> None:
+    started = job.recipe_hash
+    if job.run is not None and job.run.start is not None and not Path(ROOT / job.run.start).exists():
+        first = next(j for j in jobs(job.table, load_table(job.table)) if j.run and j.run.folder == job.run.start)
+        run(first.commands()[0])  # measured elsewhere, but its weights are needed here
+    for line in job.commands():
+        run(line)
+    made = json.loads((ROOT / "runs" / "record.json").read_text())
+    made.pop("grid", None)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    record = {
+        "row": job.row.name,
+        "seed": None if job.run is None else job.run.seed,
+        "recipe": started,
+        "commit": commit.strip(),
+        "date": datetime.date.today().isoformat(),
+        "commands": job.commands(),
+        "training": None if job.run is None else training(ROOT / job.run.folder),
+        "eval": made,
+    }
+    job.record.parent.mkdir(parents=True, exist_ok=True)
+    part = job.record.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(part, job.record)
+
+
+def run(line: str) -> None:
+    print(f"$ {line}", flush=True)
+    subprocess.run([sys.executable, "-m", "d2o", *shlex.split(line)[1:]], check=True, cwd=ROOT)
+
+
+def training(folder: Path) -> dict[str, Any]:
+    """The budget that a run used, from its own log."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "images_per_s" in line]
+    seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in zip([{"images": 0}, *steps], steps))
+    return {"images": steps[-1]["images"], "minutes": round(seconds / 60, 2)}
+
+
+def write(name: str, table: PaperTable) -> None:
+    """The table of all that is measured into docs/results.md."""
+    from results import put
+
+    shown = COLUMNS[name]
+    head = ["", "seeds", *(title for _, title, _, _ in shown), "images trained"]
+    lines, missing = [head, ["---", *["---:"] * (len(head) - 1)]], []
+    all_jobs = list(jobs(name, table))
+    for row in table.rows:
+        found = [record for job in all_jobs if job.row is row and (record := current(job)) is not None]
+        if not found:
+            missing.append(row.name)
+            continue
+        evals = [record["eval"] for record in found]
+        record = evals[0] if len(evals) < 2 else over_seeds(evals, [record["seed"] for record in found])
+        trained = found[0]["training"]
+        seeds = str(len(found)) if trained else ""
+        images = f"{trained['images']:,}" if trained else ""
+        lines.append([row.name, seeds, *(cell(record, *column) for column in shown), images])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if missing:
+        text += "\n\nNot measured yet: " + "; ".join(missing) + "."
+    put(ROOT / "docs" / "results.md", name, text)
+
+
+def cell(record: dict[str, Any], key: str, _: str, shape: str, scale: float) -> str:
+    metrics = record["metrics"]
+    if key == "rmse":
+        value = (metrics.get("distance") or {}).get("rmse")
+        return "" if value is None else shape.format(value)
+    metric = metrics.get(key) or metrics.get(key.partition("@")[0])
+    if metric is None:
+        return ""
+    spread = f" ± {shape.format(scale * metric['std'])}" if metric.get("std") is not None else ""
+    return shape.format(scale * metric["value"]) + spread
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("table", choices=[*COLUMNS])
+    arguments.add_argument("--rows", default="")
+    arguments.add_argument("--seeds", default="")
+    arguments.add_argument("--write", action="store_true")
+    given = arguments.parse_args()
+    table = load_table(given.table)
+    seeds = {int(seed) for seed in given.seeds.split(",") if seed}
+    for job in [] if given.write else jobs(given.table, table):
+        wanted = given.rows in job.row.name and (not seeds or job.run is None or job.run.seed in seeds)
+        if wanted and current(job) is None:
+            measure(job)
+    write(given.table, table)
+
+
+if __name__ == "__main__":
+    main()
