@@ -12,8 +12,8 @@ from d2o.recipes.load import load_recipe
 from d2o.reports.paper_tables import load_table
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
-from d2o.training.loop import Trainer
 from d2o.training import setup as training_setup
+from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
 
 NAMES = [name for name in recipe_names() if name.partition(":")[0] == "d2g_tiny_sd"]
