@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
+gc.disable()  # until everything is imported: nothing of it is garbage
+
 # Before anything is imported that reads them. Commands are tested through their output: no colours, one width.
 os.environ.update(
     NO_COLOR="1", COLUMNS="160", TERM="dumb", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg"
@@ -22,7 +24,10 @@ from d2o.runtime import share_cores  # noqa: E402
 # as the command does it: idle threads of tests make way, for each other and for the processes that tests start
 share_cores()
 
+import copy  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -30,6 +35,9 @@ from hypothesis import settings  # noqa: E402
 
 # Tiny networks gain nothing from more threads, and sums come out the same on small and large machines.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+if TYPE_CHECKING:
+    from d2o.export.loaded import Loaded
 
 settings.register_profile(
     "d2o", deadline=None, derandomize=True
@@ -40,11 +48,23 @@ settings.load_profile("d2o")
 LONG = (
     "recipes/test_shipped.py",
     "torture/test_short.py",
-    "methods/test_latent.py",
+    "methods/test_matrix.py",
+    "training/test_processes.py",
     "export/test_onnx.py",
     "training/test_loop.py",
-    "methods/test_matrix.py",
+    "recipes/test_d2g_tiny_sd.py",
+    "methods/test_latent.py",
+    "methods/test_mixture.py",
+    "students/test_told_student.py",
+    "training/test_shards.py",
+    "students/test_generate.py",
     "methods/test_consistency.py",
+    "evaluation/test_evaluate.py",
+    "students/test_lora_student.py",
+    "methods/test_sid.py",
+    "test_packaging.py",
+    "training/test_two_networks.py",
+    "export/test_program.py",
 )
 """Files that take longest, the longest first."""
 
@@ -60,6 +80,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -75,6 +96,25 @@ def extractor_file(tmp_path: Path) -> Path:
     from tests.samples import make_extractor
 
     return make_extractor(tmp_path / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def one_graph_a_network() -> Iterator[None]:
+    """ONNX files and programs of the same network start from (copies of) the same graph: it takes seconds."""
+    from d2o.export import onnx, program
+
+    graphs: dict[str, torch.export.ExportedProgram] = {}
+    traced = program.trace
+
+    def trace(source: Loaded) -> torch.export.ExportedProgram:
+        if source.fingerprint not in graphs:
+            graphs[source.fingerprint] = traced(source)
+        return copy.deepcopy(graphs[source.fingerprint])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (onnx, program):
+            patch.setattr(module, "trace", trace)
+        yield
 
 
 _leave, _process = os._exit, os.getpid()

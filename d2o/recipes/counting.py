@@ -12,7 +12,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from d2o.condition import Condition
 from d2o.methods.base import Batch, Draws, Method, Reals, Setup
@@ -83,14 +82,25 @@ class _FusedAttention(torch.autograd.Function):
         return out
 
 
-class _Fused(TorchFunctionMode):
+@contextmanager
+def _fused() -> Iterator[None]:
     """Attention as `_FusedAttention`, wherever such kernels are not switched off (as for double backward passes)."""
+    plain = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
-        if func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled():
-            given = kwargs or {}
-            return _FusedAttention.apply(*args[:3], *[given[key] for key in ("query", "key", "value")[len(args) :]])
-        return func(*args, **(kwargs or {}))
+    def attention(q: Tensor, k: Tensor, v: Tensor, *more: Any, **how: Any) -> Tensor:  # noqa: ANN401
+        if torch.backends.cuda.flash_sdp_enabled():
+            return _FusedAttention.apply(q, k, v)
+        return plain(q, k, v, *more, **how)
+
+    def called(*args: Any, **how: Any) -> Tensor:  # noqa: ANN401
+        given = [how.pop(name) for name in ("query", "key", "value")[len(args) :]]
+        return attention(*args, *given, **how)
+
+    F.scaled_dot_product_attention = called
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 class Kept:
@@ -131,7 +141,7 @@ class CountingLoop:
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
-        with RememberedShapes(), _Fused(), self._recomputing(), self.kept.watch():
+        with RememberedShapes(), _fused(), self._recomputing(), self.kept.watch():
             method.step(self, batch, method.heaviest())
         for handle in handles:
             handle.remove()

@@ -20,6 +20,11 @@ class RememberedShapes(TorchDispatchMode):
     tensors of the same kind and the same other arguments before. What changes or views its arguments is called as
     ever."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing of this is compiled: what torch puts around the method for it would take half its time."""
+        return False
+
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:

@@ -8,6 +8,7 @@ it means where it says it.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from d2o.settings.wording import show
 from d2o.shipped import shown
 
 MAX_BYTES = 1_000_000  # a recipe has a few kilobytes; whatever is larger is a checkpoint or a data set
+DEEP = 32  # sections within sections that are read fast
 TAG = "tag:yaml.org,2002:"
 NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -83,6 +85,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+if yaml.__with_libyaml__:
+
+    class _Fast(yaml.CSafeLoader):
+        """libyaml's, twenty times as fast; it also takes aliases, and nests deeper."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Lists on one line; quotes every text that YAML 1.1 or our loader would read as something else."""
 
@@ -100,10 +108,12 @@ def _dump_text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
     )  # PyYAML folds some separators otherwise
 
 
-_Loader.yaml_implicit_resolvers = {}
-_Loader.add_implicit_resolver(TAG + "null", NULL, ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(TAG + "bool", BOOLEAN, list("tTfF"))
-for _class in (_Loader, _Dumper):  # integers first: every integer looks like a float too
+_LOADERS = (_Loader, _Fast) if yaml.__with_libyaml__ else (_Loader,)
+for _loader in _LOADERS:
+    _loader.yaml_implicit_resolvers = {}
+    _loader.add_implicit_resolver(TAG + "null", NULL, ["~", "n", "N", ""])
+    _loader.add_implicit_resolver(TAG + "bool", BOOLEAN, list("tTfF"))
+for _class in (*_LOADERS, _Dumper):  # integers first: every integer looks like a float too
     _class.add_implicit_resolver(TAG + "int", INTEGER, list("-+0123456789"))
     _class.add_implicit_resolver(TAG + "float", FLOAT, list("-+.0123456789"))
 _Dumper.add_representer(list, _dump_list)
@@ -140,7 +150,8 @@ def read(path: Path, what: str) -> yaml.Node | None:
 def compose(text: str, file: str, what: str = "recipe") -> yaml.Node | None:
     """The node tree, None for an empty text. UserError: not YAML, one line."""
     try:
-        return yaml.compose(text, Loader=_Loader)
+        node = _fast(text)
+        return yaml.compose(text, Loader=_Loader) if node is None else node
     except yaml.MarkedYAMLError as error:
         raise UserError(_not_yaml(error, text, file, what)) from error
     except yaml.reader.ReaderError as error:
@@ -148,6 +159,31 @@ def compose(text: str, file: str, what: str = "recipe") -> yaml.Node | None:
         raise UserError(f"{file}:{line}: not a YAML text: it has the control character {error.character!r}") from error
     except RecursionError as error:
         raise UserError(f"{file}: not a {what}: nested too deeply") from error
+
+
+def _fast(text: str) -> yaml.Node | None:
+    """The node tree by libyaml; None: by PyYAML's own parser, which finds what is wrong, or nothing is."""
+    if not yaml.__with_libyaml__ or "\t" in text:  # it takes tabs where PyYAML does not
+        return None
+    try:
+        root = yaml.compose(text, Loader=_Fast)
+    except (yaml.YAMLError, UnicodeEncodeError):  # the latter of a lone surrogate
+        return None
+    seen, level = set(), [] if root is None else [root]
+    for _ in range(DEEP):
+        if not level:
+            return root
+        below: list[yaml.Node] = []
+        for node in level:
+            if id(node) in seen:  # an alias
+                return None
+            seen.add(id(node))
+            if isinstance(node, yaml.MappingNode):
+                below += itertools.chain.from_iterable(node.value)
+            elif isinstance(node, yaml.SequenceNode):
+                below += node.value
+        level = below
+    return None
 
 
 def _not_yaml(error: yaml.MarkedYAMLError, text: str, file: str, what: str) -> str:

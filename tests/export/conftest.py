@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from d2o.export import onnx, program
 from d2o.export.exporter import export_checkpoint
 from d2o.interop.safetensors_io import save_file
 from d2o.networks.edm_unet import EDMPrecond
@@ -53,25 +51,6 @@ def save_unconditional(path: Path) -> None:
     save_student(
         path, Student(network, replace(SPEC, shape=(2, 8, 8), condition="none", classes=0, licence="unstated"))
     )
-
-
-TRACE = program.trace
-
-
-@pytest.fixture(scope="session")
-def one_graph_a_network():
-    """ONNX files and programs of the same network start from (copies of) the same graph."""
-    graphs: dict = {}
-
-    def trace(source):
-        if source.fingerprint not in graphs:
-            graphs[source.fingerprint] = TRACE(source)
-        return copy.deepcopy(graphs[source.fingerprint])
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (onnx, program):
-            patch.setattr(module, "trace", trace)
-        yield
 
 
 @pytest.fixture(scope="session")

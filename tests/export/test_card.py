@@ -1,17 +1,15 @@
 import re
 
-import numpy as np
 import pytest
-import torch
 import yaml
 
-import d2o
 from d2o.errors import UserError
 from d2o.export.card import card
 from d2o.export.exporter import export_checkpoint
 from d2o.export.loaded import load_exportable
 from d2o.export.parity import Parity
 from tests.export.conftest import PROVENANCE, RECIPE, save_conditional
+from tests.export.snippets import run_snippet_of, run_students_snippet
 
 PARITY = Parity(1.5e-6, 0.9, (1, 16), 1e-4, "fake runtime")
 
@@ -26,13 +24,6 @@ def section(text, title):
 
 def yaml_block(text):
     return yaml.safe_load(re.search(r"^(`{3,})yaml\n(.*?)\n\1$", text, re.M | re.S).group(2))
-
-
-def run_snippet(text):
-    (code,) = re.findall(r"^```python\n(.*?)\n```$", text, re.M | re.S)
-    names: dict = {}
-    exec(code, names)
-    return names
 
 
 def test_a_card_says_what_the_checkpoint_records(folder, student_fp16):
@@ -124,26 +115,9 @@ def test_metadata_of_odd_types_is_refused_and_absent_ones_still_give_a_card(tmp_
     assert "`CC0-1.0`" in text  # from the spec
 
 
-@pytest.mark.parametrize("exported", ["student_onnx", "student_program", "student_fp16"])
-def test_a_students_snippet_runs_and_gives_the_students_images(folder, request, monkeypatch, exported):
-    done = request.getfixturevalue(exported)
-    monkeypatch.chdir(done.path.parent)
-    names = run_snippet(done.card.read_text())
-    student = d2o.load_student(folder / "student.safetensors")
-    expected = student(torch.as_tensor(names["noise"]), torch.as_tensor(names["label"]))
-    assert torch.allclose(torch.as_tensor(names["image"]), expected, atol=1e-2 if exported == "student_fp16" else 1e-5)
-    pixels = np.asarray(names["pixels"])
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (4, 1, 8, 8)
-    assert np.ptp(pixels) > 20
-
-
-@pytest.mark.parametrize("exported", ["plain_onnx", "plain_program", "teacher_onnx", "teacher_bf16"])
-def test_the_other_snippets_run(request, monkeypatch, exported):
-    done = request.getfixturevalue(exported)
-    monkeypatch.chdir(done.path.parent)
-    names = run_snippet(done.card.read_text())
-    assert tuple(names["pixels"].shape) == ((4, 2, 8, 8) if "plain" in exported else (4, 1, 8, 8))
+def test_the_snippets_of_weights_run(folder, student_fp16, teacher_bf16, monkeypatch):
+    run_students_snippet(student_fp16, folder, monkeypatch, 1e-2)
+    run_snippet_of(teacher_bf16, (4, 1, 8, 8), monkeypatch)
 
 
 def test_the_snippet_of_a_teachers_program_and_of_plain_weights(folder, tmp_path):

@@ -8,7 +8,8 @@ from d2o.errors import UserError
 from d2o.export import program
 from d2o.export.exporter import export_checkpoint
 from d2o.export.program import program_record
-from tests.export.conftest import TRACE
+from d2o.export.program import trace as trace_itself
+from tests.export.snippets import run_snippet_of, run_students_snippet
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -43,12 +44,17 @@ def test_the_file_says_what_it_is_and_shows_no_path_of_this_machine(student_prog
     assert str(Path(torch.__file__).parent).encode() not in data
 
 
+def test_the_cards_snippets_run(folder, student_program, plain_program, monkeypatch):
+    run_students_snippet(student_program, folder, monkeypatch)
+    run_snippet_of(plain_program, (4, 2, 8, 8), monkeypatch)
+
+
 def test_a_failing_torch_export_is_one_line(folder, tmp_path, monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("data-dependent\n" + "page after page\n" * 50)
 
     monkeypatch.setattr(torch.export, "export", fails)
-    monkeypatch.setattr(program, "trace", TRACE)
+    monkeypatch.setattr(program, "trace", trace_itself)
     with pytest.raises(UserError, match=r"cannot export this network: data-dependent\n"):
         export_checkpoint(folder / "student.safetensors", "program", tmp_path / "x.pt2")
     assert not list(tmp_path.iterdir())

@@ -1,17 +1,69 @@
-"""Each case is a fresh interpreter: an import can be tried only once per process."""
+"""Each case is a process of its own: an import can be tried only once in each. Those that need torch are forked from an
+interpreter that has imported it, and nothing else: that alone takes seconds."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+FORKING = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, path, out, err = json.loads(line)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            for name, handle in ((out, 1), (err, 2)):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+            sys.path[:0] = path
+            exec(compile(code, "case", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Python]:
+    """`python`, with torch imported already."""
+    folder = tmp_path_factory.mktemp("forked")
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert server.stdin is not None and server.stdout is not None
+
+    def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+        out, err = folder / "out", folder / "err"
+        given = [textwrap.dedent(code), [str(place) for place in path], str(out), str(err)]
+        server.stdin.write(json.dumps(given) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess([], code, out.read_text(), err.read_text())
+
+    yield run
+    server.stdin.close()
+    server.wait(20)
 
 
 def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
@@ -21,8 +73,8 @@ def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def answer(code: str, *path: Path) -> str:
-    result = python(code, *path)
+def answer(code: str, *path: Path, by: Python = python) -> str:
+    result = by(code, *path)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -52,18 +104,21 @@ def broken(tmp_path: Path) -> Path:
     return fake_torchvision(tmp_path, init, extension="def tried(): pass", register=register)
 
 
-def test_the_installed_torchvision_imports_after_ensure() -> None:
+def test_the_installed_torchvision_imports_after_ensure(with_torch: Python) -> None:
     if any(importlib.util.find_spec(name) is None for name in ("torchvision", "lpips", "timm")):
         pytest.skip("needs torchvision, lpips and timm")
-    plain = python("import torchvision")
-    out = answer("""
+    plain = with_torch("import torchvision")
+    out = answer(
+        """
         from d2o.interop.torchvision_compat import ensure
         declared = ensure()
         import torch, torchvision, torchvision.transforms, lpips, timm
         assert torchvision.extension._has_ops() is not declared
         torchvision.transforms.functional.resize(torch.zeros(3, 8, 8), [4, 4])
         print(declared, ensure())
-    """)
+        """,
+        by=with_torch,
+    )
     if plain.returncode == 0:  # healthy: nothing was declared
         assert out == "False False"
     else:
@@ -71,8 +126,8 @@ def test_the_installed_torchvision_imports_after_ensure() -> None:
         assert out == "True True"
 
 
-def test_a_broken_torchvision_is_mended_and_nothing_half_imported_remains(broken: Path) -> None:
-    assert "operator torchvision::nms does not exist" in python("import torchvision", broken).stderr
+def test_a_broken_torchvision_is_mended_and_nothing_half_imported_remains(broken: Path, with_torch: Python) -> None:
+    assert "operator torchvision::nms does not exist" in with_torch("import torchvision", broken).stderr
     out = answer(
         """
         import sys
@@ -84,12 +139,13 @@ def test_a_broken_torchvision_is_mended_and_nothing_half_imported_remains(broken
         print(torchvision.__file__)
         """,
         broken,
+        by=with_torch,
     )
     assert Path(out).parent == broken / "torchvision"
 
 
-def test_a_declared_operator_says_why_it_cannot_be_called(broken: Path) -> None:
-    error = python(
+def test_a_declared_operator_says_why_it_cannot_be_called(broken: Path, with_torch: Python) -> None:
+    error = with_torch(
         """
         from d2o.interop.torchvision_compat import ensure
         ensure()
@@ -101,7 +157,7 @@ def test_a_declared_operator_says_why_it_cannot_be_called(broken: Path) -> None:
     assert "RuntimeError: torchvision::nms is not available: this torchvision was compiled for another torch" in error
 
 
-def test_a_failed_import_before_ensure_does_no_harm(broken: Path) -> None:
+def test_a_failed_import_before_ensure_does_no_harm(broken: Path, with_torch: Python) -> None:
     out = answer(
         """
         import contextlib
@@ -113,11 +169,12 @@ def test_a_failed_import_before_ensure_does_no_harm(broken: Path) -> None:
         print(torchvision.extension.tried())
         """,
         broken,
+        by=with_torch,
     )
     assert out == "None"
 
 
-def test_several_threads_declare_once(broken: Path) -> None:
+def test_several_threads_declare_once(broken: Path, with_torch: Python) -> None:
     out = answer(
         """
         from concurrent.futures import ThreadPoolExecutor
@@ -126,11 +183,12 @@ def test_several_threads_declare_once(broken: Path) -> None:
             print(all(pool.map(lambda _: ensure(), range(16))))
         """,
         broken,
+        by=with_torch,
     )
     assert out == "True"
 
 
-def test_a_healthy_torchvision_is_left_alone(tmp_path: Path) -> None:
+def test_a_healthy_torchvision_is_left_alone(tmp_path: Path, with_torch: Python) -> None:
     healthy = """
         import torch
 
@@ -147,6 +205,7 @@ def test_a_healthy_torchvision_is_left_alone(tmp_path: Path) -> None:
         print(nms.item(), hasattr(torch.ops.torchvision, "qnms"))
         """,
         fake_torchvision(tmp_path, healthy),
+        by=with_torch,
     )
     assert out == "1.0 False"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from d2o.recipes.load import load_recipe
 from d2o.reports.paper_tables import load_table
 from d2o.runtime import StopFlag
 from d2o.students.base import load_student
+from d2o.training import setup as training_setup
 from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
 
@@ -33,6 +36,14 @@ def test_the_table_names_what_is_there():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("d2g")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_teacher():
+    """It is frozen: all learn from the same one, loaded once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_setup, "load_teacher", functools.cache(training_setup.load_teacher))
+        yield
 
 
 @pytest.mark.parametrize("name", NAMES)

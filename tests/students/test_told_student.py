@@ -111,7 +111,7 @@ def test_diffusers_pipeline_takes_guidance_scale(folder):
     assert (made[0] - made[1]).abs().max() > 1e-3
 
 
-def test_graphs_have_an_input_for_it(tmp_path):
+def test_graphs_have_an_input_for_it(one_graph_a_network, tmp_path):
     network = tiny_network(1, num_blocks=0)
     add_scale_input(network)
     with torch.no_grad():

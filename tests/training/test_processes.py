@@ -33,7 +33,7 @@ optim: {lr: 1.0e-4, betas: [0.5, 0.9]}
 SPIGAN = """
 name: spi
 method: spi-gan
-network: {arch: style_generator, h_dim: 16, synthesis: {base: 64, max_channels: 8}}
+network: {arch: style_generator, h_dim: 16, mapping: {step: 0.5}, synthesis: {base: 64, max_channels: 8}}
 spi_gan:
   r1_every: 2
   pl_weight: 1.0
@@ -80,6 +80,7 @@ threads: 1
 checkpoint: {{every: 1000, keep: 0}}
 """
 NAMES = ("dd", "spi", "sida")
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all runs, which on a busy machine takes minutes
 
 
 @pytest.fixture(scope="module")
