@@ -42,7 +42,7 @@ from d2o.networks.full_precision import full_precision
 from d2o.settings.section import Section
 from d2o.students.base import Student
 from d2o.students.few_step import FewStepStudent
-from d2o.teachers.base import Spec
+from d2o.teachers.base import Spec, Teacher
 
 S = TypeVar("S", bound=Section)
 
@@ -115,6 +115,7 @@ class GDD(StudentMethod[GDDOptions]):
     data, takes = "images", "edm"
     stored_latents, few_steps, pools_across = True, True, True
     continues = ("denoiser", "few_step")
+    teacher: Teacher
 
     @classmethod
     def micro_multiple(cls, options: GDDOptions, batch: int) -> int:
@@ -169,11 +170,14 @@ class GDD(StudentMethod[GDDOptions]):
         return {"student": self.student, "critic": self.critic}
 
     def frozen(self) -> dict[str, nn.Module]:
-        looked_through = {"backbones": self.critic.backbones} if isinstance(self.critic, ProjectedCritic) else {}
-        if self.distance is None:
-            return looked_through
-        distance = {} if self.distance.network is None else {"distance": self.distance.network}
-        return {"teacher": self.teacher.network, **looked_through, **distance}
+        found: dict[str, nn.Module] = {}
+        if isinstance(self.critic, ProjectedCritic):
+            found["backbones"] = self.critic.backbones
+        if self.distance is not None:
+            found["teacher"] = self.teacher.network
+            if self.distance.network is not None:
+                found["distance"] = self.distance.network
+        return found
 
     def states(self) -> dict[str, nn.Module]:
         return {} if self.pipeline is None else {"ada": self.controller}
@@ -210,7 +214,7 @@ class GDD(StudentMethod[GDDOptions]):
             z, embedded = draw.randn(*self._spec.shape), self.asked(self.condition_of(micro))
             x = loop.net("student")(z, embedded)
             with loop.frozen("critic") as critic:
-                logits = self.judge(critic, self.shown(x), micro, draw, draw)
+                logits = self.judge(critic, draw, self.shown(x), self.labels(micro), draw)
                 paid = generator_loss(logits, o.loss).mean()
                 loss = self.scale * paid
                 if self.distance is not None:
@@ -229,7 +233,7 @@ class GDD(StudentMethod[GDDOptions]):
                 fake = self.shown(loop.net("student")(z, embedded))
             real = self.real_images(micro, draw)
             critic = loop.net("critic")
-            of_fake, of_real = (self.judge(critic, x, micro, draw, draw) for x in (fake, real))
+            of_fake, of_real = (self.judge(critic, draw, x, self.labels(micro), draw) for x in (fake, real))
             loss = critic_loss(of_real, of_fake, self.options.loss).mean()
             loop.backward(self.scale * loss)
             signs.append(mean_of([each.sign() for each in of_real]))
@@ -249,22 +253,26 @@ class GDD(StudentMethod[GDDOptions]):
         r1 = self.options.r1
         for micro, draw in loop.micro_batches(batch, 2):
             real = self.real_images(micro, draw)
-            judge = partial(self.judge, loop.net("critic"), micro=micro, draw=draw)
+            judge = partial(self.judge, loop.net("critic"), draw)
             with twice_differentiable(real.device):
-                loss = r1.gamma / 2 * r1_penalty(lambda x, _, judge=judge: judge(x), real).mean()
+                loss = r1.gamma / 2 * r1_penalty(judge, real, self.labels(micro)).mean()
                 loop.backward(r1.interval * loss)
             log.setdefault("r1", []).append(loss)
         loop.update("critic")
 
     def judge(
-        self, critic: nn.Module, images: Tensor, micro: Batch, draw: Draws, augment: Draws | None = None
+        self, critic: nn.Module, draw: Draws, images: Tensor, labels: Tensor | None, augment: Draws | None = None
     ) -> list[Tensor]:
         """Logits [B, M] of each part of the critic, in full precision; `augment`: draws of DiffAugment."""
-        labels = self.embedded(self.condition_of(micro)) if self._spec.classes else None
         with full_precision(images.device.type):
             if self.pipeline is not None:
                 images = self.pipeline(images, self.controller.p, draw.randn, draw.rand)
             return critic(images, labels, augment)
+
+    def labels(self, micro: Batch) -> Tensor | None:
+        """What a conditional critic is told; None where there are no classes."""
+        found = self.embedded(self.condition_of(micro)) if self._spec.classes else None
+        return found if isinstance(found, Tensor) else None
 
     def shown(self, x: Tensor) -> Tensor:
         """The images that samples are, with gradients to the samples."""
