@@ -38,7 +38,8 @@ def cached(
     extractor: str, reference: str, device: str, protocol: str | None, data: DataSection | None = None
 ) -> tuple[Extractor, Reference]:
     network = load_extractor(extractor, device)
-    settings, outputs = Settings(**{"resize": "crop", **images_of(protocol)}), {extractor: (network, {"features"})}
+    resize = "none" if network.shape is None else "crop"  # those that take any size resize by themselves
+    settings, outputs = Settings(**{"resize": resize, **images_of(protocol)}), {extractor: (network, {"features"})}
     if data is None:
         found = load_reference(reference, outputs, False, settings, device, main=network)
     else:
