@@ -12,13 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))  # int: bool, too
+_aten = torch.ops.aten
+_KEEPING = (_aten.hardtanh_, _aten.relu_, _aten.silu_, _aten.leaky_relu_, _aten.sigmoid_, _aten.tanh_, _aten.gelu_)
+_IN_PLACE = {op.default for op in _KEEPING}
+"""Activations in place: the argument is the result, of the same form."""
 _known: dict[Hashable, _Form | list[_Form | None]] = {}
 
 
 class RememberedShapes(TorchDispatchMode):
     """A result on the meta device is nothing but shape, strides and dtype: those of the same operator called with
-    tensors of the same kind and the same other arguments before. What changes or views its arguments is called as
-    ever."""
+    tensors of the same kind and the same other arguments before. What views its arguments or changes them, but for
+    activations in place, is called as ever."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -29,6 +33,8 @@ class RememberedShapes(TorchDispatchMode):
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
+        if func in _IN_PLACE and args[0].is_meta:
+            return args[0]
         key = _key((args, tuple(kwargs.items()))) if _makes_new(func) else None
         if key is None:
             return func(*args, **kwargs)

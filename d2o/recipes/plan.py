@@ -42,6 +42,7 @@ from d2o.networks.fill import fill_network
 from d2o.networks.freeze import freeze
 from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.recipes.memory import disk_of, memory_of
+from d2o.recipes.meta_ops import RememberedShapes
 from d2o.recipes.schema import Recipe
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
@@ -185,7 +186,7 @@ def _fits(plan: Plan, method: str, teacher: str) -> bool:
 
 
 def _build(plan: Plan, method_class: type[Method], setup: Setup) -> Method:
-    with META, wanted() as weights, warnings.catch_warnings():
+    with META, RememberedShapes(), wanted() as weights, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # weights that are loaded into a network on meta stay where they are: none are needed here

@@ -54,9 +54,7 @@ def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini, monkeypatch
         assert sum(plan.memory.values()) < 80e9
     teacher = f"teacher {recipe.teacher} is not on this machine"
     published = (teacher, "the weights '", "reference edm")
-    assert [
-        f for f in plan.first if "pair store" in f or (f.startswith(published) and not mini)
-    ] == plan.first
+    assert [f for f in plan.first if "pair store" in f or (f.startswith(published) and not mini)] == plan.first
     # A critic that begins as another run's, which the head says how to make.
     assert [text for text in plan.refused if text.startswith("critic.pretrained: runs/") and not mini] == plan.refused
     asked = recipe.pairs.prompts if recipe.pairs and recipe.pairs.prompts != "digits" else None
