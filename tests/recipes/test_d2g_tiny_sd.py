@@ -26,7 +26,7 @@ def test_the_table_names_what_is_there():
     assert {row.recipe for row in rows} == {*NAMES} - BEYOND
     for row in rows:  # stage 2 begins from stage 1, everything else from the teacher
         recipe = load_recipe(row.recipe)
-        second = recipe.images == 32_000
+        second = recipe.images == 9_600
         assert row.start == ("runs/d2g_tiny_sd" if second else None) and (recipe.optim.lr < 1e-4) == second
         told = row.recipe == "d2g_tiny_sd:cfg"  # of all guidance scales
         assert told or recipe.pairs.cfg in (row.options.cfg, load_table("d2g_mini").options.cfg)
