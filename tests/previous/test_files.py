@@ -104,7 +104,9 @@ def test_a_run_goes_on_to_where_it_went(previous: Path, name: str) -> None:
     was, _ = load_file(f"whole_{name}.safetensors")
     assert weights.keys() == was.keys() and meta["images"] == 40
     for key, value in weights.items():
-        torch.testing.assert_close(value, was[key], rtol=1e-3, atol=1e-4, msg=key)
+        # The bias of attention's keys has no gradient: Adam walks by the rounding of the processor.
+        atol = 1e-3 if key.endswith("qkv.bias") else 1e-4
+        torch.testing.assert_close(value, was[key], rtol=1e-3, atol=atol, msg=key)
 
 
 @pytest.mark.parametrize("key", ["N", "consistency.N", "cd.N"])
