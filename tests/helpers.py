@@ -96,3 +96,10 @@ def tensors(pairs):
     """Noise, labels and target of what `PairStore.batch` gives."""
     noise, condition, target = pairs
     return noise, condition.labels, target
+
+
+def check_same_bytes(*runs: Path) -> None:
+    """The last checkpoint and the training state of these runs are the same files."""
+    for name in ("last", "state"):
+        first, *others = ((run / "checkpoints" / f"{name}.safetensors").read_bytes() for run in runs)
+        assert others and all(other == first for other in others), name

@@ -96,11 +96,16 @@ def training(run: Path) -> dict[str, Any]:
     import yaml
 
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    return {"recipe": recipe, "seed": recipe["seed"], **budget(run)}
+
+
+def budget(run: Path) -> dict[str, Any]:
+    """Images and minutes of a run, from its log."""
     steps = [
         line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "images_per_s" in line
     ]
     seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in zip([{"images": 0}, *steps], steps))
-    return {"recipe": recipe, "seed": recipe["seed"], "images": steps[-1]["images"], "minutes": round(seconds / 60, 2)}
+    return {"images": steps[-1]["images"], "minutes": round(seconds / 60, 2)}
 
 
 def cells(record: dict[str, Any]) -> list[str]:

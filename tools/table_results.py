@@ -1,8 +1,8 @@
 """The runs of a table with seeds, trained and measured one after another: `python tools/table_results.py d2g_mini`.
 
-Every training is one file results/TABLE/RUN.json: the commands that made it, the budget that was used, and d2o's own
-record of the evaluation; a run whose file is there and was made by the same recipe is left out, so that the same
-command goes on where it was stopped, on another machine too. Seeds come one after another, each with all its rows.
+Every row of every seed is one file results/TABLE/ROW_seedN.json: the commands that made it, the budget that was used,
+and d2o's own record of the evaluation. Where that file is there and was made by the same recipe it is left out, so that
+the same command goes on where it was stopped, on another machine too. Seeds come one after another, each with all rows.
 `--rows TEXT`: rows whose name holds it, alone. `--write`: measure nothing, only write the table into docs/results.md.
 """
 
@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from d2o.evaluation.protocol import option
 from d2o.evaluation.seeds import over_seeds
 from d2o.recipes.load import load_recipe
 from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
+from results import budget, put
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
@@ -52,12 +54,9 @@ class Job:
 
     @property
     def record(self) -> Path:
-        own = "".join(f"_{key}{value:g}" for key, value in self.options.items() if key == "cfg" and self.told)
-        return ROOT / "results" / self.table / f"{Path(self.x).name.replace('-', '_')}{own}.json"
-
-    @property
-    def told(self) -> bool:
-        return "told guidance" in self.row.name
+        """Several rows may measure one run: it is called after the row."""
+        name = re.sub(r"[^a-z0-9]+", "_", self.row.name.lower()).strip("_")
+        return ROOT / "results" / self.table / f"{name}{'' if self.run is None else f'_seed{self.run.seed}'}.json"
 
     @property
     def recipe_hash(self) -> str | None:
@@ -118,7 +117,7 @@ def measure(job: Job) -> None:
         "commit": commit.strip(),
         "date": datetime.date.today().isoformat(),
         "commands": job.commands(),
-        "training": None if job.run is None else training(ROOT / job.run.folder),
+        "training": None if job.run is None else budget(ROOT / job.run.folder),
         "eval": made,
     }
     job.record.parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +131,8 @@ def run(line: str) -> None:
     subprocess.run([sys.executable, "-m", "d2o", *shlex.split(line)[1:]], check=True, cwd=ROOT)
 
 
-def training(folder: Path) -> dict[str, Any]:
-    """The budget that a run used, from its own log."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "images_per_s" in line]
-    seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in zip([{"images": 0}, *steps], steps))
-    return {"images": steps[-1]["images"], "minutes": round(seconds / 60, 2)}
-
-
 def write(name: str, table: PaperTable) -> None:
     """The table of all that is measured into docs/results.md."""
-    from results import put
-
     shown = COLUMNS[name]
     head = ["", "seeds", *(title for _, title, _, _ in shown), "images trained"]
     lines, missing = [head, ["---", *["---:"] * (len(head) - 1)]], []

@@ -60,7 +60,7 @@ class CTM(GridMethod[CTMOptions]):
         x_t = x + column(t, x) * z
         with torch.no_grad():
             x_u = x_t
-            for hop in range(1 if x.is_meta else longest):  # a plan sees all there is in one: they take turns
+            for hop in range(longest):
                 at = (i - hop).clamp(min=1)
                 x_next = self.solve(x_u, self.T(at, n), self.T(at - 1, n), embedded)
                 x_u = torch.where((hop < hops)[:, None, None, None], x_next, x_u)

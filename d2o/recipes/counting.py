@@ -87,16 +87,12 @@ def _fused() -> Iterator[None]:
     """Attention as `_FusedAttention`, wherever such kernels are not switched off (as for double backward passes)."""
     plain = F.scaled_dot_product_attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *more: Any, **how: Any) -> Tensor:  # noqa: ANN401
+    def attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, **how: Any) -> Tensor:  # noqa: ANN401
         if torch.backends.cuda.flash_sdp_enabled():
-            return _FusedAttention.apply(q, k, v)
-        return plain(q, k, v, *more, **how)
+            return _FusedAttention.apply(query, key, value)
+        return plain(query, key, value, *more, **how)
 
-    def called(*args: Any, **how: Any) -> Tensor:  # noqa: ANN401
-        given = [how.pop(name) for name in ("query", "key", "value")[len(args) :]]
-        return attention(*args, *given, **how)
-
-    F.scaled_dot_product_attention = called
+    F.scaled_dot_product_attention = attention
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +14,7 @@ from d2o.export import onnx as onnx_export
 from d2o.export.exporter import export_checkpoint
 from d2o.export.loaded import load_exportable
 from d2o.export.onnx import write_onnx
-from d2o.networks.edm2_unet import EDM2Precond
-from d2o.networks.edm_unet import EDMPrecond
-from d2o.students.base import Student, save_student
 from tests.export.snippets import run_snippet_of, run_students_snippet
-from tests.helpers import SPEC
 
 
 def run(path, **inputs):
@@ -133,29 +128,8 @@ def test_an_exporter_that_fails_or_gives_another_opset_is_one_line(folder, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-SHAPE = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 0, "attn_resolutions": (4,)}
-OTHERS = {
-    "adm": lambda: EDMPrecond("adm", 8, 3, 10, **SHAPE),
-    "edm2": lambda: EDM2Precond(8, 3, 10, channels_per_head=8, **SHAPE),
-}
-"""Families of denoisers besides DDPM++, with all kinds of layers: attention, up, down, skips, other widths."""
-
-
-@pytest.mark.parametrize("family", OTHERS)
-def test_every_family_of_denoisers_exports(family, tmp_path):
-    torch.manual_seed(0)
-    network = OTHERS[family]()
-    with torch.no_grad():  # what begins at 0 says something
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    save_student(tmp_path / "s.safetensors", Student(network, replace(SPEC, shape=(3, 8, 8)), 2.5))
-    done = export_checkpoint(tmp_path / "s.safetensors", "onnx", tmp_path / "x.onnx", check_n=3)
-    assert done.parity.largest > 0.1 and done.parity.difference < 1e-5 * max(1, done.parity.largest)
-
-
-@pytest.mark.parametrize("name", ["edm-adm", "edm2-tiny"])
-def test_the_exporter_is_given_pickled_students_as_it_is_others(name, folder):
-    source = load_exportable(Path(__file__).parents[1] / "golden" / "edm" / f"{name}.pkl", 2.5)
-    assert type(source.call) is type(load_exportable(folder / "student.safetensors").call)
-    with torch.no_grad():
-        assert bool(source.call(*source.example(3)).isfinite().all())
+@pytest.mark.parametrize("name", ["edm-adm", "edm2-tiny"])  # DDPM++ is above
+def test_every_family_of_denoisers_exports(name, tmp_path):
+    pickle = Path(__file__).parents[1] / "golden" / "edm" / f"{name}.pkl"
+    done = export_checkpoint(pickle, "onnx", tmp_path / "x.onnx", student_sigma=2.5, check_n=3)
+    assert done.parity.difference < 1e-5 * max(1, done.parity.largest)

@@ -9,6 +9,7 @@ from torch import nn
 from d2o.augment.ada import numbers
 from d2o.errors import UserError
 from d2o.features import load_features
+from d2o.features.base import placed
 from d2o.features.latent_vgg import LatentVggFeatures
 from d2o.interop.safetensors_io import save_file
 from d2o.interop.weights import WEIGHTS
@@ -188,12 +189,12 @@ def test_checkpoints_of_our_own(tmp_path):
     save_file(path, network.state_dict(), checkpoint_meta("latent_lpips", network.config, None, space={"name": "sd15"}))
     distance = load_latent_lpips("sd15", path, l1=0.5)
     a, b = torch.randn(2, 3, 4, 8, 8)
-    same = LatentLPIPS(LatentVggFeatures("same", network), SPACES["sd15"], l1=0.5)
-    torch.testing.assert_close(distance(a, b), same(a, b))
+    same = LatentLPIPS(placed(LatentVggFeatures("same", network), "cpu"), SPACES["sd15"], l1=0.5)
+    assert torch.equal(distance(a, b), same(a, b))
     assert distance.features.network.config == network.config
     assert load_latent_lpips("sd15", path, taps="official").features.network.config["taps"] == "official"
     features = load_features(str(path))
-    torch.testing.assert_close(features.maps(a)[4], distance.features.maps(a)[4])
+    assert torch.equal(features.maps(a)[4], distance.features.maps(a)[4])
     assert features.name == f"own@{features.sha256[:6]}"
     with pytest.raises(UserError, match="compares latents of sd15, not of sdxl"):
         load_latent_lpips("sdxl", path)

@@ -104,9 +104,13 @@ def test_a_run_goes_on_to_where_it_went(previous: Path, name: str) -> None:
     was, _ = load_file(f"whole_{name}.safetensors")
     assert weights.keys() == was.keys() and meta["images"] == 40
     for key, value in weights.items():
-        # The bias of attention's keys has no gradient: Adam walks by the rounding of the processor.
-        atol = 1e-3 if key.endswith("qkv.bias") else 1e-4
-        torch.testing.assert_close(value, was[key], rtol=1e-3, atol=atol, msg=key)
+        if key.endswith("qkv.bias"):
+            # Softmax does not see the bias of the keys, each third value: its gradient is the processor's rounding, by
+            # which Adam walks. They stay where the former run's are within those steps.
+            value, keys, former = value.clone(), value[1::3], was[key][1::3]
+            torch.testing.assert_close(keys, former, rtol=0, atol=1e-3, msg=key)
+            value[1::3] = former
+        torch.testing.assert_close(value, was[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("key", ["N", "consistency.N", "cd.N"])

@@ -80,7 +80,6 @@ threads: 1
 checkpoint: {{every: 1000, keep: 0}}
 """
 NAMES = ("dd", "spi", "sida")
-pytestmark = pytest.mark.timeout(600)  # the first test waits for all runs, which on a busy machine takes minutes
 
 
 @pytest.fixture(scope="module")
