@@ -49,6 +49,8 @@ RECIPES: dict[str, list[str]] = {
     "ctm_digits": [],
     "dd_gan_digits": [],
     "spi_gan_digits": [],
+    "gdd_digits": ["gdd.r1.interval=4"],
+    "gdd_digits:gdd_i": ["gdd.r1.interval=4", "student.steps=2"],
     "teacher_digits": ["network.dropout=0.0"],  # masks are drawn by process
     "classifier_digits": ["network.dropout=0.0"],
     "spi_gan_digits, 1 iteration": ["images=32"],
