@@ -23,8 +23,11 @@ class Features(nn.Module, ABC):
     `name`, and `sha256` of the weights file ("" where none was read); `dim` of the vector; `shape` (C, H, W) of the
     images it takes, None: any size and as many channels as `takes` says (1 or 3: grey is repeated); `resize`: what
     it does to their size; `least`: the smallest side it takes; `classes` that it tells apart (0: none); `has`: which
-    of OUTPUTS it gives.
+    of OUTPUTS it gives. `size`: of a network that resizes images itself and would work at other sizes too, the pixels
+    to which it does; a distance may set another, an evaluation does not.
     """
+
+    size: int | None = None
 
     def __init__(
         self,

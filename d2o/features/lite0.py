@@ -47,9 +47,10 @@ class Lite0(Features):
     def __init__(self, network: EfficientNet, sha256: str = ""):
         outputs = ("features", "logits")
         super().__init__("lite0", network, FEATURES, sha256, resize=f"bicubic{SIZE}", classes=CLASSES, outputs=outputs)
+        self.size = SIZE
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
-        return (bicubic(pixels, SIZE) - MEAN) / STD
+        return (bicubic(pixels, self.size or SIZE) - MEAN) / STD
 
     def taps(self, x: Tensor) -> list[Tensor]:
         found = []

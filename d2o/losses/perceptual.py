@@ -132,9 +132,12 @@ def load_perceptual(
     size: int | None = None,
     space: LatentSpace | None = None,
 ) -> Perceptual:
-    """The distance over the features `name`, with LPIPS' calibrated weights for those of its trunks ("lpips-vgg"). Rest
+    """The distance over the features `name`, with LPIPS' calibrated weights for those of its trunks ("lpips-vgg").
+    `size`: features that resize by themselves (lite0: to 224) do so to this size, others are given images of it. Rest
     and UserError as `load_features`."""
     features = load_features(name, device, weights)
+    if size is not None and features.size is not None:
+        features.size, size = size, None
     return LPIPS(features, size, space) if isinstance(features, LpipsFeatures) else Perceptual(features, size, space)
 
 

@@ -41,7 +41,7 @@ class DistanceOptions(Options):
     size: int | None = Field(
         None,
         ge=1,
-        description="pixels to which images are resized for lpips and perceptual (CIFAR-10: 224); null: not at all",
+        description="pixels to which lpips and perceptual resize images (CIFAR-10: 224); null: as the features do",
     )
     weights: str | None = Field(
         None,

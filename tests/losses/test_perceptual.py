@@ -158,6 +158,13 @@ def test_lpips_by_name(squeeze):
     assert torch.equal(distance(a, b), load_lpips(trunk="squeeze", weights=path, size=40)(a, b))
 
 
+def test_features_that_resize_by_themselves_do_so_to_the_size():
+    distance = load_perceptual("lite0", size=64)
+    a, _ = pair(1, 3, 32, 32)
+    assert [m.shape[-1] for m in distance.maps(a)] == [16, 8, 4, 2]
+    assert [m.shape[-1] for m in load_perceptual("lite0").maps(a)] == [56, 28, 14, 7]
+
+
 def test_over_features():
     digits = load_features("digits")
     x, y = torch.rand(2, 3, 1, 8, 8) * 2 - 1
