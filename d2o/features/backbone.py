@@ -26,6 +26,8 @@ class Backbone(Features):
     last map.
     """
 
+    size: int
+
     def __init__(
         self,
         stages: Sequence[nn.Module],
