@@ -4,6 +4,8 @@
 #   make torture   every command killed at every event, every kind of file damaged; half an hour (JOBS=2 at once)
 #   make lint      ruff, mypy, and the floors of the house
 #   make results   the tables of docs/results.md and of the README, from results/*.json
+#   make commands  the commands that README and docs show, in small
+#   make site      the documentation as a site, into site/ (look at it: python3 -m http.server -d site)
 #   make clean     remove what these leave behind
 # Settings: PYTHON=python3.12 (any 3.10 to 3.13), VENV=folder, PIP_ARGS='--index-url ...' (a CPU-only index saves gigabytes of CUDA)
 
@@ -17,7 +19,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture lint results clean
+.PHONY: help demo test torture lint results commands site clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -41,14 +43,21 @@ lint: $(READY)
 results: $(READY)
 	$(BIN)/python tools/results.py
 
+commands: $(READY)
+	$(BIN)/python -m tools.doc_commands
+
+# The theme's notice of a successor is no warning of ours.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 # What the tools and the demo leave behind; the virtual environment stays (rm -r .venv to start over).
 clean:
-	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp comes last: an interrupted installation is taken up again.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "d2o needs Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[eval,export,pairs,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[eval,export,pairs,dev,docs]'
 	@touch $@

@@ -56,6 +56,17 @@ def explain(key: str) -> list[Explanation]:
     return [_explanation(name, rows[name].expected, rows[name].description, values) for name in found]
 
 
+def explanations() -> dict[str, list[Explanation]]:
+    """Every key of recipes, in order: "" -> those of all, a method -> those of its own section. The documentation's
+    tables are made of them."""
+    values = _values()
+    found = {"": [_explanation(*row, values) for row in describe()]}
+    for method in method_names():
+        own = f"{section_key(method)}."
+        found[method] = [_explanation(*row, values) for row in describe(method) if row.key.startswith(own)]
+    return found
+
+
 def _explanation(key: str, expected: str, text: str, values: list[tuple[str, JsonObject]]) -> Explanation:
     default = DEFAULT.search(text)
     used: dict[str, tuple[str, ...]] = {}

@@ -1,0 +1,136 @@
+"""The `d2o ...` commands of README and docs: found, and run in small (`make commands`; PAGE ...: of these pages alone).
+
+A command that no CPU in CI can run says why in its comment: `# GPU`, `# download`, or `# yours` where it needs the
+reader's own files or runs. All others are run, page by page, in a folder of their own: trainings by the recipes' small
+versions, samples and evaluations of few images; runs that a page takes for granted are trained first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MADE = ("results.md",)
+"""Pages whose commands were run to make their numbers: they are parsed, not run again."""
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINE = re.compile(r"^(?:torchrun .*? -m |srun )?(d2o [^#\n]*)(#[^\n]*)?$", re.MULTILINE)
+MARK = re.compile(r"\b(GPU|download|yours)\b")
+SMALL = {
+    "train": "--mini --set images=512 --set eval=null --set preview=null",
+    "finetune": "--mini --set images=512 --set eval=null --set preview=null",
+    "pairs": "--n 32",
+    "sample": "--n 16",
+    "eval": "--n 1000",
+    "export": "",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A command as a page shows it: `words` without `d2o`; `mark`: why it is not run ("" if it is)."""
+
+    page: Path
+    words: tuple[str, ...]
+    mark: str
+
+    @property
+    def line(self) -> str:
+        return shlex.join(["d2o", *self.words])
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def shown(page: Path) -> Iterator[Shown]:
+    """The commands in a page's blocks, in order; lines that end in a backslash go on."""
+    for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language in ("", "bash"):
+            for line, comment in LINE.findall(text.replace("\\\n", " ")):
+                found = MARK.search(comment)
+                yield Shown(page, tuple(shlex.split(line)[1:]), found[1] if found else "")
+
+
+def placeholder(one: Shown) -> bool:
+    """`d2o COMMAND --help`, `d2o pairs ...`: no command, but the form of one."""
+    return any(word == "..." or word.isupper() for word in one.words if not word.startswith("-"))
+
+
+def in_small(one: Shown) -> list[str]:
+    """Its words for a run of seconds."""
+    words = list(one.words)
+    verb = words[0]
+    if verb not in SMALL or "--plan" in words or {"--merge", "--verify", "--stats", "--compare"} & {*words}:
+        return words
+    small = shlex.split(SMALL[verb])
+    if verb in ("train", "finetune") and not {"--out", "--sweep", "--table"} & {*words}:
+        small += ["--out", f"runs/{run_of(words[1])}"]
+    if verb == "pairs" and "tiny-sd" in words:
+        small += ["--steps", "2"]
+    return words + small + ["--resume"] * (verb in ("train", "finetune") and not {"--sweep", "--table"} & {*words})
+
+
+def run_of(recipe: str) -> str:
+    """The run that a recipe trains, by its name."""
+    file, colon, variant = recipe.partition(":")
+    return Path(file).stem + (f"_{variant}" if colon else "")
+
+
+def taken_for_granted(one: Shown) -> Iterator[str]:
+    """Recipes of the runs that it reads."""
+    from d2o.recipes.find import recipe_names
+
+    recipes = {run_of(name): name for name in recipe_names()}
+    for word in one.words:
+        found = re.match(r"runs/(\w+)", word)
+        if found and found[1] in recipes:
+            yield recipes[found[1]]
+
+
+def run_page(page: Path) -> list[str]:
+    """Run what a page shows. Returns what failed, each with what it said."""
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(ROOT / "recipes", Path(folder) / "recipes")
+        for one in shown(page):
+            if one.mark or placeholder(one):
+                continue
+            before = [name for name in taken_for_granted(one) if not (Path(folder) / "runs" / run_of(name)).exists()]
+            if one.words[0] == "train":
+                before = []
+            todo = [Shown(page, ("train", name), "") for name in before] + [one]
+            failed += [said for each in todo if (said := run(each, folder))]
+    return failed
+
+
+def run(one: Shown, folder: str) -> str:
+    """Returns "" or what it said."""
+    words, start = in_small(one), time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "D2O_OFFLINE": "1"}
+    command = [sys.executable, "-m", "d2o", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    good = done.returncode == 0 or (done.returncode == 1 and "--plan" in words)  # it says what is missing here
+    print(f"{one.page.name}: {one.line} [{time.perf_counter() - start:.0f} s{'' if good else ', FAILED'}]", flush=True)
+    return "" if good else f"{one.page}: {one.line}\n  run as: d2o {shlex.join(words)}\n{done.stderr[-2000:]}"
+
+
+def main(names: list[str]) -> int:
+    chosen = [page for page in pages() if (not names or page.name in names) and page.name not in MADE]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = [said for page in pool.map(run_page, chosen) for said in page]
+    print("\n".join(failed) or "all commands of README and docs ran", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
