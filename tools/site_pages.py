@@ -7,10 +7,11 @@ import posixpath
 import re
 from pathlib import Path
 
-from tools import site_text
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from tools import site_text
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -19,9 +20,7 @@ MADE = re.compile(r"^<!-- (keys|switches|recipes|teachers|commands)(?:: ([\w-]+)
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 NAME = re.compile(r"(?<![\[`])`(d2o(?:\.\w+)+)`(?![\]`])")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-TEX = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\(?P<block>[(\[])(?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
-)
+TEX = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\(?P<block>[(\[])(?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -156,7 +156,11 @@ def option_row(one: object) -> list[str]:
     argument = getattr(one, "param_type_name", "") == "argument"
     names = [str(one.name)] if argument else [*one.opts, *one.secondary_opts]  # type: ignore[attr-defined]
     shown = one.default if getattr(one, "show_default", False) and one.default not in (None, False, [], ()) else ""  # type: ignore[attr-defined]
-    return ["`" + "`, `".join(names) + "`", escaped(getattr(one, "help", "") or ""), f"`{shown}`" if shown != "" else ""]
+    return [
+        "`" + "`, `".join(names) + "`",
+        escaped(getattr(one, "help", "") or ""),
+        f"`{shown}`" if shown != "" else "",
+    ]
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -165,8 +169,9 @@ def option_row(one: object) -> list[str]:
 def api_pages() -> Iterator[tuple[str, str]]:
     """(file, text): a page for each package, with all its modules."""
     for package, words in API.items():
-        yield f"api/{package.replace('.', '-')}.md", f"# {package}\n\n{words}\n\n" + "\n\n".join(
-            f"## {module}\n\n::: {module}" for module in modules(package)
+        yield (
+            f"api/{package.replace('.', '-')}.md",
+            f"# {package}\n\n{words}\n\n" + "\n\n".join(f"## {module}\n\n::: {module}" for module in modules(package)),
         )
 
 
