@@ -7,6 +7,7 @@ import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from d2o.interop import catalogue
 from d2o.methods.base import method_names
@@ -139,28 +140,22 @@ def commands() -> str:
     from d2o.cli.app import app
 
     parts = []
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(app).commands.items():
         parts.append(f"## d2o {name}\n\n{escaped(command.help or '')}\n\n{options(command)}")
         for sub, below in getattr(command, "commands", {}).items():
             parts.append(f"### d2o {name} {sub}\n\n{escaped(below.help or '')}\n\n{options(below)}")
     return "\n\n".join(parts)
 
 
-def options(command: object) -> str:
-    rows = [option_row(one) for one in command.params if not getattr(one, "hidden", False)]  # type: ignore[attr-defined]
-    rows = [row for row in rows if row[0] != "`--help`"]
+def options(command: Any) -> str:
+    rows = [option_row(one) for one in command.params if one.name != "help" and not getattr(one, "hidden", False)]
     return table(["option", "meaning", "default"], rows) if rows else "It has no options."
 
 
-def option_row(one: object) -> list[str]:
-    argument = getattr(one, "param_type_name", "") == "argument"
-    names = [str(one.name)] if argument else [*one.opts, *one.secondary_opts]  # type: ignore[attr-defined]
-    shown = one.default if getattr(one, "show_default", False) and one.default not in (None, False, [], ()) else ""  # type: ignore[attr-defined]
-    return [
-        "`" + "`, `".join(names) + "`",
-        escaped(getattr(one, "help", "") or ""),
-        f"`{shown}`" if shown != "" else "",
-    ]
+def option_row(one: Any) -> list[str]:
+    names = [one.name] if one.param_type_name == "argument" else [*one.opts, *one.secondary_opts]
+    shown = getattr(one, "show_default", False) and one.default not in (None, False, [], ())
+    return ["`" + "`, `".join(names) + "`", escaped(one.help or ""), f"`{one.default}`" if shown else ""]
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
