@@ -18,7 +18,7 @@ from d2o.errors import UserError
 from d2o.evaluation import reference, subjects
 from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.protocol import Settings, protocol_line
-from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.quick import Evaluator
 from d2o.evaluation.request import Request
 from d2o.evaluation.run import evaluate_all
 from d2o.evaluation.statistics import Statistics
@@ -316,15 +316,13 @@ def test_a_student_trained_on_the_metric_is_flagged(digits: Path, tmp_path: Path
 def test_quick_score_in_training(digits: Path, student: Path) -> None:
     model = load_student(student)
     before = torch.get_rng_state()
-    first, again = (
-        FrechetEvaluator("digits", "real:digits").score(model, SPEC, n=40, seed=7, batch=16) for _ in range(2)
-    )
+    first, again = (Evaluator("digits", "real:digits").score(model, SPEC, n=40, seed=7, batch=16) for _ in range(2))
     assert first == again
     assert torch.equal(before, torch.get_rng_state())
     (record,) = evaluate(student, against="real:digits")
     assert first["fd"] == pytest.approx(record["metrics"]["fd"]["value"], rel=1e-6)
     assert first["accuracy"] == record["metrics"]["accuracy"]["value"]
-    one, two = FrechetEvaluator("digits", "real:digits"), FrechetEvaluator("digits", "real:digits")
+    one, two = Evaluator("digits", "real:digits"), Evaluator("digits", "real:digits")
     assert one.reference is two.reference  # loaded once
 
 

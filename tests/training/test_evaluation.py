@@ -10,7 +10,7 @@ import pytest
 from d2o.cli.app import main
 from d2o.evaluation import paper_protocols
 from d2o.evaluation.presets import Preset
-from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.quick import Evaluator
 from d2o.interop.safetensors_io import read_meta
 from d2o.recipes.load import load_recipe
 from d2o.teachers.base import Spec
@@ -129,10 +129,10 @@ def test_the_reference_can_be_the_images_that_are_trained_on():
     spec, score = Spec("s", (1, 8, 8)), {"n": 60, "seed": 0}
     data = [load_recipe("spi_gan_digits", changes).data for changes in ([], ["data.limit=300"])]
     whole, part = (
-        FrechetEvaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+        Evaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
         for section in data
     )
-    named = FrechetEvaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+    named = Evaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
     assert whole == pytest.approx(named, rel=1e-3) and part != pytest.approx(named, rel=1e-3)
 
 
