@@ -181,6 +181,7 @@ def train(folder, store, start=None, stop_after=0, **more):
         assert stop_after
 
 
+@pytest.mark.long
 def test_both_stages_train_resume_and_are_told(store, tmp_path):
     train(tmp_path / "one", store)
     train(tmp_path / "two", store, tmp_path / "one")

@@ -104,6 +104,7 @@ def test_plans_count_all_calls():
     assert Phase("adversarial", 4, 10, 2).nfe == (5 + 2) * 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("begins", ["x_T", "noise"])
 def test_diffusers_makes_the_same_steps(begins, tmp_path):
     teacher = in_edm(load_teacher("tiny-sd"))

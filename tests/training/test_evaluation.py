@@ -45,6 +45,7 @@ def d2o(*arguments: object) -> int:
     return done.value.code  # type: ignore[return-value]
 
 
+@pytest.mark.long
 def test_a_protocol_gives_network_number_reference_and_the_making_of_images(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run) == 0

@@ -71,6 +71,7 @@ def test_images_have_one_each(tmp_path):
         check_captions(Setup(None, images=images, prompts=Prompts.from_list(["a", "b", "c"])))
 
 
+@pytest.mark.long
 def test_a_student_of_drawn_prompts_is_measured_by_them(tmp_path):
     """`prompts:` without pairs: the score is of what the checkpoint makes of these prompts."""
     (tmp_path / "p.txt").write_text("a handwritten seven\nthree\n")
