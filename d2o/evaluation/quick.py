@@ -3,16 +3,17 @@ asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from torch import Tensor
 
-from d2o.condition import Condition
+from d2o.condition import Condition, Generate
 from d2o.data.data_section import DataSection
 from d2o.data.prompts import Prompts
 from d2o.data.stored_latents import LatentSet, open_set
 from d2o.errors import UserError
+from d2o.evaluation.checks import check_task
 from d2o.evaluation.collect import silent
 from d2o.evaluation.evaluate import evaluate_one
 from d2o.evaluation.extractor import Device, check_images_fit
@@ -98,13 +99,17 @@ def images_of(protocol: str | None) -> JsonObject:
     )
 
 
+def unmade(noise: Tensor, condition: Condition) -> Tensor:
+    raise AssertionError("nothing is made for a check")
+
+
 class Evaluator:
     """Scores taken again and again against one reference, which is loaded once. Deterministic; global random state is
     left alone.
 
     `protocol`: the preset that says how images are made and what network and reference have to be. `data`: a recipe's
-    section, whose images are the reference instead. `also`: metrics beside the Fréchet distance, as `d2o eval --metrics`
-    names them. UserError: absent or other than these.
+    section, whose images are the reference instead. `also`: metrics beside the Fréchet distance, by the names that
+    `d2o eval --metrics` takes. UserError: absent or other than these.
     """
 
     def __init__(
@@ -119,15 +124,26 @@ class Evaluator:
         self.device, self.settings = device, images_of(protocol)
         self.task, self.reference = cached(extractor, reference, str(device), protocol, data, tuple(also))
 
-    def check(self, spec: Spec) -> None:
-        """UserError unless the extractors take the images of that spec."""
-        if not spec.latent:  # decoded latents have another size; the extractor checks them
-            for extractor, _ in self.task.outputs().values():
+    def check(self, spec: Spec, n: int) -> None:
+        """UserError unless these metrics can be had of n images of that spec, which need not be there yet."""
+        for extractor, wanted in self.task.outputs().values():
+            extractor.check_has(wanted)
+            if not spec.latent:  # decoded latents have another size; the extractor checks them
                 check_images_fit(spec.shape, extractor, of="the student's images")
+        check_task(self.subject(unmade, spec), self.reference, self.task, self.how(n))
+
+    def subject(self, generate: Generate, spec: Spec, key: str = "", prompts: Prompts | None = None) -> Generator:
+        name = "the student"
+        return Generator(
+            name, name, "student", spec, generate, lambda images: images, None, {"sha256": key}, prompts=prompts
+        )
+
+    def how(self, n: int, **more: object) -> Settings:
+        return Settings(**{**self.settings, **more, "n": n})
 
     def score(
         self,
-        generate: Callable[[Tensor, Condition], Tensor],
+        generate: Generate,
         spec: Spec,
         *,
         n: int,
@@ -146,11 +162,8 @@ class Evaluator:
         weights: the first one gets the scores, the others {}. `prompts`: of a student that takes text, in turn.
         UserError: NaN or infinite values.
         """
-        name = "the student"
-        about = {"sha256": key}
-        x = Generator(name, name, "student", spec, generate, lambda images: images, None, about, prompts=prompts)
-        made = {**self.settings, "labels": labels} if labels else self.settings
-        settings = Settings(**{**made, "n": n, "seed": seed, "batch": batch})
+        settings = self.how(n, seed=seed, batch=batch, **({"labels": labels} if labels else {}))
+        x = self.subject(generate, spec, key, prompts)
         found = evaluate_one(x, self.reference, self.task, settings, device=self.device, place=place)
         if found is None:
             return {}

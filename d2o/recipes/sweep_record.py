@@ -45,7 +45,8 @@ def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
 
 
 def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, str]) -> JsonObject:
-    """Write sweep.json, sweep.svg and, of runs with previews, sweep.png; returns the record. Members of
+    """Write sweep.json, sweep.svg (and one for each further metric) and, of runs with previews, sweep.png; returns the
+    record. Members of
     earlier calls, with other values, stay in it."""
     metric = sweep.base.eval.metric if sweep.base.eval else "loss"
     names = [member.name for member in sweep.members]
@@ -77,10 +78,21 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     picture = sweep_chart(sweep.title, lines, words, not higher_is_better(metric))
     if picture:
         atomic_write(folder / "sweep.svg", picture)
+    if sweep.base.eval and sweep.base.eval.also:
+        _draw_others(folder, sweep.title, metric, [m["name"] for m in members], best and best["name"])
     if (sheet := last_previews([(m["name"], folder / m["folder"]) for m in members])) is not None:
         with atomic_path(folder / "sweep.png") as temporary:
             sheet.save(temporary, format="PNG")
     return record
+
+
+def _draw_others(folder: Path, title: str, metric: str, names: Sequence[str], top: str | None) -> None:
+    """A picture of each further metric (`eval.also`), sweep.KEY.svg; `top`: the best run by `metric`."""
+    scores = {name: read_curves(folder / name).scores for name in names if (folder / name / "metrics.jsonl").exists()}
+    for key in dict.fromkeys(key for curves in scores.values() for key in curves if key not in (metric, "accuracy")):
+        lines = [Line(name, curves.get(key, []), name == top) for name, curves in scores.items()]
+        if picture := sweep_chart(title, lines, key, not higher_is_better(key)):
+            atomic_write(folder / f"sweep.{key}.svg", picture)
 
 
 def _read(folder: Path) -> JsonObject | None:

@@ -59,8 +59,8 @@ class EvalSection(Section):
     )
     also: list[NonEmpty] = field(
         [],
-        "further metrics of the same samples, as `d2o eval --metrics` names them: is, prdc, kid@lite0, ... They are logged,"
-        " and choose nothing",
+        "further metrics of the same samples, as `d2o eval --metrics` names them: is, prdc, kid@lite0, ...; they are"
+        " logged, and choose nothing",
     )
     cfg: Annotated[float, Field(ge=0)] | None = field(
         None, "guidance scale of the samples, for students that are told it (`pairs.cfg: [1, 8]`)"

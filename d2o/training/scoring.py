@@ -71,8 +71,8 @@ def cost(recipe: Recipe, e: EvalSection, nfe: int) -> str:
     others = f", {', '.join(e.also)}" if e.also else ""
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
     return (
-        f"evaluation: Fréchet distance ({how}{e.extractor}){others} of {e.samples:,} images to {reference}, every {e.every:,}"
-        f" images: {e.samples * many:,} images of {calls} each, beside training on {recipe.images:,}"
+        f"evaluation: Fréchet distance ({how}{e.extractor}){others} of {e.samples:,} images to {reference}, every"
+        f" {e.every:,} images: {e.samples * many:,} images of {calls} each, beside training on {recipe.images:,}"
     )
 
 
@@ -134,7 +134,7 @@ class Scoring:
                 "eval.metric: fd measures it",
             )
         if evaluator is not None and self.spec is not None:
-            evaluator.check(self.spec)
+            evaluator.check(self.spec, e.samples)
             if self.spec.condition == "text" and self.prompts is None:
                 raise UserError("eval: the product takes prompts, and the recipe names none to measure it with")
 

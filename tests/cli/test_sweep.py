@@ -62,6 +62,14 @@ def d2o(*arguments: object) -> int:
     return done.value.code  # type: ignore[return-value]
 
 
+def test_further_metrics_have_pictures_of_their_own(recipe, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert d2o("train", recipe, "--sweep", "optim.lr=1e-3,1e-4", "--set", "eval.also=[is@digits]", "--out", out) == 0
+    assert "sweep.is@digits.svg and sweep.svg" in capsys.readouterr().err.replace(f"{out}/", "")
+    texts = [node.text for node in xml.parse(out / "sweep.is@digits.svg").iter() if node.tag.endswith("text")]
+    assert {"optim.lr=0.001", "is@digits; beside each run its highest value"} <= set(texts)
+
+
 @pytest.mark.long
 def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
     recipe, tmp_path, capsys, steps, monkeypatch
