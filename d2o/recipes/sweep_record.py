@@ -79,7 +79,7 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     if picture:
         atomic_write(folder / "sweep.svg", picture)
     if sweep.base.eval and sweep.base.eval.also:
-        _draw_others(folder, sweep.title, metric, [m["name"] for m in members], best and best["name"])
+        _draw_others(folder, sweep.title, metric, [m["name"] for m in members], best["name"] if best else None)
     if (sheet := last_previews([(m["name"], folder / m["folder"]) for m in members])) is not None:
         with atomic_path(folder / "sweep.png") as temporary:
             sheet.save(temporary, format="PNG")
