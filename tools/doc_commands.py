@@ -27,8 +27,8 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^(?:torchrun .*? -m |srun )?(d2o [^#\n]*)(#[^\n]*)?$", re.MULTILINE)
 MARK = re.compile(r"\b(GPU|download|yours)\b")
 SMALL = {
-    "train": "--mini --set images=512 --set eval=null --set preview=null",
-    "finetune": "--mini --set images=512 --set eval=null --set preview=null",
+    "train": "--mini --set images=128 --set eval=null --set preview=null",
+    "finetune": "--mini --set images=128 --set eval=null --set preview=null",
     "pairs": "--n 32",
     "sample": "--n 16",
     "eval": "--n 1000",
