@@ -31,7 +31,7 @@ SMALL = {
     "finetune": "--mini --set images=128 --set eval=null --set preview=null",
     "pairs": "--n 32",
     "sample": "--n 16",
-    "eval": "--n 1000",
+    "eval": "",
     "export": "",
 }
 
@@ -76,9 +76,20 @@ def in_small(one: Shown) -> list[str]:
     small = shlex.split(SMALL[verb])
     if verb in ("train", "finetune") and not {"--out", "--sweep", "--table"} & {*words}:
         small += ["--out", f"runs/{run_of(words[1])}"]
+    if verb == "eval":
+        small = small_evaluation(words)
     if verb == "pairs" and "tiny-sd" in words:
         small += ["--steps", "2"]
     return words + small + ["--resume"] * (verb in ("train", "finetune") and not {"--sweep", "--table"} & {*words})
+
+
+def small_evaluation(words: list[str]) -> list[str]:
+    """Tables and networks that judge have their own numbers of images; KID has subsets of 1,000."""
+    if "--table" in words or any("2afc" in word for word in words):
+        return []
+    if "--activations" in words:
+        return ["--n", "4", "--steps", "16"]
+    return ["--n", "1000"] if any("kid" in word for word in words) else ["--n", "200"]
 
 
 def run_of(recipe: str) -> str:
@@ -125,6 +136,8 @@ def run(one: Shown) -> str:
             d2o(words)
         except SystemExit as end:
             code = int(end.code or 0)
+        if code > 128:  # stopped from outside: not this command alone
+            raise KeyboardInterrupt
         said.seek(0)
         text = said.read()
     good = code == 0 or (code == 1 and "--plan" in words)  # it says what is missing here
