@@ -1,0 +1,198 @@
+"""Where an iteration of GDD spends its time, and what channels_last, torch.compile and bf16 bring.
+
+    python benchmarks/gdd.py [--quick] [--device cuda] [--out FILE.json]
+
+The recipe `gdd_digits`, and a wider EDM network of random weights (CUDA: CIFAR-10's size, the critic at 224 pixels)
+with the same critic. Shares: the passes of one iteration's parts, each timed by itself (median of several), times how
+often an iteration makes them, over the time of whole iterations of the loop in the same process; "rest" is optimisers,
+averages, power iterations and what the parts have in common. Levers: images/s of loops with one setting changed over
+those of the plain loop (float32, contiguous, eager), in blocks that alternate; compiling is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sid import make_wide, wait
+from torch import Tensor
+
+from d2o.critics.projected import ProjectedCritic
+from d2o.evaluation.protocol import hardware
+from d2o.losses.adversarial import critic_loss, generator_loss
+from d2o.methods.gdd import GDD
+from d2o.networks.processor import bf16_unit
+from d2o.recipes.load import load_recipe
+from d2o.runtime import StopFlag
+from d2o.training.loop import Trainer
+from d2o.training.setup import prepare
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = {"digits": {"cpu": 32, "cuda": 256}, "wide": {"cpu": 32, "cuda": 64}}
+PLAIN = ("precision=fp32", "channels_last=false", "compile=false")
+LEVERS = {
+    "plain": PLAIN[0],
+    "channels_last": "channels_last=true",
+    "compile": "compile=true",
+    "bf16": "precision=bf16",
+}
+
+
+def make_trainer(network: str, device: str, quick: bool, folder: Path, run: str, lever: str = "plain") -> Trainer:
+    """The loop as `d2o train` makes it, without evaluation, preview and checkpoints on the way."""
+    batch = BATCH[network][device] // (4 if quick else 1)
+    overrides = ["eval=null", "preview=null", f"checkpoint.every={10**9}", "checkpoint.keep=0", f"batch={batch}"]
+    overrides += [f"images={10**6 * batch}", f"gdd.critic.pool={batch}", *PLAIN, LEVERS[lever]]
+    if network == "wide":
+        overrides += [f"teacher={folder / 'wide.safetensors'}", f"data.path={folder / 'wide.npz'}", "optim.lr=1e-5"]
+        overrides += ["gdd.critic.size=224"] if device == "cuda" else []
+    recipe = load_recipe("gdd_digits", overrides)
+    setup = prepare(
+        recipe, torch.device(device), None, lambda message: None, lambda done, total, note: None, StopFlag()
+    )
+    (folder / run).mkdir()
+    return Trainer(recipe, setup, folder / run)
+
+
+def seconds(trainer: Trainer, work: Callable[[], Any], again: int) -> float:
+    """Median time of that work on the trainer's device, after one call to warm up."""
+    work()
+    found = []
+    for _ in range(again):
+        start = wait(trainer.device)
+        work()
+        found.append(wait(trainer.device) - start)
+    return statistics.median(found)
+
+
+def looked(critic: ProjectedCritic, x: Tensor) -> list[list[Tensor]]:
+    """The maps of each backbone, behind its projections."""
+    return [critic.look(i, x) for i in range(len(critic.backbones))]
+
+
+def judged(critic: ProjectedCritic, maps: list[list[Tensor]], labels: Tensor | None) -> list[Tensor]:
+    rows = zip(critic.heads, maps, strict=True)
+    return [torch.cat([head(y, labels) for head, y in zip(heads, ys, strict=True)], 1) for heads, ys in rows]  # type: ignore[call-overload]
+
+
+def parts(trainer: Trainer, again: int) -> dict[str, float]:
+    """Seconds of one iteration in the student, in the backbones with their projections, in the heads, and in R1."""
+    method, batch = trainer.method, trainer.batches.get(0)
+    assert isinstance(method, GDD) and isinstance(method.critic, ProjectedCritic)
+    critic, loss = method.critic, method.options.loss
+    micro, draw = next(iter(trainer.micro_batches(batch)))
+    z, embedded = draw.randn(*method.student.spec.shape), method.asked(method.condition_of(micro))
+    labels, real = method.labels(micro), method.real_images(micro, draw)
+    student, fake = trainer.net("student"), torch.zeros_like(real)
+
+    def student_twice() -> None:
+        """The student's step goes both ways, the critic's only forward."""
+        out = student(z, embedded)
+        out.backward(torch.ones_like(out))
+        with torch.no_grad():
+            student(z, embedded)
+
+    def backbones_thrice() -> None:
+        """The student's step goes both ways, the critic's looks at made and real images."""
+        x = fake.clone().requires_grad_()
+        maps = [y for ys in looked(critic, x) for y in ys]
+        torch.autograd.grad([y.sum() for y in maps], x)
+        with torch.no_grad():
+            looked(critic, fake), looked(critic, real)
+
+    def heads_thrice() -> None:
+        """Through the heads to the maps in the student's step; to the heads' weights in the critic's."""
+        for p in critic.parameters():
+            p.requires_grad_(False)
+        given = [[y.clone().requires_grad_() for y in ys] for ys in seen]
+        paid = generator_loss(judged(critic, given, labels), loss).mean()
+        torch.autograd.grad(paid, [y for ys in given for y in ys])
+        for p in critic.heads.parameters():
+            p.requires_grad_(True)
+        paid = critic_loss(judged(critic, seen, labels), judged(critic, seen, labels), loss).mean()
+        torch.autograd.grad(paid, list(critic.heads.parameters()))
+
+    with torch.no_grad():
+        seen = looked(critic, real)
+    r1 = method.options.r1
+    return {
+        "student": seconds(trainer, student_twice, again),
+        "backbones": seconds(trainer, backbones_thrice, again),
+        "heads": seconds(trainer, heads_thrice, again),
+        "r1": seconds(trainer, lambda: method.penalty_step(trainer, batch, {}), again) / r1.interval if r1.gamma else 0,
+    }
+
+
+def shares(trainer: Trainer, again: int) -> dict[str, Any]:
+    """The parts of a mean iteration, R1's steps among them in their proportion."""
+    trainer.iteration = 1  # R1 has iterations of its own
+    plain = seconds(trainer, trainer.iterate, again)
+    found = parts(trainer, again)
+    whole = plain + found["r1"]
+    named = {name: round(value / whole, 3) for name, value in found.items()}
+    named["rest"] = round(1 - sum(named.values()), 3)
+    return {"images_per_s": round(trainer.recipe.batch / whole, 1), "batch": trainer.recipe.batch, "shares": named}
+
+
+def levers(trainers: dict[str, Trainer], block: int, blocks: int) -> dict[str, float]:
+    """Images/s of each over those of "plain": medians over neighbouring blocks, without R1."""
+    found: dict[str, list[float]] = {name: [] for name in trainers}
+    for trainer in trainers.values():
+        for _ in range(2):  # compiles, and fills what is cached
+            trainer.iterate()
+    for _ in range(blocks):
+        for name, trainer in trainers.items():
+            trainer.iteration, start = 1, wait(trainer.device)
+            for _ in range(block):
+                trainer.iterate()
+            found[name].append(1 / (wait(trainer.device) - start))
+    pairs = {name: zip(rates, found["plain"], strict=True) for name, rates in found.items()}
+    return {name: round(statistics.median(a / b for a, b in each), 3) for name, each in pairs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller batches, fewer blocks; writes no file unless --out is given"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gdd.json, on CUDA gdd-cuda.json")
+    options = parser.parse_args()
+    device, quick = options.device, options.quick
+    report: dict[str, Any] = {
+        "benchmark": "gdd",
+        "what": "parts of an iteration over the whole; images/s with one setting changed over the plain loop's",
+        "bf16": bf16_unit(torch.device(device)) or "imitated",
+        "load": [round(value, 1) for value in os.getloadavg()],  # of what else ran here
+        "shares": {},
+        "levers": {},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_wide(folder, device)
+        for network in ("digits", "wide"):
+            made = {
+                lever: make_trainer(network, device, quick, folder, f"{network}-{lever}", lever) for lever in LEVERS
+            }
+            report["shares"][network] = shares(made["plain"], 2 if quick else 7)
+            print(network, report["shares"][network], file=sys.stderr, flush=True)
+            report["levers"][network] = levers(made, 1 if quick else 4, 2 if quick else 5)
+            print(network, report["levers"][network], file=sys.stderr, flush=True)
+    report |= {"quick": quick, "date": datetime.date.today().isoformat(), **hardware(device)}
+    print(json.dumps(report, indent=1))
+    out = options.out or (None if quick else RESULTS / ("gdd.json" if device == "cpu" else "gdd-cuda.json"))
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
