@@ -122,8 +122,7 @@ def measure(job: Job) -> None:
     started = job.recipe_hash
     needed = [job.options.get("teacher"), *([] if job.run is None else [job.run.start])]
     for first in jobs(job.table, load_table(job.table)):
-        folder = first.run and first.run.folder
-        if folder in needed and folder != job.x and not (ROOT / folder).exists():
+        if first.run and first.x in needed and first.x != job.x and not (ROOT / first.x).exists():
             run(first.commands()[0])  # measured elsewhere, but its weights are needed here
     for line in job.commands():
         run(line)
