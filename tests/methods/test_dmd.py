@@ -336,6 +336,7 @@ def test_only_the_regression_needs_pairs(tmp_path):
         train(load_recipe("diff_instruct_digits", ["dmd.lambda_reg=0.1"], mini=True), tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dmd_digits", "diff_instruct_digits"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(name, tmp_path):
     tiny_teacher(tmp_path / "teacher.safetensors")
