@@ -74,11 +74,12 @@ class Job:
 
     @property
     def recipe_hash(self) -> str | None:
-        """Of the recipe as it is resolved: a record of another one is measured again."""
+        """Of what the resolved recipe says beside the defaults, so that a new key changes nothing. A record of another
+        recipe is measured again."""
         if self.run is None or self.row.recipe is None:
             return None
-        resolved = load_recipe(self.row.recipe, [*self.row.changes, f"seed={self.run.seed}"]).model_dump_json()
-        return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+        resolved = load_recipe(self.row.recipe, [*self.row.changes, f"seed={self.run.seed}"])
+        return hashlib.sha256(resolved.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
 
     def commands(self) -> list[str]:
         lines = []
