@@ -1,12 +1,12 @@
 """Where an iteration of GDD spends its time, and what channels_last, torch.compile and bf16 bring.
 
-    python benchmarks/gdd.py [--quick] [--device cuda] [--out FILE.json]
+    python benchmarks/gdd.py [--quick] [--compile] [--device cuda] [--out FILE.json]
 
 The recipe `gdd_digits`, and a wider EDM network of random weights (CUDA: CIFAR-10's size, the critic at 224 pixels)
-with the same critic. Shares: the passes of one iteration's parts, each timed by itself (median of several), times how
-often an iteration makes them, over the time of whole iterations of the loop in the same process; "rest" is optimisers,
-averages, power iterations and what the parts have in common. Levers: images/s of loops with one setting changed over
-those of the plain loop (float32, contiguous, eager), in blocks that alternate; compiling is not timed.
+with the same critic. Shares: the passes that an iteration makes through each part, timed by themselves, over a whole
+iteration of the loop beside them (medians); "rest" is optimisers, averages, power iterations. Levers: images/s of loops
+with one setting changed over those of the plain loop (float32, contiguous, eager), in blocks that alternate; compiling
+is not timed. On a CPU seconds are those of processor time: whatever else runs there counts little.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from sid import make_wide, wait
+from sid import make_wide
 from torch import Tensor
 
 from d2o.critics.projected import ProjectedCritic
@@ -63,15 +64,19 @@ def make_trainer(network: str, device: str, quick: bool, folder: Path, run: str,
     return Trainer(recipe, setup, folder / run)
 
 
-def seconds(trainer: Trainer, work: Callable[[], Any], again: int) -> float:
-    """Median time of that work on the trainer's device, after one call to warm up."""
+def clock(device: torch.device) -> float:
+    """CUDA: when the device has done all it was asked. CPU: the processor time of this process."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(trainer: Trainer, work: Callable[[], Any]) -> float:
+    """Time of that work on the trainer's device."""
+    start = clock(trainer.device)
     work()
-    found = []
-    for _ in range(again):
-        start = wait(trainer.device)
-        work()
-        found.append(wait(trainer.device) - start)
-    return statistics.median(found)
+    return clock(trainer.device) - start
 
 
 def looked(critic: ProjectedCritic, x: Tensor) -> list[list[Tensor]]:
@@ -84,8 +89,8 @@ def judged(critic: ProjectedCritic, maps: list[list[Tensor]], labels: Tensor | N
     return [torch.cat([head(y, labels) for head, y in zip(heads, ys, strict=True)], 1) for heads, ys in rows]  # type: ignore[call-overload]
 
 
-def parts(trainer: Trainer, again: int) -> dict[str, float]:
-    """Seconds of one iteration in the student, in the backbones with their projections, in the heads, and in R1."""
+def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
+    """What an iteration does with the student, with the backbones and their projections, and with the heads; and R1."""
     method, batch = trainer.method, trainer.batches.get(0)
     assert isinstance(method, GDD) and isinstance(method.critic, ProjectedCritic)
     critic, loss = method.critic, method.options.loss
@@ -123,24 +128,34 @@ def parts(trainer: Trainer, again: int) -> dict[str, float]:
 
     with torch.no_grad():
         seen = looked(critic, real)
-    r1 = method.options.r1
     return {
-        "student": seconds(trainer, student_twice, again),
-        "backbones": seconds(trainer, backbones_thrice, again),
-        "heads": seconds(trainer, heads_thrice, again),
-        "r1": seconds(trainer, lambda: method.penalty_step(trainer, batch, {}), again) / r1.interval if r1.gamma else 0,
+        "student": student_twice,
+        "backbones": backbones_thrice,
+        "heads": heads_thrice,
+        "r1": lambda: method.penalty_step(trainer, batch, {}),
     }
 
 
-def shares(trainer: Trainer, again: int) -> dict[str, Any]:
-    """The parts of a mean iteration, R1's steps among them in their proportion."""
-    trainer.iteration = 1  # R1 has iterations of its own
-    plain = seconds(trainer, trainer.iterate, again)
-    found = parts(trainer, again)
-    whole = plain + found["r1"]
-    named = {name: round(value / whole, 3) for name, value in found.items()}
-    named["rest"] = round(1 - sum(named.values()), 3)
-    return {"images_per_s": round(trainer.recipe.batch / whole, 1), "batch": trainer.recipe.batch, "shares": named}
+def shares(trainer: Trainer, rounds: int) -> dict[str, Any]:
+    """The parts of a mean iteration, R1's steps among them in their proportion: medians over rounds, in each of which a
+    whole iteration is timed beside all parts."""
+    found: dict[str, list[float]] = {}
+    method, pieces = trainer.method, parts(trainer)
+    assert isinstance(method, GDD)
+    for _ in range(rounds + 1):  # the first warms up
+        trainer.iteration = 1  # R1 has iterations of its own
+        plain = seconds(trainer, trainer.iterate)
+        times = {name: seconds(trainer, work) for name, work in pieces.items()}
+        times["r1"] /= method.options.r1.interval
+        whole = plain + times["r1"]
+        times["rest"] = whole - sum(times.values())
+        for name, value in times.items():
+            found.setdefault(name, []).append(value / whole)
+        found.setdefault("images_per_s", []).append(trainer.recipe.batch / whole)
+    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
+    rate = medians.pop("images_per_s")
+    named = {name: round(value, 3) for name, value in medians.items()}
+    return {"images_per_s": round(rate, 1), "batch": trainer.recipe.batch, "shares": named}
 
 
 def levers(trainers: dict[str, Trainer], block: int, blocks: int) -> dict[str, float]:
@@ -151,10 +166,10 @@ def levers(trainers: dict[str, Trainer], block: int, blocks: int) -> dict[str, f
             trainer.iterate()
     for _ in range(blocks):
         for name, trainer in trainers.items():
-            trainer.iteration, start = 1, wait(trainer.device)
+            trainer.iteration, start = 1, clock(trainer.device)
             for _ in range(block):
                 trainer.iterate()
-            found[name].append(1 / (wait(trainer.device) - start))
+            found[name].append(1 / (clock(trainer.device) - start))
     pairs = {name: zip(rates, found["plain"], strict=True) for name, rates in found.items()}
     return {name: round(statistics.median(a / b for a, b in each), 3) for name, each in pairs.items()}
 
@@ -162,8 +177,9 @@ def levers(trainers: dict[str, Trainer], block: int, blocks: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--quick", action="store_true", help="smaller batches, fewer blocks, no compiling; writes no file unless --out"
+        "--quick", action="store_true", help="smaller batches, fewer blocks; writes no file unless --out is given"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile too; on a CPU it takes many minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gdd.json, on CUDA gdd-cuda.json")
     options = parser.parse_args()
@@ -180,11 +196,11 @@ def main() -> None:
         folder = Path(name)
         make_wide(folder, device)
         for network in ("digits", "wide"):
-            names = [lever for lever in LEVERS if not (quick and lever == "compile")]
+            names = [lever for lever in LEVERS if options.compile or lever != "compile"]
             made = {name: make_trainer(network, device, quick, folder, f"{network}-{name}", name) for name in names}
             report["shares"][network] = shares(made["plain"], 2 if quick else 7)
             print(network, report["shares"][network], file=sys.stderr, flush=True)
-            report["levers"][network] = levers(made, 1 if quick else 4, 2 if quick else 5)
+            report["levers"][network] = levers(made, 1 if quick else 2, 2 if quick else 5)
             print(network, report["levers"][network], file=sys.stderr, flush=True)
     report |= {"quick": quick, "date": datetime.date.today().isoformat(), **hardware(device)}
     print(json.dumps(report, indent=1))
