@@ -38,7 +38,7 @@ from d2o.training.loop import Trainer
 from d2o.training.setup import prepare
 
 RESULTS = Path(__file__).parent / "results"
-BATCH = {"digits": {"cpu": 32, "cuda": 256}, "wide": {"cpu": 32, "cuda": 64}}
+BATCH = {"digits": {"cpu": 16, "cuda": 256}, "wide": {"cpu": 32, "cuda": 64}}
 PLAIN = ("precision=fp32", "channels_last=false", "compile=false")
 LEVERS = {
     "plain": PLAIN[0],
