@@ -29,7 +29,17 @@ from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
 from results import budget, put
 
 ROOT = Path(__file__).resolve().parent.parent
+DIGITS = [
+    ("fd@digits", "FD(digits)", "{:.2f}", 1),
+    ("rel-fd@digits", "rel-FD to the teacher", "{:.2f}", 1),
+    ("accuracy", "accuracy, %", "{:.1f}", 100),
+    ("recall@digits", "recall, %", "{:.1f}", 100),
+    ("coverage@digits", "coverage, %", "{:.1f}", 100),
+]
 COLUMNS = {
+    "mini_sida": DIGITS,
+    "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
+    "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1)],
     "d2g_mini": [
         ("rel-fd@digits-area", "rel-FD", "{:.3f}", 1),
         ("prompt-accuracy@digits-area", "prompt accuracy, %", "{:.1f}", 100),
