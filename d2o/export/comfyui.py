@@ -41,18 +41,19 @@ SCALES = {"Stable Diffusion 1": 0.18215, "Stable Diffusion XL": 0.13025}
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComfySettings:
     """How ComfyUI has to call a student. `family`: what it takes the file for, "" if it knows no model of these sizes;
     `sigmas`: the noise levels of its steps; `prediction`: of its node ModelSamplingDiscrete, "" where none is needed;
-    `noise`: its first noise over the student's."""
+    `top`: whether the first is the highest of its own; `noise`: its first noise over the student's."""
 
     family: str
     sigmas: list[float]
     prediction: str
+    top: bool
     noise: float
 
 
-def settings_of(student: Student) -> Settings:
+def settings_of(student: Student) -> ComfySettings:
     """UserError: a student whose images ComfyUI would not make."""
     view = student.network
     assert isinstance(view, EDMView) and isinstance(view.levels, DiscreteLevels)
@@ -61,13 +62,13 @@ def settings_of(student: Student) -> Settings:
     if family and abs(scale / SCALES[family] - 1) > 1e-4:
         what = f"ComfyUI takes latents of {family} to be scaled by {SCALES[family]}; this student's are by {scale:g}"
         raise UserError(what, "--format diffusers writes it")
-    last = float(view.sigma_max)
-    begun = student.sigma * (1 if student.sigma < 0.9999 * last else (1 + student.sigma**-2) ** 0.5)
+    top = student.sigma >= 0.9999 * float(view.sigma_max)  # from which it begins as DDIM does, elsewhere as EDM
+    begun = student.sigma * ((1 + student.sigma**-2) ** 0.5 if top else 1)
     end = lowest_level(view) if isinstance(student, ConsistencyStudent) else 0.0
     levels = student.levels if isinstance(student, FewStepStudent) else (student.sigma,)
     told = {"epsilon": "", "v_prediction": "v_prediction", "sample": "x0"}[view.prediction]
     marked = family == "Stable Diffusion XL" and told == "v_prediction"  # the file says so
-    return Settings(family, [*levels, end], "" if marked else told, begun / student.factor)
+    return ComfySettings(family, [*levels, end], "" if marked else told, top, begun / student.factor)
 
 
 def check_comfyui(source: Loaded) -> OneCall:
@@ -79,7 +80,7 @@ def check_comfyui(source: Loaded) -> OneCall:
     view = source.network
     call = one_call(source.student, source.path)
     assert isinstance(view, EDMView)
-    encoders = source.student.text.encoders
+    encoders: list[Any] = source.student.text.encoders
     if view.kind != "UNet2DConditionModel":
         raise UserError(
             f"{source.path}: ComfyUI's names are those of U-Nets, not of a {view.kind}", "--format diffusers"
@@ -100,6 +101,7 @@ def check_comfyui(source: Loaded) -> OneCall:
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4):
         what = f"{source.path} has another noise schedule than Stable Diffusion, whose ComfyUI takes every file to have"
         raise UserError(what, "--format diffusers keeps it")
+    settings_of(source.student)
     return call
 
 
@@ -151,7 +153,7 @@ def open_comfyui(path: Path, call: OneCall, student: Student) -> DiffusionPipeli
     return pipeline
 
 
-def usage(student: Student, file_name: str) -> str:
+def comfy_usage(student: Student, file_name: str) -> str:
     """What to set in ComfyUI, for the model card."""
     given = settings_of(student)
     shape, factor = student.spec.shape, 2 ** (len(student.space.autoencoder.config.block_out_channels) - 1)
@@ -163,7 +165,7 @@ def usage(student: Student, file_name: str) -> str:
     ]
     if given.prediction:
         lines.insert(1, f"   ModelSamplingDiscrete behind it: `{given.prediction}`.")
-    if len(given.sigmas) == 2 and given.sigmas[1] == 0 and student.sigma >= 0.9999 * float(student.network.sigma_max):
+    if len(given.sigmas) == 2 and given.sigmas[1] == 0 and given.top:
         lines.append("   KSampler does the same: steps 1, cfg 1.0, `euler`, scheduler `sgm_uniform`, denoise 1.0.")
     text = "\n".join(lines)
     if not given.family:

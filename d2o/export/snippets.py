@@ -20,7 +20,7 @@ BATCH = 4
 def usage(source: Loaded, file_name: str, file_format: str) -> str:
     """Text and one code block for this file."""
     if file_format == "comfyui":
-        return comfyui.usage(source.student, file_name)
+        return comfyui.comfy_usage(source.student, file_name)
     text = source.spec.condition == "text"
     lines = {
         "onnx": _text_onnx if text else _onnx,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 * 2**20
 T5_LENGTH = 256
-"""Tokens of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
+"""TokenPair of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
 EncodeOne = Callable[[str], Text]
 """One prompt -> Text of length 1."""
 
@@ -237,7 +237,7 @@ def clip_length(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
-Tokens = tuple[Tensor, Tensor]
+TokenPair = tuple[Tensor, Tensor]
 """Token indices and mask [B, L] of one text encoder."""
 
 
@@ -248,10 +248,10 @@ class Reader:
 
     tokenizers: Sequence[PreTrainedTokenizerBase]
     lengths: Sequence[int]
-    read: Callable[[Sequence[Tokens]], Text]
+    read: Callable[[Sequence[TokenPair]], Text]
     device: torch.device
 
-    def tokens(self, prompt: str) -> list[Tokens]:
+    def tokens(self, prompt: str) -> list[TokenPair]:
         pairs = zip(self.tokenizers, self.lengths, strict=True)
         found = [token_ids(tokenizer, prompt, length) for tokenizer, length in pairs]
         return [(ids.to(self.device), mask.to(self.device)) for ids, mask in found]
@@ -264,7 +264,7 @@ def last_states(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, de
     """Stable Diffusion 1 and 2: the last hidden states with the final norm, [B, 77, D]."""
     masked = getattr(encoder.config, "use_attention_mask", False)
 
-    def read(tokens: Sequence[Tokens]) -> Text:
+    def read(tokens: Sequence[TokenPair]) -> Text:
         ids, mask = tokens[0]
         return Text(encoder(ids, attention_mask=mask if masked else None)[0].float())
 
@@ -284,7 +284,7 @@ def joined_states(
     """SDXL: the penultimate states of both encoders side by side, [B, 77, D_1 + D_2], and the second one's projected
     vector."""
 
-    def read(tokens: Sequence[Tokens]) -> Text:
+    def read(tokens: Sequence[TokenPair]) -> Text:
         found = [penultimate(encoder, ids) for encoder, (ids, _) in zip(encoders, tokens, strict=True)]
         return Text(torch.cat([states for states, _ in found], dim=-1), found[-1][1])
 
@@ -303,7 +303,7 @@ def joined_states_and_t5(
     T5 (zeros without one): [B, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix
     B.3 and figure 2)."""
 
-    def read(tokens: Sequence[Tokens]) -> Text:
+    def read(tokens: Sequence[TokenPair]) -> Text:
         clip = [penultimate(encoder, ids) for encoder, (ids, _) in zip(encoders, tokens)]
         states = torch.cat([states for states, _ in clip], dim=-1)
         states = F.pad(states, (0, width - states.shape[-1]))
