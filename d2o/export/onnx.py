@@ -143,7 +143,29 @@ def _halved(model: ModelProto) -> ModelProto:
     convert = need("onnxruntime.transformers.float16").convert_float_to_float16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values below the smallest of half precision
-        return convert(model, keep_io_types=True, disable_shape_infer=True, node_block_list=sorted(exact))
+        half = convert(model, keep_io_types=True, disable_shape_infer=True, node_block_list=sorted(exact))
+    _join_casts(half.graph)
+    del half.graph.value_info[:]  # types of before
+    # The conversions between the two come last; runtimes take them there, onnx's checker does not.
+    need("onnxruntime.transformers.onnx_model").OnnxModel(half).topological_sort(is_deterministic=True)
+    return half
+
+
+def _join_casts(graph: GraphProto) -> None:
+    """Between two nodes in float32 the converter goes by way of float16, and to each in a cast of its own, all of one
+    name: lead the first one's output to the second, and keep one cast of each."""
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    before = {node.output[0]: node.input[0] for node in casts if node.name.endswith("_cast_to_fp16_node")}
+    raised = [node for node in casts if node.name.endswith("_cast_to_fp32_node")]
+    instead = {node.output[0]: before[node.input[0]] for node in raised if node.input[0] in before}
+    seen: set[str] = set()
+    for node in raised:
+        if node.output[0] in instead or node.output[0] in seen:
+            graph.node.remove(node)
+        seen.add(node.output[0])
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = instead.get(name, name)
 
 
 def _tidy(model: ModelProto) -> None:
