@@ -68,6 +68,7 @@ class DecodeLatent(nn.Module):
         self.autoencoder._modules = copy.deepcopy(kept)
         for_any_batch(self.autoencoder)
         self._space = LatentSpace(space.name, space.numbers, lambda: self.autoencoder)
+        _ = self._space.autoencoder  # loaded now, not while it is traced
 
     def forward(self, latent: Tensor) -> Tensor:
         return self._space.pixels(latent).clamp(-1, 1)
