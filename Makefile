@@ -1,6 +1,7 @@
 # Each target sets everything up by itself: a virtual environment in .venv with the tested versions, re-used the next time.
 #   make demo      distil the builtin teacher on this machine, ends with a table and runs/demo/report.html
-#   make test      the test suite
+#   make test      the tests, but for the long ones
+#   make test-all  all of them, as CI does: every variant of every recipe planned, every method on every teacher, several processes
 #   make torture   every command killed at every event, every kind of file damaged; half an hour (JOBS=2 at once)
 #   make lint      ruff, mypy, and the floors of the house
 #   make results   the tables of docs/results.md and of the README, from results/*.json
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture lint results clean
+.PHONY: help demo test test-all torture lint results clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -26,8 +27,13 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 # Compiled tests and modules are kept, whatever the surroundings say: every process would translate them anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-all: $(READY)
+	$(PYTEST) $(PYTEST_ARGS)
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture --kills 200 --mutations 5000 --jobs $(JOBS) $(TORTURE_ARGS)

@@ -22,7 +22,8 @@ import torch
 
 from d2o.evaluation.protocol import hardware
 from d2o.students.base import Student, load_student
-from d2o.students.generate import SampleSettings, make_samples, student_sampler
+from d2o.students.generate import SampleSettings, make_samples
+from d2o.students.samplers import student_sampler
 from d2o.teachers.registry import load_teacher
 
 

@@ -43,6 +43,7 @@ RECIPES: dict[str, list[str]] = {
     "sid_digits": [],
     "sida_digits": ["sid.batch_pool=4", "sid.start_g_nimg=0", "sid.start_adv_nimg=256"],
     "dmd_digits": [],
+    "dmd_digits:dmd2": [],
     "diff_instruct_digits": [],
     "cd_digits": [],
     "pd_digits": [],

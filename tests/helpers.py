@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from d2o.condition import Condition, Text
@@ -15,6 +18,16 @@ from d2o.students.base import Student, checkpoint_meta, save_student
 from d2o.teachers.base import Spec, Teacher
 
 SPEC = Spec(name="tiny", shape=(1, 8, 8), condition="label", classes=10, licence="CC0-1.0")
+
+
+def but_for(quick: Callable[..., bool], cases: Iterable[Any]) -> list[Any]:
+    """The cases of a parametrised test, all marked `long` but for the quick ones. A case: a value, or a tuple of
+    values."""
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        found.append(pytest.param(*values, marks=() if quick(*values) else pytest.mark.long))
+    return found
 
 
 def tiny_network(seed: int = 0, **more) -> EDMPrecond:

@@ -57,6 +57,7 @@ def test_a_method_is_there_when_its_file_is(added):
     assert found.tolist() == pytest.approx([math.log(3) / 2])
 
 
+@pytest.mark.long
 def test_it_trains_samples_and_is_read_back(added, capsys):
     assert run("recipes", "check", RECIPE) == 0
     assert run("train", RECIPE, "--mini", "--set", "threads=1", "--set", "log_every=1") == 0

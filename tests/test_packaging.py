@@ -98,6 +98,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_wheel_holds_package_recipes_assets_and_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {
@@ -115,6 +116,7 @@ def test_the_wheel_holds_package_recipes_assets_and_licence(wheel: Path) -> None
     assert wheel.stat().st_size < 10 * 2**20
 
 
+@pytest.mark.long
 def test_an_installed_d2o_finds_its_recipes_and_assets(installed: Path, tmp_path: Path) -> None:
     code = """if True:
         import json
@@ -138,6 +140,7 @@ def test_the_installed_command_and_module_run(installed: Path, tmp_path: Path) -
     assert run(installed / "bin" / "python", "-m", "d2o", "--version", cwd=tmp_path) == f"d2o {d2o.__version__}"
 
 
+@pytest.mark.long
 def test_an_installed_d2o_distils_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     small = ["pairs.n=64", "pairs.steps=2", "images=256", "eval={every: 256, n: 64}", "preview=null"]
     settings = [word for setting in small for word in ("--set", setting)]
@@ -147,6 +150,7 @@ def test_an_installed_d2o_distils_outside_the_checkout(installed: Path, tmp_path
     assert any(name.startswith("runs/pairs/digits-heun2-n64-seed0/") for name in made)
 
 
+@pytest.mark.long
 def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--quiet", "--no-isolation", "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (archive,) = tmp_path.glob("d2o-*.tar.gz")

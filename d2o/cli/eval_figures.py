@@ -77,7 +77,7 @@ def draw_curves(values: Values, given: set[str]) -> None:
     """
     from d2o.evaluation.results import compact_json
     from d2o.interop.safetensors_io import atomic_write
-    from d2o.reports.curves import HIGHER_IS_BETTER
+    from d2o.reports.curves import higher_is_better
     from d2o.reports.sweep_chart import Line, sweep_chart
 
     _only(given, CURVES, "--curves")
@@ -92,7 +92,7 @@ def draw_curves(values: Values, given: set[str]) -> None:
     metric, found = _scores(runs, [m for text in values["metrics"] for m in text.split(",")])
     if worker()[0] != 0:
         return
-    best = HIGHER_IS_BETTER & {metric}
+    best = higher_is_better(metric)
     ends = {name: (max if best else min)(y for _, y in points) for name, points in found.items()}
     top = (max if best else min)(ends.values())
     lines = [Line(name, points, ends[name] == top) for name, points in found.items()]

@@ -15,7 +15,7 @@ from d2o.inputs import JsonObject
 
 if TYPE_CHECKING:
     from d2o.students.base import Student
-    from d2o.students.generate import Sampler
+    from d2o.students.samplers import Sampler
 
 
 def sample(
@@ -274,7 +274,7 @@ def _sampler(
     from d2o.data.prompts import Prompts
     from d2o.export.loaded import find_checkpoint
     from d2o.students.base import load_student
-    from d2o.students.generate import student_sampler, teacher_sampler
+    from d2o.students.samplers import student_sampler, teacher_sampler
     from d2o.teachers.registry import teacher_names
 
     prompts = None if texts is None else open_prompts(texts) if isinstance(texts, str) else Prompts.from_list(texts)

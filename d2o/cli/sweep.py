@@ -176,7 +176,8 @@ def show(record: JsonObject, folder: Path) -> None:
     console.table(table)
     if best is not None:
         console.say(f"best: {best} (checkpoint {folder / best / 'checkpoints' / 'best.safetensors'})")
-    pictures = [name for name in ("sweep.svg", "sweep.png", "sweep.json") if (folder / name).exists()]
+    pictures = [path.name for path in sorted(folder.glob("sweep.*svg"))]
+    pictures += [name for name in ("sweep.png", "sweep.json") if (folder / name).exists()]
     console.say(f"wrote {' and '.join(str(folder / name) for name in pictures)}")
 
 

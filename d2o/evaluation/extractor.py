@@ -49,15 +49,19 @@ class Extractor(ABC):
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"features are taken of uint8 images, not {images.dtype}")
-        if missing := [name for name in wanted if name not in self.has]:
-            raise UserError(
-                f"the extractor {self.name!r} has no {' or '.join(missing)}", f"it has {', '.join(self.has)}"
-            )
+        self.check_has(wanted)
         check_images_fit(tuple(images.shape[1:]), self)
         if self.shape is None and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             return self.run(images, wanted)
+
+    def check_has(self, wanted: Collection[str]) -> None:
+        """UserError for an output that it does not have."""
+        if missing := [name for name in wanted if name not in self.has]:
+            raise UserError(
+                f"the extractor {self.name!r} has no {' or '.join(missing)}", f"it has {', '.join(self.has)}"
+            )
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 images [n, C, H, W] -> features [n, dim] float32 on the extractor's device."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2o.condition import Embedded
 from d2o.losses.consistency import column
-from d2o.methods.base import Batch, Draws, Loop
+from d2o.methods.base import Draws, Loop
 from d2o.methods.grid import GridMethod, GridOptions
 from d2o.students.consistency import estimate
 
@@ -46,12 +46,6 @@ class CD(GridMethod[CDOptions]):
     Options = CDOptions
     form = "cd"
     precond = "consistency"  # f(x, sigma_min) = x is built in
-
-    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        n = self.steps(iteration)
-        loss = self.descend(loop, batch, n)
-        self.follow(iteration)
-        return {"loss": loss, **self.course(n)}
 
     def loss(self, loop: Loop, x: Tensor, embedded: Embedded, draw: Draws, n: int) -> Tensor:
         """d(f(x_t, t), sg f(x_u, u)) with u one step below t, x_u one solver step from x_t (Song et al. 2023, eq.

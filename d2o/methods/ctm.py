@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2o.condition import Embedded
 from d2o.losses.consistency import column
-from d2o.methods.base import Batch, Draws, Loop
+from d2o.methods.base import Draws, Loop
 from d2o.methods.grid import GridMethod, GridOptions
 from d2o.networks.config import Config
 from d2o.networks.second_time import second_time_config, with_second_time
@@ -40,12 +40,6 @@ class CTM(GridMethod[CTMOptions]):
 
     def scratch(self, config: Config) -> nn.Module:
         return super().scratch(second_time_config(config))
-
-    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        n = self.steps(iteration)
-        loss = self.descend(loop, batch, n)
-        self.follow(iteration)
-        return {"loss": loss, **self.course(n)}
 
     def loss(self, loop: Loop, x: Tensor, embedded: Embedded, draw: Draws, n: int) -> Tensor:
         """d(F(x_t, t, s), H), both taken on to sigma_min by the target network; H goes by the solver to u, and from

@@ -1,10 +1,11 @@
-"""Distribution matching: DMD (Yin et al. 2024, algorithms 1 to 3) and Diff-Instruct (Luo et al. 2023, algorithm 1),
-with two sets of defaults.
+"""Distribution matching: DMD (Yin et al. 2024, algorithms 1 to 3), DMD2 (Yin et al. 2024b) and Diff-Instruct (Luo et
+al. 2023, algorithm 1), with two sets of defaults.
 
 A score network, begun as a copy of the teacher, learns the denoiser of the student's own samples. Where it and the
 teacher disagree about a noisy sample, the student moves the sample towards the teacher's image: the gradient of the
 reverse KL divergence. DMD also keeps the student near the teacher's ODE solutions (`lambda_reg`), for which it needs
-pairs; without that term the method needs no data at all.
+pairs; without that term the method needs no data at all. DMD2 leaves the pairs away, lets the score network make
+several steps for one of the student (`student_every`) and has it tell real images from the student's (`adversarial`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,29 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded
+from d2o.critics.bottleneck import BottleneckCritic
 from d2o.diffusion.schedules import karras_sigma
 from d2o.errors import UserError
 from d2o.features.base import Features, check_shape
 from d2o.features.load import load_features
+from d2o.losses.adversarial import critic_loss, generator_loss
 from d2o.losses.distribution import LEVELS, index_sigma, matching_gradient, per_sample, surrogate
 from d2o.losses.perceptual import LPIPS, load_lpips, perceptual
 from d2o.losses.regression import LOSSES, lpips
 from d2o.losses.score import denoising_loss, lognormal_sigma
 from d2o.methods.base import Batch, Draws, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, evaluating, has_uncertainty
+from d2o.methods.score_networks import (
+    ScoreMethod,
+    check_real_images,
+    evaluating,
+    has_uncertainty,
+    labels_of_images,
+    look,
+    note,
+)
 from d2o.methods.teachers import check_teacher
 from d2o.networks.edm2_unet import keep_normalised
+from d2o.networks.precond import set_disc_map
 from d2o.teachers.base import Spec
 
 LevelChoice = Literal["karras_index", "karras_uniform", "lognormal"]
@@ -106,8 +118,20 @@ class DMDOptions(Options):
     score_steps: int = Field(
         1,
         ge=1,
-        description="steps of the score network for one of the student (DMD2: 5); all but the first take new samples",
+        description="steps of the score network in an iteration, on one batch; all but the first take new samples",
     )
+    student_every: int = Field(
+        1, ge=1, description="the student makes a step once in so many iterations (DMD2's two time scales: 5)"
+    )
+    adversarial: bool = Field(
+        False,
+        description=(
+            "a head on the score network's bottleneck tells real images from the student's, at all noise levels (DMD2);"
+            " needs `data:`"
+        ),
+    )
+    lambda_adv: float = Field(3e-3, ge=0, description="weight of the student's adversarial loss")
+    lambda_d: float = Field(1e-2, ge=0, description="weight of the head's loss, beside the score network's own")
     dropout: Literal["off", "shared"] = Field(
         "off",
         description=(
@@ -152,7 +176,7 @@ class DMD(ScoreMethod[DMDOptions]):
 
     @classmethod
     def needs(cls, options: DMDOptions) -> str:
-        return "pairs" if options.lambda_reg > 0 else "none"
+        return "pairs" if options.lambda_reg > 0 else "images" if options.adversarial else "none"
 
     def __init__(self, setup: Setup[DMDOptions]):
         self.options = checked_options(setup.options.filled())
@@ -166,26 +190,44 @@ class DMD(ScoreMethod[DMDOptions]):
             self.score = self.begin_score(self.options.score_dropout)
             self.uncertain = has_uncertainty(self.score)
             self.check_augment(self.options.augment)
+        self.critic = self.begin_critic(setup) if self.options.adversarial else None
         asked = self.options.lambda_reg > 0
         self.judge = regression_network(self.options, self.teacher.spec, setup.device) if asked else None
 
+    def begin_critic(self, setup: Setup[DMDOptions]) -> BottleneckCritic:
+        """The score network with its head. UserError: no real images, or others than the teacher's."""
+        check_real_images(setup, self.teacher)
+        labels_of_images("dmd", setup, self.teacher.spec)
+        set_disc_map(self.score, "enc_last")
+        spec, device = self.teacher.spec, next(self.score.parameters()).device
+        asked = Condition.of_prompts([""]) if spec.condition == "text" else Condition.none(1)
+        asked = Condition.of_labels([0]) if spec.classes else asked
+        with evaluating(self.score), torch.no_grad():
+            one = torch.ones(1, 1, 1, 1, device=device)
+            features = look(self.score, one.expand(1, *spec.shape), one, self.embedded(asked), "encoder")[1]
+        return BottleneckCritic(self.score, tuple(features.shape[1:])).to(device).train()
+
     def players(self) -> dict[str, nn.Module]:
-        return super().players() if self.options.lambda_kl else {"student": self.student}
+        if not self.options.lambda_kl:
+            return {"student": self.student}
+        return super().players() if self.critic is None else {"student": self.student, "score": self.critic}
 
     def frozen(self) -> dict[str, nn.Module]:
         return {**super().frozen(), **({} if self.judge is None else {"regression": self.judge})}
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        log: dict[str, list[Tensor]] = {"loss": [], "loss_score": []}
+        log: dict[str, list[Tensor]] = {}
         made: list[Made] = []
         if not self.options.lambda_kl:
             self.regression_step(loop, batch, log)
             return {"loss": loop.mean(log["loss"])}
-        if self.options.order == "generator_first":
+        turn = iteration % self.options.student_every == 0
+        if turn and self.options.order == "generator_first":
             made = self.generator_step(loop, batch, log)
         for k in range(self.options.score_steps):
-            self.score_step(loop, batch, 1 + k, made if k == 0 and self.options.samples == "same" else None, log)
-        if self.options.order == "score_first":
+            same = turn and k == 0 and self.options.samples == "same"
+            self.score_step(loop, batch, 1 + k, made if same else None, log)
+        if turn and self.options.order == "score_first":
             self.generator_step(loop, batch, log)
         return {key: loop.mean(values) for key, values in log.items()}
 
@@ -203,12 +245,17 @@ class DMD(ScoreMethod[DMDOptions]):
                 real, fake = self.both(score, x_t, sigma.flatten(), embedded)
             gradient = matching_gradient(x, real, fake, str(self.options.weight))
             loss = surrogate(x, gradient, str(self.options.reduce)).mean()
-            log["loss"].append(loss)
+            note(log, loss=loss)
             loss = self.options.lambda_kl * loss
+            if self.critic is not None:
+                with loop.frozen("score") as critic, evaluating(critic):
+                    paid = generator_loss(self.logits(critic, x, embedded, draw)).mean()
+                note(log, loss_adv=paid)
+                loss = loss + self.options.lambda_adv * paid
             if reference is not None:
                 assert micro.target is not None
                 regression = self.distance(reference, micro.target).mean()
-                log.setdefault("loss_reg", []).append(regression)
+                note(log, loss_reg=regression)
                 loss = loss + self.options.lambda_reg * regression
             loop.backward(loss)
             made.append(Made(x.detach(), embedded))
@@ -221,7 +268,7 @@ class DMD(ScoreMethod[DMDOptions]):
             assert micro.noise is not None and micro.target is not None
             x = loop.net("student")(micro.noise, self.embedded(micro.condition))
             loss = self.options.lambda_reg * self.distance(x, micro.target).mean()
-            log["loss"].append(loss)
+            note(log, loss=loss)
             loop.backward(loss)
         loop.update("student")
 
@@ -231,9 +278,10 @@ class DMD(ScoreMethod[DMDOptions]):
     def score_step(
         self, loop: Loop, batch: Batch, turn: int, made: list[Made] | None, log: dict[str, list[Tensor]]
     ) -> None:
-        """One step of the score network: denoising of the student's samples, given or new ones."""
-        for i, (_, draw) in enumerate(loop.micro_batches(batch, turn)):
-            x, embedded = self.new_samples(draw) if made is None else made[i]
+        """One step of the score network: denoising of the student's samples, given or new ones; DMD2's tells them from
+        real ones, too."""
+        for i, (micro, draw) in enumerate(loop.micro_batches(batch, turn)):
+            x, embedded = fake, _ = self.new_samples(draw) if made is None else made[i]
             asked: dict[str, Any] = {"return_logvar": True} if self.uncertain else {}
             if self.options.augment:
                 x, asked["augment_labels"] = self.augmented(x, self.options.augment, draw)
@@ -243,10 +291,22 @@ class DMD(ScoreMethod[DMDOptions]):
             loss = per_sample(
                 denoising_loss(denoised, x, sigma, self.score.sigma_data, logvar), str(self.options.reduce)
             ).mean()
-            log["loss_score"].append(loss)
+            note(log, loss_score=loss)
+            if self.critic is not None:
+                logits_fake = self.logits(loop.net("score"), fake, embedded, draw)
+                own = self.embedded(self.condition_of(micro))
+                logits_real = self.logits(loop.net("score"), self.reals(micro, draw), own, draw)
+                loss_d = critic_loss(logits_real, logits_fake).mean()
+                note(log, loss_d=loss_d, logit_real=logits_real.mean(), logit_fake=logits_fake.mean())
+                loss = loss + self.options.lambda_d * loss_d
             loop.backward(loss)
         loop.update("score")
         keep_normalised(self.score)
+
+    def logits(self, critic: nn.Module, x: Tensor, embedded: Embedded, draw: Draws) -> Tensor:
+        """What the critic says of x at noise levels of its own, all of them [B]."""
+        sigma = index_sigma(draw.randint(0, LEVELS, 1, 1, 1), self._spec.sigma_min, self._spec.sigma_max)
+        return critic(x + sigma * draw.randn(*x.shape[1:]), sigma.flatten(), embedded, part="encoder")
 
     def call_student(self, loop: Loop, z: Tensor, condition: Condition, micro: Batch) -> tuple[Tensor, Tensor | None]:
         """Samples from z, and from the pairs' noise where there are pairs: one call of the network for both."""
@@ -302,6 +362,9 @@ def checked_options(options: DMDOptions) -> DMDOptions:
     if options.samples == "same" and options.order == "score_first":
         what = "dmd.samples: with order score_first there are no samples yet for the score network"
         raise UserError(what, "set samples: fresh")
+    if options.adversarial and (options.lambda_reg or not options.lambda_kl):
+        what = "dmd.adversarial: its critic is the score network, and a batch holds real images or pairs, not both"
+        raise UserError(what, "set dmd.lambda_reg: 0 and dmd.lambda_kl above 0, or leave dmd.adversarial away")
     if not options.lambda_kl and not options.lambda_reg:
         raise UserError("dmd.lambda_kl: 0, and dmd.lambda_reg too: the student would learn nothing", "set one above 0")
     if options.lambda_reg and options.regression == "perceptual" and options.extractor is None:

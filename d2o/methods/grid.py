@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d2o.losses import consistency as c
-from d2o.methods.base import Draws, Loop, Setup
+from d2o.methods.base import Batch, Draws, Loop, Setup
 from d2o.methods.jumps import JumpMethod, JumpOptions
 from d2o.networks.copying import local
 from d2o.students.consistency import MIDDLE
@@ -74,6 +74,12 @@ class GridMethod(JumpMethod[G]):
 
     def states(self) -> dict[str, nn.Module]:
         return {} if self.average is None else {"target": self.average}
+
+    def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        n = self.steps(iteration)
+        loss = self.descend(loop, batch, n)
+        self.follow(iteration)
+        return {"loss": loss, **self.course(n)}
 
     def steps(self, iteration: int) -> int:
         """The number of steps of this iteration's grid."""

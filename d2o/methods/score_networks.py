@@ -155,6 +155,12 @@ def true_score(
         return look(teacher.network, x_t, sigma, embedded, cfg=cfg, empty=empty)[0]
 
 
+def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:
+    """Values of a micro-batch into the log of an iteration."""
+    for key, value in values.items():
+        log.setdefault(key, []).append(value.detach())
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Without dropout for a while."""

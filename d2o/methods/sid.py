@@ -23,7 +23,15 @@ from d2o.losses import score as losses
 from d2o.losses.adversarial import critic_loss
 from d2o.methods.bad_samples import BadSamples, finite
 from d2o.methods.base import Batch, Loop, Options, Setup
-from d2o.methods.score_networks import ScoreMethod, check_real_images, labels_of_images, look, pool_size, true_score
+from d2o.methods.score_networks import (
+    ScoreMethod,
+    check_real_images,
+    labels_of_images,
+    look,
+    note,
+    pool_size,
+    true_score,
+)
 from d2o.methods.teachers import check_teacher
 from d2o.networks.edm2_unet import EDM2Precond, force_normalised, keep_normalised
 from d2o.networks.precond import set_disc_map
@@ -288,11 +296,6 @@ class SiD(ScoreMethod[SiDOptions]):
     def settle(self) -> None:
         if self.stepped:
             keep_normalised(self.student.network)
-
-
-def note(log: dict[str, list[Tensor]], **values: Tensor) -> None:
-    for key, value in values.items():
-        log.setdefault(key, []).append(value.detach())
 
 
 METHOD = SiD

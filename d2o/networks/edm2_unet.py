@@ -19,7 +19,7 @@ from d2o.networks.config import Config
 from d2o.networks.copying import local
 from d2o.networks.edm2_blocks import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 from d2o.networks.edm_blocks import run_block
-from d2o.networks.precond import Denoiser, Returned, channel_mean, check_part
+from d2o.networks.precond import Denoiser, Returned, check_part, map_of
 
 EDM2_SIZES: dict[str, Config] = {
     "xxs": {"model_channels": 64, "dropout": 0.0},
@@ -125,7 +125,7 @@ class UNet(nn.Module):
             x = run_block(module, x, emb, self.checkpointing) if isinstance(module, Block) else module(x)
             skips.append(x)
         features = x
-        if part == "encoder" and self.disc_map == "enc_last_mean":
+        if part == "encoder" and self.disc_map != "mid_mean":
             return features
         for name, module in self.dec.items():
             if "block" in name:
@@ -204,7 +204,7 @@ class EDM2Precond(Denoiser):
             f = found if part == "decoder" else found[0]
             results.append(torch.addcmul(c_skip * x, c_out, f.to(torch.float32)))
         if part != "decoder":
-            results.append(channel_mean(found if part == "encoder" else found[1]))
+            results.append(map_of(found if part == "encoder" else found[1], self.unet.disc_map))
         if return_logvar:
             results.append(self._logvar(c_noise))
         return results[0] if len(results) == 1 else tuple(results)

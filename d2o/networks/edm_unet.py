@@ -26,7 +26,7 @@ from d2o.networks.edm_blocks import (
     UNetBlock,
     run_block,
 )
-from d2o.networks.precond import Denoiser, Returned, channel_mean, check_part
+from d2o.networks.precond import Denoiser, Returned, check_part, map_of
 
 SQRT_HALF = math.sqrt(0.5)
 Enter = Callable[[str, Tensor, "Tensor | None"], Tensor]
@@ -167,7 +167,7 @@ class SongUNet(nn.Module):
                 x = run_block(module, x, emb, self.checkpointing) if isinstance(module, UNetBlock) else module(x)
                 skips.append(x)
         features = x
-        if part == "encoder" and self.disc_map == "enc_last_mean":
+        if part == "encoder" and self.disc_map != "mid_mean":
             return features
         for name, module in self.dec.items():
             skip = skips.pop() if getattr(module, "in_channels", x.shape[1]) != x.shape[1] else None
@@ -280,7 +280,7 @@ class DhariwalUNet(nn.Module):
             x = run_block(module, x, emb, self.checkpointing) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         features = x
-        if part == "encoder" and self.disc_map == "enc_last_mean":
+        if part == "encoder" and self.disc_map != "mid_mean":
             return features
         for name, module in self.dec.items():
             skip = skips.pop() if x.shape[1] != module.in_channels else None
@@ -362,10 +362,10 @@ class EDMPrecond(Denoiser):
             check_part(part)
             found = self.model(*inputs, part=part)
             if part == "encoder":
-                return channel_mean(found)
+                return map_of(found, self.model.disc_map)
             f, features = found
         denoised = torch.addcmul(c_skip * x, c_out, f[:, : self.img_channels].to(torch.float32))
-        return denoised if features is None else (denoised, channel_mean(features))
+        return denoised if features is None else (denoised, map_of(features, self.model.disc_map))
 
 
 def remove_augment(network: nn.Module) -> None:

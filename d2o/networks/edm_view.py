@@ -21,7 +21,7 @@ from d2o.inputs import JsonObject
 from d2o.networks.config import Config, as_json
 from d2o.networks.latent import build_diffusers
 from d2o.networks.lora import add_lora
-from d2o.networks.precond import CONSISTENCY_EPSILON, Returned, channel_mean, check_part
+from d2o.networks.precond import CONSISTENCY_EPSILON, Returned, check_part, map_of
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -210,7 +210,7 @@ class EDMView(nn.Module):
         if self._transformer:  # tokens [B, h w, c]
             side = self.net.config.patch_size
             features = features.transpose(1, 2).unflatten(2, (x.shape[2] // side, x.shape[3] // side))
-        return channel_mean(features)
+        return map_of(features, self.disc_map)
 
     # What `set_dropout` and `set_checkpointing` set ----------------------------------------------------------------
 

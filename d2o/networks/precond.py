@@ -93,8 +93,9 @@ PARTS = ("decoder", "encoder", "encoder_decoder")
 """What a denoiser returns: the denoised image, its encoder's map, or (denoised, map)."""
 Returned = Tensor | tuple[Tensor, ...]
 """The one or the ones that were asked for."""
-DISC_MAPS = ("enc_last_mean", "mid_mean")
-"""Where the map is taken: after the last block of the encoder, or after the two blocks in the U-Net's middle."""
+DISC_MAPS = ("enc_last_mean", "mid_mean", "enc_last")
+"""Where the map is taken: after the last block of the encoder, or after the two blocks in the U-Net's middle;
+"enc_last": not the mean over its channels, but all of them."""
 
 
 class Denoiser(nn.Module):
@@ -102,8 +103,8 @@ class Denoiser(nn.Module):
     encoder.
 
     denoiser(x, sigma, label, augment_labels=None, part="decoder"), with `part` one of `PARTS`. The map [B, 1, h, w]
-    float32 is the mean over channels of the features that `set_disc_map` chose; "encoder_decoder" gives both of one
-    pass. Zhou et al. 2025 (SiDA), section 4.2, discriminate by it.
+    float32 is the mean over channels of the features that `set_disc_map` chose ("enc_last": the features themselves);
+    "encoder_decoder" gives both of one pass. Zhou et al. 2025 (SiDA), section 4.2, discriminate by it.
 
     `precond` "edm", "vp", "ve", "iddpm" or "consistency"; `sigma_min`, `sigma_max` replace that one's range (samplers
     stay inside it). `sigma_data` (edm, consistency): the data's standard deviation. iDDPM holds its noise levels as
@@ -185,9 +186,10 @@ def check_part(part: str) -> None:
         raise unknown("part of a denoiser", part, PARTS)
 
 
-def channel_mean(features: Tensor) -> Tensor:
-    """[B, c, h, w] -> [B, 1, h, w] float32."""
-    return features.to(torch.float32).mean(1, keepdim=True)
+def map_of(features: Tensor, disc_map: str) -> Tensor:
+    """Features [B, c, h, w] -> the map, float32: [B, 1, h, w], or all of them."""
+    features = features.to(torch.float32)
+    return features if disc_map == "enc_last" else features.mean(1, keepdim=True)
 
 
 def set_disc_map(network: nn.Module, kind: str) -> None:

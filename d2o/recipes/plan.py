@@ -243,17 +243,7 @@ def _without_network() -> Iterator[None]:
 def _evaluator(plan: Plan, recipe: Recipe, e: Distance) -> Extractor | None:
     """The extractor of the recipe's `eval:` if it is here. What is not there, and what is not the protocol's, is
     listed."""
-    extractor, fetch = None, ""
-    try:
-        with _without_network():
-            extractor = load_extractor(e.extractor)
-    except UserError as error:
-        what, download, _ = error.message.partition(": cannot download")
-        fetch = f"{what}; training fetches them" if download else ""
-        if not fetch:
-            plan.missing.append(str(error))
-    if fetch:
-        plan.fetched(fetch)
+    extractor, *others = [_extractor(plan, name) for name in dict.fromkeys([e.extractor, *e.extractors()])]
     here = e.reference in SHIPPED
     if is_named(e.reference) and not Path(e.reference).exists():
         here = lookup(e.reference).path.exists()
@@ -264,9 +254,22 @@ def _evaluator(plan: Plan, recipe: Recipe, e: Distance) -> Extractor | None:
             )
     elif not here and e.reference != OWN_IMAGES and "://" not in e.reference:
         _attempt(plan.missing, lambda: check_there(e.reference))
-    if extractor is not None and here:
+    if extractor is not None and None not in others and here:
         _attempt(plan.refused, lambda: open_evaluator(recipe, torch.device("cpu")))
     return extractor
+
+
+def _extractor(plan: Plan, name: str) -> Extractor | None:
+    try:
+        with _without_network():
+            return load_extractor(name)
+    except UserError as error:
+        what, download, _ = error.message.partition(": cannot download")
+        if download:
+            plan.fetched(f"{what}; training fetches them")
+        else:
+            plan.missing.append(str(error))
+        return None
 
 
 def _check_metric(recipe: Recipe, method: Method, extractor: Extractor | None) -> None:

@@ -14,7 +14,7 @@ from d2o.recipes.changes import forbidden
 from d2o.recipes.former import renewed_key
 from d2o.recipes.schema import Recipe
 from d2o.recipes.sweep import Sweep
-from d2o.reports.curves import HIGHER_IS_BETTER, read_curves
+from d2o.reports.curves import higher_is_better, read_curves
 from d2o.reports.sweep_chart import Line, sweep_chart
 from d2o.reports.sweep_previews import last_previews
 
@@ -45,7 +45,8 @@ def check_same(folder: Path, sweep: Sweep, start: Path | None) -> None:
 
 
 def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, str]) -> JsonObject:
-    """Write sweep.json, sweep.svg and, of runs with previews, sweep.png; returns the record. Members of
+    """Write sweep.json, sweep.svg (and one for each further metric) and, of runs with previews, sweep.png; returns the
+    record. Members of
     earlier calls, with other values, stay in it."""
     metric = sweep.base.eval.metric if sweep.base.eval else "loss"
     names = [member.name for member in sweep.members]
@@ -53,9 +54,9 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
     members = [_member(folder, m.name, dict(m.settings), m.recipe.images, metric, failed) for m in sweep.members]
     members += [_member(folder, m["name"], m["settings"], m["images"], metric, {}) for m in earlier]
     members = sorted(members, key=lambda m: [_order(value) for value in m["settings"].values()])
-    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
+    better = "higher" if higher_is_better(metric) else "lower"
     scored = [m for m in members if m["best"] is not None]
-    best = (max if metric in HIGHER_IS_BETTER else min)(scored, key=lambda m: m["best"]["value"], default=None)
+    best = (max if higher_is_better(metric) else min)(scored, key=lambda m: m["best"]["value"], default=None)
     record = {
         **FORMAT,
         "name": sweep.name,
@@ -74,13 +75,24 @@ def update(folder: Path, sweep: Sweep, start: Path | None, failed: Mapping[str, 
         for m in members
     ]
     words = "Fréchet distance" if metric == "fd" else metric
-    picture = sweep_chart(sweep.title, lines, words, metric not in HIGHER_IS_BETTER)
+    picture = sweep_chart(sweep.title, lines, words, not higher_is_better(metric))
     if picture:
         atomic_write(folder / "sweep.svg", picture)
+    if sweep.base.eval and sweep.base.eval.also:
+        _draw_others(folder, sweep.title, metric, [m["name"] for m in members], best["name"] if best else None)
     if (sheet := last_previews([(m["name"], folder / m["folder"]) for m in members])) is not None:
         with atomic_path(folder / "sweep.png") as temporary:
             sheet.save(temporary, format="PNG")
     return record
+
+
+def _draw_others(folder: Path, title: str, metric: str, names: Sequence[str], top: str | None) -> None:
+    """A picture of each further metric (`eval.also`), sweep.KEY.svg; `top`: the best run by `metric`."""
+    scores = {name: read_curves(folder / name).scores for name in names if (folder / name / "metrics.jsonl").exists()}
+    for key in dict.fromkeys(key for curves in scores.values() for key in curves if key not in (metric, "accuracy")):
+        lines = [Line(name, curves.get(key, []), name == top) for name, curves in scores.items()]
+        if picture := sweep_chart(title, lines, key, not higher_is_better(key)):
+            atomic_write(folder / f"sweep.{key}.svg", picture)
 
 
 def _read(folder: Path) -> JsonObject | None:
@@ -125,7 +137,7 @@ def _member(
     status = "failed" if name in failed else "finished" if finished else "begun" if run.exists() else "waiting"
     best = None
     if curve and metric != "loss":  # the least of a noisy loss says nothing
-        x, y = (max if metric in HIGHER_IS_BETTER else min)(curve, key=lambda point: point[1])
+        x, y = (max if higher_is_better(metric) else min)(curve, key=lambda point: point[1])
         best = {"value": y, "images": x}
     return {
         "name": name,

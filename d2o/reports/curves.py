@@ -21,8 +21,13 @@ class Curves:
     watch: str = ""
 
 
-HIGHER_IS_BETTER = {"accuracy"}
-"""Of the scores that training takes on the way."""
+def higher_is_better(score: str) -> bool:
+    """Of a score that training takes on the way: accuracy, or a key of a metric (`is`, `is@lite0`, `recall`)."""
+    from d2o.evaluation.known_metrics import HIGHER, METRICS
+
+    key = score.partition("@")[0]
+    return key == "accuracy" or any(metric.keys.get(key) == HIGHER for metric in METRICS.values())
+
 
 SIGNS = ("logit_", "diversity", "ada_p", "grad_")
 

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 
 
 class Distance(NamedTuple):
-    """A Fréchet distance as an `eval:` section asks for it."""
+    """A Fréchet distance, and what else is measured of the same samples, as an `eval:` section asks for it."""
 
     extractor: str
     reference: str
     protocol: str | None
+    also: tuple[str, ...] = ()
+
+    def extractors(self) -> list[str]:
+        """Of the other metrics, where they are not measured over the Fréchet distance's."""
+        from d2o.evaluation.quick import wants_of
+
+        return [want.extractor for want in wants_of(self.also) if want.extractor]
 
 
 class EvalSection(Section):
@@ -49,6 +56,11 @@ class EvalSection(Section):
         "what to compare with: `data`, the recipe's own images as training reads them, or images or "
         "statistics, as `d2o eval --against` takes it (default none: the protocol's)",
         validate_default=True,
+    )
+    also: list[NonEmpty] = field(
+        [],
+        "further metrics of the same samples, as `d2o eval --metrics` names them: is, prdc, kid@lite0, ...; they are"
+        " logged, and choose nothing",
     )
     cfg: Annotated[float, Field(ge=0)] | None = field(
         None, "guidance scale of the samples, for students that are told it (`pairs.cfg: [1, 8]`)"
@@ -97,6 +109,19 @@ class EvalSection(Section):
             )
         return allowed[0] if value is None else value
 
+    @field_validator("also")
+    @classmethod
+    def _can_be_measured(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        from d2o.evaluation.quick import wants_of
+
+        try:
+            wants_of(value)
+        except UserError as error:
+            raise ValueError(f"{error.message} ({error.hint})") from error
+        if value and "extractor" in info.data and info.data["extractor"] is None:
+            raise ValueError("is measured beside a Fréchet distance, and there is none")
+        return value
+
     @property
     def samples(self) -> int:
         """`n`, which stands in every section that was validated."""
@@ -108,7 +133,7 @@ class EvalSection(Section):
         """What is measured beside what the method validates by; None: nothing (`metric: accuracy`, no extractor)."""
         if self.extractor is None or self.reference is None:
             return None
-        return Distance(self.extractor, self.reference, self.protocol)
+        return Distance(self.extractor, self.reference, self.protocol, tuple(self.also))
 
 
 def _preset(name: str) -> Preset:

@@ -19,7 +19,7 @@ from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Draws, Method, Setup, get_method
 from d2o.networks.freeze import freeze
 from d2o.networks.processor import to_channels_last
-from d2o.reports.curves import HIGHER_IS_BETTER
+from d2o.reports.curves import higher_is_better
 from d2o.runtime import Say, StopFlag, Stopped
 from d2o.training import distributed, saving
 from d2o.training.batches import open_batches
@@ -308,7 +308,7 @@ class Trainer:
         if self.rank == 0:
             self.journal.write(self.iteration, self.images, eval=scores)
             self.scores = scores
-        sign = -1 if metric in HIGHER_IS_BETTER else 1
+        sign = -1 if higher_is_better(metric) else 1
         better = (
             self.rank == 0
             and math.isfinite(scores[metric])

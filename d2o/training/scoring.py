@@ -13,7 +13,7 @@ from torch import nn
 from d2o.condition import Generate
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError
-from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.quick import Evaluator
 from d2o.evaluation.workplace import Workplace
 from d2o.inputs import JsonObject
 from d2o.interop.discard import discard
@@ -30,7 +30,7 @@ OWN_IMAGES = "data"
 """Reference of an `eval:` section: the recipe's own images."""
 
 
-def open_evaluator(recipe: Recipe, device: torch.device) -> FrechetEvaluator | None:
+def open_evaluator(recipe: Recipe, device: torch.device) -> Evaluator | None:
     """What the recipe's `eval:` measures with; None where it measures no distance. Networks and statistics stay in
     memory for later calls.
 
@@ -41,7 +41,7 @@ def open_evaluator(recipe: Recipe, device: torch.device) -> FrechetEvaluator | N
     if asked is None:
         return None
     own = recipe.data if asked.reference == OWN_IMAGES else None
-    return FrechetEvaluator(asked.extractor, asked.reference, device, asked.protocol, own)
+    return Evaluator(asked.extractor, asked.reference, device, asked.protocol, own, asked.also)
 
 
 def check_cfg_of(e: EvalSection | None, method: Method) -> None:
@@ -68,10 +68,11 @@ def cost(recipe: Recipe, e: EvalSection, nfe: int) -> str:
     many = times(recipe)
     how = f"protocol {e.protocol}, " if e.protocol else ""
     reference = "the training images" if e.reference == OWN_IMAGES else e.reference
+    others = f", {', '.join(e.also)}" if e.also else ""
     calls = "1 network call" if nfe == 1 else f"{nfe} network calls"
     return (
-        f"evaluation: Fréchet distance ({how}{e.extractor}) of {e.samples:,} images to {reference}, every {e.every:,}"
-        f" images: {e.samples * many:,} images of {calls} each, beside training on {recipe.images:,}"
+        f"evaluation: Fréchet distance ({how}{e.extractor}){others} of {e.samples:,} images to {reference}, every"
+        f" {e.every:,} images: {e.samples * many:,} images of {calls} each, beside training on {recipe.images:,}"
     )
 
 
@@ -133,7 +134,7 @@ class Scoring:
                 "eval.metric: fd measures it",
             )
         if evaluator is not None and self.spec is not None:
-            evaluator.check(self.spec)
+            evaluator.check(self.spec, e.samples)
             if self.spec.condition == "text" and self.prompts is None:
                 raise UserError("eval: the product takes prompts, and the recipe names none to measure it with")
 

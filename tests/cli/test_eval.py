@@ -54,6 +54,7 @@ def run(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.long
 def test_table_json_and_report(work: Path) -> None:
     out = run(
         "student.safetensors",
@@ -101,6 +102,7 @@ def test_the_teacher_as_a_measure_has_a_solver_of_its_own(work: Path) -> None:
     assert "--teacher-solver euler --teacher-steps 3" in record["command"]
 
 
+@pytest.mark.long
 def test_json_to_standard_output_is_all_that_is_there(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["eval", "student.safetensors", "real:digits/a", "--against", "real:digits", *SMALL, "--json", "-"])
@@ -154,6 +156,7 @@ def test_a_full_disk_costs_no_work(work: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(Path("e.json").read_text())["name"] == "student" and not list((work / "home" / "eval").iterdir())
 
 
+@pytest.mark.long
 def test_stopped_between_two_x_it_says_how_far_it_was(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = collect._measure
 
@@ -239,6 +242,7 @@ def test_mistakes_are_one_clear_error(work: Path, arguments: list[str], message:
     assert sorted(p.name for p in work.iterdir()) == before  # nothing created
 
 
+@pytest.mark.long
 def test_files_of_the_table_and_options_of_the_numbers(work: Path) -> None:
     options = [
         "--metrics",
@@ -304,6 +308,7 @@ def test_files_of_the_table_and_options_of_the_numbers(work: Path) -> None:
         assert word in record["command"]
 
 
+@pytest.mark.long
 def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
     Path("mine.yaml").write_text(
         "title: Mine\npaper: A paper\nagainst: real:digits\noptions: {n: 20, batch: 10, distance_n: 4, metrics:"

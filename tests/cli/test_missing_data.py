@@ -46,6 +46,7 @@ def test_own_recipes_say_their_own(tmp_path, monkeypatch, capsys):
     assert "expected a text, or one of cifar10, celeba_hq, lsun_church" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_folder_of_256_px_trains(tmp_path):
     (tmp_path / "faces").mkdir()
     for i in range(5):

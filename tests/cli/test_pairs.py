@@ -154,6 +154,7 @@ for n in sys.argv[2:]:
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
     tiny_teacher(tmp_path / "t.safetensors")
     words = f"--teacher {tmp_path}/t.safetensors --steps 1 --shard-size 256 --device cpu --out {tmp_path}"

@@ -66,6 +66,7 @@ def test_what_is_missing_or_does_not_fit(plan, tmp_path, change, words):
     assert code == (1 if words else 0) and words in out
 
 
+@pytest.mark.long
 def test_all_in_one_answer(plan, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -107,6 +108,7 @@ def test_the_memory_of_several_processes(plan):
     assert done.value.code == 2
 
 
+@pytest.mark.long
 def test_of_published_text_teachers_that_are_not_here(plan, tmp_path):
     sdxl = ("--set", "teacher=sdxl", "--set", "student.sigma=14.6", "--set", "eval=null", "--set", "batch=8")
     out = " ".join(plan("train", "quickstart", *sdxl, "--processes", "8")[1].split())
@@ -167,6 +169,7 @@ def test_what_is_refused_is_refused_before_pairs_are_made_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+@pytest.mark.long
 def test_a_text_student_is_planned_without_its_weights(plan, tmp_path):
     (tmp_path / "p.txt").write_text("a handwritten two\n")
     common = "teacher: tiny-sd\noptim: {lr: 1.0e-3}\nbatch: 2\nimages: 8\nname: text\n"
@@ -211,6 +214,7 @@ def test_a_teacher_in_a_folder_is_planned_without_its_weights(plan, tmp_path, mo
     assert code == 1 and "missing: teacher nobody/nothing" in out and "hf download nobody/nothing" in out
 
 
+@pytest.mark.long
 def test_what_diffusion2gan_costs_in_stable_diffusion_s_size(plan, monkeypatch):
     """Pixel LPIPS brings a network to fetch, and the decoder that it looks through; adapters are few, their base is the
     teacher itself."""

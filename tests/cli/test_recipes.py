@@ -31,6 +31,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.long
 def test_the_list_says_what_each_reproduces_and_whether_it_runs_here(run, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     out = run("recipes --like spi_gan_cifar10")[0]
@@ -82,6 +83,7 @@ def test_check_tells_every_problem_with_its_line(run):
     assert "a.yaml:4: variants.x.optim.lrr: unknown key; did you mean 'lr'?" in err
 
 
+@pytest.mark.long
 def test_explain(run):
     out = run("recipes explain alpha")[0]
     assert out.startswith("sid.alpha\n") and "weight of the squared difference" in out and "d2o/methods/sid.py" in out
@@ -94,6 +96,7 @@ def test_explain(run):
     assert "d2o/training/optim_section.py" in out and "d2o/methods/cd.py" in run("recipes explain cd.form")[0]
 
 
+@pytest.mark.long
 def test_the_schema_that_ships_is_the_one_of_this_code(run):
     shipped = recipe_folders()[0] / "schema.json"
     assert shipped.read_text(encoding="utf-8") == schema_text(), "python -m d2o.cli.words writes it again"
@@ -105,6 +108,7 @@ def test_the_schema_that_ships_is_the_one_of_this_code(run):
     assert "is there already" in run("recipes schema here.json", 2)[1]
 
 
+@pytest.mark.long
 def test_the_schema_knows_all_that_shipped_recipes_say():
     keys = recipe_schema()["definitions"]["keys"]
 
@@ -136,6 +140,7 @@ def test_variants_and_old_names_on_the_command_line(run):
     assert "loss: l1" in run("recipes show ode_digits:mse --set ode.loss=l1")[0]
 
 
+@pytest.mark.long
 def test_list_is_what_recipes_alone_prints(run):
     assert run("recipes list --like quickstart") == run("recipes --like quickstart")
     assert "d2o recipes list --like TEXT" in run("recipes --like x show quickstart", 2)[1]

@@ -62,6 +62,15 @@ def d2o(*arguments: object) -> int:
     return done.value.code  # type: ignore[return-value]
 
 
+def test_further_metrics_have_pictures_of_their_own(recipe, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert d2o("train", recipe, "--sweep", "optim.lr=1e-3,1e-4", "--set", "eval.also=[is@digits]", "--out", out) == 0
+    assert "sweep.is@digits.svg and sweep.svg" in capsys.readouterr().err.replace(f"{out}/", "")
+    texts = [node.text for node in xml.parse(out / "sweep.is@digits.svg").iter() if node.tag.endswith("text")]
+    assert {"optim.lr=0.001", "is@digits; beside each run its highest value"} <= set(texts)
+
+
+@pytest.mark.long
 def test_a_stopped_sweep_continues_and_ends_with_a_table_a_picture_and_the_best(
     recipe, tmp_path, capsys, steps, monkeypatch
 ):
@@ -148,6 +157,7 @@ def test_variants_side_by_side_with_their_last_previews(recipe, tmp_path):
     assert d2o("train", recipe, "--sweep", "variant=flat", "--mini", "--out", out) == 0  # another first one
 
 
+@pytest.mark.long
 def test_a_member_killed_at_its_first_file_does_not_stop_the_sweep(recipe, tmp_path, capsys):
     out = tmp_path / "sweep"
     assert d2o("train", recipe, "--sweep", "optim.lr=1e-2", "--out", out) == 0
@@ -196,6 +206,7 @@ def test_a_member_that_fails_does_not_keep_the_others_from_their_turn(recipe, tm
     assert record["best"]["member"] == "loss=l1"
 
 
+@pytest.mark.long
 def test_finetune_sweeps_too_and_a_run_is_no_sweep(recipe, tmp_path, capsys):
     tiny_student(tmp_path / "s.safetensors")
     arguments = ["--set", "eval=null", "--set", "images=32", "--out", tmp_path / "out"]

@@ -126,6 +126,7 @@ def test_missing_images_and_options_that_would_be_ignored(recipe, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_student_of_spi_gan_is_trained_further(tmp_path, capsys):
     small = ["--mini", "--set", "images=64", "--set", "batch=16", "--set", "eval=null", "--set", "preview=null"]
     assert run("train", "spi_gan_digits", *small, "--out", tmp_path / "a") == 0

@@ -52,6 +52,7 @@ def d2o(*arguments: object) -> int:
     return int(done.value.code or 0)
 
 
+@pytest.mark.long
 def test_a_table_is_trained_and_measured(table, capsys):
     assert d2o("train", "--table", table, "--out", "here") == 0
     said = capsys.readouterr()
@@ -73,6 +74,7 @@ def test_a_table_is_trained_and_measured(table, capsys):
     assert quoted["paper"] == {"fd": 1.5} and "trainings with other seeds" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_seed_that_is_not_here_yet_is_said(table, capsys):
     assert d2o("train", "--table", table, "--mini") == 0
     assert Path("runs/mini/first_seed3").is_dir()

@@ -67,10 +67,12 @@ def check_all(critic, name, first, heavy=True):
         assert near(torch.cat(critic.eval().logits(x), 1), golden["logits_eval"], 1e-4)
 
 
+@pytest.mark.long
 def test_stand_in_as_the_official_critic():
     check_all(of_stand_in(), "standin", 4000)
 
 
+@pytest.mark.long
 def test_deit_as_the_official_critic(tmp_path):
     name = "deit_tiny_distilled_patch16_224"
     shapes = {k: v.shape for k, v in deit.untrained_deit(name).state_dict().items() if not k.startswith("head")}
@@ -86,6 +88,7 @@ def test_r1_can_be_trained_through_transformers():
     assert all(p.grad is not None for p in critic.parameters())
 
 
+@pytest.mark.long
 def test_lite0_with_classes_as_the_official_critic():
     golden, state = load_file(FOLDER / "vgg_lite0_cond.safetensors"), official("vgg_lite0_cond", 7000)
     critic = ProjectedCritic(["tf_efficientnet_lite0"], classes=10, bn_probe=True).train()
@@ -99,6 +102,7 @@ def test_lite0_with_classes_as_the_official_critic():
         critic.logits(golden["x"])
 
 
+@pytest.mark.long
 def test_vgg16_with_classes_as_the_official_critic(tmp_path):
     """In eval mode, where an image stands for itself: one of them, as VGG-16 at 224 pixels takes its time."""
     golden, state = load_file(FOLDER / "vgg_lite0_cond.safetensors"), official("vgg_lite0_cond", 7000)
@@ -120,6 +124,7 @@ def test_another_critics_tensors_are_refused():
         of_stand_in().load_official(state)
 
 
+@pytest.mark.long
 def test_published_sizes():
     """Sheet D3: 484 + 64 logits of an image with VGG-16, 64 + 64 with DeiT; the widths of the heads."""
     with torch.device("meta"):

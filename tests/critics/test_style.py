@@ -78,6 +78,7 @@ def test_critic_refuses_unknown_switches():
         critic(time_dim=3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocks", ["orig", "resnet"])
 def test_critic_is_twice_differentiable(blocks):
     network = critic(blocks=blocks, base=16, max_channels=2).double()

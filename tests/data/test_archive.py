@@ -87,6 +87,7 @@ def test_standard_readers_accept_the_files(tmp_path):
     assert (tmp_path / "x" / "00000" / "img00000002.png").exists()
 
 
+@pytest.mark.long
 def test_a_zip_of_more_entries_than_16_bits_count(tmp_path, monkeypatch):
     n = 66_000
     monkeypatch.setattr(module, "save_png_bytes", lambda image: b"png")

@@ -130,6 +130,7 @@ def test_latents_are_no_images_and_images_no_latents(tmp_path):
     assert type(open_set("real:digits", **READING)).__name__ == "ImageSet"
 
 
+@pytest.mark.long
 def test_sida_trains_on_stored_latents_without_an_autoencoder(tmp_path, monkeypatch):
     from d2o.networks.edm2_unet import EDM2Precond
 

@@ -127,6 +127,7 @@ def test_the_teachers_usual_solver_is_the_default(build):
     assert torch.allclose(target, usual.sample(noise, labels, "dpmpp", 3), atol=1e-4)
 
 
+@pytest.mark.long
 def test_stochastic_pairs_are_a_function_of_their_seeds(build, teacher):
     one = build("one", solver="sde", steps=3)
     other = build("other", solver="sde", steps=3, shard_size=5, compute=Compute(3, 1))
@@ -185,6 +186,7 @@ def test_a_narrow_network_is_recorded_and_close(build, teacher):
             build("wrong", compute=wrong)
 
 
+@pytest.mark.long
 def test_a_compiled_network_gives_the_same_pairs(build, monkeypatch):
     compiled = []
 

@@ -74,6 +74,7 @@ def orders(solver, schedule, mixture):
     return [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)], errors[-1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize(("solver", "order", "most"), [("euler", 1, 1.5e-2), ("heun", 2, 4e-4), ("dpmpp", 2, 2e-3)])
 def test_solvers_converge_with_their_order(solver, order, most, schedule):

@@ -18,7 +18,7 @@ from d2o.errors import UserError
 from d2o.evaluation import reference, subjects
 from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.protocol import Settings, protocol_line
-from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.quick import Evaluator
 from d2o.evaluation.request import Request
 from d2o.evaluation.run import evaluate_all
 from d2o.evaluation.statistics import Statistics
@@ -96,6 +96,7 @@ def test_protocol_says_everything(digits: Path, student: Path) -> None:
         assert part in line
 
 
+@pytest.mark.long
 def test_equal_seeds_give_equal_numbers(digits: Path, student: Path) -> None:
     first, second = (evaluate(student, against="real:digits")[0]["metrics"]["fd"]["value"] for _ in range(2))
     assert first == second
@@ -103,6 +104,7 @@ def test_equal_seeds_give_equal_numbers(digits: Path, student: Path) -> None:
     assert other["metrics"]["fd"]["value"] != first
 
 
+@pytest.mark.long
 def test_teacher_as_x_and_its_calls(digits: Path, teacher: Path) -> None:
     (once,) = evaluate(
         teacher,
@@ -119,6 +121,7 @@ def test_teacher_as_x_and_its_calls(digits: Path, teacher: Path) -> None:
     assert full["x"]["nfe"] == 35 and "distance" not in full["metrics"]  # it would be 0
 
 
+@pytest.mark.long
 def test_distance_to_the_teacher_from_equal_noise(digits: Path, student: Path, teacher: Path) -> None:
     (record,) = evaluate(student, against="real:digits", teacher=str(teacher))
     noise, labels = draw(7, 0, 10, SPEC.shape, 10, "random")
@@ -145,6 +148,7 @@ def test_a_teacher_that_is_not_here_is_a_note_not_an_error(digits: Path, student
         evaluate(student, against="real:digits", teacher="real:digits")
 
 
+@pytest.mark.long
 def test_repeats_use_disjoint_seeds(digits: Path, student: Path) -> None:
     (record,) = evaluate(
         student, against="real:digits", settings=Settings(n=40, seed=7, batch=16, repeats=3, distance_n=4)
@@ -181,6 +185,7 @@ def test_images_whole_with_labels_from_folders(digits: Path, tmp_path: Path) -> 
     assert "speed" not in record["metrics"] and "distance" not in record["metrics"]
 
 
+@pytest.mark.long
 def test_images_score_as_the_generator_that_made_them(digits: Path, student: Path, tmp_path: Path) -> None:
     noise, labels = draw(7, 0, 40, SPEC.shape, 10, "random")
     folder = folder_of(to_uint8(load_student(student)(noise, labels)), tmp_path / "samples")
@@ -188,6 +193,7 @@ def test_images_score_as_the_generator_that_made_them(digits: Path, student: Pat
     assert files["metrics"]["fd"]["value"] == pytest.approx(generated["metrics"]["fd"]["value"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_part_of_the_reference_is_noted(digits: Path) -> None:
     (half,) = evaluate("real:digits/a", against="real:digits/b")
     assert half["protocol"]["n_gen"] == 899 and half["protocol"]["n_ref"] == 898 and not half["notes"]
@@ -195,6 +201,7 @@ def test_a_part_of_the_reference_is_noted(digits: Path) -> None:
     assert any("part of its own reference" in note for note in part["notes"])
 
 
+@pytest.mark.long
 def test_pair_store(digits: Path, teacher: Path, tmp_path: Path) -> None:
     make_pairs(PairSettings(str(teacher), n=24, seed=7, steps=2, shard_size=12), tmp_path / "pairs")
     (record,) = evaluate(tmp_path / "pairs", against="real:digits")
@@ -204,6 +211,7 @@ def test_pair_store(digits: Path, teacher: Path, tmp_path: Path) -> None:
     assert record["metrics"]["accuracy"]["value"] == same["metrics"]["accuracy"]["value"]
 
 
+@pytest.mark.long
 def test_run_folder_takes_best_then_last(digits: Path, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -217,6 +225,7 @@ def test_run_folder_takes_best_then_last(digits: Path, student: Path, tmp_path: 
     assert best["x"]["sha256"] != last["x"]["sha256"]
 
 
+@pytest.mark.long
 def test_statistics_as_x_and_as_reference(digits: Path, student: Path, tmp_path: Path) -> None:
     (made,) = list(evaluate_all(Request([str(student)], reference_needed=False, teacher_distance=False), SMALL))
     assert "fd" not in made.record["metrics"]
@@ -255,6 +264,7 @@ def test_shipped_statistics_serve_when_the_weights_agree(
         assert torch.equal(found.mu, torch.zeros(16, dtype=torch.float64)) is shipped and found.n == 1797
 
 
+@pytest.mark.long
 def test_generator_as_reference_has_equal_noise(digits: Path, student: Path, teacher: Path) -> None:
     (record,) = evaluate(
         student, against=str(teacher), settings=Settings(n=20, seed=3, batch=10, solver="euler", steps=1)
@@ -316,15 +326,13 @@ def test_a_student_trained_on_the_metric_is_flagged(digits: Path, tmp_path: Path
 def test_quick_score_in_training(digits: Path, student: Path) -> None:
     model = load_student(student)
     before = torch.get_rng_state()
-    first, again = (
-        FrechetEvaluator("digits", "real:digits").score(model, SPEC, n=40, seed=7, batch=16) for _ in range(2)
-    )
+    first, again = (Evaluator("digits", "real:digits").score(model, SPEC, n=40, seed=7, batch=16) for _ in range(2))
     assert first == again
     assert torch.equal(before, torch.get_rng_state())
     (record,) = evaluate(student, against="real:digits")
     assert first["fd"] == pytest.approx(record["metrics"]["fd"]["value"], rel=1e-6)
     assert first["accuracy"] == record["metrics"]["accuracy"]["value"]
-    one, two = FrechetEvaluator("digits", "real:digits"), FrechetEvaluator("digits", "real:digits")
+    one, two = Evaluator("digits", "real:digits"), Evaluator("digits", "real:digits")
     assert one.reference is two.reference  # loaded once
 
 

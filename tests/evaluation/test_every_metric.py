@@ -138,6 +138,7 @@ def test_pr_and_dc_alone_equal_prdc(digits: Path, student: Path) -> None:
     assert apart["metrics"]["recall"]["k"] == 4 and apart["metrics"]["coverage"]["dtype"] == "float64"
 
 
+@pytest.mark.long
 def test_frechet_by_class(digits: Path, student: Path) -> None:
     (record,) = evaluate(student, against="real:digits", metrics=["fd-class"], settings=replace(SMALL, n=300))
     entry = record["metrics"]["fd-class"]
@@ -209,6 +210,7 @@ def test_statistics_of_the_published_files(stand_ins: None, digits: Path, studen
     assert clean["metrics"]["fid-clean"]["value"] != pytest.approx(record["metrics"]["fid"]["value"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_rel_fd_compares_with_the_teachers_images_of_the_same_seeds(digits: Path, student: Path, teacher: Path) -> None:
     (record,) = evaluate(student, teacher=str(teacher), metrics=["rel-fd"])
     (by_hand,) = evaluate(student, against=str(teacher), metrics=["fd"])

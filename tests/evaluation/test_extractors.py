@@ -339,6 +339,7 @@ def test_the_published_clip_networks():
 # VGG-16
 
 
+@pytest.mark.long
 def test_vgg_equals_torch_fidelity(monkeypatch):
     """138 million random weights, made once and shared by both."""
     with torch.device("meta"):

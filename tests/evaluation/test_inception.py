@@ -67,6 +67,7 @@ def fidelity(file):
     return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [32, 64, 256, 299, 512])
 def test_inception_equals_torch_fidelity(extractor, fidelity, size):
     images = noise(size)
@@ -77,6 +78,7 @@ def test_inception_equals_torch_fidelity(extractor, fidelity, size):
     assert (found["features"] - features).abs().max() <= 3e-5 and (found["logits"] - logits).abs().max() <= 3e-5
 
 
+@pytest.mark.long
 def test_legacy_pytorch_equals_pytorch_fid(extractor, file, monkeypatch):
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(file))
     theirs = pytorch_fid.inception.InceptionV3([3]).eval()
@@ -103,6 +105,7 @@ def test_clean_equals_clean_fid(extractor, fidelity):
     assert (clean - near).abs().max() < 0.01 < 0.05 < (clean - tensorflow).abs().max()
 
 
+@pytest.mark.long
 def test_what_an_extractor_says(extractor, file, monkeypatch):
     assert (extractor.name, extractor.dim, extractor.classes, extractor.shape, extractor.has) == (
         "inception",

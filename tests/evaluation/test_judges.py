@@ -67,6 +67,7 @@ def test_2afc_of_a_folder_by_kind_and_as_the_paper_prints_it(bapps):
     assert small["metrics"]["2afc"]["error"] == "bootstrap" and small["metrics"]["2afc"]["std"] == 0
 
 
+@pytest.mark.long
 def test_made_triplets_are_drawn_anew_by_seeds(monkeypatch):
     monkeypatch.setattr(judging, "open_triplets", partial(open_triplets, limit=20))
     settings = Settings(batch=256, seed=5, repeats=2)
@@ -111,6 +112,7 @@ def test_top1_of_a_classifier(classifier):
     assert record["x"]["kind"] == "classifier" and record["metrics"]["top1"]["percent"]
 
 
+@pytest.mark.long
 def test_what_cannot_be_measured_is_told_first(classifier, bapps, tmp_path):
     assert is_judge("lpips-vgg") and is_judge(str(classifier)) and not is_judge("digits")
     assert {"latent-lpips-sd15", "latent-mse-sd15", "mse"} <= set(JUDGES)

@@ -44,6 +44,7 @@ def images(n, channels, size, seed=0):
     )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, of what lpips gives it
 @pytest.mark.parametrize("trunk", ["alex", "vgg"])
 def test_lpips_is_the_packages(trunk, trunks):

@@ -75,6 +75,7 @@ def killed_at(number: int, work: Callable[[], None]) -> bool:
     return in_a_child(run) == 9
 
 
+@pytest.mark.long
 def test_killed_anywhere_at_its_end_it_loses_nothing_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
     evaluate(tmp_path / "whole.json")
     with pytest.raises(RuntimeError), Workplace() as place:  # killed with all images measured

@@ -35,6 +35,7 @@ def exported(tmp_path_factory):
     return folder, export_checkpoint(folder / "tiny.safetensors", "diffusers", folder / "out" / "tiny-model")
 
 
+@pytest.mark.long
 def test_diffusers_samples_what_the_checkpoint_samples(exported):
     folder, done = exported
     pipeline = open_pipeline(done.path)
@@ -117,6 +118,7 @@ def test_the_card_says_what_one_must_know(exported):
     assert done.licence == "CC-BY-4.0" and done.teacher == "tiny"
 
 
+@pytest.mark.long
 def test_the_same_export_again_changes_nothing_and_another_needs_force(tmp_path):
     target = tmp_path / "model"
     tiny_text_to_image(tmp_path / "a.safetensors")
@@ -150,6 +152,7 @@ def test_what_is_no_text_to_image_model_is_refused(tmp_path):
     assert read_meta(tmp_path / "pixels.safetensors")["kind"] == "teacher"
 
 
+@pytest.mark.long
 def test_too_large_a_difference_and_overflow_leave_nothing_behind(tmp_path):
     tiny_text_to_image(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="above the tolerance"):

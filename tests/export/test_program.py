@@ -12,6 +12,7 @@ from d2o.export.program import trace as trace_itself
 from tests.export.snippets import run_snippet_of, run_students_snippet
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_conditional_student_agrees_at_batch_sizes_that_were_not_traced(folder, student_program, n):
     noise, label = torch.randn(n, 1, 8, 8), torch.arange(n) % 10
@@ -28,6 +29,7 @@ def test_labels_out_of_range_act_as_no_class(student_program):
     assert not torch.allclose(network(noise, torch.tensor([3])), none, atol=1e-3)
 
 
+@pytest.mark.long
 def test_unconditional_student(folder, plain_program):
     noise = torch.randn(5, 2, 8, 8)
     network = torch.export.load(plain_program.path).module()
@@ -44,6 +46,7 @@ def test_the_file_says_what_it_is_and_shows_no_path_of_this_machine(student_prog
     assert str(Path(torch.__file__).parent).encode() not in data
 
 
+@pytest.mark.long
 def test_the_cards_snippets_run(folder, student_program, plain_program, monkeypatch):
     run_students_snippet(student_program, folder, monkeypatch)
     run_snippet_of(plain_program, (4, 2, 8, 8), monkeypatch)

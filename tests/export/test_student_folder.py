@@ -66,6 +66,7 @@ def test_pixel_students_are_pipelines_of_one_step(name, form, tmp_path):
         load_teacher(done.path)
 
 
+@pytest.mark.long
 def test_the_card_runs(tmp_path, monkeypatch):
     student = student_of(tiny("ddpm-labels", tmp_path), "denoiser")
     done = export_checkpoint(saved(student, tmp_path / "s.safetensors"), "diffusers", tmp_path / "out")
@@ -118,6 +119,7 @@ def test_what_diffusers_cannot_call_is_refused(tmp_path):
         export_checkpoint(saved(two, tmp_path / "two.safetensors"), "diffusers")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "form"), [("sd", "denoiser"), ("sd", "cd"), ("sd-v", "ctm"), ("sdxl", "denoiser")])
 def test_text_students_are_stable_diffusion_pipelines(name, form, tmp_path):
     teacher = tiny(name, tmp_path)  # who keeps the text encoders in this process

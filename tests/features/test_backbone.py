@@ -117,6 +117,7 @@ def test_a_backbone_is_no_ones_weights():
     assert critic["backbone"].vector(x.double()).dtype == torch.float64  # it goes where the critic goes
 
 
+@pytest.mark.long
 def test_vgg16_bn_has_the_official_taps():
     network = vgg16.batch_normed()
     network.load_state_dict(drawn({k: v.shape for k, v in network.state_dict().items()}, 6000, "features."))
@@ -160,6 +161,7 @@ def test_deit_has_the_official_taps():
     check(deit.deit_backbone(network), 0, name, state, golden, widen)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vgg16_bn", "deit"])
 def test_absent_and_foreign_weights_are_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv("D2O_HOME", str(tmp_path))
@@ -174,6 +176,7 @@ def test_absent_and_foreign_weights_are_named(name, tmp_path, monkeypatch):
         load_backbone("resnet")
 
 
+@pytest.mark.long
 def test_published_files_are_read(tmp_path, monkeypatch):
     """torchvision's with a classifier beside, Meta's inside a dictionary."""
     network = vgg16.batch_normed()

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import d2o
 
 ROOT = Path(d2o.__file__).parent
@@ -36,6 +38,7 @@ def named() -> Iterator[tuple[str, str]]:
                     yield module, name
 
 
+@pytest.mark.long
 def test_frozen_networks_come_from_features_alone():
     found = [*named()]
     assert ("d2o.teachers.stable_diffusion", "torch") in found  # it does look

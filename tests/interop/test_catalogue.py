@@ -87,6 +87,7 @@ def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
     assert spec.shape[1] == published.resolution // (8 if name in EDM2 else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "shape", "encoders"),
     [

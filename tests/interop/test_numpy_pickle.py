@@ -165,6 +165,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     assert pickled_keys(tmp_path / "absent") == set()
 
 
+@pytest.mark.long
 def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
     rng = random.Random(0)
     contents = [pickle.dumps(RECORD, protocol) for protocol in (2, 3, 4, 5)]

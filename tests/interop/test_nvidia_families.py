@@ -232,6 +232,7 @@ def test_truncated_edm2_files(tmp_path):
         assert outcome(tmp_path / "x.pkl", golden[:length]) == "refused"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", range(2))
 def test_damaged_edm2_files_are_read_or_refused(tmp_path, seed):

@@ -286,6 +286,7 @@ def test_manifests_of_wrong_types_are_refused_by_key(store, manifest, little_mem
         )
 
 
+@pytest.mark.long
 def test_no_flipped_bit_of_a_manifest_is_used(store):
     path = store.path / "manifest.json"
     before = path.read_bytes()

@@ -104,6 +104,7 @@ def broken(tmp_path: Path) -> Path:
     return fake_torchvision(tmp_path, init, extension="def tried(): pass", register=register)
 
 
+@pytest.mark.long
 def test_the_installed_torchvision_imports_after_ensure(with_torch: Python) -> None:
     if any(importlib.util.find_spec(name) is None for name in ("torchvision", "lpips", "timm")):
         pytest.skip("needs torchvision, lpips and timm")
@@ -233,6 +234,7 @@ def test_an_absent_torchvision_is_no_matter() -> None:
     assert out == "False False"
 
 
+@pytest.mark.long
 def test_a_failure_of_another_kind_keeps_its_own_message(tmp_path: Path) -> None:
     result = python(
         """

@@ -48,6 +48,7 @@ def test_an_image_set_without_some_of_its_images_is_refused(tmp_path):
         open_images(tmp_path / "x.zip")
 
 
+@pytest.mark.long
 def test_more_members_than_16_bits_count(tmp_path):
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
         for i in range(66_000):

@@ -70,6 +70,7 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.long
 def test_distance_and_its_gradient_are_the_official_ones(distance, golden):
     a = golden["a"].clone().requires_grad_()
     found = distance(a, golden["b"])
@@ -86,6 +87,7 @@ def test_distance_and_its_gradient_are_the_official_ones(distance, golden):
         assert relative(distance(golden["a"], golden["b"], raw=True), golden["distance_unscaled_input"]) < 1e-4
 
 
+@pytest.mark.long
 def test_with_the_mean_absolute_difference(distance, golden, monkeypatch):
     monkeypatch.setattr(distance, "l1", 1.0)
     with torch.no_grad():
@@ -174,6 +176,7 @@ def test_parameters_and_names_are_those_of_vgg16():
         TunedVGG(4, taps="pre_pol")
 
 
+@pytest.mark.long
 def test_released_files_have_both_taps(file, golden):
     a, b = golden["a"][:, :, :8, :8], golden["b"][:, :, :8, :8]
     with torch.no_grad():
@@ -233,11 +236,13 @@ def draws_of(augmented, kinds):
     return {name.removeprefix(start): value for name, value in augmented.items() if name.startswith(start)}
 
 
+@pytest.mark.long
 def test_the_plain_distance_of_the_crops(distance, augmented):
     with torch.no_grad():
         assert relative(distance(*crops(augmented)), augmented["distance_plain"]) < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", ["bg", "bgo"])
 def test_e_latent_lpips_is_the_official_one(distance, augmented, kinds):
     """Up to what lies beyond the borders: see the README of the golden numbers."""
@@ -246,6 +251,7 @@ def test_e_latent_lpips_is_the_official_one(distance, augmented, kinds):
     assert torch.allclose(found, augmented[f"{kinds}.distance"], rtol=5e-3)
 
 
+@pytest.mark.long
 def test_its_gradient_and_l1_term_are_the_official_ones(distance, augmented):
     a, b = crops(augmented)
     a = a.clone().requires_grad_()

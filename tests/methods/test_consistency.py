@@ -522,6 +522,7 @@ def saved(run, name: str) -> bytes:
     return (run / "checkpoints" / f"{name}.safetensors").read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -550,6 +551,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path, name, more
     assert same == ({"conv0", "conv1", "proj"} if name == "cd_i_digits" else set())  # frozen weights keep their bytes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cd_digits", "pd_digits", "ctm_digits"])
 def test_micro_batches_change_nothing(tmp_path, name):
     weights = []

@@ -142,6 +142,7 @@ def test_r1_is_lazy_and_of_x_t_alone():
     assert method.step(loop, loop.batch, 0)["r1"] == 0
 
 
+@pytest.mark.long
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(tmp_path):
     changes = [
         "batch=8",

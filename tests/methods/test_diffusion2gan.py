@@ -197,6 +197,7 @@ def test_noise_ahead_of_the_critic(shared, sdxl):
     assert torch.equal(seen[0][1], seen[1][1]) == shared and torch.allclose(*eps, atol=1e-3) == shared
 
 
+@pytest.mark.long
 def test_r1_goes_through_cross_attention(sdxl):
     method = made(sdxl, SD, lambda_gan=1.0)
     scalars, loop = run(method, texts(), iteration=0)
@@ -241,6 +242,7 @@ def test_the_student_is_equation_7(sdxl, tmp_path):
         Student(tiny_network(), student.spec, 80.0, "x_T")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "sigma"), [("ddpm", 30.0), ("tiny-sd", 14.6146), ("tiny-sd", 13.12)])
 def test_the_export_begins_with_z(name, sigma, tmp_path):
     """Exactly; Stable Diffusion's pipeline puts its own `steps_offset` in the place of another one."""
@@ -326,6 +328,7 @@ def train(given: Recipe, folder, store, start=None, stop_after: int = 0) -> None
         assert stop_after
 
 
+@pytest.mark.long
 def test_stage_two_from_stage_one_and_a_resumed_run_has_the_same_bytes(store, tmp_path):
     train(recipe(1), tmp_path / "one", store)
     train(recipe(2), tmp_path / "two", store, tmp_path / "one")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from d2o.condition import Condition
+from d2o.critics.bottleneck import BottleneckCritic
+from d2o.data.images import open_images
 from d2o.errors import UserError
 from d2o.losses import distribution
 from d2o.methods import dmd as module
@@ -23,6 +25,7 @@ from d2o.teachers.base import Spec, Teacher
 from tests.helpers import SPEC, TinyText, tiny_network, tiny_student, tiny_teacher
 from tests.methods.recording import Loop
 from tests.methods.test_latent import train
+from tests.networks.test_edm_unet import PUBLISHED
 from tests.networks.test_ncsnpp_z import SMALL
 
 CPU = torch.device("cpu")
@@ -32,6 +35,7 @@ STUDENT = SimpleNamespace(sigma=80.0, init="teacher", dropout=None)
 def dmd(teacher=None, start=None, student=STUDENT, **options) -> DMD:
     torch.manual_seed(0)
     setup = Setup(DMDOptions(**options), teacher=teacher or tiny_teacher(), student=student, start=start, device=CPU)
+    setup.images = open_images("real:digits") if options.get("adversarial") else None
     return get_method("dmd")(setup)
 
 
@@ -158,10 +162,81 @@ def test_the_score_network_may_take_several_steps_on_new_samples():
     assert len(seen) == 3 and not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
 
 
+def real_images(n: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(6)
+    return Batch(
+        images=torch.rand(n, 1, 8, 8, generator=generator) * 2 - 1, condition=Condition.of_labels(torch.arange(n) % 10)
+    )
+
+
+def test_the_student_waits_while_the_score_network_learns():
+    """DMD2's two time scales, with real images of its own in each iteration (Yin et al. 2024b, section 4.2)."""
+    method = dmd(student_every=3)
+    loop = Loop(method, total=6)
+    logs = [set(method.step(loop, Batch(), k)) for k in range(4)]
+    assert loop.updated == ["student", "score", "score", "score", "student", "score"]
+    assert logs == [{"loss", "loss_score"}, {"loss_score"}, {"loss_score"}, {"loss", "loss_score"}]
+
+
+def test_an_iteration_of_dmd2_is_its_algorithm():
+    """Yin et al. 2024b, section 4.3: beside DMD's losses the student's softplus(-logit) of its samples, diffused anew,
+    on the score network's bottleneck, and the head's softplus of real and made ones."""
+    method = dmd(adversarial=True, lambda_adv=0.5, lambda_d=0.25)
+    moved(method.score)
+    loop, data = Loop(method, total=6), real_images()
+    log = method.step(loop, data, 0)
+    assert loop.updated == ["student", "score"] and method.needs(method.options) == "images"
+
+    teacher, draw = tiny_teacher(), Draws(3, 0, 6, 6, CPU)
+    z, labels = draw.randn(1, 8, 8), draw.randint(0, 10)
+    draw.randint(20, 981, 1, 1, 1), draw.randn(1, 8, 8)
+
+    def logits(x, classes, draw):
+        sigma = distribution.index_sigma(draw.randint(0, 1000, 1, 1, 1))
+        x_t = x + sigma * draw.randn(1, 8, 8)
+        features = method.score.eval()(x_t, sigma.flatten(), classes, part="encoder")
+        assert features.shape == (6, 16, 8, 8)  # all channels
+        return method.critic.head(features).flatten()
+
+    student = tiny_network()
+    x = student(80 * z, torch.tensor([80.0]), labels)
+    paid = torch.nn.functional.softplus(-logits(x, labels, draw)).mean()
+    assert log["loss_adv"].item() == pytest.approx(paid.item(), rel=1e-4)
+    assert loop.losses[0] == pytest.approx((log["loss"] + 0.5 * paid).item(), rel=1e-4)
+    gradient = torch.autograd.grad(paid, list(student.parameters()), allow_unused=True)
+    assert sum(float(g.abs().sum()) for g in gradient if g is not None) > 0
+    with torch.no_grad():
+        x = teacher.denoise(80 * z, 80.0, labels)
+        draw = Draws(1003, 0, 6, 6, CPU)
+        draw.randint(0, 1000, 1, 1, 1), draw.randn(1, 8, 8)
+        fake, real = logits(x, labels, draw), logits(data.images, data.condition.labels, draw)
+        told = (torch.nn.functional.softplus(fake) + torch.nn.functional.softplus(-real)).mean()
+    assert log["loss_d"].item() == pytest.approx(told.item(), rel=1e-4)
+    assert loop.losses[1] == pytest.approx((log["loss_score"] + 0.25 * told).item(), rel=1e-4)
+    head = loop.gradients["score"][-sum(p.numel() for p in method.critic.head.parameters()) :]
+    assert float(head.abs().sum()) > 0
+
+
+def test_the_head_of_dmd2_has_the_papers_size_and_refuses_what_it_cannot_take():
+    with torch.device("meta"):
+        critic = BottleneckCritic(build_network(PUBLISHED["imagenet64-adm"][0]), (768, 8, 8))
+        assert critic.head(torch.zeros(2, 768, 8, 8)).shape == (2, 1, 1, 1)
+    assert [tuple(m.weight.shape) for m in critic.head if isinstance(m, nn.Conv2d)] == [
+        (768, 768, 4, 4),
+        (768, 768, 4, 4),
+        (1, 768, 1, 1),
+    ]
+    with pytest.raises(UserError, match="bottleneck is of 1 x 1"):
+        BottleneckCritic(tiny_network(), (16, 1, 1))
+    with pytest.raises(UserError, match="real images or pairs, not both"):
+        dmd(adversarial=True, lambda_reg=0.25, regression="l1")
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"lambda_reg": 0.25, "regression": "mse"},
+        {"adversarial": True, "student_every": 2},
         {"kind": "diff_instruct"},
         {"t_dist": "karras_uniform", "score_t_dist": "karras_uniform", "weight": "none", "samples": "fresh"},
     ],
@@ -172,7 +247,7 @@ def test_micro_batches_change_nothing(options):
         method = dmd(**options)
         moved(method.score)
         loop = Loop(method, size, 1e-3, 6)
-        scalars = method.step(loop, pairs(), 0)
+        scalars = method.step(loop, real_images() if options.get("adversarial") else pairs(), 0)
         found.append((loop.gradients, scalars))
     (whole, log), (parts, log2) = found
     for name in ("student", "score"):
@@ -336,7 +411,8 @@ def test_only_the_regression_needs_pairs(tmp_path):
         train(load_recipe("diff_instruct_digits", ["dmd.lambda_reg=0.1"], mini=True), tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["dmd_digits", "diff_instruct_digits"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dmd_digits", "dmd_digits:dmd2", "diff_instruct_digits"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes_and_gives_a_student(name, tmp_path):
     tiny_teacher(tmp_path / "teacher.safetensors")
     changes = [

@@ -94,6 +94,7 @@ def test_the_lazy_correction_of_the_critics_optimiser():
     assert gdd(r1={"lazy_correction": False}).optim("critic", optim) is optim
 
 
+@pytest.mark.long
 def test_micro_batches_have_the_gradients_of_the_batch():
     term = {"cd": {"weight": 1.0, "distance": {"kind": "mse"}}, "ada": {"pipe": "b"}}
     for options in (term, {"critic": {**CRITIC, "diffaug": True}}):
@@ -208,6 +209,7 @@ def test_gdd_i_moves_all_that_is_not_frozen(tmp_path):
         assert torch.equal(p, before[name]) == frozen == (not p.requires_grad), name
 
 
+@pytest.mark.long
 def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tmp_path):
     recipe = tiny("student.steps=2", "gdd.ada.pipe=b", "bad_gradients=zero")
     train(recipe, tmp_path / "whole")

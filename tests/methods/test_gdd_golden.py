@@ -119,6 +119,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, within: float = 1e-4) -> No
     torch.testing.assert_close(found, wanted, rtol=0, atol=within * float(wanted.abs().max()))
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "steps", "levels"),
@@ -134,6 +135,7 @@ def test_students(critic, name, steps, levels):
         torch.testing.assert_close(ends(Z, LABEL), student(Z, LABEL), rtol=0, atol=8 * share)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nonsaturating", "hinge"])
 def test_losses_and_gradients(critic, kind):
     short = "ns" if kind == "nonsaturating" else "hinge"
@@ -156,6 +158,7 @@ def test_losses_and_gradients(critic, kind):
     check_critic(gdd, loop, short)
 
 
+@pytest.mark.long
 def test_r1_is_a_mean_and_a_step_of_its_own(critic):
     gdd = method(critic, r1={"gamma": NAMES["gamma"]})
     loop = Given(gdd)

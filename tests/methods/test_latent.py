@@ -50,6 +50,7 @@ def train(recipe, folder, stop_after: int | None = None) -> None:
         trainer.run(progress, stop)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["tiny_sd_vae", "tiny_sd"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(name, tmp_path):
     tiny_autoencoder(tmp_path / "vae.safetensors")
@@ -160,6 +161,7 @@ def test_latents_are_scaled_to_unit_deviation(vae):
     assert latent_scale(load_autoencoder(vae), Few(), CPU) == pytest.approx(method.model.scale)
 
 
+@pytest.mark.long
 def test_generation_is_the_sd_teacher_s_and_prompts_are_the_classes_in_turn(vae):
     method = latent_diffusion(vae, steps=3, cfg=2.0)
     noise = noise_for_seeds(range(10), method.spec().shape)
@@ -173,6 +175,7 @@ def test_generation_is_the_sd_teacher_s_and_prompts_are_the_classes_in_turn(vae)
     assert method.nfe() == 6 and isinstance(teacher.schedule, DiscreteSchedule)
 
 
+@pytest.mark.long
 def test_mistakes_are_named(vae, tmp_path):
     unlabelled = SimpleNamespace(name="photos", classes=0, labels=None, shape=(3, 32, 32))
     with pytest.raises(UserError, match="photos has no labels"):
@@ -220,6 +223,7 @@ def test_a_checkpoint_of_either_transformers_generation_can_be_read(tmp_path):
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
+@pytest.mark.long
 def test_the_shipped_tiny_sd_draws_what_it_is_asked_for():
     from d2o.export.folder import open_pipeline
 
@@ -243,6 +247,7 @@ def test_the_shipped_tiny_sd_draws_what_it_is_asked_for():
     assert "license: cc-by-4.0" in card and "name: tiny_sd" in card and "UCI" in card
 
 
+@pytest.mark.long
 def test_the_shipped_autoencoder_can_be_trained_in_and_reconstructs_digits():
     network, images = load_autoencoder(asset("tiny-sd")).eval(), digits()
     x = images.images(range(100)).float() / 127.5 - 1

@@ -96,6 +96,7 @@ def test_spaces_and_ways_to_encode(tmp_path, own):
     assert 0 <= meta["metrics"]["accuracy"] <= 1 and not any("running" in name for name in tensors)
 
 
+@pytest.mark.long
 def test_what_is_validated():
     recipe = recipe_of({"holdout": 0.25})
     method = LatentClassifierMethod(setup_of(recipe))

@@ -159,6 +159,7 @@ def train(folder, recipe, images=None):
     return load_file(folder / "checkpoints" / "last.safetensors")
 
 
+@pytest.mark.long
 def test_the_heads_are_trained_and_nothing_else(tmp_path, trunk):
     recipe = recipe_of(trunk, {"taps": "pre_pool"}, eval={"every": 12, "metric": "accuracy"})
     begun = LatentLpipsMethod(setup_of(recipe)).distance
@@ -178,6 +179,7 @@ def test_the_heads_are_trained_and_nothing_else(tmp_path, trunk):
     assert distance.features.network.net.taps == "pre_pool"
 
 
+@pytest.mark.long
 def test_micro_batches_change_nothing(tmp_path, trunk):
     whole, _ = train(tmp_path / "a", recipe_of(trunk))
     parts, _ = train(tmp_path / "b", recipe_of(trunk, micro_batch=2))
@@ -202,6 +204,7 @@ def test_the_rate_is_constant_and_then_falls_after_each_epoch(trunk):
     assert [method.rate(i) for i in (0, 3, 4, 7, 8, 11, 12)] == [1, 1, 1, 1, 0.5, 0.5, 0]
 
 
+@pytest.mark.long
 def test_mistakes_are_told(tmp_path, trunk):
     with pytest.raises(UserError, match="data.resolution|multiples of 4"):
         images = open_triplets(MADE, channels=3, resolution=30, limit=2)
@@ -222,6 +225,7 @@ def test_mistakes_are_told(tmp_path, trunk):
 # What ships -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_shipped_distance_knows_the_order_better_than_the_mean_squared_error_of_latents():
     path = asset(SHIPPED["tiny-sd"])
     assert path.stat().st_size < 1_000_000

@@ -69,6 +69,7 @@ def test_it_goes_from_noise_to_the_images_latents(tmp_path):
     assert torch.equal(load_weights(meta["network"], tensors, "x")(), method.latents())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "distance",
     [

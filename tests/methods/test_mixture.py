@@ -29,6 +29,7 @@ def test_the_energy_distance_tells_distributions_apart():
     assert max(fresh(PLANE, 5)) < 0.005
 
 
+@pytest.mark.long
 def test_the_teacher_is_exact_and_what_is_trained_of_it_is_not():
     exact = teacher(12)
     x = torch.randn(5, 2, 1, 1)
@@ -37,6 +38,7 @@ def test_the_teacher_is_exact_and_what_is_trained_of_it_is_not():
     assert isinstance(mlp, PlaneDenoiser) and mlp.exact is None and Student(mlp, SPEC)(x).shape == (5, 2, 1, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sid alpha 1", "sid alpha 1.2", "dmd"])
 def test_the_student_comes_to_the_mixture(name, tmp_path: Path):
     found = distil(name, teacher(64), 128 * 400, tmp_path, every=128 * 400)
@@ -47,6 +49,7 @@ def test_the_student_comes_to_the_mixture(name, tmp_path: Path):
     ), found["shares"]
 
 
+@pytest.mark.long
 def test_alpha_0_is_worse_where_the_score_network_is_not_exact(tmp_path: Path):
     """The ablation of SiD, and of SiDA, section 5.1: by the same number of images the student has learnt less."""
     ends = {

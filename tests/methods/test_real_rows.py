@@ -120,6 +120,7 @@ def test_which_rows_is_a_function_of_seed_and_iteration(digits, store):
     none.close()
 
 
+@pytest.mark.long
 def test_it_trains_with_them_on_any_micro_batch(digits, store, tmp_path):
     files = []
     for name, micro in (("whole", 8), ("parts", 2)):

@@ -521,6 +521,7 @@ def teacher(tmp_path) -> str:
     return f"teacher={tmp_path / 'teacher.safetensors'}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sid_digits", "sida_digits"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(name, teacher, tmp_path):
     recipe = load_recipe(name, [*SMALL_RUN, teacher, *(EARLY if name == "sida_digits" else [])])
@@ -543,6 +544,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(name, teacher, tmp_p
         ] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.long
 def test_accumulation_and_activation_checkpointing_end_with_the_same_student(teacher, tmp_path):
     ends = []
     for i, more in enumerate(([], ["micro_batch=4", "checkpointing=true"])):
@@ -558,6 +560,7 @@ def test_accumulation_and_activation_checkpointing_end_with_the_same_student(tea
     assert change > 1e-4 and (ends[1] - ends[0]).abs().max() < 1e-3 * change
 
 
+@pytest.mark.long
 def test_sid2a_goes_on_from_a_student_of_sid(teacher, tmp_path):
     train(load_recipe("sid_digits", [*SMALL_RUN, teacher]), tmp_path / "sid")
     changes = [*SMALL_RUN, teacher, *EARLY, "images=8"]  # the student waits: it is still the one it was

@@ -263,6 +263,7 @@ def test_every_switch_trains_both_networks(options: dict) -> None:
         assert len(got) > 0.7 * len(list(network.parameters())), name
 
 
+@pytest.mark.long
 def test_micro_batches_have_the_gradients_of_the_batch() -> None:
     """Path lengths among them, whose target is the mean of all."""
 
@@ -346,6 +347,7 @@ def test_mistakes(options: dict, words: str) -> None:
         spi_gan(**options)
 
 
+@pytest.mark.long
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(tmp_path) -> None:
     recipe = tiny()
     train(recipe, tmp_path / "whole")

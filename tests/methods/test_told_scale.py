@@ -16,7 +16,7 @@ from d2o.recipes.plan import make_plan
 from d2o.recipes.schema import Recipe
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import load_student
-from d2o.students.generate import student_sampler
+from d2o.students.samplers import student_sampler
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.training.loop import Trainer
@@ -181,6 +181,7 @@ def train(folder, store, start=None, stop_after=0, **more):
         assert stop_after
 
 
+@pytest.mark.long
 def test_both_stages_train_resume_and_are_told(store, tmp_path):
     train(tmp_path / "one", store)
     train(tmp_path / "two", store, tmp_path / "one")

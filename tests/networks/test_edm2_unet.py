@@ -59,6 +59,7 @@ def test_denoiser_and_uncertainty_agree_with_the_official_ones(golden):
     assert torch.equal(network.logvar(numbers["sigma"]), logvar)
 
 
+@pytest.mark.long
 def test_sampler_agrees_with_the_official_one(golden):
     network, numbers = golden
     solver, label = Solver("heun", 32), numbers["label"]

@@ -31,6 +31,7 @@ def test_denoiser_agrees_with_the_official_one(golden):
     assert torch.equal(teacher.denoise(numbers["noisy"], numbers["sigma"], numbers["label"].argmax(1)), denoised)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "solver", "steps"), [("heun18", "heun", 18), ("euler10", "euler", 10)])
 def test_sampler_agrees_with_the_official_one(golden, name, solver, steps):
     teacher, numbers = golden

@@ -38,6 +38,7 @@ def test_size():
     assert sum(p.numel() for p in network.parameters()) == 23_850_960 and len(network.state_dict()) == 566
 
 
+@pytest.mark.long
 def test_computes_what_tensorflows_graph_does(graph, network):
     _, x, (pool, conv, logits) = graph
     with torch.inference_mode():
@@ -56,6 +57,7 @@ def test_goes_no_deeper_than_needed():
         assert list(network(torch.empty(1, 3, 299, 299), ("spatial",))) == ["spatial"]
 
 
+@pytest.mark.long
 def test_equals_pytorch_fid_and_torch_fidelity(network, monkeypatch, tmp_path):
     generator = torch.Generator().manual_seed(1)
     # The graph has no scale in its normalisations, but pytorch-fid's file does.

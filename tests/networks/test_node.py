@@ -118,6 +118,7 @@ def test_mlp_mapping():
         network.continue_(path[0], 0.1, 0.2)
 
 
+@pytest.mark.long
 def test_gradients_pass_through_the_steps():
     network = mapping().double()
     z = torch.randn(2, *SHAPE, dtype=torch.float64, requires_grad=True)

@@ -248,6 +248,7 @@ def test_modulation_is_chosen_by_size_and_not_by_batch(monkeypatch):
     assert groups == [2, 1, 5, 1]
 
 
+@pytest.mark.long
 def test_exported_for_any_batch():
     mapping = NODEMapping((1, 8, 8), 5)
 

@@ -74,6 +74,7 @@ def test_a_store_of_classes_is_read_and_grows(previous: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_a_store_of_prompts_is_read_and_is_what_the_command_still_makes(previous: Path) -> None:
     store = PairStore("text_pairs")
     assert store.verify() == [] and store.prompts([0, 1]) == ["a handwritten seven", "somebody wrote the numeral two"]
@@ -113,6 +114,7 @@ def test_a_run_goes_on_to_where_it_went(previous: Path, name: str) -> None:
         torch.testing.assert_close(value, was[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", ["N", "consistency.N", "cd.N"])
 def test_a_sweep_is_taken_up_by_the_old_names_and_the_new(previous: Path, key: str, capsys) -> None:
     old = key != "cd.N"

@@ -11,6 +11,7 @@ from tests.previous import baseline
 ITERATIONS = {"quickstart": 6, "sid_digits": 4, "spi_gan_digits": 6}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", baseline.RECIPES)
 def test_the_first_losses_are_those_of_the_previous_version(name: str) -> None:
     record, count = json.loads(baseline.LOSSES.read_text()), ITERATIONS[name]

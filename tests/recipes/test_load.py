@@ -828,6 +828,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), PLAIN, max_size=3))
 @settings(max_examples=50)
 def test_any_free_section_survives_the_file(network):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,6 +63,7 @@ def test_views_and_changes_stay_what_they_are():
             assert x.mul_(2) is x
 
 
+@pytest.mark.long
 def test_plans_are_the_same_with_and_without(monkeypatch):
     for name in ("sid_digits", "spi_gan_digits"):
         recipe = load_recipe(name, mini=True)

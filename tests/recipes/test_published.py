@@ -22,6 +22,7 @@ R = 512 * 512 + 512  # Table 7, one layer
 TIMED = 2 * R + 513 * (64 + 128 + 256 + 3 * 512)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "generator", "critic"),
     [
@@ -232,6 +233,7 @@ def test_edm2_512(method, size):
         )
 
 
+@pytest.mark.long
 def test_their_tables_have_their_recipes_and_their_recipes_the_tables_numbers():
     rows = rows_of(*(f"sida_table{i}" for i in ("1", "2", "3", "3_pr", "4", "5", "6", "7")))
     ours = [(row, name) for row, name in rows if row.recipe.startswith("sid")]

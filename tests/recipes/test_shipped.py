@@ -20,6 +20,7 @@ from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
 from d2o.settings.recipe_names import RENAMED
 from d2o.teachers.registry import BUILTIN
+from tests.helpers import but_for
 
 
 def run(*arguments: object) -> int:
@@ -37,8 +38,8 @@ def brought(recipe) -> bool:
     return recipe.data is not None and not recipe.data.path.startswith("real:")
 
 
-@pytest.mark.parametrize("name", recipe_names())
-@pytest.mark.parametrize("mini", [False, True])
+@pytest.mark.parametrize("name", but_for(lambda name: ":" not in name, recipe_names()))
+@pytest.mark.parametrize("mini", but_for(lambda mini: not mini, [False, True]))
 def test_every_recipe_loads_plans_and_says_how_to_run_it(name, mini, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # what is fetched when it is needed is not missing
     recipe = load_recipe(name, mini=mini)
@@ -87,6 +88,7 @@ def log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_the_classifier_can_be_trained_again(tmp_path):
     assert run("train", "classifier_digits", "--mini", "--out", tmp_path / "c") == 0
     meta = read_meta(tmp_path / "c" / "checkpoints" / "best.safetensors")
@@ -95,6 +97,7 @@ def test_the_classifier_can_be_trained_again(tmp_path):
     assert extractor.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 64)
 
 
+@pytest.mark.long
 def test_the_teacher_can_be_trained_again_and_used(tmp_path):
     out = tmp_path / "t"
     assert (
@@ -124,6 +127,7 @@ def test_the_teacher_can_be_trained_again_and_used(tmp_path):
     assert len(d2o.PairStore(pairs)) == 8
 
 
+@pytest.mark.long
 def test_the_perceptual_loss_trains(tmp_path):
     small = [
         "--set",
@@ -154,6 +158,7 @@ def test_assets_say_what_made_them_and_are_good():
     assert meta["recipe"]["name"] == "classifier_digits" and meta["metrics"]["accuracy"] > 0.98
 
 
+@pytest.mark.long
 def test_the_teacher_draws_the_digit_it_is_asked_for():
     teacher, extractor = d2o.load_teacher("digits"), load_extractor("digits")
     labels = torch.arange(40) % 10

@@ -95,6 +95,7 @@ def test_training_takes_the_store_as_it_is_and_records_how_it_was_made(recipe, m
     assert "is finished" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_fewer_pairs_are_the_first_and_more_are_made(recipe, make, tmp_path):
     make()
     assert d2o("train", recipe, "--set", "pairs.n=9", "--out", tmp_path / "few", "--device", "cpu") == 0

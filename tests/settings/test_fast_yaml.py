@@ -56,6 +56,7 @@ def test_both_read_the_same(text, monkeypatch):
     assert fast == slow and not isinstance(fast, str)
 
 
+@pytest.mark.long
 @needs_libyaml
 def test_shipped_files_are_read_fast_and_the_same(monkeypatch):
     paths = [path for folder in (*recipe_folders(), *table_folders()) for path in folder.glob("*.yaml")]

@@ -17,7 +17,7 @@ from d2o.recipes.plan import make_plan
 from d2o.recipes.schema import Recipe
 from d2o.students.base import load_student, save_student
 from d2o.students.few_step import FewStepStudent, spaced_levels
-from d2o.students.generate import student_sampler
+from d2o.students.samplers import student_sampler
 from d2o.teachers.in_edm import in_edm
 from d2o.teachers.registry import load_teacher
 from tests.helpers import SPEC, tiny_network, tiny_student, tiny_teacher
@@ -104,6 +104,7 @@ def test_plans_count_all_calls():
     assert Phase("adversarial", 4, 10, 2).nfe == (5 + 2) * 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("begins", ["x_T", "noise"])
 def test_diffusers_makes_the_same_steps(begins, tmp_path):
     teacher = in_edm(load_teacher("tiny-sd"))

@@ -16,7 +16,8 @@ from d2o.errors import UserError
 from d2o.networks import processor
 from d2o.runtime import StopFlag, Stopped
 from d2o.students.base import Student, load_student
-from d2o.students.generate import SampleSettings, first_images, make_samples, student_sampler, teacher_sampler
+from d2o.students.generate import SampleSettings, first_images, make_samples
+from d2o.students.samplers import student_sampler, teacher_sampler
 from d2o.teachers.base import Teacher
 from tests.helpers import tiny_student, tiny_teacher
 from tests.workers import files, finish, start, wait_for

@@ -74,6 +74,7 @@ def setup_of(folder, *changes, start=None):
     return get_method(recipe.method)(given), given.teacher
 
 
+@pytest.mark.long
 def test_it_begins_as_the_teacher_whose_weights_it_shares(folder):
     method, teacher = setup_of(folder)
     view, student = in_edm(teacher).network, method.student
@@ -104,6 +105,7 @@ def test_states_averages_and_checkpoints_hold_the_adapters_alone(folder):
     assert moved.abs().max() > 0.01
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_bytes(folder, tmp_path):
     words = ("train", folder / "lora.yaml", "--out", tmp_path / "again", "--device", "cpu")
     assert run(*words, "--set", "images=8") == 0
@@ -113,6 +115,7 @@ def test_a_resumed_run_has_the_same_bytes(folder, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_training_goes_on_from_it(folder, tmp_path):
     """With the same adapters; without, merged, from what it was."""
     start = load_student(folder / "run")
@@ -135,6 +138,7 @@ def test_training_goes_on_from_it(folder, tmp_path):
         assert words in f"{error.value.message} {error.value.hint}"
 
 
+@pytest.mark.long
 def test_other_methods_and_teachers_say_what_they_do_with_it(folder, tmp_path, capsys):
     text = (folder / "lora.yaml").read_text()
     for name, change in (
@@ -152,6 +156,7 @@ def test_other_methods_and_teachers_say_what_they_do_with_it(folder, tmp_path, c
         assert ("changes the network itself" if name == "ctm" else "networks of teachers in diffusers' format") in said
 
 
+@pytest.mark.long
 def test_a_plan_counts_what_is_trained(folder, capsys):
     assert run("train", folder / "lora.yaml", "--plan") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -163,6 +168,7 @@ def test_a_plan_counts_what_is_trained(folder, capsys):
     assert run("finetune", folder / "lora.yaml", "--from", folder / "run", "--plan") == 0
 
 
+@pytest.mark.long
 def test_diffusers_loads_it(folder, tmp_path, capsys, monkeypatch):
     """Into the teacher's own pipeline, where one step of it is what `d2o sample` makes."""
     from diffusers import DDIMScheduler
@@ -200,6 +206,7 @@ def test_diffusers_loads_it(folder, tmp_path, capsys, monkeypatch):
     assert ((whole * 255).round() - ours).abs().max() <= 1
 
 
+@pytest.mark.long
 def test_alpha_goes_into_the_file(folder, tmp_path):
     tensors, meta = last(folder / "run")
     meta["network"]["lora"]["alpha"] = 1.0
@@ -212,6 +219,7 @@ def test_alpha_goes_into_the_file(folder, tmp_path):
         assert torch.allclose(student(noise(1), asked(1)), x, atol=1e-4)
 
 
+@pytest.mark.long
 def test_its_teacher_has_to_be_there(folder, tmp_path):
     shutil.copytree(asset("tiny-sd"), tmp_path / "sd")
     tensors, meta = last(folder / "run")

@@ -11,8 +11,9 @@ from d2o.diffusion.noise import noise_for_seeds
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import load_file, save_file
 from d2o.students.base import build_student, save_student
-from d2o.students.generate import SampleSettings, make_samples, student_sampler
+from d2o.students.generate import SampleSettings, make_samples
 from d2o.students.multistep import MultistepStudent, OwnNoise
+from d2o.students.samplers import student_sampler
 from d2o.teachers.base import Spec
 from tests.networks.test_ncsnpp_z import generator
 

@@ -118,6 +118,7 @@ def test_paths_as_pictures(tmp_path: Path) -> None:
         path_images(style_student(), "x", 2, 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file_format", ["program", "onnx"])
 def test_an_exported_student_has_constant_noise_inputs(
     file_format: str, one_graph_a_network: None, tmp_path: Path

@@ -66,6 +66,7 @@ def noise(n, seed=0):
     return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.long
 def test_batches_of_a_text_store_carry_their_prompts(folder):
     store = PairStore(folder / "pairs")
     _, condition, target = store.batch([4, 0])
@@ -115,6 +116,7 @@ def test_conditions_that_do_not_fit_are_refused(student):
             student(noise(2), wrong)
 
 
+@pytest.mark.long
 def test_sampling_by_prompt(folder, student, capsys):
     many, one = folder / "many.zip", folder / "one.zip"
     assert run("sample", folder / "run", "--prompts", folder / "prompts.txt", "--n", 4, "--out", many) == 0
@@ -136,6 +138,7 @@ def test_sampling_by_prompt(folder, student, capsys):
         assert "takes no prompts" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long
 def test_evaluation_by_prompt(folder, capsys):
     given = ("--against", folder / "pairs", "--extractor", folder / "eyes.safetensors", "--n", 8, "--distance-n", 2)
     out = folder / "result.json"
@@ -192,6 +195,7 @@ def test_a_student_of_a_folder_finds_its_parts_there(folder, tmp_path, student, 
         assert words in said and "nothing is there" in said and not list(tmp_path.glob("x.zip*"))
 
 
+@pytest.mark.long
 def test_export_makes_a_folder_that_needs_nothing_else(folder, student):
     """What diffusers makes of it in one step is the student's image."""
     from d2o.export.folder import open_pipeline

@@ -59,6 +59,7 @@ def said(capsys):
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long
 def test_training_measures_it_at_its_own_scale(folder, capsys):
     last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["fd"] > 0 and (folder / "run" / "previews" / "000000016.png").exists()
@@ -68,6 +69,7 @@ def test_training_measures_it_at_its_own_scale(folder, capsys):
     assert run("train", folder / "told.yaml", "--set", "pairs.cfg=3", "--set", "pairs.path=null", "--plan") == 1
 
 
+@pytest.mark.long
 def test_sampling_says_the_scale(folder, capsys):
     sample = ("sample", folder / "run", "--prompts", folder / "prompts.txt", "--n", 4, "--device", "cpu")
     for cfg in (1, 8):
@@ -81,6 +83,7 @@ def test_sampling_says_the_scale(folder, capsys):
     assert "was trained for guidance scales from 1 to 8" in said(capsys) and not (folder / "x.zip").exists()
 
 
+@pytest.mark.long
 def test_evaluation_tells_it_to_student_and_teacher(folder, capsys):
     given = ("--against", folder / "pairs", "--extractor", folder / "eyes.safetensors", "--n", 8, "--distance-n", 2)
     asked = ("eval", folder / "run", *given, "--prompts", folder / "prompts.txt", "--device", "cpu")
@@ -93,6 +96,7 @@ def test_evaluation_tells_it_to_student_and_teacher(folder, capsys):
     assert run(*asked) == 2 and "none is given" in said(capsys)
 
 
+@pytest.mark.long
 def test_diffusers_pipeline_takes_guidance_scale(folder):
     """In one unguided call; a student of two calls likewise is in tests of few steps."""
     from d2o.export.folder import open_pipeline
@@ -111,6 +115,7 @@ def test_diffusers_pipeline_takes_guidance_scale(folder):
     assert (made[0] - made[1]).abs().max() > 1e-3
 
 
+@pytest.mark.long
 def test_graphs_have_an_input_for_it(one_graph_a_network, tmp_path):
     network = tiny_network(1, num_blocks=0)
     add_scale_input(network)

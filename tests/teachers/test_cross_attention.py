@@ -102,6 +102,7 @@ def test_the_unet_is_as_before_even_after_a_failure(pipes, noise):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_a_compiled_network_is_compiled_once_for_all_texts(pipes, noise, kind):
     """The texts' keys and values are inputs of what is compiled, not constants in it."""

@@ -53,6 +53,7 @@ def noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "kind", "solver"),
     [("sd", "StableDiffusion", "ddim"), ("xl", "StableDiffusionXL", "ddim"), ("sd3", "StableDiffusion3", "euler")],

@@ -34,6 +34,7 @@ def noise():
     return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("t5", "shift", "cfg"), [(False, 3.0, 1.0), (False, 3.0, 7.0), (True, 1.0, 5.0)])
 def test_samples_are_those_of_diffusers_pipeline(tmp_path, noise, t5, shift, cfg):
     pipe = pipelines.stable_diffusion_3(tmp_path, t5=t5, shift=shift)

@@ -106,6 +106,7 @@ def test_other_kinds_of_prediction(pipe, noise, prediction):
     )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__")  # numpy 2 about diffusers
 def test_dpmpp_is_diffusers_dpm_solver_multistep(pipe, teacher, noise):
     from diffusers import DPMSolverMultistepScheduler

@@ -56,6 +56,7 @@ def failed(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", KINDS)
 def test_killed_commands_end_with_the_same_bytes(results, name):
@@ -64,6 +65,7 @@ def test_killed_commands_end_with_the_same_bytes(results, name):
     assert not failed(mine), failed(mine)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", QUICK)
 def test_damaged_files_are_named_or_do_no_harm(results, name):

@@ -33,6 +33,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_what_auto_took_is_recorded_repeats_and_holds_on_other_machines(recipe, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     auto = ("--precision", "auto", "--set", "threads=1", "--seed", "5")
@@ -78,6 +79,7 @@ def test_as_begun_replaces_auto_and_nothing_else(recipe):
     assert as_begun(other, begun) == other and as_begun(other, None) is other
 
 
+@pytest.mark.long
 def test_threads_auto_measures_keeps_and_trains_as_if_the_number_had_been_given(recipe, tmp_path, capsys, two_threads):
     assert d2o("train", recipe, "--out", tmp_path / "auto", "--set", "threads=auto") == 0
     said = capsys.readouterr().err

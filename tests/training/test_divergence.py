@@ -101,6 +101,7 @@ def test_weights_that_are_not_finite_are_named():
         check_weights({"a": a, "b": b}, 5, None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 @pytest.mark.parametrize("images", [160, 1600])
 def test_a_learning_rate_that_is_far_too_high_ends_in_words(tmp_path, capsys, policy, images):
@@ -192,6 +193,7 @@ class Stumbles(TinyGAN):
         return {"loss": result["loss"] * (NAN if 6 <= iteration < 6 + DOUBT + 4 else 1)}
 
 
+@pytest.mark.long
 def test_checkpoints_wait_while_a_run_is_in_doubt_and_a_resumed_run_agrees(gan, tmp_path):
     gan(Stumbles, tmp_path / "whole", "images=480")
     names = sorted(path.stem for path in (tmp_path / "whole" / "checkpoints").glob("images*"))

@@ -10,7 +10,7 @@ import pytest
 from d2o.cli.app import main
 from d2o.evaluation import paper_protocols
 from d2o.evaluation.presets import Preset
-from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.quick import Evaluator
 from d2o.interop.safetensors_io import read_meta
 from d2o.recipes.load import load_recipe
 from d2o.teachers.base import Spec
@@ -45,6 +45,7 @@ def d2o(*arguments: object) -> int:
     return done.value.code  # type: ignore[return-value]
 
 
+@pytest.mark.long
 def test_a_protocol_gives_network_number_reference_and_the_making_of_images(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run) == 0
@@ -90,6 +91,39 @@ def test_a_protocol_gives_network_number_reference_and_the_making_of_images(reci
     assert found[0] == pytest.approx(scores[-1], rel=1e-6) and abs(found[1] - found[0]) > 1e-3
 
 
+def test_further_metrics_are_those_of_d2o_eval(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    also = ["--set", "eval.also=[is@digits, prdc]", "--set", "eval.every=96"]
+    assert d2o("train", recipe, "--out", run, *also) == 0
+    assert "(protocol tiny, digits), is@digits, prdc of 40 images" in capsys.readouterr().err
+    (scores,) = [
+        line["eval"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "eval" in line
+    ]
+    last, made = run / "checkpoints" / "last.safetensors", ["--quantize", "dmd_trunc", "--labels", "balanced"]
+    same = ["--against", "real:digits", "--extractor", "digits", "--n", 40, "--seed", 7, "--batch", 20, *made]
+    asked = ["--metrics", "fd,is@digits,prdc", "--no-teacher-distance", "--json", tmp_path / "eval.json"]
+    assert d2o("eval", last, *same, *asked) == 0
+    metrics = json.loads((tmp_path / "eval.json").read_text())["metrics"]
+    keys = {"fd", "accuracy", "is@digits", "precision", "recall", "density", "coverage"}
+    assert scores == pytest.approx({key: metrics[key]["value"] for key in keys}, rel=1e-6)
+    assert d2o("eval", "--curves", tmp_path / "is.svg", "--run", run, "--metrics", "is@digits") == 0
+    assert "is@digits" in (tmp_path / "is.svg").read_text() and "highest value" in (tmp_path / "is.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("also", "words"),
+    [
+        ("[ist]", "unknown metric 'ist'"),
+        ("[rel-fd]", "needs more than the student's images"),
+        ("[is@digits, kid@digits]", "a subset has 1000 images, the smaller set 40"),
+    ],
+)
+def test_further_metrics_that_cannot_be_had_are_refused_at_once(recipe, tmp_path, capsys, also, words):
+    assert d2o("train", recipe, "--out", tmp_path / "run", "--set", f"eval.also={also}") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_what_is_missing_or_wrong_is_told_before_anything_is_made(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("D2O_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("D2O_OFFLINE", "1")
@@ -129,10 +163,10 @@ def test_the_reference_can_be_the_images_that_are_trained_on():
     spec, score = Spec("s", (1, 8, 8)), {"n": 60, "seed": 0}
     data = [load_recipe("spi_gan_digits", changes).data for changes in ([], ["data.limit=300"])]
     whole, part = (
-        FrechetEvaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+        Evaluator("digits", "data", data=section).score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
         for section in data
     )
-    named = FrechetEvaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
+    named = Evaluator("digits", "real:digits").score(lambda z, _: z.clamp(-1, 1), spec, **score)["fd"]
     assert whole == pytest.approx(named, rel=1e-3) and part != pytest.approx(named, rel=1e-3)
 
 

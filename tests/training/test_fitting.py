@@ -126,6 +126,7 @@ def test_checkpointing_is_refused_where_no_network_has_it(recipe, tmp_path):
     assert set_checkpointing(torch.nn.Linear(1, 1), True) is False
 
 
+@pytest.mark.long
 def test_checkpointing_trains_the_same_weights_in_less_memory(tmp_path):
     tiny_teacher(tmp_path / "teacher.safetensors")
     (tmp_path / "r.yaml").write_text(f"""

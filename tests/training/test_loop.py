@@ -57,6 +57,7 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_leaves_everything_needed_to_read_continue_and_repeat_it(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run, "--set", "preview={every: 160, n: 4}") == 0
@@ -84,6 +85,7 @@ def test_a_run_leaves_everything_needed_to_read_continue_and_repeat_it(recipe, t
     assert checkpoint(tmp_path / "again") == checkpoint(run)
 
 
+@pytest.mark.long
 def test_an_existing_run_is_neither_overwritten_nor_mixed(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert d2o("train", recipe, "--out", run) == 0
@@ -109,6 +111,7 @@ def wait_for(path: Path, process: BaseProcess, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_a_resumed_run_ends_with_the_same_bytes(recipe, tmp_path):
     longer = ("--set", "images=1280")
     assert d2o("train", recipe, "--out", tmp_path / "whole", *longer) == 0
@@ -148,6 +151,7 @@ def difference(a: Path, b: Path) -> float:
     return max((x[k] - y[k]).abs().max().item() for k in x)
 
 
+@pytest.mark.long
 def test_micro_batches_change_nothing(recipe, tmp_path):
     assert d2o("train", recipe, "--out", tmp_path / "a") == 0
     assert d2o("train", recipe, "--out", tmp_path / "b", "--set", "micro_batch=4") == 0
@@ -155,6 +159,7 @@ def test_micro_batches_change_nothing(recipe, tmp_path):
     assert d2o("train", recipe, "--out", tmp_path / "c", "--set", "micro_batch=5") == 2
 
 
+@pytest.mark.long
 def test_two_processes_give_the_result_of_one(recipe, tmp_path):
     assert d2o("train", recipe, "--out", tmp_path / "one") == 0
     with socket.socket() as free:
@@ -184,6 +189,7 @@ def test_two_processes_give_the_result_of_one(recipe, tmp_path):
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ["precision=bf16", "channels_last=true"])
 def test_faster_settings_stay_close(recipe, tmp_path, setting):
     assert d2o("train", recipe, "--out", tmp_path / "a") == 0
@@ -192,6 +198,7 @@ def test_faster_settings_stay_close(recipe, tmp_path, setting):
     assert b[0] == pytest.approx(a[0], rel=0.1) and b[-1] == pytest.approx(a[-1], rel=0.3)
 
 
+@pytest.mark.long
 def test_compiled_training_is_the_same_training(recipe, tmp_path, monkeypatch):
     compiled = []
     original = torch.nn.Module.compile
@@ -227,6 +234,7 @@ def test_bad_gradients_stop_the_run_before_they_are_saved(recipe, tmp_path, monk
     assert not (run / "checkpoints" / "last.safetensors").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_bad_gradients_can_be_passed_over_and_are_counted(recipe, tmp_path, monkeypatch, policy):
     Explodes(monkeypatch)
@@ -236,6 +244,7 @@ def test_bad_gradients_can_be_passed_over_and_are_counted(recipe, tmp_path, monk
     assert all(t.isfinite().all() for t in weights(run).values())
 
 
+@pytest.mark.long
 def test_finetune_starts_from_the_student_and_records_where_it_came_from(recipe, tmp_path, capsys):
     assert d2o("train", recipe, "--out", tmp_path / "first") == 0
     again = ["finetune", recipe, "--from", tmp_path / "first", "--set", "ode.loss=l1", "--set", "images=64"]

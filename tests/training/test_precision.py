@@ -65,6 +65,7 @@ def test_other_precisions_are_left_alone():
     assert scale.scale == START
 
 
+@pytest.mark.long
 def test_fp16_trains_like_fp32_and_overflow_is_no_bad_gradient(recipe, tmp_path):
     assert d2o("train", recipe, "--out", tmp_path / "a") == 0
     assert d2o("train", recipe, "--out", tmp_path / "b", "--precision", "fp16", "--set", "bad_gradients=raise") == 0
@@ -77,6 +78,7 @@ def test_fp16_trains_like_fp32_and_overflow_is_no_bad_gradient(recipe, tmp_path)
     }
 
 
+@pytest.mark.long
 def test_two_players_in_fp16_resume_to_the_same_bytes(gan, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("d2o.training.precision.START", 2.0**24)  # overflows: the first updates are left out
     monkeypatch.setattr("d2o.training.precision.GROWTH", 7)

@@ -120,6 +120,7 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_end_with_the_weights_buffers_and_controllers_of_one(runs, name):
     one, two = (load_file(run / name / "checkpoints" / "state.safetensors")[0] for run in runs[:2])

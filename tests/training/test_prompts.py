@@ -13,7 +13,7 @@ from d2o.data.images import open_images
 from d2o.data.prompt_files import open_prompts
 from d2o.data.prompts import Prompts
 from d2o.errors import UserError
-from d2o.evaluation.quick import FrechetEvaluator
+from d2o.evaluation.quick import Evaluator
 from d2o.interop.safetensors_io import save_file
 from d2o.methods.base import Setup
 from d2o.networks.classifier import Classifier
@@ -71,6 +71,7 @@ def test_images_have_one_each(tmp_path):
         check_captions(Setup(None, images=images, prompts=Prompts.from_list(["a", "b", "c"])))
 
 
+@pytest.mark.long
 def test_a_student_of_drawn_prompts_is_measured_by_them(tmp_path):
     """`prompts:` without pairs: the score is of what the checkpoint makes of these prompts."""
     (tmp_path / "p.txt").write_text("a handwritten seven\nthree\n")
@@ -91,7 +92,7 @@ def test_a_student_of_drawn_prompts_is_measured_by_them(tmp_path):
     (score,) = [line["eval"]["fd"] for line in lines if "eval" in line]
 
     student, prompts = load_student(run / "checkpoints" / "last.safetensors"), open_prompts(tmp_path / "p.txt")
-    evaluator = FrechetEvaluator(str(tmp_path / "eyes.safetensors"), str(tmp_path / "x.npz"), torch.device("cpu"))
+    evaluator = Evaluator(str(tmp_path / "eyes.safetensors"), str(tmp_path / "x.npz"), torch.device("cpu"))
     found = [
         evaluator.score(
             lambda z, asked: student.decode(student(z, asked)), student.spec, n=4, seed=2_000_000, prompts=of

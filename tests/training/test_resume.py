@@ -138,6 +138,7 @@ def test_a_damaged_or_missing_state_is_refused_with_the_way_on(recipe, tmp_path,
     assert d2o(*again) == 0
 
 
+@pytest.mark.long
 def test_what_does_not_change_the_past_may_change(recipe, tmp_path, capsys):
     longer = tmp_path / "longer"
     assert d2o("train", recipe, "--out", longer, "--set", "images=320") == 0

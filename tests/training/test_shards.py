@@ -114,6 +114,7 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KILLED)
 def test_a_run_of_two_processes_that_is_killed_in_a_save_goes_on_to_the_same_bytes(runs, name):
     assert content(runs.several / name) == content(runs.several / "whole")

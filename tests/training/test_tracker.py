@@ -86,6 +86,7 @@ def module(name: str, **content) -> ModuleType:
     return made
 
 
+@pytest.mark.long
 def test_wandb_gets_the_numbers_of_the_log_and_a_resumed_run_is_the_same_there(recipe, tmp_path, wandb):
     run, track = tmp_path / "run", ("--set", "tracker=wandb", "--set", "optim.schedule=constant")
     assert d2o("train", recipe, "--out", run, *track) == 0

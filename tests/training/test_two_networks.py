@@ -100,6 +100,7 @@ def train(recipe, folder: Path, iterations: int | None = None) -> Trainer:
     return trainer
 
 
+@pytest.mark.long
 def test_two_optimisers_alternate_and_the_critic_is_held_in_the_generators_turn(recipe, tmp_path):
     trainer = train(recipe(), tmp_path / "run")
     assert [type(p.optimizer).__name__ for p in trainer.players.values()] == ["Adam", "RAdam"]
@@ -131,6 +132,7 @@ def test_the_average_moves_once_after_the_iteration_and_before_it_settles(recipe
     torch.testing.assert_close(trainer.ema.network.bias, 0.9 * before + 0.1 * seen[0])
 
 
+@pytest.mark.long
 def test_both_networks_and_optimisers_resume_to_the_same_bytes(recipe, tmp_path):
     train(recipe(), tmp_path / "whole")
     train(recipe(), tmp_path / "parts", iterations=77)
@@ -144,6 +146,7 @@ def test_without_an_own_section_the_critic_takes_the_generators_optimiser(recipe
     assert {type(p.optimizer) for p in trainer.players.values()} == {torch.optim.Adam}
 
 
+@pytest.mark.long
 def test_norms_and_a_verdict_are_logged_for_networks_against_each_other(recipe, tmp_path):
     train(recipe(), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -169,6 +172,7 @@ class Told(TinyGAN):
         }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("iterations", [77, 103, 150])
 def test_the_watch_of_a_resumed_run_is_that_of_a_whole_one(recipe, tmp_path, monkeypatch, iterations):
     monkeypatch.setitem(sys.modules, "tests.tiny_gan_method", SimpleNamespace(METHOD=Told))

@@ -288,6 +288,7 @@ def test_closing_may_break_off_anywhere(remote, path, reference, operation):
     assert broken > 0
 
 
+@pytest.mark.long
 def test_two_may_close_at_the_same_time(remote, path, reference):
     """Each operation of the first is followed by the whole of the second."""
 
