@@ -51,6 +51,7 @@ def test_a_student_in_five_lines(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("(8, 1, 8, 8) from 1 network call(s)")
 
 
+@pytest.mark.long
 def test_a_teacher_in_diffusers_format_from_pairs_to_export(tmp_path, monkeypatch):
     from d2o.export.folder import open_pipeline
 
@@ -62,6 +63,7 @@ def test_a_teacher_in_diffusers_format_from_pairs_to_export(tmp_path, monkeypatc
     assert (tmp_path / "runs/own/samples.png").exists()
 
 
+@pytest.mark.long
 def test_own_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)

@@ -76,6 +76,7 @@ def test_names_are_those_that_comfyui_looks_for():
     assert "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias" in texts
 
 
+@pytest.mark.long
 def test_a_student_of_tiny_sd_comes_back_bit_for_bit(tmp_path):
     from diffusers.loaders import single_file_utils as single
 
@@ -101,6 +102,7 @@ def test_a_student_of_tiny_sd_comes_back_bit_for_bit(tmp_path):
     assert export_checkpoint(tmp_path / "s.safetensors", "comfyui", dtype="fp32", check_n=1).unchanged
 
 
+@pytest.mark.long
 def test_students_of_two_text_encoders_in_half_precision(tmp_path):
     pipe = pipelines.stable_diffusion_xl(tmp_path, projection=32)
     text = clip_text("xl", [pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2])

@@ -30,6 +30,7 @@ def test_a_student_that_draws_on_its_way_takes_that_as_inputs():
     assert torch.equal(source.call(*given.values()), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["multistep", "style", "consistency", "ctm"])
 @pytest.mark.parametrize("file_format", ["program", "onnx"])
 def test_students_of_all_kinds_are_graphs(name, file_format, tmp_path, monkeypatch, one_graph_a_network):
@@ -41,6 +42,7 @@ def test_students_of_all_kinds_are_graphs(name, file_format, tmp_path, monkeypat
         assert "`step_noise`" in done.card.read_text() and "is an input here" in done.card.read_text()
 
 
+@pytest.mark.long
 def test_two_steps_of_a_consistency_student_take_the_noise_between(tmp_path, one_graph_a_network):
     student = load_student(PREVIOUS / "consistency.safetensors")
     save_student(tmp_path / "two.safetensors", student.with_steps(2), **{"recipe": {}})
@@ -49,6 +51,7 @@ def test_two_steps_of_a_consistency_student_take_the_noise_between(tmp_path, one
     assert shapes["step_noise"] == 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["denoiser", "style"])
 def test_half_precision_onnx(name, tmp_path, one_graph_a_network):
     whole = export_checkpoint(PREVIOUS / f"{name}.safetensors", "onnx", tmp_path, check_n=2)

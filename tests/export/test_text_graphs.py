@@ -20,6 +20,7 @@ from tests.export.snippets import run_snippet
 from tests.export.test_student_folder import saved, shaken, student_of
 from tests.teachers.families import tiny
 
+pytestmark = pytest.mark.long
 PROMPTS = ["abc", "a longer prompt", ""]
 
 
