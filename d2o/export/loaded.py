@@ -222,6 +222,8 @@ def load_exportable(path: str | Path, student_sigma: float | None = None) -> Loa
         raise UserError(what, "--format diffusers writes text-to-image teachers")
     source = Loaded(path, kind, spec, meta, network, fingerprint, call.eval())
     if spec.condition == "text":
+        if not spec.text:
+            raise UserError(f"{path} takes prompts, and does not say which text encoders read them")
         text = source.student.text
         told = ("guidance",) if source.guidance is not None else ()
         pooled = ("pooled",) if text([""]).pooled is not None else ()

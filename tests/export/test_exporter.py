@@ -86,10 +86,10 @@ def test_a_checkpoint_with_parts_of_its_record_missing_is_told(student, damage, 
         export_checkpoint(student, "safetensors")
 
 
-def test_text_conditioned_networks_are_refused(student):
+def test_students_that_do_not_name_their_text_encoders_are_refused(student):
     tensors, meta = load_file(student)
     save_file(student, tensors, {**meta, "spec": {**SPEC.to_dict(), "condition": "text", "classes": 0}})
-    with pytest.raises(UserError, match="text"):
+    with pytest.raises(UserError, match="does not say which text encoders"):
         export_checkpoint(student, "onnx")
 
 
