@@ -79,7 +79,7 @@ def test_own_images(tmp_path, monkeypatch, capsys):
 
 def test_images_of_another_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    images = np.random.default_rng(0).integers(0, 255, (64, 8, 8, 1), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 255, (1000, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "theirs.npz", images)
     run_script("other_images.sh", "theirs.npz", "real:digits")
     assert "FD" in (tmp_path / "theirs.md").read_text()
