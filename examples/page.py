@@ -57,7 +57,12 @@ def both(
     fast, fast_s = timed(lambda: student.decode(student(noise.to(student.device), told)))
     steps = teacher.solver(None).steps
     calls = f"{student.nfe} network call{'s' if student.nfe > 1 else ''}"
-    return slow, f"{steps} steps, {slow_s:.3f} s", fast, f"{calls}, {fast_s:.3f} s: {slow_s / fast_s:.0f} times as fast"
+    return (
+        slow,
+        f"Teacher: {steps} steps, {slow_s:.3f} s",
+        fast,
+        f"Student: {calls}, {fast_s:.3f} s: {slow_s / fast_s:.0f} times as fast",
+    )
 
 
 def page(teacher: Teacher, student: Student, cfg: float) -> Any:
@@ -77,10 +82,10 @@ def page(teacher: Teacher, student: Student, cfg: float) -> Any:
         button = gr.Button("Make both", variant="primary")
         with gr.Row():
             with gr.Column(min_width=140):
-                slow = gr.Image(label="Teacher")
+                slow = gr.Image(show_label=False, buttons=[])
                 slow_text = gr.Markdown()
             with gr.Column(min_width=140):
-                fast = gr.Image(label="Student")
+                fast = gr.Image(show_label=False, buttons=[])
                 fast_text = gr.Markdown()
 
         def make(asked: str, seed: int) -> tuple[Image.Image, str, Image.Image, str]:
