@@ -29,13 +29,36 @@ from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
 from results import budget, put
 
 ROOT = Path(__file__).resolve().parent.parent
+DIGITS = [
+    ("fd@digits", "FD(digits)", "{:.2f}", 1),
+    ("rel-fd@digits", "rel-FD to the teacher", "{:.2f}", 1),
+    ("accuracy", "accuracy, %", "{:.1f}", 100),
+    ("recall@digits", "recall, %", "{:.1f}", 100),
+    ("coverage@digits", "coverage, %", "{:.1f}", 100),
+]
 COLUMNS = {
+    "mini_sida": DIGITS,
+    "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
+    "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1)],
     "d2g_mini": [
         ("rel-fd@digits-area", "rel-FD", "{:.3f}", 1),
         ("prompt-accuracy@digits-area", "prompt accuracy, %", "{:.1f}", 100),
         ("diversity@digits-area", "diversity", "{:.4f}", 1),
         ("rmse", "rmse to teacher", "{:.3f}", 1),
-    ]
+    ],
+    "mini_gdd": [
+        ("fd@digits", "FD(digits)", "{:.2f}", 1),
+        ("rel-fd@digits", "rel-FD to the teacher", "{:.2f}", 1),
+        ("accuracy", "accuracy, %", "{:.1f}", 100),
+        ("recall@digits", "recall, %", "{:.1f}", 100),
+        ("fd@lite0", "FD(lite0)", "{:.2f}", 1),
+    ],
+    "mini_gdd_fig2": [
+        ("fd@digits", "FD(digits)", "{:.2f}", 1),
+        ("rel-fd@digits", "rel-FD to the one-step student", "{:.2f}", 1),
+        ("accuracy", "accuracy, %", "{:.1f}", 100),
+        ("recall@digits", "recall, %", "{:.1f}", 100),
+    ],
 }
 
 
@@ -47,6 +70,7 @@ class Job:
     row: PaperRow
     run: RowRun | None
     options: dict[str, Any]
+    against: str | None = None
 
     @property
     def x(self) -> str:
@@ -60,11 +84,12 @@ class Job:
 
     @property
     def recipe_hash(self) -> str | None:
-        """Of the recipe as it is resolved: a record of another one is measured again."""
+        """Of what the resolved recipe says beside the defaults, so that a new key changes nothing. A record of another
+        recipe is measured again."""
         if self.run is None or self.row.recipe is None:
             return None
-        resolved = load_recipe(self.row.recipe, [f"seed={self.run.seed}"]).model_dump_json()
-        return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+        resolved = load_recipe(self.row.recipe, [*self.row.changes, f"seed={self.run.seed}"])
+        return hashlib.sha256(resolved.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
 
     def commands(self) -> list[str]:
         lines = []
@@ -72,8 +97,9 @@ class Job:
             verb = (
                 f"finetune {self.row.recipe} --from {self.run.start}" if self.run.start else f"train {self.row.recipe}"
             )
-            lines.append(f"d2o {verb} --set seed={self.run.seed} --out {self.run.folder} --resume")
-        words = []
+            changes = [f"--set {shlex.quote(change)}" for change in (*self.row.changes, f"seed={self.run.seed}")]
+            lines.append(f"d2o {verb} {' '.join(changes)} --out {self.run.folder} --resume")
+        words = [] if self.against is None else ["--against", self.against]
         for key, value in self.options.items():
             words += [option(key), ",".join(value) if isinstance(value, list) else f"{value}"]
         name = shlex.quote(self.row.name)
@@ -84,12 +110,15 @@ def jobs(name: str, table: PaperTable) -> Iterator[Job]:
     """What needs no training first, then seed after seed, what others begin from first."""
     for row in table.rows:
         if row.x is not None and row.recipe is None:
-            yield Job(name, row, None, table.options_of(row))
+            yield Job(name, row, None, table.options_of(row), table.against_of(row))
     for seed in table.seeds:
         for row in table.rows:
             for run in table.runs_of(row):
                 if run.seed == seed:
-                    yield Job(name, row, run, table.options_of(row))
+                    options = table.options_of(row)
+                    if "teacher" in options:
+                        options["teacher"] = table.teacher_of(row, seed=seed)
+                    yield Job(name, row, run, options, table.against_of(row))
 
 
 def current(job: Job) -> dict[str, Any] | None:
@@ -102,9 +131,10 @@ def current(job: Job) -> dict[str, Any] | None:
 
 def measure(job: Job) -> None:
     started = job.recipe_hash
-    if job.run is not None and job.run.start is not None and not Path(ROOT / job.run.start).exists():
-        first = next(j for j in jobs(job.table, load_table(job.table)) if j.run and j.run.folder == job.run.start)
-        run(first.commands()[0])  # measured elsewhere, but its weights are needed here
+    needed = [job.options.get("teacher"), *([] if job.run is None else [job.run.start])]
+    for first in jobs(job.table, load_table(job.table)):
+        if first.run and first.x in needed and first.x != job.x and not (ROOT / first.x).exists():
+            run(first.commands()[0])  # measured elsewhere, but its weights are needed here
     for line in job.commands():
         run(line)
     made = json.loads((ROOT / "runs" / "record.json").read_text())

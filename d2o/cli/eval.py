@@ -162,6 +162,13 @@ CFG = _making(
         " that are told it."
     ),
 )
+GUIDE = _making(
+    "--guide",
+    help=(
+        "A second network by which teachers are guided at --cfg, as EDM2's are: edm2-img512-xs-uncond, or any teacher"
+        " of the EDM family."
+    ),
+)
 RESIZE = _making(
     "--resize",
     default="none",
@@ -274,6 +281,7 @@ def evaluate(
     teacher_solver: str = TEACHER_SOLVER,
     teacher_steps: int = TEACHER_STEPS,
     cfg: float = CFG,
+    guide: str = GUIDE,
     resize: str = RESIZE,
     quantize: str = QUANTIZE,
     on_bad: str = ON_BAD,

@@ -234,7 +234,8 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
         runs = measured_runs(table, row, under)
         reason = None if runs else absent(row, under)
         if row.x is not None and reason is None and "teacher" not in given:
-            reason = table.lacks_teacher(row, under)
+            lacks = [table.lacks_teacher(row, under, seed) for seed in [run.seed for run in runs] or [None]]
+            reason = next(filter(None, lacks), None)
         if row.x is None or reason is not None:
             if (why := reason or row.cited) is not None:
                 console.say(f"not measured: {row.name}: {why}")
@@ -248,7 +249,6 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
             for key, value in {
                 "against": table.against_of(row),
                 **table.options_of(row),
-                "teacher": table.teacher_of(row, under),
             }.items()
             if value is not None
         }
@@ -259,8 +259,10 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
         }
         try:
             found = []
-            for x in [run.folder for run in runs] or [moved(row.x, under)]:
+            for x, seed in [(run.folder, run.seed) for run in runs] or [(moved(row.x, under), None)]:
                 one = {**row_values, "x": [x], "name": [row.name], "paper": [dict(row.paper)]}
+                if "teacher" in chosen and "teacher" not in given:
+                    one["teacher"] = table.teacher_of(row, under, seed)
                 found += _one_after_another(*prepare(one, (given | set(chosen)) - {"table", "runs"}), None, place)
             for record in found if len(found) < 2 else [over_seeds(found, [run.seed for run in runs])]:
                 record["notes"] += table.notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from d2o.cli import console
+from d2o.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,12 @@ def open_teacher(name: str, device: str | None) -> Teacher:
             say=console.say,
             progress=lambda done, total: bar(done // 10**6, (total or done) // 10**6, ""),
         )
+
+
+def check_guide(guide: str | None, guided: bool) -> None:
+    """UserError: --guide without guidance."""
+    if guide is not None and not guided:
+        raise UserError(f"--guide {guide} needs --cfg: at 1 there is no guidance", "EDM2-XS: --cfg 1.4")
 
 
 def open_device(name: str | None) -> torch.device:

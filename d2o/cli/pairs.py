@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.opening import open_teacher
+from d2o.cli.opening import check_guide, open_teacher
 from d2o.errors import UserError
 
 CHURN = "Stochastic Heun (--solver sde), Karras et al. 2022, Algorithm 2"
@@ -62,6 +62,15 @@ def pairs(
             "Guidance weight w of D_u + w (D_c - D_u); 1 is none, others run the network twice. 1:8: each pair has a"
             " weight of its own, uniform from 1 to 8, for students that are told it."
         ),
+    ),
+    guide: str = typer.Option(
+        None,
+        "--guide",
+        help=(
+            "A second network to guide by, in place of the teacher without its condition: edm2-img512-xs-uncond for"
+            " EDM2, or any teacher of the EDM family. Needs --cfg."
+        ),
+        show_default=False,
     ),
     labels: str = typer.Option(
         "random",
@@ -226,9 +235,11 @@ def pairs(
         texts = open_prompts(prompts)  # a mistake in it is found before the teacher is fetched
         n = len(texts) * max(per_prompt, 1) if n is None else n
     from d2o.diffusion.guidance import parse_cfg
+    from d2o.teachers.base import guided_name
 
     scale = parse_cfg(cfg)
     _check_given(teacher, n, prompts, cfg)
+    check_guide(guide, scale != 1)
 
     from d2o.data.pair_settings import PairSettings
     from d2o.runtime import stop_flag
@@ -236,7 +247,7 @@ def pairs(
     from d2o.teachers.generate import Share, make_pairs
 
     settings = PairSettings(
-        teacher,
+        guided_name(teacher, guide),
         n,
         seed,
         solver,
@@ -264,7 +275,7 @@ def pairs(
     compute = Compute(batch, threads, precision, channels_last, compile)
     share = Share.parse(worker, share_only)
     with stop_flag() as stop, console.progress_bar("pairs", "pairs") as progress:
-        model = open_teacher(teacher, device)
+        model = open_teacher(settings.teacher, device)
         if out is None:
             out = str(settings.resolved(model.spec.solver, model.spec.steps).folder(precision))
             console.say(f"the store is {out} (--out names another)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.opening import open_device, open_teacher
+from d2o.cli.opening import check_guide, open_device, open_teacher
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 
@@ -90,6 +90,15 @@ def sample(
         ),
         show_default=False,
     ),
+    guide: str = typer.Option(
+        None,
+        "--guide",
+        help=(
+            "A second network to guide by, in place of the teacher without its condition: edm2-img512-xs-uncond for"
+            " EDM2, or any teacher of the EDM family. Needs --cfg."
+        ),
+        show_default=False,
+    ),
     prompt: list[str] = typer.Option(
         None,
         "--prompt",
@@ -161,8 +170,14 @@ def sample(
     if (checkpoint is None) == (teacher is None):
         raise UserError("give a student's checkpoint or --teacher, one of them", example)
     _check_given(checkpoint, teacher, n, prompt or prompts)
-    if checkpoint is not None and solver is not None:
-        raise UserError("--solver is a teacher's", "leave it away")
+    for option, given in (("--solver", solver), ("--guide", guide)):
+        if checkpoint is not None and given is not None:
+            raise UserError(f"{option} is a teacher's", "leave it away")
+    check_guide(guide, cfg not in (None, 1))
+    if teacher is not None and guide is not None:
+        from d2o.teachers.base import guided_name
+
+        teacher = guided_name(teacher, guide)
     if prompt and prompts:
         raise UserError("--prompt and --prompts are two ways to give the same", "give one of them")
     if grid is not None and grid.suffix.lower() != ".png":

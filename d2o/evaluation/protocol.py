@@ -39,6 +39,7 @@ class Settings:
     steps: int | None = None
     teacher_solver: str | None = None  # of the teacher that X is measured against; None: its usual one
     teacher_steps: int | None = None
+    guide: str | None = None  # by whom teachers are guided (None: by themselves, without a condition)
     cfg: float | None = None  # guidance of teachers (None: 1, which is none), and of students that are told it
     repeats: int = 1  # runs over disjoint blocks of seeds
     report_as: str = "mean"  # of several runs: "mean" (with the deviation) or "min", as EDM reports

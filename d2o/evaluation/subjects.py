@@ -29,7 +29,7 @@ from d2o.spaces.base import UNNAMED
 from d2o.spaces.load import load_space
 from d2o.students.base import load_student
 from d2o.students.consistency import ConsistencyStudent
-from d2o.teachers.base import Spec
+from d2o.teachers.base import GUIDED_BY, Spec, guided_name
 from d2o.teachers.registry import BUILTIN, load_teacher, teacher_names
 
 
@@ -107,6 +107,7 @@ Subject = Generator | Pictures | Numbers
 
 def check_there(text: str) -> None:
     """UserError, at once, where `open_subject` would find nothing of that name, or nothing that can be opened."""
+    text = text.partition(GUIDED_BY)[0]
     there = os.path.exists(text)
     if there and not os.path.isdir(text):
         check_input(text, "images, a checkpoint or statistics")
@@ -136,6 +137,8 @@ def open_subject(
     """
     check_there(text)
     path = Path(text)
+    if GUIDED_BY in text:
+        return _teacher(text, text, None, settings, device)
     if text.startswith("real:"):
         return _pictures(text, settings, extractor, on_bad)
     if text in teacher_names() and not path.exists():
@@ -161,8 +164,12 @@ def open_subject(
 
 
 def _teacher(text: str, label: str, path: Path | None, settings: Settings, device: Device) -> Generator:
-    model = load_teacher(text, device)
+    model = load_teacher(guided_name(text, None if GUIDED_BY in text else settings.guide), device)
+    if model.guide is not None and settings.cfg in (None, 1):
+        raise UserError(f"{model.guide.spec.name!r} guides nothing at a scale of 1", "give --cfg, for example 1.4")
     ordered = arrange(model.network, device)
+    if model.guide is not None:
+        arrange(model.guide.network, device)
     solver = model.solver(settings.solver, settings.steps)
     solver.grid(model.schedule)  # whether it fits
     if solver.stochastic:
@@ -170,8 +177,9 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
     cfg = 1.0 if settings.cfg is None else settings.cfg
     model.check_cfg(cfg)
     prompts = prompts_for(settings, model.spec)
+    lies = model.guide is None and path is not None and path.is_file()
     record = {
-        "sha256": file_sha256(path) if path is not None and path.is_file() else model.fingerprint,
+        "sha256": file_sha256(path) if lies and path is not None else model.fingerprint,
         "fingerprint": model.fingerprint,
         "parameters": count_parameters(model.network),
         "nfe": solver.nfe,
@@ -181,6 +189,7 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
         "cfg": cfg,
         "licence": model.spec.licence,
         **({"channels_last": True} if ordered else {}),
+        **({} if model.guide is None else {"guide": model.guide.record}),
     }
 
     def sample(noise: Tensor, condition: Condition) -> Tensor:

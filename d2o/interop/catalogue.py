@@ -67,22 +67,37 @@ def _edm(name: str, file: str, about: str, steps: int, resolution: int, paramete
     )
 
 
-def _edm2(size: str, snapshot: str, parameters: int) -> Published:
-    about = (
-        f"EDM2-{size.upper()}, ImageNet 512x512 in the latents of sd-vae-ft-mse, the EMA of the best FID without"
-        " guidance"
-    )
-    url = f"{EDM2_URL}edm2-img512-{size}-{snapshot}.pkl"
+def _edm2(size: str, snapshot: str, parameters: int, guided: float | None = None) -> Published:
+    """`guided`: of the best FID with guidance by XS without classes at that scale, its EMA as long."""
+    ema = snapshot.rpartition("-")[2]
+    best = "without guidance" if guided is None else f"when guided by {_guide_name(ema)} at {guided:g}"
+    name = f"edm2-img512-{size}" + ("" if guided is None else f"-{ema}")
+    return _edm2_network(name, size, f"{size}-{snapshot}", parameters, 1000, f"the EMA of the best FID {best}")
+
+
+def _guide_name(ema: str) -> str:
+    return "edm2-img512-xs-uncond" + ("" if ema == "0.045" else f"-{ema}")
+
+
+def _edm2_guide(ema: str) -> Published:
+    """XS without classes, which guides EDM2 of all sizes (Karras et al. 2024, Table 2)."""
+    about = f"without classes, to guide others by (--guide), EMA {ema}"
+    return _edm2_network(_guide_name(ema), "xs", f"xs-uncond-2147483-{ema}", 124_201_253, 0, about)
+
+
+def _edm2_network(name: str, size: str, file: str, parameters: int, classes: int, about: str) -> Published:
+    about = f"EDM2-{size.upper()}, ImageNet 512x512 in the latents of sd-vae-ft-mse, {about}"
+    url = f"{EDM2_URL}edm2-img512-{file}.pkl"
     licence = (NVIDIA_LICENCE, NVIDIA_LICENCE_URL)
     network: JsonObject = {
         "arch": "edm2",
         "preset": size,
         "img_resolution": 64,
         "img_channels": 4,
-        "label_dim": 1000,
+        "label_dim": classes,
     }
     return Published(
-        f"edm2-img512-{size}",
+        name,
         "nvidia",
         url,
         *licence,
@@ -143,6 +158,14 @@ TEACHERS = {
         _edm2("l", "1879048-0.085", 777_498_085),
         _edm2("xl", "1342177-0.085", 1_119_283_749),
         _edm2("xxl", "0939524-0.070", 1_523_164_773),
+        # Their averages that are best when guided, and what they are guided by (the presets of the authors' code).
+        _edm2("xs", "2147483-0.045", 124_713_253, 1.4),
+        _edm2("s", "2147483-0.025", 280_212_837, 1.4),
+        _edm2("m", "2147483-0.030", 497_807_781, 1.2),
+        _edm2("l", "1879048-0.015", 777_498_085, 1.2),
+        _edm2("xl", "1342177-0.020", 1_119_283_749, 1.2),
+        _edm2("xxl", "0939524-0.015", 1_523_164_773, 1.2),
+        *(_edm2_guide(ema) for ema in ("0.015", "0.020", "0.025", "0.030", "0.045")),
         Published(
             "sd15",
             "diffusers",

@@ -150,16 +150,23 @@ class PaperTable(Section):
         """The row's options over the table's, only those that are written there."""
         return {**_given(self.options), **_given(row.options)}
 
-    def teacher_of(self, row: PaperRow, under: str | None = None) -> str | None:
-        """What the row is measured against from equal noise, where the table says it; runs in the folder `under`."""
+    def teacher_of(self, row: PaperRow, under: str | None = None, seed: int | None = None) -> str | None:
+        """What the row is measured against from equal noise, where the table says it; runs in the folder `under`. A run
+        that this table trains with seeds is the one of that `seed`."""
         teacher = self.options_of(row).get("teacher")
-        return None if teacher is None else moved(teacher, under)
+        if teacher is None:
+            return None
+        made = seed is not None and any(other.recipe and other.x == teacher for other in self.rows)
+        return moved(teacher, under) + (f"_seed{seed}" if made else "")
 
-    def lacks_teacher(self, row: PaperRow, under: str | None = None) -> str | None:
+    def lacks_teacher(self, row: PaperRow, under: str | None = None, seed: int | None = None) -> str | None:
         """Why that teacher is not there, and how to make it; None where it is, or is no run."""
-        teacher = self.teacher_of(row, under)
-        makers = [other for other in self.rows if other.x and moved(other.x, under) == teacher]
-        return f"its teacher {why}" if makers and (why := absent(makers[0], under)) else None
+        named, teacher = self.options_of(row).get("teacher"), self.teacher_of(row, under, seed)
+        makers = [other for other in self.rows if other.x and other.x == named]
+        if not makers or os.path.exists(str(teacher)):
+            return None
+        why = absent(makers[0], under)
+        return f"its teacher {why}" if why else None
 
     def against_of(self, row: PaperRow) -> str | None:
         return row.against or self.against

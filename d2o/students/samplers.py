@@ -110,6 +110,7 @@ def teacher_sampler(
         "cfg": cfg,
         "nfe": solver.nfe,
         "forwards": solver.forwards(cfg),
+        **({} if teacher.guide is None else {"guide": teacher.guide.record}),
     }
     spec, record = prompted("teacher", spec, record, prompts)
 

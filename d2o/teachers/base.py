@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,12 @@ from d2o.spaces.load import load_space
 
 UNSTATED = "not stated"
 """The licence, or the name, of what does not say it. Files of older versions have "unstated"."""
+GUIDED_BY = " guided by "
+"""Between the names of a teacher and of the network that guides it (`Teacher.guide_by`): one name for both."""
+
+
+def guided_name(teacher: str, guide: str | None) -> str:
+    return teacher if guide is None else f"{teacher}{GUIDED_BY}{guide}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class Teacher:
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.schedule: Schedule = EDMSchedule(spec.sigma_min, spec.sigma_max, getattr(network, "round_sigma", None))
         self.call: Callable[..., Any] = self.network  # what is called in its place: the same network, compiled
+        self.guide: Teacher | None = None
 
     def denoise(self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(len(x_t))
@@ -135,11 +143,34 @@ class Teacher:
         assert isinstance(embedded, Tensor)
         return torch.full_like(embedded, NO_CLASS)
 
+    def guide_by(self, guide: Teacher) -> None:
+        """Guidance from now on is away from another network, which need not be asked for a class: an unconditional one
+        (Karras et al. 2024, EDM2), or one that is worse (Karras et al. 2024b, autoguidance). UserError: it makes other
+        samples, goes through other noise levels, or takes another condition."""
+        mine, theirs = self.spec, guide.spec
+        name, other = repr(mine.name), repr(theirs.name)
+        if (mine.shape, mine.space) != (theirs.shape, theirs.space):
+            made = [f"{' x '.join(map(str, spec.shape))} in space {spec.space}" for spec in (theirs, mine)]
+            raise UserError(f"{other} cannot guide teacher {name}: it makes {made[0]}, the teacher {made[1]}")
+        family = type(self.schedule) is type(guide.schedule) is EDMSchedule
+        if not family or "text" in (mine.condition, theirs.condition):
+            raise UserError(
+                f"{other} cannot guide teacher {name}: guidance by a second network is for denoisers of the EDM family",
+                "others are guided by themselves: --cfg alone",
+            )
+        if theirs.condition == "label" and mine.classes != theirs.classes:
+            raise UserError(
+                f"{other} cannot guide teacher {name}: it takes {theirs.classes} classes, the teacher {mine.classes}"
+            )
+        self.guide = guide
+        licences = dict.fromkeys((mine.licence, theirs.licence))
+        self.spec = replace(mine, name=guided_name(mine.name, theirs.name), licence="; ".join(licences))
+
     def guided(
         self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float | Tensor = 1.0
     ) -> Tensor:
         """Classifier-free guidance in data prediction, D_u + cfg (D_c - D_u), both in one batched call; cfg 1 is the
-        plain conditional call, and [B] are the scales of each sample.
+        plain conditional call, and [B] are the scales of each sample. D_u is the guide's, if there is one.
 
         For one x_t this is the same as guiding the noise prediction. UserError: nothing to guide by.
         """
@@ -147,6 +178,9 @@ class Teacher:
             return self.denoise(x_t, t, condition)
         self.check_cfg(cfg)
         embedded = self.embed(condition)
+        if self.guide is not None:
+            asked = embedded if self.guide.spec.condition == "label" else None
+            return guide(self.denoise(x_t, t, embedded), self.guide.denoise(x_t, t, asked), cfg)
         if embedded is None:
             what = f"guidance (cfg {show_cfg(cfg)}) needs a condition, but teacher {self.spec.name!r} was given none"
             raise UserError(what)
@@ -215,7 +249,7 @@ class Teacher:
 
     def check_cfg(self, cfg: float | Range | Tensor) -> None:
         """UserError: guidance of a teacher that has no condition, or never learned what images are like without one."""
-        if no_guidance(cfg):
+        if no_guidance(cfg) or self.guide is not None:
             return
         if self.spec.condition == "none":
             what = f"guidance (cfg {show_cfg(cfg)}) needs a condition, but teacher {self.spec.name!r} takes none"
@@ -229,19 +263,22 @@ class Teacher:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a file says of it that needs its network: name, revision, sha256 of the network's weights (None in a
-        plan)."""
+        """What a file says of it that needs its network: name (its own, whatever guides it), revision, sha256 of the
+        network's weights (None in a plan)."""
         if not hasattr(self, "_sha256"):
             meta = self.device.type == "meta"
             self._sha256 = None if meta else tensors_sha256(self.network.state_dict())
-        return {"name": self.origin or self.spec.name, "revision": self.revision, "sha256": self._sha256}
+        name = (self.origin or self.spec.name).partition(GUIDED_BY)[0]
+        return {"name": name, "revision": self.revision, "sha256": self._sha256}
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the weights."""
+        """sha256 over the weights, those of its guide among them."""
         if not hasattr(self, "_fingerprint"):
             self._fingerprint = tensors_sha256(self.network.state_dict())
-        return self._fingerprint
+        if self.guide is None:
+            return self._fingerprint
+        return hashlib.sha256(f"{self._fingerprint}{GUIDED_BY}{self.guide.fingerprint}".encode()).hexdigest()
 
 
 def embed_labels(spec: Spec, condition: Condition | Embedded, device: torch.device) -> Embedded:

@@ -78,6 +78,8 @@ def tune(teacher: Teacher, recorded: JsonObject) -> None:
     teacher.dtype = tune_network(teacher.network, recorded) or teacher.dtype
     if (mode := COMPILES[recorded.get("compile", "none")]) is not None and teacher.call is teacher.network:
         teacher.call = torch.compile(teacher.network, mode=mode, dynamic=False)
+    if teacher.guide is not None:
+        tune(teacher.guide, recorded)
 
 
 def changes(recorded: JsonObject) -> bool:

@@ -13,7 +13,7 @@ from d2o.interop.hub import INDEX, is_diffusers_folder, is_repository
 from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.networks.config import Config
 from d2o.networks.precond import Denoiser
-from d2o.teachers.base import Teacher
+from d2o.teachers.base import GUIDED_BY, Teacher
 from d2o.teachers.in_edm import ViewTeacher
 from d2o.teachers.registry import BUILTIN
 
@@ -79,6 +79,7 @@ def kind_of(teacher: Teacher) -> TeacherKind:
 def expected_kind(name: str) -> TeacherKind | None:
     """The kind of teacher that `load_teacher(name)` would give. None where that cannot be known without it: nothing is
     there, or no teacher."""
+    name = name.partition(GUIDED_BY)[0]
     if name not in BUILTIN:
         published = catalogue.find(name)
         if published is not None and not Path(name).exists():

@@ -24,7 +24,7 @@ from d2o.networks.precond import Denoiser
 from d2o.runtime import Say
 from d2o.spaces.base import PIXELS
 from d2o.spaces.load import EDM2
-from d2o.teachers.base import UNSTATED, Spec, Teacher
+from d2o.teachers.base import GUIDED_BY, UNSTATED, Spec, Teacher, guided_name
 from d2o.teachers.latent import text_to_image_teacher
 
 BUILTIN = {"digits": "teacher_digits.safetensors", "tiny-sd": "tiny-sd"}
@@ -46,15 +46,19 @@ def load_teacher(
 ) -> Teacher:
     """A teacher by name (`digits`, `tiny-sd`, `sd15`, `edm-cifar10-cond-vp`, ...: `teacher_names()`), or from where it
     lies: a checkpoint or run folder of `d2o train`, a network as NVIDIA published it (`.pkl`), a folder in diffusers'
-    layout, a repository of the hub (owner/name).
+    layout, a repository of the hub (owner/name). "A guided by B": A, guided away from B (`Teacher.guide_by`).
 
     `dtype` bfloat16 runs the network under autocast. `device` "meta": what a plan needs, built of what the files say of
     their weights, of which none is read. `say` is told of licences, `progress(bytes done, total)` of
     downloads. UserError: unknown name (with the nearest), missing, truncated or foreign file, no network to download
     with (which says what to put where).
     """
-    teacher = _load(str(name_or_path), device, dtype, say, progress)
-    teacher.origin, teacher.revision = origin_of(str(name_or_path))
+    name, _, guide = str(name_or_path).partition(GUIDED_BY)
+    teacher = _load(name, device, dtype, say, progress)
+    teacher.origin, teacher.revision = origin_of(name)
+    if guide:
+        teacher.guide_by(load_teacher(guide, device, dtype, say=say, progress=progress))
+        teacher.origin = guided_name(teacher.origin, teacher.guide.origin if teacher.guide else None)
     return teacher
 
 

@@ -91,6 +91,11 @@ def test_a_table_of_distances_to_one_of_its_rows(work: Path, capsys: pytest.Capt
     one, other = json.loads(Path("t.json").read_text())
     assert abs(one["metrics"]["rel-fd"]["value"]) < 1e-6 < other["metrics"]["rel-fd"]["value"]
     assert other["metrics"]["rel-fd"]["to"] == "here/one"
+    Path("s.yaml").write_text(text.replace("rows:", "seeds: [1, 2]\nrows:"))
+    Path("here/one").rename("here/one_seed2")
+    Path("here/other").rename("here/other_seed2")
+    run("--table", "s.yaml", "--runs", "here", "--device", "cpu", "--json", "s.json")
+    assert json.loads(Path("s.json").read_text())[1]["metrics"]["rel-fd"]["to"] == "here/one_seed2"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")]
     f"edm-{d}-{v}" for d in ("ffhq", "afhqv2") for v in ("vp", "ve")
 ]
 EDM2 = [f"edm2-img512-{size}" for size in ("xs", "s", "m", "l", "xl", "xxl")]
+GUIDED = [f"edm2-img512-{x}" for x in ("xs-0.045", "s-0.025", "m-0.030", "l-0.015", "xl-0.020", "xxl-0.015")]
+GUIDES = [f"edm2-img512-xs-uncond{x}" for x in ("", "-0.015", "-0.020", "-0.025", "-0.030")]
+EDM2 += [*GUIDED, *GUIDES]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +84,7 @@ def test_a_plan_knows_the_networks_of_nvidia_without_their_files(name):
     spec = teacher.spec
     assert (spec.space, spec.classes, spec.steps) == (
         "edm2" if name in EDM2 else "pixels",
-        {"cond": 10, "uncond": 0}.get(name.split("-")[2], 0 if "hq" in name else 1000),
+        {"cond": 10, "uncond": 0}.get(name.split("-")[2], 0 if "hq" in name or name in GUIDES else 1000),
         published.steps,
     )
     assert spec.shape[1] == published.resolution // (8 if name in EDM2 else 1)

@@ -9,6 +9,7 @@ import torch
 
 from d2o.condition import Condition
 from d2o.errors import UserError
+from d2o.evaluation.known_metrics import parse_metrics
 from d2o.losses.consistency import karras_time
 from d2o.methods.base import Batch, Setup, get_method
 from d2o.methods.gdd import GDD, GDDOptions
@@ -239,7 +240,7 @@ def test_get_method():
     assert get_method("gdd") is GDD and GDD.takes == "edm"
 
 
-TABLES = sorted(path.stem for path in (recipe_folders()[0] / "tables").glob("gdd_*.yaml"))
+TABLES = sorted(path.stem for path in (recipe_folders()[0] / "tables").glob("*gdd*.yaml"))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -247,6 +248,18 @@ def test_recipes_that_the_tables_name_are_there(name):
     known = set(recipe_names())
     rows = load_table(name).rows
     assert rows and not [row.recipe for row in rows if row.recipe and row.recipe not in known]
+
+
+@pytest.mark.parametrize("name", ["mini_gdd", "mini_gdd_fig2"])
+def test_what_measures_a_student_has_not_trained_it(name):
+    table = load_table(name)
+    for row in table.rows:
+        if row.recipe is None or "flattered" in row.name:
+            continue
+        critic = load_recipe(row.recipe).options.critic
+        seen = {"projected": set(critic.backbones), "style": set()}.get(critic.kind, {critic.trunk})
+        judges = {want.extractor for want in parse_metrics(table.options_of(row)["metrics"])}
+        assert judges and not judges & {each.removeprefix("tf_efficientnet_") for each in seen}, row.name
 
 
 def test_twins_differ_in_freeze_alone():

@@ -78,7 +78,7 @@ def test_the_papers_all_have_their_tables():
         + ["d2g_appendix_d", "d2g_lambda_gan", "d2g_elatentlpips", "d2g_mini"]
     )
     gdd = [f"gdd_table{i}" for i in ("1a", "1b", "2", "3a", "3a_cond", "3b", "3c", "4", "4_pr", "5", "6")]
-    gdd += [f"gdd_fig{i}" for i in ("2a", "2b", "4a", "4b")]
+    gdd += [f"gdd_fig{i}" for i in ("2a", "2b", "4a", "4b")] + ["mini_gdd", "mini_gdd_fig2"]
     assert {*papers, *gdd, "spi_gan_dd_gan", "digits"} <= set(table_names())
 
 
