@@ -37,7 +37,7 @@ from hypothesis import settings  # noqa: E402
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 if TYPE_CHECKING:
-    from d2o.export.loaded import Loaded
+    from d2o.export.graphs import Graph
 
 settings.register_profile(
     "d2o", deadline=None, derandomize=True
@@ -102,14 +102,16 @@ def extractor_file(tmp_path: Path) -> Path:
 def one_graph_a_network() -> Iterator[None]:
     """ONNX files and programs of the same network start from (copies of) the same graph: it takes seconds."""
     from d2o.export import onnx, program
+    from d2o.interop.safetensors_io import tensors_sha256
 
     graphs: dict[str, torch.export.ExportedProgram] = {}
     traced = program.trace
 
-    def trace(source: Loaded) -> torch.export.ExportedProgram:
-        if source.fingerprint not in graphs:
-            graphs[source.fingerprint] = traced(source)
-        return copy.deepcopy(graphs[source.fingerprint])
+    def trace(graph: Graph) -> torch.export.ExportedProgram:
+        key = f"{graph.inputs} {tensors_sha256(graph.module.state_dict())}"
+        if key not in graphs:
+            graphs[key] = traced(graph)
+        return copy.deepcopy(graphs[key])
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (onnx, program):

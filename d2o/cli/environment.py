@@ -57,6 +57,7 @@ EXTRAS = {
     "pairs": "prompts in .parquet files",
     "lora": "student.lora",
     "export": "d2o export --format onnx",
+    "demo": "examples/page.py",
     "wandb": "tracker: wandb",
     "mlflow": "tracker: mlflow",
 }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from d2o.cli import complete, console
+
+if TYPE_CHECKING:
+    from d2o.export.exporter import Exported
 
 CHECKPOINT = typer.Argument(
     help=(
@@ -20,18 +24,20 @@ FORMAT = typer.Option(
     "onnx",
     "--format",
     help=(
-        "onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision) or"
-        " diffusers (a folder for its pipelines: a text-to-image teacher, or a one-call student of a teacher in that"
-        " format; of a LoRA student its LoRA)."
+        "onnx (for onnxruntime), program (torch.export, .pt2), safetensors (a d2o checkpoint in another precision),"
+        " comfyui (one file with the names of Stable Diffusion's original ones, which ComfyUI and others read: students"
+        " of Stable Diffusion 1 and XL) or diffusers (a folder for its pipelines: a text-to-image teacher, or a student"
+        " of a teacher in that format; of a LoRA student its LoRA). Of a student that takes prompts, onnx and program"
+        " are a folder of three files: text encoder, student, decoder."
     ),
-    autocompletion=complete.among("onnx", "program", "safetensors", "diffusers"),
+    autocompletion=complete.among("onnx", "program", "safetensors", "comfyui", "diffusers"),
 )
 OUT = typer.Option(
     None,
     "--out",
     help=(
-        "File (.onnx, .pt2, .safetensors) or existing folder; for diffusers the folder itself. Default: the"
-        " checkpoint's name, beside it."
+        "File (.onnx, .pt2, .safetensors) or existing folder; where the export is a folder, that one itself. Default:"
+        " the checkpoint's name, beside it."
     ),
     show_default=False,
 )
@@ -46,8 +52,8 @@ DTYPE = typer.Option(
     None,
     "--dtype",
     help=(
-        "Precision of the weights, for safetensors and diffusers: fp32, fp16 or bf16. Default: fp32 for safetensors,"
-        " fp16 for diffusers."
+        "Precision of the weights, for all formats but program: fp32, fp16 or (not onnx) bf16. Default: fp16 for"
+        " diffusers and comfyui, fp32 for safetensors and onnx, whose arithmetic it is too."
     ),
     show_default=False,
 )
@@ -82,6 +88,18 @@ MERGED = typer.Option(
     ),
 )
 FORCE = typer.Option(False, "--force", help="Overwrite another file or model card of that name.")
+PUSH = typer.Option(
+    None,
+    "--push",
+    metavar="OWNER/NAME",
+    help=(
+        "Then upload it with its card to this repository of the Hugging Face hub, in one commit; a new one is private."
+        " Needs a token (`hf auth login`). What fails the comparison is never uploaded."
+    ),
+    show_default=False,
+)
+DRY_RUN = typer.Option(False, "--dry-run", help="With --push: say what would be uploaded, and upload nothing.")
+PUBLIC = typer.Option(False, "--public", help="With --push: a new repository is public.")
 
 
 def export(
@@ -95,15 +113,25 @@ def export(
     tolerance: float = TOLERANCE,
     merged: bool = MERGED,
     force: bool = FORCE,
+    push: str = PUSH,
+    dry_run: bool = DRY_RUN,
+    public: bool = PUBLIC,
 ) -> None:
-    """Write a student as ONNX, as a torch.export program or as weights in another precision, compare it with the
-    student, add a model card.
+    """Write a student as ONNX, as a torch.export program, for diffusers or ComfyUI, or as weights in another precision,
+    compare it with the student, add a model card.
 
     The batch size stays free. A teacher exports as its denoiser D(x, sigma, label), a text-to-image teacher as a
     diffusers pipeline. Above --tolerance the file is not kept.
     """
+    from d2o.errors import UserError
     from d2o.export.exporter import export_checkpoint
 
+    if push:
+        from d2o.export.push import check_push
+
+        check_push(push, dry_run)
+    elif dry_run or public:
+        raise UserError(f"{'--dry-run' if dry_run else '--public'} is for --push OWNER/NAME, which is not given")
     done = export_checkpoint(
         checkpoint,
         format_,
@@ -123,5 +151,22 @@ def export(
         f"parity: {done.parity}",
         f"licence: {done.licence} (teacher: {done.teacher})",
     ]
+    if push:
+        lines += _pushed(done, push, dry_run, public)
     for line in lines:
         console.out.print(line, markup=False)
+
+
+def _pushed(done: Exported, repo: str, dry_run: bool, public: bool) -> list[str]:
+    """Upload it, or say what would be."""
+    from d2o.export.push import contents, push
+
+    files = {name: path.stat().st_size for name, path in contents(done).items()}
+    listed = [f"  {name} ({size / 1e6:.3f} MB)" for name, size in files.items()]
+    total = f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB"
+    if dry_run:
+        kept = "public" if public else "private"
+        head = f"would upload {total} to {repo} (if it is new: {kept}); the card is its README.md"
+        return [head, *listed, "", done.card.read_text(encoding="utf-8").rstrip()]
+    console.say(f"uploading {total} to {repo}")
+    return [f"uploaded {total} to {repo}: {push(done, repo, public)}"]

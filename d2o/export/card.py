@@ -7,7 +7,7 @@ import re
 
 import yaml
 
-from d2o.export import snippets
+from d2o.export import comfyui, snippets
 from d2o.export.loaded import Loaded, stated
 from d2o.export.parity import Parity, limit
 from d2o.inputs import JsonObject
@@ -38,6 +38,7 @@ FORMATS = {
     "onnx": "ONNX",
     "program": "torch.export program",
     "safetensors": "d2o checkpoint (safetensors)",
+    "comfyui": "checkpoint for ComfyUI, with the names of Stable Diffusion's original files (safetensors)",
     "diffusers": "diffusers folder",
     "lora": "LoRA for a diffusers pipeline",
 }
@@ -75,11 +76,13 @@ def _front_matter(source: Loaded, file_format: str) -> str:
         front = {"license": "unknown"}
     elif licence.lower() not in HUB_LICENCES:
         front = {"license": "other", "license_name": _slug(licence)}
-    front["library_name"] = "diffusers" if file_format in ("diffusers", "lora") else "d2o"
+    front["library_name"] = "diffusers" if file_format in ("diffusers", "lora", "comfyui") else "d2o"
     if file_format == "lora" and (base := snippets.hub_name(source)):
         front["base_model"] = base
     if source.spec.condition == "none" and source.kind == "student":
         front["pipeline_tag"] = "unconditional-image-generation"
+    if source.spec.condition == "text":
+        front["pipeline_tag"] = "text-to-image"
     one_step = ["one-step", "distillation"] if source.kind == "student" else ["teacher"]
     front["tags"] = [
         "d2o",
@@ -215,7 +218,15 @@ def _parity(parity: Parity) -> str:
 
 def _limitations(source: Loaded, file_format: str) -> str:
     spec = source.spec
+    graphs = file_format in ("onnx", "program")
     points = [f"The size is fixed: {' x '.join(map(str, spec.shape))}; the batch size is free."]
+    if file_format == "comfyui":
+        points += comfyui.limitations(source.student)
+    if graphs and source.drawn:
+        points.append(
+            "What the student draws on its way, in d2o by a generator that its start noise seeds, is an input here: any"
+            " standard normal numbers do."
+        )
     if spec.condition == "label":
         points.append(
             f'Labels are 0 to {spec.classes - 1}; -1 means "no class", of use only to a network trained with dropped'
@@ -236,6 +247,8 @@ def _limitations(source: Loaded, file_format: str) -> str:
     if file_format in ("diffusers", "lora"):
         steps = "one step" if source.student.nfe == 1 else f"{source.student.nfe} steps"
         points.append(f"The scheduler in the folder has the {steps} that the student was trained for; no other fits.")
+    elif file_format == "comfyui" or (graphs and spec.condition == "text"):
+        points.append("The decoder is in the file: images are those of -1 to 1.")
     elif not spec.latent:
         points.append(
             f"Outputs are not clipped: values may leave {spec.value_range[0]:g} to {spec.value_range[1]:g} a little."

@@ -12,11 +12,15 @@ import torch
 
 from d2o.errors import UserError, unknown
 from d2o.export.card import card
+from d2o.export.comfyui import check_comfyui, write_comfyui
 from d2o.export.diffusers import write_diffusers
+from d2o.export.folder import beside, check_target, keep
+from d2o.export.graphs import Graph, GraphRunner, graph_of, text_graphs, whole_student
 from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, stated
 from d2o.export.lora_folder import write_lora
-from d2o.export.onnx import OPSET, check_onnx, need, open_onnx, write_onnx
-from d2o.export.parity import Parity, Runner, compare
+from d2o.export.onnx import OPSET, check_onnx, facts_of, need, open_onnx, write_onnx
+from d2o.export.parity import Parity, compare
+from d2o.export.pipeline import numbered
 from d2o.export.program import open_program, write_program
 from d2o.export.smaller import DTYPES, TOLERANCE, open_weights, write_weights
 from d2o.export.student_folder import write_student
@@ -26,7 +30,7 @@ from d2o.interop.safetensors_io import atomic_path, atomic_write, file_sha256, r
 from d2o.teachers.base import UNSTATED
 from d2o.version import __version__
 
-SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}
+SUFFIX = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors", "comfyui": ".safetensors"}
 FORMATS = (*SUFFIX, "diffusers")
 
 
@@ -64,53 +68,53 @@ def export_checkpoint(
     say: Callable[[str], None] = lambda message: None,
 ) -> Exported:
     """Write `checkpoint` (a student or teacher .safetensors, a run folder, a builtin teacher's name) as onnx, program
-    or safetensors; or a text-to-image teacher, or a student of a teacher in diffusers' format, as a diffusers folder
-    (a LoRA student as a LoRA, or `merged` as the whole model).
+    or safetensors; a student that takes prompts as comfyui, or as onnx or program in a folder of three files; a
+    text-to-image teacher, or a student of a teacher in diffusers' format, as a diffusers folder (a LoRA student as a
+    LoRA, or `merged` as the whole model).
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
-    diffusers: the folder
-    itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors), fp16 (default of diffusers) or bf16.
-    `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds a one-step student, called at this noise
-    level. The file is compared with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute
-    difference of outputs in -1 to 1, in proportion of larger ones) is that of `TOLERANCE` by default. UserError:
-    whatever is wrong with the input, a missing package, a difference above the tolerance, or another file of that name
-    (unless `force`); nothing is written then.
+    folders: the folder itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors and onnx), fp16
+    (default of diffusers and comfyui) or bf16. `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds
+    a one-step student, called at this noise level. The file is compared with the network at batch sizes 1 and
+    `check_n`; `tolerance` (largest absolute difference of outputs in -1 to 1, in proportion of larger ones) is that of
+    `TOLERANCE` by default. UserError: whatever is wrong with the input, a missing package, a difference above the
+    tolerance, or another file of that name (unless `force`); nothing is written then.
     """
     if file_format not in FORMATS:
         raise unknown("format", file_format, FORMATS)
     if opset is not None and file_format != "onnx":
         raise UserError(f"--opset is for --format onnx, not {file_format}")
-    if dtype is not None and file_format not in ("safetensors", "diffusers"):
-        raise UserError(f"--dtype is for --format safetensors and diffusers; {file_format} keeps the network's float32")
+    if dtype is not None and file_format == "program":
+        raise UserError("--dtype is for all formats but program, which keeps the network's float32")
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if dtype == "bf16" and file_format == "onnx":
+        raise UserError("--dtype bf16 is for weights; few runtimes compute ONNX in it", "--dtype fp16")
     if check_n < 1:
         raise UserError(f"--check-n {check_n}: expected at least 1 sample")
-    precision, opset = dtype or ("fp16" if file_format == "diffusers" else "fp32"), OPSET if opset is None else opset
+    precision = dtype or ("fp16" if file_format in ("diffusers", "comfyui") else "fp32")
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise UserError(f"--tolerance {tolerance}: expected a positive number")
-    if file_format == "diffusers":
-        if student_sigma is not None:
-            raise UserError(
-                "--student-sigma is for --format onnx, program and safetensors; diffusers has no such networks"
-            )
-        return _diffusers(checkpoint, out, precision, check_n, tolerance, merged, force, say)
-    if merged:
+    if student_sigma is not None and file_format in ("diffusers", "comfyui"):
+        raise UserError(
+            f"--student-sigma is for --format onnx, program and safetensors; {file_format} has no such networks"
+        )
+    if merged and file_format != "diffusers":
         raise UserError(f"--merged is for --format diffusers; {file_format} holds a LoRA student as it is called")
+    if file_format == "diffusers":
+        return _diffusers(checkpoint, out, precision, check_n, tolerance, merged, force, say)
     source = load_exportable(checkpoint, student_sigma)
-    target = _target(source, checkpoint, file_format, precision, out)
-    if file_format in ("onnx", "program"):
-        for_graph(source)
-    if file_format == "onnx":
-        check_onnx(source, opset)
-    detail = {"onnx": f"opset {opset}", "program": f"torch {torch.__version__}", "safetensors": precision}[file_format]
+    job = _Job(source, file_format, precision, OPSET if opset is None else opset, check_n, tolerance)
+    if file_format in ("onnx", "program") and source.spec.condition == "text":
+        return _folder(job, checkpoint, out, force, say)
+    target = _target(job, checkpoint, out)
+    write = job.prepare()
     card_path = target.with_name(target.name + ".md")
-    say(f"exporting {source.path.name} ({source.kind}) as {file_format}, {detail}")
+    say(f"exporting {source.path.name} ({source.kind}) as {file_format}, {job.detail}")
     with atomic_path(target) as temporary:
-        run, runtime = _write(source, temporary, file_format, _record(source, file_format, detail), opset, precision)
-        parity = compare(source, run, check_n, tolerance, runtime)
-        text = card(source, target.name, file_format, detail, parity, source.path.name)
+        parity = write(temporary)
+        text = card(source, target.name, file_format, job.detail, parity, source.path.name)
         unchanged = target.exists() and _same(temporary, target)
         if not force:
             if target.exists() and not unchanged:
@@ -120,6 +124,102 @@ def export_checkpoint(
     if force or not (unchanged and card_path.exists()):  # beside the same file, a card may have been edited: leave it
         atomic_write(card_path, text)
     return Exported(target, card_path, parity, source.licence, source.teacher, unchanged)
+
+
+@dataclass
+class _Job:
+    source: Loaded
+    file_format: str
+    dtype: str
+    opset: int
+    check_n: int
+    tolerance: float
+
+    @property
+    def detail(self) -> str:
+        """What the card says beside the format."""
+        if self.file_format == "onnx":
+            return f"opset {self.opset}" + ("" if self.dtype == "fp32" else f", {self.dtype}")
+        return f"torch {torch.__version__}" if self.file_format == "program" else self.dtype
+
+    @property
+    def record(self) -> JsonObject:
+        """The checkpoint's metadata, with this export as the last step of its provenance."""
+        source = self.source
+        step = {"exported": self.file_format, "detail": self.detail, "from": source.fingerprint, "d2o": __version__}
+        before = source.meta.get("provenance")
+        return {**source.meta, "provenance": [*(before if isinstance(before, list) else []), step]}
+
+    @property
+    def torch(self) -> str:
+        return f"torch {torch.__version__} on the CPU"
+
+    def prepare(self) -> Callable[[Path], Parity]:
+        """What writes the file, reads it back and compares it. UserError: whatever can be refused before the work."""
+        source = self.source
+        if self.file_format == "comfyui":
+            call = check_comfyui(source)
+            return lambda path: write_comfyui(source, call, path, self.record, self.dtype, self.check_n, self.tolerance)
+        if self.file_format == "safetensors":
+            return self._weights
+        for_graph(source)
+        graph = graph_of(source)
+        if self.file_format == "onnx":
+            check_onnx([graph], self.opset, self.dtype, source.path, one_file=True)
+
+        def write(path: Path) -> Parity:
+            run = self.write_graph(graph, path)
+            return compare(source, lambda inputs: run(inputs)[0], self.check_n, self.tolerance, self.runtime)
+
+        return write
+
+    @property
+    def runtime(self) -> str:
+        """What a graph's file is run by."""
+        if self.file_format == "onnx":
+            return f"onnxruntime {need('onnxruntime').__version__} against {self.torch}"
+        return f"torch.export.load against the network, {self.torch}"
+
+    def write_graph(self, graph: Graph, path: Path) -> GraphRunner:
+        """Write the file and open it again."""
+        if self.file_format == "onnx":
+            write_onnx(graph, path, facts_of(self.source, self.record), self.opset, self.dtype)
+            return open_onnx(path, graph)
+        write_program(graph, path, self.record)
+        return open_program(path)
+
+    def _weights(self, path: Path) -> Parity:
+        source = self.source
+        write_weights(source, path, self.record, self.dtype)
+        runtime = f"d2o.load_{source.kind} (computes in float32) against the network, {self.torch}"
+        return compare(source, open_weights(source, path), self.check_n, self.tolerance, runtime)
+
+
+def _folder(
+    job: _Job, checkpoint: str | Path, out: str | Path | None, force: bool, say: Callable[[str], None]
+) -> Exported:
+    """A text student's three graphs and its tokenizers."""
+    source = job.source
+    beside_it = Path(checkpoint) if Path(checkpoint).is_dir() else source.path.parent
+    target = Path(out) if out is not None else beside_it / f"{source.path.stem}-{job.file_format}"
+    check_output(target, folder=True)
+    check_target(target)
+    for_graph(source)
+    graphs = text_graphs(source)
+    if job.file_format == "onnx":
+        check_onnx(graphs.values(), job.opset, job.dtype, source.path, one_file=False)
+    say(f"exporting {source.path.name} as {job.file_format} of text encoder, student and decoder, {job.detail}")
+    with beside(target) as folder:
+        suffix = SUFFIX[job.file_format]
+        runs = {name: job.write_graph(graph, folder / f"{name}{suffix}") for name, graph in graphs.items()}
+        for name, tokenizer in numbered("tokenizer", source.student.text.reader.tokenizers).items():
+            tokenizer.save_pretrained(folder / name)
+        found, expected = whole_student(source, graphs, runs)
+        parity = compare(source, found, job.check_n, job.tolerance, job.runtime, expected)
+        text = card(source, target.name, job.file_format, job.detail, parity, source.path.name)
+        atomic_write(folder / "README.md", text)
+        unchanged = keep(folder, target, force)
+    return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
 
 
 def _diffusers(
@@ -143,7 +243,7 @@ def _diffusers(
     check_output(target, folder=True)
     say(f"exporting {given.name} as a {'LoRA for diffusers' if as_lora else 'diffusers folder'}, {dtype}")
     if meta.get("kind") == "student":
-        source = load_exportable(given, text=True)
+        source = load_exportable(given)
         write = write_lora if as_lora else write_student
         parity, unchanged = write(source, target, dtype, check_n, tolerance, force)
         return Exported(target, target / "README.md", parity, source.licence, source.teacher, unchanged)
@@ -159,42 +259,22 @@ def _diffusers(
     )
 
 
-def _write(
-    source: Loaded, path: Path, file_format: str, record: JsonObject, opset: int, dtype: str
-) -> tuple[Runner, str]:
-    """Write the file and open it again: (the file as a function, what runs it)."""
-    torch_version = f"torch {torch.__version__} on the CPU"
-    if file_format == "onnx":
-        write_onnx(source, path, record, opset)
-        return open_onnx(path, source.inputs), f"onnxruntime {need('onnxruntime').__version__} against {torch_version}"
-    if file_format == "program":
-        write_program(source, path, record)
-        return open_program(path), f"torch.export.load against the network, {torch_version}"
-    write_weights(source, path, record, dtype)
-    return (
-        open_weights(source, path),
-        f"d2o.load_{source.kind} (computes in float32) against the network, {torch_version}",
-    )
-
-
-def _record(source: Loaded, file_format: str, detail: str) -> JsonObject:
-    """The checkpoint's metadata, with this export as the last step of its provenance."""
-    step = {"exported": file_format, "detail": detail, "from": source.fingerprint, "d2o": __version__}
-    before = source.meta.get("provenance")
-    return {**source.meta, "provenance": [*(before if isinstance(before, list) else []), step]}
-
-
-def _target(source: Loaded, checkpoint: str | Path, file_format: str, dtype: str, out: str | Path | None) -> Path:
+def _target(job: _Job, checkpoint: str | Path, out: str | Path | None) -> Path:
     """Where to write. UserError: another ending than the format's, or the checkpoint itself."""
-    suffix = SUFFIX[file_format]
-    stem = source.path.stem + (f"-{dtype}" if file_format == "safetensors" else "")
+    source, suffix = job.source, SUFFIX[job.file_format]
+    marks = {
+        "safetensors": f"-{job.dtype}",
+        "comfyui": "-comfyui",
+        "onnx": "" if job.dtype == "fp32" else f"-{job.dtype}",
+    }
+    stem = source.path.stem + marks.get(job.file_format, "")
     given = Path(checkpoint)
     if out is None:  # beside the checkpoint, or in the run folder; a builtin teacher's goes where the user is
         target = (given if given.is_dir() else given.parent) / (stem + suffix)
     else:
         target = Path(out) / (stem + suffix) if Path(out).is_dir() else Path(out)
     if target.suffix != suffix:
-        raise UserError(f"--out {target}: a file of format {file_format} ends in {suffix}")
+        raise UserError(f"--out {target}: a file of format {job.file_format} ends in {suffix}")
     if target.exists() and target.resolve() == source.path.resolve():
         raise UserError(f"--out {target} is the checkpoint itself", "choose another --out")
     check_output(target, folder=False)

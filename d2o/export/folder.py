@@ -21,15 +21,22 @@ if TYPE_CHECKING:
 
 LORA = "pytorch_lora_weights.safetensors"
 """The file that pipelines look for in a folder of a LoRA."""
+GRAPHS = ("student.onnx", "student.pt2")
+"""The files in folders of text students' graphs by which they are known."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def save_part(tensors: dict[str, Tensor], path: Path, dtype: str) -> None:
+    atomic_write(path, save(cast_to(tensors, dtype, path.parent.name), {"format": "pt"}))
+
+
+def cast_to(tensors: dict[str, Tensor], dtype: str, where: str) -> dict[str, Tensor]:
+    """UserError: values that `dtype` cannot hold."""
     cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
     for name, tensor in cast.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path.parent.name}.{name} holds values that {dtype} cannot", "use --dtype bf16 or fp32")
-    atomic_write(path, save(cast, {"format": "pt"}))
+            raise UserError(f"{where}.{name} holds values that {dtype} cannot", "use --dtype bf16 or fp32")
+    return cast
 
 
 def open_pipeline(folder: Path) -> DiffusionPipeline:
@@ -48,7 +55,7 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
 def check_target(target: Path) -> None:
     """UserError: something that no export may replace is there."""
     if target.exists() and not _replaceable(target):
-        raise UserError(f"{target} exists and is not a diffusers folder", "--out names another")
+        raise UserError(f"{target} exists and is not a folder of an export", "--out names another")
 
 
 def keep(folder: Path, target: Path, force: bool) -> bool:
@@ -65,7 +72,7 @@ def keep(folder: Path, target: Path, force: bool) -> bool:
 
 
 def _replaceable(target: Path) -> bool:
-    known = ("model_index.json", LORA)
+    known = ("model_index.json", LORA, *GRAPHS)
     return target.is_dir() and (not any(target.iterdir()) or any((target / name).is_file() for name in known))
 
 

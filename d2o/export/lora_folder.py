@@ -14,11 +14,10 @@ from d2o.condition import Condition
 from d2o.errors import UserError
 from d2o.export.card import card
 from d2o.export.folder import LORA, beside, check_target, keep, open_pipeline, save_part
-from d2o.export.loaded import Loaded
+from d2o.export.loaded import Loaded, prompts
 from d2o.export.one_call import one_call, unclamped
 from d2o.export.parity import Parity, compare
 from d2o.export.smaller import TOLERANCE
-from d2o.export.student_folder import prompts
 from d2o.interop.hub import is_diffusers_folder
 from d2o.interop.safetensors_io import atomic_write
 from d2o.networks.edm_view import EDMView

@@ -68,16 +68,21 @@ def write_text_encoder(encoder: PreTrainedModel, folder: Path, dtype: str) -> No
     # Else transformers 5 keeps what is on disk, while diffusers makes float32 of the other parts.
     config["torch_dtype"] = "float32"
     atomic_write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_part(published_names(encoder), folder / "model.safetensors", dtype)
+
+
+def published_names(encoder: PreTrainedModel) -> dict[str, Tensor]:
+    """A text encoder's weights by the names that all published CLIPs have; transformers 5 leaves `text_model.` away but
+    reads it."""
     named: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in encoder.state_dict().items():
         if not tensor.is_floating_point() or tensor.data_ptr() in seen:  # T5 has its table of words twice
             continue
         seen.add(tensor.data_ptr())
-        # The names that all published CLIPs have; transformers 5 leaves `text_model.` away but reads it.
-        inside = kind.startswith("CLIP") and not name.startswith("text_projection.")
+        inside = type(encoder).__name__.startswith("CLIP") and not name.startswith("text_projection.")
         named["text_model." + name.removeprefix("text_model.") if inside else name] = tensor
-    save_part(named, folder / "model.safetensors", dtype)
+    return named
 
 
 def numbered(name: str, parts: Sequence[T | None]) -> dict[str, T]:

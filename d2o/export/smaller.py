@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from d2o.errors import UserError
-from d2o.export.loaded import Loaded, StudentCall
+from d2o.export.loaded import Loaded, again
 from d2o.export.parity import Runner
 from d2o.inputs import JsonObject
 from d2o.interop.safetensors_io import to_bytes
@@ -36,7 +36,7 @@ def write_weights(source: Loaded, path: Path, record: JsonObject, dtype: str) ->
 def open_weights(source: Loaded, path: Path) -> Runner:
     """The file through d2o's own loader: the weights are rounded, the arithmetic is float32."""
     if source.kind == "student":
-        student = StudentCall(load_student(path))
+        student = again(source, load_student(path))
         return lambda inputs: student(*inputs)
     teacher = load_teacher(path)
     return lambda inputs: teacher.denoise(*inputs)

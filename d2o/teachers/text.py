@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 * 2**20
 T5_LENGTH = 256
-"""Tokens of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
+"""TokenPair of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
 EncodeOne = Callable[[str], Text]
 """One prompt -> Text of length 1."""
 
@@ -115,6 +116,12 @@ class TextEncoders:
         """UserError: nothing at all."""
         return self.prompts(prompts)
 
+    @property
+    def reader(self) -> Reader:
+        """How they read a prompt."""
+        assert isinstance(self.prompts.encode_one, Reader)
+        return self.prompts.encode_one
+
     def weights(self) -> dict[str, Tensor]:
         """All tensors, by encoder and name."""
         return {
@@ -162,7 +169,7 @@ def kept_text(name: str, device: str | torch.device | None = None) -> TextEncode
 
 def clip_text(
     name: str,
-    encoders: Sequence[nn.Module],
+    encoders: Sequence[PreTrainedModel],
     tokenizers: Sequence[PreTrainedTokenizerBase],
     device: str | torch.device = "cpu",
     cache_bytes: int = CACHE_BYTES,
@@ -230,68 +237,85 @@ def clip_length(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
-def last_states(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> EncodeOne:
-    """Stable Diffusion 1 and 2: the last hidden states with the final norm, [1, 77, D]."""
-
-    def encode(prompt: str) -> Text:
-        ids, mask = token_ids(tokenizer, prompt, clip_length(encoder, tokenizer))
-        masked = getattr(encoder.config, "use_attention_mask", False)
-        return Text(encoder(ids.to(device), attention_mask=mask.to(device) if masked else None)[0].float())
-
-    return encode
+TokenPair = tuple[Tensor, Tensor]
+"""Token indices and mask [B, L] of one text encoder."""
 
 
-def penultimate(
-    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """The last hidden states but one [1, 77, D], and the projected vector [1, P] of an encoder that has one."""
-    ids, _ = token_ids(tokenizer, prompt, clip_length(encoder, tokenizer))
-    out = encoder(ids.to(device), output_hidden_states=True)
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads a prompt: `tokenizers` with the `lengths` of what they give, and `read`, which is all that the
+    text encoders do: the tokens of each -> Text."""
+
+    tokenizers: Sequence[PreTrainedTokenizerBase]
+    lengths: Sequence[int]
+    read: Callable[[Sequence[TokenPair]], Text]
+    device: torch.device
+
+    def tokens(self, prompt: str) -> list[TokenPair]:
+        pairs = zip(self.tokenizers, self.lengths, strict=True)
+        found = [token_ids(tokenizer, prompt, length) for tokenizer, length in pairs]
+        return [(ids.to(self.device), mask.to(self.device)) for ids, mask in found]
+
+    def __call__(self, prompt: str) -> Text:
+        return self.read(self.tokens(prompt))
+
+
+def last_states(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Reader:
+    """Stable Diffusion 1 and 2: the last hidden states with the final norm, [B, 77, D]."""
+    masked = getattr(encoder.config, "use_attention_mask", False)
+
+    def read(tokens: Sequence[TokenPair]) -> Text:
+        ids, mask = tokens[0]
+        return Text(encoder(ids, attention_mask=mask if masked else None)[0].float())
+
+    return Reader([tokenizer], [clip_length(encoder, tokenizer)], read, device)
+
+
+def penultimate(encoder: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The last hidden states but one [B, 77, D], and the projected vector [B, P] of an encoder that has one."""
+    out = encoder(ids, output_hidden_states=True)
     pooled = getattr(out, "text_embeds", None)
     return out.hidden_states[-2].float(), None if pooled is None else pooled.float()
 
 
 def joined_states(
-    encoders: Sequence[nn.Module], tokenizers: Sequence[PreTrainedTokenizerBase], device: torch.device
-) -> EncodeOne:
-    """SDXL: the penultimate states of both encoders side by side, [1, 77, D_1 + D_2], and the second one's projected
+    encoders: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTokenizerBase], device: torch.device
+) -> Reader:
+    """SDXL: the penultimate states of both encoders side by side, [B, 77, D_1 + D_2], and the second one's projected
     vector."""
 
-    def encode(prompt: str) -> Text:
-        found = [
-            penultimate(encoder, tokenizer, prompt, device)
-            for encoder, tokenizer in zip(encoders, tokenizers, strict=True)
-        ]
+    def read(tokens: Sequence[TokenPair]) -> Text:
+        found = [penultimate(encoder, ids) for encoder, (ids, _) in zip(encoders, tokens, strict=True)]
         return Text(torch.cat([states for states, _ in found], dim=-1), found[-1][1])
 
-    return encode
+    return Reader(tokenizers, [clip_length(*pair) for pair in zip(encoders, tokenizers, strict=True)], read, device)
 
 
 def joined_states_and_t5(
-    encoders: Sequence[nn.Module],
+    encoders: Sequence[PreTrainedModel],
     tokenizers: Sequence[PreTrainedTokenizerBase],
     t5: tuple[nn.Module, PreTrainedTokenizerBase] | None,
     width: int,
     length: int,
     device: torch.device,
-) -> EncodeOne:
+) -> Reader:
     """SD3: both CLIPs' penultimate states side by side, filled up with zeros to `width`, followed by `length` states of
-    T5 (zeros without one): [1, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix
+    T5 (zeros without one): [B, 77 + length, width]; both projected vectors side by side (Esser et al. 2024, appendix
     B.3 and figure 2)."""
 
-    def encode(prompt: str) -> Text:
-        clip = [
-            penultimate(encoder, tokenizer, prompt, device)
-            for encoder, tokenizer in zip(encoders, tokenizers, strict=True)
-        ]
+    def read(tokens: Sequence[TokenPair]) -> Text:
+        clip = [penultimate(encoder, ids) for encoder, (ids, _) in zip(encoders, tokens)]
         states = torch.cat([states for states, _ in clip], dim=-1)
         states = F.pad(states, (0, width - states.shape[-1]))
         if t5 is None:
-            more = states.new_zeros(1, length, width)
+            more = states.new_zeros(len(states), length, width)
         else:
-            more = t5[0](token_ids(t5[1], prompt, length)[0].to(device))[0].float()
+            more = t5[0](tokens[-1][0])[0].float()
         return Text(
             torch.cat([states, more], dim=1), torch.cat([pooled for _, pooled in clip if pooled is not None], dim=-1)
         )
 
-    return encode
+    lengths = [clip_length(*pair) for pair in zip(encoders, tokenizers, strict=True)]
+    if t5 is None:
+        return Reader(tokenizers, lengths, read, device)
+    return Reader([*tokenizers, t5[1]], [*lengths, length], read, device)

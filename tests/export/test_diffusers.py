@@ -139,7 +139,7 @@ def test_the_same_export_again_changes_nothing_and_another_needs_force(tmp_path)
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="not a diffusers folder"):
+    with pytest.raises(UserError, match="not a folder of an export"):
         export_checkpoint(tmp_path / "a.safetensors", "diffusers", precious, force=True)
     assert (precious / "thesis.tex").read_text() == "precious"
 

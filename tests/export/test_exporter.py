@@ -28,7 +28,7 @@ def names(folder):
 def test_an_unknown_format_or_dtype_lists_the_known_and_the_nearest(student):
     with pytest.raises(UserError, match="unknown format 'onx': did you mean 'onnx'") as caught:
         export_checkpoint(student, "onx")
-    assert caught.value.hint == "known: diffusers, onnx, program, safetensors"
+    assert caught.value.hint == "known: comfyui, diffusers, onnx, program, safetensors"
     with pytest.raises(UserError, match="unknown dtype 'fp61': did you mean 'fp16'"):
         export_checkpoint(student, "safetensors", dtype="fp61")
 
@@ -37,7 +37,11 @@ def test_an_unknown_format_or_dtype_lists_the_known_and_the_nearest(student):
     ("file_format", "options", "message"),
     [
         ("safetensors", {"opset": 18}, "--opset is for --format onnx"),
-        ("onnx", {"dtype": "fp16"}, "--dtype is for --format safetensors"),
+        ("program", {"dtype": "fp16"}, "--dtype is for all formats but program"),
+        ("onnx", {"dtype": "bf16"}, "--dtype bf16 is for weights"),
+        ("onnx", {"merged": True}, "--merged is for --format diffusers"),
+        ("comfyui", {"student_sigma": 2.5}, "comfyui has no such networks"),
+        ("comfyui", {}, "is no student that takes prompts"),
         ("safetensors", {"check_n": 0}, "--check-n 0: expected at least 1"),
         ("safetensors", {"tolerance": 0.0}, "--tolerance 0.0: expected a positive"),
         ("safetensors", {"tolerance": float("nan")}, "--tolerance nan: expected a positive"),
@@ -82,10 +86,10 @@ def test_a_checkpoint_with_parts_of_its_record_missing_is_told(student, damage, 
         export_checkpoint(student, "safetensors")
 
 
-def test_text_conditioned_networks_are_refused(student):
+def test_students_that_do_not_name_their_text_encoders_are_refused(student):
     tensors, meta = load_file(student)
     save_file(student, tensors, {**meta, "spec": {**SPEC.to_dict(), "condition": "text", "classes": 0}})
-    with pytest.raises(UserError, match="conditioned on text"):
+    with pytest.raises(UserError, match="does not say which text encoders"):
         export_checkpoint(student, "onnx")
 
 

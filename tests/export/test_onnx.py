@@ -12,6 +12,7 @@ import d2o
 from d2o.errors import UserError
 from d2o.export import onnx as onnx_export
 from d2o.export.exporter import export_checkpoint
+from d2o.export.graphs import graph_of
 from d2o.export.loaded import load_exportable
 from d2o.export.onnx import write_onnx
 from tests.export.snippets import run_snippet_of, run_students_snippet
@@ -115,19 +116,19 @@ def test_a_network_beyond_two_gigabytes_is_refused_before_any_work(folder, tmp_p
 
 
 def test_an_exporter_that_fails_or_gives_another_opset_is_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "trace", lambda source: None)
-    source = load_exportable(folder / "student.safetensors")
+    monkeypatch.setattr(onnx_export, "trace", lambda graph: None)
+    graph = graph_of(load_exportable(folder / "student.safetensors"))
 
     def fails(*args, **options):
         raise RuntimeError("no such operator\n" + "page after page\n" * 50)
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(UserError, match=r"cannot export this network: no such operator\n"):
-        write_onnx(source, tmp_path / "x.onnx", {}, 18)
+        write_onnx(graph, tmp_path / "x.onnx", {}, 18)
     other = SimpleNamespace(model_proto=SimpleNamespace(opset_import=[onnx.helper.make_opsetid("", 19)]))
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: other)
     with pytest.raises(UserError, match="gives opset 19, not 18"):
-        write_onnx(source, tmp_path / "x.onnx", {}, 18)
+        write_onnx(graph, tmp_path / "x.onnx", {}, 18)
     assert not list(tmp_path.iterdir())
 
 

@@ -123,7 +123,7 @@ def stable_diffusion(tmp_path, scheduler=None, **unet_options):
     )
 
 
-def stable_diffusion_xl(tmp_path, **options):
+def stable_diffusion_xl(tmp_path, projection=24, **options):
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def stable_diffusion_xl(tmp_path, **options):
         cross_attention_dim=64,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
+        projection_class_embeddings_input_dim=projection + 6 * 8,
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
         attention_head_dim=(2, 4),
@@ -140,7 +140,7 @@ def stable_diffusion_xl(tmp_path, **options):
     return StableDiffusionXLPipeline(
         vae=vae(scaling_factor=0.13025),
         text_encoder=clip(),
-        text_encoder_2=clip(projection=24),
+        text_encoder_2=clip(projection=projection),
         tokenizer=words,
         tokenizer_2=words,
         unet=network,
