@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 * 2**20
 T5_LENGTH = 256
-"""TokenPair of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
+"""Tokens of T5, of which Stable Diffusion 3 was trained on 77 and is sampled with 256 by diffusers."""
 EncodeOne = Callable[[str], Text]
 """One prompt -> Text of length 1."""
 
@@ -233,8 +233,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> t
 
 
 def clip_length(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """77 for CLIP as published. A tokenizer that does not say takes what its encoder has positions for."""
-    return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    """77 for CLIP as published. A tokenizer that does not say takes what its encoder has positions for. UserError: one
+    that says something else than a number."""
+    most = tokenizer.model_max_length
+    if not isinstance(most, int | float):
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} cannot be loaded: model_max_length is {most!r}")
+    return min(int(most), encoder.config.max_position_embeddings)
 
 
 TokenPair = tuple[Tensor, Tensor]

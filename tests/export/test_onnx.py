@@ -17,13 +17,14 @@ from d2o.export.loaded import load_exportable
 from d2o.export.onnx import write_onnx
 from tests.export.snippets import run_snippet_of, run_students_snippet
 
+pytestmark = pytest.mark.long
+
 
 def run(path, **inputs):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_conditional_student_agrees_at_batch_sizes_that_were_not_traced(folder, student_onnx, n):
     noise, label = torch.randn(n, 1, 8, 8), torch.arange(n) % 10
@@ -40,7 +41,6 @@ def test_labels_matter_and_those_out_of_range_act_as_no_class(folder, student_on
     assert torch.allclose(none, student(noise[:1], torch.tensor([-1]))[0], atol=1e-5)
 
 
-@pytest.mark.long
 def test_unconditional_student_has_no_label_input(folder, plain_onnx):
     noise = torch.randn(5, 2, 8, 8)
     assert torch.allclose(
@@ -49,7 +49,6 @@ def test_unconditional_student_has_no_label_input(folder, plain_onnx):
     assert [entry.version for entry in onnx.load(plain_onnx.path).opset_import if not entry.domain] == [20]
 
 
-@pytest.mark.long
 def test_a_teacher_exports_as_its_denoiser(folder, teacher_onnx):
     teacher = d2o.load_teacher(folder / "teacher.safetensors")
     sigma, label = torch.tensor([0.01, 1.0, 80.0]), torch.tensor([3, 1, 4])
@@ -132,7 +131,6 @@ def test_an_exporter_that_fails_or_gives_another_opset_is_one_line(folder, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["edm-adm", "edm2-tiny"])  # DDPM++ is above
 def test_every_family_of_denoisers_exports(name, tmp_path):
     pickle = Path(__file__).parents[1] / "golden" / "edm" / f"{name}.pkl"

@@ -13,6 +13,8 @@ from d2o.interop.safetensors_io import load_file
 from tests.helpers import tiny_teacher
 from tests.training.processes import Job, main, main_of_several
 
+pytestmark = pytest.mark.long
+
 COMMON = """
 data: {path: real:digits, limit: 40}
 ema: {half_life: 30}
@@ -120,7 +122,6 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_end_with_the_weights_buffers_and_controllers_of_one(runs, name):
     one, two = (load_file(run / name / "checkpoints" / "state.safetensors")[0] for run in runs[:2])

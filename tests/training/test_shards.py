@@ -19,6 +19,8 @@ from tests.training.kills import content, log
 from tests.training.processes import Job, main
 from tests.training.shards import Kill
 
+pytestmark = pytest.mark.long
+
 GAN = """
 name: gan
 method: tiny-uneven
@@ -114,7 +116,6 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", KILLED)
 def test_a_run_of_two_processes_that_is_killed_in_a_save_goes_on_to_the_same_bytes(runs, name):
     assert content(runs.several / name) == content(runs.several / "whole")
