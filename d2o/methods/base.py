@@ -276,6 +276,11 @@ class Method(ABC, Generic[O]):
         """An iteration whose step takes the most memory, for plans: of a method with phases, one of the last."""
         return 0
 
+    def period(self) -> int:
+        """Iterations after which all networks have made a step, for plans: above 1, the first of them has the steps of
+        all, and the others are alike."""
+        return 1
+
     @abstractmethod
     def describe(self) -> JsonObject:
         """The product's part of a checkpoint's metadata: kind, network, and spec or student where it has one."""

@@ -128,17 +128,23 @@ class Kept:
 
 
 class CountingLoop:
-    """Stands in for the trainer: counts calls of the trained networks, and the bytes that autograd keeps for the
+    """Stands in for the trainer: counts calls of the trained networks in an iteration (`calls`, of a method with a
+    period on average), and the bytes that autograd keeps for the
     backward pass, `peak` of the largest one of the step; `half` as in `Kept`."""
 
     def __init__(self, method: Method, micro: int, half: bool = False):
-        self.networks, self.micro, self.calls, self.peak = method.players(), micro, 0, 0
+        self.networks, self.micro, self.peak = method.players(), micro, 0
+        self.calls: float = 0
         self.kept, self.again = Kept(half), 0
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
         with RememberedShapes(), _fused(), self._recomputing(), self.kept.watch():
             method.step(self, batch, method.heaviest())
+            if (period := method.period()) > 1:
+                first, self.calls = self.calls, 0
+                method.step(self, batch, method.heaviest() + 1)
+                self.calls = (first + (period - 1) * self.calls) / period
         for handle in handles:
             handle.remove()
         self.freed()

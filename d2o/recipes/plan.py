@@ -383,7 +383,7 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
             memory["autoencoder"] = 4 * plan.networks["autoencoder (frozen)"]
     for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
         memory[f"activations (micro-batch {micro})"] = loop.peak
-    plan.calls["training (forward passes of trained networks)"] = loop.calls * recipe.images
+    plan.calls["training (forward passes of trained networks)"] = round(loop.calls * recipe.images)
     if phase := method.phase(recipe.options):
         plan.calls[AS_PAPERS] = Phase(phase, recipe.batch, plan.iterations, method.nfe()).nfe
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
