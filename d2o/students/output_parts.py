@@ -38,12 +38,14 @@ def join_parts(archive: Archive, parts: WorkFolder, units: list[Unit], record: J
 
 def finished(archive: Archive, parts: WorkFolder) -> JsonObject | None:
     """The record of the finished output; None if there is none. UserError: something else is in its place."""
-    if archive.in_place and archive.out.is_dir() and any(archive.out.iterdir()):
-        # In this order: the first worker writes the parts' manifest before the first image, and the record before the
-        # parts go.
-        if parts.manifest() is not None and not (archive.out / RECORD).exists():
+    try:
+        record = check_free(archive)
+    except UserError:
+        # A folder without a record: others may be filling it, or have finished since we looked. In this order: the
+        # first worker writes the parts' manifest before the first image, and the record before the parts go.
+        if archive.in_place and parts.manifest() is not None and not (archive.out / RECORD).exists():
             return None
-    record = check_free(archive)
+        record = check_free(archive)
     return None if record is None else check_samples(record, str(archive.out))
 
 

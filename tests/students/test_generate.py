@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -15,6 +16,7 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.networks import processor
 from d2o.runtime import StopFlag, Stopped
+from d2o.students import output_parts
 from d2o.students.base import Student, load_student
 from d2o.students.generate import SampleSettings, first_images, make_samples
 from d2o.students.samplers import student_sampler, teacher_sampler
@@ -154,6 +156,24 @@ def test_workers_that_start_and_end_together(student, reference, tmp_path, suffi
     assert files(tmp_path / "work") == {
         name: data for name, data in reference.items() if name.startswith("x/" if not suffix else f"x{suffix}")
     }
+
+
+def test_others_may_begin_while_one_looks(tmp_path, monkeypatch):
+    archive, parts = archive_for(tmp_path / "x"), output_parts.parts_of(tmp_path / "x")
+    looked = output_parts.check_free
+
+    def begun_meanwhile(archive):
+        if not archive.out.exists():
+            parts.open({"format": parts.kind, "version": 1, "record": {}, "parts": []})
+            (archive.out / "00000").mkdir(parents=True)
+            (archive.out / "00000" / "img00000000.png").write_bytes(b"")
+        return looked(archive)
+
+    monkeypatch.setattr(output_parts, "check_free", begun_meanwhile)
+    assert output_parts.finished(archive, parts) is None
+    shutil.rmtree(parts.path)
+    with pytest.raises(UserError, match="holds no samples that d2o made"):
+        output_parts.finished(archive, parts)
 
 
 def test_a_stop_signal_keeps_the_parts_and_says_how_to_continue(student, reference, tmp_path):

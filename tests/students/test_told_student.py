@@ -9,6 +9,8 @@ from d2o.cli.app import main
 from d2o.condition import Condition
 from d2o.data.images import open_images
 from d2o.export.exporter import export_checkpoint
+from d2o.export.graphs import graph_of
+from d2o.export.loaded import for_graph, load_exportable
 from d2o.export.onnx import open_onnx
 from d2o.export.program import open_program
 from d2o.interop.safetensors_io import save_file
@@ -127,10 +129,14 @@ def test_graphs_have_an_input_for_it(one_graph_a_network, tmp_path):
     noise, labels, w = torch.randn(2, 1, 8, 8), torch.tensor([3, 4]), torch.tensor([2.0, 7.0])
     with torch.no_grad():
         expected = student(noise, Condition.of_labels(labels).guided(w))
-    names = ("noise", "label", "guidance")
-    for kind, open_it in (("onnx", lambda path: open_onnx(path, names)), ("program", open_program)):
+    source = load_exportable(tmp_path / "s.safetensors")
+    for_graph(source)
+    graph = graph_of(source)
+    assert graph.inputs == ("noise", "label", "guidance")
+    for kind, open_it in (("onnx", lambda path: open_onnx(path, graph)), ("program", open_program)):
         done = export_checkpoint(tmp_path / "s.safetensors", kind, check_n=3)
-        assert torch.allclose(open_it(done.path)((noise, labels, w)), expected, atol=1e-4)
+        (made_by_graph,) = open_it(done.path)((noise, labels, w))
+        assert torch.allclose(made_by_graph, expected, atol=1e-4)
         assert "`guidance`: guidance scales [N] float32, 1 to 8" in done.card.read_text()
     done = export_checkpoint(tmp_path / "s.safetensors", "safetensors", tmp_path / "t.safetensors", dtype="fp32")
     assert "Condition.of_labels(label).guided(4.5)" in done.card.read_text()
