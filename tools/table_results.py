@@ -46,19 +46,8 @@ COLUMNS = {
         ("diversity@digits-area", "diversity", "{:.4f}", 1),
         ("rmse", "rmse to teacher", "{:.3f}", 1),
     ],
-    "mini_gdd": [
-        ("fd@digits", "FD(digits)", "{:.2f}", 1),
-        ("rel-fd@digits", "rel-FD to the teacher", "{:.2f}", 1),
-        ("accuracy", "accuracy, %", "{:.1f}", 100),
-        ("recall@digits", "recall, %", "{:.1f}", 100),
-        ("fd@lite0", "FD(lite0)", "{:.2f}", 1),
-    ],
-    "mini_gdd_fig2": [
-        ("fd@digits", "FD(digits)", "{:.2f}", 1),
-        ("rel-fd@digits", "rel-FD to the one-step student", "{:.2f}", 1),
-        ("accuracy", "accuracy, %", "{:.1f}", 100),
-        ("recall@digits", "recall, %", "{:.1f}", 100),
-    ],
+    "mini_gdd": [*DIGITS[:4], ("fd@lite0", "FD(lite0)", "{:.2f}", 1)],
+    "mini_gdd_fig2": [DIGITS[0], ("rel-fd@digits", "rel-FD to the one-step student", "{:.2f}", 1), *DIGITS[2:4]],
 }
 
 

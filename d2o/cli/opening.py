@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from d2o.cli import console
 from d2o.errors import UserError
 
@@ -11,6 +13,17 @@ if TYPE_CHECKING:
     import torch
 
     from d2o.teachers.base import Teacher
+
+
+GUIDE = typer.Option(
+    None,
+    "--guide",
+    help=(
+        "A second network to guide by, in place of the teacher without its condition: edm2-img512-xs-uncond for EDM2,"
+        " or any teacher of the EDM family. Needs --cfg."
+    ),
+    show_default=False,
+)
 
 
 def open_teacher(name: str, device: str | None) -> Teacher:

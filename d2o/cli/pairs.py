@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.opening import check_guide, open_teacher
+from d2o.cli.opening import GUIDE, check_guide, open_teacher
 from d2o.errors import UserError
 
 CHURN = "Stochastic Heun (--solver sde), Karras et al. 2022, Algorithm 2"
@@ -63,15 +63,7 @@ def pairs(
             " weight of its own, uniform from 1 to 8, for students that are told it."
         ),
     ),
-    guide: str = typer.Option(
-        None,
-        "--guide",
-        help=(
-            "A second network to guide by, in place of the teacher without its condition: edm2-img512-xs-uncond for"
-            " EDM2, or any teacher of the EDM family. Needs --cfg."
-        ),
-        show_default=False,
-    ),
+    guide: str = GUIDE,
     labels: str = typer.Option(
         "random",
         "--labels",

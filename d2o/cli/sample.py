@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from d2o.cli import complete, console
-from d2o.cli.opening import check_guide, open_device, open_teacher
+from d2o.cli.opening import GUIDE, check_guide, open_device, open_teacher
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 
@@ -90,15 +90,7 @@ def sample(
         ),
         show_default=False,
     ),
-    guide: str = typer.Option(
-        None,
-        "--guide",
-        help=(
-            "A second network to guide by, in place of the teacher without its condition: edm2-img512-xs-uncond for"
-            " EDM2, or any teacher of the EDM family. Needs --cfg."
-        ),
-        show_default=False,
-    ),
+    guide: str = GUIDE,
     prompt: list[str] = typer.Option(
         None,
         "--prompt",

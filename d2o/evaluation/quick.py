@@ -42,7 +42,7 @@ def wants_of(also: Sequence[str]) -> list[Want]:
     """The metrics of `eval.also`. UserError: one that is unknown, or that needs more than a student's images."""
     wants = parse_metrics(also)
     for want in wants:
-        if want.metric.reference not in ON_THE_WAY or not want.metric.output or "prompt" in want.metric.name:
+        if want.metric.reference not in ON_THE_WAY or not want.metric.output:
             raise UserError(
                 f"metric {want.metric.name} needs more than the student's images; it is not measured on the way",
                 "measure it of the finished run: d2o eval RUN --metrics " + want.metric.name,
@@ -124,13 +124,13 @@ class Evaluator:
         self.device, self.settings = device, images_of(protocol)
         self.task, self.reference = cached(extractor, reference, str(device), protocol, data, tuple(also))
 
-    def check(self, spec: Spec, n: int) -> None:
+    def check(self, spec: Spec, n: int, prompts: Prompts | None = None) -> None:
         """UserError unless these metrics can be had of n images of that spec, which need not be there yet."""
         for extractor, wanted in self.task.outputs().values():
             extractor.check_has(wanted)
             if not spec.latent:  # decoded latents have another size; the extractor checks them
                 check_images_fit(spec.shape, extractor, of="the student's images")
-        check_task(self.subject(unmade, spec), self.reference, self.task, self.how(n))
+        check_task(self.subject(unmade, spec, prompts=prompts), self.reference, self.task, self.how(n))
 
     def subject(self, generate: Generate, spec: Spec, key: str = "", prompts: Prompts | None = None) -> Generator:
         name = "the student"

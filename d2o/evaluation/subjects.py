@@ -177,9 +177,9 @@ def _teacher(text: str, label: str, path: Path | None, settings: Settings, devic
     cfg = 1.0 if settings.cfg is None else settings.cfg
     model.check_cfg(cfg)
     prompts = prompts_for(settings, model.spec)
-    lies = model.guide is None and path is not None and path.is_file()
+    file = path if model.guide is None and path is not None and path.is_file() else None
     record = {
-        "sha256": file_sha256(path) if lies and path is not None else model.fingerprint,
+        "sha256": model.fingerprint if file is None else file_sha256(file),
         "fingerprint": model.fingerprint,
         "parameters": count_parameters(model.network),
         "nfe": solver.nfe,

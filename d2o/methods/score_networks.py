@@ -151,6 +151,9 @@ def true_score(
     with half:
         if cfg == 1:
             return teacher.network(x_t, sigma.flatten(), embedded)
+        if (other := teacher.guide) is not None:
+            d_u = other.network(x_t, sigma.flatten(), other.taken(embedded))
+            return guide(teacher.network(x_t, sigma.flatten(), embedded), d_u, cfg)
         empty = teacher.unconditional(embedded)
         return look(teacher.network, x_t, sigma, embedded, cfg=cfg, empty=empty)[0]
 

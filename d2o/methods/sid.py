@@ -185,6 +185,12 @@ class SiD(ScoreMethod[SiDOptions]):
             )
         self.check_guidance("cfg", o.cfg)
         self.check_guidance("score_cfg", o.score_cfg)
+        if self.teacher.guide is not None and o.score_cfg != 1:
+            raise UserError(
+                f"sid.score_cfg: teacher {self.teacher.spec.name!r} is guided by a second network, and its score"
+                " network has none",
+                "leave sid.score_cfg away",
+            )
         if o.adversarial and o.labels == "uniform":
             raise UserError(
                 "sid.labels: uniform does not go with adversarial: true: images are compared with real ones of the same"

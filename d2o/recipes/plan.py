@@ -154,6 +154,9 @@ def make_plan(
     if (teacher := setup.teacher) is not None:
         plan.networks["teacher (frozen)"] = count_parameters(teacher.network)
         plan.memory["teacher weights"] = 4 * plan.networks["teacher (frozen)"]
+        if teacher.guide is not None:
+            plan.networks["its guide (frozen)"] = count_parameters(teacher.guide.network)
+            plan.memory["guide weights"] = 4 * plan.networks["its guide (frozen)"]
         if isinstance(teacher, TextTeacher):
             plan.networks["text encoders (frozen)"] = sum(map(count_parameters, teacher.text.encoders))
             plan.memory["text encoders"] = 4 * plan.networks["text encoders (frozen)"]

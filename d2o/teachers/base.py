@@ -166,6 +166,10 @@ class Teacher:
         licences = dict.fromkeys((mine.licence, theirs.licence))
         self.spec = replace(mine, name=guided_name(mine.name, theirs.name), licence="; ".join(licences))
 
+    def taken(self, embedded: Embedded) -> Embedded:
+        """What of another teacher's embedded condition this one takes, as its guide."""
+        return embedded if self.spec.condition == "label" else None
+
     def guided(
         self, x_t: Tensor, t: Tensor | float, condition: Condition | Embedded = None, cfg: float | Tensor = 1.0
     ) -> Tensor:
@@ -179,8 +183,8 @@ class Teacher:
         self.check_cfg(cfg)
         embedded = self.embed(condition)
         if self.guide is not None:
-            asked = embedded if self.guide.spec.condition == "label" else None
-            return guide(self.denoise(x_t, t, embedded), self.guide.denoise(x_t, t, asked), cfg)
+            d_u = self.guide.denoise(x_t, t, self.guide.taken(embedded))
+            return guide(self.denoise(x_t, t, embedded), d_u, cfg)
         if embedded is None:
             what = f"guidance (cfg {show_cfg(cfg)}) needs a condition, but teacher {self.spec.name!r} was given none"
             raise UserError(what)

@@ -134,7 +134,7 @@ class Scoring:
                 "eval.metric: fd measures it",
             )
         if evaluator is not None and self.spec is not None:
-            evaluator.check(self.spec, e.samples)
+            evaluator.check(self.spec, e.samples, self.prompts)
             if self.spec.condition == "text" and self.prompts is None:
                 raise UserError("eval: the product takes prompts, and the recipe names none to measure it with")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,13 @@ from d2o.cli.app import main
 from d2o.data.pairs import PairStore
 from d2o.errors import UserError
 from d2o.interop import catalogue
+from d2o.methods.base import Setup
+from d2o.methods.score_networks import true_score
+from d2o.methods.sid import SiD, SiDOptions
 from d2o.networks.build import build_network
 from d2o.networks.edm_unet import EDMPrecond
+from d2o.recipes.load import load_recipe
+from d2o.recipes.plan import make_plan
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.registry import load_teacher
 from tests.helpers import SPEC, tiny_network, tiny_teacher
@@ -62,6 +68,27 @@ def test_guidance_is_away_from_the_guide(by):
     assert teacher.fingerprint not in (alone, guide.fingerprint)
     assert teacher.spec.name == f"tiny guided by {guide.spec.name}"
     assert teacher.record["sha256"] == plain.record["sha256"]
+
+
+def test_the_true_score_of_methods_is_guided_the_same():
+    teacher = tiny_teacher()
+    teacher.guide_by(guides())
+    x, t, labels = batch()
+    x.requires_grad_()
+    found = true_score(teacher, x, t.view(-1, 1, 1, 1), labels, cfg=1.4)
+    assert torch.allclose(found, teacher.guided(x, t, labels, 1.4), atol=1e-5)
+    assert float(torch.autograd.grad(found.sum(), x)[0].abs().sum()) > 0
+    student = SimpleNamespace(sigma=2.5, init="teacher", dropout=None)
+    setup = Setup(SiDOptions(score_cfg=1.4), teacher=teacher, student=student, batch=4)
+    with pytest.raises(UserError, match="guided by a second network, and its score network has none"):
+        SiD(setup)
+
+
+def test_a_plan_counts_the_guide(tmp_path):
+    tiny_teacher(tmp_path / "a.safetensors")
+    name = f"{tmp_path / 'a.safetensors'} guided by {tmp_path / 'a.safetensors'}"
+    plan = make_plan(load_recipe("sid_digits", [f"teacher={name}", "sid.cfg=1.4"], mini=True))
+    assert plan.networks["its guide (frozen)"] == plan.networks["teacher (frozen)"] and not plan.refused
 
 
 def test_what_cannot_guide_is_refused():

@@ -114,6 +114,7 @@ def test_further_metrics_are_those_of_d2o_eval(recipe, tmp_path, capsys):
     ("also", "words"),
     [
         ("[ist]", "unknown metric 'ist'"),
+        ("[prompt-accuracy]", "metric prompt-accuracy needs prompts; the student has none"),
         ("[rel-fd]", "needs more than the student's images"),
         ("[is@digits, kid@digits]", "a subset has 1000 images, the smaller set 40"),
     ],
