@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 
@@ -78,6 +79,7 @@ def common(
     ),
 ) -> None:
     """Diffusion to one step: turn a slow, many-step diffusion model into a one-step generator."""
+    gc.enable()  # which `d2o.__main__` had stopped: a command begins
     hints.typed(context)
 
 
