@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,8 @@ from typing import Any
 from d2o.evaluation.protocol import option
 from d2o.evaluation.seeds import over_seeds
 from d2o.recipes.load import load_recipe
+from d2o.reports.cells import number
+from d2o.reports.orders import judged
 from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
 from results import budget, put
 
@@ -71,14 +72,13 @@ class Job:
         name = re.sub(r"[^a-z0-9]+", "_", self.row.name.lower()).strip("_")
         return ROOT / "results" / self.table / f"{name}{'' if self.run is None else f'_seed{self.run.seed}'}.json"
 
-    @property
-    def recipe_hash(self) -> str | None:
-        """Of what the resolved recipe says beside the defaults, so that a new key changes nothing. A record of another
-        recipe is measured again."""
+    def made_by(self) -> dict[str, Any] | None:
+        """The recipe with all its settings, and under "start" that of the run it begins from."""
         if self.run is None or self.row.recipe is None:
             return None
-        resolved = load_recipe(self.row.recipe, [*self.row.changes, f"seed={self.run.seed}"])
-        return hashlib.sha256(resolved.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
+        made = load_recipe(self.row.recipe, [*self.row.changes, f"seed={self.run.seed}"]).resolved()
+        started = [job for job in jobs(self.table, load_table(self.table)) if job.x == self.run.start]
+        return {**made, "start": started[0].made_by()} if started else made
 
     def commands(self) -> list[str]:
         lines = []
@@ -111,15 +111,23 @@ def jobs(name: str, table: PaperTable) -> Iterator[Job]:
 
 
 def current(job: Job) -> dict[str, Any] | None:
-    """The job's record, if it is there and its recipe is still the same."""
+    """The job's record, if it is there and was made as the job is made now."""
     if not job.record.exists():
         return None
     record = json.loads(job.record.read_text())
-    return record if record["recipe"] == job.recipe_hash else None
+    return record if record["commands"] == job.commands() and same(record["recipe"], job.made_by()) else None
+
+
+def same(recorded: Any, now: Any) -> bool:
+    """Whether all settings of a recorded recipe are still these. Its words, and keys that came later, change nothing
+    of how a run is made."""
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        return all(key in now and same(recorded[key], now[key]) for key in recorded if key not in ("name", "title"))
+    return bool(recorded == now)
 
 
 def measure(job: Job) -> None:
-    started = job.recipe_hash
+    made_by = job.made_by()
     needed = [job.options.get("teacher"), *([] if job.run is None else [job.run.start])]
     for first in jobs(job.table, load_table(job.table)):
         if first.run and first.x in needed and first.x != job.x and not (ROOT / first.x).exists():
@@ -132,7 +140,7 @@ def measure(job: Job) -> None:
     record = {
         "row": job.row.name,
         "seed": None if job.run is None else job.run.seed,
-        "recipe": started,
+        "recipe": made_by,
         "commit": commit.strip(),
         "date": datetime.date.today().isoformat(),
         "commands": job.commands(),
@@ -150,27 +158,54 @@ def run(line: str) -> None:
     subprocess.run([sys.executable, "-m", "d2o", *shlex.split(line)[1:]], check=True, cwd=ROOT)
 
 
+def measured(name: str, table: PaperTable) -> dict[str, dict[int | None, dict[str, Any]]]:
+    """Row -> seed of training (None: it is not trained) -> its record, of all that is measured and current."""
+    found: dict[str, dict[int | None, dict[str, Any]]] = {row.name: {} for row in table.rows}
+    for job in jobs(name, table):
+        if (record := current(job)) is not None:
+            found[job.row.name][record["seed"]] = record
+    return found
+
+
 def write(name: str, table: PaperTable) -> None:
-    """The table of all that is measured into docs/results.md."""
-    shown = COLUMNS[name]
+    """The table of all that is measured into docs/results.md, and what it says of the papers' orders into
+    docs/orders.md."""
+    shown, rows = COLUMNS[name], measured(name, table)
     head = ["", "seeds", *(title for _, title, _, _ in shown), "images trained"]
     lines, missing = [head, ["---", *["---:"] * (len(head) - 1)]], []
-    all_jobs = list(jobs(name, table))
-    for row in table.rows:
-        found = [record for job in all_jobs if job.row is row and (record := current(job)) is not None]
+    for row, found in rows.items():
         if not found:
-            missing.append(row.name)
+            missing.append(row)
             continue
-        evals = [record["eval"] for record in found]
-        record = evals[0] if len(evals) < 2 else over_seeds(evals, [record["seed"] for record in found])
-        trained = found[0]["training"]
+        evals = [record["eval"] for record in found.values()]
+        record = evals[0] if len(evals) < 2 else over_seeds(evals, list(found))
+        trained = next(iter(found.values()))["training"]
         seeds = str(len(found)) if trained else ""
         images = f"{trained['images']:,}" if trained else ""
-        lines.append([row.name, seeds, *(cell(record, *column) for column in shown), images])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([row, seeds, *(cell(record, *column) for column in shown), images])
+    text = markdown(lines)
     if missing:
         text += "\n\nNot measured yet: " + "; ".join(missing) + "."
     put(ROOT / "docs" / "results.md", name, text)
+    put(ROOT / "docs" / "orders.md", name, orders(table, rows))
+
+
+def orders(table: PaperTable, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
+    """What the papers say of pairs of the table's rows, with the numbers that say whether it is seen here."""
+    evals = {name: {seed: record["eval"] for seed, record in found.items()} for name, found in rows.items()}
+    lines = [["claim", "by", "the better", "the other", "gain", "seeds that agree", "here"]]
+    lines.append(["---", "---", "---:", "---:", "---:", "---:", "---"])
+    for verdict in judged(table.orders, evals):
+        numbers = [verdict.first, verdict.second, verdict.gain]
+        cells = ["" if value is None else number(value) for value in numbers]
+        cells[2] += "" if verdict.error is None else f" ± {number(verdict.error)}"
+        agree = f"{verdict.agree} of {verdict.seeds}" if verdict.seeds else ""
+        lines.append([verdict.order.claim, verdict.order.by, *cells, agree, verdict.word])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(record: dict[str, Any], key: str, _: str, shape: str, scale: float) -> str:

@@ -226,10 +226,13 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
     from d2o.evaluation.evaluate import FORMAT
     from d2o.evaluation.seeds import over_seeds
     from d2o.reports.cells import quoted
+    from d2o.reports.orders import MISSING, judged
     from d2o.reports.paper_tables import absent, load_table, measured_runs, moved
 
     table, under = load_table(values["table"]), values["runs"]
-    records, measured = [], 0
+    records: list[JsonObject] = []
+    by_seed: dict[str, dict[int | None, JsonObject]] = {}
+    measured = 0
     for i, row in enumerate(table.rows):
         runs = measured_runs(table, row, under)
         reason = None if runs else absent(row, under)
@@ -264,6 +267,7 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
                 if "teacher" in chosen and "teacher" not in given:
                     one["teacher"] = table.teacher_of(row, under, seed)
                 found += _one_after_another(*prepare(one, (given | set(chosen)) - {"table", "runs"}), None, place)
+            by_seed[row.name] = {run.seed: record for run, record in zip(runs, found)} if runs else {None: found[0]}
             for record in found if len(found) < 2 else [over_seeds(found, [run.seed for run in runs])]:
                 record["notes"] += table.notes
                 records.append({**record, "about": row.about} if row.about else record)
@@ -277,6 +281,10 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
             ) from stopped
         else:
             measured += 1
+    for verdict in judged(table.orders, by_seed):
+        for record in records:
+            if record["name"] == verdict.order.better and verdict.word != MISSING:
+                record["notes"].append(verdict.text)
     if not measured and worker()[0] == 0:
         raise UserError(f"{values['table']}: none of its rows could be measured", "the lines above say why")
     return records

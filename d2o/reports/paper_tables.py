@@ -9,6 +9,8 @@ rows:
   - {name: SiDA, x: runs/sida_cifar10_uncond, recipe: sida_cifar10_uncond, paper: {nfe: 1, fid: [1.516, 0.010]}}
   - {name: DDPM, cited: "WHY", paper: {nfe: 1000, fid: 3.17}}   # without x: quoted, never measured
 notes: [...]                        # on the whole table, printed below it
+orders:                             # what the paper says of two rows, judged by the numbers that are measured
+  - {claim: "SiDA is better than DDPM", better: SiDA, than: DDPM, by: fid}
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.inputs import JsonObject
+from d2o.reports.orders import PaperOrder
 from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.section import NonEmpty, Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word
@@ -135,7 +138,7 @@ class RowRun:
 class PaperTable(Section):
     """A table. `options` hold for every row that does not give its own; `against`: the reference, where no protocol
     names one; `notes`: what to know of its numbers; `seeds`: a row that a recipe makes is trained with each of these,
-    and its numbers are their mean."""
+    and its numbers are their mean; `orders`: what the paper claims of pairs of rows."""
 
     title: NonEmpty
     paper: NonEmpty
@@ -145,6 +148,7 @@ class PaperTable(Section):
     notes: list[NonEmpty] = Field(default_factory=list)
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=1000)] = Field(default_factory=list)
     rows: Annotated[list[PaperRow], Field(min_length=1)]
+    orders: list[PaperOrder] = Field(default_factory=list)
 
     def options_of(self, row: PaperRow) -> JsonObject:
         """The row's options over the table's, only those that are written there."""
@@ -292,6 +296,7 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
     preset = PRESETS.get(table.protocol or "")
     if table.protocol is not None and preset is None:
         yield ("protocol",), _words(unknown("protocol", table.protocol, PRESETS))
+    yield from _wrong_orders(table)
     known = {key for metric in METRICS.values() for key in metric.keys} | set(PRINTED)
     names: set[str] = set()
     if len(set(table.seeds)) < len(table.seeds):
@@ -321,6 +326,16 @@ def _wrong(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
                     ("rows", i, "options") if _given(row.options) else ("options",),
                     f"{flag} is not the protocol {preset.name} ({wanted})",
                 )
+
+
+def _wrong_orders(table: PaperTable) -> Iterator[tuple[KeyPath, str]]:
+    names, measures = [row.name for row in table.rows], {key for metric in METRICS.values() for key in metric.keys}
+    for i, order in enumerate(table.orders):
+        for key, name in (("better", order.better), ("than", order.than)):
+            if name not in names:
+                yield ("orders", i, key), _words(unknown("row", name, names))
+        if (base := order.by.partition("@")[0]) not in measures:
+            yield ("orders", i, "by"), _words(unknown("number", base, measures))
 
 
 def _wrong_options(given: JsonObject) -> Iterator[str]:
