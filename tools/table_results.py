@@ -38,6 +38,7 @@ DIGITS = [
     ("coverage@digits", "coverage, %", "{:.1f}", 100),
 ]
 COLUMNS = {
+    "mini_methods": DIGITS[:4],
     "mini_sida": DIGITS,
     "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
     "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1)],

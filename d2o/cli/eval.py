@@ -155,6 +155,8 @@ TEACHER_SOLVER = _making(
     "--teacher-solver", help="Solver of a teacher that X is measured against (rel-fd, distance); default: its usual."
 )
 TEACHER_STEPS = _making("--teacher-steps", help="Its steps; default: its usual number.")
+TEACHER_N = _making("--teacher-n", help="Its images in rel-fd and rel-fid; default: as many as X's.")
+TEACHER_SEED = _making("--teacher-seed", help="Seed of the first of them; default: X's, so that noises are equal.")
 CFG = _making(
     "--cfg",
     help=(
@@ -280,6 +282,8 @@ def evaluate(
     steps: int = STEPS,
     teacher_solver: str = TEACHER_SOLVER,
     teacher_steps: int = TEACHER_STEPS,
+    teacher_n: int = TEACHER_N,
+    teacher_seed: int = TEACHER_SEED,
     cfg: float = CFG,
     guide: str = GUIDE,
     resize: str = RESIZE,

@@ -85,6 +85,9 @@ def evaluate_one(
         entries = combine(want, extractor, found, settings)
         if want.needs_teacher and plan.teacher is not None:
             beside = {"to": plan.teacher.source, "to_sha256": plan.teacher.record["sha256"]}
+            if kind == "teacher" and settings.own_teacher_images:
+                theirs = settings.teachers
+                beside["to_seeds"] = f"{theirs.seed}..{theirs.seed + theirs.n - 1}"
             entries = {key: entry | beside for key, entry in entries.items()}
         metrics |= entries
     metrics |= accuracy([run for run in runs if isinstance(run, Measured)], x, plan.main)
@@ -172,7 +175,7 @@ def _main_passes(
 def _teacher_passes(
     plan: Task, settings: Settings, device: Device, place: Workplace, meter: OpenMeter
 ) -> Sequence[Side]:
-    """The teacher's images of the same seeds in every run, for rel-FID (GDD)."""
+    """The teacher's images for rel-FID (GDD): of the same seeds in every run, or one set of its own, for all runs."""
     outputs = plan.outputs("teacher")
     if not outputs:
         return []
@@ -181,9 +184,11 @@ def _teacher_passes(
     for extractor, _ in outputs.values():
         check_subject(teacher, extractor)
     probes, resize = feature_probes(outputs), settings.preparation.describe()
-    with meter(f"teacher {teacher.name}", settings.n * settings.repeats) as progress:
-        works = [generator_pass(teacher, settings, run, probes, device) for run in range(settings.repeats)]
-        return [Measured(place.collect(work, progress), resize) for work in works]
+    theirs = settings.teachers if settings.own_teacher_images else settings
+    with meter(f"teacher {teacher.name}", theirs.n * theirs.repeats) as progress:
+        works = [generator_pass(teacher, theirs, run, probes, device) for run in range(theirs.repeats)]
+        sides = [Measured(place.collect(work, progress), resize) for work in works]
+    return sides * settings.repeats if settings.own_teacher_images else sides
 
 
 def _diversity_pass(

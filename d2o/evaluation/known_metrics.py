@@ -125,7 +125,7 @@ METRICS = {
         ),
         Metric(
             "rel-fd",
-            "Fréchet distance to the teacher's images of the same seeds",
+            "Fréchet distance to the teacher's images of the same seeds (or of --teacher-seed)",
             measures.frechet,
             {"rel-fd": LOWER},
             reference="teacher",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,8 @@ class Settings:
     steps: int | None = None
     teacher_solver: str | None = None  # of the teacher that X is measured against; None: its usual one
     teacher_steps: int | None = None
+    teacher_n: int | None = None  # its images for rel-fd and rel-fid, and the seed of the first; None: those of X
+    teacher_seed: int | None = None
     guide: str | None = None  # by whom teachers are guided (None: by themselves, without a condition)
     cfg: float | None = None  # guidance of teachers (None: 1, which is none), and of students that are told it
     repeats: int = 1  # runs over disjoint blocks of seeds
@@ -77,6 +79,8 @@ class Settings:
         for name, steps in (("steps", self.steps), ("teacher_steps", self.teacher_steps)):
             if steps is not None and steps < 1:
                 raise UserError(f"{option(name)} must be at least 1, not {steps}")
+        if self.teacher_n is not None and self.teacher_n < 2:
+            raise UserError(f"--teacher-n must be at least 2, not {self.teacher_n}")
         if self.bootstrap == 1:
             raise UserError("--bootstrap 1 gives no error bar", "give some hundred, or 0 for none")
         choices = {"quantize": QUANTIZE, "report_as": REPORTS, "pr_dtype": DTYPES, "is_mode": IS_MODES}
@@ -88,6 +92,20 @@ class Settings:
             if solver is not None:
                 get_solver(solver)
         check_range(max(self.n * self.repeats, self.distance_n), self.seed)
+        if self.own_teacher_images:
+            check_range(self.teachers.n, self.teachers.seed)
+
+    @property
+    def own_teacher_images(self) -> bool:
+        """Whether the teacher's images are others than X's, one set beside which all runs of X are seen."""
+        return self.teacher_n is not None or self.teacher_seed is not None
+
+    @property
+    def teachers(self) -> Settings:
+        """Those of the teacher's images in rel-fd and rel-fid."""
+        n = self.n if self.teacher_n is None else self.teacher_n
+        seed = self.seed if self.teacher_seed is None else self.teacher_seed
+        return replace(self, n=n, seed=seed, repeats=1, teacher_n=None, teacher_seed=None)
 
     @property
     def preparation(self) -> Preparation:

@@ -174,8 +174,9 @@ class _Preparing:
                     f"--steps: {text} is neither a teacher nor a student that takes several steps", "leave it away"
                 )
             notes.append(f"--steps is not for {text}")
-        if (settings.teacher_solver or settings.teacher_steps) and teacher is None and request.against is None:
-            notes.append(f"--teacher-solver and --teacher-steps are not for {text}: it is measured against no teacher")
+        asked = settings.teacher_solver or settings.teacher_steps or settings.own_teacher_images
+        if asked and teacher is None and request.against is None:
+            notes.append(f"options of the teacher (--teacher-...) are not for {text}: it is measured against no teacher")
         told = isinstance(x, Generator) and "cfg" in x.record
         if request.cfg_typed and teacher is None and not told and len(request.xs) == 1:
             raise UserError(

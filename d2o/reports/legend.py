@@ -140,12 +140,15 @@ def _sampled(teacher: JsonObject) -> str:
 
 def _relative(records: Sequence[Result]) -> list[str]:
     """What the distances to a teacher's images are taken to."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[tuple[str, str], dict[str, None]] = {}
     for r in records:
         for key, m in metrics(r):
             if key.startswith("rel-") and m.get("to"):
-                found.setdefault(m["label"], {})[m["to"]] = None
-    return [f"{label}: to the images of {', '.join(sources)} from the same seeds" for label, sources in found.items()]
+                seeds = f"seeds {m['to_seeds']}" if "to_seeds" in m else "the same seeds"
+                found.setdefault((m["label"], seeds), {})[m["to"]] = None
+    return [
+        f"{label}: to the images of {', '.join(sources)} from {seeds}" for (label, seeds), sources in found.items()
+    ]
 
 
 def _speeds(records: Sequence[Result]) -> list[str]:

@@ -12,6 +12,7 @@ from d2o.evaluation.protocol import Settings
 from d2o.evaluation.request import Request
 from d2o.evaluation.result_model import mistake
 from d2o.evaluation.run import evaluate_all
+from d2o.evaluation.statistics_files import save_statistics
 from d2o.networks.edm_unet import EDMPrecond
 from d2o.reports.comparison import results_table
 from d2o.students.base import Student, save_student
@@ -45,6 +46,27 @@ def test_a_model_against_itself_is_0(digits: Path, one: Path) -> None:
     record = measured(one, one)
     assert record["metrics"]["rel-fd"]["value"] == pytest.approx(0, abs=1e-6)
     assert record["metrics"]["distance"]["rmse"] == 0
+
+
+def test_the_teachers_images_of_other_seeds(digits: Path, one: Path, tmp_path: Path) -> None:
+    settings = replace(SMALL, repeats=2, teacher_n=36, teacher_seed=1000)
+    record = measured(one, one, settings=settings)
+    rel = record["metrics"]["rel-fd"]
+    assert rel["value"] > 1e-3 and rel["to_seeds"] == "1000..1035" and len(rel["runs"]) == 2 and mistake(record) is None
+    footer = "\n".join(results_table([record, measured(one, one)]).footer)
+    assert f"to the images of {one} from seeds 1000..1035" in footer and f"{one} from the same seeds" in footer
+    assert "--teacher-n 36 --teacher-seed 1000" in record["command"]
+    stats = tmp_path / "stats.npz"
+    other = replace(SMALL, n=36, seed=1000)
+    made = next(iter(evaluate_all(Request([str(one)], metrics=["rel-fd"], teacher=str(one)), other))).statistics
+    assert made is not None
+    save_statistics(stats, made)
+    fd = evaluate(one, against=str(stats), metrics=["fd"], extractor="digits", settings=replace(SMALL, repeats=2))[0]
+    assert rel["runs"] == pytest.approx(fd["metrics"]["fd"]["runs"], rel=1e-5)
+    with pytest.raises(UserError, match="--teacher-n must be at least 2, not 1"):
+        replace(SMALL, teacher_n=1)
+    with pytest.raises(UserError, match="seed"):
+        replace(SMALL, teacher_seed=2**63)
 
 
 def test_the_teacher_called_once_is_the_student(digits: Path, one: Path, tmp_path: Path) -> None:
