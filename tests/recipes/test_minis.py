@@ -1,0 +1,82 @@
+"""Every recipe and variant with --mini, in a few seconds each: it dies in the seventh of ten iterations; the same
+command with --resume ends it; what it made makes images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from d2o.cli.app import main
+from d2o.interop.safetensors_io import read_meta
+from d2o.recipes.find import recipe_names
+from d2o.recipes.load import load_recipe
+from d2o.training.loop import Trainer
+
+SAMPLED = ("student", "generator")
+FEW: dict[str, list[str]] = {
+    "pd": ["pd.stage_images={batch}", "pd.N=2"],
+}
+"""What makes ten iterations of a method whole."""
+
+
+class Died(BaseException):
+    """Nothing of d2o catches it: nothing more is written."""
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in arguments])
+    return done.value.code  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Stores of pairs are made once for all recipes that want the same ones."""
+    yield tmp_path_factory.mktemp("stores")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", recipe_names())
+def test_it_trains_dies_resumes_and_samples(
+    name: str, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(name, mini=True)
+    batch = min(recipe.batch, 4)
+    changes = [f"batch={batch}", f"images={10 * batch}", "threads=1", "log_every=1", "preview=null"]
+    changes += [
+        f"checkpoint={{every: {4 * batch}, keep: 0}}",
+        *(s.format(batch=batch) for s in FEW.get(recipe.method, [])),
+    ]
+    if recipe.eval is not None and recipe.method not in ("latent-classifier", "latent-lpips"):
+        changes.append("eval=null")
+    if recipe.pairs is not None:
+        changes += ["pairs.n=16", "pairs.batch=16", f"pairs.steps={min(recipe.pairs.steps, 2)}"]
+    monkeypatch.chdir(stores)  # in whose runs/pairs the recipes look for their pairs
+    folder = tmp_path / "run"
+    command = ["train", name, "--mini", "--out", folder, *(word for change in changes for word in ("--set", change))]
+
+    iterate = Trainer.iterate
+
+    def until_the_seventh(self: Trainer) -> None:
+        if self.iteration == 6:
+            raise Died
+        iterate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "iterate", until_the_seventh)
+        with pytest.raises(Died):
+            main([str(word) for word in command])
+    assert read_meta(folder / "checkpoints" / "state.safetensors")["iteration"] == 4
+    assert run(*command, "--resume") == 0
+    product = folder / "checkpoints" / "last.safetensors"
+    assert read_meta(product)["images"] == 10 * batch
+    losses = [
+        line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "images_per_s" in line
+    ]
+    assert [line["images"] for line in losses] == [batch * (i + 1) for i in range(10)]
+    assert not any(value != value or abs(value) == float("inf") for line in losses for value in line.values())
+    if read_meta(product)["kind"] in SAMPLED:
+        assert run("sample", folder, "--n", 2, "--out", tmp_path / "images.zip") == 0
