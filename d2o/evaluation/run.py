@@ -176,7 +176,7 @@ class _Preparing:
             notes.append(f"--steps is not for {text}")
         asked = settings.teacher_solver or settings.teacher_steps or settings.own_teacher_images
         if asked and teacher is None and request.against is None:
-            notes.append(f"options of the teacher (--teacher-...) are not for {text}: it is measured against no teacher")
+            notes.append(f"--teacher-... options are not for {text}: it is measured against no teacher")
         told = isinstance(x, Generator) and "cfg" in x.record
         if request.cfg_typed and teacher is None and not told and len(request.xs) == 1:
             raise UserError(

@@ -146,9 +146,7 @@ def _relative(records: Sequence[Result]) -> list[str]:
             if key.startswith("rel-") and m.get("to"):
                 seeds = f"seeds {m['to_seeds']}" if "to_seeds" in m else "the same seeds"
                 found.setdefault((m["label"], seeds), {})[m["to"]] = None
-    return [
-        f"{label}: to the images of {', '.join(sources)} from {seeds}" for (label, seeds), sources in found.items()
-    ]
+    return [f"{label}: to the images of {', '.join(sources)} from {seeds}" for (label, seeds), sources in found.items()]
 
 
 def _speeds(records: Sequence[Result]) -> list[str]:

@@ -68,8 +68,8 @@ def judge(order: PaperOrder, rows: Records) -> Verdict:
     gain = statistics.fmean(gains)
     error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
     word = OPEN if error is None or abs(gain) <= 2 * error else SEEN if gain > 0 else REVERSED
-    means = [statistics.fmean(values) for values in zip(*pairs, strict=True)]
-    return Verdict(order, word, *means, gain, error, sum(g > 0 for g in gains), len(gains))
+    means = statistics.fmean(a for a, _ in pairs), statistics.fmean(b for _, b in pairs)
+    return Verdict(order, word, means[0], means[1], gain, error, sum(g > 0 for g in gains), len(gains))
 
 
 def judged(orders: Sequence[PaperOrder], rows: Records) -> list[Verdict]:

@@ -1,4 +1,4 @@
-"""An exported folder makes `d2o sample`'s images where there is no d2o: in a process that sees the same packages, linked
+"""An exported folder makes the images of `d2o sample` without d2o: in a process that sees the same packages, linked
 into a folder that lacks it."""
 
 from __future__ import annotations
