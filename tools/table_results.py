@@ -25,8 +25,8 @@ from d2o.evaluation.protocol import option
 from d2o.evaluation.seeds import over_seeds
 from d2o.recipes.load import load_recipe
 from d2o.reports.cells import number
-from d2o.reports.orders import judged
 from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
+from d2o.reports.verdicts import verdicts
 from results import budget, put
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +196,7 @@ def orders(table: PaperTable, rows: dict[str, dict[int | None, dict[str, Any]]])
     evals = {name: {seed: record["eval"] for seed, record in found.items()} for name, found in rows.items()}
     lines = [["claim", "by", "the better", "the other", "gain", "seeds that agree", "here"]]
     lines.append(["---", "---", "---:", "---:", "---:", "---:", "---"])
-    for verdict in judged(table.orders, evals):
+    for verdict in verdicts(table.orders, evals):
         numbers = [verdict.first, verdict.second, verdict.gain]
         cells = ["" if value is None else number(value) for value in numbers]
         cells[2] += "" if verdict.error is None else f" ± {number(verdict.error)}"

@@ -226,8 +226,8 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
     from d2o.evaluation.evaluate import FORMAT
     from d2o.evaluation.seeds import over_seeds
     from d2o.reports.cells import quoted
-    from d2o.reports.orders import MISSING, judged
     from d2o.reports.paper_tables import absent, load_table, measured_runs, moved
+    from d2o.reports.verdicts import MISSING, verdicts
 
     table, under = load_table(values["table"]), values["runs"]
     records: list[JsonObject] = []
@@ -281,7 +281,7 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
             ) from stopped
         else:
             measured += 1
-    for verdict in judged(table.orders, by_seed):
+    for verdict in verdicts(table.orders, by_seed):
         for record in records:
             if record["name"] == verdict.order.better and verdict.word != MISSING:
                 record["notes"].append(verdict.text)

@@ -32,7 +32,7 @@ from d2o.evaluation.paper_protocols import PRESETS
 from d2o.evaluation.presets import contradictions
 from d2o.evaluation.protocol import Settings
 from d2o.inputs import JsonObject
-from d2o.reports.orders import PaperOrder
+from d2o.reports.verdicts import PaperOrder
 from d2o.settings.recipe_names import is_shipped, parted
 from d2o.settings.section import NonEmpty, Section
 from d2o.settings.wording import KeyPath, Shape, dotted, tree, word

@@ -1,4 +1,4 @@
-"""Orders that papers claim, judged by pairs of trainings with equal seeds."""
+"""Orders that papers claim, verdicts by pairs of trainings with equal seeds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from d2o.errors import UserError
-from d2o.reports.orders import PaperOrder, judge
 from d2o.reports.paper_tables import load_table
+from d2o.reports.verdicts import PaperOrder, verdict_on
 
 ORDER = PaperOrder(claim="A is better", better="A", than="B", by="fd")
 
@@ -23,7 +23,7 @@ def rows(a: dict[int | None, float], b: dict[int | None, float], key: str = "fd@
 
 
 def test_seen_when_the_gain_is_more_than_two_standard_errors_of_pairs() -> None:
-    verdict = judge(ORDER, rows({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.5, 1: 2.4, 2: 3.6}))
+    verdict = verdict_on(ORDER, rows({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.5, 1: 2.4, 2: 3.6}))
     assert (verdict.word, verdict.agree, verdict.seeds) == ("seen", 3, 3)
     assert verdict.first == pytest.approx(2.0) and verdict.second == pytest.approx(2.5)
     assert verdict.gain == pytest.approx(0.5) and verdict.error == pytest.approx(0.1 / math.sqrt(3))
@@ -31,32 +31,32 @@ def test_seen_when_the_gain_is_more_than_two_standard_errors_of_pairs() -> None:
 
 
 def test_seeds_that_only_one_row_has_are_left_out() -> None:
-    verdict = judge(ORDER, rows({0: 1.0, 1: 1.0, 5: 99.0}, {0: 2.0, 1: 2.5, 7: 0.0}))
+    verdict = verdict_on(ORDER, rows({0: 1.0, 1: 1.0, 5: 99.0}, {0: 2.0, 1: 2.5, 7: 0.0}))
     assert verdict.seeds == 2 and verdict.gain == pytest.approx(1.25)
 
 
 def test_the_other_way_round_and_higher_is_better() -> None:
     values = {0: 1.0, 1: 1.1}, {0: 2.0, 1: 2.2}
-    assert judge(ORDER, rows(*values)).word == "seen"
-    assert judge(ORDER, rows(*values, better="higher")).word == "the other way round"
+    assert verdict_on(ORDER, rows(*values)).word == "seen"
+    assert verdict_on(ORDER, rows(*values, better="higher")).word == "the other way round"
 
 
 def test_what_decides_nothing() -> None:
-    assert judge(ORDER, rows({0: 1.0}, {0: 9.0})).word == "not decided"
-    assert judge(ORDER, rows({0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.0})).word == "not decided"
-    assert judge(ORDER, rows({0: 1.0}, {1: 9.0})).word == "not measured"
-    assert judge(ORDER, {"A": {}, "B": {}}).word == "not measured"
-    assert judge(ORDER, rows({0: 1.0}, {0: 9.0}, key="recall")).word == "not measured"
+    assert verdict_on(ORDER, rows({0: 1.0}, {0: 9.0})).word == "not decided"
+    assert verdict_on(ORDER, rows({0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.0})).word == "not decided"
+    assert verdict_on(ORDER, rows({0: 1.0}, {1: 9.0})).word == "not measured"
+    assert verdict_on(ORDER, {"A": {}, "B": {}}).word == "not measured"
+    assert verdict_on(ORDER, rows({0: 1.0}, {0: 9.0}, key="recall")).word == "not measured"
 
 
 def test_a_row_without_trainings_stands_against_every_seed() -> None:
-    verdict = judge(ORDER, rows({0: 1.0, 1: 1.2, 2: 1.1}, {None: 2.0}))
+    verdict = verdict_on(ORDER, rows({0: 1.0, 1: 1.2, 2: 1.1}, {None: 2.0}))
     assert (verdict.word, verdict.seeds) == ("seen", 3) and verdict.second == 2.0
 
 
 def test_a_metric_over_one_network_is_not_that_over_another() -> None:
     order = PaperOrder(claim="A is better", better="A", than="B", by="fd@lite0")
-    assert judge(order, rows({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.0})).word == "not measured"
+    assert verdict_on(order, rows({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.0})).word == "not measured"
 
 
 def test_orders_name_rows_and_metrics_that_are_there(tmp_path: Path) -> None:

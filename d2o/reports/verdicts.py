@@ -54,7 +54,7 @@ Records = Mapping[str, Mapping[int | None, JsonObject]]
 """Name of a row -> seed of training (None: it is not trained) -> its record."""
 
 
-def judge(order: PaperOrder, rows: Records) -> Verdict:
+def verdict_on(order: PaperOrder, rows: Records) -> Verdict:
     """Seen or reversed: a mean gain of more than twice its standard error over the seeds that both rows have. One
     training of each decides nothing."""
     first, second = _values(order, rows, order.better), _values(order, rows, order.than)
@@ -72,8 +72,8 @@ def judge(order: PaperOrder, rows: Records) -> Verdict:
     return Verdict(order, word, means[0], means[1], gain, error, sum(g > 0 for g in gains), len(gains))
 
 
-def judged(orders: Sequence[PaperOrder], rows: Records) -> list[Verdict]:
-    return [judge(order, rows) for order in orders]
+def verdicts(orders: Sequence[PaperOrder], rows: Records) -> list[Verdict]:
+    return [verdict_on(order, rows) for order in orders]
 
 
 def _entries(order: PaperOrder, rows: Records, name: str) -> dict[int | None, JsonObject]:
