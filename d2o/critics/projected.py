@@ -110,7 +110,7 @@ class ProjectedCritic(nn.Module):
         """The four maps of backbone i. On a CPU a few images at a time, so that they stay in its cache."""
         backbone, mixing = self.backbones[i], self.mixing[i]
         assert isinstance(backbone, Backbone)
-        parts = x.split(at_once(x.device)) if x.device.type == "cpu" else (x,)
+        parts = x.split(at_once(x.device, backbone.size)) if x.device.type == "cpu" else (x,)
         found = [mixing(backbone.maps(part)) for part in parts]
         return found[0] if len(found) == 1 else [torch.cat(maps) for maps in zip(*found)]
 

@@ -78,5 +78,9 @@ def test_it_trains_dies_resumes_and_samples(
     ]
     assert [line["images"] for line in losses] == [batch * (i + 1) for i in range(10)]
     assert not any(value != value or abs(value) == float("inf") for line in losses for value in line.values())
-    if read_meta(product)["kind"] in SAMPLED:
-        assert run("sample", folder, "--n", 2, "--out", tmp_path / "images.zip") == 0
+    meta = read_meta(product)
+    if meta["kind"] in SAMPLED:
+        asked = ["--prompts", "digits"] if meta["spec"]["condition"] == "text" else []
+        if recipe.pairs is not None and isinstance(recipe.pairs.cfg, tuple):
+            asked += ["--cfg", recipe.pairs.cfg[0]]
+        assert run("sample", folder, "--n", 2, *asked, "--out", tmp_path / "images.zip") == 0
