@@ -118,10 +118,10 @@ def load_state(path: Path, players: Mapping[str, Player], states: Mapping[str, n
                 tensors[name] = part_of(tensors[name], of)
     try:
         for name, network in _networks(players, states).items():
-            network.load_state_dict(_strip(f"network/{name}/", tensors))
+            _fill(network, _strip(f"network/{name}/", tensors))
         for name, player in players.items():
             if player.ema is not None:
-                player.ema.network.load_state_dict(_strip("ema/", tensors))
+                _fill(player.ema.network, _strip("ema/", tensors))
             player.load_moments(_strip(f"optimizer/{name}/", tensors))
     except (RuntimeError, LookupError) as error:
         raise UserError(f"{path} does not fit this recipe's networks: {str(error).splitlines()[-1].strip()}") from error
@@ -139,6 +139,18 @@ def _named(name: str, players: Mapping[str, Player]) -> str:
         names = list(players[path[1]].parameters)
         path[2] = names[int(path[2])] if int(path[2]) < len(names) else path[2]
     return "/".join(path)
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """`load_state_dict`, told the versions of the modules: else torch takes batch norms for old ones and adds the
+    counters that those lacked, which the state of frozen ones does not have either."""
+    state = network.state_dict()
+    own = getattr(state, "_metadata", None)
+    state.clear()
+    state.update(tensors)
+    if own is not None:
+        state._metadata = own  # type: ignore[attr-defined]
+    network.load_state_dict(state)
 
 
 def _strip(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from d2o.cli.app import main
 from d2o.errors import UserError
+from d2o.features import base as features
 from d2o.interop.safetensors_io import load_file, read_meta, save_file
 from d2o.methods.base import METHODS, Setup
 from d2o.recipes.changes import forbidden
 from d2o.recipes.load import load_recipe
 from d2o.runtime import StopFlag
+from d2o.training.checkpoint import load_state, save_state, tensors_of
 from d2o.training.loop import Trainer
 from d2o.training.run_folder import locked
 from tests.helpers import tiny_teacher
@@ -305,3 +308,18 @@ def test_a_log_that_cannot_be_written_anew_is_not_lost(recipe, tmp_path, monkeyp
     assert (run / "metrics.jsonl").read_bytes() == before
     assert d2o("train", recipe, "--out", run, "--resume") == 0
     assert [line["iteration"] for line in log(run) if "eval" not in line] == [4, 8, 12, 16, 20, 21]
+
+
+def test_frozen_batch_norms_beside_trained_weights_come_back(tmp_path: Path) -> None:
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(features.hold(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))), nn.BatchNorm2d(4))
+
+    before, after = network(0), network(1)
+    before(torch.randn(2, 1, 8, 8))
+    tensors = tensors_of({}, {"critic": before})
+    assert "network/critic/1.num_batches_tracked" in tensors and not any("critic/0." in name for name in tensors)
+    save_state(tmp_path / "state.safetensors", tensors, {"iteration": 1, "images": 2})
+    load_state(tmp_path / "state.safetensors", {}, {"critic": after})
+    found = after.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in before.state_dict().items()) and len(found) == 5
