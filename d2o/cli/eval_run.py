@@ -267,7 +267,7 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
                 if "teacher" in chosen and "teacher" not in given:
                     one["teacher"] = table.teacher_of(row, under, seed)
                 found += _one_after_another(*prepare(one, (given | set(chosen)) - {"table", "runs"}), None, place)
-            by_seed[row.name] = {run.seed: record for run, record in zip(runs, found)} if runs else {None: found[0]}
+            by_seed[row.name] = dict(zip([run.seed for run in runs] or [None], found))  # other processes find none
             for record in found if len(found) < 2 else [over_seeds(found, [run.seed for run in runs])]:
                 record["notes"] += table.notes
                 records.append({**record, "about": row.about} if row.about else record)

@@ -34,6 +34,9 @@ rows:
   - {{name: first, x: runs/first, recipe: "{recipe}"}}
   - {{name: first again, x: runs/first, recipe: "{recipe}"}}
   - {{name: quoted, paper: {{fd: 1.5}}}}
+orders:
+  - {{claim: again is equal, better: first again, than: first, by: fd}}
+  - {{claim: quotes are no measurements, better: quoted, than: first, by: fd}}
 """
 
 
@@ -71,7 +74,9 @@ def test_a_table_is_trained_and_measured(table, capsys):
     assert fd["std"] == pytest.approx(statistics.stdev(fd["runs"]))
     assert [made["source"] for made in more["x"]["seeds"]] == ["here/more_seed3", "here/more_seed4"]
     assert first["metrics"]["fd@digits"] == again["metrics"]["fd@digits"] != fd
-    assert quoted["paper"] == {"fd": 1.5} and "trainings with other seeds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert quoted["paper"] == {"fd": 1.5} and "trainings with other seeds" in said
+    assert "again is equal: not decided (fd " in said and "gain 0 ± 0, 0 of 2 seeds)" in said and "quotes" not in said
 
 
 @pytest.mark.long
