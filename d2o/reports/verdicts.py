@@ -55,8 +55,10 @@ Records = Mapping[str, Mapping[int | None, JsonObject]]
 
 
 def verdict_on(order: PaperOrder, rows: Records) -> Verdict:
-    """Seen or reversed: a mean gain of more than twice its standard error over the seeds that both rows have. One
-    training of each decides nothing."""
+    """Seen or reversed: 0 lies outside the mean gain's 95 % interval (Student's t) over the seeds that both rows have.
+    One training of each decides nothing."""
+    from scipy.stats import t as student_t
+
     first, second = _values(order, rows, order.better), _values(order, rows, order.than)
     pairs = [
         (a, b) for seed, a in first.items() for other, b in second.items() if None in (seed, other) or seed == other
@@ -67,7 +69,8 @@ def verdict_on(order: PaperOrder, rows: Records) -> Verdict:
     gains = [sign * (a - b) for a, b in pairs]
     gain = statistics.fmean(gains)
     error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
-    word = OPEN if error is None or abs(gain) <= 2 * error else SEEN if gain > 0 else REVERSED
+    decided = error is not None and abs(gain) > error * student_t.ppf(0.975, len(gains) - 1)
+    word = OPEN if not decided else SEEN if gain > 0 else REVERSED
     means = statistics.fmean(a for a, _ in pairs), statistics.fmean(b for _, b in pairs)
     return Verdict(order, word, means[0], means[1], gain, error, sum(g > 0 for g in gains), len(gains))
 

@@ -36,18 +36,18 @@ np.save(sys.argv[3], images)
 
 
 @pytest.fixture
-def bare(tmp_path: Path) -> list[str]:
-    """The command that runs Python without d2o."""
+def bare(tmp_path: Path) -> Path:
+    """The packages that are installed here, without d2o."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():
         if not path.name.startswith(ABSENT) and path.suffix != ".pth":
             (packages / path.name).symlink_to(path)
-    return ["env", "-C", str(tmp_path), f"PYTHONPATH={packages}", sys.executable, "-S"]
+    return packages
 
 
 @pytest.mark.long
-def test_a_text_student(bare: list[str], tmp_path: Path) -> None:
+def test_a_text_student(bare: Path, tmp_path: Path) -> None:
     teacher = in_edm(load_teacher("tiny-sd"))
     student = Student(shaken(teacher.network), teacher.spec, 14.6146)
     told = {"name": "tiny-sd", "sha256": "0" * 64, "licence": "MIT"}
@@ -56,17 +56,7 @@ def test_a_text_student(bare: list[str], tmp_path: Path) -> None:
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
     with pytest.raises(SystemExit) as done:
         main(
-            [
-                "sample",
-                str(tmp_path / "s.safetensors"),
-                "--n",
-                "2",
-                *words,
-                "--seed",
-                "5",
-                "--out",
-                str(tmp_path / "png"),
-            ]
+            ["sample", str(tmp_path / "s.safetensors"), *"--n 2 --seed 5 --out".split(), str(tmp_path / "png"), *words]
         )
     assert not done.value.code
     ours = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "png").rglob("*.png"))]).astype(int)
@@ -74,7 +64,8 @@ def test_a_text_student(bare: list[str], tmp_path: Path) -> None:
     np.save(tmp_path / "noise.npy", noise_and_labels(range(5, 7), student.spec.shape, 0)[0].numpy())
     asked = '{"prompt": ["a handwritten seven", "the digit 3"], "guidance_scale": 1.0}'
     files = [str(folder), str(tmp_path / "noise.npy"), str(tmp_path / "images.npy"), asked]
-    told_by = subprocess.run([*bare, "-c", SCRIPT, *files], capture_output=True, text=True, env={**os.environ})
+    python, env = [sys.executable, "-S", "-c", SCRIPT, *files], {**os.environ, "PYTHONPATH": str(bare)}
+    told_by = subprocess.run(python, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert told_by.returncode == 0, told_by.stderr[-2000:]
     theirs = np.load(tmp_path / "images.npy") * 255
     assert ours.shape == theirs.shape == (2, 32, 32, 3) and ours.std() > 10

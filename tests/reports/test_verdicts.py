@@ -22,7 +22,13 @@ def rows(a: dict[int | None, float], b: dict[int | None, float], key: str = "fd@
     return {"A": records(a), "B": records(b)}
 
 
-def test_seen_when_the_gain_is_more_than_two_standard_errors_of_pairs() -> None:
+def test_three_seeds_need_more_than_two_standard_errors() -> None:
+    near = verdict_on(ORDER, rows({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.1, 1: 2.2, 2: 3.05}))
+    assert near.gain is not None and near.error is not None and 2 < near.gain / near.error < 4.3
+    assert (near.word, near.agree) == ("not decided", 3)
+
+
+def test_seen_when_the_interval_of_the_pairs_leaves_out_0() -> None:
     verdict = verdict_on(ORDER, rows({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.5, 1: 2.4, 2: 3.6}))
     assert (verdict.word, verdict.agree, verdict.seeds) == ("seen", 3, 3)
     assert verdict.first == pytest.approx(2.0) and verdict.second == pytest.approx(2.5)
