@@ -55,9 +55,7 @@ def test_a_text_student(bare: Path, tmp_path: Path) -> None:
     prompts = ["a handwritten seven", "the digit 3"]
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
     with pytest.raises(SystemExit) as done:
-        main(
-            ["sample", str(tmp_path / "s.safetensors"), *"--n 2 --seed 5 --out".split(), str(tmp_path / "png"), *words]
-        )
+        main(["sample", str(tmp_path / "s.safetensors"), "--n=2", "--seed=5", f"--out={tmp_path / 'png'}", *words])
     assert not done.value.code
     ours = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "png").rglob("*.png"))]).astype(int)
     folder = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp32").path
