@@ -46,7 +46,10 @@ settings.load_profile("d2o")
 
 
 LONG = (
+    "recipes/test_minis.py",
     "recipes/test_shipped.py",
+    "export/test_text_graphs.py",
+    "export/test_kinds.py",
     "torture/test_short.py",
     "methods/test_matrix.py",
     "training/test_processes.py",
