@@ -171,24 +171,29 @@ def measured(name: str, table: PaperTable) -> dict[str, dict[int | None, dict[st
 def write(name: str, table: PaperTable) -> None:
     """The table of all that is measured into docs/results.md, and what it says of the papers' orders into
     docs/orders.md."""
-    shown, rows = COLUMNS[name], measured(name, table)
-    head = ["", "seeds", *(title for _, title, _, _ in shown), "images trained"]
-    lines, missing = [head, ["---", *["---:"] * (len(head) - 1)]], []
-    for row, found in rows.items():
-        if not found:
-            missing.append(row)
-            continue
-        evals = [record["eval"] for record in found.values()]
-        record = evals[0] if len(evals) < 2 else over_seeds(evals, list(found))
-        trained = next(iter(found.values()))["training"]
-        seeds = str(len(found)) if trained else ""
-        images = f"{trained['images']:,}" if trained else ""
-        lines.append([row, seeds, *(cell(record, *column) for column in shown), images])
-    text = markdown(lines)
-    if missing:
+    rows = measured(name, table)
+    text = shown(name, rows)
+    if missing := [row for row, found in rows.items() if not found]:
         text += "\n\nNot measured yet: " + "; ".join(missing) + "."
     put(ROOT / "docs" / "results.md", name, text)
     put(ROOT / "docs" / "orders.md", name, orders(table, rows))
+
+
+def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
+    """The measured ones of these rows of a table: mean and deviation over the seeds of training."""
+    head = ["", "seeds", *(title for _, title, _, _ in COLUMNS[name]), "images trained", "minutes"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row, found in rows.items():
+        if not found:
+            continue
+        evals = [record["eval"] for record in found.values()]
+        record = evals[0] if len(evals) < 2 else over_seeds(evals, list(found))
+        trained = [record["training"] for record in found.values() if record["training"]]
+        seeds = str(len(found)) if trained else ""
+        images = f"{trained[0]['images']:,}" if trained else ""
+        minutes = f"{sum(one['minutes'] for one in trained) / len(trained):.1f}" if trained else ""
+        lines.append([row, seeds, *(cell(record, *column) for column in COLUMNS[name]), images, minutes])
+    return markdown(lines)
 
 
 def orders(table: PaperTable, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:

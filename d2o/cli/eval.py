@@ -156,7 +156,10 @@ TEACHER_SOLVER = _making(
 )
 TEACHER_STEPS = _making("--teacher-steps", help="Its steps; default: its usual number.")
 TEACHER_N = _making("--teacher-n", help="Its images in rel-fd and rel-fid; default: as many as X's.")
-TEACHER_SEED = _making("--teacher-seed", help="Seed of the first of them; default: X's, so that noises are equal.")
+TEACHER_SEED = _making(
+    "--teacher-seed",
+    help="Seed of the first of them, which may then be of other conditions; default: X's, so that noises are equal.",
+)
 CFG = _making(
     "--cfg",
     help=(

@@ -19,14 +19,20 @@ SAME = ("sha256", "solver", "steps", "cfg")
 
 
 def reference_teacher(
-    subject: Subject, name: str | None, settings: Settings, device: Device = "cpu", needed: bool = False
+    subject: Subject,
+    name: str | None,
+    settings: Settings,
+    device: Device = "cpu",
+    needed: bool = False,
+    unpaired: bool = False,
 ) -> tuple[Generator | None, list[str]]:
     """The teacher that a generator is measured against from equal noise, and notes on why not or how: a diffusion
     teacher as it is usually sampled, a student as it was trained (GDD, section 2.2, compares students of one and of
     several calls), or as --teacher-solver and --teacher-steps say.
 
     `name` is the user's choice (its errors are raised); else what the subject's metadata name, if it is here. Where
-    both make the same samples there is none, unless a metric that is `needed` asks for it.
+    both make the same samples there is none, unless a metric that is `needed` asks for it. `unpaired`: only sets of
+    images are compared, not those of the same noise, so the teacher may be of other conditions.
     """
     if not isinstance(subject, Generator):
         return None, []
@@ -42,7 +48,7 @@ def reference_teacher(
                 f"--teacher {choice} is not a teacher (kind: {teacher.kind}), and makes nothing from a noise",
                 "give a teacher, a student or a run; images and statistics are compared with by --against",
             )
-        check_same_task(teacher, subject)
+        check_same_task(teacher, subject, unpaired)
         check_sampling(teacher, settings)
     except UserError as error:
         if name is not None:
@@ -59,12 +65,13 @@ def reference_teacher(
     return teacher, []
 
 
-def check_same_task(teacher: Generator, subject: Generator) -> None:
-    """UserError unless both make samples of one shape, in one space, of the same conditions."""
-    if _takes(teacher.spec) != _takes(subject.spec):
+def check_same_task(teacher: Generator, subject: Generator, unpaired: bool = False) -> None:
+    """UserError unless both make samples of one shape, in one space, and but for `unpaired` sets of images, of the same
+    conditions."""
+    if not same_task(teacher, subject) and not (unpaired and _makes(teacher.spec) == _makes(subject.spec)):
         raise UserError(
             f"teacher {teacher.source} makes {_told(teacher.spec)}; {subject.source} makes {_told(subject.spec)}",
-            "--teacher takes what makes the same from the same noise",
+            "--teacher takes what makes the same of a noise; with --teacher-seed, images of other conditions, too",
         )
 
 
@@ -79,8 +86,14 @@ def check_sampling(teacher: Generator, settings: Settings) -> None:
         raise UserError(f"--teacher-steps: {teacher.source} is a student of {calls}", "leave it away")
 
 
-def _takes(spec: Spec) -> tuple[object, ...]:
-    return spec.shape, spec.latent, spec.condition, spec.classes
+def same_task(teacher: Generator, subject: Generator) -> bool:
+    """Whether one noise with one condition is an input of both."""
+    a, b = teacher.spec, subject.spec
+    return _makes(a) == _makes(b) and (a.condition, a.classes) == (b.condition, b.classes)
+
+
+def _makes(spec: Spec) -> tuple[object, ...]:
+    return spec.shape, spec.latent
 
 
 def _told(spec: Spec) -> str:

@@ -125,7 +125,7 @@ def evaluate_one(
     }
     place.check_stop(f"the pictures of {x.name}")
     if plan.grid and not isinstance(x, Numbers):
-        record["grid"] = sample_grid(x, plan.teacher, settings, device)
+        record["grid"] = sample_grid(x, plan.teacher if plan.paired else None, settings, device)
     if plan.neighbours and not isinstance(x, Numbers) and reference is not None and plan.main is not None:
         place.check_stop(f"the nearest images of {x.name}")
         from d2o.evaluation.memorisation import nearest_images

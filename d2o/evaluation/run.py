@@ -11,7 +11,7 @@ from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
 from d2o.evaluation.checks import check_task
 from d2o.evaluation.collect import OpenMeter, silent
-from d2o.evaluation.comparison_teacher import reference_teacher
+from d2o.evaluation.comparison_teacher import reference_teacher, same_task
 from d2o.evaluation.evaluate import FORMAT, Evaluation, evaluate_one
 from d2o.evaluation.extractor import Extractor
 from d2o.evaluation.judges import is_judge, open_judge
@@ -162,8 +162,12 @@ class _Preparing:
         teacher: Generator | None = None
         notes: list[str] = []
         needed = any(want.needs_teacher for want in self.wants)
+        paired = True
         if request.teacher_distance or needed:
-            teacher, notes = reference_teacher(x, request.teacher, settings, request.device, needed)
+            unpaired = settings.own_teacher_images and not any(want.metric.reference == "pair" for want in self.wants)
+            teacher, notes = reference_teacher(x, request.teacher, settings, request.device, needed, unpaired)
+            if teacher is not None and isinstance(x, Generator) and not (paired := same_task(teacher, x)):
+                notes.append(f"no images of the same noise and condition: {text} and {teacher.source} take others")
         if (
             settings.steps is not None
             and request.preset is None
@@ -189,7 +193,8 @@ class _Preparing:
             self.main,
             self.tools,
             teacher,
-            request.teacher_distance,
+            paired,
+            request.teacher_distance and paired,
             request.latency,
             request.neighbours,
             request.grid,

@@ -15,14 +15,15 @@ from d2o.evaluation.tools import Tools
 @dataclass
 class Task:
     """What is measured of one X. `main`: the extractor of metrics that name none, of accuracy and of the distance to
-    the teacher (None: X is statistics). `teacher`: measured against from equal noise. `neighbours`: of each shown
-    sample among the reference's images.
+    the teacher (None: X is statistics). `teacher`: measured against, from equal noise where it is `paired`, that is
+    takes the same conditions. `neighbours`: of each shown sample among the reference's images.
     """
 
     wants: Sequence[Want]
     main: Extractor | None
     tools: Tools
     teacher: Generator | None = None
+    paired: bool = True
     distance: bool = True
     latency: bool = False
     neighbours: int = 0

@@ -186,10 +186,11 @@ def again(source: Loaded, student: Student) -> StudentCall:
 
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint's file: the file itself, a run folder's best (else last) checkpoint, or a builtin teacher's.
-    UserError: none there."""
-    if str(path) in BUILTIN and not Path(path).exists():
-        return asset(BUILTIN[str(path)])
-    return resolve_checkpoint(path)
+    UserError: none there, or a pipeline of diffusers, which needs no export."""
+    found = asset(BUILTIN[str(path)]) if str(path) in BUILTIN and not Path(path).exists() else Path(path)
+    if (found / "model_index.json").is_file():
+        raise UserError(f"{path} is a pipeline that diffusers loads already: {found}", "copy that folder")
+    return resolve_checkpoint(found)
 
 
 def load_exportable(path: str | Path, student_sigma: float | None = None) -> Loaded:

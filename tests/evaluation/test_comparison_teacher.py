@@ -69,6 +69,22 @@ def test_the_teachers_images_of_other_seeds(digits: Path, one: Path, tmp_path: P
         replace(SMALL, teacher_seed=2**63)
 
 
+def test_sets_of_images_may_be_of_other_conditions(digits: Path, one: Path, tmp_path: Path) -> None:
+    plain = Student(
+        EDMPrecond("ddpmpp", 8, 1, 0, model_channels=16, channel_mult=(1,)), replace(SPEC, condition="none", classes=0)
+    )
+    free = stored(tmp_path / "free.safetensors", plain)
+    refusal = "with --teacher-seed, images of other conditions"
+    for x, teacher, more in ((free, one, {}), (one, free, {}), (free, one, {"metrics": ["rel-fd", "lpips"]})):
+        with pytest.raises(UserError, match=refusal):
+            measured(x, teacher, settings=SMALL if not more else replace(SMALL, teacher_seed=1000), **more)
+    for x, teacher in ((free, one), (one, free)):
+        record = measured(x, teacher, settings=replace(SMALL, teacher_seed=1000))
+        assert record["metrics"]["rel-fd"]["to_seeds"] == "1000..1023" and record["metrics"].get("distance") is None
+        assert any("no images of the same noise and condition" in note for note in record["notes"])
+        assert "teacher_png" not in record["grid"] and mistake(record) is None
+
+
 def test_the_teacher_called_once_is_the_student(digits: Path, one: Path, tmp_path: Path) -> None:
     tiny_teacher(tmp_path / "teacher.safetensors", seed=0)
     called_once = replace(SMALL, solver="euler", steps=1)

@@ -144,6 +144,14 @@ def test_the_same_export_again_changes_nothing_and_another_needs_force(tmp_path)
     assert (precious / "thesis.tex").read_text() == "precious"
 
 
+def test_what_diffusers_loads_already_is_said_to_be_that(tmp_path):
+    with pytest.raises(UserError, match="tiny-sd is a pipeline that diffusers loads already"):
+        export_checkpoint("tiny-sd", "diffusers", tmp_path / "out")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{tmp_path} is a pipeline"):
+        export_checkpoint(tmp_path, "onnx")
+
+
 def test_what_is_no_text_to_image_model_is_refused(tmp_path):
     tiny_teacher(tmp_path / "pixels.safetensors")
     with pytest.raises(UserError, match="no text-to-image model"):
