@@ -76,11 +76,22 @@ def in_small(one: Shown) -> list[str]:
     small = shlex.split(SMALL[verb])
     if verb in ("train", "finetune") and not {"--out", "--sweep", "--table"} & {*words}:
         small += ["--out", f"runs/{run_of(words[1])}"]
+    if verb in ("train", "finetune") and makes_pairs(words):
+        small += ["--set", "pairs.n=256", "--set", "pairs.steps=2"]
     if verb == "eval":
         small = small_evaluation(words)
     if verb == "pairs" and "tiny-sd" in words:
         small += ["--steps", "2"]
     return words + small + ["--resume"] * (verb in ("train", "finetune") and not {"--sweep", "--table"} & {*words})
+
+
+def makes_pairs(words: list[str]) -> bool:
+    """Whether the training that they ask for makes pairs, and has none."""
+    from d2o.recipes.load import load_recipe
+
+    if "--table" in words or any(word.startswith(("pairs.path=", "variant=")) for word in words):
+        return False
+    return load_recipe(words[1], mini=True).pairs is not None
 
 
 def small_evaluation(words: list[str]) -> list[str]:

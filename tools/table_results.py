@@ -38,7 +38,11 @@ DIGITS = [
     ("coverage@digits", "coverage, %", "{:.1f}", 100),
 ]
 COLUMNS = {
-    "mini_methods": DIGITS[:4],
+    "mini_methods": [
+        ("fd@digits", "FD(digits)", "{:.3f}", 1),
+        ("rel-fd@digits", "rel-FD to the teacher", "{:.3f}", 1),
+        *DIGITS[2:4],
+    ],
     "mini_sida": DIGITS,
     "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
     "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1)],
@@ -180,8 +184,9 @@ def write(name: str, table: PaperTable) -> None:
 
 
 def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
-    """The measured ones of these rows of a table: mean and deviation over the seeds of training."""
-    head = ["", "seeds", *(title for _, title, _, _ in COLUMNS[name]), "images trained", "minutes"]
+    """The measured ones of these rows of a table: mean and deviation over the seeds of training. Minutes are in the
+    records alone: the machines had other work, some of the time."""
+    head = ["", "seeds", *(title for _, title, _, _ in COLUMNS[name]), "images trained"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row, found in rows.items():
         if not found:
@@ -191,8 +196,7 @@ def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
         trained = [record["training"] for record in found.values() if record["training"]]
         seeds = str(len(found)) if trained else ""
         images = f"{trained[0]['images']:,}" if trained else ""
-        minutes = f"{sum(one['minutes'] for one in trained) / len(trained):.1f}" if trained else ""
-        lines.append([row, seeds, *(cell(record, *column) for column in COLUMNS[name]), images, minutes])
+        lines.append([row, seeds, *(cell(record, *column) for column in COLUMNS[name]), images])
     return markdown(lines)
 
 
