@@ -16,7 +16,7 @@ from d2o.export.comfyui import check_comfyui, write_comfyui
 from d2o.export.diffusers import write_diffusers
 from d2o.export.folder import beside, check_target, keep
 from d2o.export.graphs import Graph, GraphRunner, graph_of, text_graphs, whole_student
-from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, stated
+from d2o.export.loaded import Loaded, find_checkpoint, for_graph, load_exportable, located, stated
 from d2o.export.lora_folder import write_lora
 from d2o.export.onnx import OPSET, check_onnx, facts_of, need, open_onnx, write_onnx
 from d2o.export.parity import Parity, compare
@@ -102,6 +102,9 @@ def export_checkpoint(
         )
     if merged and file_format != "diffusers":
         raise UserError(f"--merged is for --format diffusers; {file_format} holds a LoRA student as it is called")
+    if ((folder := located(checkpoint)) / "model_index.json").is_file():
+        text = f"{checkpoint} is a pipeline that diffusers loads already: {folder}"
+        raise UserError(text, "copy that folder; other formats are for what d2o trained")
     if file_format == "diffusers":
         return _diffusers(checkpoint, out, precision, check_n, tolerance, merged, force, say)
     source = load_exportable(checkpoint, student_sigma)

@@ -184,13 +184,15 @@ def again(source: Loaded, student: Student) -> StudentCall:
     return NamedCall(student, names) if names else StudentCall(student)
 
 
+def located(path: str | Path) -> Path:
+    """The file or folder of that name, or a builtin teacher's."""
+    return asset(BUILTIN[str(path)]) if str(path) in BUILTIN and not Path(path).exists() else Path(path)
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint's file: the file itself, a run folder's best (else last) checkpoint, or a builtin teacher's.
-    UserError: none there, or a pipeline of diffusers, which needs no export."""
-    found = asset(BUILTIN[str(path)]) if str(path) in BUILTIN and not Path(path).exists() else Path(path)
-    if (found / "model_index.json").is_file():
-        raise UserError(f"{path} is a pipeline that diffusers loads already: {found}", "copy that folder")
-    return resolve_checkpoint(found)
+    UserError: none there."""
+    return resolve_checkpoint(located(path))
 
 
 def load_exportable(path: str | Path, student_sigma: float | None = None) -> Loaded:
