@@ -1,10 +1,10 @@
-"""The README's picture: equal noises, a column a method (`python tools/columns.py`), from the runs of the table
-mini_methods with seed 0. What is not here is left out, and said."""
+"""The README's picture: equal noises, a column a method, from the runs of the table mini_methods with one seed of
+training: `python tools/columns.py [--seed 0] [--runs FOLDER]`. What is not there is left out, and said."""
 
 from __future__ import annotations
 
+import argparse
 import io
-import sys
 from pathlib import Path
 
 import torch
@@ -33,26 +33,31 @@ ROWS, CELL, GAP, HEAD = 10, 48, 8, 22
 """Digits 0 to 9, six screen pixels for each of their own."""
 
 
-def images(source: str, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[n, 1, 8, 8] in [-1, 1]."""
-    if source == "digits":
+def images(run: Path | None, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[n, 1, 8, 8] in [-1, 1]; None: the teacher's."""
+    if run is None:
         teacher = d2o.load_teacher("digits")
         return teacher.decode(teacher.sample(noise, labels))
-    student = d2o.load_student(ROOT / "runs" / f"{source}_seed0")
-    return student.decode(student(noise, labels))
+    student = d2o.load_student(run)
+    return student.decode(student(noise, labels if student.spec.classes else None))
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--runs", type=Path, default=ROOT / "runs")
+    given = arguments.parse_args()
     first = 1_000_000
     noise, _ = noise_and_labels(range(first, first + ROWS), (1, 8, 8), 10)
     labels = torch.arange(ROWS)
     found, missing = {}, []
     for name, source in COLUMNS.items():
-        if source != "digits" and not (ROOT / "runs" / f"{source}_seed0").exists():
+        run = None if source == "digits" else given.runs / f"{source}_seed{given.seed}"
+        if run is not None and not run.exists():
             missing.append(name)
             continue
         with torch.no_grad():
-            found[name] = images(source, noise, labels)
+            found[name] = images(run, noise, labels)
     page = Image.new("L", (len(found) * (CELL + GAP) - GAP, HEAD + ROWS * (CELL + 3)), 255)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for column, (name, digits) in enumerate(found.items()):
@@ -70,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -42,6 +42,7 @@ COLUMNS = {
         ("fd@digits", "FD(digits)", "{:.3f}", 1),
         ("rel-fd@digits", "rel-FD to the teacher", "{:.3f}", 1),
         *DIGITS[2:4],
+        ("nfe", "calls an image", "{}", 1),
     ],
     "mini_sida": DIGITS,
     "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
@@ -184,20 +185,36 @@ def write(name: str, table: PaperTable) -> None:
 
 
 def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
-    """The measured ones of these rows of a table: mean and deviation over the seeds of training. Minutes are in the
-    records alone: the machines had other work, some of the time."""
-    head = ["", "seeds", *(title for _, title, _, _ in COLUMNS[name]), "images trained"]
+    """The measured ones of these rows of a table: mean and deviation over the seeds of training. Minutes are not those
+    of the trainings, which ran beside other work, but images over the rate that benchmarks/method_rates.py measured."""
+    rates = rates_of(name)
+    head = [
+        "",
+        "seeds",
+        *(title for _, title, _, _ in COLUMNS[name]),
+        "images trained",
+        *(["minutes"] if rates else []),
+    ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row, found in rows.items():
         if not found:
             continue
         evals = [record["eval"] for record in found.values()]
         record = evals[0] if len(evals) < 2 else over_seeds(evals, list(found))
-        trained = [record["training"] for record in found.values() if record["training"]]
-        seeds = str(len(found)) if trained else ""
-        images = f"{trained[0]['images']:,}" if trained else ""
-        lines.append([row, seeds, *(cell(record, *column) for column in COLUMNS[name]), images])
+        trained = [record["training"]["images"] for record in found.values() if record["training"]]
+        cells = [row, str(len(found)) if trained else "", *(cell(record, *column) for column in COLUMNS[name])]
+        cells.append(f"{trained[0]:,}" if trained else "")
+        if rates:
+            cells.append(f"{trained[0] / rates[row] / 60:.1f}" if trained else "")
+        lines.append(cells)
     return markdown(lines)
+
+
+def rates_of(name: str) -> dict[str, float]:
+    """Images a second of the table's rows on two cores without other work; {} where they were not measured."""
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / f"method_rates_{name}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    return {row: made["images_per_s"] for row, made in record["rows"].items()}
 
 
 def orders(table: PaperTable, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
@@ -220,6 +237,8 @@ def markdown(lines: list[list[str]]) -> str:
 
 def cell(record: dict[str, Any], key: str, _: str, shape: str, scale: float) -> str:
     metrics = record["metrics"]
+    if key == "nfe":
+        return shape.format(record["x"]["nfe"])
     if key == "rmse":
         value = (metrics.get("distance") or {}).get("rmse")
         return "" if value is None else shape.format(value)
