@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o.evaluation.protocol import hardware
+from d2o.recipes.load import load_recipe
 from d2o.reports.paper_tables import PaperRow, PaperTable, load_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +41,11 @@ def command(table: PaperTable, row: PaperRow, folder: Path, *more: str) -> list[
         if not start.exists():
             subprocess.run(command(table, first, folder, "--set", "images=128"), check=True)
         words += ["--from", str(start)]
-    changes = [word for change in (*row.changes, "eval=null", "preview=null") for word in ("--set", change)]
+    given = [*row.changes, "eval=null", "preview=null"]
+    recipe = load_recipe(str(row.recipe))
+    if recipe.method == "sid" and recipe.options.adversarial:
+        given += ["sid.start_g_nimg=0", "sid.start_adv_nimg=0"]  # what comes before is short, and cheaper
+    changes = [word for change in given for word in ("--set", change)]
     verb = "finetune" if row.start else "train"
     return [sys.executable, "-m", "d2o", verb, *words, *changes, *more, "--out", str(out)]
 
