@@ -80,7 +80,7 @@ def in_small(one: Shown) -> list[str]:
         small += ["--set", "pairs.n=256", "--set", "pairs.steps=2"]
     if verb == "eval":
         small = small_evaluation(words)
-    if verb == "pairs" and "tiny-sd" in words:
+    if verb in ("pairs", "sample") and "tiny-sd" in words:
         small += ["--steps", "2"]
     return words + small + ["--resume"] * (verb in ("train", "finetune") and not {"--sweep", "--table"} & {*words})
 
@@ -95,12 +95,23 @@ def makes_pairs(words: list[str]) -> bool:
 
 
 def small_evaluation(words: list[str]) -> list[str]:
-    """Tables and networks that judge have their own numbers of images; KID has subsets of 1,000."""
-    if "--table" in words or any("2afc" in word for word in words):
-        return []
+    """Networks that judge have their own number of images; KID has subsets of 1,000."""
+    if "--table" in words:
+        return ["--table", small_table(words[words.index("--table") + 1])]
+    if any("2afc" in word for word in words):
+        return ["--repeats", "1"]
     if "--activations" in words:
         return ["--n", "4", "--steps", "16"]
     return ["--n", "1000"] if any("kid" in word for word in words) else ["--n", "200"]
+
+
+def small_table(name: str) -> str:
+    """A copy of a table that measures 200 images a row, beside which it runs."""
+    from d2o.reports.paper_tables import find_table
+
+    made = Path(f"small_{Path(name).stem}.yaml")
+    made.write_text(re.sub(r"\bn: \d+", "n: 200", find_table(name).read_text(encoding="utf-8")), encoding="utf-8")
+    return str(made)
 
 
 def run_of(recipe: str) -> str:
