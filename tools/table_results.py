@@ -187,7 +187,7 @@ def write(name: str, table: PaperTable) -> None:
 def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
     """The measured ones of these rows of a table: mean and deviation over the seeds of training. Minutes are not those
     of the trainings, which ran beside other work, but images over the rate that benchmarks/method_rates.py measured."""
-    rates = rates_of(name)
+    rates, table = rates_of(name), {row.name: row for row in load_table(name).rows}
     head = [
         "",
         "seeds",
@@ -201,13 +201,24 @@ def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
             continue
         evals = [record["eval"] for record in found.values()]
         record = evals[0] if len(evals) < 2 else over_seeds(evals, list(found))
-        trained = [record["training"]["images"] for record in found.values() if record["training"]]
-        cells = [row, str(len(found)) if trained else "", *(cell(record, *column) for column in COLUMNS[name])]
-        cells.append(f"{trained[0]:,}" if trained else "")
+        parts = trainings(next(iter(found.values())), row, table)
+        cells = [row, str(len(found)) if parts else "", *(cell(record, *column) for column in COLUMNS[name])]
+        cells.append(" + ".join(f"{images:,}" for _, images in parts))
         if rates:
-            cells.append(f"{trained[0] / rates[row] / 60:.1f}" if trained else "")
+            cells.append(" + ".join(f"{images / rates[made] / 60:.1f}" for made, images in parts))
         lines.append(cells)
     return markdown(lines)
+
+
+def trainings(record: dict[str, Any], row: str, table: dict[str, PaperRow]) -> list[tuple[str, int]]:
+    """What was trained for a row, by names of rows, with images: the run that it begins from first."""
+    if not record["training"]:
+        return []
+    own = [(row, record["training"]["images"])]
+    if "start" not in record["recipe"]:
+        return own
+    first = next(name for name, other in table.items() if other.x == table[row].start)
+    return [(first, record["recipe"]["start"]["images"]), *own]
 
 
 def rates_of(name: str) -> dict[str, float]:
