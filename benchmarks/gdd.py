@@ -196,6 +196,7 @@ def main() -> None:
         folder = Path(name)
         make_wide(folder, device)
         for network in ("digits", "wide"):
+            torch.compiler.reset()  # else sizes that changed between the networks become unknowns of what is compiled
             names = [lever for lever in LEVERS if options.compile or lever != "compile"]
             made = {name: make_trainer(network, device, quick, folder, f"{network}-{name}", name) for name in names}
             report["shares"][network] = shares(made["plain"], 2 if quick else 7)

@@ -1,5 +1,5 @@
-"""The README's picture: equal noises, a column a method, from the runs of the table mini_methods with one seed of
-training: `python tools/columns.py [--seed 0] [--runs FOLDER]`. What is not there is left out, and said."""
+"""The README's picture: equal noises, a column a method, from runs of the table mini_methods, of each method the first
+seed that is there: `python tools/columns.py [--runs FOLDER ...]`. What is not there is left out, and said."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def images(run: Path | None, noise: torch.Tensor, labels: torch.Tensor) -> torch
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--runs", type=Path, default=ROOT / "runs")
+    arguments.add_argument("--runs", type=Path, nargs="+", default=[ROOT / "runs"])
     given = arguments.parse_args()
     first = 1_000_000
     noise, _ = noise_and_labels(range(first, first + ROWS), (1, 8, 8), 10)
     labels = torch.arange(ROWS)
     found, missing = {}, []
     for name, source in COLUMNS.items():
-        run = None if source == "digits" else given.runs / f"{source}_seed{given.seed}"
-        if run is not None and not run.exists():
+        last = "checkpoints/last.safetensors"
+        runs = sorted(path for folder in given.runs for path in folder.glob(f"{source}_seed[0-9]/{last}"))
+        if source != "digits" and not runs:
             missing.append(name)
             continue
         with torch.no_grad():
-            found[name] = images(run, noise, labels)
+            found[name] = images(runs[0] if runs else None, noise, labels)
     page = Image.new("L", (len(found) * (CELL + GAP) - GAP, HEAD + ROWS * (CELL + 3)), 255)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for column, (name, digits) in enumerate(found.items()):
