@@ -37,10 +37,8 @@ def command(table: PaperTable, row: PaperRow, folder: Path, *more: str) -> list[
     out, words = folder / str(row.x), [str(row.recipe)]
     if row.start:
         first = next(other for other in table.rows if other.x == row.start)
-        start = folder / str(first.x)
-        if not start.exists():
-            subprocess.run(command(table, first, folder, "--set", "images=128"), check=True)
-        words += ["--from", str(start)]
+        subprocess.run(command(table, first, folder, "--set", "images=128"), check=True)
+        words += ["--from", str(folder / str(first.x))]
     given = [*row.changes, "eval=null", "preview=null"]
     recipe = load_recipe(str(row.recipe))
     if recipe.method == "sid" and recipe.options.adversarial:
@@ -96,6 +94,7 @@ def main() -> None:
         "table": given.table,
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
+        "seconds": given.seconds,
         "baseline": baseline,
         "rows": {name: {"images_per_s": speed, "ratio": speed / rates[baseline]} for name, speed in rates.items()},
     }

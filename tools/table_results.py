@@ -205,7 +205,8 @@ def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
         cells = [row, str(len(found)) if parts else "", *(cell(record, *column) for column in COLUMNS[name])]
         cells.append(" + ".join(f"{images:,}" for _, images in parts))
         if rates:
-            cells.append(" + ".join(f"{images / rates[made] / 60:.1f}" for made, images in parts))
+            known = all(made in rates for made, _ in parts)  # a row may be younger than the rates
+            cells.append(" + ".join(f"{images / rates[made] / 60:.1f}" for made, images in parts) if known else "")
         lines.append(cells)
     return markdown(lines)
 
