@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from d2o.critics.critic_section import CriticSection
+from d2o.critics.critic_section import CLASSES, CriticSection
 from d2o.critics.dd_gan import DDGANCritic
 from d2o.critics.pretrained import pretrained_critic
 from d2o.critics.projected import ProjectedCritic
@@ -30,9 +30,6 @@ CRITICS: dict[str, type[nn.Module]] = {
     "unet_critic": UNetCritic,
 }
 """arch -> class."""
-CLASSES = "imagenet-lite0-classes"
-"""The weights that conditional heads begin with."""
-
 ImageCritic = ProjectedCritic | StyleJudge | VGG16Critic | LpipsCritic
 """critic(x [B, C, H, W] in [-1, 1], labels [B] or None, draws or None) -> a list of logits [B, M], high for real. With
 `draws` it augments, if its section says so. `settle()` is to be called at the end of an iteration (`Method.settle`)."""
@@ -52,7 +49,6 @@ def make_critic(
     are nowhere to be had.
     """
     section.check()
-    files = {name: Path(path) for name, path in section.weights.items()}
     if section.kind == "style":
         if section.pretrained is not None:
             critic = pretrained_critic(section.pretrained, shape, device)
@@ -66,17 +62,18 @@ def make_critic(
             section.backbones,
             classes,
             section.embedding,
-            files,
+            section.weights,
             section.bn_probe,
             size=section.size,
             width=section.width,
             pool=None if section.pool == "batch" else section.pool,
             diffaug=section.diffaug,
             seed=section.seed,
-            table=class_table(files.get(CLASSES), device) if named else None,
+            table=class_table(section.file(CLASSES), device) if named else None,
             device=device,
         )
-    kind, trunk, file = VGG16Critic if section.kind == "vgg16" else LpipsCritic, section.trunk, files.get(section.trunk)
+    kind, trunk = VGG16Critic if section.kind == "vgg16" else LpipsCritic, section.trunk
+    file = section.file(trunk)
     found = (
         load_backbone(trunk, device, file, section.size) if trunk in BACKBONES else load_features(trunk, device, file)
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from d2o.critics.mixing import WIDTH
 from d2o.critics.projected import POOL, PUBLISHED
 from d2o.critics.style import MBSTD_GROUP
 from d2o.errors import UserError
+from d2o.features.backbone import SIZE
 from d2o.features.load import BACKBONES
 from d2o.inputs import JsonObject
 from d2o.networks.minibatch_std import group_size
 from d2o.settings.section import Count, NonEmpty, Resolution, Section, Seed, field
 
+CLASSES = "imagenet-lite0-classes"
+"""The weights that conditional heads begin with."""
 OF = {
     "projected": ("backbones", "embedding", "bn_probe", "pool", "diffaug", "size", "width", "seed", "weights"),
     "style": ("style", "pretrained", "diffaug"),
@@ -35,7 +39,11 @@ class CriticSection(Section):
         f"projected: the frozen networks, each under heads of its own, of {', '.join(BACKBONES)}"
         f" (default {list(PUBLISHED)})".replace("'", '"'),
     )
-    size: Resolution = field(224, "pixels that images are resized to before a backbone; EfficientNets take 64 and more")
+    size: Resolution = field(
+        SIZE,
+        "pixels that images are resized to before a backbone, as published 224 or those of the data where they are more;"
+        " EfficientNets take 64 and more, DeiT its own alone",
+    )
     width: Count = field(
         WIDTH, "projected: channels of the finest level behind the random projections; of the rest in proportion"
     )
@@ -76,11 +84,31 @@ class CriticSection(Section):
             return group_size(None if self.pool == "batch" else self.pool, batch)
         return group_size(self.style.get("mbstd_group", MBSTD_GROUP), batch) if self.kind == "style" else 1
 
+    def named(self) -> list[str]:
+        """What `weights` may name."""
+        if self.kind != "projected":
+            return [self.trunk]
+        return [*self.backbones, *([CLASSES] if self.embedding == "imagenet_lite0" else [])]
+
+    def file(self, name: str) -> Path | None:
+        """The file of weights that the recipe names for it."""
+        return Path(self.weights[name]) if name in self.weights else None
+
     def check(self) -> None:
         """UserError: settings that this kind does not read, or that do not go together."""
         read = OF[self.kind]
         for key, of in type(self).model_fields.items():
             if key != "kind" and key not in read and getattr(self, key) != of.default:  # resolved recipes list them all
                 raise UserError(f"critic.{key}: kind {self.kind} does not read it", f"it reads {', '.join(read)}")
+        if self.kind in ("vgg16", "lpips") and self.size != SIZE and self.trunk not in BACKBONES:
+            raise UserError(
+                f"critic.size: {self.trunk} looks at images as they are, at no size of its own",
+                f"leave it away; backbones that stand in for it are resized for: {', '.join(BACKBONES)}",
+            )
+        if unknown := [name for name in self.weights if name not in self.named()]:
+            raise UserError(
+                f"critic.weights: {unknown[0]!r} is nothing that this critic looks through",
+                f"it looks through {', '.join(self.named())}",
+            )
         if self.pretrained is not None and self.style:
             raise UserError("critic.style: the options of a pretrained critic are those of its run", "leave it away")

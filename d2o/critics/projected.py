@@ -3,6 +3,7 @@ appendix B.4; Sauer et al. 2021, "Projected GANs Converge Faster")."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from d2o.augment.diffaug import SampleDraws, diffaugment
 from d2o.critics.mixing import WIDTH, Mixing
 from d2o.critics.official_names import own_names
-from d2o.critics.projected_heads import LAST, ROWS, STEPS, TABLE, ProjectedHead
+from d2o.critics.projected_heads import LAST, NOMINAL, ROWS, STEPS, TABLE, ProjectedHead
 from d2o.errors import UserError
 from d2o.features import Backbone, load_backbone
 from d2o.features.backbone import SIZE, probe
@@ -35,8 +36,9 @@ class ProjectedCritic(nn.Module):
 
     `backbones`: names of `d2o.features.load.BACKBONES`, or pairs of a name and a `Backbone`; `weights`: files of those
     names, instead of the ones that are found. Each has its random projections (`Mixing`, drawn by `seed`, stored with
-    the critic) and four heads, whose logits are in a row, finest level first. `size` that images are resized to; below
-    224 the heads are as deep as the maps allow. `width`: channels of the finest level behind the projections, of the
+    the critic) and four heads, whose logits are in a row, finest level first. `size` that images are resized to, as
+    published 224, or that of the data where it is more; below 224 the heads are as deep as the maps allow, from 512 on
+    they are one halving deeper, and so on. `width`: channels of the finest level behind the projections, of the
     rest in proportion. `classes` of conditional heads (0: none) and their `embedding`: "imagenet_lite0" (each head
     trains a copy of `table` [1000, 320]; None: drawn at random) or "learned".
     `bn_probe`: the backbones' batch norms are moved as in the published critic (`d2o.features.backbone.probe`).
@@ -85,7 +87,8 @@ class ProjectedCritic(nn.Module):
         self.heads = nn.ModuleList()
         for i, backbone in enumerate(found):
             sides = [None] * len(STEPS) if backbone.size >= SIZE else self.sides(i)
-            heads = [ProjectedHead(i, side, pool, classes, embedding, width) for i, side in enumerate(sides)]
+            more = max(0, int(math.log2(backbone.size / NOMINAL)))
+            heads = [ProjectedHead(i, side, pool, classes, embedding, width, more) for i, side in enumerate(sides)]
             self.heads.append(nn.ModuleList(heads).to(device))
         if table is not None:
             self.begin_classes(table)

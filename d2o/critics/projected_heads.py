@@ -16,6 +16,8 @@ from d2o.networks.style_layers import EqualizedLinear
 STEPS = ((1, 1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8), (4, 8))
 """Times `width`, channels of each head's halvings, finest level first: down to a nominal 8 pixels, of nominally 128,
 64, 32, 16."""
+NOMINAL = 256
+"""Side of the images for which these are enough; larger ones have a halving more for each time that they are doubled."""
 LAST = 4
 """Side of the convolution that makes logits, pixels."""
 EMBEDDINGS = ("imagenet_lite0", "learned")
@@ -31,7 +33,8 @@ class ProjectedHead(nn.Module):
     Halvings (spectrally normalised 4x4 convolution of stride 2, batch norm of `pool` samples, leaky ReLU), then a
     spectrally normalised 4x4 convolution, without bias and padding, to a logit at each place. With `classes` that has
     64 channels, and the logit is their product with a vector made of the label, over 8. `level`: which map it looks at;
-    `side`: that map's; small ones are halved less often, so that 4 pixels are left (None: as published).
+    `side`: that map's; small ones are halved less often, so that 4 pixels are left (None: as published). `more`:
+    halvings that come before, of as many channels as the map has.
     """
 
     def __init__(
@@ -42,9 +45,10 @@ class ProjectedHead(nn.Module):
         classes: int = 0,
         embedding: str = "learned",
         width: int = WIDTH,
+        more: int = 0,
     ):
         super().__init__()
-        steps = [width * times for times in STEPS[level]]
+        steps = [width * times for times in (*STEPS[level][:1] * more, *STEPS[level])]
         fit = len(steps) - 1 if side is None else min(len(steps) - 1, int(math.log2(side / LAST)))
         self.blocks = nn.Sequential(
             *(

@@ -81,6 +81,8 @@ def probe(backbone: Backbone) -> None:
     Not in channels_last: maps of zeros are all but constant, and the CPU's kernels for that order lose their variance.
     """
     norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:  # and a transformer takes no other size than its own
+        return
     backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in norms:
         module.training = True

@@ -296,12 +296,15 @@ class GDD(StudentMethod[GDDOptions]):
         t, u, end = (c.karras_time(k, o.N, lowest, highest) for k in (i, i - 1, 0 * i))
         v = x + c.column(t, x) * z
         with torch.no_grad():
-            y = c.heun_step(self.denoised(embedded), v, t, u)
+            with full_precision(x.device.type):
+                y = c.heun_step(self.denoised(embedded), v, t, u)
+                near = c.heun_step(self.denoised(embedded), y, u, end)
             goal = c.jump(y, network(y, u, embedded), u, end)
-            near = c.heun_step(self.denoised(embedded), y, u, end)
             goal = torch.where((i == 2)[:, None, None, None], near, goal)
         assert self.distance is not None
-        return self.distance(network(v, t, embedded), goal)
+        made = network(v, t, embedded)
+        with full_precision(x.device.type):
+            return self.distance(made.float(), goal.float())
 
     def denoised(self, embedded: Embedded) -> Denoise:
         """The teacher, of that condition."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def images(n=8, size=16, seed=1):
 def check_all(critic, name, first, heavy=True):
     golden = load_file(FOLDER / f"{name}.safetensors")
     critic.load_official(official(name, first))
-    x = golden["x"].requires_grad_(True)
-    parts = critic.train().logits(x)
+    x, labels = golden["x"].requires_grad_(True), golden.get("label")
+    parts = critic.train().logits(x, labels)
     logits = torch.cat(parts, 1)
     assert near(logits, golden["logits"], 1e-4)
     weights = torch.cos(torch.arange(logits.numel())).view_as(logits)
@@ -64,7 +65,7 @@ def check_all(critic, name, first, heavy=True):
         return
     assert near(squared_gradient(parts, x), golden["r1_penalty"], 1e-2)  # of which `r1_penalty` is made
     with torch.no_grad():
-        assert near(torch.cat(critic.eval().logits(x), 1), golden["logits_eval"], 1e-4)
+        assert near(torch.cat(critic.eval().logits(x, labels), 1), golden["logits_eval"], 1e-4)
 
 
 @pytest.mark.long
@@ -89,30 +90,28 @@ def test_r1_can_be_trained_through_transformers():
 
 
 @pytest.mark.long
-def test_lite0_with_classes_as_the_official_critic():
-    golden, state = load_file(FOLDER / "vgg_lite0_cond.safetensors"), official("vgg_lite0_cond", 7000)
-    critic = ProjectedCritic(["tf_efficientnet_lite0"], classes=10, bn_probe=True).train()
-    critic.load_official(state)
+def test_vgg16_and_lite0_with_classes_as_the_official_critic(tmp_path):
+    """As CIFAR-10's: two backbones under conditional heads, in training and in eval mode, gradient and R1."""
+    shapes = {k: v.shape for k, v in vgg16.batch_normed().state_dict().items()}
+    torch.save({f"features.{k}": v for k, v in drawn(shapes, 6000, "features.").items()}, tmp_path / "vgg.pth")
+    weights = {"vgg16_bn": tmp_path / "vgg.pth"}
+    critic = ProjectedCritic(["vgg16_bn", "tf_efficientnet_lite0"], classes=10, bn_probe=True, weights=weights)
+    check_all(critic, "vgg_lite0_cond", 7000)
+    golden = load_file(FOLDER / "vgg_lite0_cond.safetensors")
     with torch.no_grad():
-        (logits,) = critic.logits(golden["x"], golden["label"])
-        assert near(logits, golden["logits"][:, 484:], 1e-4)
-        for level, y in enumerate(critic.features(golden["x"])[0]):
-            assert near(y.mean((2, 3)), golden[f"means_1_{level}"], 1e-4)
+        for i, maps in enumerate(critic.features(golden["x"])):
+            for level, y in enumerate(maps):
+                assert near(y.mean((2, 3)), golden[f"means_{i}_{level}"], 1e-4)
     with pytest.raises(UserError, match="conditioned on 10 classes and needs labels"):
         critic.logits(golden["x"])
 
 
-@pytest.mark.long
-def test_vgg16_with_classes_as_the_official_critic(tmp_path):
-    """In eval mode, where an image stands for itself: one of them, as VGG-16 at 224 pixels takes its time."""
-    golden, state = load_file(FOLDER / "vgg_lite0_cond.safetensors"), official("vgg_lite0_cond", 7000)
-    shapes = {k: v.shape for k, v in vgg16.batch_normed().state_dict().items()}
-    torch.save({f"features.{k}": v for k, v in drawn(shapes, 6000, "features.").items()}, tmp_path / "vgg.pth")
-    critic = ProjectedCritic(["vgg16_bn"], classes=10, bn_probe=True, weights={"vgg16_bn": tmp_path / "vgg.pth"})
-    critic.load_official(state)
-    with torch.no_grad():
-        (logits,) = critic.eval().logits(golden["x"][:1], golden["label"][:1])
-    assert near(logits, golden["logits_eval"][:1, :484], 1e-4)
+def test_what_has_no_batch_norm_is_not_probed():
+    """A transformer takes images of its own size alone, the classifier of digits grey ones."""
+    network = package("timm").models.VisionTransformer(embed_dim=16, num_heads=2, num_classes=0)
+    vit = deit.deit_backbone(network)
+    for backbone in (("vit", vit), "digits"):
+        assert len(ProjectedCritic([backbone], width=4, bn_probe=True).heads[0]) == 4
 
 
 def test_another_critics_tensors_are_refused():
@@ -176,11 +175,13 @@ def test_projections_are_those_of_their_seed():
 @pytest.fixture(params=["scikit-learn", "cifar10"])
 def photographs(request):
     """Eight real images of 32 pixels, in [-1, 1]: cut out of the two photographs that scikit-learn brings; of CIFAR-10
-    where $D2O_CIFAR10 is an archive of it."""
+    where $D2O_CIFAR10 is an archive of it, or ../shared/data holds one."""
     if request.param == "cifar10":
-        if "D2O_CIFAR10" not in os.environ:
+        beside = Path(__file__).parents[3] / "shared" / "data" / "cifar10-train.zip"
+        archive = os.environ.get("D2O_CIFAR10") or str(beside)
+        if not os.path.exists(archive):
             pytest.skip("$D2O_CIFAR10 names no archive of CIFAR-10")
-        return to_float(open_images(os.environ["D2O_CIFAR10"]).images(torch.arange(8)))
+        return to_float(open_images(archive).images(torch.arange(8)))
     whole = torch.tensor(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
     return to_float(whole[:, :, 32:64, :128].unfold(3, 32, 32).permute(0, 3, 1, 2, 4).flatten(0, 1))
 
@@ -217,6 +218,19 @@ def test_small_maps_are_halved_less_often():
     with pytest.raises(UserError, match="at 32 pixels ends in 2x2, and the heads need 4x4") as error:
         ProjectedCritic(["lite0"], size=32)
     assert "EfficientNets need 64" in error.value.hint
+
+
+def test_large_images_are_halved_more_often():
+    """Sheet D3: a nominal 8 pixels are left of images of 256, 512 and 1024 alike; further halvings keep the channels of
+    their map."""
+    with torch.device("meta"):
+        for size, more in ((224, 0), (256, 0), (448, 0), (512, 1), (1024, 2)):
+            critic = ProjectedCritic(["lite0"], size=size, width=16, device="meta")
+            widths = [[block[0].weight.shape[0] for block in head.blocks] for head in critic.heads[0]]
+            assert [len(head.blocks) for head in critic.heads[0]] == [more + n for n in (4, 3, 2, 1)]
+            assert [row[:more] for row in widths] == [[n] * more for n in (16, 16, 32, 64)]
+            assert [row[more:] for row in widths] == [[16, 32, 64, 128], [32, 64, 128], [64, 128], [128]]
+            assert critic(torch.empty(2, 3, 64, 64))[0].shape[0] == 2
 
 
 def test_digits_as_a_backbone():

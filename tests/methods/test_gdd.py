@@ -13,6 +13,8 @@ from d2o.evaluation.known_metrics import parse_metrics
 from d2o.losses.consistency import karras_time
 from d2o.methods.base import Batch, Setup, get_method
 from d2o.methods.gdd import GDD, GDDOptions
+from d2o.networks.edm_blocks import Conv2d
+from d2o.networks.spectral_conv import SpectralConv2d
 from d2o.recipes.find import recipe_names
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe
@@ -140,6 +142,23 @@ def test_every_switch_trains_both_networks(options):
         method.options.cd.weight > 0
     )
     assert ("ada_p" in scalars) == (method.options.ada.pipe is not None)
+
+
+def test_in_half_precision_is_the_student_alone():
+    method = gdd(cd={"weight": 1.0, "N": 4, "distance": {"kind": "perceptual", "extractor": "digits", "size": None}})
+    critic, distance = method.critic.heads[0][0].output, method.distance
+    seen: dict[str, set[torch.dtype]] = {}
+    parts = {"student": method.student.network, "teacher": method.teacher.network, "critic": critic}
+    for name, module in parts.items():
+        layers = [layer for layer in module.modules() if isinstance(layer, Conv2d | SpectralConv2d)]
+        for layer in layers:
+            layer.register_forward_hook(lambda _, given, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+    judge = lambda x, y: seen.setdefault("distance", set()).update({x.dtype, y.dtype}) or distance(x, y)  # noqa: E731
+    method.distance = judge
+    with torch.autocast("cpu", torch.bfloat16):
+        method.step(Loop(method), batch(), 16)
+    full = {torch.float32}
+    assert seen == {"student": {torch.bfloat16}, "teacher": full, "critic": full, "distance": full}
 
 
 @pytest.mark.parametrize("steps", [2, 4])
