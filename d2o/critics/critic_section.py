@@ -41,7 +41,7 @@ class CriticSection(Section):
     )
     size: Resolution = field(
         SIZE,
-        "pixels that images are resized to before a backbone, as published 224 or those of the data where they are more;"
+        "pixels that images are resized to before a backbone, published: 224, or those of the data if they are more;"
         " EfficientNets take 64 and more, DeiT its own alone",
     )
     width: Count = field(

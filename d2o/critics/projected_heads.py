@@ -17,7 +17,7 @@ STEPS = ((1, 1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8), (4, 8))
 """Times `width`, channels of each head's halvings, finest level first: down to a nominal 8 pixels, of nominally 128,
 64, 32, 16."""
 NOMINAL = 256
-"""Side of the images for which these are enough; larger ones have a halving more for each time that they are doubled."""
+"""Side of images for which these are enough; each time that it is doubled there is a halving more."""
 LAST = 4
 """Side of the convolution that makes logits, pixels."""
 EMBEDDINGS = ("imagenet_lite0", "learned")
