@@ -46,7 +46,8 @@ settings.load_profile("d2o")
 
 
 LONG = (
-    "recipes/test_minis.py",
+    "recipes/test_minis_a.py",
+    "recipes/test_minis_b.py",
     "recipes/test_shipped.py",
     "export/test_text_graphs.py",
     "export/test_kinds.py",

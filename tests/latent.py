@@ -49,13 +49,13 @@ def tiny_text_to_image(path: Path | None = None, seed: int = 0, **meta) -> TextT
     return network
 
 
-def tiny_vae():
-    """An autoencoder of diffusers, like EDM2's in all but its size: 3 x 16 x 16 images, latents of 4 x 8 x 8."""
+def tiny_vae(**more):
+    """An autoencoder of diffusers, like EDM2's in all but its size: 3 x 16 x 16 images, latents of 4 x 8 x 8. `more`
+    of its arguments."""
     torchvision_compat.ensure()
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(
-        latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **kinds
-    ).eval()
+    given = {"latent_channels": 4, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, **more}
+    return AutoencoderKL(**given, **kinds).eval()

@@ -3,7 +3,8 @@
 Every row of every seed is one file results/TABLE/ROW_seedN.json: the commands that made it, the budget that was used,
 and d2o's own record of the evaluation. Where that file is there and was made by the same recipe it is left out, so that
 the same command goes on where it was stopped, on another machine too. Seeds come one after another, each with all rows.
-`--rows TEXT`: rows whose name holds it, alone. `--write`: measure nothing, only write the table into docs/results.md.
+`--rows TEXT`: rows whose name holds it, alone. `--again`: those that are measured, too. `--write`: measure nothing,
+only write the table into docs/results.md.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2o.evaluation.protocol import option
-from d2o.evaluation.seeds import over_seeds
 from d2o.recipes.load import load_recipe
 from d2o.reports.cells import number
 from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
@@ -41,12 +42,13 @@ COLUMNS = {
     "mini_methods": [
         ("fd@digits", "FD(digits)", "{:.3f}", 1),
         ("rel-fd@digits", "rel-FD to the teacher", "{:.3f}", 1),
-        *DIGITS[2:4],
+        *DIGITS[2:],
+        ("rmse", "rmse to the teacher", "{:.3f}", 1),
         ("nfe", "calls an image", "{}", 1),
     ],
     "mini_sida": DIGITS,
     "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
-    "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1)],
+    "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1), ("NFE of all", "NFE of all", "{}", 1)],
     "d2g_mini": [
         ("rel-fd@digits-area", "rel-FD", "{:.3f}", 1),
         ("prompt-accuracy@digits-area", "prompt accuracy, %", "{:.1f}", 100),
@@ -76,13 +78,22 @@ class Job:
     def record(self) -> Path:
         """Several rows may measure one run: it is called after the row."""
         name = re.sub(r"[^a-z0-9]+", "_", self.row.name.lower()).strip("_")
-        return ROOT / "results" / self.table / f"{name}{'' if self.run is None else f'_seed{self.run.seed}'}.json"
+        return ROOT / "results" / self.table / f"{name}{'' if self.seed is None else f'_seed{self.seed}'}.json"
+
+    @property
+    def seed(self) -> int | None:
+        """Of training. None: nothing is trained, or once for all seeds of the table."""
+        return None if self.run is None else self.run.seed
+
+    @property
+    def changes(self) -> list[str]:
+        return [*self.row.changes, *([] if self.seed is None else [f"seed={self.seed}"])]
 
     def made_by(self) -> dict[str, Any] | None:
         """The recipe with all its settings, and under "start" that of the run it begins from."""
         if self.run is None or self.row.recipe is None:
             return None
-        made = load_recipe(self.row.recipe, [*self.row.changes, f"seed={self.run.seed}"]).resolved()
+        made = load_recipe(self.row.recipe, self.changes).resolved()
         started = [job for job in jobs(self.table, load_table(self.table)) if job.x == self.run.start]
         return {**made, "start": started[0].made_by()} if started else made
 
@@ -92,7 +103,7 @@ class Job:
             verb = (
                 f"finetune {self.row.recipe} --from {self.run.start}" if self.run.start else f"train {self.row.recipe}"
             )
-            changes = [f"--set {shlex.quote(change)}" for change in (*self.row.changes, f"seed={self.run.seed}")]
+            changes = [f"--set {shlex.quote(change)}" for change in self.changes]
             lines.append(f"d2o {verb} {' '.join(changes)} --out {self.run.folder} --resume")
         words = [] if self.against is None else ["--against", self.against]
         for key, value in self.options.items():
@@ -102,11 +113,11 @@ class Job:
 
 
 def jobs(name: str, table: PaperTable) -> Iterator[Job]:
-    """What needs no training first, then seed after seed, what others begin from first."""
+    """What needs no training first, then what is trained once, then seed after seed, what others begin from first."""
     for row in table.rows:
         if row.x is not None and row.recipe is None:
             yield Job(name, row, None, table.options_of(row), table.against_of(row))
-    for seed in table.seeds:
+    for seed in (None, *table.seeds):
         for row in table.rows:
             for run in table.runs_of(row):
                 if run.seed == seed:
@@ -121,7 +132,14 @@ def current(job: Job) -> dict[str, Any] | None:
     if not job.record.exists():
         return None
     record = json.loads(job.record.read_text())
-    return record if record["commands"] == job.commands() and same(record["recipe"], job.made_by()) else None
+    made = [asked(line) for line in record["commands"]] == [asked(line) for line in job.commands()]
+    return record if made and same(record["recipe"], job.made_by()) else None
+
+
+def asked(line: str) -> str:
+    """A command without what a table came to ask for later: density and coverage beside precision and recall. What was
+    measured before has no such numbers."""
+    return re.sub(r"\bprdc@", "pr@", line)
 
 
 def same(recorded: Any, now: Any) -> bool:
@@ -134,20 +152,21 @@ def same(recorded: Any, now: Any) -> bool:
 
 def measure(job: Job) -> None:
     made_by = job.made_by()
+    commit = revision()
     needed = [job.options.get("teacher"), *([] if job.run is None else [job.run.start])]
     for first in jobs(job.table, load_table(job.table)):
-        if first.run and first.x in needed and first.x != job.x and not (ROOT / first.x).exists():
+        named = first.x in needed or json.dumps(first.x) in json.dumps(made_by)  # as a critic to begin with is
+        if first.run and named and first.x != job.x and not (ROOT / first.x).exists():
             run(first.commands()[0])  # measured elsewhere, but its weights are needed here
     for line in job.commands():
         run(line)
     made = json.loads((ROOT / "runs" / "record.json").read_text())
     made.pop("grid", None)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     record = {
         "row": job.row.name,
-        "seed": None if job.run is None else job.run.seed,
+        "seed": job.seed,
         "recipe": made_by,
-        "commit": commit.strip(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
         "commands": job.commands(),
         "training": None if job.run is None else budget(ROOT / job.run.folder),
@@ -157,6 +176,12 @@ def measure(job: Job) -> None:
     part = job.record.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     os.replace(part, job.record)
+
+
+def revision() -> str:
+    """The commit that is checked out, with a mark where a file of it is changed."""
+    line = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def run(line: str) -> None:
@@ -184,14 +209,16 @@ def write(name: str, table: PaperTable) -> None:
     put(ROOT / "docs" / "orders.md", name, orders(table, rows))
 
 
-def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
-    """The measured ones of these rows of a table: mean and deviation over the seeds of training. Minutes are not those
-    of the trainings, which ran beside other work, but images over the rate that benchmarks/method_rates.py measured."""
+def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]], without: Collection[str] = ()) -> str:
+    """The measured ones of these rows of a table: mean and deviation over the seeds of training, but for the columns
+    `without`. Minutes are not those of the trainings, which ran beside other work, but images over the rate that
+    benchmarks/method_rates.py measured."""
     rates, table = rates_of(name), {row.name: row for row in load_table(name).rows}
+    columns = [column for column in COLUMNS[name] if column[0] not in without]
     head = [
         "",
         "seeds",
-        *(title for _, title, _, _ in COLUMNS[name]),
+        *(title for _, title, _, _ in columns),
         "images trained",
         *(["minutes"] if rates else []),
     ]
@@ -200,9 +227,12 @@ def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]]) -> str:
         if not found:
             continue
         evals = [record["eval"] for record in found.values()]
-        record = evals[0] if len(evals) < 2 else over_seeds(evals, list(found))
         parts = trainings(next(iter(found.values())), row, table)
-        cells = [row, str(len(found)) if parts else "", *(cell(record, *column) for column in COLUMNS[name])]
+        cells = [
+            row,
+            str(len(found)) if parts else "",
+            *(table[row].about.get(column[0]) or cell(evals, *column) for column in columns),
+        ]
         cells.append(" + ".join(f"{images:,}" for _, images in parts))
         if rates:
             known = all(made in rates for made, _ in parts)  # a row may be younger than the rates
@@ -247,18 +277,25 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(record: dict[str, Any], key: str, _: str, shape: str, scale: float) -> str:
-    metrics = record["metrics"]
+def cell(evals: list[dict[str, Any]], key: str, _: str, shape: str, scale: float) -> str:
+    """The mean of a number over trainings, and their deviation; a lone one's over its repetitions. What some of them
+    have not been measured by is the mean of the others."""
     if key == "nfe":
-        return shape.format(record["x"]["nfe"])
+        return shape.format(evals[0]["x"]["nfe"])
+    found = [metric for record in evals if (metric := number_of(record["metrics"], key)) is not None]
+    if not found:
+        return ""
+    values = [metric["value"] for metric in found]
+    std = statistics.stdev(values) if len(values) > 1 else found[0].get("std")
+    spread = f" ± {shape.format(scale * std)}" if std is not None else ""
+    return shape.format(scale * statistics.fmean(values)) + spread
+
+
+def number_of(metrics: dict[str, Any], key: str) -> dict[str, Any] | None:
     if key == "rmse":
         value = (metrics.get("distance") or {}).get("rmse")
-        return "" if value is None else shape.format(value)
-    metric = metrics.get(key) or metrics.get(key.partition("@")[0])
-    if metric is None:
-        return ""
-    spread = f" ± {shape.format(scale * metric['std'])}" if metric.get("std") is not None else ""
-    return shape.format(scale * metric["value"]) + spread
+        return None if value is None else {"value": value}
+    return metrics.get(key) or metrics.get(key.partition("@")[0])
 
 
 def main() -> None:
@@ -266,13 +303,14 @@ def main() -> None:
     arguments.add_argument("table", choices=[*COLUMNS])
     arguments.add_argument("--rows", default="")
     arguments.add_argument("--seeds", default="")
+    arguments.add_argument("--again", action="store_true")
     arguments.add_argument("--write", action="store_true")
     given = arguments.parse_args()
     table = load_table(given.table)
     seeds = {int(seed) for seed in given.seeds.split(",") if seed}
     for job in [] if given.write else jobs(given.table, table):
-        wanted = given.rows in job.row.name and (not seeds or job.run is None or job.run.seed in seeds)
-        if wanted and current(job) is None:
+        wanted = given.rows in job.row.name and (not seeds or job.seed is None or job.seed in seeds)
+        if wanted and (current(job) is None or given.again):
             measure(job)
     write(given.table, table)
 

@@ -71,14 +71,15 @@ def draw_activations(values: Values, given: set[str]) -> None:
 
 
 def draw_curves(values: Values, given: set[str]) -> None:
-    """The scores that several runs logged while they were trained, over the images they had seen, in one picture.
+    """The scores that several runs logged while they were trained, over the images they had seen, in one picture; of a
+    table also what the paper prints of that score for rows without a run here, as levels.
 
-    UserError: options that are not for it, runs without a log, no score that all of them have.
+    UserError: options that are not for it, runs without a log, a score that none of them has.
     """
     from d2o.evaluation.results import compact_json
     from d2o.interop.safetensors_io import atomic_write
     from d2o.reports.curves import higher_is_better
-    from d2o.reports.sweep_chart import Line, sweep_chart
+    from d2o.reports.sweep_chart import Level, Line, sweep_chart
 
     _only(given, CURVES, "--curves")
     if bool(values["run"]) == bool(values["table"]):
@@ -87,7 +88,7 @@ def draw_curves(values: Values, given: set[str]) -> None:
     _check_picture(picture, "--curves")
     if numbers is not None and numbers != STDOUT:
         _check_numbers(numbers)
-    runs, title = _table_runs(values) if values["table"] else (_named_runs(values), "")
+    runs, title, printed = _table_runs(values) if values["table"] else (_named_runs(values), "", {})
     title = values["title"] if "title" in given else title or f"{len(runs)} runs"
     metric, found = _scores(runs, [m for text in values["metrics"] for m in text.split(",")])
     if worker()[0] != 0:
@@ -96,8 +97,9 @@ def draw_curves(values: Values, given: set[str]) -> None:
     ends = {name: (max if best else min)(y for _, y in points) for name, points in found.items()}
     top = (max if best else min)(ends.values())
     lines = [Line(name, points, ends[name] == top) for name, points in found.items()]
+    levels = [Level(name, paper[metric]) for name, paper in printed.items() if metric in paper]
     words = "Fréchet distance" if metric == "fd" else metric.upper() if metric.startswith("fid") else metric
-    atomic_write(picture, sweep_chart(title, lines, words, not best))
+    atomic_write(picture, sweep_chart(title, lines, words, not best, levels))
     record = {
         "format": "d2o-curves",
         "version": 1,
@@ -107,6 +109,7 @@ def draw_curves(values: Values, given: set[str]) -> None:
             {"name": name, "run": str(runs[name]), "images": [x for x, _ in points], "values": [y for _, y in points]}
             for name, points in found.items()
         ],
+        "paper": [{"name": level.name, "value": level.value} for level in levels],
     }
     if numbers == STDOUT:
         console.out.file.write(compact_json(record))
@@ -115,6 +118,8 @@ def draw_curves(values: Values, given: set[str]) -> None:
         atomic_write(numbers, compact_json(record))
     for name, points in found.items():
         console.say(f"{name}: {metric} {ends[name]:.4g} at best, {points[-1][1]:.4g} after {points[-1][0]:,.0f} images")
+    for level in levels:
+        console.say(f"{level.name}: {metric} {level.value:.4g}, as the paper prints it")
     console.say(f"wrote {picture}" + ("" if numbers in (None, STDOUT) else f" and {numbers}"))
 
 
@@ -200,43 +205,50 @@ def _named_runs(values: Values) -> dict[str, Path]:
     return found
 
 
-def _table_runs(values: Values) -> tuple[dict[str, Path], str]:
-    """The runs of a table's rows that are here, by the rows' names, and the table's title."""
+def _table_runs(values: Values) -> tuple[dict[str, Path], str, dict[str, dict[str, float]]]:
+    """The runs of a table's rows that are here, by the rows' names; the table's title; and of the other rows what the
+    paper prints, by their names and the key of the number."""
     from d2o.reports.paper_tables import absent, load_table, measured_runs
 
     table, under = load_table(values["table"]), values["runs"]
     if values["name"]:
         raise UserError("--name is for --run: the rows of a --table have names", "leave it away")
     found: dict[str, Path] = {}
+    printed: dict[str, dict[str, float]] = {}
     for row in table.rows:
         runs = measured_runs(table, row, under)
         if not runs and (reason := absent(row, under)) is not None:
             console.say(f"not drawn: {row.name}: {reason}")
         for run in runs:
             found[row.name if run.seed is None else f"{row.name}, seed {run.seed}"] = Path(run.folder)
+        if not runs:
+            printed[row.name] = {
+                key: value[0] if isinstance(value, list) else value for key, value in row.paper.items()
+            }
     if not found:
         raise UserError(f"{values['table']}: none of its runs is here", f"d2o train --table {values['table']}")
-    return found, table.title
+    return found, table.title, printed
 
 
 def _scores(runs: Mapping[str, Path], asked: Sequence[str]) -> tuple[str, dict[str, list[tuple[float, float]]]]:
-    """The score that is drawn, by its name in the logs, and its curves."""
+    """The score that is drawn, by its name in the logs, and its curves: the one that is asked for, else the first of
+    those that most runs have. Runs without it are named and left out."""
     from d2o.reports.curves import read_curves
 
-    logs = {name: read_curves(path).scores for name, path in runs.items()}
-    for name, scores in logs.items():
-        if not scores:
-            raise UserError(
-                f"{runs[name]} was not measured while it was trained: its log has no scores",
-                "a recipe's section `eval:` asks for that",
-            )
-    common = [key for key in next(iter(logs.values())) if all(key in scores for scores in logs.values())]
     if len(asked) > 1:
         raise UserError("--curves draws one score", "give one with --metrics")
-    if asked and asked[0] not in common:
-        raise unknown("score of these runs", asked[0], common)
-    if not common:
-        kinds = "; ".join(f"{name}: {', '.join(scores)}" for name, scores in logs.items())
-        raise UserError(f"these runs were measured by different scores ({kinds})", "they make no common picture")
-    metric = asked[0] if asked else common[0]
-    return metric, {name: scores[metric] for name, scores in logs.items()}
+    logs = {name: read_curves(path).scores for name, path in runs.items()}
+    known = list(dict.fromkeys(key for scores in logs.values() for key in scores))
+    if not known:
+        raise UserError(
+            f"{' and '.join(map(str, runs.values()))}: not measured while trained: there are no scores in the log",
+            "a recipe's section `eval:` asks for that",
+        )
+    if asked and asked[0] not in known:
+        raise unknown("score of these runs", asked[0], known)
+    metric = asked[0] if asked else max(known, key=lambda key: sum(key in scores for scores in logs.values()))
+    for name, scores in logs.items():
+        if metric not in scores:
+            has = f"its log has {', '.join(scores)}" if scores else "it was not measured while it was trained"
+            console.say(f"not drawn: {name}: no {metric} ({has})")
+    return metric, {name: scores[metric] for name, scores in logs.items() if metric in scores}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from d2o.evaluation.protocol import Settings
     from d2o.evaluation.request import Request
     from d2o.evaluation.workplace import Workplace
+    from d2o.reports.paper_tables import PaperRow
 
 Values = dict[str, Any]
 """The options of `d2o eval` by name, as typer gives them."""
@@ -138,7 +139,14 @@ def measured(values: Values, given: set[str]) -> Iterator[list[JsonObject]]:
                 yield _one_after_another(request, settings, values["save_stats"], place)
         else:
             with Workplace(values["work"], stop=stop, say=console.say) as place:
-                yield _table(values, given, place)
+                table = _table(values, given, place)
+                yield table.records
+            if table.rows or worker()[0] != 0:
+                return
+            what = f"{values['table']}: none of its rows could be measured"
+            if table.mistakes:  # the table is written all the same, with what the paper prints
+                raise UserError(what, "the lines above say why")
+            console.say(f"{what}: what they measure is not here")
 
 
 def prepare(values: Values, given: set[str]) -> tuple[Request, Settings]:
@@ -220,32 +228,56 @@ class _Progress:
         self(n)
 
 
-def _table(values: Values, given: set[str], place: Workplace | None) -> list[JsonObject]:
-    """The rows of a paper's table: measured where their X is here, with the paper's numbers beside. What the user types
-    beats the table."""
+@dataclass
+class Rows:
+    """Of a table: a record for each row, `rows` of them measured; `mistakes`: rows that the user can do something
+    about."""
+
+    records: list[JsonObject]
+    rows: int = 0
+    mistakes: int = 0
+
+
+def _table(values: Values, given: set[str], place: Workplace | None) -> Rows:
+    """The rows of a paper's table: measured where their X is here, with the paper's numbers beside; the others with the
+    reason why not. What the user types beats the table."""
     from d2o.evaluation.evaluate import FORMAT
+    from d2o.evaluation.paper_protocols import find_preset
     from d2o.evaluation.seeds import over_seeds
-    from d2o.reports.cells import quoted
+    from d2o.recipes.row_students import not_of, remark
+    from d2o.reports.cells import CITED, FAILED, NOT_RUN, quoted
     from d2o.reports.paper_tables import absent, load_table, measured_runs, moved
     from d2o.reports.verdicts import MISSING, verdicts
 
     table, under = load_table(values["table"]), values["runs"]
-    records: list[JsonObject] = []
+    protocol = values["protocol"] or table.protocol
+    preset = find_preset(protocol) if protocol else None
+    done = Rows([])
     by_seed: dict[str, dict[int | None, JsonObject]] = {}
-    measured = 0
+
+    def unmeasured(row: PaperRow, status: str, why: str | None) -> None:
+        if why is not None and status != FAILED:
+            console.say(f"not measured: {row.name}: {why}")
+        notes = [*table.notes, *([f"{row.name}: {why}"] if why else [])]
+        about = {"about": row.about} if row.about else {}
+        done.records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper, notes, status), **about})
+
     for i, row in enumerate(table.rows):
+        if row.x is None:
+            unmeasured(row, CITED, row.cited)
+            continue
         runs = measured_runs(table, row, under)
         reason = None if runs else absent(row, under)
-        if row.x is not None and reason is None and "teacher" not in given:
+        if reason is None and "teacher" not in given:
             lacks = [table.lacks_teacher(row, under, seed) for seed in [run.seed for run in runs] or [None]]
             reason = next(filter(None, lacks), None)
-        if row.x is None or reason is not None:
-            if (why := reason or row.cited) is not None:
-                console.say(f"not measured: {row.name}: {why}")
-            if row.paper or row.about:
-                notes = [*table.notes, *([f"{row.name}: {row.cited}"] if row.cited else [])]
-                about = {"about": row.about} if row.about else {}
-                records.append({**FORMAT, **quoted(row.name, dict(row.paper), table.paper, notes), **about})
+        if reason is not None:
+            unmeasured(row, NOT_RUN, reason)
+            continue
+        xs = [(run.folder, run.seed) for run in runs] or [(moved(row.x, under), None)]
+        if others := list(filter(None, (not_of(row, x, preset) for x, _ in xs))):
+            unmeasured(row, NOT_RUN, others[0])
+            done.mistakes += 1
             continue
         chosen = {
             key: value
@@ -258,33 +290,33 @@ def _table(values: Values, given: set[str], place: Workplace | None) -> list[Jso
         row_values = {
             **values,
             **{key: value for key, value in chosen.items() if key not in given},
-            "protocol": values["protocol"] or table.protocol,
+            "protocol": protocol,
         }
         try:
             found = []
-            for x, seed in [(run.folder, run.seed) for run in runs] or [(moved(row.x, under), None)]:
+            for x, seed in xs:
                 one = {**row_values, "x": [x], "name": [row.name], "paper": [dict(row.paper)]}
                 if "teacher" in chosen and "teacher" not in given:
                     one["teacher"] = table.teacher_of(row, under, seed)
                 found += _one_after_another(*prepare(one, (given | set(chosen)) - {"table", "runs"}), None, place)
-            by_seed[row.name] = dict(zip([run.seed for run in runs] or [None], found))  # other processes find none
+            by_seed[row.name] = dict(zip([seed for _, seed in xs], found))  # other processes find none
             for record in found if len(found) < 2 else [over_seeds(found, [run.seed for run in runs])]:
-                record["notes"] += table.notes
-                records.append({**record, "about": row.about} if row.about else record)
+                record["notes"] += [*table.notes, *dict.fromkeys(filter(None, (remark(row, x) for x, _ in xs)))]
+                done.records.append({**record, "about": row.about} if row.about else record)
             if runs and len(runs) < len(table.seeds):
                 console.say(f"{row.name}: {len(runs)} of {len(table.seeds)} seeds are here")
         except UserError as error:
             console.error(f"{row.name}: {error.message}", error.hint)
+            unmeasured(row, FAILED, error.message)
+            done.mistakes += 1
         except Stopped as stopped:
             raise Stopped(
                 f"{row.name}, row {i + 1} of {len(table.rows)}: {stopped.message}", stopped.exit_code - 128
             ) from stopped
         else:
-            measured += 1
+            done.rows += 1
     for verdict in verdicts(table.orders, by_seed):
-        for record in records:
+        for record in done.records:
             if record["name"] == verdict.order.better and verdict.word != MISSING:
                 record["notes"].append(verdict.text)
-    if not measured and worker()[0] == 0:
-        raise UserError(f"{values['table']}: none of its rows could be measured", "the lines above say why")
-    return records
+    return done

@@ -17,7 +17,7 @@ def pairs(
         None,
         "--teacher",
         help=(
-            "Teacher: a name (digits, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
+            "Teacher: a name (digits, cifar16, tiny-sd, sd15, sdxl, edm-cifar10-cond-vp, ...), a diffusers "
             "folder or repository, an NVIDIA .pkl, a .safetensors checkpoint or run folder."
         ),
         show_default=False,
@@ -64,6 +64,15 @@ def pairs(
         ),
     ),
     guide: str = GUIDE,
+    sdxl_uncond: str = typer.Option(
+        None,
+        "--sdxl-uncond",
+        help=(
+            "What guidance of Stable Diffusion XL takes for no prompt: zeros (all-zero text), or encode_empty (the"
+            " empty prompt, encoded). Default: as the teacher's model_index.json says; the published XL: zeros."
+        ),
+        show_default=False,
+    ),
     labels: str = typer.Option(
         "random",
         "--labels",
@@ -260,6 +269,7 @@ def pairs(
         dtype,
         store_noise,
         decode,
+        sdxl_uncond,
     )
     settings.check()
     if out is not None:

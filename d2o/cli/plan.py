@@ -30,7 +30,10 @@ def show_plan(recipe: Recipe, plan: Plan) -> None:
     sections: list[tuple[str, dict[str, str]]] = [
         ("networks (parameters)", {name: f"{n:,}" for name, n in plan.networks.items()}),
         *(
-            (f"memory per process, fp32{how}", {**_sizes(memory), "sum": console.size(sum(memory.values()))})
+            (
+                f"memory per process, fp32{how}{'' if plan.whole else ', as far as it is known'}",
+                {**_sizes(memory), "sum": console.size(sum(memory.values()))},
+            )
             for how, memory in _strategies(plan).items()
             if memory
         ),
@@ -69,7 +72,8 @@ def _strategies(plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def show_fit(recipe: Recipe, plan: Plan, device: torch.device) -> None:
-    """Whether the memory that a process needs is there on the device, under each strategy, and what needs less."""
+    """Whether the memory that a process needs is there on the device, under each strategy, and what needs less. Nothing
+    where the training is not planned, for what is missing."""
     import torch
 
     from d2o.networks.budget import physical_memory
@@ -81,7 +85,7 @@ def show_fit(recipe: Recipe, plan: Plan, device: torch.device) -> None:
     needs = {
         how: sum(memory.values()) for how, memory in (("replicate", plan.memory), ("shard", plan.sharded)) if memory
     }
-    if not needs:
+    if not needs or not plan.whole:
         return
     several = len(needs) > 1
     said = []

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def check_options(recipe: Recipe, data: str | None, start: Path | None) -> None:
     """Refuse what the recipe's method would not use."""
     from d2o.methods.base import get_method
+    from d2o.training.raw_start import check_raw
 
     method = get_method(recipe.method)
     needs = method.needs(recipe.options)
@@ -35,6 +36,7 @@ def check_options(recipe: Recipe, data: str | None, start: Path | None) -> None:
             f"method {recipe.method} of {recipe.name} trains a {method.product}; it cannot start from a student",
             "use `d2o train`",
         )
+    check_raw(recipe, start)
 
 
 def check_run(folder: Path, recipe: Recipe, resume: bool, start: Path | None) -> JsonObject | None:

@@ -85,8 +85,28 @@ def train_table(
             f"{len(failed)} of {len(members)} runs are not trained: {', '.join(failed)}",
             "the lines above say why; the same command tries them again",
         )
-    more = "" if runs == Path("runs") else f" --runs {runs}"
-    console.say(f"all {len(members)} runs are finished; d2o eval --table {table}{more}")
+    console.say(
+        f"{'all' if len(members) > 1 else 'the'} {_runs(members)} finished; {_measure(table, members, runs, mini)}"
+    )
+
+
+def _runs(members: list[TableMember]) -> str:
+    return f"{len(members)} run{'s are' if len(members) != 1 else ' is'}"
+
+
+def _measure(table: str, members: list[TableMember], runs: Path, mini: bool) -> str:
+    """What measures them. Small versions of other data are not what the table's protocol is of."""
+    from d2o.recipes.load import load_recipe
+    from d2o.recipes.row_students import other_data
+
+    if mini:
+        for member in members:
+            if other := other_data(member.recipe, load_recipe(member.source, member.overrides), member.recipe):
+                return (
+                    f"these are small versions ({member.name} is {other}), of which the paper's table says nothing:"
+                    f" d2o eval {member.folder} measures one, d2o train --table {table} trains the paper's"
+                )
+    return f"d2o eval --table {table}" + ("" if runs == Path("runs") else f" --runs {runs}")
 
 
 def _plans(members: list[TableMember]) -> list[Plan]:
@@ -94,10 +114,12 @@ def _plans(members: list[TableMember]) -> list[Plan]:
     from d2o.recipes.plan import make_plan
 
     teachers: dict[str, Teacher] = {}
+    made = {member.folder: member.recipe for member in members}
     plans = []
     for member in members:
         start = member.start if member.start is None or member.start.exists() or not member.made else None
-        plan = make_plan(member.recipe, start, teachers)
+        before = None if member.start is None else made.get(member.start)
+        plan = make_plan(member.recipe, start, teachers, before=before)
         checks = (
             lambda member=member: check_options(member.recipe, None, member.start),
             lambda member=member: check_run(member.folder, member.recipe, True, member.start),
@@ -113,12 +135,15 @@ def _plans(members: list[TableMember]) -> list[Plan]:
 
 def _show(table: str, members: list[TableMember], plans: list[Plan]) -> None:
     """A line for each run, and what all together take. Pairs that several need are made once, by the first."""
-    shown = Table(title=f"{table}: {len(members)} runs", title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(
+        title=f"{table}: {len(members)} run{'s' * (len(members) != 1)}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     for head in ("run", "recipe", "begins from"):
         shown.add_column(head)
     for head in ("images", "parameters", "memory", "network calls", "disk"):
         shown.add_column(head, justify="right", no_wrap=True)
     from d2o.recipes.plan import MAKING_PAIRS
+    from d2o.recipes.stages import AS_PAPERS, BOTH_STAGES, WITH_PAIRS
 
     places = set[str]()
     calls = disk = 0
@@ -142,4 +167,16 @@ def _show(table: str, members: list[TableMember], plans: list[Plan]) -> None:
     for member, plan in zip(members, plans, strict=True):
         for line in (*plan.missing, *plan.refused):
             console.out.print(f"{member.name}: {fit(line)}", markup=False)
+    for member, plan in zip(members, plans, strict=True):
+        counted = [
+            f"{plan.calls[key]:,} {what}"
+            for key, what in (
+                (AS_PAPERS, "alone"),
+                (BOTH_STAGES, "with the stage before"),
+                (WITH_PAIRS, "with the pairs"),
+            )
+            if key in plan.calls
+        ]
+        if counted:
+            console.out.print(f"{member.name}: training, as papers count (NFE): {', '.join(counted)}", markup=False)
     console.out.print(f"together: {calls:,} network calls, {console.size(disk)} of disk")

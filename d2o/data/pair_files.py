@@ -63,6 +63,8 @@ def shard_record(manifest: JsonObject, unit: Unit) -> JsonObject:
     made |= {"start": unit.start, "n": unit.n, "teacher_sha256": manifest["teacher"]["sha256"]}
     if "prompts" in manifest:
         made |= {"prompts_sha256": manifest["prompts"]["sha256"], "per_prompt": settings.per_prompt}
+    if settings.sdxl_uncond is not None:
+        made["sdxl_uncond"] = settings.sdxl_uncond
     if settings.rewire != "none":
         made["permuted"] = settings.n  # the permutation is over all pairs
     return {"format": FORMAT + "-shard", "version": 1, **made}

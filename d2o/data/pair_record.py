@@ -41,6 +41,7 @@ class SettingsRecord(Record):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     store_noise: bool = False
     decode: bool = False
+    sdxl_uncond: Literal["zeros", "encode_empty"] | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> SettingsRecord:

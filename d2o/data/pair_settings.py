@@ -24,6 +24,7 @@ from d2o.work.folder import Unit, cut
 FORMAT = "d2o-pairs"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REWIRES = ("none", "permute")
+SDXL_UNCOND = ("zeros", "encode_empty")
 REWIRED = "rewired pairs are permuted over the whole store, so that one of another size holds other pairs"
 
 
@@ -36,7 +37,8 @@ class PairSettings:
     has its own scale, which the store keeps; `labels` as `draws.label_mode` takes it; `prompts` a file (txt,
     jsonl, parquet), of which pair i has line (i // per_prompt) mod their number; `rewire` "permute" gives every noise
     the output of another one (Kang et al. 2024, appendix D: a student learns nothing from it); `dtype` of the targets
-    on disk: fp32, fp16 or bf16; `decode` keeps the images, as uint8, beside the latents.
+    on disk: fp32, fp16 or bf16; `decode` keeps the images, as uint8, beside the latents. `sdxl_uncond`, of Stable
+    Diffusion XL alone: what guidance takes for no prompt; None: what the teacher does by itself (a store says which).
     """
 
     teacher: str
@@ -60,6 +62,7 @@ class PairSettings:
     dtype: str = "fp32"
     store_noise: bool = False
     decode: bool = False
+    sdxl_uncond: str | None = None
 
     def check(self) -> None:
         """UserError: a value out of range. (Whether labels, prompts and solver fit is known only with the teacher.)"""
@@ -80,6 +83,8 @@ class PairSettings:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.rewire not in REWIRES:
             raise unknown("rewire", self.rewire, REWIRES)
+        if self.sdxl_uncond not in (None, *SDXL_UNCOND):
+            raise unknown("sdxl_uncond", str(self.sdxl_uncond), SDXL_UNCOND)
 
     def resolved(self, solver: str, steps: int) -> PairSettings:
         """With the teacher's usual solver and steps where none were given."""
@@ -137,6 +142,8 @@ class PairSettings:
         """Each setting in which `other` differs from these, as "steps: 18 -> 9". Teachers differ by weights, prompts by
         content: below."""
         names = [field.name for field in fields(self) if field.name not in ("teacher", "prompts")]
+        if None in (self.sdxl_uncond, other.sdxl_uncond):  # one of them leaves it to the teacher
+            names.remove("sdxl_uncond")
         return [
             f"{name}: {getattr(self, name)} -> {getattr(other, name)}"
             for name in names
@@ -158,6 +165,7 @@ class PairSettings:
             }
             words += [word for word, usual in churn.items() if not usual]
         words += [] if self.cfg == 1.0 else [f"cfg{show_cfg(self.cfg).replace(':', 'to')}"]
+        words += ["encode_empty"] if self.sdxl_uncond == "encode_empty" else []
         words += [] if self.labels in ("random", "none", "text") else [self.labels.replace(",", "_")]
         words += (
             [Path(self.prompts).stem + (f"x{self.per_prompt}" if self.per_prompt > 1 else "")] if self.prompts else []

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from d2o.settings.section import BatchSize, Count, NonEmpty, Section, Seed, Steps, field
 
 Scale = Annotated[float, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class PairsSection(Section):
@@ -29,6 +30,10 @@ class PairsSection(Section):
         "scheduler", "last step of SD-like teachers: as its scheduler says, or to the predicted image itself"
     )
     eta: float = field(0.0, "fresh noise in ddim, 0 to 1", ge=0, le=1)
+    s_churn: NotNegative = field(40.0, "solver sde: fresh noise of all steps together")
+    s_min: NotNegative = field(0.05, "solver sde: lowest sigma at which noise is added")
+    s_max: NotNegative = field(50.0, "solver sde: highest sigma at which noise is added")
+    s_noise: NotNegative = field(1.003, "solver sde: standard deviation of the added noise")
     seed: Seed = field(0, "seed of the first pair; pair i has seed + i")
     batch: BatchSize = field(256, "pairs per teacher call")
     shard_size: BatchSize = field(1024, "pairs per file of the store")
@@ -37,6 +42,11 @@ class PairsSection(Section):
         1.0,
         "guidance weight of the teacher; 1 is none. [1, 8]: each pair has its own, uniform of that range, and the"
         " student is told it",
+    )
+    sdxl_uncond: Literal["zeros", "encode_empty"] | None = field(
+        None,
+        "what guidance of Stable Diffusion XL takes for no prompt: all-zero text, or the empty prompt encoded (default"
+        " none: as the teacher's model_index.json says; the published XL: zeros)",
     )
     prompts: NonEmpty | None = field(None, "file of prompts (txt, jsonl, parquet), for teachers that take text")
     per_prompt: Count = field(1, "pairs in a row that share a prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from d2o.errors import UserError
@@ -41,6 +42,12 @@ def hold_to(preset: Preset, extractors: Sequence[Extractor], reference: str | No
         "n_ref": n_ref,
     }
     refuse(preset, check_result(preset, {**known, "weights": {e.name: e.sha256 for e in extractors}}))
+
+
+def sides_of(preset: Preset) -> set[int]:
+    """Pixels of a side of the protocol's images, as the words for its data say it; empty: of any size (COCO, BAPPS)."""
+    named = {int(side) for side in re.findall(r"(\d+)x\1", preset.data)}
+    return named | ({32} if "CIFAR-10" in preset.data else set())
 
 
 def refuse(preset: Preset, differences: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ embeddings of t and 1 into the time embedding's bias. All of it is exact.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,8 @@ def one_call(student: Student, path: str | Path) -> OneCall:
         raise UserError(f"{path} is told a guidance scale by an input that diffusers' {view.kind} does not have")
     if student.nfe != 1 and not _trailing(student):
         what = f"{path} makes an image in {student.nfe} network calls; the folder would hold one of them"
-        raise UserError(what, "of a few-step student with the usual `student.levels` it holds all")
+        held = "it holds all of a U-Net's few-step student with the usual `student.levels` that ends at x0 or, begun"
+        raise UserError(what, f"{held} from noise, at the lowest level; --format onnx and program write the others")
     with torch.no_grad():
         whole: Any = merged(view)  # a copy, where there was something to merge
         net = (copy.deepcopy(view.net) if whole is view else whole.net).eval()
@@ -79,17 +81,19 @@ def unclamped(student: Student) -> Student:
 
 
 def _trailing(student: Student) -> bool:
-    """Whether its calls are the steps of diffusers' schedulers with trailing spacing, the last one to 0."""
+    """Whether its calls are the steps of diffusers' schedulers with trailing spacing, the last one to 0 or, as Euler's
+    alone, to the lowest level."""
     if not isinstance(student, FewStepStudent) or not isinstance(student.network.levels, DiscreteLevels):
         return False
-    if student.last:
+    lowest = math.isclose(student.last, lowest_level(student.network), rel_tol=1e-6)
+    if student.last and not (lowest and student.begins == "noise"):
         return False
     return list(student.levels[1:]) == spaced_levels(student.network, student.sigma, student.nfe)
 
 
 def _jumps(student: Student) -> bool:
     """Whether it goes along the ODE to the lowest level, not to 0."""
-    return isinstance(student, ConsistencyStudent)
+    return isinstance(student, ConsistencyStudent) or (isinstance(student, FewStepStudent) and student.last > 0)
 
 
 def _discrete(view: EDMView, levels: DiscreteLevels, student: Student) -> SchedulerMixin:

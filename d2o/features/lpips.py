@@ -51,11 +51,13 @@ class LpipsFeatures(Features):
         return {"features": torch.cat([found.mean((2, 3)) for found in self.taps(x)], 1)}
 
     def pool_by_average(self) -> LpipsFeatures:
-        """Its maximum poolings become averages over 2 x 2, as Song et al. 2023 have it for VGG-16."""
+        """Its maximum poolings become averages over the same windows: over 2 x 2 in VGG-16, as Song et al. 2023 have
+        it; over 3 x 3 at every second place in the other trunks, whose maps keep their sizes."""
         for part in list(self.network.modules()):
             for name, layer in part.named_children():
                 if isinstance(layer, nn.MaxPool2d):
-                    setattr(part, name, nn.AvgPool2d(2))
+                    size, stride, padding = layer.kernel_size, layer.stride, layer.padding
+                    setattr(part, name, nn.AvgPool2d(size, stride, padding, layer.ceil_mode))
         return self
 
 

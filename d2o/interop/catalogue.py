@@ -17,6 +17,7 @@ from d2o.interop.safetensors_io import atomic_write
 NVIDIA_LICENCE = "CC BY-NC-SA 4.0 (NVIDIA)"
 NVIDIA_LICENCE_URL = "https://creativecommons.org/licenses/by-nc-sa/4.0/"
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+DINO = "FD over DINOv2"
 EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 
 
@@ -27,7 +28,8 @@ class Published:
     `kind`: "nvidia" (`source` is the URL of a pickle that `interop.nvidia_pickle` reads) or "diffusers" (`source` is a
     repository of the hub, at `revision`). `solver`, `steps`, `cfg`: deterministic sampling as published. `parameters`
     of the denoiser; `resolution` of the images in pixels; `space` that of its samples (`d2o.spaces`). `network` is
-    what `build_network` makes the denoiser of, for plans without the file; None where only the file says it. `sha256`
+    what `build_network` makes the denoiser of, for plans without the file; None where only the file says it. `part` of
+    a repository: the folder of the one component that is meant. `sha256`
     and `bytes` of the file (of the hub: of its one weights file) are None where no trustworthy source states them.
     """
 
@@ -47,6 +49,7 @@ class Published:
     revision: str | None = None
     space: str = "pixels"
     network: JsonObject | None = None
+    part: str = ""
 
     @property
     def place(self) -> Path:
@@ -67,12 +70,12 @@ def _edm(name: str, file: str, about: str, steps: int, resolution: int, paramete
     )
 
 
-def _edm2(size: str, snapshot: str, parameters: int, guided: float | None = None) -> Published:
-    """`guided`: of the best FID with guidance by XS without classes at that scale, its EMA as long."""
+def _edm2(size: str, snapshot: str, parameters: int, guided: float | None = None, of: str = "FID") -> Published:
+    """`guided`: best with guidance by XS without classes at that scale, its EMA as long; `of`: by which distance."""
     ema = snapshot.rpartition("-")[2]
     best = "without guidance" if guided is None else f"when guided by {_guide_name(ema)} at {guided:g}"
-    name = f"edm2-img512-{size}" + ("" if guided is None else f"-{ema}")
-    return _edm2_network(name, size, f"{size}-{snapshot}", parameters, 1000, f"the EMA of the best FID {best}")
+    name = f"edm2-img512-{size}" + (f"-{ema}" if guided is not None else "" if of == "FID" else "-dino")
+    return _edm2_network(name, size, f"{size}-{snapshot}", parameters, 1000, f"the EMA of the best {of} {best}")
 
 
 def _guide_name(ema: str) -> str:
@@ -165,7 +168,19 @@ TEACHERS = {
         _edm2("l", "1879048-0.015", 777_498_085, 1.2),
         _edm2("xl", "1342177-0.020", 1_119_283_749, 1.2),
         _edm2("xxl", "0939524-0.015", 1_523_164_773, 1.2),
-        *(_edm2_guide(ema) for ema in ("0.015", "0.020", "0.025", "0.030", "0.045")),
+        # The same by the distance over DINOv2. XXL is guided best with the average that is best by FID, at 1.7.
+        _edm2("xs", "2147483-0.200", 124_713_253, of=DINO),
+        _edm2("s", "2147483-0.190", 280_212_837, of=DINO),
+        _edm2("m", "2147483-0.155", 497_807_781, of=DINO),
+        _edm2("l", "1879048-0.155", 777_498_085, of=DINO),
+        _edm2("xl", "1342177-0.155", 1_119_283_749, of=DINO),
+        _edm2("xxl", "0939524-0.150", 1_523_164_773, of=DINO),
+        _edm2("xs", "2147483-0.150", 124_713_253, 1.7, of=DINO),
+        _edm2("s", "2147483-0.085", 280_212_837, 1.9, of=DINO),
+        _edm2("m", "2147483-0.015", 497_807_781, 2.0, of=DINO),
+        _edm2("l", "1879048-0.035", 777_498_085, 1.7, of=DINO),
+        _edm2("xl", "1342177-0.030", 1_119_283_749, 1.7, of=DINO),
+        *(_edm2_guide(f"0.{ema}") for ema in ("015", "020", "025", "030", "035", "045", "085", "150")),
         Published(
             "sd15",
             "diffusers",
@@ -227,7 +242,19 @@ AUTOENCODERS = {
         revision="31f26fdeee1355a5c34592e401dd41e45d25a493",
         sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
         bytes=334_643_276,
-    )
+    ),
+    "flux-vae": Published(
+        "flux-vae",
+        "diffusers",
+        "black-forest-labs/FLUX.1-schnell",
+        "Apache-2.0",
+        "https://huggingface.co/black-forest-labs/FLUX.1-schnell",
+        "the autoencoder of FLUX.1's latents, 16 channels; the hub asks for a login",
+        resolution=1024,
+        parameters=83_819_683,
+        revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
+        part="vae",
+    ),
 }
 
 
@@ -249,7 +276,7 @@ def path_if_here(published: Published) -> Path | None:
         return place if place.is_file() else None
     if place.is_dir() and not missing_files(place):
         return place
-    folder = cached_snapshot(published.source, published.revision)
+    folder = cached_snapshot(published.source, published.revision, published.part)
     return folder if folder is not None and not missing_files(folder) else None
 
 
@@ -291,4 +318,4 @@ def _from_hub(published: Published) -> Path:
             f"{published.place} lacks {', '.join(missing)}",
             f"complete it, or remove it to take {published.source} from the hub",
         )
-    return hub_snapshot(published.source, revision=published.revision, place=published.place)
+    return hub_snapshot(published.source, revision=published.revision, place=published.place, part=published.part)

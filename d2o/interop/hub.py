@@ -60,17 +60,22 @@ def hub_snapshot(
     revision: str | None = None,
     variant: str | None = None,
     place: Path | None = None,
+    part: str = "",
 ) -> Path:
     """The folder of a hub repository in diffusers' layout, from the cache (`$HF_HOME`) if it is all there, else from
     the hub.
 
-    `revision`: branch, tag or commit. `place`: a folder where the caller also looks, for the messages. UserError: no
-    network, no such repository, a login is needed, or the repository has no safetensors weights.
+    `revision`: branch, tag or commit. `place`: a folder where the caller also looks, for the messages. `part`: the
+    folder of one component, which alone is fetched and returned. UserError: no network, no such repository, a login is
+    needed, or the repository has no safetensors weights.
     """
     revision = revision or "main"
-    by_hand = f"`hf download {repo} --revision {revision}` on a machine with a network and copy its cache ($HF_HOME)"
-    by_hand += f", or put the repository's files into {place}" if place else ""
-    folder = cached_snapshot(repo, revision)
+    only = f' --include "{part}/*"' if part else ""
+    by_hand = f"`hf download {repo} --revision {revision}{only}` on a machine with a network"
+    by_hand += " and copy its cache ($HF_HOME)"
+    files = f"the files of its folder {part}" if part else "the repository's files"
+    by_hand += f", or put {files} into {place}" if place else ""
+    folder = cached_snapshot(repo, revision, part)
     if folder is not None and not (missing := missing_files(folder, variant)):
         return folder
     if setting := offline():
@@ -87,6 +92,7 @@ def hub_snapshot(
     from huggingface_hub.utils import validate_repo_id
 
     patterns = [*(allow_patterns or (*TEXTS, *weight_patterns(variant)))]
+    patterns = [f"{part}/{pattern}" for pattern in patterns] if part else patterns
     try:
         validate_repo_id(repo)
         if why := check_reachable(
@@ -95,6 +101,7 @@ def hub_snapshot(
             what = f"cannot fetch {repo} from the hub: {constants.ENDPOINT} cannot be reached ({why})"
             raise UserError(what, f"is there a network here? Else run {by_hand}")
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*NEVER]))
+        folder = folder / part
     except UserError:
         raise
     except GatedRepoError as error:
@@ -129,15 +136,15 @@ def is_diffusers_folder(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file()
 
 
-def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the hub's local cache, complete or not; None when it is not there. Never uses the
-    network."""
+def cached_snapshot(repo: str, revision: str | None = None, part: str = "") -> Path | None:
+    """The folder of a repository, or that of its `part`, in the hub's local cache, complete or not; None when it is not
+    there. Never uses the network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     for name in (INDEX, "config.json"):
         try:
-            found = try_to_load_from_cache(repo, name, revision=revision or "main")
+            found = try_to_load_from_cache(repo, f"{part}/{name}" if part else name, revision=revision or "main")
         except HFValidationError:
             return None
         if isinstance(found, str):

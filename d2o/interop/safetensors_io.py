@@ -112,13 +112,16 @@ def read_meta(path: str | os.PathLike) -> JsonObject:
     return _unsealed(_record(path))
 
 
-def load_file(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, torch.Tensor], JsonObject]:
-    """All tensors and the JSON record, after a look at all of the file's bytes. Errors as `read_meta`, or: the bytes
-    have changed."""
+def load_file(
+    path: str | os.PathLike, device: str = "cpu", prefix: str = ""
+) -> tuple[dict[str, torch.Tensor], JsonObject]:
+    """All tensors, or those whose names begin with `prefix`, and the JSON record, after a look at all of the file's
+    bytes. Errors as `read_meta`, or: the bytes have changed."""
     record = _record(path)
     seal.check_digest(path, record)
     with _open(path, device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _unsealed(record)  # noqa: SIM118 (not a dict)
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+        return {name: file.get_tensor(name) for name in names}, _unsealed(record)
 
 
 def check_file(path: str | os.PathLike) -> None:

@@ -25,6 +25,8 @@ RELEASED = tuple(name.removeprefix(PREFIX) for name in NAMES)
 """The latent spaces for which the authors released a network (its weights: `latent-lpips-NAME`)."""
 SHIPPED = {TINY_SD: "latent_lpips_tiny_sd.safetensors"}
 """The latent spaces for which d2o ships one of its own."""
+NAMED = (*RELEASED, *SHIPPED)
+"""All that have one by their name."""
 OneDraw = Mapping[str, Tensor]
 """Random numbers of one transform for each sample, as `d2o.augment.latent` takes them."""
 
@@ -147,15 +149,24 @@ def load_latent_lpips(
     looked for, but not for the meta device. `taps`: where the last two maps are taken; None: "official", or as d2o's
     own file was trained.
 
-    UserError: unknown space, no weights to be had, another space's.
+    UserError: a space that has none, no weights to be had, another space's.
     """
     if weights is None and space in SHIPPED:
         weights = asset(SHIPPED[space])
     if weights is not None and weights.suffix == ".safetensors":
         features, whose = load_own(weights, device, taps)
         if whose["name"] != space:
-            raise UserError(f"{weights} compares latents of {whose['name']}, not of {space}")
+            raise UserError(
+                f"{weights} compares latents of {whose['name']}, not of {space}",
+                f"if they are the same latents: distance.space: {whose['name']}" if whose["name"] in NAMED else "",
+            )
         return LatentLPIPS(features, SPACES.get(space) or load_space(space).numbers, l1)
     if space not in RELEASED:
-        raise unknown("latent space with a distance of its own", space, [*RELEASED, *SHIPPED])
+        error = unknown("latent space with a distance of its own", space, NAMED)
+        raise UserError(
+            error.message,
+            f"{error.hint}. Latents of another name are those of one of these if the autoencoder is that one's: a"
+            " recipe says so by `distance.space: sd15`, or names a network that was trained for them by"
+            " `distance.weights: FILE.safetensors`",
+        )
     return LatentLPIPS(load(f"{PREFIX}{space}", weights, device, taps or "official"), SPACES[space], l1)

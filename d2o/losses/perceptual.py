@@ -118,9 +118,10 @@ def load_lpips(
     size: int | None = None,
     space: LatentSpace | None = None,
 ) -> LPIPS:
-    """LPIPS over a trunk, `size` and `space` as `Perceptual`'s. `pooling` "max" as VGG was trained, or "avg" as Song et
-    al. 2023 have it. `weights`: torchvision's file of the trunk; None: it is looked for, but not for the meta device.
-    UserError: none to be had, or another network's; lpips is not installed."""
+    """LPIPS over a trunk, `size` and `space` as `Perceptual`'s. `pooling` "max" as the trunks were trained, or "avg"
+    over the same windows, as Song et al. 2023 have it for VGG. `weights`: torchvision's file of the trunk; None: it is
+    looked for, but not for the meta device. UserError: none to be had, or another network's; lpips is not
+    installed."""
     features = load_trunk(f"lpips-{trunk}", weights, device)
     return LPIPS(features.pool_by_average() if pooling == "avg" else features, size, space)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2o.data.images import to_float
+from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.methods.holdout import hold_out, need_classes
@@ -40,6 +41,11 @@ class ClassifierMethod(Method[ClassifierOptions]):
             "classes": images.classes,
             **(setup.network or {}),
         }
+        if config["classes"] != images.classes:
+            raise UserError(
+                f"network.classes: {config['classes']}, and {images.name} has {images.classes} classes",
+                "leave it away: the images say it",
+            )
         self.classifier = build_network(config)
         self.train_indices, self.held_indices = hold_out(len(images), self.options.holdout, setup.seed)
         self.images = images

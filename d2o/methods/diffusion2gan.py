@@ -10,7 +10,8 @@ The paper leaves much open. Each choice is an option, whose default is what its 
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from d2o.condition import Asked, Guided
 from d2o.critics.unet import UNetCritic
+from d2o.diffusion.levels import DiscreteLevels
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError
 from d2o.losses.logit_maps import (
@@ -85,8 +87,13 @@ class CriticOptions(Options):
             " pair has its own: `pairs.cfg: [1, 8]`)"
         ),
     )
-    t: float | None = Field(
-        None, description="time that the critic is told of clean samples (0 to 999; EDM: sigma); null: that of no noise"
+    t: float | Literal["random"] | None = Field(
+        None,
+        description=(
+            "time that the critic is told of clean samples (0 to 999; EDM: sigma); null: that of no noise; random: one"
+            " drawn for each row, the same for its real and its fake sample (0 to 999, equally likely; EDM: log-uniform"
+            " between the teacher's lowest and highest sigma)"
+        ),
     )
 
 
@@ -145,7 +152,22 @@ class Diffusion2GANOptions(Options):
         RealDataOptions.model_validate({}), description="real images among the critic's real samples (not in the paper)"
     )
     order: Literal["critic_first", "generator_first"] = Field(
-        "critic_first", description="whose step comes first in an iteration; each has samples of its own"
+        "critic_first", description="whose step comes first in an iteration"
+    )
+    passes: Literal["fresh", "reuse"] = Field(
+        "fresh",
+        description=(
+            "samples of an iteration's second step: made anew by the student (5 network evaluations a sample in all),"
+            " or those of the first step (4; a student of generator_first has moved on since; critic_first keeps what"
+            " the gradients of all micro-batches need until the student's step)"
+        ),
+    )
+    start: Literal["ema", "raw"] = Field(
+        "ema",
+        description=(
+            "what `d2o finetune --from` begins with: the average of the other run's weights (its checkpoints), or the"
+            " weights themselves (its state.safetensors, as it was last saved)"
+        ),
     )
     fp32_head: bool = Field(
         True,
@@ -172,6 +194,17 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
             )
         if not o.lambda_distance and not o.lambda_gan:
             raise UserError(f"{self.name}: lambda_distance and lambda_gan are both 0, so that nothing is learned")
+        if o.critic.t == "random" and o.noise.enable:
+            raise UserError(
+                f"{self.name}.critic.t: random is for clean samples; with noise.enable it is told that of the noise",
+                f"{self.name}.critic.t: null",
+            )
+        if o.passes == "reuse" and o.real_data.share:
+            raise UserError(
+                f"{self.name}.passes: with real_data the critic's samples are of other noises and conditions than those"
+                " of the student's step, and cannot be reused",
+                f"{self.name}.passes: fresh",
+            )
         self.student = self.begin_student(setup, self.teacher.spec)
         self._spec = self.student.spec
         if o.fp32_head:
@@ -183,7 +216,8 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
             self.schedule = critic_schedule(self.teacher.network, o.noise) if o.noise.enable else None
             self.real_rows = RealRows(self.name, o.real_data, setup, self.teacher) if o.real_data.share else None
             told = o.critic.told and self.student.guidance is not None
-            self.critic = UNetCritic.of(self.teacher.network, told, **o.critic.model_dump(exclude={"told"}))
+            t = None if o.critic.t == "random" else o.critic.t
+            self.critic = UNetCritic.of(self.teacher.network, told, **o.critic.model_dump(exclude={"told", "t"}), t=t)
 
     @classmethod
     def micro_multiple(cls, options: Diffusion2GANOptions, batch: int) -> int:
@@ -195,7 +229,9 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
 
     @classmethod
     def phase(cls, options: Diffusion2GANOptions) -> str:
-        return "adversarial" if options.lambda_gan else "regression"
+        if not options.lambda_gan:
+            return "regression"
+        return "adversarial_reuse" if options.passes == "reuse" else "adversarial"
 
     def players(self) -> dict[str, nn.Module]:
         return {"student": self.student, **({} if self.critic is None else {"critic": self.critic})}
@@ -203,52 +239,57 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
     def frozen(self) -> dict[str, nn.Module]:
         return {} if self.distance.network is None else {"distance": self.distance.network}
 
+    def period(self) -> int:
+        return self.options.r1.interval if self.critic is not None and self.options.r1.gamma else 1
+
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: Losses = {"loss": []}
-        asked: list[Asked] = []  # of each micro-batch, for both steps
+        shared = Shared([], [])
         if self.critic is not None and self.options.order == "critic_first":
-            self.critic_step(loop, batch, iteration, asked, log)
-        self.generator_step(loop, batch, asked, log)
+            self.critic_step(loop, batch, iteration, shared, log)
+        self.generator_step(loop, batch, shared, log)
         if self.critic is not None and self.options.order == "generator_first":
-            self.critic_step(loop, batch, iteration, asked, log)
+            self.critic_step(loop, batch, iteration, shared, log)
         return {key: loop.mean(values) for key, values in log.items()}
 
-    def generator_step(self, loop: Loop, batch: Batch, asked: list[Asked], log: Losses) -> None:
+    def generator_step(self, loop: Loop, batch: Batch, shared: Shared, log: Losses) -> None:
         """d(G(z, c), x) + lambda_GAN softplus(-D(c, z, G(z, c))) (eq. 4 and 6)."""
         o = self.options
         for i, (micro, draw) in enumerate(loop.micro_batches(batch)):
-            z, target, c = self.rows(micro, i, asked)
+            z, target, c = self.rows(micro, i, shared)
             draws = self.distance.draw(draw)
-            x = loop.net("student")(z, c)
+            x = self.student_makes(loop, z, c, i, shared)
             loss = self.distance(x, target, draws).mean()
             log["loss"].append(loss)
             if self.critic is None:
                 loop.backward(o.lambda_distance * loss)
                 continue
             noise = self.draw_noise(draw)
+            t = self.told_time(noise, draw)
             with loop.frozen("critic") as critic:
-                logits = critic(self.shown(x, noise), z, self.judged(c), time_of(noise))
+                logits = critic(self.shown(x, noise), z, self.judged(c), t)
                 gan = generator_loss_of_maps(logits, o.head_reduce).mean()
                 log.setdefault("loss_gan", []).append(gan)
                 loop.backward(o.lambda_distance * loss + o.lambda_gan * gan)
         loop.update("student")
 
-    def critic_step(self, loop: Loop, batch: Batch, iteration: int, asked: list[Asked], log: Losses) -> None:
+    def critic_step(self, loop: Loop, batch: Batch, iteration: int, shared: Shared, log: Losses) -> None:
         """softplus(-D(c, z, x)) + softplus(D(fake)), fake what the student makes, or a mismatch; every `r1.interval`
         iterations R1 of the first row of the batch."""
         o, critic = self.options, loop.net("critic")
         for i, (micro, draw) in enumerate(loop.micro_batches(batch, 1)):
-            z, target, c = self.rows(micro, i, asked)
+            z, target, c = self.rows(micro, i, shared)
             if self.real_rows is not None:
                 z, target, c = self.real_rows.put(micro, z, target, c, draw)
-            with torch.no_grad():
-                made = loop.net("student")(z, c)
+            with torch.set_grad_enabled(o.passes == "reuse"):
+                made = self.student_makes(loop, z, c, i, shared).detach()
             c = self.judged(c)
             fake = self.fakes(target, z, c, made, draw)
             noise = self.draw_noise(draw)
             other = noise if o.noise.shared else self.draw_noise(draw)
-            real, t = self.shown(target, noise), time_of(noise)
-            logits = critic(self.shown(fake.x, other), fake.z, fake.condition, time_of(other))
+            real, t = self.shown(target, noise), self.told_time(noise, draw)
+            t_fake = t if other is noise else time_of(other)
+            logits = critic(self.shown(fake.x, other), fake.z, fake.condition, t_fake)
             loss = critic_loss_of_maps(critic(real, z, c, t), logits, o.head_reduce).mean()
             log.setdefault("loss_critic", []).append(loss)
             loop.backward(loss)
@@ -265,12 +306,20 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         squares = r1_of_maps(lambda x, z: critic(x, z, c, t), real[one], z[one], r1.of, self.options.head_reduce)
         return share * r1_weight(r1.gamma, r1.interval, r1.half, r1.lazy_gain) * squares.mean()
 
-    def rows(self, micro: Batch, i: int, asked: list[Asked]) -> tuple[Tensor, Tensor, Asked]:
+    def rows(self, micro: Batch, i: int, shared: Shared) -> tuple[Tensor, Tensor, Asked]:
         """z, the teacher's x, and the condition of micro-batch i, prompts encoded once for both steps."""
         assert micro.noise is not None and micro.target is not None
-        if i == len(asked):
-            asked.append(self.asked(self.condition_of(micro)))
-        return micro.noise, micro.target, asked[i]
+        if i == len(shared.asked):
+            shared.asked.append(self.asked(self.condition_of(micro)))
+        return micro.noise, micro.target, shared.asked[i]
+
+    def student_makes(self, loop: Loop, z: Tensor, c: Asked, i: int, shared: Shared) -> Tensor:
+        """The student's samples of micro-batch i, for `passes: reuse` made once for both steps."""
+        if self.options.passes == "fresh":
+            return loop.net("student")(z, c)
+        if i == len(shared.made):
+            shared.made.append(loop.net("student")(z, c))
+        return shared.made[i]
 
     def judged(self, c: Asked) -> Asked:
         """The condition as the critic is told it."""
@@ -287,12 +336,30 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
         noise = self.options.noise
         return draw_critic_noise(draw, self._spec.shape, noise.t_range) if noise.enable else None
 
+    def told_time(self, noise: Noise | None, draw: Draws) -> Tensor | None:
+        """The times of a micro-batch's rows that the critic is told: those of their noise; None: its usual one."""
+        if self.options.critic.t != "random":
+            return time_of(noise)
+        assert self.teacher is not None
+        network, spec = self.teacher.network, self.teacher.spec
+        if isinstance(network, EDMView) and isinstance(network.levels, DiscreteLevels):
+            return draw.randint(0, len(network.levels.sigmas))
+        low, high = math.log(spec.sigma_min), math.log(spec.sigma_max)
+        return (low + (high - low) * draw.rand()).exp()
+
     def shown(self, x: Tensor, noise: Noise | None) -> Tensor:
         """Samples as the critic sees them."""
         if noise is None:
             return x
         assert self.schedule is not None
         return noised(x, noise, self.schedule)
+
+
+class Shared(NamedTuple):
+    """What both steps of an iteration have in common, of each micro-batch."""
+
+    asked: list[Asked]
+    made: list[Tensor]
 
 
 def time_of(noise: Noise | None) -> Tensor | None:

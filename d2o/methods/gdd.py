@@ -193,6 +193,9 @@ class GDD(StudentMethod[GDDOptions]):
     def heaviest(self) -> int:
         return self.options.r1.interval if self.options.r1.gamma else 0
 
+    def period(self) -> int:
+        return self.options.r1.interval if self.options.r1.gamma else 1
+
     def settle(self) -> None:
         self.critic.settle()
         keep_normalised(self.student.network)

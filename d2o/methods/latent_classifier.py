@@ -25,7 +25,9 @@ from d2o.spaces.load import load_space
 
 
 class LatentClassifierOptions(Options):
-    space: str = Field(description="latent space: sd15, sdxl, sd3, tiny-sd, where an autoencoder lies, or pixels")
+    space: str = Field(
+        description="latent space: sd15, sd21, sdxl, sd3, flux, tiny-sd, where an autoencoder lies, or pixels"
+    )
     image_size: int = Field(224, ge=8, description="pixels of the crops that are encoded and classified")
     crop_scale: tuple[float, float] = Field(
         (0.08, 1.0), description="share of an image's area in a training crop, from and to (default [0.08, 1.0])"

@@ -31,7 +31,7 @@ from d2o.spaces.load import load_space
 
 
 class LatentLpipsOptions(Options):
-    space: str = Field(description="latent space: sd15, sdxl, sd3, tiny-sd, or where an autoencoder lies")
+    space: str = Field(description="latent space: sd15, sd21, sdxl, sd3, flux, tiny-sd, or where an autoencoder lies")
     trunk: str = Field(
         description=(
             "run folder or checkpoint of method latent-classifier (or of this one) whose trunk is taken; tiny-sd: that"

@@ -21,6 +21,7 @@ from d2o.data.triplets import TripletSet
 from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.losses.latent_lpips import load_latent_lpips
+from d2o.losses.perceptual import Target
 from d2o.methods.base import Batch, Loop, Method, Options, Setup
 from d2o.methods.output_distance import DistanceOptions, OutputDistance
 from d2o.networks.free_latents import FreeLatents
@@ -30,9 +31,16 @@ from d2o.teachers.base import Spec
 
 
 class LatentReconstructionOptions(Options):
-    space: str = Field(description="latent space: sd15, sdxl, sd3, tiny-sd, or where an autoencoder lies")
+    space: str = Field(description="latent space: sd15, sd21, sdxl, sd3, flux, tiny-sd, or where an autoencoder lies")
     distance: DistanceOptions = Field(
         DistanceOptions.model_validate({}), description="distance to the latents of the images, which is minimised"
+    )
+    latents: Literal["scaled", "raw"] = Field(
+        "scaled",
+        description=(
+            "what Adam moves, and begins as standard normal noise: latents as the diffusion model sees them, or raw,"
+            " as the autoencoder gives them (the authors' code); either way the distance sees the former"
+        ),
     )
     encode: Literal["sample", "mean"] = Field(
         "sample", description="latents of the images: drawn once from the autoencoder's distribution, or its mean"
@@ -89,7 +97,9 @@ class LatentReconstruction(Method[LatentReconstructionOptions]):
         x = to_float(images.images(range(setup.batch))).to(setup.device) if not planned else noise
         self.target = space.encode(x, noise)
         self.distance = OutputDistance(o.distance, InSpace(self._spec, space), setup.device, f"{self.name}.distance")
-        self.judge = load_latent_lpips(space.name, None if o.judge is None else Path(o.judge), device=setup.device)
+        self.targets: dict[int, Tensor | Target] = {}  # of each micro-batch, by its first row
+        judge = None if o.judge is None else Path(o.judge)
+        self.judge = load_latent_lpips(o.distance.space or space.name, judge, device=setup.device)
 
     def players(self) -> dict[str, nn.Module]:
         return {"latents": self.latents}
@@ -101,33 +111,41 @@ class LatentReconstruction(Method[LatentReconstructionOptions]):
         losses = []
         for _, draw in loop.micro_batches(batch):
             rows = slice(draw.start, draw.start + draw.count)
-            x = loop.net("latents")()[rows]
-            loss = self.distance(x, self.target[rows], self.distance.draw(draw)).mean()
+            x = self.scaled(loop.net("latents")())[rows]
+            if draw.start not in self.targets:
+                self.targets[draw.start] = self.distance.target(self.target[rows])
+            loss = self.distance(x, self.targets[draw.start], self.distance.draw(draw)).mean()
             loop.backward(loss)
             losses.append(loss)
         loop.update("latents")
         return {"loss": loop.mean(losses)}
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What is moved, as the diffusion model sees it."""
+        return self.space.numbers.normalise(x) if self.options.latents == "raw" else x
 
     def spec(self) -> Spec:
         return self._spec
 
     def generate(self, product: nn.Module, noise: Tensor, condition: Condition) -> Tensor:
         """The images of the first latents, as many as there are noises, which play no part."""
-        return self.space.decode(product()[: len(noise)])
+        return self.space.decode(self.scaled(product()[: len(noise)]))
 
     def describe(self) -> JsonObject:
+        raw = {"latents": "raw"} if self.options.latents == "raw" else {}  # the file holds what was moved
         return {
             "kind": "latents",
             "network": self.latents.config,
             "space": self.space.record,
             "licence": self.licence,
+            **raw,
         }
 
     @torch.inference_mode()
     def validate(self, product: nn.Module) -> dict[str, float]:
         """LatentLPIPS to the images' latents, without augmentation; and the mean squared difference of what the decoder
         makes of both, values in [-1, 1]. Means over the images."""
-        x = cast(Tensor, product())
+        x = self.scaled(cast(Tensor, product()))
         shown = self.space.decode(x) - self.space.decode(self.target)
         return {
             "distance": float(self.judge(x, self.target).mean()),

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from d2o.errors import UserError
 from d2o.features.base import check_shape
-from d2o.losses.latent_lpips import ELatentLPIPS, OneDraw, load_latent_lpips
-from d2o.losses.perceptual import load_lpips, load_perceptual
+from d2o.losses.latent_lpips import ELatentLPIPS, LatentLPIPS, OneDraw, load_latent_lpips
+from d2o.losses.perceptual import Perceptual, Target, load_lpips, load_perceptual
 from d2o.losses.regression import LOSSES, distance
 from d2o.methods.base import Draws, Options
 from d2o.spaces.base import LatentSpace
+from d2o.spaces.load import SPACES, TINY_SD, load_space
 from d2o.teachers.base import Spec
 
 DistanceKind = Literal["mse", "l1", "pseudo_huber", "lpips", "perceptual", "latent_lpips", "e_latent_lpips"]
@@ -37,7 +38,9 @@ class DistanceOptions(Options):
     )
     extractor: str | None = Field(None, description="features of the perceptual distance (name or path)")
     trunk: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="network of lpips")
-    pooling: Literal["max", "avg"] = Field("max", description="pooling of lpips")
+    pooling: Literal["max", "avg"] = Field(
+        "max", description="pooling of lpips: the trunk's own maxima, or averages over the same windows"
+    )
     size: int | None = Field(
         None,
         ge=1,
@@ -46,6 +49,13 @@ class DistanceOptions(Options):
     weights: str | None = Field(
         None,
         description="file of the network of lpips, perceptual, latent_lpips or e_latent_lpips; null: it is looked for",
+    )
+    space: Literal["sd15", "sd21", "sdxl", "sd3", "flux", "tiny-sd"] | None = Field(
+        None,
+        description=(
+            "latent space whose LatentLPIPS is taken, for a teacher (a folder, a repository) whose autoencoder is that"
+            " of a published model; null: the teacher's own"
+        ),
     )
     taps: Literal["official", "pre_pool"] | None = Field(
         None,
@@ -92,7 +102,7 @@ class OutputDistance:
                     f"{key}.kind: {o.kind} compares latents, and teacher {spec.name!r} makes images",
                     f"{key}.kind: lpips, perceptual or mse",
                 )
-            plain = load_latent_lpips(spec.space, path, o.l1, device, o.taps)
+            plain = load_latent_lpips(asked_space(o, spec, key), path, o.l1, device, o.taps)
             self.network = plain
             if o.kind == "e_latent_lpips":
                 self.network = ELatentLPIPS(
@@ -122,8 +132,31 @@ class OutputDistance:
         """The random numbers of one comparison of a micro-batch."""
         return self.network.draw(draw.randn, draw.rand) if isinstance(self.network, ELatentLPIPS) else None
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Sequence[OneDraw] | None = None) -> Tensor:
+    def target(self, y: Tensor) -> Tensor | Target:
+        """y [B, C, H, W] for several comparisons: decoded and looked at once, where no random transform comes before
+        that."""
+        if isinstance(self.network, ELatentLPIPS):
+            return self.network.distance.target(y)  # the transforms take y itself, LatentLPIPS beside them its maps
+        return self.network.target(y) if isinstance(self.network, LatentLPIPS | Perceptual) else y
+
+    def __call__(self, x: Tensor, y: Tensor | Target, draws: Sequence[OneDraw] | None = None) -> Tensor:
+        """y: samples of the shape of x, or what `target` made of them."""
         if self.options.kind in LOSSES:
+            y = y.y if isinstance(y, Target) else y
             return distance(self.options.kind, x, y, self.options.huber_reduce)
         assert self.network is not None
         return self.network(x, y, draws) if isinstance(self.network, ELatentLPIPS) else self.network(x, y)
+
+
+def asked_space(options: DistanceOptions, spec: Spec, key: str) -> str:
+    """The latent space whose LatentLPIPS compares samples of that spec. UserError: it has other channels than they."""
+    if options.space is None:
+        return spec.space
+    channels = load_space(TINY_SD).numbers.channels if options.space == TINY_SD else SPACES[options.space].channels
+    if channels != spec.shape[0]:
+        raise UserError(
+            f"{key}.space: latents of {options.space} have {channels} channels, and teacher {spec.name!r} makes"
+            f" {spec.shape[0]}",
+            f"{key}.space: that of the teacher's own autoencoder",
+        )
+    return options.space

@@ -13,10 +13,11 @@ from d2o.errors import UserError, unknown
 PER_SAMPLE = {
     "regression": 1,  # the student
     "adversarial": 5,  # critic's step: student, critic of real, critic of fake; student's step: student, critic of fake
+    "adversarial_reuse": 4,  # the same, but that the student makes one sample for both steps
     "consistency": 4,  # as Table 6 counts consistency distillation: the teacher's Heun step (2), student, target
 }
 """Phase of training -> evaluations of one sample of the batch in one iteration."""
-STUDENT_PASSES = {"regression": 1, "adversarial": 2}
+STUDENT_PASSES = {"regression": 1, "adversarial": 2, "adversarial_reuse": 1}
 """How many of these are the student's, which takes several calls each if it has several steps."""
 
 

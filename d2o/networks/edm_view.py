@@ -248,10 +248,10 @@ def called_at(network: nn.Module, sigma: float) -> float:
     if not isinstance(network, EDMView):
         return sigma
     if sigma > 1.001 * network.sigma_max:
-        top = f"{network.sigma_max:.4g}"
+        top = f"{network.sigma_max:.6g}"
         raise UserError(
             f"a student is called at sigma {sigma:g}, and its network knows noise levels up to {top}",
-            f"student.sigma: {top}, or below",
+            f"student.sigma: {top}, the highest, or below (80, EDM's, is the default)",
         )
     with torch.device("cpu"):  # levels are no part of the network, which a plan builds without memory
         return float(network.round_sigma(torch.tensor(sigma, dtype=torch.float64)))

@@ -128,29 +128,43 @@ class Kept:
 
 
 class CountingLoop:
-    """Stands in for the trainer: counts calls of the trained networks in an iteration (`calls`, of a method with a
-    period on average), and the bytes that autograd keeps for the
-    backward pass, `peak` of the largest one of the step; `half` as in `Kept`."""
+    """Stands in for the trainer of one process, which has `many` micro-batches of `micro` samples: counts what goes
+    through the trained networks in an iteration, and the bytes that autograd keeps for the backward pass, `peak` of the
+    largest one of the step; `half` as in `Kept`."""
 
-    def __init__(self, method: Method, micro: int, half: bool = False):
-        self.networks, self.micro, self.peak = method.players(), micro, 0
-        self.calls: float = 0
+    def __init__(self, method: Method, micro: int, half: bool = False, many: int = 1):
+        self.networks, self.micro, self.many, self.peak = method.players(), micro, many, 0
+        self.begins, self.period = method.heaviest(), method.period()
+        self.heavy = self.light = 0  # samples through networks in an iteration, each pass of each sample once
+        self.rows, self.place = [0, 0], 0
         self.kept, self.again = Kept(half), 0
 
     def run(self, method: Method, batch: Batch) -> None:
-        handles = [net.register_forward_hook(self._count) for net in self.networks.values()]
+        handles = [net.register_forward_hook(self._count, with_kwargs=True) for net in self.networks.values()]
         with RememberedShapes(), _fused(), self._recomputing(), self.kept.watch():
-            method.step(self, batch, method.heaviest())
-            if (period := method.period()) > 1:
-                first, self.calls = self.calls, 0
-                method.step(self, batch, method.heaviest() + 1)
-                self.calls = (first + (period - 1) * self.calls) / period
+            self.heavy = self.light = self._counted(method, batch, self.begins)
+            if self.period > 1:
+                self.light = self._counted(method, batch, self.begins + 1)
         for handle in handles:
             handle.remove()
         self.freed()
 
-    def _count(self, network: nn.Module, *_: object) -> None:
-        self.calls += network.nfe if isinstance(network, FewStepStudent) else 1
+    def passes(self, iterations: int) -> int:
+        """Samples through networks in so many iterations: one in `period` is as heavy as the one it begins with."""
+        heavy = iterations if self.period == 1 else max(0, -(-(iterations - self.begins) // self.period))
+        return heavy * self.heavy + (iterations - heavy) * self.light
+
+    def _counted(self, method: Method, batch: Batch, iteration: int) -> int:
+        """The first micro-batch may do what is done once (R1 of a single sample); all others are as the second one."""
+        self.rows = [0, 0]
+        method.step(self, batch, iteration)
+        return self.rows[0] + (self.many - 1) * self.rows[1]
+
+    def _count(self, network: nn.Module, given: tuple[Any, ...], named: dict[str, Any], _: object) -> None:
+        """A pass has as many samples as the first tensor that the network is given."""
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor) and value.ndim]
+        rows = len(tensors[0]) if tensors else self.micro
+        self.rows[self.place] += rows * (network.nfe if isinstance(network, FewStepStudent) else 1)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -177,7 +191,10 @@ class CountingLoop:
             torch.utils.checkpoint.checkpoint = whole
 
     def micro_batches(self, batch: Batch, turn: int = 0) -> Iterator[tuple[Batch, Draws]]:
-        yield batch, _MetaDraws(self.micro)
+        for place in range(min(self.many, 2)):
+            self.place = place
+            yield batch, _MetaDraws(self.micro)
+        self.place = 0
 
     def backward(self, loss: Tensor) -> None:
         """What was kept is freed here, so that of several backward passes in a step the largest counts."""

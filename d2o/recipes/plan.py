@@ -27,6 +27,7 @@ from d2o.evaluation.named_extractors import load_extractor
 from d2o.evaluation.named_references import is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
+from d2o.inputs import JsonObject
 from d2o.interop import catalogue
 from d2o.interop.checkpoint_record import check_checkpoint
 from d2o.interop.download import offline
@@ -35,7 +36,6 @@ from d2o.interop.safetensors_io import read_meta, resolve_checkpoint
 from d2o.interop.weights import absence_of, wanted
 from d2o.methods.base import Method, Setup, get_method
 from d2o.methods.teachers import check_kind, check_teacher
-from d2o.metrics.nfe import Phase
 from d2o.networks.budget import file_holdings
 from d2o.networks.build import build_network, count_parameters
 from d2o.networks.fill import fill_network
@@ -44,6 +44,7 @@ from d2o.recipes.counting import META, CountingLoop, meta_batch
 from d2o.recipes.memory import disk_of, memory_of
 from d2o.recipes.meta_ops import RememberedShapes
 from d2o.recipes.schema import Recipe
+from d2o.recipes.stages import as_papers_count, stage_before
 from d2o.students.base import Student, make_student
 from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.generate import check_asked
@@ -63,8 +64,8 @@ from d2o.training.tracker import check_tracker
 T = TypeVar("T")
 
 
-MAKING_PAIRS, AS_PAPERS = "making pairs", "training, as papers count (NFE)"
-"""Of a plan's calls: those of the teacher, beforehand; those of the training, counted again in the papers' way."""
+MAKING_PAIRS = "making pairs"
+"""Of a plan's calls: those of the teacher, beforehand."""
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Plan:
     """Parameters by network, bytes of memory (of each of the `processes`) and disk by part, network calls by phase.
     `sharded`: the memory under strategy shard, of several processes. `first`: what training makes or fetches before it
     begins.
-    Why it would not start: `missing`, what is not there, and `refused`, what does not fit."""
+    Why it would not start: `missing`, what is not there, and `refused`, what does not fit. `whole`: the training itself
+    is in it; without something that is missing it may not be."""
 
     networks: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Plan:
     refused: list[str] = field(default_factory=list)
     iterations: int = 0
     processes: int = 1
+    whole: bool = False
 
     @property
     def network_calls(self) -> int:
@@ -104,10 +107,15 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, start: Path | None = None, teachers: dict[str, Teacher] | None = None, processes: int = 1
+    recipe: Recipe,
+    start: Path | None = None,
+    teachers: dict[str, Teacher] | None = None,
+    processes: int = 1,
+    before: Recipe | None = None,
 ) -> Plan:
     """All that is wrong is listed, nothing is raised, made or fetched. `start`: the student of `d2o finetune --from`;
-    `teachers`: loaded for another plan."""
+    one that is not there is listed, and the training planned as if from the teacher. `before`: the recipe that makes
+    it, where another one than it records. `teachers`: loaded for another plan."""
     plan = Plan(iterations=-(-recipe.images // recipe.batch), processes=processes)
     method_class = get_method(recipe.method)
     needs = method_class.needs(recipe.options)
@@ -141,12 +149,13 @@ def make_plan(
             setup.teacher = None  # nothing can be asked of it
     if start is not None:
         setup.start = _attempt(plan.missing, lambda: _student(start))
+        before = before or stage_before(start, recipe)
     setup.captioned = wants_images(recipe) and (needs == "images" or recipe.prompts is not None)
     if wants_images(recipe):
         if (data := recipe.data) is None:
             plan.missing.append("images: give --data PATH or a `data:` section")
         else:
-            setup.images = _attempt(plan.missing, lambda: _images(plan, data, method_class))
+            setup.images = _attempt(plan.missing, lambda: _images(plan, data, method_class, recipe.network))
     if needs == "pairs" and (recipe.pairs is None or recipe.teacher is None):
         plan.missing.append(f"pairs: method {recipe.method} needs `teacher:` and `pairs:` in the recipe")
     asked = recipe.eval.distance if recipe.eval else None
@@ -166,16 +175,17 @@ def make_plan(
         (recipe.teacher or needs == "none") and setup.teacher is None,
         wants_images(recipe) and setup.images is None,
     )
-    if any(lacking) or (start is not None and setup.start is None):
+    if any(lacking):
         return plan
-    method = _attempt(plan.refused, lambda: _build(plan, method_class, setup))
+    guessed = start is not None and setup.start is None  # what is wrong with that is not the user's mistake
+    method = _attempt([] if guessed else plan.refused, lambda: _build(plan, method_class, setup))
     parts = _attempt(plan.refused, lambda: divide(recipe, 0, processes))
     if method is not None:
         _attempt(plan.refused, lambda: _check_metric(recipe, method, evaluator))
     if method is not None and parts is not None:
         if recipe.checkpointing:
             _attempt(plan.refused, lambda: checkpointed(recipe, method.players(), setup.teacher))
-        _plan_training(plan, recipe, method, setup, parts[1])
+        _plan_training(plan, recipe, method, setup, parts[1], before)
     return plan
 
 
@@ -201,8 +211,16 @@ def _build(plan: Plan, method_class: type[Method], setup: Setup) -> Method:
     return method
 
 
-def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:  # noqa: ANN401 (images, or what stands in for them)
-    """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them."""
+class MissingSet(SimpleNamespace):
+    """What a plan needs to know of images that are not here."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _images(plan: Plan, data: DataSection, method: type[Method], network: JsonObject | None) -> Any:  # noqa: ANN401 (images, or what stands in for them)
+    """The images, or, where they are missing and the recipe says their shape, what a plan needs to know of them; their
+    classes where its network names their number."""
     try:
         return open_data(data, method)
     except MissingImages as error:
@@ -210,10 +228,11 @@ def _images(plan: Plan, data: DataSection, method: type[Method]) -> Any:  # noqa
         shape = (channels, data.resolution, data.resolution)
         if None in shape:
             raise UserError(error.message, "training says how to get them" if data.get else error.hint) from error
-        plan.missing.append(
-            f"{error.message}{'; training says how to get them' if data.get else ''} (planned without labels)"
-        )
-        return SimpleNamespace(shape=shape, classes=0, class_names=[], labels=None, name=Path(data.path).name)
+        classes = int((network or {}).get("classes", 0))
+        without = "" if classes else " (planned without labels)"
+        plan.missing.append(f"{error.message}{'; training says how to get them' if data.get else ''}{without}")
+        labels = torch.zeros(0, dtype=torch.int64) if classes else None
+        return MissingSet(shape=shape, classes=classes, class_names=[], labels=labels, name=Path(data.path).name)
 
 
 def _attempt(lacking: list[str], make: Callable[[], T]) -> T | None:
@@ -362,7 +381,7 @@ def _pairs_there(given: PairSettings, folder: Path | str) -> int:
     return sum(recorded[unit.file]["n"] for unit in settings.units() if unit.file in recorded)
 
 
-def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, micro: int) -> None:
+def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, micro: int, before: Recipe | None) -> None:
     players = method.players()
     for name, network in players.items():
         plan.networks[name] = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -378,7 +397,8 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
     plan.memory = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=False)}
     if plan.processes > 1:
         plan.sharded = {**frozen, **memory_of(recipe, method, players, plan.processes, shard=True)}
-    loop = CountingLoop(method, micro, half=recipe.precision != "fp32")
+    many = -(-recipe.batch // (micro * plan.processes))
+    loop = CountingLoop(method, micro, half=recipe.precision != "fp32", many=many)
     loop.run(method, meta_batch(method, setup, micro))
     if setup.teacher is not None and setup.teacher.spec.latent and (vae := setup.teacher.space.loaded) is not None:
         plan.networks["autoencoder (frozen)"] = count_parameters(vae)
@@ -386,10 +406,13 @@ def _plan_training(plan: Plan, recipe: Recipe, method: Method, setup: Setup, mic
             memory["autoencoder"] = 4 * plan.networks["autoencoder (frozen)"]
     for memory in [plan.memory, *([plan.sharded] if plan.sharded else [])]:
         memory[f"activations (micro-batch {micro})"] = loop.peak
-    plan.calls["training (forward passes of trained networks)"] = round(loop.calls * recipe.images)
-    if phase := method.phase(recipe.options):
-        plan.calls[AS_PAPERS] = Phase(phase, recipe.batch, plan.iterations, method.nfe()).nfe
+    plan.calls["training (forward passes of trained networks)"] = round(
+        loop.passes(plan.iterations) * plan.processes * recipe.images / (plan.iterations * recipe.batch)
+    )
+    first = setup.start.nfe if setup.start is not None else before.student.steps if before is not None else 1
+    plan.calls |= as_papers_count(recipe, method.nfe(), before, first)
     if recipe.eval and recipe.eval.distance and method.spec() is not None:
         many, each = times(recipe), recipe.eval.samples
         plan.calls[f"evaluation ({many} x {each:,} images)"] = many * each * method.nfe()
     plan.disk["checkpoints"] = disk_of(recipe, method, players)
+    plan.whole = True

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2o.errors import UserError
+from d2o.interop.safetensors_io import read_meta
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe
-from d2o.reports.paper_tables import load_table
+from d2o.reports.paper_tables import RowRun, load_table
+from d2o.settings.recipe_names import shipped_names
+from d2o.training.checkpoint import state_file
 
 
 @dataclass(frozen=True)
@@ -28,34 +31,68 @@ class TableMember:
 
 def table_members(table: str, overrides: Sequence[str], mini: bool, under: str) -> list[TableMember]:
     """Those of the table's rows that have a recipe, in their order, but no run before the one that it begins from.
-    `under`: the folder of all runs.
+    `under`: the folder of all runs. A beginning that no row makes is trained, too, where a shipped recipe's run is
+    called so (`runs/d2g_sd_cfg3_ode`: d2g_sd_cfg3:ode), unless it is here.
 
     UserError: no such table; no row that can be trained; what is wrong with the recipes, a line each; runs that begin
     from one another.
     """
-    paper, lines, hint = load_table(table), dict[str, None](), ""
-    found: dict[str, TableMember] = {}
-    for row in paper.rows:
-        for run in paper.runs_of(row, under):
-            if run.folder in found:  # several rows are of one student
-                continue
-            changes = (*row.changes, *overrides, *([] if run.seed is None else [f"seed={run.seed}"]))
-            assert row.recipe is not None
-            try:
-                recipe = load_recipe(row.recipe, changes, mini)
-            except UserError as error:
-                lines |= {f"{row.name}: {line}": None for line in error.message.splitlines()}
-                hint = hint or error.hint or ""
-                continue
-            start = None if run.start is None else Path(run.start)
-            found[run.folder] = TableMember(
-                Path(run.folder).name, row.recipe, changes, recipe, Path(run.folder), start, False
-            )
+    paper = load_table(table)
+    rows = [(row, run) for row in paper.rows for run in paper.runs_of(row, under)]
+    wanted = {run.folder: _Wanted(row.name, str(row.recipe), row.changes, run) for row, run in reversed(rows)}
+    wanted = dict(reversed(wanted.items()))  # several rows are of one student: the first of them says how it is made
+    for row, run in rows:
+        source = None if row.start is None or run.start in wanted else default_recipe(row.start)
+        if run.start is not None and source is not None and not _is_here(Path(run.start)):
+            wanted[run.start] = _Wanted(f"{row.name}, its beginning", source, [], RowRun(run.start, None, run.seed))
+    if not wanted:
+        raise UserError(f"{table}: none of its rows names a recipe", f"d2o eval --table {table} measures it")
+    lines, hint, found = dict[str, None](), "", list[TableMember]()
+    for folder, want in wanted.items():
+        run, seed = want.run, [] if want.run.seed is None else [f"seed={want.run.seed}"]
+        changes = (*want.changes, *overrides, *seed)
+        try:
+            recipe = load_recipe(want.source, changes, mini)
+        except UserError as error:
+            lines |= {f"{want.name}: {line}": None for line in error.message.splitlines()}
+            hint = hint or error.hint or ""
+            continue
+        start = None if run.start is None else Path(run.start)
+        found.append(TableMember(Path(folder).name, want.source, changes, recipe, Path(folder), start, False))
     if lines:
         raise UserError("\n".join(lines), hint)
-    if not found:
-        raise UserError(f"{table}: none of its rows names a recipe", f"d2o eval --table {table} measures it")
-    return _ordered(list(found.values()))
+    return _ordered(found)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A run that is needed: for which row, by which recipe, with which changes of it."""
+
+    name: str
+    source: str
+    changes: Sequence[str]
+    run: RowRun
+
+
+def default_recipe(folder: str) -> str | None:
+    """The shipped recipe, NAME or NAME:VARIANT, whose run is `folder` (runs/NAME, runs/NAME_VARIANT) unless --out says
+    otherwise; None: there is none."""
+    head, _, run = folder.partition("/")
+    return next((name for name in shipped_names() if head == "runs" and name.replace(":", "_") == run), None)
+
+
+def _is_here(folder: Path) -> bool:
+    """Whether there is something to begin from as it is: a run that is finished, by whichever recipe, or no run."""
+    recipe = folder / "recipe.yaml"
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not recipe.is_file():
+        return True
+    try:
+        begun, state = load_recipe(str(recipe)), read_meta(state_file(folder))
+    except UserError:  # whoever continues it says what is wrong
+        return False
+    return bool(state.get("iteration", 0) >= -(-begun.images // begun.batch))
 
 
 def _ordered(members: list[TableMember]) -> list[TableMember]:

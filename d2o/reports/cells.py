@@ -164,9 +164,15 @@ def printed_decimals(value: float) -> int:
     return len(f"{value:.10g}".partition(".")[2])
 
 
-def quoted(name: str, paper: JsonObject, source: str, notes: Sequence[str] = ()) -> Result:
-    """A row that was not measured: only what a paper prints."""
-    return {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": [*notes]}
+CITED, NOT_RUN, FAILED = "cited", "not run", "failed"
+"""Of a table's rows that have no numbers of their own: d2o does not make them; it does, and has not yet; it could not
+measure what is here."""
+
+
+def quoted(name: str, paper: JsonObject, source: str, notes: Sequence[str] = (), status: str | None = None) -> Result:
+    """A row that was not measured: only what a paper prints, and why there is no more (`status`)."""
+    record = {"name": name, "x": {"kind": "quoted", "source": source}, "metrics": {}, "paper": paper, "notes": [*notes]}
+    return record if status is None else {**record, "status": status}
 
 
 def has_protocol(record: Result) -> bool:

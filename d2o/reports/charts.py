@@ -35,16 +35,19 @@ def line_chart(
     colours: int = COLOURS,
     x_ticks: Sequence[tuple[float, str]] | None = None,
     guides: Sequence[tuple[float, str]] = (),
+    levels: Sequence[tuple[float, str, str]] = (),
 ) -> str:
     """One SVG element; `colours`: of the style sheet, taken in turn; `x_ticks`: places on the axis and what is written
-    there; `guides`: vertical lines likewise. Points that are not finite (or not positive on a log axis) are left out;
-    an empty string when none remain."""
+    there; `guides`: vertical lines likewise; `levels`: horizontal ones, with the dashes of each. Points that are not
+    finite (or not positive on a log axis) are left out; an empty string when none remain."""
     lines = [_clean(s, log_y) for s in series]
     points = [p for _, p in lines if p]
     if not points:
         return ""
     x_low, x_high = _span([x for p in points for x, _ in p])
-    y_low, y_high = _span([math.log10(y) if log_y else y for p in points for _, y in p])
+    levels = [level for level in levels if math.isfinite(level[0]) and (level[0] > 0 or not log_y)]
+    heights = [*(y for p in points for _, y in p), *(value for value, _, _ in levels)]
+    y_low, y_high = _span([math.log10(y) if log_y else y for y in heights])
     pad = 0.05 * (y_high - y_low)
     y_low, y_high = y_low - pad, y_high + pad
 
@@ -69,6 +72,17 @@ def line_chart(
         body.append(
             f'<text class="guide" x="{sx(place):.1f}" y="{TOP - 3}" text-anchor="middle">{escape(words)}</text>'
         )
+    named: list[float] = []
+    for value, words, dashes in levels:
+        y, end = sy(value), WIDTH - RIGHT
+        body.append(
+            f'<line class="level" stroke-dasharray="{dashes}" x1="{LEFT}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}">'
+            f"<title>{escape(words)}: {short(value)}</title></line>"
+        )
+        if all(abs(y - other) >= 13 for other in named):  # names would lie on one another
+            named.append(y)
+            at = f'x="{end - 4}" y="{y - 3:.1f}" text-anchor="end"'
+            body.append(f'<text class="level" {at}>{escape(words)}</text>')
     body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     body.append(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}"'

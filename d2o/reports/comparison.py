@@ -68,21 +68,22 @@ def results_table(records: Sequence[Result]) -> Comparison:
     """
     lines = list(dict.fromkeys(protocol_line(r["protocol"]) for r in records if has_protocol(r)))
     letters = {line: _letter(i) for i, line in enumerate(lines)}
+    nfe, latency = _column(records, "nfe", "NFE", _nfe), _column(records, "latency", "latency", _latency)
     columns = [
         Column("name", "name", [r["name"] for r in records]),
         *_words(records),
         _column(records, "n", "n", _n),
         *_metric_columns(records),
         _column(records, "distance", "to teacher", _distance),
-        _column(records, "nfe", "NFE", _nfe),
-        _column(records, "paper", "paper", lambda r: _printed(r, "nfe")),
+        nfe,
+        _column(records, "paper", _beside(nfe), lambda r: _printed(r, "nfe")),
         _column(records, "parameters", "params", _parameters),
         _column(records, "speed", "samples/s", _speed),
-        _column(records, "latency", "latency", _latency),
+        latency,
         _column(
             records,
             "paper",
-            "paper",
+            _beside(latency),
             lambda r: milliseconds(1000 * paper_of(r)["seconds"][0]) if "seconds" in paper_of(r) else NONE,
         ),
         _column(records, "preset", "preset", lambda r: (r.get("preset") or {}).get("name", NONE)),
@@ -146,6 +147,11 @@ def _tells(column: Column) -> bool:
     """Presets and protocols that all rows share are told below, not in each row."""
     different = set(column.cells)
     return len(different) > 1 if column.kind in ("preset", "protocol") else different != {NONE}
+
+
+def _beside(column: Column) -> str:
+    """The heading of what the paper prints beside it."""
+    return "paper" if _tells(column) else f"{column.header}, paper"
 
 
 def _column(records: Sequence[Result], kind: str, header: str, cell: Callable[[Result], str]) -> Column:
@@ -219,7 +225,9 @@ def _letter(i: int) -> str:
 
 
 def _n(record: Result) -> str:
-    n = record["protocol"]["n_gen"] if has_protocol(record) else None
+    if not has_protocol(record):
+        return str(record.get("status", NONE))
+    n = record["protocol"]["n_gen"]
     return NONE if n is None else f"{n:,}"
 
 

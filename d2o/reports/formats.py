@@ -122,6 +122,7 @@ def _flat(record: Result) -> JsonObject:
         row |= {f"{key}.paper": value, f"{key}.paper_std": std}
     for group in ("speed", "distance"):
         row |= {f"{group}.{field}": value for field, value in (record["metrics"].get(group) or {}).items()}
+    row["status"] = record.get("status")
     row["preset"] = (record.get("preset") or {}).get("name")
     row |= {f"protocol.{field}": value for field, value in (record.get("protocol") or {}).items()}
     row |= {f"env.{field}": env.get(field) for field in ("device", "gpu", "cpu", "threads", "torch")}

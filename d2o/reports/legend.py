@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2o.inputs import JsonObject
-from d2o.reports.cells import SMALL_N, Result, error_of, has_protocol, machine, metrics, number, paper_of
+from d2o.reports.cells import (
+    CITED,
+    FAILED,
+    NOT_RUN,
+    SMALL_N,
+    Result,
+    error_of,
+    has_protocol,
+    machine,
+    metrics,
+    number,
+    paper_of,
+)
 
 ERRORS = {
     "runs": "standard deviation over runs with disjoint seeds",
@@ -95,13 +107,23 @@ def _presets(records: Sequence[Result]) -> list[str]:
 
 
 def _papers(records: Sequence[Result]) -> list[str]:
-    sources = list(dict.fromkeys(r["x"]["source"] for r in records if not has_protocol(r)))
+    others = [r for r in records if not has_protocol(r)]
+    sources = {
+        status: "; ".join(dict.fromkeys(r["x"]["source"] for r in others if r.get("status") == status))
+        for status in (None, CITED, NOT_RUN, FAILED)
+    }
+    words = {
+        None: "rows without n: quoted from {}, not measured here",
+        CITED: "cited: quoted from {}, not measured here",
+        NOT_RUN: "not run: d2o makes what this row measures, and it is not here; its note says how",
+        FAILED: "failed: it is here and could not be measured; its note says why",
+    }
     lines = (
         ["paper: the number that the paper prints for the row, not measured here"]
         if any(map(paper_of, records))
         else []
     )
-    return lines + ([f"rows without n: quoted from {'; '.join(sources)}, not measured here"] if sources else [])
+    return lines + [text.format(sources[status]) for status, text in words.items() if sources[status]]
 
 
 def _own_n(records: Sequence[Result]) -> list[str]:

@@ -88,8 +88,9 @@ class PaperRow(Section):
     standard deviation]; `about`: columns of words.
 
     `recipe` makes x, with the changes of `set` (key of the recipe -> value), as `--set` makes them; `start`: the run
-    that it begins from (`d2o finetune RECIPE --from START`). `against`: another reference than the table's. `cited`:
-    why the paper's own row can only be quoted.
+    that it begins from (`d2o finetune RECIPE --from START`). `once`: it is trained once, by the recipe's seed, whatever
+    seeds the table has. `against`: another reference than the table's. `cited`: why the paper's own row can only be
+    quoted.
     """
 
     name: NonEmpty
@@ -101,6 +102,7 @@ class PaperRow(Section):
     recipe: NonEmpty | None = None
     set: dict[str, bool | int | Number | NonEmpty] = Field(default_factory=dict)
     start: NonEmpty | None = None
+    once: bool = False
     cited: NonEmpty | None = None
 
     def printed(self, key: str) -> tuple[float, float | None] | None:
@@ -160,7 +162,7 @@ class PaperTable(Section):
         teacher = self.options_of(row).get("teacher")
         if teacher is None:
             return None
-        made = seed is not None and any(other.recipe and other.x == teacher for other in self.rows)
+        made = seed is not None and any(o.recipe and o.x == teacher and not o.once for o in self.rows)
         return moved(teacher, under) + (f"_seed{seed}" if made else "")
 
     def lacks_teacher(self, row: PaperRow, under: str | None = None, seed: int | None = None) -> str | None:
@@ -181,7 +183,7 @@ class PaperTable(Section):
         if row.recipe is None or row.x is None:
             return []
         x, start = moved(row.x, under), row.start and moved(row.start, under)
-        if not self.seeds:
+        if not self.seeds or row.once:
             return [RowRun(x, start, None)]
         return [RowRun(f"{x}_seed{seed}", start and f"{start}_seed{seed}", seed) for seed in self.seeds]
 

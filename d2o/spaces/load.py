@@ -35,8 +35,15 @@ SPACES = {
     EDM2: SpaceNumbers(4, tuple(SIGMA_DATA / std for std in STD), MEAN, low=0.0),
 }
 """The latent spaces of published models."""
-SOURCES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", EDM2: "sd-vae-ft-mse"}
-"""Those whose autoencoder is fetched -> the entry of the catalogue that has it."""
+SOURCES = {
+    "sd15": "sd15",
+    "sd21": "sd15",  # the same latent space
+    "sdxl": "sdxl",
+    "sd3": "sd3-medium",
+    "flux": "flux-vae",
+    EDM2: "sd-vae-ft-mse",
+}
+"""Space -> the entry of the catalogue that has its autoencoder."""
 
 _spaces: WeakValueDictionary[tuple[str, str], LatentSpace] = WeakValueDictionary()
 
@@ -71,9 +78,7 @@ def _open(name: str, device: str | torch.device) -> LatentSpace:
     if name == UNNAMED:
         raise UserError("these are latents, and the file that they are from does not say how they become images")
     if name in SPACES:
-        source = SOURCES.get(name, "")
-        entry = catalogue.AUTOENCODERS.get(source) or catalogue.find(source)
-        revision = entry.revision if entry else None
+        revision = _entry(name).revision
         bare = torch.device(device).type == "meta"
         load = partial(bare_autoencoder, SPACES[name].channels) if bare else partial(_fetched, name)
         return LatentSpace(name, SPACES[name], load, device, revision, published=True)
@@ -98,11 +103,12 @@ def bare_autoencoder(channels: int) -> AutoencoderKL:
         return Autoencoder(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=channels).vae
 
 
+def _entry(name: str) -> catalogue.Published:
+    return catalogue.AUTOENCODERS.get(SOURCES[name]) or catalogue.TEACHERS[SOURCES[name]]
+
+
 def _fetched(name: str) -> AutoencoderKL:
-    if name not in SOURCES:
-        raise UserError(f"the autoencoder of latent space {name} is not one that d2o fetches")
-    entry = catalogue.AUTOENCODERS.get(SOURCES[name]) or catalogue.TEACHERS[SOURCES[name]]
-    return autoencoder_in(catalogue.fetch(entry))
+    return autoencoder_in(catalogue.fetch(_entry(name)))
 
 
 def autoencoder_in(path: Path) -> AutoencoderKL:

@@ -32,6 +32,7 @@ from d2o.teachers.base import Spec, Teacher
 from d2o.teachers.compute import Compute, changes, join_compute, torch_threads, tune
 from d2o.teachers.pair_maker import Maker
 from d2o.teachers.registry import load_teacher
+from d2o.teachers.stable_diffusion import StableDiffusionTeacher
 from d2o.work.folder import MANIFEST, SharedFolder, Unit, fill
 
 
@@ -99,6 +100,7 @@ def make_pairs(
     spec, folder = teacher.spec, store_folder(out)
     settings = settings.resolved(spec.solver, spec.steps)
     settings.check()
+    settings, teacher, own = _without_prompt(settings, teacher)
     prompts = _prompts(settings, teacher, prompts)
     teacher.check_cfg(settings.cfg)
     if settings.decode and not spec.latent:
@@ -118,7 +120,7 @@ def make_pairs(
         described,
     )
     n = settings.n
-    manifest = _begun(folder, new, out)
+    manifest = _begun(folder, new, out, own)
     if (
         not folder.left(PairSettings.from_manifest(with_n(manifest, min(n, manifest["settings"]["n"]))).units())
         and n <= manifest["settings"]["n"]
@@ -182,12 +184,32 @@ def make_pairs(
     return PairStore(out, n=n)
 
 
-def _begun(folder: SharedFolder, new: JsonObject, out: str | Path) -> JsonObject:
-    """The manifest that holds in the folder, which is begun if it is empty. UserError: another store is there."""
+def _without_prompt(settings: PairSettings, teacher: Teacher) -> tuple[PairSettings, Teacher, str | None]:
+    """The settings with what XL's guidance takes for no prompt, a teacher that does so (another object, with the same
+    network, where this one does otherwise), and what this one does. UserError: one is asked for of another teacher."""
+    own = teacher.sdxl_uncond if isinstance(teacher, StableDiffusionTeacher) and teacher.xl else None
+    asked = settings.sdxl_uncond
+    if asked is None or asked == own:
+        return replace(settings, sdxl_uncond=own), teacher, own
+    if own is None:
+        raise UserError(
+            f"sdxl_uncond: {asked} is for Stable Diffusion XL, and teacher {teacher.spec.name!r} is another model",
+            "leave it away",
+        )
+    other = copy.copy(teacher)
+    assert isinstance(other, StableDiffusionTeacher)
+    other.sdxl_uncond = asked
+    return settings, other, own
+
+
+def _begun(folder: SharedFolder, new: JsonObject, out: str | Path, uncond: str | None) -> JsonObject:
+    """The manifest that holds in the folder, which is begun if it is empty. `uncond`: what the teacher takes for no
+    prompt by itself, as it did for older stores, which do not say so. UserError: another store is there."""
     manifest = folder.open(new)
     check_manifest(manifest, f"{folder.url}/{MANIFEST}")
     there, asked = manifest["settings"]["n"], new["settings"]["n"]
-    if different := differences(manifest, with_n(new, there)):
+    said = {**manifest, "settings": {"sdxl_uncond": uncond, **manifest["settings"]}}
+    if different := differences(said, with_n(new, there)):
         hint = "choose another --out, or the settings it was made with"
         raise UserError(f"{out} is a pair store with other settings:\n  " + "\n  ".join(different), hint)
     if there != asked and manifest["settings"].get("rewire", "none") != "none":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.condition import Condition, Embedded, Text
+from d2o.data.pair_settings import SDXL_UNCOND
 from d2o.diffusion.guidance import guide, no_guidance
 from d2o.diffusion.schedules import DiscreteSchedule
 from d2o.errors import UserError, unknown
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 SIGMA_DATA = 1.0
 """Standard deviation of latents, which their scaling factor is there for (Rombach et al. 2022, appendix G)."""
-SDXL_UNCOND = ("zeros", "encode_empty")
 
 
 class TextTeacher(Teacher):

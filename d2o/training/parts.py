@@ -83,15 +83,16 @@ def check_bytes(checkpoints: Path, parts: Parts) -> None:
 
 
 def read_parts(
-    checkpoints: Path, parts: Parts, like: Callable[[str, torch.Size, torch.dtype], Tensor]
+    checkpoints: Path, parts: Parts, like: Callable[[str, torch.Size, torch.dtype], Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """All tensors of the state, as `like(name, whole shape, dtype)` makes room for them: whole, or this process's share
-    of them."""
+    """All tensors of the state, or those whose names begin with `prefix`, as `like(name, whole shape, dtype)` makes
+    room for them: whole, or this process's share of them."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     folder = checkpoints / str(parts["folder"])
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: like(name, held.size, held.properties.dtype) for name, held in found.items()}  # type: ignore[union-attr]
+    wanted = {name: held for name, held in found.items() if name.startswith(prefix)}
+    tensors = {name: like(name, held.size, held.properties.dtype) for name, held in wanted.items()}  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())

@@ -34,6 +34,7 @@ from d2o.teachers.kinds import expected_kind
 from d2o.teachers.registry import load_teacher
 from d2o.training.eight_bit import check_installed
 from d2o.training.player import check_players
+from d2o.training.raw_start import fill_raw, wants_raw
 from d2o.training.scoring import Scoring, open_evaluator
 from d2o.training.share import checkpointed, divide
 
@@ -207,6 +208,8 @@ def prepare(
         check_captions(setup)
     if start is not None:
         setup.start = load_student(start, device)
+        if wants_raw(recipe):
+            fill_raw(setup.start, Path(start))
     try:
         open_evaluator(recipe, device)
     except UserError as error:

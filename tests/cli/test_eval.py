@@ -23,6 +23,7 @@ from d2o.evaluation import collect, judging, named_extractors, results
 from d2o.evaluation.statistics_files import load_statistics
 from d2o.interop.safetensors_io import write_error
 from d2o.runtime import Stopped
+from d2o.students.base import save_student
 from tests.helpers import tiny_student, tiny_teacher
 from tests.samples import make_extractor
 
@@ -318,15 +319,48 @@ def test_a_table_measures_what_is_here_and_quotes_the_paper(work: Path) -> None:
     )
     out = run("--table", "mine.yaml", "--json", "t.json", "--device", "cpu")
     records = {r["name"]: r for r in json.loads(Path("t.json").read_text())}
-    assert list(records) == ["here", "absent", "quoted"] and records["here"]["paper"] == {"fd": [1.5, 0.2]}
+    assert list(records) == ["here", "absent", "broken", "quoted"] and records["here"]["paper"] == {"fd": [1.5, 0.2]}
+    assert [record.get("status") for record in records.values()] == [None, "not run", "failed", "cited"]
+    assert "note: absent: runs/absent is not here; d2o train recipes/quickstart.yaml makes it" in out
     assert records["here"]["protocol"]["n_gen"] == 20 and "7.25" in out and "1.5" in out
     run("--table", "mine.yaml", "--n", "30", "--json", "t.json", "--device", "cpu")  # what is typed beats the table
     assert json.loads(Path("t.json").read_text())[0]["protocol"]["n_gen"] == 30
-    Path("none.yaml").write_text(
-        "title: None\npaper: A paper\nrows:\n  - {name: absent, x: runs/absent, paper: {fd: 1.0}}\n"
+
+
+def test_a_table_of_which_nothing_is_here_is_shown_all_the_same(work: Path) -> None:
+    text = (
+        "title: None\npaper: A paper\nprotocol: gdd_cifar10\nrows:\n"
+        "  - {name: absent, x: runs/absent, paper: {fid: 1.25}}\n"
+        "  - {name: bare, x: runs/bare, recipe: quickstart}\n  - {name: quoted, paper: {fid: 2.5}}\n"
     )
+    Path("none.yaml").write_text(text)
+    out = run("--table", "none.yaml", "--markdown", "t.md", "--csv", "t.csv", "--json", "t.json", "--report", "t.html")
+    for shown in (out, Path("t.md").read_text(), Path("t.html").read_text()):
+        assert all(words in shown for words in ("absent", "bare", "not run", "cited", "1.25", "2.5"))
+        assert "d2o train recipes/quickstart.yaml makes it" in shown
+    assert "none of its rows could be measured: what they measure is not here" in " ".join(out.split())
+    assert "status" in Path("t.csv").read_text().splitlines()[0]
+    assert [record["status"] for record in json.loads(Path("t.json").read_text())] == ["not run", "not run", "cited"]
+    assert "not run" in run("--compare", "t.json")
+
+    Path("none.yaml").write_text(text.replace("runs/absent", "student.safetensors"))  # an image of it has 8x8 pixels
     with pytest.raises(UserError, match="none of its rows could be measured"):
-        run("--table", "none.yaml")
+        run("--table", "none.yaml", "--markdown", "t.md")
+    assert "student.safetensors makes images of 8x8" in Path("t.md").read_text()
+
+
+def test_a_student_of_another_length_than_its_recipe_s_is_marked(work: Path) -> None:
+    from d2o.recipes.load import load_recipe
+
+    recipe = load_recipe("quickstart", mini=True).resolved()
+    teacher = {"name": "tiny", "sha256": "0" * 64, "licence": "CC0-1.0"}
+    save_student("mini.safetensors", tiny_student(), recipe=recipe, teacher=teacher, metrics={}, provenance=[])
+    Path("t.yaml").write_text(
+        "title: T\npaper: A paper\nagainst: real:digits\noptions: {n: 20, batch: 20, distance_n: 4, metrics: [fd]}\n"
+        "rows:\n  - {name: small, x: mini.safetensors, recipe: quickstart}\n"
+    )
+    out = run("--table", "t.yaml", "--device", "cpu", "--no-teacher-distance")
+    assert "note: small: trained on 12,800 images; its recipe has 80,000" in out
 
 
 def test_a_table_says_why_a_row_is_only_cited_and_has_columns_of_words(work: Path, monkeypatch) -> None:

@@ -65,9 +65,32 @@ def test_curves_of_a_table(work: Path, capsys: pytest.CaptureFixture[str]) -> No
     Path("t.yaml").write_text(
         "title: Figure\npaper: A paper\nrows:\n  - {name: first, x: runs/one, recipe: quickstart}\n"
         "  - {name: absent, x: runs/two, recipe: quickstart}\n  - {name: quoted, paper: {fid: 3}}\n"
+        "  - {name: also & absent, x: runs/three, recipe: quickstart, paper: {fid: [2.5, 0.1], is: 9}}\n"
     )
-    run("--table", "t.yaml", "--curves", "t.svg")
+    out = run("--table", "t.yaml", "--curves", "t.svg", "--json", "t.json")
     assert "Figure" in texts("t.svg") and "first" in texts("t.svg") and "absent" not in texts("t.svg")
+    assert json.loads(Path("t.json").read_text())["paper"] == [
+        {"name": "quoted", "value": 3},
+        {"name": "also & absent", "value": 2.5},
+    ]
+    assert texts("t.svg").count("quoted") == 2 and "3" in texts("t.svg")  # by its line, and in the legend
+    lines = ElementTree.parse("t.svg").findall(f".//{SVG}svg/{SVG}line[@class='level']")
+    heights = [float(line.get("y1", "")) for line in lines]
+    assert len(lines) == 2 and heights[0] < heights[1]  # 3 is above 2.5
+    assert "quoted: fid 3, as the paper prints it" in out and "dashed" in " ".join(texts("t.svg"))
+    run("--table", "t.yaml", "--curves", "is.svg", "--metrics", "is")  # of which "quoted" has none
+    assert "quoted" not in texts("is.svg") and "also & absent" in texts("is.svg")
+
+
+def test_runs_without_the_score_are_left_out(work: Path) -> None:  # noqa: F811
+    a, b, none = logged("a", [(8, 9.0), (16, 4.0)]), logged("b", [(8, 1.0)], key="fd"), logged("none", [])
+    runs = ("--run", str(a), "--run", str(b), "--run", str(none))
+    out = run(*runs, "--curves", "fid.svg", "--metrics", "fid")
+    assert "a" in texts("fid.svg") and "b" not in texts("fid.svg") and "none" not in texts("fid.svg")
+    assert "not drawn: b: no fid (its log has fd, is)" in out
+    assert "not drawn: none: no fid (it was not measured while it was trained)" in out
+    run(*runs, "--curves", "is.svg")  # what most of them have
+    assert {"a", "b"} <= set(texts("is.svg"))
 
 
 def test_a_table_of_distances_to_one_of_its_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -115,8 +138,8 @@ def test_a_table_of_distances_to_one_of_its_rows(work: Path, capsys: pytest.Capt
         (["--curves", "c.svg"], "name them: --run"),
         (["student.safetensors", "--run", "runs/a", "--curves", "c.svg"], "X is not for --curves"),
         (["--run", "nowhere", "--curves", "c.svg"], "nowhere is not a run folder"),
-        (["--run", "runs/a", "--run", "runs/b", "--curves", "c.svg", "--metrics", "fid"], "unknown score|fid"),
-        (["--run", "runs/a", "--run", "runs/none", "--curves", "c.svg"], "runs/none was not measured"),
+        (["--run", "runs/a", "--run", "runs/b", "--curves", "c.svg", "--metrics", "kid"], "unknown score"),
+        (["--run", "runs/none", "--curves", "c.svg"], "runs/none: not measured while trained"),
         (["--run", "runs/a", "--run", "runs/a", "--curves", "c.svg"], "several runs have one name"),
         (["--run", "runs/a", "--name", "x", "--name", "y", "--curves", "c.svg"], "2 --name for 1 --run"),
         (["--run", "runs/a", "--curves", "c.svg", "--metrics", "fid,is"], "draws one score"),

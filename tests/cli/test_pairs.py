@@ -47,6 +47,13 @@ SMALL = [
 ]
 
 
+def test_what_xl_s_guidance_takes_for_no_prompt_is_an_option(run, capsys):
+    code, _, err = run(*SMALL, "--sdxl-uncond", "zeros")
+    assert code == 2 and "sdxl_uncond: zeros is for Stable Diffusion XL" in err
+    code, _, err = run(*SMALL, "--sdxl-uncond", "zeroes")
+    assert code == 2 and "did you mean 'zeros'" in err
+
+
 def test_make_again_verify_damage_and_repair(run, tmp_path):
     code, out, err = run(
         *SMALL, "--labels", "0,1", "--cfg", 2, "--dtype", "fp16", "--seed", 9, "--solver", "euler", "--store-noise"

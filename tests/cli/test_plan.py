@@ -35,6 +35,16 @@ def plan(tmp_path, monkeypatch, capsys):
     return plan
 
 
+def test_a_beginning_that_is_missing_leaves_the_rest_planned(plan):
+    code, out = plan("finetune", "d2g_sd_cfg3:gan", "--mini", "--from", "runs/d2g_sd_cfg3_ode")
+    said = " ".join(out.replace("│", " ").split())
+    assert (
+        code == 1 and "missing: no such file: runs/d2g_sd_cfg3_ode" in said and "would not start: one problem" in said
+    )
+    assert "critic 2,174,922" in said and "it fits" in said
+    assert "training and the stage before, as papers count (NFE) 224" in said
+
+
 def test_the_quickstart_would_start(plan):
     code, out = plan("train", "quickstart")
     assert (
@@ -78,7 +88,7 @@ def test_all_in_one_answer(plan, tmp_path):
         "--device tpu: no device",
         "full holds other files and no run",
         "and the network is switched off",
-        "student.sigma: 14.61, or below",
+        "student.sigma: 14.61",
         "no such file or teacher: 'gone'",
     ):
         assert words in out
@@ -211,6 +221,7 @@ def test_a_teacher_in_a_folder_is_planned_without_its_weights(plan, tmp_path, mo
     code, out = plan("train", "ode.yaml")
     assert code == 1 and "unet has no weights" in out
     code, out = plan("train", "ode.yaml", "--set", "teacher=nobody/nothing")
+    assert "it fits" not in out  # nobody knows
     assert code == 1 and "missing: teacher nobody/nothing" in out and "hf download nobody/nothing" in out
 
 

@@ -22,6 +22,7 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import Share, make_pairs
 from d2o.work.folder import cut
 from tests.helpers import TinyText, tensors, tiny_teacher
+from tests.teachers.families import tiny
 from tests.workers import files
 
 PROMPTS = ["a seven", "the digit three", "nine", "a handwritten two", "zéro ✓"]
@@ -157,6 +158,47 @@ def test_solver_options_are_part_of_the_settings(build):
     ):
         with pytest.raises(UserError, match=message):
             build("wrong", **wrong)
+
+
+def test_what_xl_s_guidance_takes_for_no_prompt(build, prompts, tmp_path):
+    """Asked for, or the teacher's own, which stays as it is; the store says which."""
+    xl = tiny("sdxl", tmp_path / "xl")
+    asked = {"teacher": xl, "prompts": prompts, "n": 4, "solver": "ddim", "cfg": 7.5}
+    plain, named = build("plain", **asked), build("named", **asked, sdxl_uncond="zeros")
+    empty = build("empty", **asked, sdxl_uncond="encode_empty")
+    assert [store.settings.sdxl_uncond for store in (plain, named, empty)] == ["zeros", "zeros", "encode_empty"]
+    assert xl.sdxl_uncond == "zeros" and plain.verify() == empty.verify() == []
+    x, same, other = (store.batch(range(4))[2] for store in (plain, named, empty))
+    assert torch.equal(x, same) and (other - x).abs().max() > 1e-3
+    xl.sdxl_uncond = "encode_empty"
+    expected = xl.sample(empty.batch(range(4))[0], Condition.of_prompts(empty.prompts(range(4))), "ddim", 2, cfg=7.5)
+    assert torch.allclose(other, expected, atol=1e-4)
+    xl.sdxl_uncond = "zeros"
+    with pytest.raises(UserError, match="sdxl_uncond: zeros -> encode_empty"):
+        build("plain", **asked, sdxl_uncond="encode_empty")
+    with pytest.raises(UserError, match="sdxl_uncond: encode_empty -> zeros"):
+        build("empty", **asked)
+    assert "--sdxl-uncond encode_empty" in empty.settings.command("x")
+    assert empty.settings.folder().name != plain.settings.folder().name
+    for store in (plain, empty):  # as a plan compares what a recipe leaves open
+        assert store.settings.differences(replace(store.settings, sdxl_uncond=None)) == []
+    with pytest.raises(UserError, match="is for Stable Diffusion XL, and teacher 'tiny' is another model"):
+        build("other", sdxl_uncond="zeros")
+    with pytest.raises(UserError, match="did you mean 'encode_empty'"):
+        build("wrong", **asked, sdxl_uncond="empty")
+
+
+def test_stores_of_xl_that_do_not_say_it_have_the_teacher_s_own(build, prompts, tmp_path):
+    xl = tiny("sdxl", tmp_path / "xl")
+    asked = {"teacher": xl, "prompts": prompts, "solver": "ddim", "cfg": 7.5, "shard_size": 4}
+    store = build("older", n=4, **asked)
+    path = store.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["sdxl_uncond"], manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="sdxl_uncond: zeros -> encode_empty"):
+        build("older", n=8, **asked, sdxl_uncond="encode_empty")
+    assert len(build("older", n=8, **asked, sdxl_uncond="zeros")) == 8
 
 
 def test_rewired_pairs_are_the_same_targets_with_other_noises(build):

@@ -19,8 +19,11 @@ EDM = [f"edm-cifar10-{c}-{v}" for c in ("cond", "uncond") for v in ("vp", "ve")]
 ]
 EDM2 = [f"edm2-img512-{size}" for size in ("xs", "s", "m", "l", "xl", "xxl")]
 GUIDED = [f"edm2-img512-{x}" for x in ("xs-0.045", "s-0.025", "m-0.030", "l-0.015", "xl-0.020", "xxl-0.015")]
-GUIDES = [f"edm2-img512-xs-uncond{x}" for x in ("", "-0.015", "-0.020", "-0.025", "-0.030")]
-EDM2 += [*GUIDED, *GUIDES]
+GUIDED += [f"edm2-img512-{x}" for x in ("xs-0.150", "s-0.085", "m-0.015", "l-0.035", "xl-0.030")]  # by DINOv2
+GUIDES = [
+    f"edm2-img512-xs-uncond{x}" for x in ("", *(f"-0.{n}" for n in ["015", "020", "025", "030", "035", "085", "150"]))
+]
+EDM2 += [*(f"{name}-dino" for name in EDM2), *GUIDED, *GUIDES]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,7 @@ def test_the_files_of_nvidia():
     assert find("edm-ffhq-ve").source == base + "edm/pretrained/edm-ffhq-64x64-uncond-ve.pkl"
     assert find("edm-imagenet64-adm").source == base + "edm/pretrained/edm-imagenet-64x64-cond-adm.pkl"
     assert find("edm2-img512-xxl").source == base + "edm2/posthoc-reconstructions/edm2-img512-xxl-0939524-0.070.pkl"
+    assert find("edm2-img512-s-dino").source == base + "edm2/posthoc-reconstructions/edm2-img512-s-2147483-0.190.pkl"
     assert len({find(name).source for name in names()}) == len(names())
     for name in [*EDM, *EDM2]:
         assert find(name).kind == "nvidia" and find(name).licence.startswith("CC BY-NC-SA 4.0")

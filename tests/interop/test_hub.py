@@ -157,6 +157,20 @@ def test_fetched_from_the_hub(cache, monkeypatch):
     assert len(calls) == 1  # from the cache
 
 
+def test_one_component_alone(cache, monkeypatch):
+    """Of a repository whose other parts are large."""
+    with pytest.raises(UserError) as error:
+        hub_snapshot("owner/model", part="unet")
+    assert 'hf download owner/model --revision main --include "unet/*"' in error.value.hint
+    calls = online(monkeypatch, lambda: str(fill(cache, leave_out="text_encoder/model.safetensors")))
+    folder = hub_snapshot("owner/model", part="unet")
+    assert folder.name == "unet" and missing_files(folder) == []
+    asked = list(filter_repo_objects(FILES, allow_patterns=calls[0][1]["allow_patterns"]))
+    assert asked == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert hub_snapshot("owner/model", part="unet") == cached_snapshot("owner/model", part="unet") == folder
+    assert len(calls) == 1 and cached_snapshot("owner/model", part="vae") is None
+
+
 def test_damaged_on_the_way(cache, monkeypatch):
     def answer():
         folder = fill(cache)

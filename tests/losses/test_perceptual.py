@@ -92,6 +92,8 @@ def test_squeezenet_is_the_package_s(squeeze):
     assert float(a.grad.abs().sum()) > 0
     pooled = load_lpips(trunk="squeeze", pooling="avg", weights=path)
     assert not any(isinstance(layer, nn.MaxPool2d) for layer in pooled.modules())
+    kept = [(layer.kernel_size, layer.stride) for layer in pooled.modules() if isinstance(layer, nn.AvgPool2d)]
+    assert kept == [(3, 2)] * 3 and [f.shape for f in pooled.maps(b)] == [f.shape for f in ours.maps(b)]
     assert (pooled(a, b) - expected).abs().min() > 1e-4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 from d2o.condition import Condition
 from d2o.critics.unet import UNetCritic
 from d2o.data.pair_settings import PairSettings
+from d2o.data.pairs_section import PairsSection
 from d2o.diffusion.solvers import Solver
 from d2o.errors import UserError
 from d2o.export.exporter import export_checkpoint
+from d2o.interop.safetensors_io import load_file, save_file
 from d2o.losses.mismatch import mix_and_match
 from d2o.methods.base import Batch, Draws, Setup, get_method
 from d2o.methods.diffusion2gan import Diffusion2GAN, Diffusion2GANOptions
@@ -27,7 +30,10 @@ from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
 from d2o.teachers.in_edm import in_edm
 from d2o.teachers.registry import load_teacher
+from d2o.training import parts
 from d2o.training.loop import Trainer
+from d2o.training.raw_start import check_raw, fill_raw, wants_raw
+from d2o.training.setup import prepare, provenance_of
 from tests.helpers import tiny_network, tiny_student, tiny_teacher
 from tests.methods import recording
 from tests.teachers.families import tiny
@@ -129,6 +135,39 @@ def test_the_order_may_be_the_other_one():
     assert [event for event in loop.events if event.startswith("update")] == ["update student", "update critic"]
 
 
+@pytest.mark.parametrize("order", ["critic_first", "generator_first"])
+def test_one_sample_may_serve_both_steps(order):
+    """4 network evaluations of a sample, and the same losses and gradients, as the student has not moved between."""
+    same = {"lambda_gan": 0.25, "order": order, "mix": {"latent": 0.3, "text": 0.3, "noise": 0.3}}
+    (fresh, first), (reused, loop) = (run(made(**same, passes=passes), size=2) for passes in ("fresh", "reuse"))
+    calls = [[event for event in found.events if event in ("student", "critic")] for found in (first, loop)]
+    assert [len(found) / 2 for found in calls] == [5, 4] and loop.events.count("student") == 2
+    assert all(torch.equal(fresh[key], value) for key, value in reused.items()), reused
+    for name, gradient in first.gradients.items():
+        assert torch.allclose(loop.gradients[name], gradient, rtol=1e-4, atol=1e-7), name
+    options = Diffusion2GANOptions.model_validate({"lambda_gan": 0.25, "passes": "reuse"})
+    assert Phase(Diffusion2GAN.phase(options), 256, 10_000).nfe == 4 * 256 * 10_000
+    assert Phase(Diffusion2GAN.phase(options), 256, 10_000, calls=4).nfe == 7 * 256 * 10_000
+
+
+def test_the_critic_s_time_may_be_random(sdxl):
+    """Of each row its own, the same for its real and its fake sample and for R1; drawn anew in the student's step."""
+    for method, batch, low, high in (
+        (made(lambda_gan=0.25, critic={"t": "random"}), pairs(), 0.002, 80.0),
+        (made(sdxl, SD, lambda_gan=0.25, critic={"t": "random"}, r1={"gamma": 0.0}), texts(), 0, 999),
+    ):
+        seen = []
+        method.critic.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[3]))
+        run(method, batch, iteration=0)
+        r1 = bool(method.options.r1.gamma)
+        assert len(seen) == 3 + r1 and torch.equal(seen[0], seen[1]) and len(set(seen[0].tolist())) == 4
+        assert not torch.equal(seen[0], seen[-1]) and all(low <= t <= high for ts in seen for t in ts.tolist())
+        assert not r1 or torch.equal(seen[2], seen[0][:1])
+        assert method.critic.t is None
+    for t in (999.0, None):
+        assert made(lambda_gan=0.25, critic={"t": t}).critic.t == t
+
+
 def test_r1_is_of_the_first_sample_every_sixteen_iterations():
     method = made(lambda_gan=0.25, r1={"gamma": 0.5, "interval": 16})
     _, loop = run(method, iteration=32)
@@ -212,9 +251,14 @@ def test_what_does_not_go_together_is_refused(sdxl):
         ({"lambda_distance": 0.0}, "nothing is learned"),
         ({"distance": {"kind": "e_latent_lpips"}}, "compares latents, and teacher 'tiny' makes images"),
         ({"distance": {"kind": "perceptual"}}, "distance.extractor"),
+        ({"lambda_gan": 1.0, "passes": "reuse", "real_data": {"share": 0.5}}, "passes: with real_data"),
     ):
         with pytest.raises(UserError, match=message):
             made(**options)
+    with pytest.raises(UserError, match="critic.t: random is for clean samples"):
+        made(sdxl, SD, lambda_gan=1.0, noise={"enable": True}, critic={"t": "random"})
+    with pytest.raises(UserError, match=r"(?s)called at sigma 80, .*student.sigma: 14.6146, the highest"):
+        made(sdxl)
     with pytest.raises(UserError, match="is no range of"):
         made(sdxl, SD, lambda_gan=1.0, noise={"enable": True, "t_range": (0, 1000)})
 
@@ -343,6 +387,70 @@ def test_stage_two_from_stage_one_and_a_resumed_run_has_the_same_bytes(store, tm
     assert 0 < near < (far(z, labels) - first(z, labels)).abs().mean()
 
 
+def test_stage_two_may_begin_with_the_raw_weights_of_stage_one(store, tmp_path):
+    """Which are in the state of its run, not in its checkpoints; what is neither there is said before anything."""
+    train(recipe(1), tmp_path / "one", store)
+    last = tmp_path / "one" / "checkpoints" / "last.safetensors"
+    state = load_file(tmp_path / "one" / "checkpoints" / "state.safetensors")[0]
+    raw = recipe(2, diffusion2gan={"lambda_gan": 0.25, "distance": MSE, "start": "raw"})
+    for start in (tmp_path / "one", last):
+        check_raw(raw, start)
+        student = load_student(start)
+        average = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        fill_raw(student, start)
+        for name, tensor in student.state_dict().items():
+            assert torch.equal(tensor, state[f"network/student/{name}"])
+        assert any(not torch.equal(tensor, average[name]) for name, tensor in student.state_dict().items())
+    assert wants_raw(raw) and not wants_raw(recipe(2))
+    check_raw(recipe(2), None)
+    with pytest.raises(UserError, match="there is none"):
+        check_raw(raw, None)
+    shutil.copy(last, tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match=r"alone.safetensors has no state.safetensors beside it"):
+        check_raw(raw, tmp_path / "alone.safetensors")
+    other = Student(tiny_network(model_channels=32), tiny_teacher().spec)
+    with pytest.raises(UserError, match="is another one than"):
+        fill_raw(other, tmp_path / "one")
+
+
+def test_the_raw_weights_of_a_sharded_run_are_in_its_parts(store, tmp_path):
+    train(recipe(1), tmp_path / "one", store)
+    checkpoints = tmp_path / "one" / "checkpoints"
+    tensors, record = load_file(checkpoints / "state.safetensors")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        written = parts.write(checkpoints, tensors, None)
+    finally:
+        torch.distributed.destroy_process_group()
+    save_file(checkpoints / "state.safetensors", {}, {**record, "parts": written})
+    student = load_student(tmp_path / "one")
+    fill_raw(student, tmp_path / "one")
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, tensors[f"network/student/{name}"])
+
+
+def test_finetune_takes_the_raw_weights(store, tmp_path):
+    """`prepare` does, which all commands go through."""
+    train(recipe(1), tmp_path / "one", store)
+    teacher = tiny_teacher(tmp_path / "teacher.safetensors")
+    setups = []
+    for start in ("ema", "raw"):
+        given = recipe(2, diffusion2gan={"lambda_gan": 0.25, "distance": MSE, "start": start})
+        given = given.model_copy(
+            update={"teacher": str(tmp_path / "teacher.safetensors"), "pairs": four_pairs(tmp_path)}
+        )
+        setups.append(prepare(given, CPU, tmp_path / "one", print, lambda *_: None, StopFlag()))
+    state = load_file(tmp_path / "one" / "checkpoints" / "state.safetensors")[0]
+    found = [setup.start.state_dict() for setup in setups]
+    assert all(torch.equal(tensor, state[f"network/student/{name}"]) for name, tensor in found[1].items())
+    assert setups[0].start.fingerprint == load_student(tmp_path / "one").fingerprint != setups[1].start.fingerprint
+    assert provenance_of(setups[1])[-1] != provenance_of(setups[0])[-1] and teacher.spec.name == "tiny"
+
+
+def four_pairs(folder) -> PairsSection:
+    return PairsSection(path=str(folder / "pairs"), n=4, solver="euler", steps=1, shard_size=4)
+
+
 def test_stage_two_begins_with_the_average_of_stage_one(store):
     start = tiny_student(seed=4)
     method = made(lambda_gan=0.25, start=start)
@@ -370,6 +478,15 @@ def test_the_recipes_take_the_printed_number_of_network_evaluations(names, milli
         one = load_recipe(name)
         phases.append(Phase(Diffusion2GAN.phase(one.options), one.batch, -(-one.images // one.batch)))
     assert training_nfe(phases) == round(millions * 1e6)
+
+
+def test_table_2_goes_on_with_the_distance_of_the_model_that_it_starts_from():
+    start = load_recipe("d2g_sd_cfg3:elatentlpips_b2048").options.distance
+    assert (start.kind, start.augment, start.vanilla) == ("e_latent_lpips", "bg+cutout", "none")
+    for name in ("d", "z", "r1", "multiscale", "mixmatch"):
+        assert load_recipe(f"d2g_sd_cfg3:{name}").options.distance == start, name
+    for name in ("ode", "gan", "gan_w0", "gan_w1"):  # Table A1's
+        assert load_recipe(f"d2g_sd_cfg3:{name}").options.distance.vanilla == "sum", name
 
 
 @pytest.mark.parametrize(

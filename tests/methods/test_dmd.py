@@ -235,10 +235,10 @@ def test_the_head_of_dmd2_has_the_papers_size_and_refuses_what_it_cannot_take():
 def test_a_plan_counts_the_steps_that_are_made():
     """Of five iterations each has the score network's pass, the head's two and the student's one, and one more of the
     student and the head's one in the student's own step."""
-    plan = make_plan(load_recipe("dmd_digits:dmd2", ["images=5000"], mini=True))
+    plan = make_plan(load_recipe("dmd_digits:dmd2", ["images=6400"], mini=True))
     calls = plan.calls["training (forward passes of trained networks)"]
-    loop = make_plan(load_recipe("dmd_digits:dmd2", ["images=5000", "dmd.student_every=1"], mini=True))
-    assert calls == 5000 * 4 + 1000 * 2 and loop.calls["training (forward passes of trained networks)"] == 5000 * 6
+    loop = make_plan(load_recipe("dmd_digits:dmd2", ["images=6400", "dmd.student_every=1"], mini=True))
+    assert calls == 6400 * 4 + 1280 * 2 and loop.calls["training (forward passes of trained networks)"] == 6400 * 6
 
 
 @pytest.mark.parametrize(

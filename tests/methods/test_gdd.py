@@ -273,7 +273,7 @@ def test_recipes_that_the_tables_name_are_there(name):
 def test_what_measures_a_student_has_not_trained_it(name):
     table = load_table(name)
     for row in table.rows:
-        if row.recipe is None or "flattered" in row.name:
+        if row.recipe is None or load_recipe(row.recipe).method != "gdd" or "flattered" in row.name:
             continue
         critic = load_recipe(row.recipe).options.critic
         seen = {"projected": set(critic.backbones), "style": set()}.get(critic.kind, {critic.trunk})

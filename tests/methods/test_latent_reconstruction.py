@@ -8,15 +8,19 @@ import torch
 from d2o.condition import Condition
 from d2o.data.images import open_images
 from d2o.errors import UserError
+from d2o.features.latent_vgg import LatentVggFeatures
+from d2o.interop.assets import asset
 from d2o.interop.safetensors_io import load_file
 from d2o.losses.latent_lpips import load_latent_lpips
-from d2o.methods.base import Setup
+from d2o.methods.base import Batch, Setup
 from d2o.methods.latent_reconstruction import LatentReconstruction
 from d2o.networks.load import load_weights
+from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe
 from d2o.runtime import StopFlag
 from d2o.spaces.load import load_space
 from d2o.training.loop import Trainer
+from tests.methods import recording
 
 
 def recipe_of(distance=None, own=None, **rest) -> Recipe:
@@ -94,6 +98,57 @@ def test_latents_of_the_images_are_drawn_once_or_are_the_means():
     expected = load_space("tiny-sd").encode(images / 127.5 - 1, torch.zeros_like(mean))
     assert torch.equal(sample, again) and not torch.equal(sample, mean)
     torch.testing.assert_close(mean, expected)
+
+
+def test_raw_latents_may_be_what_is_moved(tmp_path):
+    """They begin as noise themselves; the distance, the judge and the decoder see them as the diffusion model does."""
+    recipe = recipe_of(
+        {"kind": "latent_lpips"}, {"latents": "raw"}, optim={"name": "sgd", "lr": 1.0, "betas": [0, 0.9]}
+    )
+    raw, scaled = LatentReconstruction(setup_of(recipe)), LatentReconstruction(setup_of(recipe_of()))
+    assert torch.equal(raw.latents(), scaled.latents()) and torch.equal(raw.target, scaled.target)
+    numbers = load_space("tiny-sd").numbers
+    seen = numbers.normalise(raw.latents())
+    assert not torch.allclose(seen, raw.latents(), atol=1e-2)
+    expected = load_latent_lpips("tiny-sd")(seen, raw.target).mean().item()
+    assert raw.validate(raw.latents)["distance"] == pytest.approx(expected)
+    shown = raw.generate(raw.latents, torch.zeros(2, 4, 8, 8), Condition.none(2))
+    assert torch.equal(shown, raw.space.decode(seen))
+    assert raw.describe()["latents"] == "raw" and "latents" not in scaled.describe()
+    before = raw.latents().detach().clone()
+    trainer = train(tmp_path / "a", recipe.model_copy(update={"images": 2}))
+    x = before.clone().requires_grad_()
+    load_latent_lpips("tiny-sd")(x, numbers.raw(raw.target), raw=True).mean().backward()
+    torch.testing.assert_close(trainer.method.latents(), before - x.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_the_images_latents_are_looked_at_once(monkeypatch, micro_batch):
+    """And not in every step, where nothing random comes before the network."""
+    looked = []
+    maps = LatentVggFeatures.maps
+    monkeypatch.setattr(LatentVggFeatures, "maps", lambda self, x: looked.append(len(x)) or maps(self, x))
+    method = LatentReconstruction(setup_of(recipe_of({"kind": "latent_lpips"})))
+    loop = recording.Loop(method, micro_batch, total=2)
+    for iteration in range(3):
+        method.step(loop, Batch(), iteration)
+    assert looked == ([2, 2, 2, 2] if micro_batch is None else [1] * 8)
+
+
+def test_latents_of_a_folder_are_compared_as_those_of_a_named_space():
+    where = {"space": str(asset("tiny-sd"))}
+    method = LatentReconstruction(setup_of(recipe_of({"kind": "latent_lpips", "space": "tiny-sd"}, where)))
+    named = LatentReconstruction(setup_of(recipe_of({"kind": "latent_lpips"})))
+    assert method.spec().space == where["space"] and method.validate(method.latents) == named.validate(named.latents)
+    with pytest.raises(UserError, match="distance.space: sd15"):
+        LatentReconstruction(setup_of(recipe_of({"kind": "latent_lpips"}, where)))
+
+
+def test_the_recipe_moves_what_the_authors_do():
+    """Raw latents at full size; `tiny-sd`'s curves are of scaled ones."""
+    full, mini = (load_recipe("latent_reconstruction:bgco", mini=mini).options for mini in (False, True))
+    assert (full.space, full.latents, full.distance.l1) == ("sd3", "raw", 0.0)
+    assert (mini.space, mini.latents) == ("tiny-sd", "scaled")
 
 
 def test_mistakes_are_told(tmp_path):

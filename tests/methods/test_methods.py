@@ -260,6 +260,11 @@ def test_classifier_needs_labels():
         get_method("classifier")(Setup(ClassifierOptions(), images=images))
 
 
+def test_a_classifier_has_the_classes_of_its_images():
+    with pytest.raises(UserError, match="network.classes: 9, and .* has 10 classes"):
+        get_method("classifier")(Setup(ClassifierOptions(), network={"classes": 9}, images=Images(), name="x"))
+
+
 def test_translate_moves_by_whole_pixels():
     x = torch.arange(2 * 16.0).reshape(2, 1, 4, 4)
     moved = translate(x, torch.tensor([[1, 0], [0, -1]]))

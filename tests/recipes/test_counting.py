@@ -7,6 +7,8 @@ import torch
 
 from d2o.interop import torchvision_compat
 from d2o.recipes.counting import META, CountingLoop, Kept
+from d2o.recipes.load import load_recipe
+from d2o.recipes.plan import make_plan
 
 UNET = {
     "sample_size": 16,
@@ -61,7 +63,47 @@ def test_activations_are_those_that_a_real_step_keeps():
     with kept.watch():
         real.loss()
     plan = planned(False)
-    assert plan.calls == 1 and plan.peak == pytest.approx(kept.bytes, rel=0.08)
+    assert plan.passes(3) == 3 * 4 and plan.peak == pytest.approx(kept.bytes, rel=0.08)
+
+
+class Lazy(Regression):
+    """Every third iteration from `begins` on, a pass of one sample of the first micro-batch, and one of all samples of
+    each."""
+
+    def __init__(self, begins: int):
+        super().__init__("meta", False)
+        self.begins = begins
+
+    def heaviest(self):
+        return self.begins
+
+    def period(self):
+        return 3
+
+    def step(self, loop, batch, iteration):
+        for i, _ in enumerate(loop.micro_batches(batch)):
+            loop.backward(self.loss())
+            if iteration % 3 == 0 and iteration >= self.begins:
+                if i == 0:
+                    self.net(*(x[:1] for x in self.inputs))
+                self.net(sample=self.inputs[0], timestep=0, encoder_hidden_states=self.inputs[2])
+
+
+@pytest.mark.parametrize(("begins", "heavy"), [(0, 4), (3, 3)])
+def test_what_is_due_in_some_iterations_is_counted_by_samples(begins, heavy):
+    """Ten iterations of five micro-batches of 4 samples."""
+    loop = CountingLoop(method := Lazy(begins), 4, many=5)  # type: ignore[arg-type]
+    with META:
+        loop.run(method, None)  # type: ignore[arg-type]
+    assert loop.passes(10) == 10 * 5 * 4 + heavy * (5 * 4 + 1)
+    assert loop.passes(0) == 0
+
+
+def test_gdd_s_penalty_is_counted_when_it_is_due():
+    """500 iterations of 16, R1 of the whole batch in every 16th but the first."""
+    recipe = load_recipe("gdd_digits", ["images=8000", "batch=16", "eval=null"])
+    calls = make_plan(recipe).calls["training (forward passes of trained networks)"]
+    assert calls == 5 * 8000 + 31 * 16
 
 
 def test_checkpointing_keeps_what_enters_blocks_and_computes_one_again(monkeypatch):

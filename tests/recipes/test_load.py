@@ -394,8 +394,9 @@ def test_all_problems_are_listed_in_the_order_of_the_file():
         "r.yaml:7: log_every: expected an integer >= 1, got 0",
         "r.yaml:8: pairs.n: missing; expected an integer >= 1",
         (
-            "r.yaml:9: pairs.m: unknown key; known here: path, n, solver, steps, spacing, final, eta, seed, batch,"
-            " shard_size, labels, cfg, prompts, per_prompt, rewire, dtype, precision, channels_last, store_noise"
+            "r.yaml:9: pairs.m: unknown key; known here: path, n, solver, steps, spacing, final, eta, s_churn,"
+            " s_min, s_max, s_noise, seed, batch, shard_size, labels, cfg, sdxl_uncond, prompts, per_prompt, rewire,"
+            " dtype, precision, channels_last, store_noise"
         ),
         "r.yaml:10: pairs.solver: expected a text, not empty, got 4 (put it in quotes)",
         "r.yaml:11: precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8'; did you mean 'fp32'?",

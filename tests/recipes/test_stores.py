@@ -16,6 +16,7 @@ from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
 from d2o.teachers.compute import Compute
 from d2o.teachers.generate import make_pairs
+from d2o.training.setup import pair_settings
 from d2o.work.base import dump_manifest
 from tests.helpers import tiny_recipe
 
@@ -103,6 +104,30 @@ def test_fewer_pairs_are_the_first_and_more_are_made(recipe, make, tmp_path):
     assert "8 more pairs" in make_plan(load_recipe(recipe, ["pairs.n=32"])).first[0]
     assert d2o("train", recipe, "--set", "pairs.n=32", "--out", tmp_path / "more", "--device", "cpu") == 0
     assert len(PairStore(tmp_path / "pairs")) == 32
+
+
+def test_recipes_say_how_stochastic_pairs_are_drawn(recipe, make, tmp_path):
+    """By the keys that `d2o pairs` has as options; left open they are the store's."""
+    churn = {"s_churn": 10.0, "s_min": 0.1, "s_max": 20.0, "s_noise": 1.0}
+    make(solver="sde", steps=2, **churn)
+    found = load_recipe(recipe)
+    assert {key: getattr(found.pairs, key) for key in churn} == churn and make_plan(found).refused == []
+    assert "s_churn: 10.0 -> 40.0" in make_plan(load_recipe(recipe, ["pairs.s_churn=40.0"])).refused[0]
+    settings = pair_settings(found.teacher, found.pairs)
+    assert (settings.s_churn, settings.s_min, settings.s_max, settings.s_noise) == tuple(churn.values())
+    plain = load_recipe("d2g_cifar10:50k").pairs
+    assert (plain.s_churn, plain.s_min, plain.s_max, plain.s_noise) == (40.0, 0.05, 50.0, 1.003)
+    with pytest.raises(UserError, match="pairs.s_noise"):
+        load_recipe(recipe, ["pairs.s_noise=-1.0"])
+
+
+def test_recipes_say_what_xl_s_guidance_takes_for_no_prompt():
+    recipe = load_recipe("d2g_sdxl_cfg7:ode", ["pairs.sdxl_uncond=encode_empty"])
+    settings = pair_settings(recipe.teacher, recipe.pairs)
+    assert settings.sdxl_uncond == "encode_empty" and "encode_empty" in settings.folder().name
+    assert load_recipe("d2g_sdxl_cfg7:ode").pairs.sdxl_uncond is None
+    with pytest.raises(UserError, match="pairs.sdxl_uncond"):
+        load_recipe("d2g_sdxl_cfg7:ode", ["pairs.sdxl_uncond=nothing"])
 
 
 def test_what_contradicts_the_store_is_refused_with_both_values(recipe, make, tmp_path, capsys):

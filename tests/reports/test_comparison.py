@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from d2o.reports.cells import magnitude, milliseconds, number, paper_of, quoted, value_text
+from d2o.reports.cells import CITED, FAILED, NOT_RUN, magnitude, milliseconds, number, paper_of, quoted, value_text
 from d2o.reports.comparison import Comparison, fold, results_table
 from tests.samples import record
 
@@ -211,11 +211,22 @@ def test_papers_numbers_stand_beside() -> None:
     table = results_table([a | preset, b, old])
     assert column(table, "FID-50k ↓") == ["1.512", "321", "–"]  # as many decimals as the paper
     assert column(table, "paper") == ["1.499 ± 0.011", "–", "3.17"] and column(table, "paper", 1) == ["1", "–", "1,000"]
-    assert column(table, "is, paper") == ["9.98", "–", "–"] and column(table, "paper", 2) == ["–", "–", "80.5 s"]
+    assert column(table, "is, paper") == ["9.98", "–", "–"] and column(table, "latency, paper") == ["–", "–", "80.5 s"]
     assert table.rows[2][1] == "–" and column(table, "preset") == ["sida_cifar10", "–", "–"]
     assert "preset sida_cifar10: the protocol of SiDA, Table 1" in table.footer
     assert any("quoted from SiDA, Table 1, not measured here" in line for line in table.footer)
     assert paper_of(a) == {"fid": (1.499, 0.011), "nfe": (1, None), "is": (9.98, None)}
+
+
+def test_rows_without_numbers_say_why() -> None:
+    a = with_metrics("a", fid=metric("FID-50k", 1.5, "lower"))
+    rows = [quoted(status, {"nfe": 5}, "A paper", [f"{status}: why"], status) for status in (CITED, NOT_RUN, FAILED)]
+    table = results_table([a, *rows])
+    assert column(table, "n") == ["4,000", "cited", "not run", "failed"]
+    for words in ("cited: quoted from A paper", "not run: d2o makes", "failed: it is here", "note: not run: why"):
+        assert any(line.startswith(words) for line in table.footer), words
+    alone = results_table(rows)  # nothing is measured
+    assert column(alone, "NFE, paper") == ["5", "5", "5"] and not alone.protocols
 
 
 def test_papers_accuracy_is_per_cent_like_ours() -> None:

@@ -52,7 +52,7 @@ def test_every_table_loads_names_what_exists_and_says_how_to_run_it(name):
     assert f"d2o eval --table {name}" in head and all(line.startswith("#") for line in head.splitlines())
     assert table.protocol in PRESETS or table.protocol is None
     measured = [row for row in table.rows if row.x]
-    assert measured
+    assert measured or name == "gdd_fig3"  # plots of a teacher's layers: nothing is scored
     for row in measured:
         run = row.x.startswith("runs/")
         assert run or row.x in (*teacher_names(), *JUDGES), row.x
@@ -71,14 +71,14 @@ def test_every_table_loads_names_what_exists_and_says_how_to_run_it(name):
 
 
 def test_the_papers_all_have_their_tables():
-    papers = (
-        [f"sida_table{i}" for i in range(1, 8)]
-        + [f"spi_gan_table{i}" for i in range(1, 6)]
-        + [f"d2g_table{i}" for i in ("1", "2", "3", "4", "5", "6", "7", "_a1", "_a2", "_a3", "_a4")]
-        + ["d2g_appendix_d", "d2g_lambda_gan", "d2g_elatentlpips", "d2g_mini"]
-    )
+    papers = [f"sida_table{i}" for i in ("1", "2", "3", "3_pr", "4", "5", "6", "7", "8")]
+    papers += [f"sida_fig{i}" for i in ("1", "2", "3a", "3b", "3c", "4", "5a", "5b")]
+    papers += [f"spi_gan_table{i}" for i in range(1, 9)] + [f"spi_gan_fig{i}" for i in (3, 8, 9, 10, 11)]
+    papers += [f"d2g_table{i}" for i in ("1", "1_pr", "2", "2_pr", "3", "4", "5", "6", "7")]
+    papers += [f"d2g_table_a{i}" for i in ("1", "2", "3", "4", "4_pr")] + ["d2g_fig4", "d2g_fig5"]
+    papers += ["d2g_appendix_d", "d2g_lambda_gan", "d2g_elatentlpips", "d2g_mini"]
     gdd = [f"gdd_table{i}" for i in ("1a", "1b", "2", "3a", "3a_cond", "3b", "3c", "4", "4_pr", "5", "6")]
-    gdd += [f"gdd_fig{i}" for i in ("2a", "2b", "4a", "4b")] + ["mini_gdd", "mini_gdd_fig2"]
+    gdd += [f"gdd_fig{i}" for i in ("2a", "2b", "3", "4a", "4b")] + ["mini_gdd", "mini_gdd_fig2"]
     assert {*papers, *gdd, "spi_gan_dd_gan", "digits"} <= set(table_names())
 
 

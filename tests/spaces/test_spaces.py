@@ -10,7 +10,7 @@ from d2o.data.images import open_images
 from d2o.errors import UserError
 from d2o.networks.edm2_unet import EDM2Precond
 from d2o.spaces.base import PIXELS, UNNAMED, LatentSpace, numbers_of
-from d2o.spaces.load import SPACES, keep_space, load_space
+from d2o.spaces.load import SOURCES, SPACES, keep_space, load_space
 from d2o.students.base import Student, load_student, save_student
 from d2o.teachers.base import Spec, Teacher
 from tests.latent import tiny_autoencoder, tiny_text_to_image, tiny_vae
@@ -99,14 +99,33 @@ def test_a_space_is_loaded_once_and_not_before_it_is_used(tmp_path):
     first = load_space("edm2")
     assert load_space("edm2") is first and first._autoencoder is None and copy.deepcopy(first) is first
     assert first.record == {"name": "edm2", "revision": "31f26fdeee1355a5c34592e401dd41e45d25a493"}
-    with pytest.raises(UserError, match="flux is not one that d2o fetches"):
-        load_space("flux").decode(torch.zeros(1, 16, 8, 8))
     for wrong, message in (
         ("sd155", "unknown latent space 'sd155'.*'sd15'"),
         (UNNAMED, "does not say how they become images"),
     ):
         with pytest.raises(UserError, match=message):
             load_space(wrong)
+
+
+def test_every_published_space_has_an_autoencoder(tmp_path, monkeypatch):
+    """Stable Diffusion 2.1's is 1.5's; FLUX's lies in a folder of a repository, without convolutions around the
+    latents."""
+    monkeypatch.setenv("D2O_HOME", str(tmp_path))
+    monkeypatch.setenv("D2O_OFFLINE", "1")
+    assert set(SOURCES) == set(SPACES)
+    assert load_space("sd21").record == {**load_space("sd15").record, "name": "sd21"}
+    channels = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    flux = tiny_vae(**channels, use_quant_conv=False, use_post_quant_conv=False)
+    assert numbers_of(flux.config, "flux") == replace(SPACES["flux"], factor=2)
+    with pytest.raises(UserError) as error:
+        load_space("flux").decode(torch.zeros(1, 16, 8, 8))
+    assert "black-forest-labs/FLUX.1-schnell" in error.value.message
+    assert '--include "vae/*"' in error.value.hint and "files of its folder vae into" in error.value.hint
+    flux.save_pretrained(tmp_path / "teachers" / "flux-vae")
+    x = noise(1, 16, 4, 4)
+    with torch.no_grad():
+        expected = flux.decode(x / 0.3611 + 0.1159).sample
+    torch.testing.assert_close(load_space("flux").decode(x), expected.clamp(-1, 1))
 
 
 def test_spaces_of_folders_and_checkpoints(tmp_path, vae):

@@ -12,6 +12,7 @@ from d2o.export.exporter import export_checkpoint
 from d2o.methods.base import Batch, Setup, get_method
 from d2o.methods.diffusion2gan import Diffusion2GANOptions
 from d2o.metrics.nfe import Phase
+from d2o.networks.edm_view import lowest_level
 from d2o.recipes.load import load_recipe
 from d2o.recipes.plan import make_plan
 from d2o.recipes.schema import Recipe
@@ -113,7 +114,15 @@ def test_diffusers_makes_the_same_steps(begins, tmp_path):
     save_student(tmp_path / "s.safetensors", student, **META)
     done = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp32", check_n=2)
     assert done.parity.difference < 1e-4 and "num_inference_steps=2" in done.card.read_text()
-    other = FewStepStudent(teacher.network, teacher.spec, 14.6146, [1.0], begins).eval()
-    save_student(tmp_path / "o.safetensors", other, **META)
-    with pytest.raises(UserError, match="2 network calls"):
-        export_checkpoint(tmp_path / "o.safetensors", "diffusers", tmp_path / "no")
+    low = lowest_level(teacher.network)
+    to_the_lowest = FewStepStudent(teacher.network, teacher.spec, 14.6146, then, begins, last=low).eval()
+    elsewhere = FewStepStudent(teacher.network, teacher.spec, 14.6146, then, begins, last=2 * low).eval()
+    others = FewStepStudent(teacher.network, teacher.spec, 14.6146, [1.0], begins).eval()
+    for name, refused in (("low", to_the_lowest if begins == "x_T" else None), ("high", elsewhere), ("o", others)):
+        save_student(tmp_path / f"{name}.safetensors", refused or to_the_lowest, **META)
+        if refused is None:  # as GDD's
+            done = export_checkpoint(tmp_path / "low.safetensors", "diffusers", tmp_path / "l", dtype="fp32", check_n=2)
+            assert done.parity.difference < 1e-4
+        else:
+            with pytest.raises(UserError, match="2 network calls"):
+                export_checkpoint(tmp_path / f"{name}.safetensors", "diffusers", tmp_path / "no")

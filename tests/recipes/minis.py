@@ -1,5 +1,5 @@
-"""Every recipe and variant with --mini, in a few seconds each: it dies in the seventh of ten iterations; the same
-command with --resume ends it; what it made makes images."""
+"""What test_minis_a and test_minis_b do with every recipe and variant, in a few seconds each: with --mini it dies in
+the seventh of ten iterations; the same command with --resume ends it; what it made makes images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from d2o.cli.app import main
 from d2o.interop.safetensors_io import read_meta
-from d2o.recipes.find import recipe_names
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import section_key
 from d2o.runtime import Say
@@ -61,11 +60,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("stores")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", recipe_names())
-def test_it_trains_dies_resumes_and_samples(
-    name: str, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def train_die_resume_and_sample(name: str, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name, mini=True)
     assert recipe.images <= 40_000
     batch = min(recipe.batch, 2 if recipe.method == "diffusion2gan" else 4)
