@@ -55,7 +55,8 @@ def check_run(folder: Path, recipe: Recipe, resume: bool, start: Path | None) ->
         raise UserError(f"{folder} holds a run already", "--resume continues it; another --out starts a new one")
     record, begun = read_state(folder), begun_recipe(folder)
     assert begun is not None  # its recipe.yaml is there
-    changes = forbidden(begun.resolved(), as_begun(recipe, begun).resolved(), record["images"] if record else 0)
+    done, known = (record["images"], record.get("data", {})) if record else (0, {})
+    changes = forbidden(begun.resolved(), as_begun(recipe, begun).resolved(), done, known)
     if changes:
         what = f"the recipe differs from the one that {folder} was started with:\n  " + "\n  ".join(changes)
         raise UserError(what, _instead(recipe, folder, record is not None))

@@ -135,6 +135,7 @@ class StateRecord(Record):
     divergence: JsonObject | None = None
     loss_scale: LossScaleRecord | None = None
     start: str | None = None
+    data: dict[str, str] = {}
     recipe: JsonObject = {}
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from d2o.inputs import JsonObject
 from d2o.recipes.differences import diff_recipes
 
 FREE = ("eval", "preview", "checkpoint", "log_every", "tracker", "strategy")
 """What is measured, shown, kept and logged, and where it is computed: no weight depends on it."""
+PLACES = {"images": "data.path", "pairs": "pairs.path"}
+"""Where what a run is trained on lies."""
 
 
-def forbidden(before: JsonObject, now: JsonObject, done: int) -> list[str]:
+def forbidden(before: JsonObject, now: JsonObject, done: int, known: Collection[str] = ()) -> list[str]:
     """Why a run with the resolved recipe `before`, `done` images of which are trained, cannot go on as `now`: a line
     for each setting; empty when it can. More (or fewer) images are allowed where the learning rate does not depend on
-    their number."""
+    their number. `known`: "images" and "pairs" whose fingerprint the run has: they may lie elsewhere now."""
     rest = [{key: value for key, value in recipe.items() if key not in (*FREE, "images")} for recipe in (before, now)]
-    lines = diff_recipes(*rest)
+    moved = tuple(f"{PLACES[name]}: " for name in known)
+    lines = [line for line in diff_recipes(*rest) if not line.startswith(moved)]
     if before["images"] == now["images"]:
         return lines
     line = f"images: {before['images']} -> {now['images']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from d2o.errors import UserError
 from d2o.inputs import JsonObject
 from d2o.students.base import Student, checkpoint_meta
 from d2o.training import distributed, parts
@@ -32,6 +33,12 @@ def resume(t: Trainer) -> None:
             drop_previews(t.folder, -1)
         return
     record = load_state(path, t.players, t.states)
+    for name, found in data_of(t).items():
+        if record.get("data", {}).get(name, found) != found:
+            what = f"{t.folder} was trained on other {name} than there are now"
+            raise UserError(
+                what, f"give those that it was started with ({name}: names, sizes and labels), or another --out"
+            )
     t.iteration = t.saved = record["iteration"]
     t.best, t.scores, t.parts = record["best"], record["scores"], record.get("parts")
     t.loss_scale.load(record)
@@ -54,6 +61,12 @@ def resume(t: Trainer) -> None:
         save(t, numbered)
 
 
+def data_of(t: Trainer) -> dict[str, str]:
+    """Fingerprints of the pairs and images that it trains on, by which they are known wherever they lie."""
+    sources = {"pairs": t.setup.pairs, "images": t.setup.images}
+    return {name: source.fingerprint for name, source in sources.items() if source is not None}
+
+
 def save(t: Trainer, numbered: bool) -> None:
     """Write the product as `last` (and `numbered`), and the state, in the order that `products` explains; all processes
     call this. UserError: weights that are not finite; nothing is written then."""
@@ -72,6 +85,7 @@ def save(t: Trainer, numbered: bool) -> None:
         "products": t.products.digests,
         "recipe": t.recipe.resolved(),
         "start": t.start,
+        "data": data_of(t),
         **t.loss_scale.record(),
         **t.journal.record(rows),
     }

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -323,3 +324,23 @@ def test_frozen_batch_norms_beside_trained_weights_come_back(tmp_path: Path) -> 
     load_state(tmp_path / "state.safetensors", {}, {"critic": after})
     found = after.state_dict()
     assert all(torch.equal(found[name], value) for name, value in before.state_dict().items()) and len(found) == 5
+
+
+def test_images_may_lie_elsewhere_and_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (32, 8, 8, 1), dtype=np.uint8)
+    for name, pixels in (("one", images), ("other", images[::-1])):
+        np.savez(tmp_path / f"{name}.npz", images=pixels, labels=np.arange(32) % 10)
+    run, again = tmp_path / "run", tmp_path / "moved.npz"
+    small = ["--set", "batch=8", "--set", "images=32", "--set", "log_every=1", "--out", run]
+    command = ["train", "teacher_cifar16", "--mini", "--set", "preview=null", *small]
+    with pytest.MonkeyPatch.context() as patch:
+        iterate = Trainer.iterate
+        patch.setattr(Trainer, "iterate", lambda t: patch.setattr(StopFlag, "received", 15) or iterate(t))
+        assert d2o(*command, "--data", tmp_path / "one.npz") == 143
+    capsys.readouterr()
+    assert d2o(*command, "--data", tmp_path / "other.npz", "--resume") == 2
+    assert f"{run} was trained on other images than there are now" in capsys.readouterr().err
+    (tmp_path / "one.npz").rename(again)
+    assert d2o(*command, "--data", again, "--resume") == 0
+    assert "data.path: " in (run / "recipe.yaml").read_text().splitlines()[0]
+    assert read_meta(run / "checkpoints" / "last.safetensors")["images"] == 32
