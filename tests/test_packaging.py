@@ -113,7 +113,7 @@ def test_the_wheel_holds_package_recipes_assets_and_licence(wheel: Path) -> None
     others = {name.partition("/")[0] for name in names} - {"d2o"}
     assert others == {f"d2o-{d2o.__version__}.dist-info"}
     assert f"d2o-{d2o.__version__}.dist-info/licenses/LICENSE" in names
-    assert wheel.stat().st_size < 10 * 2**20
+    assert wheel.stat().st_size < 14 * 2**20
 
 
 @pytest.mark.long

@@ -215,29 +215,22 @@ def shown(name: str, rows: dict[str, dict[int | None, dict[str, Any]]], without:
     benchmarks/method_rates.py measured."""
     rates, table = rates_of(name), {row.name: row for row in load_table(name).rows}
     columns = [column for column in COLUMNS[name] if column[0] not in without]
-    head = [
-        "",
-        "seeds",
-        *(title for _, title, _, _ in columns),
-        "images trained",
-        *(["minutes"] if rates else []),
-    ]
+    evals = {row: [record["eval"] for record in found.values()] for row, found in rows.items() if found}
+    cells = {
+        row: [table[row].about.get(column[0]) or cell(each, *column) for column in columns]
+        for row, each in evals.items()
+    }
+    kept = [i for i in range(len(columns)) if not cells or any(made[i] for made in cells.values())]
+    head = ["", "seeds", *(columns[i][1] for i in kept), "images trained", *(["minutes"] if rates else [])]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row, found in rows.items():
-        if not found:
-            continue
-        evals = [record["eval"] for record in found.values()]
-        parts = trainings(next(iter(found.values())), row, table)
-        cells = [
-            row,
-            str(len(found)) if parts else "",
-            *(table[row].about.get(column[0]) or cell(evals, *column) for column in columns),
-        ]
-        cells.append(" + ".join(f"{images:,}" for _, images in parts))
+    for row, made in cells.items():
+        parts = trainings(next(iter(rows[row].values())), row, table)
+        line = [row, str(len(evals[row])) if parts else "", *(made[i] for i in kept)]
+        line.append(" + ".join(f"{images:,}" for _, images in parts))
         if rates:
-            known = all(made in rates for made, _ in parts)  # a row may be younger than the rates
-            cells.append(" + ".join(f"{images / rates[made] / 60:.1f}" for made, images in parts) if known else "")
-        lines.append(cells)
+            known = all(first in rates for first, _ in parts)  # a row may be younger than the rates
+            line.append(" + ".join(f"{images / rates[first] / 60:.1f}" for first, images in parts) if known else "")
+        lines.append(line)
     return markdown(lines)
 
 

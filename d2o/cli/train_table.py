@@ -56,8 +56,9 @@ def train_table(
             if member.name in problems:
                 console.say(f"{where} is left out: {problems[member.name]}")
                 continue
-            if member.start is not None and member.start.name in failed:
-                failed[member.name] = f"{member.start} failed"
+            needed = [folder for folder in (member.start, *member.reads) if folder is not None]
+            if lost := [folder for folder in needed if folder.name in failed]:
+                failed[member.name] = f"{lost[0]} failed"
                 continue
             try:
                 with opened(member.folder, member.recipe, True, member.start, device, rank, world) as unfinished:
@@ -110,7 +111,7 @@ def _measure(table: str, members: list[TableMember], runs: Path, mini: bool) -> 
 
 
 def _plans(members: list[TableMember]) -> list[Plan]:
-    """A plan for each, as --plan makes it; a run of this table that is still to come is not missed as a beginning."""
+    """A plan for each, as --plan makes it; a run of this table that is still to come is not missed."""
     from d2o.recipes.plan import make_plan
 
     teachers: dict[str, Teacher] = {}
@@ -120,6 +121,8 @@ def _plans(members: list[TableMember]) -> list[Plan]:
         start = member.start if member.start is None or member.start.exists() or not member.made else None
         before = None if member.start is None else made.get(member.start)
         plan = make_plan(member.recipe, start, teachers, before=before)
+        to_come = [str(folder) for folder in member.reads if not folder.exists()]
+        plan.refused = [line for line in plan.refused if not any(folder in line for folder in to_come)]
         checks = (
             lambda member=member: check_options(member.recipe, None, member.start),
             lambda member=member: check_run(member.folder, member.recipe, True, member.start),

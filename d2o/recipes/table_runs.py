@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from d2o.errors import UserError
 from d2o.interop.safetensors_io import read_meta
@@ -18,7 +19,8 @@ from d2o.training.checkpoint import state_file
 @dataclass(frozen=True)
 class TableMember:
     """One training. `source`: its recipe as a command line names it; `overrides`: changes of it; `start`: the run that
-    it begins from, `made`: which is one of this table's."""
+    it begins from, `made`: which is one of this table's; `reads`: others of this table's that its recipe names, as that
+    of a critic to begin with."""
 
     name: str
     source: str
@@ -27,6 +29,7 @@ class TableMember:
     folder: Path
     start: Path | None
     made: bool
+    reads: frozenset[Path] = frozenset()
 
 
 def table_members(table: str, overrides: Sequence[str], mini: bool, under: str) -> list[TableMember]:
@@ -39,8 +42,9 @@ def table_members(table: str, overrides: Sequence[str], mini: bool, under: str) 
     """
     paper = load_table(table)
     rows = [(row, run) for row in paper.rows for run in paper.runs_of(row, under)]
-    wanted = {run.folder: _Wanted(row.name, str(row.recipe), row.changes, run) for row, run in reversed(rows)}
-    wanted = dict(reversed(wanted.items()))  # several rows are of one student: the first of them says how it is made
+    wanted: dict[str, _Wanted] = {}
+    for row, run in rows:  # several may be of one student: the first of them says how it is made
+        wanted.setdefault(run.folder, _Wanted(row.name, str(row.recipe), row.changes, run))
     for row, run in rows:
         source = None if row.start is None or run.start in wanted else default_recipe(row.start)
         if run.start is not None and source is not None and not _is_here(Path(run.start)):
@@ -97,12 +101,27 @@ def _is_here(folder: Path) -> bool:
 
 def _ordered(members: list[TableMember]) -> list[TableMember]:
     """Each behind the run that it begins from."""
-    folders, done, waiting = {member.folder for member in members}, list[TableMember](), list(members)
+    folders, done = {member.folder for member in members}, list[TableMember]()
+    waiting = [replace(m, made=m.start in folders, reads=frozenset(_named(m.recipe) & folders)) for m in members]
     while waiting:
         ready = {member.folder for member in done}
-        now = [member for member in waiting if member.start not in folders or member.start in ready]
+        now = [m for m in waiting if (not m.made or m.start in ready) and m.reads <= ready]
         if not now:
             raise UserError(f"these runs begin from one another: {', '.join(member.name for member in waiting)}")
-        done += [TableMember(**{**vars(member), "made": member.start in folders}) for member in now]
+        done += now
         waiting = [member for member in waiting if member not in now]
     return done
+
+
+def _named(recipe: Recipe) -> set[Path]:
+    """Every path that the recipe may name."""
+    found, rest = set[Path](), list[Any](recipe.resolved().values())
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            found.add(Path(value))
+        elif isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    return found

@@ -99,3 +99,36 @@ def test_both_stages_of_a_paper_s_table_in_small(tmp_path, monkeypatch, capsys):
     assert d2o("eval", "--table", "d2g_table3", "--runs", "runs/mini", "--prompts", "none.txt") == 2
     said = capsys.readouterr()
     assert "is the small version (--mini) of d2g_sd_cfg3:gan" in said.err and "not run" in said.out
+
+
+@pytest.mark.long
+def test_a_run_that_a_recipe_names_is_trained_before_it(tmp_path, monkeypatch, capsys):
+    """GDD's row of a critic that begins as that of a GAN, which is a row, trained once whatever the table's seeds."""
+    monkeypatch.chdir(tmp_path)
+    found = table_members("mini_gdd", [], False, "runs")
+    names = [one.name for one in found]
+    assert names[0] == "gdd_digits_seed0" and names.count("gdd_digits_critic") == 1
+    pretrained = found[names.index("gdd_digits_stylegan2_pretrained_seed1")]
+    assert pretrained.reads == {Path("runs/gdd_digits_critic")} and pretrained.start is None
+    assert names.index("gdd_digits_critic") < names.index("gdd_digits_stylegan2_pretrained_seed0")
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--table", "gdd_table1a", "--mini", "--plan"])
+    assert done.value.code == 0 and "would start: nothing is missing" in capsys.readouterr().out
+    small = 'eval: "null", preview: "null"'
+    Path("two.yaml").write_text(f"""
+title: A critic that begins as that of a GAN
+paper: none
+rows:
+  - name: GDD
+    x: runs/gdd
+    recipe: "gdd_digits:stylegan2_pretrained"
+    set: {{images: 16, gdd.critic.pretrained: runs/gan, {small}}}
+  - name: GAN
+    x: runs/gan
+    recipe: "spi_gan_digits:k1"
+    set: {{images: 32, spi_gan.critic.time: none, {small}}}
+""")
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--table", "two.yaml", "--set", "data.licence=CC-BY-4.0"])
+    said = capsys.readouterr()
+    assert done.value.code == 0 and said.err.index("--- gan (1 of 2)") < said.err.index("--- gdd (2 of 2)")
