@@ -220,13 +220,14 @@ def _extras() -> dict[str, JsonObject]:
 def _teachers() -> dict[str, str]:
     """Teachers that are on this machine -> where."""
     from d2o.interop import catalogue
+    from d2o.teachers.registry import BUILTIN
 
     here = {
         name: catalogue.path_if_here(published)
         for name in catalogue.names()
         if (published := catalogue.find(name)) is not None
     }
-    return {"digits": "ships with d2o", "tiny-sd": "ships with d2o"} | {
+    return dict.fromkeys(BUILTIN, "ships with d2o") | {
         name: _tidy(path) for name, path in here.items() if path is not None
     }
 

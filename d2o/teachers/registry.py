@@ -27,7 +27,11 @@ from d2o.spaces.load import EDM2
 from d2o.teachers.base import GUIDED_BY, UNSTATED, Spec, Teacher, guided_name
 from d2o.teachers.latent import text_to_image_teacher
 
-BUILTIN = {"digits": "teacher_digits.safetensors", "tiny-sd": "tiny-sd"}
+BUILTIN = {
+    "digits": "teacher_digits.safetensors",
+    "cifar16": "teacher_cifar16.safetensors",
+    "tiny-sd": "tiny-sd",
+}
 """Name -> file or diffusers folder in d2o/assets."""
 TINY_SD_LICENCE = "CC-BY-4.0"
 
