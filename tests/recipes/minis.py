@@ -60,7 +60,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("stores")
 
 
-def train_die_resume_and_sample(name: str, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_die_resume_and_sample(name: str, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns how many images it trained on."""
     recipe = load_recipe(name, mini=True)
     assert recipe.images <= 40_000
     batch = min(recipe.batch, 2 if recipe.method == "diffusion2gan" else 4)
@@ -107,3 +108,4 @@ def train_die_resume_and_sample(name: str, stores: Path, tmp_path: Path, monkeyp
         if recipe.pairs is not None and isinstance(recipe.pairs.cfg, tuple):
             asked += ["--cfg", recipe.pairs.cfg[0]]
         assert run("sample", folder, "--n", 2, *asked, "--out", tmp_path / "images.zip") == 0
+    return int(meta["images"])

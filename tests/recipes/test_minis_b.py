@@ -18,4 +18,4 @@ NAMES = recipe_names()
 def test_it_trains_dies_resumes_and_samples(
     name: str, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_die_resume_and_sample(name, stores, tmp_path, monkeypatch)
+    assert train_die_resume_and_sample(name, stores, tmp_path, monkeypatch) >= 10
