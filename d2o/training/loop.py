@@ -66,9 +66,8 @@ class Trainer:
         self.setup, self.start, self.provenance = setup, str(start) if start else None, provenance or []
         if isinstance(recipe.threads, int):
             torch.set_num_threads(recipe.threads)
-        torch.backends.cudnn.allow_tf32 = (
-            False  # fp32 is fp32, as in the papers' code; of matrix products it is torch's default
-        )
+        # fp32 is fp32, as in the papers' code; matrix products are so by torch's default
+        torch.backends.cudnn.allow_tf32 = False
         self.local, self.micro = divide(recipe, rank, world)
         torch.manual_seed(mix(recipe.seed, "init"))
         self.method: Method = get_method(recipe.method)(setup)
