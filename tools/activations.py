@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from d2o.evaluation.results import compact_json
+from results import made_by
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 STATS = ("mean_abs", "rms", "mean")
-TRAIN = "d2o train teacher_digits --mini --set network.arch=ncsnpp --set eval=null --set threads=1"
+CHANGES = ["network.arch=ncsnpp", "eval=null", "threads=1"]
+TRAIN = f"d2o train teacher_digits --mini {' '.join(f'--set {change}' for change in CHANGES)}"
 TEACHERS = {"digits": "digits", "digits_ncsnpp": "{runs}/teacher_ncsnpp"}
 """Name -> X. The first ships; the second is trained by `TRAIN`."""
 
@@ -65,7 +66,7 @@ def measure(runs: str) -> dict[str, Any]:
         for layer in record["layers"]:
             layer["maxima"] = [len(layer["maxima"]), *layer["maxima"][:MAXIMA]]
         records[target.stem] = record
-    return {"commands": lines, "records": records}
+    return {"commands": lines, **made_by("teacher_digits", CHANGES), "records": records}
 
 
 def table(record: dict[str, Any]) -> str:

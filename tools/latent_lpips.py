@@ -10,7 +10,6 @@ The picture and the curves of the latter go to docs/.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shlex
 import shutil
@@ -19,11 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from d2o.evaluation.protocol import hardware
 from d2o.reports.curves import read_curves
+from results import made_by, put
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 JUDGES = "latent-lpips-tiny-sd latent-mse-tiny-sd mse"
 VARIANTS = "none,b,bg,bgc,bgco,lpips"
 AFTER = (100, 200, 2000)
@@ -82,22 +80,17 @@ def main() -> None:
     if not (ROOT / answers).exists():
         run(commands[0])
     run(commands[1])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     record = {
         "what": "the LatentLPIPS that ships for tiny-sd: agreement with the known order of distorted digits, and the "
         "reconstruction of digits from noise under it",
         "commands": commands,
         "2afc": json.loads((ROOT / answers).read_text()),
         "reconstruction": reconstruction(ROOT / sweep),
-        "hardware": hardware(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        **made_by("latent_reconstruction:lpips"),
     }
     (ROOT / "results" / "latent_lpips.json").write_text(json.dumps(record, indent=1) + "\n")
     for name in ("svg", "png"):
         shutil.copy(ROOT / sweep / f"sweep.{name}", ROOT / "docs" / f"latent_reconstruction.{name}")
-    from results import put
-
     put(ROOT / "docs" / "results.md", "latent_lpips", tables(record))
     print(tables(record))
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,21 @@ def budget(run: Path) -> dict[str, Any]:
     ]
     seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in zip([{"images": 0}, *steps], steps))
     return {"images": steps[-1]["images"], "minutes": round(seconds / 60, 2)}
+
+
+def revision() -> str:
+    """The commit that is checked out, with a mark where a file of it is changed."""
+    line = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def made_by(mini: str | None = None, changes: list[str] | None = None) -> dict[str, Any]:
+    """What a record says of how it was made: commit, machine, date, and all settings of a recipe's small version."""
+    from d2o.evaluation.protocol import hardware
+    from d2o.recipes.load import load_recipe
+
+    made = {} if mini is None else {"recipe": load_recipe(mini, changes or [], mini=True).resolved()}
+    return made | {"commit": revision(), "hardware": hardware(), "date": datetime.date.today().isoformat()}
 
 
 def put(path: Path, name: str, text: str) -> None:

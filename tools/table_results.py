@@ -28,7 +28,7 @@ from d2o.recipes.load import load_recipe
 from d2o.reports.cells import number
 from d2o.reports.paper_tables import PaperRow, PaperTable, RowRun, load_table
 from d2o.reports.verdicts import verdicts
-from results import budget, put
+from results import budget, put, revision
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = [
@@ -56,6 +56,14 @@ COLUMNS = {
         ("rmse", "rmse to teacher", "{:.3f}", 1),
     ],
     "mini_gdd": [*DIGITS[:4], ("fd@lite0", "FD(lite0)", "{:.2f}", 1)],
+    "cifar16": [
+        ("fd@cifar16", "FD(cifar16)", "{:.2f}", 1),
+        ("rel-fd@cifar16", "rel-FD to the teacher", "{:.2f}", 1),
+        DIGITS[2],
+        *[(f"{key}@cifar16", f"{key}, %", "{:.1f}", 100) for key in ("precision", "recall", "coverage")],
+        ("fd@lite0", "FD(lite0)", "{:.1f}", 1),
+        ("nfe", "calls an image", "{}", 1),
+    ],
     "mini_gdd_fig2": [DIGITS[0], ("rel-fd@digits", "rel-FD to the one-step student", "{:.2f}", 1), *DIGITS[2:4]],
 }
 
@@ -178,12 +186,6 @@ def measure(job: Job) -> None:
     os.replace(part, job.record)
 
 
-def revision() -> str:
-    """The commit that is checked out, with a mark where a file of it is changed."""
-    line = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def run(line: str) -> None:
     print(f"$ {line}", flush=True)
     subprocess.run([sys.executable, "-m", "d2o", *shlex.split(line)[1:]], check=True, cwd=ROOT)
@@ -274,7 +276,7 @@ def cell(evals: list[dict[str, Any]], key: str, _: str, shape: str, scale: float
     """The mean of a number over trainings, and their deviation; a lone one's over its repetitions. What some of them
     have not been measured by is the mean of the others."""
     if key == "nfe":
-        return shape.format(evals[0]["x"]["nfe"])
+        return shape.format(evals[0]["x"].get("nfe") or "")
     found = [metric for record in evals if (metric := number_of(record["metrics"], key)) is not None]
     if not found:
         return ""

@@ -9,17 +9,16 @@ classifier `digits`; at several guidance weights. For the empty prompt: which di
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from pathlib import Path
 
 import torch
 
 from d2o.diffusion.noise import noise_for_seeds
-from d2o.evaluation.protocol import hardware
 from d2o.features.load import load_features
 from d2o.methods.latent_diffusion import classify
 from d2o.teachers.registry import load_teacher
+from results import made_by
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEED = 5_000_000
@@ -56,8 +55,7 @@ def main() -> None:
         "seeds": [SEED, SEED + options.n - 1],
         "teacher": options.teacher,
         "teacher_sha256": teacher.fingerprint,
-        "hardware": hardware(),
-        "date": datetime.date.today().isoformat(),
+        **made_by(),
     }
     path = Path(__file__).parents[1] / "results" / "tiny_sd.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

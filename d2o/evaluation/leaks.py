@@ -14,6 +14,7 @@ FAMILIES = {
     "dinov2": ("dinov2", "dino"),
     "clip": ("clip",),
     "digits": ("digits",),
+    "cifar16": ("cifar16",),
     "dreamsim": ("dreamsim",),
     "lpips": ("lpips",),
 }

@@ -127,23 +127,26 @@ def _by_way(name: str, weights: Path | None, device: Device) -> Extractor:
 
 def read_extractor(name: str, path: Path, device: Device = "cpu") -> Extractor:
     """The classifier of d2o's own in a file, as an extractor. UserError: none, or as `read_classifier`."""
-    from d2o.features.digits import read_classifier
+    from d2o.features.classifier import read_classifier
 
     return FeatureExtractor(name, read_classifier(name, path, device), device, whole=True)
 
 
-def _digits(name: str, weights: Path | None, device: Device) -> Extractor:
+def _classifier(name: str, weights: Path | None, device: Device) -> Extractor:
     return FeatureExtractor(name, load_features(name, device, weights), device, whole=True)
 
 
 EXTRACTORS: dict[str, Callable[[str, Path | None, Device], Extractor]] = {
-    "digits": _digits,
+    "digits": _classifier,
+    "cifar16": _classifier,
     **dict.fromkeys(WAYS, _by_way),
 }
 """Name -> function of (name, weights file or None, device)."""
 
 DEFAULTS: dict[tuple[int, int, int], str] = {(1, 8, 8): "digits"}
 """Image shape -> extractor used when none is named."""
+JUDGES_OF = {"cifar16": "cifar16"}
+"""Teacher -> the same for its own images and its distillates'."""
 NATURAL = "lite0"
 """The same for all other images: its weights come with a package, so it works without a network. Not FID, and never
 called so."""
@@ -167,8 +170,11 @@ def load_extractor(name: str, device: Device = "cpu", weights: Path | None = Non
     return FeatureExtractor(network.name, network, device, whole=True)
 
 
-def default_extractor(shape: tuple[int, ...]) -> str:
-    """The extractor for images of `shape` (C, H, W) when none is named. UserError where there is no default."""
+def default_extractor(shape: tuple[int, ...], teacher: str | None = None) -> str:
+    """The extractor for images of `shape` (C, H, W), made by `teacher` or a distillate of it (None: by neither), when
+    none is named. UserError where there is no default."""
+    if teacher in JUDGES_OF:
+        return JUDGES_OF[teacher]
     if shape in DEFAULTS:
         return DEFAULTS[shape]
     if shape[0] == 3 and min(shape[1:]) >= SMALLEST:

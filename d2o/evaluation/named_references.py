@@ -1,5 +1,5 @@
-"""Published reference statistics by name: what papers of the field compare with, fetched when they are first asked
-for."""
+"""Reference statistics by name: what papers of the field compare with, fetched when they are first asked for, and
+d2o's own, which ship."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from d2o.errors import UserError, unknown
 from d2o.evaluation.statistics import Statistics
 from d2o.evaluation.statistics_files import load_statistics
+from d2o.interop.assets import asset
 from d2o.interop.download import download, home
 from d2o.interop.transfer import Received
 
@@ -37,8 +38,8 @@ class NamedReference:
     """A published file of statistics.
 
     `extractors` that made them, by d2o's names; `n` images stand behind them (None: the publisher doesn't say);
-    `images`: how many it holds itself, for metrics that need single images. Nobody published checksums: what is
-    downloaded first is pinned.
+    `images`: how many it holds itself, for metrics that need single images; `ships`: its file in d2o/assets. Nobody
+    published checksums: what is downloaded first is pinned.
     """
 
     name: str
@@ -49,10 +50,13 @@ class NamedReference:
     licence_url: str
     about: str
     images: int = 0
+    ships: str | None = None
 
     @property
     def path(self) -> Path:
         """Where the file is kept, or may be put by hand."""
+        if self.ships is not None:
+            return asset(self.ships)
         return home() / "references" / self.url.rpartition("/")[2]
 
 
@@ -100,6 +104,17 @@ REFERENCES = {
             " precision and recall",
             images=10_000,
         ),
+        NamedReference(
+            "d2o-cifar10-16",
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            ("cifar16",),
+            50_000,
+            "not stated (CIFAR-10, Krizhevsky 2009)",
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            "CIFAR-10 training set reduced to 16x16, over the classifier cifar16: for the teacher of that name and its"
+            " distillates; ships with d2o",
+            ships="reference_cifar16.npz",
+        ),
     )
 }
 """Name -> published reference. clean-fid's are named by its own scheme, see `lookup`."""
@@ -144,12 +159,12 @@ def lookup(name: str) -> NamedReference:
 
 
 def find_reference(name: str, progress: Received | None = None) -> Path:
-    """The file of a published reference, downloaded to `home()/references` unless it is there.
+    """The file of a reference, downloaded to `home()/references` unless it is there or ships.
 
     UserError: an unknown name; no network, or not there (with the URL, and the place to put it).
     """
     entry = lookup(name)
-    return download(entry.url, entry.path, progress=progress)
+    return entry.path if entry.ships else download(entry.url, entry.path, progress=progress)
 
 
 def load_reference_statistics(name: str, feature: str | None = None, progress: Received | None = None) -> Statistics:

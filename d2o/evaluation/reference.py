@@ -32,7 +32,7 @@ from d2o.interop.assets import asset
 SHIPPED = {"real:digits": "reference_digits.npz"}
 """Reference -> statistics in d2o/assets (made by `d2o eval real:digits --save-stats`), used where their extractor has
 the same weights."""
-OWN_IMAGES = {"digits": "real:digits"}
+OWN_IMAGES = {"digits": "real:digits", "cifar16": "d2o-cifar10-16"}
 """Teacher -> the images that it was trained on: what its distillates are compared with by default."""
 
 

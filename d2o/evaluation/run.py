@@ -247,7 +247,7 @@ def _main(x: Subject, wants: Sequence[Want], tools: Tools) -> Extractor | None:
         raise UserError(
             f"no default feature extractor for {x.source}, which works in latents; name one with --extractor"
         )
-    return tools.extractor(default_extractor(tuple(x.shape)))
+    return tools.extractor(default_extractor(tuple(x.shape), x.teacher))
 
 
 def _hold_to(preset: Preset, reference: Reference | None, plan: Task) -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from d2o.features.backbone import Backbone
 
 MODULES: dict[str, str] = {
-    "digits": "digits",
+    "digits": "classifier",
+    "cifar16": "classifier",
     "inception": "inception",
     "vgg16": "vgg16",
     "vgg16_bn": "vgg16",
@@ -36,7 +37,10 @@ MODULES: dict[str, str] = {
 
 BACKBONES = {
     **{name: "load" for name, module in MODULES.items() if module == "deit"},
-    **{name: "load_as_backbone" for name in ("vgg16_bn", "digits", *(n for n, m in MODULES.items() if m == "lite0"))},
+    **{
+        name: "load_as_backbone"
+        for name in ("vgg16_bn", "digits", "cifar16", *(n for n, m in MODULES.items() if m == "lite0"))
+    },
 }
 """Of these, what serves as a `Backbone` of a projected critic -> the function of its module."""
 
@@ -65,7 +69,7 @@ def is_latent_lpips(path: Path) -> bool:
 
 def own_classifier(name: str, device: str | torch.device, known: dict[str, str]) -> Features:
     """The classifier at the path `name`. UserError: no path either; a file of another kind."""
-    from d2o.features.digits import read_classifier
+    from d2o.features.classifier import read_classifier
 
     path = Path(name)
     if path.suffix != ".safetensors" and not path.exists():

@@ -393,3 +393,14 @@ def test_other_workers_say_and_write_nothing(work: Path, monkeypatch: pytest.Mon
 def test_help_needs_no_torch() -> None:
     code = "import sys, d2o.cli.eval; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_comes_of_cifar16_is_judged_by_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    once = ["cifar16", "--n", "32", "--solver", "euler", "--steps", "1", "--no-teacher-distance", "--device", "cpu"]
+    run(*once, "--json", "record.json")
+    record = json.loads(Path("record.json").read_text())
+    assert record["metrics"]["fd"]["value"] > 0 and "accuracy" in record["metrics"]
+    assert record["protocol"]["reference"]["name"] == "d2o-cifar10-16" and "cifar16" in record["protocol"]["features"]
+    with pytest.raises(UserError, match="cifar16"):
+        run(*once, "--extractor", "lite0")

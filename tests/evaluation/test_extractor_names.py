@@ -9,7 +9,7 @@ import torch
 
 from d2o.errors import UserError
 from d2o.evaluation.named_extractors import default_extractor, extractor_names, load_extractor
-from d2o.features import digits, load_features
+from d2o.features import classifier, load_features
 from d2o.interop.safetensors_io import file_sha256
 from tests.helpers import tiny_student
 
@@ -62,6 +62,7 @@ def test_unknown_names_list_the_known() -> None:
     with pytest.raises(UserError, match="no such file"):
         load_extractor("absent.safetensors")
     assert default_extractor((1, 8, 8)) == "digits" and default_extractor((3, 64, 64)) == "lite0"
+    assert default_extractor((3, 16, 16)) == "lite0" and default_extractor((3, 16, 16), "cifar16") == "cifar16"
     with pytest.raises(UserError, match="name one with --extractor"):
         default_extractor((4, 64, 64))
 
@@ -73,7 +74,7 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_absent_asset_is_an_error_not_a_substitute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(digits, "asset", lambda name: tmp_path / name)
+    monkeypatch.setattr(classifier, "asset", lambda name: tmp_path / name)
     with pytest.raises(UserError, match="weights of the extractor 'digits' are missing") as caught:
         load_extractor("digits")
     assert "d2o train recipes/classifier_digits.yaml" in caught.value.hint

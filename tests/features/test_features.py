@@ -15,6 +15,7 @@ from d2o.spaces.load import SPACES
 
 MAPS = {  # channels and sides of the maps of 64 px images
     "digits": [(32, 8), (32, 8), (64, 4), (64, 4)],
+    "cifar16": [(64, 16), (64, 16), (128, 8), (128, 8)],
     "inception": [(64, 73), (192, 35), (768, 17), (2048, 8)],
     "vgg16": [(64, 224), (128, 112), (256, 56), (512, 28), (512, 14)],
     "vgg16_bn": [(128, 112), (256, 56), (512, 28), (512, 14)],
@@ -59,7 +60,7 @@ def test_maps_and_vectors_of_each(name):
 
 def test_every_name_is_in_the_table_and_has_weights():
     assert set(MODULES) == {*MAPS, "dreamsim"}
-    of = {"digits": "", "vgg16": "vgg16-fc2", "clip": "clip-vit-b-32", "tf_efficientnet_lite0": "lite0"}
+    of = {"digits": "", "cifar16": "", "vgg16": "vgg16-fc2", "clip": "clip-vit-b-32", "tf_efficientnet_lite0": "lite0"}
     of |= {"tf_efficientnet_b0": "efficientnet-b0", **deit.WEIGHTS}
     assert {of.get(name, name) for name in MODULES} - {""} <= set(WEIGHTS)
     assert {way.features for way in WAYS.values()} <= set(MODULES)
@@ -70,7 +71,7 @@ def pictures(features: Features, n: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["digits", "lite0"])
+@pytest.mark.parametrize("name", ["digits", "cifar16", "lite0"])
 def test_the_evaluation_s_extractor_is_the_same_of_8_bits(name):
     features, extractor = load_features(name), load_extractor(name)
     images = pictures(features)
@@ -82,7 +83,7 @@ def test_the_evaluation_s_extractor_is_the_same_of_8_bits(name):
         features.maps(images)
 
 
-@pytest.mark.parametrize("name", ["digits", "lite0"])
+@pytest.mark.parametrize("name", ["digits", "cifar16", "lite0"])
 def test_gradients_reach_the_images(name):
     features = load_features(name)
     x = (pictures(features, 1) / 127.5 - 1).requires_grad_()

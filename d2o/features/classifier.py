@@ -1,4 +1,4 @@
-"""Small classifiers of d2o's own as features: `digits`, which ships, and those that `d2o train` makes."""
+"""Small classifiers of d2o's own as features: `digits` and `cifar16`, which ship, and those that `d2o train` makes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from d2o.interop.safetensors_io import file_sha256, load_file
 from d2o.networks.classifier import Classifier
 from d2o.networks.load import load_weights
 
-NAMES = ("digits",)
+NAMES = ("digits", "cifar16")
+"""Those that ship: d2o/assets/classifier_NAME.safetensors, by the recipe classifier_NAME."""
 
 
 class ClassifierFeatures(Features):
@@ -51,13 +52,13 @@ class ClassifierFeatures(Features):
 
 def load(name: str, weights: Path | None = None, device: str | torch.device = "cpu") -> Features:
     """The classifier that ships, or another in its place. UserError: it is missing, or as `read_classifier`."""
-    path = weights or asset("classifier_digits.safetensors")
+    path = weights or asset(f"classifier_{name}.safetensors")
     if not path.exists():
         raise UserError(
-            "the weights of the extractor 'digits' are missing (d2o/assets/classifier_digits.safetensors)",
-            "re-install d2o, or train them: d2o train recipes/classifier_digits.yaml, then --extractor PATH",
+            f"the weights of the extractor {name!r} are missing (d2o/assets/classifier_{name}.safetensors)",
+            f"re-install d2o, or train them: d2o train recipes/classifier_{name}.yaml, then --extractor PATH",
         )
-    return read_classifier("digits", path, device)
+    return read_classifier(name, path, device)
 
 
 def load_as_backbone(
