@@ -26,11 +26,10 @@ SAME_JOB = {
 ROLES = {"base", "build", "folder", "generate", "load"}
 """What a file does in its package, whatever the package is about."""
 SUBJECTS = {
-    "classifier": "the network; the method that trains it",
+    "classifier": "the network; the method that trains it; what is read from it",
     "consistency": "the losses; the students that are trained with them",
     "copying": "of a network; of a recipe into a file",
     "dd_gan": "the critic; the method",
-    "digits": "the images; the features of the classifier that knows them",
     "edm": "the augmentations; the method, both EDM's",
     "inception": "the network; what is read from it",
     "latent": "the networks; the teacher made of them",

@@ -276,10 +276,10 @@ class Method(ABC, Generic[O]):
         """An iteration whose step takes the most memory, for plans: of a method with phases, one of the last."""
         return 0
 
-    def period(self) -> int:
-        """Iterations after which all networks have made a step, for plans: above 1, the first of them has the steps of
-        all, and the others are alike."""
-        return 1
+    def intervals(self) -> tuple[int, ...]:
+        """From one iteration to the next that does what others leave out (a step of a network, a penalty), for plans:
+        counted from `heaviest`, which does all of it."""
+        return ()
 
     @abstractmethod
     def describe(self) -> JsonObject:

@@ -124,6 +124,9 @@ class DDGAN(StudentMethod[DDGANOptions]):
     def players(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "critic": self.critic}
 
+    def intervals(self) -> tuple[int, ...]:
+        return (self.options.r1_every,) if self.options.r1_gamma else ()
+
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         regularise = self.options.r1_gamma > 0 and iteration % self.options.r1_every == 0
         log: dict[str, list[Tensor]] = {"loss_g": [], "loss_d": [], "logit_real": [], "logit_fake": []}

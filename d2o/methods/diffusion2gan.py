@@ -239,8 +239,8 @@ class Diffusion2GAN(StudentMethod[Diffusion2GANOptions]):
     def frozen(self) -> dict[str, nn.Module]:
         return {} if self.distance.network is None else {"distance": self.distance.network}
 
-    def period(self) -> int:
-        return self.options.r1.interval if self.critic is not None and self.options.r1.gamma else 1
+    def intervals(self) -> tuple[int, ...]:
+        return (self.options.r1.interval,) if self.critic is not None and self.options.r1.gamma else ()
 
     def step(self, loop: Loop, batch: Batch, iteration: int) -> dict[str, Tensor]:
         log: Losses = {"loss": []}

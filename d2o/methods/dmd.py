@@ -272,8 +272,8 @@ class DMD(ScoreMethod[DMDOptions]):
             loop.backward(loss)
         loop.update("student")
 
-    def period(self) -> int:
-        return self.options.student_every
+    def intervals(self) -> tuple[int, ...]:
+        return (self.options.student_every,)
 
     def settle(self) -> None:
         keep_normalised(self.student.network)

@@ -193,8 +193,8 @@ class GDD(StudentMethod[GDDOptions]):
     def heaviest(self) -> int:
         return self.options.r1.interval if self.options.r1.gamma else 0
 
-    def period(self) -> int:
-        return self.options.r1.interval if self.options.r1.gamma else 1
+    def intervals(self) -> tuple[int, ...]:
+        return (self.options.r1.interval,) if self.options.r1.gamma else ()
 
     def settle(self) -> None:
         self.critic.settle()

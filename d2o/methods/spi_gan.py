@@ -129,6 +129,10 @@ class SPIGAN(StudentMethod[SPIGANOptions]):
     def states(self) -> dict[str, nn.Module]:
         return {"ada": self.controller, "path_length": self.path_length}
 
+    def intervals(self) -> tuple[int, ...]:
+        o = self.options
+        return (*([o.pl_every] if o.pl_weight else []), *([o.r1_every] if o.r1_gamma else []))
+
     def optim(self, name: str, options: S) -> S:
         if not self.options.lazy_correction:
             return options

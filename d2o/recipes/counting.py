@@ -21,6 +21,8 @@ from d2o.students.few_step import FewStepStudent
 
 META = torch.device("meta")
 T = TypeVar("T")
+Due = tuple[bool, ...]
+"""Which of what a method does at intervals an iteration does."""
 
 
 def meta_batch(method: Method, setup: Setup, n: int) -> Batch:
@@ -134,25 +136,31 @@ class CountingLoop:
 
     def __init__(self, method: Method, micro: int, half: bool = False, many: int = 1):
         self.networks, self.micro, self.many, self.peak = method.players(), micro, many, 0
-        self.begins, self.period = method.heaviest(), method.period()
-        self.heavy = self.light = 0  # samples through networks in an iteration, each pass of each sample once
+        self.begins, self.intervals = method.heaviest(), method.intervals()
+        self.kinds: dict[Due, int] = {}  # samples through networks in an iteration, each pass of each sample once
         self.rows, self.place = [0, 0], 0
         self.kept, self.again = Kept(half), 0
 
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count, with_kwargs=True) for net in self.networks.values()]
         with RememberedShapes(), _fused(), self._recomputing(), self.kept.watch():
-            self.heavy = self.light = self._counted(method, batch, self.begins)
-            if self.period > 1:
-                self.light = self._counted(method, batch, self.begins + 1)
+            for i in range(math.lcm(*self.intervals)):
+                if self._due(i) not in self.kinds:
+                    self.kinds[self._due(i)] = self._counted(method, batch, self.begins + i)
         for handle in handles:
             handle.remove()
         self.freed()
 
     def passes(self, iterations: int) -> int:
-        """Samples through networks in so many iterations: one in `period` is as heavy as the one it begins with."""
-        heavy = iterations if self.period == 1 else max(0, -(-(iterations - self.begins) // self.period))
-        return heavy * self.heavy + (iterations - heavy) * self.light
+        """Samples through networks in so many iterations, of which those before the heaviest are as the least."""
+        before, period = min(self.begins, iterations), math.lcm(*self.intervals)
+        whole, rest = divmod(iterations - before, period)
+        each = [self.kinds[self._due(i)] for i in range(period)]
+        return before * min(each) + whole * sum(each) + sum(each[:rest])
+
+    def _due(self, i: int) -> Due:
+        """What is done in the i-th iteration from the heaviest on."""
+        return tuple(i % interval == 0 for interval in self.intervals)
 
     def _counted(self, method: Method, batch: Batch, iteration: int) -> int:
         """The first micro-batch may do what is done once (R1 of a single sample); all others are as the second one."""

@@ -40,8 +40,8 @@ class Regression:
     def heaviest(self):
         return 0
 
-    def period(self):
-        return 1
+    def intervals(self):
+        return ()
 
     def loss(self):
         return self.net(*self.inputs).sample.square().mean()
@@ -77,8 +77,8 @@ class Lazy(Regression):
     def heaviest(self):
         return self.begins
 
-    def period(self):
-        return 3
+    def intervals(self):
+        return (3,)
 
     def step(self, loop, batch, iteration):
         for i, _ in enumerate(loop.micro_batches(batch)):
@@ -104,6 +104,21 @@ def test_gdd_s_penalty_is_counted_when_it_is_due():
     recipe = load_recipe("gdd_digits", ["images=8000", "batch=16", "eval=null"])
     calls = make_plan(recipe).calls["training (forward passes of trained networks)"]
     assert calls == 5 * 8000 + 31 * 16
+
+
+def test_each_of_spi_gan_s_penalties_is_counted_when_it_is_due():
+    """100 iterations of 32 with both times of K = 2, each with five passes; R1 in every fourth, path lengths of half
+    the images in every sixth."""
+    changes = [
+        "images=3200",
+        "batch=32",
+        "eval=null",
+        "spi_gan.r1_every=4",
+        "spi_gan.pl_weight=2",
+        "spi_gan.pl_every=6",
+    ]
+    calls = make_plan(load_recipe("spi_gan_digits", changes)).calls["training (forward passes of trained networks)"]
+    assert calls == 2 * (5 * 3200 + 25 * 32 + 17 * 16)
 
 
 def test_checkpointing_keeps_what_enters_blocks_and_computes_one_again(monkeypatch):
