@@ -21,7 +21,7 @@ from d2o.students.few_step import FewStepStudent
 
 META = torch.device("meta")
 T = TypeVar("T")
-Due = tuple[bool, ...]
+DoneThen = tuple[bool, ...]
 """Which of what a method does at intervals an iteration does."""
 
 
@@ -137,7 +137,7 @@ class CountingLoop:
     def __init__(self, method: Method, micro: int, half: bool = False, many: int = 1):
         self.networks, self.micro, self.many, self.peak = method.players(), micro, many, 0
         self.begins, self.intervals = method.heaviest(), method.intervals()
-        self.kinds: dict[Due, int] = {}  # samples through networks in an iteration, each pass of each sample once
+        self.kinds: dict[DoneThen, int] = {}  # samples through networks in an iteration, each pass of each sample once
         self.rows, self.place = [0, 0], 0
         self.kept, self.again = Kept(half), 0
 
@@ -145,8 +145,8 @@ class CountingLoop:
         handles = [net.register_forward_hook(self._count, with_kwargs=True) for net in self.networks.values()]
         with RememberedShapes(), _fused(), self._recomputing(), self.kept.watch():
             for i in range(math.lcm(*self.intervals)):
-                if self._due(i) not in self.kinds:
-                    self.kinds[self._due(i)] = self._counted(method, batch, self.begins + i)
+                if self._done_then(i) not in self.kinds:
+                    self.kinds[self._done_then(i)] = self._counted(method, batch, self.begins + i)
         for handle in handles:
             handle.remove()
         self.freed()
@@ -155,10 +155,10 @@ class CountingLoop:
         """Samples through networks in so many iterations, of which those before the heaviest are as the least."""
         before, period = min(self.begins, iterations), math.lcm(*self.intervals)
         whole, rest = divmod(iterations - before, period)
-        each = [self.kinds[self._due(i)] for i in range(period)]
+        each = [self.kinds[self._done_then(i)] for i in range(period)]
         return before * min(each) + whole * sum(each) + sum(each[:rest])
 
-    def _due(self, i: int) -> Due:
+    def _done_then(self, i: int) -> DoneThen:
         """What is done in the i-th iteration from the heaviest on."""
         return tuple(i % interval == 0 for interval in self.intervals)
 
