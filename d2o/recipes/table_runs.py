@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from d2o.errors import UserError
 from d2o.interop.safetensors_io import read_meta
 from d2o.recipes.load import load_recipe
 from d2o.recipes.schema import Recipe
-from d2o.reports.paper_tables import RowRun, load_table
+from d2o.reports.paper_tables import RowRun, load_table, moved
 from d2o.settings.recipe_names import shipped_names
 from d2o.training.checkpoint import state_file
 
@@ -57,6 +57,9 @@ def table_members(table: str, overrides: Sequence[str], mini: bool, under: str) 
         changes = (*want.changes, *overrides, *seed)
         try:
             recipe = load_recipe(want.source, changes, mini)
+            if own := _elsewhere(recipe, under, wanted):
+                changes = (*changes, *own)
+                recipe = load_recipe(want.source, changes, mini)
         except UserError as error:
             lines |= {f"{want.name}: {line}": None for line in error.message.splitlines()}
             hint = hint or error.hint or ""
@@ -113,15 +116,21 @@ def _ordered(members: list[TableMember]) -> list[TableMember]:
     return done
 
 
+def _elsewhere(recipe: Recipe, under: str, folders: Collection[str]) -> list[str]:
+    """Changes by which the recipe names this table's runs where they are: in the folder `under` instead of `runs`."""
+    texts = [(key, text, moved(text, under)) for key, text in _texts(recipe.resolved())]
+    return [f"{key}={now}" for key, text, now in texts if now in folders and now != text]
+
+
 def _named(recipe: Recipe) -> set[Path]:
     """Every path that the recipe may name."""
-    found, rest = set[Path](), list[Any](recipe.resolved().values())
-    while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            found.add(Path(value))
-        elif isinstance(value, dict):
-            rest += value.values()
-        elif isinstance(value, list):
-            rest += value
-    return found
+    return {Path(text) for _, text in _texts(recipe.resolved())}
+
+
+def _texts(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among a recipe's settings, with its key."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _texts(value, f"{above}{name}.")
+        elif isinstance(value, str):
+            yield f"{above}{name}", value

@@ -132,3 +132,8 @@ rows:
         main(["train", "--table", "two.yaml", "--set", "data.licence=CC-BY-4.0"])
     said = capsys.readouterr()
     assert done.value.code == 0 and said.err.index("--- gan (1 of 2)") < said.err.index("--- gdd (2 of 2)")
+    with pytest.raises(SystemExit) as done:  # elsewhere, the critic is that of the run there
+        main(["train", "--table", "two.yaml", "--set", "data.licence=CC-BY-4.0", "--out", "there"])
+    said = capsys.readouterr()
+    assert done.value.code == 0 and said.err.index("--- gan (1 of 2)") < said.err.index("--- gdd (2 of 2)")
+    assert "pretrained: there/gan" in Path("there/gdd/recipe.yaml").read_text()
