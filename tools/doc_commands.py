@@ -122,13 +122,13 @@ def run_of(recipe: str) -> str:
 
 def taken_for_granted(one: Shown) -> Iterator[str]:
     """Recipes of the runs that it reads."""
-    from d2o.recipes.find import recipe_names
+    from d2o.recipes.table_runs import default_recipe
 
-    recipes = {run_of(name): name for name in recipe_names()}
     for word in one.words:
-        found = re.match(r"runs/(\w+)", word)
-        if found and found[1] in recipes:
-            yield recipes[found[1]]
+        found = re.match(r"runs/\w+", word)
+        recipe = default_recipe(found[0]) if found else None
+        if recipe is not None:
+            yield recipe
 
 
 def run_page(page: Path) -> list[str]:

@@ -62,6 +62,7 @@ COLUMNS = {
         DIGITS[2],
         *[(f"{key}@cifar16", f"{key}, %", "{:.1f}", 100) for key in ("precision", "recall", "coverage")],
         ("fd@lite0", "FD(lite0)", "{:.1f}", 1),
+        ("rel-fd@lite0", "rel-FD(lite0) to the teacher", "{:.1f}", 1),
         ("nfe", "calls an image", "{}", 1),
     ],
     "mini_gdd_fig2": [DIGITS[0], ("rel-fd@digits", "rel-FD to the one-step student", "{:.2f}", 1), *DIGITS[2:4]],
