@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from d2o.condition import Condition
 from d2o.diffusion.noise import noise_for_seeds
 from d2o.features.load import load_features
 from d2o.methods.latent_diffusion import classify
@@ -37,9 +38,8 @@ def main() -> None:
         found = []
         for part in numbers.split(100):
             noise = noise_for_seeds((SEED + part).tolist(), teacher.spec.shape)
-            images = teacher.decode(
-                teacher.sample(noise, [prompts[i % len(prompts)] for i in part.tolist()], "ddim", options.steps, cfg)
-            )
+            asked = Condition.of_prompts([prompts[i % len(prompts)] for i in part.tolist()])
+            images = teacher.decode(teacher.sample(noise, asked, "ddim", options.steps, cfg))
             found.append(classify(extractor, images))
         return torch.cat(found)
 
