@@ -44,6 +44,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy d2o
+	MYPYPATH=tools $(BIN)/mypy $(filter-out tools/site_%, $(wildcard tools/*.py))
 	$(BIN)/lint-imports --no-logo
 
 results: $(READY)

@@ -18,6 +18,8 @@ from d2o.interop.safetensors_io import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, GAP, HEAD = 10, 8, 22
+SEED = 1_000_000
+"""Of the first noise: that of `d2o eval`."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ PAGES = {
 @torch.no_grad()
 def images(teacher: str, run: Path | None, many: int) -> torch.Tensor:
     """[n, C, H, W] in [-1, 1], class after class; without a run the teacher's."""
-    model = d2o.load_teacher(teacher) if run is None else d2o.load_student(run)
-    noise, _ = noise_and_labels(range(first := 1_000_000, first + CLASSES * many), model.spec.shape, CLASSES)
+    model = d2o.load_teacher(teacher)
+    noise, _ = noise_and_labels(range(SEED, SEED + CLASSES * many), model.spec.shape, CLASSES)
     labels = torch.arange(CLASSES).repeat_interleave(many)
     if run is None:
         return model.decode(model.sample(noise, labels))
-    return model.decode(model(noise, labels if model.spec.classes else None))
+    student = d2o.load_student(run)
+    return student.decode(student(noise, labels if student.spec.classes else None))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--teacher", default="tiny-sd")
     options = parser.parse_args()
-    teacher, extractor = load_teacher(options.teacher), load_features("digits")
+    teacher, extractor, by = load_teacher(options.teacher), load_features("digits"), made_by()
     numbers = torch.arange(options.n)
 
     def read(prompts: list[str], cfg: float) -> torch.Tensor:
@@ -55,7 +55,7 @@ def main() -> None:
         "seeds": [SEED, SEED + options.n - 1],
         "teacher": options.teacher,
         "teacher_sha256": teacher.fingerprint,
-        **made_by(),
+        **by,
     }
     path = Path(__file__).parents[1] / "results" / "tiny_sd.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
