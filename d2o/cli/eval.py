@@ -92,8 +92,8 @@ EXTRACTOR = _what(
     "--extractor",
     help=(
         "Feature extractor of metrics that name none: digits, lite0, inception, dinov2_vitl14, clip, vgg16-fc2, ... or "
-        "an own classifier's .safetensors. Default: digits for 8x8 grey images, cifar16 for what comes of that teacher, "
-        "lite0 for other ones in colour."
+        "an own classifier's .safetensors. Default: digits for 8x8 grey images, cifar16 for what comes of that teacher,"
+        " lite0 for other ones in colour."
     ),
     autocompletion=complete.of("extractors", ".safetensors", paths=True),
 )
