@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress, product
 from typing import Any, TypeVar
 
 import torch
@@ -144,23 +145,29 @@ class CountingLoop:
     def run(self, method: Method, batch: Batch) -> None:
         handles = [net.register_forward_hook(self._count, with_kwargs=True) for net in self.networks.values()]
         with RememberedShapes(), _fused(), self._recomputing(), self.kept.watch():
-            for i in range(math.lcm(*self.intervals)):
-                if self._done_then(i) not in self.kinds:
-                    self.kinds[self._done_then(i)] = self._counted(method, batch, self.begins + i)
+            for i in (0, *(math.lcm(*compress(self.intervals, some)) for some in self._subsets())):
+                kind = tuple(i % interval == 0 for interval in self.intervals)
+                if kind not in self.kinds:
+                    self.kinds[kind] = self._counted(method, batch, self.begins + i)
         for handle in handles:
             handle.remove()
         self.freed()
 
     def passes(self, iterations: int) -> int:
         """Samples through networks in so many iterations, of which those before the heaviest are as the least."""
-        before, period = min(self.begins, iterations), math.lcm(*self.intervals)
-        whole, rest = divmod(iterations - before, period)
-        each = [self.kinds[self._done_then(i)] for i in range(period)]
-        return before * min(each) + whole * sum(each) + sum(each[:rest])
+        before = min(self.begins, iterations)
+        after = sum(self._many_of(kind, iterations - before) * passes for kind, passes in self.kinds.items())
+        return before * min(self.kinds.values()) + after
 
-    def _done_then(self, i: int) -> DoneThen:
-        """What is done in the i-th iteration from the heaviest on."""
-        return tuple(i % interval == 0 for interval in self.intervals)
+    def _many_of(self, kind: DoneThen, n: int) -> int:
+        """How many of n iterations do this and no more: those that do it, less those that do more, ..."""
+        more = [some for some in self._subsets() if all(b or not a for a, b in zip(kind, some))]
+        return sum(
+            (-1) ** (sum(some) - sum(kind)) * -(-n // math.lcm(*compress(self.intervals, some))) for some in more
+        )
+
+    def _subsets(self) -> Iterator[DoneThen]:
+        return product((False, True), repeat=len(self.intervals))
 
     def _counted(self, method: Method, batch: Batch, iteration: int) -> int:
         """The first micro-batch may do what is done once (R1 of a single sample); all others are as the second one."""

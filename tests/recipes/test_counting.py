@@ -119,6 +119,8 @@ def test_each_of_spi_gan_s_penalties_is_counted_when_it_is_due():
     ]
     calls = make_plan(load_recipe("spi_gan_digits", changes)).calls["training (forward passes of trained networks)"]
     assert calls == 2 * (5 * 3200 + 25 * 32 + 17 * 16)
+    never = make_plan(load_recipe("spi_gan_digits", [*changes, "spi_gan.r1_every=1000000007"]))  # counted at once, too
+    assert never.calls["training (forward passes of trained networks)"] == 2 * (5 * 3200 + 32 + 17 * 16)
 
 
 def test_checkpointing_keeps_what_enters_blocks_and_computes_one_again(monkeypatch):
