@@ -114,7 +114,7 @@ def open_reference(
         return Reference(text, "images", Given(text, lambda name: shipped))
     named = is_named(text) and not os.path.exists(text)
     path = str(find_reference(text)) if named else text
-    check_there(path)
+    check_there(path, REFERENCES)
     given: Given | None = None
     if named or holds_statistics(path):
         given = Given(

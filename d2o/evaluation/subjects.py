@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,8 +105,9 @@ class Numbers:
 Subject = Generator | Pictures | Numbers
 
 
-def check_there(text: str) -> None:
-    """UserError, at once, where `open_subject` would find nothing of that name, or nothing that can be opened."""
+def check_there(text: str, others: Collection[str] = ()) -> None:
+    """UserError, at once, where `open_subject` would find nothing of that name, or nothing that can be opened.
+    `others`: names that could be meant as well."""
     text = text.partition(GUIDED_BY)[0]
     there = os.path.exists(text)
     if there and not os.path.isdir(text):
@@ -114,11 +115,11 @@ def check_there(text: str) -> None:
     if not (
         there or text.startswith("real:") or text in teacher_names() or any(mark in Path(text).name for mark in "*{")
     ):
-        raise _absent(text)
+        raise _absent(text, others)
 
 
-def _absent(text: str) -> UserError:
-    near = nearest(text, [*teacher_names(), "real:digits"])
+def _absent(text: str, others: Collection[str] = ()) -> UserError:
+    near = nearest(text, [*teacher_names(), "real:digits", *others])
     return UserError(
         f"no such file or teacher: {text!r}" + (f"; did you mean {near!r}?" if near else ""),
         "give a checkpoint, a run, images (folder, zip, tar, npz), a pair store, statistics (.npz), real:digits, or a"

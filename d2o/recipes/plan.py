@@ -24,7 +24,7 @@ from d2o.diffusion.solvers import Solver
 from d2o.errors import MissingImages, UserError
 from d2o.evaluation.extractor import Extractor, check_images_fit
 from d2o.evaluation.named_extractors import load_extractor
-from d2o.evaluation.named_references import is_named, lookup
+from d2o.evaluation.named_references import REFERENCES, is_named, lookup
 from d2o.evaluation.reference import SHIPPED
 from d2o.evaluation.subjects import check_there
 from d2o.inputs import JsonObject
@@ -275,7 +275,7 @@ def _evaluator(plan: Plan, recipe: Recipe, e: Distance) -> Extractor | None:
                 " is needed"
             )
     elif not here and e.reference != OWN_IMAGES and "://" not in e.reference:
-        _attempt(plan.missing, lambda: check_there(e.reference))
+        _attempt(plan.missing, lambda: check_there(e.reference, REFERENCES))
     if extractor is not None and None not in others and here:
         _attempt(plan.refused, lambda: open_evaluator(recipe, torch.device("cpu")))
     return extractor

@@ -402,5 +402,7 @@ def test_what_comes_of_cifar16_is_judged_by_its_own(tmp_path: Path, monkeypatch:
     record = json.loads(Path("record.json").read_text())
     assert record["metrics"]["fd"]["value"] > 0 and "accuracy" in record["metrics"]
     assert record["protocol"]["ref"] == "d2o-cifar10-16" and "cifar16" in record["protocol"]["features"]
+    with pytest.raises(UserError, match="did you mean 'd2o-cifar10-16'"):
+        run(*once, "--against", "d2o-cifar10-1")
     with pytest.raises(UserError, match=r"\(cifar16\) cannot be compared with 1280 features \(lite0\)"):
         run(*once, "--extractor", "lite0")
