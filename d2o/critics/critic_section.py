@@ -60,7 +60,8 @@ class CriticSection(Section):
     pool: Count | Literal["batch"] = field(
         POOL,
         "projected: images that a batch norm of the heads takes together (as one of the published run's 8 GPUs, whose"
-        " ImageNet runs have 64); batch: all of an iteration",
+        " ImageNet runs have 64), where it does not divide the batch the largest divisor below; batch: all of an"
+        " iteration",
     )
     diffaug: bool = field(False, "DiffAugment of real and made images, anew for each backbone; not in R1")
     seed: Seed = field(0, "projected: of the frozen random projections, which are stored with the critic")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2o.errors import UserError, nearest
+from d2o.recipes.aliases import method_of
 from d2o.settings.recipe_names import parted, renamed, shipped_file, shipped_names, stem
 
 
@@ -46,12 +47,22 @@ def find_recipe(name: str | os.PathLike[str]) -> Found:
     short = stem(recipe)
     if short and "/" not in short and (recipe == short or recipe.startswith("recipes/")):
         wrong = f"{short}:{variant}" if variant else short
+        if (method := _method(short)) is not None:
+            raise UserError(f"{wrong!r} is a method, not a recipe", f"`d2o recipes --like {method}` lists its recipes")
         near = nearest(wrong, recipe_names())
         advice = f": did you mean {near!r}?" if near else ""
         raise UserError(f"unknown recipe {wrong!r}{advice}", f"known: {_known()}")
     near = nearest(Path(short).name, recipe_names())
     advice = f"; did you mean recipe {near!r}?" if near else ""
     raise UserError(f"no such recipe file: {given!r}{advice}", f"known recipes: {_known()}")
+
+
+def _method(name: str) -> str | None:
+    """The method that is called so, by its own name or another."""
+    from d2o.methods.base import method_names  # brings torch, which only a mistake waits for
+
+    method = str(method_of(name.replace("_", "-")))
+    return method if method in method_names() else None
 
 
 def _known() -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from d2o.errors import UserError
 from d2o.recipes.find import find_recipe, recipe_names
+from d2o.recipes.listing import entries
 from d2o.recipes.load import load_recipe
 from d2o.settings.recipe_names import RENAMED
 
@@ -64,3 +65,12 @@ def test_an_old_name_can_be_extended(tmp_path):
     assert (recipe.name, recipe.batch, recipe.teacher) == ("mine", 64, "edm2-img512-xs")
     with pytest.raises(UserError, match="unknown recipe 'sid_edm2_512_xq'"):
         load_recipe("sid_edm2_512_xq")
+
+
+@pytest.mark.parametrize("name, method", [("sid", "sid"), ("spi_gan", "spi-gan"), ("d2o-f", "gdd")])
+def test_a_method_in_place_of_a_recipe(name, method):
+    with pytest.raises(UserError) as caught:
+        find_recipe(name)
+    assert caught.value.message == f"{name!r} is a method, not a recipe"
+    assert caught.value.hint == f"`d2o recipes --like {method}` lists its recipes"
+    assert [entry for entry in entries(method) if entry.method == method]
