@@ -35,9 +35,15 @@ def budget(run: Path) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The commit that is checked out, with a mark where a file of it is changed."""
-    line = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit that is checked out, with a mark where what numbers depend on is changed: code and recipes, not the
+    pages, which each new record changes."""
+    changed = ask_git("status", "--porcelain", "-uno", "--", "d2o", "recipes", "tools", "constraints.txt")
+    return ask_git("describe", "--always", "--exclude=*") + (", changed" if changed else "")
+
+
+def ask_git(*words: str) -> str:
+    """What git says in the project's root."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def made_by(mini: str | None = None, changes: list[str] | None = None) -> dict[str, Any]:
