@@ -1,5 +1,6 @@
 """The tables of docs/results.md, docs/orders.md and the README, written from results/*/*.json and nothing else
-(`make results`). What measures them: tools/table_results.py, latent_lpips.py, activations.py, tiny_sd.py."""
+(`make results`). What measures them: tools/table_results.py, latent_lpips.py, activations.py, repeats.py,
+tiny_sd.py."""
 
 from __future__ import annotations
 
@@ -65,12 +66,14 @@ def put(path: Path, name: str, text: str) -> None:
 def write() -> None:
     from activations import table as layers
     from latent_lpips import tables
+    from repeats import table as repeats
     from table_results import COLUMNS, load_table, measured, shown
     from table_results import write as write_rows
 
     results = ROOT / "docs" / "results.md"
     put(results, "latent_lpips", tables(json.loads((ROOT / "results" / "latent_lpips.json").read_text())))
     put(results, "activations", layers(json.loads((ROOT / "results" / "activations.json").read_text())))
+    put(results, "repeats", repeats(json.loads((ROOT / "results" / "repeats.json").read_text())))
     for name in COLUMNS:
         write_rows(name, load_table(name))
     rows = measured("mini_methods", load_table("mini_methods"))
