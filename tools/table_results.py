@@ -38,17 +38,17 @@ DIGITS = [
     ("recall@digits", "recall, %", "{:.1f}", 100),
     ("coverage@digits", "coverage, %", "{:.1f}", 100),
 ]
+FINER = [(key, title, "{:.3f}", scale) for key, title, _, scale in DIGITS[:2]] + DIGITS[2:]
+"""For methods that are near their teacher."""
 COLUMNS = {
     "mini_methods": [
-        ("fd@digits", "FD(digits)", "{:.3f}", 1),
-        ("rel-fd@digits", "rel-FD to the teacher", "{:.3f}", 1),
-        *DIGITS[2:],
+        *FINER,
         ("rmse", "rmse to the teacher", "{:.3f}", 1),
         ("nfe", "calls an image", "{}", 1),
     ],
     "mini_sida": DIGITS,
     "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
-    "mini_d2g_pairs": [*DIGITS, ("rmse", "rmse to teacher", "{:.3f}", 1), ("NFE of all", "NFE of all", "{}", 1)],
+    "mini_d2g_pairs": [*FINER, ("rmse", "rmse to teacher", "{:.3f}", 1), ("NFE of all", "NFE of all", "{}", 1)],
     "d2g_mini": [
         ("rel-fd@digits-area", "rel-FD", "{:.3f}", 1),
         ("prompt-accuracy@digits-area", "prompt accuracy, %", "{:.1f}", 100),
