@@ -46,7 +46,7 @@ COLUMNS = {
         ("rmse", "rmse to the teacher", "{:.3f}", 1),
         ("nfe", "calls an image", "{}", 1),
     ],
-    "mini_sida": DIGITS,
+    "mini_sida": FINER,
     "mini_spi_gan": [DIGITS[0], *DIGITS[3:]],
     "mini_d2g_pairs": [*FINER, ("rmse", "rmse to teacher", "{:.3f}", 1), ("NFE of all", "NFE of all", "{}", 1)],
     "d2g_mini": [
