@@ -52,6 +52,15 @@ def test_no_record_is_older_than_its_recipe_and_commands(tools: tuple[ModuleType
     assert there <= known, "records of no row"
 
 
+def test_the_repeated_measurements_are_of_runs_as_the_table_makes_them(tools: tuple[ModuleType, ModuleType]) -> None:
+    jobs = {(job.row.name, job.seed): job for job in tools[1].jobs("mini_methods", tools[1].load_table("mini_methods"))}
+    for row in json.loads((ROOT / "results" / "repeats.json").read_text())["rows"]:
+        job = jobs[row["row"], row["seed"]]
+        *made, measured = row["commands"]
+        assert made == job.commands()[:-1] and measured.startswith(job.commands()[-1]), "python tools/repeats.py"
+        assert tools[1].same(row["recipe"], job.made_by()), "python tools/repeats.py"
+
+
 def test_a_record_is_stale_when_a_setting_changes_and_not_when_one_comes_or_is_renamed(
     tools: tuple[ModuleType, ModuleType],
 ) -> None:

@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from table_results import Job, jobs
+from table_results import Job, jobs, markdown
 
-from d2o.recipes.load import load_recipe
 from d2o.reports.paper_tables import load_table
 from results import made_by, put
 
@@ -45,17 +44,17 @@ def measure(row: str, folders: list[Path]) -> dict[str, Any]:
     print(f"$ {line}", flush=True)
     subprocess.run([sys.executable, "-m", "d2o", *words], check=True, cwd=ROOT)
     made = json.loads((ROOT / "runs" / "record.json").read_text())
-    recipe = load_recipe(str(job.row.recipe), job.changes).resolved()
-    return {"row": row, "seed": job.seed, "recipe": recipe, "commands": [*job.commands()[:-1], line], "eval": made}
+    commands = [*job.commands()[:-1], line]
+    return {"row": row, "seed": job.seed, "recipe": job.made_by(), "commands": commands, "eval": made}
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = [["measured three times", *METRICS.values()], ["---", *["---:"] * len(METRICS)]]
+    lines = [["measured three times, one training", *METRICS.values()], ["---", *["---:"] * len(METRICS)]]
     for made in record["rows"]:
         found = made["eval"]["metrics"]
         cells = [f"{found[key]['value']:.3f} ± {found[key]['std']:.3f}" for key in METRICS]
-        lines.append([f"{made['row']}, one training", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([made["row"], *cells])
+    return markdown(lines)
 
 
 def main() -> None:
