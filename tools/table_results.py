@@ -55,6 +55,7 @@ COLUMNS = {
         ("diversity@digits-area", "diversity", "{:.4f}", 1),
         ("rmse", "rmse to teacher", "{:.3f}", 1),
     ],
+    "d2g_mini_lite0": [("rel-fd@lite0", "rel-FD(lite0)", "{:.2f}", 1)],
     "mini_gdd": [*DIGITS[:4], ("fd@lite0", "FD(lite0)", "{:.2f}", 1)],
     "cifar16": [
         ("fd@cifar16", "FD(cifar16)", "{:.2f}", 1),

@@ -89,7 +89,7 @@ def test_the_papers_all_have_their_tables():
     papers += [f"spi_gan_table{i}" for i in range(1, 9)] + [f"spi_gan_fig{i}" for i in (3, 8, 9, 10, 11)]
     papers += [f"d2g_table{i}" for i in ("1", "1_pr", "2", "2_pr", "3", "4", "5", "6", "7")]
     papers += [f"d2g_table_a{i}" for i in ("1", "2", "3", "4", "4_pr")] + ["d2g_fig4", "d2g_fig5"]
-    papers += ["d2g_appendix_d", "d2g_lambda_gan", "d2g_elatentlpips", "d2g_mini"]
+    papers += ["d2g_appendix_d", "d2g_lambda_gan", "d2g_elatentlpips", "d2g_mini", "d2g_mini_lite0"]
     gdd = [f"gdd_table{i}" for i in ("1a", "1b", "2", "3a", "3a_cond", "3b", "3c", "4", "4_pr", "5", "6")]
     gdd += [f"gdd_fig{i}" for i in ("2a", "2b", "3", "4a", "4b")] + ["mini_gdd", "mini_gdd_fig2", "cifar16"]
     assert {*papers, *gdd, "spi_gan_dd_gan", "digits"} <= set(table_names())
