@@ -34,6 +34,16 @@ def test_the_table_names_what_is_there():
     assert find_recipe("d2g_tiny_sd").path.exists()
 
 
+def test_lite0_judges_the_same_runs():
+    rows = {row.name: row for row in load_table("d2g_mini").rows}
+    judged = load_table("d2g_mini_lite0").rows
+    assert {"Table 1: MSE", "Table 2: + R1"} <= {row.name for row in judged}
+    for row in judged:
+        same = rows[row.name.removesuffix(" (flattered)")]
+        assert (row.x, row.recipe, row.start) == (same.x, same.recipe, same.start), row.name
+        assert ("lite0" in load_recipe(row.recipe).name) == row.name.endswith("(flattered)")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("d2g")
