@@ -52,8 +52,8 @@ DTYPE = typer.Option(
     None,
     "--dtype",
     help=(
-        "Precision of the weights, for all formats but program: fp32, fp16 or (not onnx) bf16. Default: fp16 for"
-        " diffusers and comfyui, fp32 for safetensors and onnx, whose arithmetic it is too."
+        "Precision of the weights, for all formats but program: fp32, fp16 or (not onnx) bf16; of onnx it is"
+        " that of the arithmetic, too. Default: fp32, of comfyui fp16."
     ),
     show_default=False,
 )

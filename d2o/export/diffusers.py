@@ -124,7 +124,9 @@ def _card(meta: JsonObject, model: TextToImage, name: str, dtype: str, parity: P
         "\n".join(f"- {key}: {value:.4g}" for key, value in (meta.get("metrics") or {}).items()) or "- none recorded"
     )
     source = f" ({DIGITS})" if data.startswith("real:digits") else ""
-    sampled = f"{options.get('steps')} DDIM steps, guidance {options.get('cfg')}, measured before rounding to {dtype}"
+    sampled = f"{options.get('steps')} DDIM steps, guidance {options.get('cfg')}"
+    if dtype != "fp32":
+        sampled += f", measured before rounding to {dtype}"
     compared = (
         f"Largest difference from the checkpoint {parity.difference:.1e} (largest value {parity.largest:.2f}),"
         f" {parity.runtime}."

@@ -73,8 +73,8 @@ def export_checkpoint(
     LoRA, or `merged` as the whole model).
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
-    folders: the folder itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default of safetensors and onnx), fp16
-    (default of diffusers and comfyui) or bf16. `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds
+    folders: the folder itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default), fp16
+    (default of comfyui) or bf16. `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds
     a one-step student, called at this noise level. The file is compared with the network at batch sizes 1 and
     `check_n`; `tolerance` (largest absolute difference of outputs in -1 to 1, in proportion of larger ones) is that of
     `TOLERANCE` by default. UserError: whatever is wrong with the input, a missing package, a difference above the
@@ -92,7 +92,7 @@ def export_checkpoint(
         raise UserError("--dtype bf16 is for weights; few runtimes compute ONNX in it", "--dtype fp16")
     if check_n < 1:
         raise UserError(f"--check-n {check_n}: expected at least 1 sample")
-    precision = dtype or ("fp16" if file_format in ("diffusers", "comfyui") else "fp32")
+    precision = dtype or ("fp16" if file_format == "comfyui" else "fp32")
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise UserError(f"--tolerance {tolerance}: expected a positive number")

@@ -32,7 +32,7 @@ PROMPTS = ["a handwritten seven", "eight", ""]
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tiny_text_to_image(folder / "tiny.safetensors", recipe=RECIPE, metrics={"accuracy": 0.975}, images=1234)
-    return folder, export_checkpoint(folder / "tiny.safetensors", "diffusers", folder / "out" / "tiny-model")
+    return folder, export_checkpoint(folder / "tiny.safetensors", "diffusers", folder / "out" / "tiny-model", dtype="fp16")
 
 
 @pytest.mark.long
@@ -172,7 +172,7 @@ def test_too_large_a_difference_and_overflow_leave_nothing_behind(tmp_path):
         model.unet.conv_in.weight[0, 0, 0, 0] = 1e6
     save_file(tmp_path / "big.safetensors", model.state_dict(), load_file(tmp_path / "a.safetensors")[1])
     with pytest.raises(UserError, match="fp16 cannot"):
-        export_checkpoint(tmp_path / "big.safetensors", "diffusers", tmp_path / "out")
+        export_checkpoint(tmp_path / "big.safetensors", "diffusers", tmp_path / "out", dtype="fp16")
     assert (
         export_checkpoint(tmp_path / "big.safetensors", "diffusers", tmp_path / "out", dtype="fp32").parity.difference
         < 1e-3

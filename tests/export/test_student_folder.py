@@ -69,7 +69,7 @@ def test_pixel_students_are_pipelines_of_one_step(name, form, tmp_path):
 @pytest.mark.long
 def test_the_card_runs(tmp_path, monkeypatch):
     student = student_of(tiny("ddpm-labels", tmp_path), "denoiser")
-    done = export_checkpoint(saved(student, tmp_path / "s.safetensors"), "diffusers", tmp_path / "out")
+    done = export_checkpoint(saved(student, tmp_path / "s.safetensors"), "diffusers", tmp_path / "out", dtype="fp16")
     monkeypatch.chdir(tmp_path)
     card = done.card.read_text()
     assert 0 < done.parity.unrounded < 1e-4 < done.parity.difference < done.parity.tolerance == 32 * 2**-10
@@ -78,11 +78,11 @@ def test_the_card_runs(tmp_path, monkeypatch):
     scope: dict = {}
     exec(card.split("```python\n")[1].split("```")[0], scope)
     assert [image.size for image in scope["images"]] == [(8, 8)] * 4
-    again = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out")
+    again = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp16")
     assert again.unchanged
     saved(student_of(tiny("ddpm-labels", tmp_path), "denoiser", 1.0), tmp_path / "s.safetensors")
     with pytest.raises(UserError, match="holds another model"):
-        export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out")
+        export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp16")
 
 
 def test_rounding_hides_no_other_difference(tmp_path, monkeypatch):
@@ -90,11 +90,12 @@ def test_rounding_hides_no_other_difference(tmp_path, monkeypatch):
     student = student_of(tiny("ddpm-labels", tmp_path), "denoiser")
     path = saved(student, tmp_path / "s.safetensors")
     other = student_folder.one_call(Student(student.network, student.spec, 2.52), path).scheduler
-    assert export_checkpoint(path, "diffusers", tmp_path / "out", tolerance=0.5).parity.unrounded < 1e-4
+    asked = {"dtype": "fp16", "tolerance": 0.5}
+    assert export_checkpoint(path, "diffusers", tmp_path / "out", **asked).parity.unrounded < 1e-4
     right = student_folder.one_call
     monkeypatch.setattr(student_folder, "one_call", lambda *given: replace(right(*given), scheduler=other))
     with pytest.raises(UserError, match="above the tolerance 0.0001"):
-        export_checkpoint(path, "diffusers", tmp_path / "other", tolerance=0.5)
+        export_checkpoint(path, "diffusers", tmp_path / "other", **asked)
     assert not (tmp_path / "other").exists()
 
 

@@ -58,7 +58,7 @@ def test_a_text_student(bare: Path, tmp_path: Path) -> None:
         main(["sample", str(tmp_path / "s.safetensors"), "--n=2", "--seed=5", f"--out={tmp_path / 'png'}", *words])
     assert not done.value.code
     ours = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "png").rglob("*.png"))]).astype(int)
-    folder = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out", dtype="fp32").path
+    folder = export_checkpoint(tmp_path / "s.safetensors", "diffusers", tmp_path / "out").path
     np.save(tmp_path / "noise.npy", noise_and_labels(range(5, 7), student.spec.shape, 0)[0].numpy())
     asked = '{"prompt": ["a handwritten seven", "the digit 3"], "guidance_scale": 1.0}'
     files = [str(folder), str(tmp_path / "noise.npy"), str(tmp_path / "images.npy"), asked]
