@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from d2o import load_teacher
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/orders.md")
 
@@ -59,6 +61,25 @@ def test_the_repeated_measurements_are_of_runs_as_the_table_makes_them(tools: tu
         *made, measured = row["commands"]
         assert made == job.commands()[:-1] and measured.startswith(job.commands()[-1]), "python tools/repeats.py"
         assert tools[1].same(row["recipe"], job.made_by()), "python tools/repeats.py"
+
+
+def test_the_other_records_are_of_recipes_as_they_are(tools: tuple[ModuleType, ModuleType]) -> None:
+    import activations
+
+    made = {
+        "activations": ("teacher_digits", activations.CHANGES),
+        "latent_lpips": ("latent_reconstruction:lpips", []),
+    }
+    for name, (recipe, changes) in made.items():
+        record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        now = tools[0].made_by(recipe, changes)["recipe"]
+        assert tools[1].same(record["recipe"], now), f"python tools/{name}.py"
+        assert {"commit", "hardware", "date"} <= {*record}
+
+
+def test_the_shipped_text_teacher_is_the_one_that_was_measured() -> None:
+    record = json.loads((ROOT / "results" / "tiny_sd.json").read_text())
+    assert record["teacher_sha256"] == load_teacher("tiny-sd").fingerprint, "python tools/tiny_sd.py"
 
 
 def test_a_record_is_stale_when_a_setting_changes_and_not_when_one_comes_or_is_renamed(

@@ -116,7 +116,7 @@ def _papers(records: Sequence[Result]) -> list[str]:
         None: "rows without n: quoted from {}, not measured here",
         CITED: "cited: quoted from {}, not measured here",
         NOT_RUN: "not run: d2o makes what this row measures, and it is not here; its note says how",
-        FAILED: "failed: it is here and could not be measured; its note says why",
+        FAILED: "failed: it could not be measured; its note says why",
     }
     lines = (
         ["paper: the number that the paper prints for the row, not measured here"]

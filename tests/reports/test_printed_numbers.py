@@ -309,6 +309,16 @@ def test_table_8_of_sida_and_its_recipes():
         assert size * 8 == recipe.batch
 
 
+def test_table_6_of_gdd_and_its_recipes():
+    for row in rows("gdd_table6").values():
+        recipe, about = load_recipe(row.recipe), row.about
+        assert recipe.batch == row.paper["batch"] and recipe.optim.betas == (0.0, 0.99)
+        assert recipe.optim.lr == float(about["lr G"]) and recipe.optim_critic.lr == float(about["lr D"])
+        assert recipe.options.r1.gamma == float(about["R1"]) and recipe.student.dropout == 0.0
+        assert recipe.ema.half_life == float(about["EMA half-life"].rstrip("M")) * 1e6 and recipe.ema.ramp == 0.05
+        assert recipe.images == float(about["images"].rstrip("M")) * 1e6
+
+
 def test_rows_of_spi_gan_s_first_table():
     table = rows("spi_gan_table1")
     counts = Counter(key for row in table.values() for key in row.paper)
