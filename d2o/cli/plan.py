@@ -94,19 +94,19 @@ def show_fit(recipe: Recipe, plan: Plan, device: torch.device) -> None:
         said.append(f"{'fits' if size <= there else 'does not fit'}{under} ({console.size(size)})")
     line = f"on {device}, which has {console.size(there)}{each}: it {', '.join(said)}"
     if min(needs.values()) > there or needs.get(recipe.strategy, 0) > there:
-        line += f"; less is needed with {', '.join(_levers(recipe, several))}"
+        line += f"; less is needed with {', '.join(_levers(recipe))}"
     console.out.print(line, markup=False)
 
 
-def _levers(recipe: Recipe, several: bool) -> list[str]:
+def _levers(recipe: Recipe) -> list[str]:
     """What makes a process need less memory, of what the recipe does not do yet."""
     ways = {
         "checkpointing: true": recipe.checkpointing,
         "precision: bf16": recipe.precision != "fp32",
         "a smaller micro_batch": recipe.micro_batch == 1,
         "strategy: shard on several processes": recipe.strategy == "shard",
-        "more processes": recipe.strategy == "replicate" or not several,
-        "optim.state: 8bit": recipe.optim.state == "8bit",
+        "more processes": recipe.strategy == "replicate",
+        "optim.state: 8bit": recipe.optim.state == "8bit" or recipe.strategy == "shard",  # which it does not go with
         "student.lora": recipe.student.lora is not None,
     }
     return [way for way, done in ways.items() if not done]

@@ -61,7 +61,7 @@ def load(
     channels = SPACES[name.removeprefix(PREFIX)].channels
     build = partial(TunedVGG, channels, taps=taps)
     network, sha256 = filled(name, build, lambda path: read_tuned(build, path), weights, device)
-    placed(found := LatentVggFeatures(name, network, sha256), device)
+    placed(found := LatentVggFeatures(name, network, sha256), device, fast=False)
     return found
 
 
@@ -89,5 +89,5 @@ def load_own(
     if not isinstance(network, TunedVGG):
         raise UserError(f"{path}: a {type(network).__name__} is no distance between latents")
     sha256 = file_sha256(path)
-    placed(found := LatentVggFeatures(f"{path.stem}@{sha256[:6]}", network, sha256), device)
+    placed(found := LatentVggFeatures(f"{path.stem}@{sha256[:6]}", network, sha256), device, fast=False)
     return found, meta["space"]

@@ -68,7 +68,7 @@ def load(name: str, weights: Path | None = None, device: str | torch.device = "c
     """
     trunk = name.removeprefix("lpips-")
     network, sha256 = filled(name, partial(untrained_lpips, trunk), partial(read_lpips, trunk), weights, device)
-    placed(found := LpipsFeatures(trunk, network, sha256), device)
+    placed(found := LpipsFeatures(trunk, network, sha256), device, fast=False)
     return found
 
 

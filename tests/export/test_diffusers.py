@@ -32,7 +32,9 @@ PROMPTS = ["a handwritten seven", "eight", ""]
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tiny_text_to_image(folder / "tiny.safetensors", recipe=RECIPE, metrics={"accuracy": 0.975}, images=1234)
-    return folder, export_checkpoint(folder / "tiny.safetensors", "diffusers", folder / "out" / "tiny-model", dtype="fp16")
+    return folder, export_checkpoint(
+        folder / "tiny.safetensors", "diffusers", folder / "out" / "tiny-model", dtype="fp16"
+    )
 
 
 @pytest.mark.long
