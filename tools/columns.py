@@ -41,6 +41,8 @@ PAGES = {
             "D2GAN": "mini_d2g_gan",
             "PD": "mini_pd",
             "CD": "mini_cd",
+            "CD-I": "mini_cd_i",
+            "iCT": "mini_ict",
             "CTM": "mini_ctm",
             "DI": "mini_di",
             "DMD": "mini_dmd",
