@@ -73,12 +73,12 @@ def export_checkpoint(
     LoRA, or `merged` as the whole model).
 
     `out`: a file with the format's ending, or a folder to put it in; default the checkpoint's name beside it. For
-    folders: the folder itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default), fp16
-    (default of comfyui) or bf16. `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds
-    a one-step student, called at this noise level. The file is compared with the network at batch sizes 1 and
-    `check_n`; `tolerance` (largest absolute difference of outputs in -1 to 1, in proportion of larger ones) is that of
-    `TOLERANCE` by default. UserError: whatever is wrong with the input, a missing package, a difference above the
-    tolerance, or another file of that name (unless `force`); nothing is written then.
+    folders: the folder itself. `opset`: ONNX only, default 18. `dtype`: fp32 (default), fp16 (default of comfyui) or
+    bf16. `student_sigma`: the checkpoint is a pickle of NVIDIA's kind that holds a one-step student, called at this
+    noise level. The file is compared with the network at batch sizes 1 and `check_n`; `tolerance` (largest absolute
+    difference of outputs in -1 to 1, in proportion of larger ones) is that of `TOLERANCE` by default. UserError:
+    whatever is wrong with the input, a missing package, a difference above the tolerance, or another file of that name
+    (unless `force`); nothing is written then.
     """
     if file_format not in FORMATS:
         raise unknown("format", file_format, FORMATS)

@@ -195,6 +195,16 @@ def test_a_text_student_is_planned_without_its_weights(plan, tmp_path):
     assert code == 0 and "activations (micro-batch 2)" in out
 
 
+def test_a_hint_of_memory_names_nothing_that_the_recipe_refuses(plan, monkeypatch):
+    monkeypatch.setattr("d2o.networks.budget.physical_memory", lambda: 2**30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, out = plan("train", "d2g_sdxl_cfg7:ode")
+    assert code == 1 and "more processes, student.lora" in out.replace("\n", " ") and "optim.state" not in out
+    code, out = plan("train", "d2g_sdxl_cfg7:ode", "--set", "strategy=replicate")
+    hint = out.replace("\n", " ")
+    assert code == 1 and "strategy: shard on several processes, optim.state: 8bit, student.lora" in hint
+
+
 def test_guidance_that_a_teacher_cannot_have_is_refused_by_its_key(plan):
     code, out = plan("train", "sid_digits", "--set", "teacher=edm-cifar10-uncond-vp", "--set", "sid.score_cfg=2")
     assert code == 1 and "does not fit: sid.score_cfg: guidance (cfg 2) needs a condition" in out
@@ -205,8 +215,10 @@ def test_a_teacher_in_a_folder_is_planned_without_its_weights(plan, tmp_path, mo
     import diffusers
     import transformers
 
+    from d2o.interop import torchvision_compat
     from d2o.interop.assets import asset
 
+    torchvision_compat.ensure()
     shutil.copytree(asset("tiny-sd"), tmp_path / "sd")
     (tmp_path / "p.txt").write_text("a handwritten two\n")
     (tmp_path / "ode.yaml").write_text(

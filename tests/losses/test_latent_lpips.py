@@ -70,6 +70,13 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def test_weights_keep_the_official_memory_order(distance):
+    weights = [weight for layer in distance.features.modules() for weight in layer._parameters.values()]
+    weights += [weight for layer in distance.features.modules() for weight in layer._buffers.values()]
+    kernels = [weight for weight in weights if weight is not None and weight.ndim == 4 and weight.shape[-1] == 3]
+    assert len(kernels) == 13 and all(weight.is_contiguous() for weight in kernels)
+
+
 @pytest.mark.long
 def test_distance_and_its_gradient_are_the_official_ones(distance, golden):
     a = golden["a"].clone().requires_grad_()
